@@ -1,0 +1,168 @@
+"""One error per situation of the user, each with its own exit code and advice.
+
+The message says what is wrong and where; `advice` says what to do. Exit codes are stable: scripts branch on them.
+0 is success, 1 an error of ours (a bug), 2 wrong usage of the command line; the rest stands in the classes below.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class OrchestratorError(Exception):
+    """Base of everything that a user can cause or mend."""
+
+    exit_code: ClassVar[int] = 1
+    default_advice: ClassVar[str] = ""
+
+    def __init__(self, message: str, advice: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = advice or self.default_advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep `advice` when the error crosses a process boundary."""
+        return type(self), (self.message, self.advice)
+
+
+class SpecError(OrchestratorError):
+    """A spec or cluster file does not decode."""
+
+    exit_code = 10
+    default_advice = "Correct the named field; `orchestrator schema build|cluster` prints every field."
+
+
+class TopologyError(OrchestratorError):
+    """The model cannot be split the way that was asked."""
+
+    exit_code = 11
+
+
+class ArchitectureError(OrchestratorError):
+    """No family knows this model."""
+
+    exit_code = 12
+
+
+class SourceMissingError(OrchestratorError):
+    """The checkpoint, or a file that its index names, is not there."""
+
+    exit_code = 13
+    default_advice = "Download the checkpoint again; every file named in the index must be present."
+
+
+class SourceCorruptError(OrchestratorError):
+    """A file of the checkpoint is truncated or its header lies."""
+
+    exit_code = 14
+    default_advice = "Download the file again and compare its size and checksum with the publisher's."
+
+
+class LfsPointerError(OrchestratorError):
+    """A Git-LFS pointer stands where weights should be."""
+
+    exit_code = 15
+    default_advice = "Run `git lfs pull` in the checkpoint's folder, then try again."
+
+
+class WeightMapError(OrchestratorError):
+    """The checkpoint's tensors do not add up to the model that its config describes."""
+
+    exit_code = 16
+
+
+class StoreError(OrchestratorError):
+    """The store cannot be read or written."""
+
+    exit_code = 17
+    default_advice = "Check that the store's URL exists and that this user may write to it."
+
+
+class ReleaseExistsError(OrchestratorError):
+    """A different build is already published under this name and version."""
+
+    exit_code = 18
+    default_advice = "Releases are immutable: raise release.version in the spec."
+
+
+class ReleaseMissingError(OrchestratorError):
+    """No release, or no such rank in it."""
+
+    exit_code = 19
+
+
+class DigestError(OrchestratorError):
+    """Bytes are not the bytes that were published."""
+
+    exit_code = 20
+    default_advice = "The object was damaged or replaced after it was written: fetch it again, or rebuild the release."
+
+
+class ToolError(OrchestratorError):
+    """A program or package that a step needs is missing or of another version."""
+
+    exit_code = 21
+
+
+class ClusterError(OrchestratorError):
+    """The cluster cannot be reached, or cannot ever run a step of this plan."""
+
+    exit_code = 22
+
+
+class StepFailedError(OrchestratorError):
+    """A step failed for good; what had been committed stays committed."""
+
+    exit_code = 23
+    default_advice = "Mend the cause and run the same command again: committed steps are not repeated."
+
+
+class VerificationError(OrchestratorError):
+    """A rank's graph does not compute what the reference computes."""
+
+    exit_code = 24
+    default_advice = "Nothing was published. The step's log holds the numbers; check dtype, family and source."
+
+
+class EngineBuildError(OrchestratorError):
+    """TensorRT refused the graph."""
+
+    exit_code = 25
+    default_advice = "TensorRT's own messages stand in the step's log."
+
+
+class QuantizationError(OrchestratorError):
+    """The asked quantization does not exist or cannot apply to this model."""
+
+    exit_code = 26
+
+
+class SchemaVersionError(OrchestratorError):
+    """A manifest is newer than this reader."""
+
+    exit_code = 27
+    default_advice = "Upgrade trt-orchestrator to read this release."
+
+
+class DtypeError(OrchestratorError):
+    """The weights do not fit into the asked dtype."""
+
+    exit_code = 28
+
+
+class CancelledError(OrchestratorError):
+    """The build was told to stop."""
+
+    exit_code = 130
+    default_advice = "Run the same command again to go on from the committed steps."
+
+
+def error_classes() -> dict[str, type[OrchestratorError]]:
+    """Every error by name: how an error is rebuilt on the other side of a process boundary."""
+    found: dict[str, type[OrchestratorError]] = {}
+    pending: list[type[OrchestratorError]] = [OrchestratorError]
+    while pending:
+        cls = pending.pop()
+        found[cls.__name__] = cls
+        pending.extend(cls.__subclasses__())
+    return found

@@ -1,0 +1,113 @@
+"""The options of each kind of step: what decides its outputs, typed on both sides of the wire."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.spec import BuildConfig, QuantizationSpec, ToleranceSpec
+from orchestrator.core.topology import Topology
+from orchestrator.core.weight_map import LayerGroup, Target
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageOptions(_Options):
+    """A pipeline stage of a model."""
+
+    config: ModelConfig
+    tp: int
+    pp: int
+    pp_rank: int
+    first_layer: int
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @staticmethod
+    def of(config: ModelConfig, topology: Topology, pp_rank: int) -> StageOptions:
+        layers = topology.stages(config.num_hidden_layers)[pp_rank]
+        return StageOptions(
+            config=config, tp=topology.tp, pp=topology.pp, pp_rank=pp_rank, first_layer=layers.start, num_layers=len(layers)
+        )
+
+    def rank(self, tp_rank: int) -> int:
+        return self.pp_rank * self.tp + tp_rank
+
+
+class ReferenceOptions(_Options):
+    """Run the source model itself on the verification text."""
+
+    files: tuple[SourceFile, ...]
+    """Weights, config and tokenizer."""
+    dtype: str
+    """Weights are rounded to it first, then computed with in float32, so that only our own errors are measured."""
+    vocab_size: int
+    prompts: tuple[str, ...] | None
+    max_tokens: int
+
+
+class CalibrateOptions(_Options):
+    """Calibrate a stage's quantizers, on rank 0."""
+
+    files: tuple[SourceFile, ...]
+    stage: StageOptions
+    quantization: QuantizationSpec
+
+
+class ConvertOptions(_Options):
+    """Cut one layer group for all tensor-parallel ranks of its stage."""
+
+    files: tuple[SourceFile, ...]
+    """Those that the targets read; `TensorInfo.file` counts in this list."""
+    targets: tuple[Target, ...]
+    shards: tuple[str, ...]
+    """File name by tp_rank."""
+
+    @staticmethod
+    def of(group: LayerGroup, index: CheckpointIndex, topology: Topology) -> ConvertOptions:
+        used = sorted({tensor.file for tensor in group.sources().values()})
+        position = {old: new for new, old in enumerate(used)}
+        targets = tuple(
+            replace(
+                target,
+                reads=tuple(replace(read, tensor=replace(read.tensor, file=position[read.tensor.file])) for read in target.reads),
+            )
+            for target in group.targets
+        )
+        shards = tuple(group.shard_name(topology.rank(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
+        return ConvertOptions(files=tuple(index.files[old] for old in used), targets=targets, shards=shards)
+
+
+class BuildOptions(_Options):
+    """Compile one rank's graph with its weights."""
+
+    stage: StageOptions
+    tp_rank: int
+    engine: BuildConfig
+    tensorrt_version: str | None
+    """The version that the plan was made for; None: whatever the worker has."""
+
+    @property
+    def rank(self) -> int:
+        return self.stage.rank(self.tp_rank)
+
+
+class VerifyOptions(_Options):
+    """Execute every rank of a stage and, on the last one, compare with the reference."""
+
+    stage: StageOptions
+    decode_steps: int
+    gather_logits: bool
+    tolerance: ToleranceSpec

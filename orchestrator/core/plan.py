@@ -1,0 +1,221 @@
+"""The plan of a build: a value that can be printed, hashed, simulated and resumed. Made from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.core.digest import digest_of
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import (
+    BuildOptions,
+    CalibrateOptions,
+    ConvertOptions,
+    ReferenceOptions,
+    StageOptions,
+    VerifyOptions,
+)
+from orchestrator.core.spec import BuildSpec, ClusterSpec
+from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
+from orchestrator.core.topology import Topology
+from orchestrator.core.weight_map import LayerGroup, WeightMap
+
+VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 1, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
+"""Raise one when its code would give other outputs for the same options."""
+
+_GB = 10**9
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a plan follows from, besides the spec."""
+
+    index: CheckpointIndex
+    extra_files: tuple[SourceFile, ...]
+    """Tokenizer and config files of the source."""
+    source: str
+    """Absolute place of the source; not identity."""
+    config: ModelConfig
+    weights: WeightMap
+    tensorrt_version: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a build, needs before those that need them."""
+
+    spec: BuildSpec
+    inputs: Inputs
+    steps: tuple[Step, ...]
+
+    @property
+    def topology(self) -> Topology:
+        return self.spec.topology.topology()
+
+    @property
+    def build_key(self) -> str:
+        """The address of the inputs: the same inputs give the same key, on any machine."""
+        return digest_of(sorted(step.digest for step in self.sinks()))
+
+    @cached_property
+    def _by_digest(self) -> dict[str, Step]:
+        return {step.digest: step for step in self.steps}
+
+    def step(self, digest: str) -> Step:
+        return self._by_digest[digest]
+
+    def of_kind(self, kind: Kind) -> Iterator[Step]:
+        return (step for step in self.steps if step.kind is kind)
+
+    def sinks(self) -> list[Step]:
+        """Steps that no other step needs: what the release is made of."""
+        needed = {need for step in self.steps for need in step.needs}
+        return [step for step in self.steps if step.digest not in needed]
+
+    def pending(self, committed: Mapping[str, Outcome]) -> list[Step]:
+        """The steps to run, in plan order. A committed step hides whatever only it needs."""
+        wanted: set[str] = set()
+        frontier = [step.digest for step in self.sinks()]
+        while frontier:
+            digest = frontier.pop()
+            if digest in wanted or digest in committed:
+                continue
+            wanted.add(digest)
+            frontier.extend(self.step(digest).needs)
+        return [step for step in self.steps if step.digest in wanted]
+
+    def critical_seconds(self) -> dict[str, float]:
+        """By digest: the estimated seconds from a step's start to the end of the longest chain behind it."""
+        behind: dict[str, float] = {step.digest: 0.0 for step in self.steps}
+        total: dict[str, float] = {}
+        for step in reversed(self.steps):
+            total[step.digest] = behind[step.digest] + step.estimate.seconds
+            for need in step.needs:
+                behind[need] = max(behind[need], total[step.digest])
+        return total
+
+
+def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
+    """Lay out the steps: reference | calibrate and convert per stage | build per rank | verify per stage."""
+    topology = spec.topology.topology()
+    steps: list[Step] = []
+    reference = _reference(spec, inputs) if spec.verification.enabled else None
+    if reference is not None:
+        steps.append(reference)
+    previous: Step | None = None
+    for pp_rank in range(topology.pp):
+        stage = StageOptions.of(inputs.config, topology, pp_rank)
+        groups = inputs.weights.stage(pp_rank)
+        calibrate = _calibrate(spec, inputs, stage)
+        converts = [_convert(group, inputs, topology, calibrate) for group in groups]
+        rank_bytes = sum(group.shard_bytes for group in groups)
+        steps.extend(([calibrate] if calibrate else []) + converts)
+        steps.extend(_build(spec, inputs, stage, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
+        if reference is not None:
+            previous = _verify(spec, stage, converts, reference, previous, rank_bytes)
+            steps.append(previous)
+    return Plan(spec, inputs, tuple(steps))
+
+
+def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
+    verification = spec.verification
+    options = ReferenceOptions(
+        files=inputs.index.files + inputs.extra_files,
+        dtype=inputs.config.dtype,
+        vocab_size=inputs.config.vocab_size,
+        prompts=verification.prompts,
+        max_tokens=verification.max_tokens,
+    )
+    source_bytes = inputs.index.num_bytes
+    float32_bytes = sum(tensor.num_elements for tensor in inputs.index.tensors.values()) * 4
+    return Step(
+        kind=Kind.REFERENCE,
+        version=VERSIONS[Kind.REFERENCE],
+        name="reference",
+        options=options.model_dump(mode="json"),
+        places={"source": inputs.source},
+        resources=Resources(memory_bytes=float32_bytes * 2 + _GB),
+        estimate=Estimate(read_bytes=source_bytes, seconds=10 + 10 * source_bytes / _GB),
+    )
+
+
+def _calibrate(spec: BuildSpec, inputs: Inputs, stage: StageOptions) -> Step | None:
+    if spec.quantization is None:
+        return None
+    options = CalibrateOptions(files=inputs.index.files + inputs.extra_files, stage=stage, quantization=spec.quantization)
+    return Step(
+        kind=Kind.CALIBRATE,
+        version=VERSIONS[Kind.CALIBRATE],
+        name=f"calibrate/stage{stage.pp_rank}",
+        options=options.model_dump(mode="json"),
+        places={"source": inputs.source},
+    )
+
+
+def _convert(group: LayerGroup, inputs: Inputs, topology: Topology, calibrate: Step | None) -> Step:
+    options = ConvertOptions.of(group, inputs.index, topology)
+    sources = group.sources().values()
+    read_bytes = sum(tensor.num_bytes for tensor in sources)
+    write_bytes = group.shard_bytes * topology.tp
+    largest = max((tensor.num_bytes for tensor in sources), default=0)
+    return Step(
+        kind=Kind.CONVERT,
+        version=VERSIONS[Kind.CONVERT],
+        name=f"convert/stage{group.pp_rank}/group{group.index}",
+        options=options.model_dump(mode="json"),
+        needs=(calibrate.digest,) if calibrate else (),
+        places={"source": inputs.source},
+        resources=Resources(memory_bytes=2 * largest + 300_000_000),
+        estimate=Estimate(read_bytes=read_bytes, write_bytes=write_bytes, seconds=0.5 + 2 * write_bytes / _GB),
+    )
+
+
+def _build(
+    spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, converts: list[Step], rank_bytes: int
+) -> Step:
+    options = BuildOptions(stage=stage, tp_rank=tp_rank, engine=spec.engine, tensorrt_version=inputs.tensorrt_version)
+    return Step(
+        kind=Kind.BUILD,
+        version=VERSIONS[Kind.BUILD],
+        name=f"build/rank{options.rank}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(step.digest for step in converts),
+        resources=Resources(gpus=1 if spec.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB),
+        estimate=Estimate(read_bytes=rank_bytes, write_bytes=rank_bytes, seconds=4 + 20 * rank_bytes / _GB),
+    )
+
+
+def _verify(
+    spec: BuildSpec, stage: StageOptions, converts: list[Step], reference: Step, previous: Step | None, rank_bytes: int
+) -> Step:
+    options = VerifyOptions(
+        stage=stage,
+        decode_steps=spec.verification.decode_steps,
+        gather_logits=spec.engine.gather_logits,
+        tolerance=spec.verification.tolerance,
+    )
+    needs = [step.digest for step in converts] + [reference.digest] + ([previous.digest] if previous else [])
+    float32_bytes = rank_bytes * (1 if stage.config.dtype == "float32" else 2)
+    return Step(
+        kind=Kind.VERIFY,
+        version=VERSIONS[Kind.VERIFY],
+        name=f"verify/stage{stage.pp_rank}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(needs),
+        resources=Resources(memory_bytes=stage.tp * (3 * float32_bytes + 400_000_000)),
+        estimate=Estimate(read_bytes=rank_bytes * stage.tp, seconds=5 + 10 * rank_bytes * stage.tp / _GB),
+    )
+
+
+def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
+    """Steps that no pool of `cluster` can ever hold, each with the reason; empty when all fit."""
+    found = []
+    for step in plan.steps:
+        pools = [pool for pool in cluster.pools.values() if step.kind.value in pool.steps]
+        if not pools:
+            found.append(f"{step.name}: no pool runs {step.kind.value} steps")
+        elif cluster.kind == "ray" and all(pool.gpus < step.resources.gpus for pool in pools):
+            found.append(f"{step.name}: needs {step.resources.gpus} GPU, its pools have none")
+    return found

@@ -1,0 +1,27 @@
+"""Whether and when a failed step is tried again: a decision is a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core.spec import RetrySpec
+from orchestrator.core.step import Failure, FailureKind
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    delay_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    reason: str
+
+
+def decide(policy: RetrySpec, failure: Failure, attempt: int) -> Retry | GiveUp:
+    """`attempt` counts from 1 and has just failed. Only the machinery's failures are tried again, with doubling delays."""
+    if failure.kind is not FailureKind.INFRASTRUCTURE:
+        return GiveUp(failure.message)
+    if attempt >= policy.max_attempts:
+        return GiveUp(f"{failure.message} (attempt {attempt} of {policy.max_attempts})")
+    return Retry(min(policy.backoff_seconds * 2 ** (attempt - 1), policy.max_backoff_seconds))

@@ -1,0 +1,246 @@
+"""What the user wants (`BuildSpec`) and what there is (`ClusterSpec`), decoded once into frozen values.
+
+Unknown keys are errors that name their path. Only what changes the engines' content stands in BuildSpec; places (paths of
+the store and of scratch) and capacities stand in ClusterSpec.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.core.errors import SpecError
+from orchestrator.core.topology import Topology
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """'5GB' or '16 GiB' to a number of bytes; numbers pass through. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)\s*", value, re.IGNORECASE)
+    unit = match.group(2).upper() if match else "?"
+    unit = unit + "B" if unit in {"K", "M", "G", "T"} else "" if unit == "B" else unit
+    if match is None or unit not in _UNITS:
+        raise ValueError(f"{value!r} is not a size such as 5GB or 16GiB")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+class Frozen(BaseModel):
+    """A decoded value: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSpec(Frozen):
+    """The checkpoint to build from."""
+
+    path: str
+    """A folder; a relative one counts from the spec file."""
+    format: Literal["auto", "huggingface"] = "auto"
+    family: str = "auto"
+    """A name of families/, or auto: from config.json's architectures."""
+
+
+class TopologySpec(Frozen):
+    """Tensor parallel x pipeline parallel."""
+
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    pp_partition: tuple[int, ...] | None = None
+    """Layers of each stage; absent: as even as can be, the first stages one more."""
+
+    def topology(self) -> Topology:
+        return Topology(self.tp, self.pp, self.pp_partition)
+
+
+class ConversionSpec(Frozen):
+    """How the converted checkpoint is laid out."""
+
+    max_shard_bytes: NumBytes = Field(default=5_000_000_000, ge=1)
+    """A rank with more weights is split by layer groups, each converted by a task of its own."""
+
+
+class QuantizationSpec(Frozen):
+    """Calibrated once, on rank 0 of each stage."""
+
+    algorithm: str
+    """A name of quantizers/."""
+
+
+class BuildConfig(Frozen):
+    """How TensorRT compiles a rank; TensorRT-LLM's names where it has them."""
+
+    backend: Literal["tensorrt", "tensorrt_rtx"] = "tensorrt_rtx"
+    """tensorrt: data-centre GPUs, needs one of the target type. tensorrt_rtx: ahead of time, no GPU needed."""
+    max_batch_size: int = Field(default=8, ge=1)
+    opt_batch_size: int = Field(default=1, ge=1)
+    max_input_len: int = Field(default=1024, ge=1)
+    """Tokens per sequence of one prefill call."""
+    opt_input_len: int | None = Field(default=None, ge=1)
+    """Absent: half of max_input_len."""
+    max_seq_len: int | None = Field(default=None, ge=1)
+    """Slots of the KV cache; absent: the model's max_position_embeddings."""
+    max_logits_per_sequence: int = Field(default=1, ge=1)
+    """Positions per sequence that logits may be asked for in one call: 1 serves sampling, max_input_len gathers all."""
+    gather_logits: bool = True
+    """True: every tensor-parallel rank gets the whole vocabulary; False: its own slice of it."""
+    compute_capabilities: tuple[str, ...] = ()
+    """Targets such as 8.9 or 12.0 (tensorrt_rtx only); empty: every one that the library supports."""
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    workspace_bytes: NumBytes | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+    """Keep the weights replaceable one by one."""
+    profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = "layer_names_only"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BuildConfig:
+        if self.opt_batch_size > self.max_batch_size:
+            raise ValueError("opt_batch_size is greater than max_batch_size")
+        if self.opt_input_len is not None and self.opt_input_len > self.max_input_len:
+            raise ValueError("opt_input_len is greater than max_input_len")
+        if self.max_seq_len is not None and self.max_seq_len < self.max_input_len:
+            raise ValueError("max_seq_len is smaller than max_input_len")
+        if self.max_logits_per_sequence > self.max_input_len:
+            raise ValueError("max_logits_per_sequence is greater than max_input_len")
+        if self.backend == "tensorrt" and self.compute_capabilities:
+            raise ValueError("compute_capabilities need backend tensorrt_rtx: tensorrt builds for the GPU that it runs on")
+        return self
+
+
+class ToleranceSpec(Frozen):
+    """How far float32 execution of the graphs may be from the reference."""
+
+    max_relative_error: float = Field(default=1e-3, gt=0)
+    """Per position: max |logit - reference| / max |reference|; the worst position counts."""
+    max_mean_kl: float = Field(default=1e-4, gt=0)
+    """Mean over positions of KL(reference || graph), in nats."""
+    min_top1_agreement: float = Field(default=1.0, ge=0, le=1)
+
+
+class VerificationSpec(Frozen):
+    """How every rank is proven right before anything is published."""
+
+    enabled: bool = True
+    prompts: tuple[str, ...] | None = None
+    """Absent: text that comes with the package."""
+    max_tokens: int = Field(default=32, ge=2)
+    """Tokens taken of each prompt."""
+    decode_steps: int = Field(default=4, ge=1)
+    """How many of them go one by one through the KV cache, after a prefill with the others."""
+    tolerance: ToleranceSpec = ToleranceSpec()
+
+    @model_validator(mode="after")
+    def _prefill_remains(self) -> VerificationSpec:
+        if self.decode_steps >= self.max_tokens:
+            raise ValueError("decode_steps must be smaller than max_tokens, or nothing is left for the prefill")
+        return self
+
+
+class ReleaseSpec(Frozen):
+    """Where the set is published in the store: releases/<name>/<version>/."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class BuildSpec(Frozen):
+    """A build: source, topology, precision, engines, proof, release."""
+
+    source: SourceSpec
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """auto: the source's; float32 becomes float16, as TensorRT-LLM does."""
+    topology: TopologySpec = TopologySpec()
+    conversion: ConversionSpec = ConversionSpec()
+    quantization: QuantizationSpec | None = None
+    engine: BuildConfig = BuildConfig()
+    verification: VerificationSpec = VerificationSpec()
+    release: ReleaseSpec
+
+
+class PoolSpec(Frozen):
+    """Machines of one kind."""
+
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU slots, one per running step; absent: those of the machine."""
+    gpus: int = Field(default=0, ge=0)
+    memory: NumBytes | None = None
+    """Memory that steps may reserve; absent: that of the machine."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels that select the pool's nodes, e.g. ray.io/accelerator-type: H100."""
+    steps: tuple[Literal["reference", "calibrate", "convert", "build", "verify"], ...] = (
+        "reference", "calibrate", "convert", "build", "verify",
+    )  # fmt: skip
+    """Kinds of step that run here; the first pool that lists a kind takes it."""
+
+
+class RetrySpec(Frozen):
+    """What happens when the machinery fails. A step's own error is never retried."""
+
+    max_attempts: int = Field(default=4, ge=1)
+    backoff_seconds: float = Field(default=2.0, ge=0)
+    """Before the second attempt; doubles each time."""
+    max_backoff_seconds: float = Field(default=60.0, ge=0)
+
+
+class ClusterSpec(Frozen):
+    """What there is to build with."""
+
+    kind: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: actors of a Ray cluster."""
+    address: str | None = None
+    """Of the Ray cluster; absent: start one on this machine."""
+    store: str
+    """URL of the store that keeps steps' outputs and releases; every node must reach it."""
+    scratch: str | None = None
+    """Folder for temporary files on every node; absent: the system's."""
+    pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
+    retries: RetrySpec = RetrySpec()
+    threads_per_step: int = Field(default=1, ge=1)
+    """OMP_NUM_THREADS of every step."""
+
+
+T = TypeVar("T", bound=Frozen)
+
+
+def decode(model: type[T], data: Any, origin: str) -> T:
+    """Decode plain data (from YAML or JSON) into `model`. Raises SpecError that names every wrong path of `origin`."""
+    if not isinstance(data, dict):
+        raise SpecError(f"{origin}: expected a mapping of fields, got {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_line(model, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors()]
+        raise SpecError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _line(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = ".".join(str(part) for part in loc) or "(top)"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _field_names(model, loc[:-1]), n=1)
+        return f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else "")
+    if kind == "missing":
+        return f"missing key {path}"
+    return f"{path}: {message.removeprefix('Value error, ')}"
+
+
+def _field_names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model found by walking `loc` from `model`; empty when the walk leaves models."""
+    current: Any = model
+    for part in loc:
+        info = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        annotation = info.annotation if info else None
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((item for item in members if isinstance(item, type) and issubclass(item, BaseModel)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)

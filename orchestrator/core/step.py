@@ -1,0 +1,150 @@
+"""One unit of work, what came of it, and how it failed. All of it survives JSON, so any place can run it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.core.digest import digest_of
+from orchestrator.core.errors import OrchestratorError, StepFailedError, error_classes
+
+
+class Kind(StrEnum):
+    """What a step does; `work` has one function per kind."""
+
+    REFERENCE = "reference"
+    CALIBRATE = "calibrate"
+    CONVERT = "convert"
+    BUILD = "build"
+    VERIFY = "verify"
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(_Value):
+    """What a step occupies while it runs."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory_bytes: int = 0
+
+
+class Estimate(_Value):
+    """What a step is expected to move and take, known from headers."""
+
+    read_bytes: int = 0
+    write_bytes: int = 0
+    seconds: float = 0.0
+    """On one ordinary core; orders the schedule and drives the simulation, nothing depends on it being right."""
+
+
+class Step(_Value):
+    """A unit of work. Its digest covers kind, version, options and needs; never places, resources or estimates."""
+
+    kind: Kind
+    version: int
+    """Of the code that runs it: raised when the same options would give other outputs."""
+    name: str
+    """For people, e.g. convert/stage0/group0."""
+    options: dict[str, Any]
+    """Everything that decides the outputs: the JSON of one class of core/options.py."""
+    needs: tuple[str, ...] = ()
+    """Digests of the steps whose outputs this one reads."""
+    places: dict[str, str] = Field(default_factory=dict)
+    """Where inputs are found; not identity."""
+    resources: Resources = Resources()
+    estimate: Estimate = Estimate()
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of({"kind": self.kind.value, "version": self.version, "options": self.options, "needs": list(self.needs)})
+
+
+class Output(_Value):
+    """One object that a step wrote."""
+
+    name: str
+    """E.g. rank0.safetensors."""
+    key: str
+    """In the store."""
+    num_bytes: int
+    sha256: str
+
+
+class Outcome(_Value):
+    """What happened: the outputs of a step and how it went. Committed under the step's digest."""
+
+    digest: str
+    name: str
+    kind: Kind
+    outputs: tuple[Output, ...]
+    facts: dict[str, Any] = Field(default_factory=dict)
+    """What the kind records: an engine's inputs and outputs, verification numbers, peak memory."""
+    node: str = ""
+    started_at: str = ""
+    """ISO 8601, UTC."""
+    seconds: float = 0.0
+    tools: dict[str, str] = Field(default_factory=dict)
+    log_tail: str = ""
+
+    def output(self, name: str) -> Output:
+        """The output called `name`. Raises KeyError."""
+        for output in self.outputs:
+            if output.name == name:
+                return output
+        raise KeyError(f"{self.name} has no output {name!r}")
+
+
+class FailureKind(StrEnum):
+    """Whose fault it was: decides whether to try again."""
+
+    INFRASTRUCTURE = "infrastructure"
+    """Node, worker or store lost: the same step may succeed elsewhere."""
+    APPLICATION = "application"
+    """The step's own error: it would happen again."""
+    CANCELLED = "cancelled"
+
+
+class Failure(_Value):
+    """Why an attempt failed."""
+
+    kind: FailureKind
+    message: str
+    error: str = ""
+    """Class name of the OrchestratorError that it was, if it was one."""
+    advice: str = ""
+    node: str = ""
+    log_tail: str = ""
+
+    @staticmethod
+    def of(error: BaseException, node: str = "", log_tail: str = "") -> Failure:
+        """An error raised by a step's own code."""
+        if isinstance(error, OrchestratorError):
+            name, advice, message = type(error).__name__, error.advice, error.message
+        else:
+            name, advice, message = "", "", f"{type(error).__name__}: {error}"
+        return Failure(
+            kind=FailureKind.APPLICATION, message=message, error=name, advice=advice, node=node, log_tail=log_tail
+        )
+
+    def to_error(self, step_name: str) -> OrchestratorError:
+        """The error to raise for the user; keeps class and exit code of the original."""
+        cls = error_classes().get(self.error, StepFailedError)
+        return cls(f"{step_name}: {self.message}", self.advice)
+
+
+class Task(_Value):
+    """A step on its way to a worker: with what its needs produced and where to write."""
+
+    step: Step
+    inputs: dict[str, Outcome]
+    """Outcome of every need, by digest."""
+    attempt: int
+    store: str
+    """URL."""
+    scratch: str | None = None

@@ -1,0 +1,115 @@
+"""How a model is split over ranks: tensor parallel x pipeline parallel.
+
+Rank order is TensorRT-LLM's: tp fastest, then pp. Layers are split over the stages like torch.tensor_split (the first
+L % pp stages hold one layer more) or as an explicit partition says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from orchestrator.core.errors import TopologyError
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands."""
+
+    rank: int
+    tp_rank: int
+    pp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLimits:
+    """The numbers of a model that decide which topologies are legal."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """tp x pp ranks, and the layers of each stage."""
+
+    tp: int
+    pp: int
+    pp_partition: tuple[int, ...] | None = None
+    """Layers per stage; None: as even as can be."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
+
+    def rank(self, tp_rank: int, pp_rank: int) -> int:
+        return pp_rank * self.tp + tp_rank
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Raises TopologyError when `rank` is outside the world."""
+        if not 0 <= rank < self.world_size:
+            raise TopologyError(f"rank {rank} is not in 0..{self.world_size - 1} (tp={self.tp}, pp={self.pp})")
+        return Coordinates(rank, rank % self.tp, rank // self.tp)
+
+    def ranks(self) -> Iterator[Coordinates]:
+        for rank in range(self.world_size):
+            yield self.coordinates(rank)
+
+    def stages(self, num_layers: int) -> tuple[range, ...]:
+        """The global layer numbers of each pipeline stage."""
+        counts = self.pp_partition or _even_partition(num_layers, self.pp)
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        return tuple(range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False))
+
+
+def _even_partition(num_layers: int, pp: int) -> tuple[int, ...]:
+    short, longer = divmod(num_layers, pp)
+    return tuple(short + 1 if stage < longer else short for stage in range(pp))
+
+
+def problems(topology: Topology, limits: ParallelLimits) -> list[str]:
+    """Every reason why `topology` cannot be built; empty when it can."""
+    found = _tp_problems(topology.tp, limits)
+    layers = limits.num_hidden_layers
+    if topology.pp > layers:
+        found.append(f"pp={topology.pp} is greater than the model's {layers} layers")
+    if topology.pp_partition is not None:
+        if len(topology.pp_partition) != topology.pp:
+            found.append(f"pp_partition has {len(topology.pp_partition)} stages, pp is {topology.pp}")
+        if sum(topology.pp_partition) != layers:
+            found.append(f"pp_partition sums to {sum(topology.pp_partition)}, the model has {layers} layers")
+        if any(count < 1 for count in topology.pp_partition):
+            found.append("pp_partition has a stage without layers")
+    return found
+
+
+def _tp_problems(tp: int, limits: ParallelLimits) -> list[str]:
+    found = []
+    heads, kv_heads = limits.num_attention_heads, limits.num_key_value_heads
+    if heads % tp:
+        found.append(f"tp={tp} does not divide the {heads} attention heads")
+    if kv_heads % tp and tp % kv_heads:
+        found.append(f"tp={tp} neither divides nor is a multiple of the {kv_heads} key/value heads")
+    if limits.intermediate_size % tp:
+        found.append(f"tp={tp} does not divide intermediate_size {limits.intermediate_size}")
+    return found
+
+
+def legal_tp(limits: ParallelLimits) -> list[int]:
+    """Every legal tensor-parallel size, ascending."""
+    return [tp for tp in range(1, limits.num_attention_heads + 1) if not _tp_problems(tp, limits)]
+
+
+def check(topology: Topology, limits: ParallelLimits) -> None:
+    """Raises TopologyError with every reason and the legal alternatives."""
+    found = problems(topology, limits)
+    if found:
+        legal = ", ".join(str(tp) for tp in legal_tp(limits))
+        raise TopologyError(
+            "illegal topology: " + "; ".join(found),
+            f"Legal here: tp in {{{legal}}}, pp from 1 to {limits.num_hidden_layers}.",
+        )

@@ -1,0 +1,90 @@
+"""Engine backends: what compiles a rank's graph. The request, the record, and the table of backends."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from orchestrator.core.errors import ToolError
+from orchestrator.core.manifest import EngineRecord
+from orchestrator.core.spec import BuildConfig
+
+BACKENDS: dict[str, str] = {
+    "tensorrt": "orchestrator.engines.tensorrt",
+    "tensorrt_rtx": "orchestrator.engines.tensorrt",
+}
+"""Module that builds for each backend; both TensorRTs have one API."""
+
+_DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """An optimization profile: (min, opt, max) shape of every dynamic input."""
+
+    name: str
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """Everything that an engine is compiled from."""
+
+    model: bytes
+    """Serialized ONNX model; its external initializers are bound from `weights`."""
+    weights: Mapping[str, npt.NDArray[Any]]
+    """Contiguous bytes of every external initializer, in the graph's dtype; not copied."""
+    profiles: tuple[Profile, ...]
+    config: BuildConfig
+
+
+class EngineBackend(Protocol):
+    """What a member of BACKENDS offers; proven by tests/contracts/engine_contract.py."""
+
+    def build_engine(
+        self,
+        request: EngineRequest,
+        write: Callable[[memoryview], None],
+        progress: Callable[[str, int, int], None],
+        log: Callable[[str], None],
+    ) -> EngineRecord:
+        """Compile and stream the plan to `write`, front to back.
+
+        `progress` gets phase, steps done and steps in all. Raises EngineBuildError, ToolError, and whatever `write` raises.
+        """
+        ...
+
+
+def backend(name: str) -> EngineBackend:
+    """The backend module called `name`."""
+    return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]  # a module is the object
+
+
+def installed_version(name: str) -> str | None:
+    """Version of a backend's library on this machine, without importing it; None when it is not installed."""
+    for distribution in _DISTRIBUTIONS[name]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def require_version(name: str, expected: str | None) -> None:
+    """Raises ToolError when the library is missing here, or is not the version that the plan was made for."""
+    found = installed_version(name)
+    if found is None:
+        raise ToolError(f"{name} is not installed on this machine", f"Install it: pip install {_DISTRIBUTIONS[name][1]}.")
+    if expected is not None and found != expected:
+        raise ToolError(
+            f"this machine has {name} {found}, the plan was made for {expected}",
+            "Install the same version on the driver and on every node: engines are tied to it.",
+        )

@@ -1,0 +1,223 @@
+"""TensorRT, both of them: `tensorrt` for data-centre GPUs and `tensorrt_rtx` ahead of time. One API; the differences are few.
+
+Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`): nothing is copied on the way in,
+and the plan is streamed on the way out. Engine bytes differ from build to build: tactics are chosen by timing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.core.errors import EngineBuildError, SpecError, ToolError
+from orchestrator.core.manifest import EngineRecord, TensorRange
+from orchestrator.core.spec import BuildConfig
+from orchestrator.engines import EngineRequest, Profile, require_version
+
+_VERBOSITY = {"layer_names_only": "LAYER_NAMES_ONLY", "detailed": "DETAILED", "none": "NONE"}
+_MAX_ERRORS = 5
+
+
+def build_engine(
+    request: EngineRequest,
+    write: Callable[[memoryview], None],
+    progress: Callable[[str, int, int], None],
+    log: Callable[[str], None],
+) -> EngineRecord:
+    """See EngineBackend."""
+    trt = _module(request.config.backend)
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise ToolError(f"{request.config.backend} cannot start here", "It needs a GPU of the target type and its driver.")
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    _parse(trt, parser, request, log)
+    _allow_decomposed_attention(trt, network)
+    config = builder.create_builder_config()
+    _configure(trt, config, request.config)
+    for profile in request.profiles:
+        _add_profile(builder, config, network, profile)
+    # Python objects handed to TensorRT must outlive the build.
+    monitor, stream = _monitor(trt, progress), _stream(trt, write)
+    config.progress_monitor = monitor
+    built = builder.build_serialized_network_to_stream(network, config, stream)
+    if stream.error is not None:
+        raise stream.error
+    if not built or not stream.num_bytes:
+        raise EngineBuildError(f"{request.config.backend} could not build the engine: " + _last_errors(logger))
+    return _record(trt, network, request)
+
+
+def _module(backend: str) -> Any:
+    require_version(backend, None)
+    return importlib.import_module(backend)
+
+
+def _logger(trt: Any, log: Callable[[str], None]) -> Any:
+    class StepLogger(trt.ILogger):  # type: ignore[misc, name-defined]  # the base is known at run time only
+        """Keeps TensorRT's own words with the step."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(message)
+            if severity <= trt.ILogger.Severity.INFO:
+                log(f"[{severity.name}] {message}")
+
+    return StepLogger()
+
+
+def _last_errors(logger: Any) -> str:
+    # Without a GPU every failure also complains of the missing driver, which is not the cause.
+    causes = [line for line in logger.errors if "CUDA driver version" not in line]
+    return " | ".join(causes[-_MAX_ERRORS:]) or "it gave no reason"
+
+
+def _parse(trt: Any, parser: Any, request: EngineRequest, log: Callable[[str], None]) -> None:
+    if not parser.load_model_proto(request.model):
+        raise EngineBuildError("TensorRT's parser cannot read the graph: " + _parser_errors(parser))
+    for name, array in request.weights.items():
+        if not array.flags["C_CONTIGUOUS"]:
+            raise EngineBuildError(f"the weights of {name} are not contiguous")
+        if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
+            raise EngineBuildError(f"TensorRT's parser does not take the weights of {name}: " + _parser_errors(parser))
+    if not parser.parse_model_proto():
+        raise EngineBuildError("TensorRT's parser refuses the graph: " + _parser_errors(parser))
+
+
+def _parser_errors(parser: Any) -> str:
+    found = [parser.get_error(number) for number in range(parser.num_errors)]
+    return " | ".join(f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in found[:_MAX_ERRORS])
+
+
+def _allow_decomposed_attention(trt: Any, network: Any) -> None:
+    """Let TensorRT use several kernels where it has no fused one (3 query heads on 1 key/value head, for one)."""
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # how the bindings downcast
+            layer.attention.decomposable = True
+
+
+def _configure(trt: Any, config: Any, options: BuildConfig) -> None:
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITY[options.profiling_verbosity])
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for number, capability in enumerate(options.compute_capabilities):
+            config.set_compute_capability(_compute_capability(trt, capability), number)
+
+
+def _compute_capability(trt: Any, text: str) -> Any:
+    name = "SM" + text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
+    if name not in trt.ComputeCapability.__members__:
+        known = ", ".join(member for member in trt.ComputeCapability.__members__ if member.startswith("SM"))
+        raise SpecError(f"tensorrt_rtx cannot build for compute capability {text!r}", f"It builds for {known}.")
+    return trt.ComputeCapability.__members__[name]
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+    added = builder.create_optimization_profile()
+    for number in range(network.num_inputs):
+        name = network.get_input(number).name
+        if name in profile.shapes:
+            added.set_shape(name, *profile.shapes[name])
+    if config.add_optimization_profile(added) < 0:
+        raise EngineBuildError(f"TensorRT refuses the optimization profile {profile.name}")
+
+
+def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # the base is known at run time only
+        """Reports the outermost phase; TensorRT nests them."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self.totals[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.totals:
+                progress(phase_name, step + 1, self.totals[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self.totals.pop(phase_name, None)
+            if total:
+                progress(phase_name, total, total)
+
+    return Monitor()
+
+
+def _stream(trt: Any, write: Callable[[memoryview], None]) -> Any:
+    class Stream(trt.IStreamWriter):  # type: ignore[misc, name-defined]  # the base is known at run time only
+        """Hands the plan on; an error ends the build instead of crossing C++."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.num_bytes = 0
+            self.error: Exception | None = None
+
+        def write(self, data: Any) -> int:
+            view = memoryview(data).cast("B")
+            try:
+                write(view)
+            except Exception as error:  # re-raised by build_engine
+                self.error = error
+                return 0
+            self.num_bytes += len(view)
+            return len(view)
+
+    return Stream()
+
+
+def _record(trt: Any, network: Any, request: EngineRequest) -> EngineRecord:
+    inputs = [network.get_input(number) for number in range(network.num_inputs)]
+    outputs = [network.get_output(number) for number in range(network.num_outputs)]
+    past = {tensor.name for tensor in inputs}
+    tensors = [
+        TensorRange(
+            name=tensor.name,
+            dtype=tensor.dtype.name.lower(),
+            mode="input",
+            shape=_shape(tensor),
+            profiles={
+                profile.name: dict(zip(("min", "opt", "max"), profile.shapes[tensor.name], strict=True))
+                for profile in request.profiles
+                if tensor.name in profile.shapes
+            },
+        )
+        for tensor in inputs
+    ]
+    for tensor in outputs:
+        source = tensor.name.replace("present_", "past_", 1)
+        aliases = source if tensor.name.startswith("present_") and source in past else None
+        tensors.append(
+            TensorRange(name=tensor.name, dtype=tensor.dtype.name.lower(), mode="output", shape=_shape(tensor), aliases=aliases)
+        )
+    return EngineRecord(
+        backend=request.config.backend,
+        tensorrt_version=trt.__version__,
+        compute_capabilities=request.config.compute_capabilities,
+        profiles=tuple(profile.name for profile in request.profiles),
+        tensors=tuple(tensors),
+    )
+
+
+def _shape(tensor: Any) -> tuple[int | str, ...]:
+    names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+    return tuple(size if size >= 0 else name or "dynamic" for size, name in zip(tensor.shape, names, strict=True))

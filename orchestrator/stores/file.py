@@ -1,0 +1,176 @@
+"""file:// on a POSIX file system, local or shared.
+
+An object is written under a temporary name, synced, then linked to its own name: link(2) fails when the name is taken,
+atomically, on NFS too. Copies are hard links where possible, because objects are never written in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+from orchestrator.core.errors import StoreError
+from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
+
+_TEMPORARY = ".tmp-"
+
+
+class FileStore:
+    """Objects as files below a folder."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise StoreError(f"store {url!r} names a host", "Write file:///absolute/folder, with three slashes.")
+        self.url = url.rstrip("/")
+        self.root = Path(unquote(parts.path))
+
+    def _path(self, key: str) -> Path:
+        if not key or key.startswith("/") or ".." in key.split("/"):
+            raise StoreError(f"{key!r} is not a key")
+        return self.root / key
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key):
+            return self._path(key).read_bytes()
+
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        with self._reading(key), self._path(key).open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        with FileWriter(self, key, len(data), create) as writer:
+            writer.write(data)
+
+    def writer(self, key: str, num_bytes: int | None = None) -> FileWriter:
+        return FileWriter(self, key, num_bytes, create=False)
+
+    def copy(self, source: str, target: str) -> None:
+        with self._reading(source):
+            path = self._path(target)
+            self._make_folder(path)
+            temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+            try:
+                os.link(self._path(source), temporary)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another file system below the same root, or one without links
+                shutil.copyfile(self._path(source), temporary)
+            # Renaming one name of a file onto another name of the same file does nothing and leaves both.
+            temporary.replace(path)
+            temporary.unlink(missing_ok=True)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        folder = self.root / prefix.rpartition("/")[0]
+        for directory, _, names in os.walk(folder):
+            for name in names:
+                path = Path(directory, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(_TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield ObjectInfo(key, path.stat().st_size)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise ObjectMissingError(f"{self.url} has no object {key!r}") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {key!r} in {self.url}: {error.strerror}") from error
+
+    def _make_folder(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write to the store {self.url}: {error.strerror}") from error
+
+
+class FileWriter:
+    """Writes beside the object's name, then links or renames to it."""
+
+    def __init__(self, store: FileStore, key: str, num_bytes: int | None, create: bool) -> None:
+        self._store, self._key, self._create = store, key, create
+        self._path = store._path(key)
+        self._temporary = self._path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+        self._num_bytes = num_bytes
+        self._written = 0
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        self._store._make_folder(self._path)
+        try:
+            self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            if self._num_bytes:
+                with contextlib.suppress(OSError):  # no fallocate here: the file grows as it is written
+                    os.posix_fallocate(self._file, 0, self._num_bytes)
+        except OSError as error:
+            self._discard()
+            raise StoreError(f"cannot write to the store {self._store.url}: {error.strerror}") from error
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], self._written + done)
+        except OSError as error:
+            raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {error.strerror}") from error
+        self._written += done
+        return done
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        except OSError as failure:
+            raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {failure.strerror}") from failure
+        finally:
+            self._discard()
+
+    def _commit(self) -> None:
+        if self._num_bytes is not None and self._written != self._num_bytes:
+            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+        os.fsync(self._file)
+        if self._create:
+            try:
+                os.link(self._temporary, self._path)
+            except FileExistsError:
+                raise ObjectExistsError(f"{self._store.url} already has {self._key!r}") from None
+        else:
+            self._temporary.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _discard(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""Any URL that fsspec knows: memory://, s3:// through s3fs, gs://, az://.
+
+fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises; writers here open with
+autocommit=False and commit only at a clean end. Put-if-absent is fsspec's mode="create" (If-None-Match on S3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from orchestrator.core.errors import StoreError
+from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
+
+_BLOCK_BYTES = 16 * 2**20
+
+
+class FsspecStore:
+    """Objects below an fsspec URL. The client is made here, in the process that uses it, and never pickled."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            options = {"skip_instance_cache": True} if not url.startswith("memory:") else {}
+            self._fs, self._root = fsspec.url_to_fs(self.url, **options)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"cannot open the store {url!r}: {error}", "Install the fsspec package of this scheme.") from None
+        self._root = self._root.rstrip("/")
+
+    def _path(self, key: str) -> str:
+        if not key or key.startswith("/") or ".." in key.split("/"):
+            raise StoreError(f"{key!r} is not a key")
+        return f"{self._root}/{key}"
+
+    def get(self, key: str) -> bytes:
+        with self._errors(f"read {key!r}"):
+            return bytes(self._fs.cat_file(self._path(key)))
+
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        with self._errors(f"read {key!r}"):
+            return bytes(self._fs.cat_file(self._path(key), start=begin, end=end))
+
+    def size(self, key: str) -> int | None:
+        with self._errors(f"read {key!r}"):
+            try:
+                info = self._fs.info(self._path(key))
+            except FileNotFoundError:
+                return None
+            return int(info["size"]) if info["type"] == "file" else None
+
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        with self._errors(f"write {key!r}"):
+            self._fs.pipe_file(self._path(key), data, mode="create" if create else "overwrite")
+
+    def writer(self, key: str, num_bytes: int | None = None) -> FsspecWriter:
+        return FsspecWriter(self, key, num_bytes)
+
+    def copy(self, source: str, target: str) -> None:
+        with self._errors(f"copy {source!r}"):
+            self._fs.cp_file(self._path(source), self._path(target))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        with self._errors(f"list {prefix!r}"):
+            folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
+            try:
+                found: dict[str, Any] = self._fs.find(folder, detail=True)
+            except FileNotFoundError:
+                found = {}
+        for path, info in found.items():
+            key = path[len(self._root) :].lstrip("/")
+            if key.startswith(prefix):
+                yield ObjectInfo(key, int(info["size"]))
+
+    def delete(self, key: str) -> None:
+        with self._errors(f"delete {key!r}"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise ObjectExistsError(f"cannot {doing}: {self.url} already has it") from None
+        except FileNotFoundError:
+            raise ObjectMissingError(f"cannot {doing}: {self.url} has no such object") from None
+        except OSError as error:
+            raise StoreError(f"cannot {doing} in {self.url}: {error}") from error
+
+
+class FsspecWriter:
+    """A streaming write that commits at a clean end only."""
+
+    def __init__(self, store: FsspecStore, key: str, num_bytes: int | None) -> None:
+        self._store, self._key, self._num_bytes = store, key, num_bytes
+        self._written = 0
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        with self._store._errors(f"write {self._key!r}"):
+            path = self._store._path(self._key)
+            self._file = self._store._fs.open(path, "wb", autocommit=False, block_size=_BLOCK_BYTES)
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        with self._store._errors(f"write {self._key!r}"):
+            self._file.write(view)
+        self._written += len(view)
+        return len(view)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        short = self._num_bytes is not None and self._written != self._num_bytes
+        with self._store._errors(f"write {self._key!r}"):
+            if kind is None and not short:
+                self._file.close()
+                self._file.commit()
+                return
+            self._file.discard()
+        if kind is None:
+            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")

@@ -1,0 +1,102 @@
+"""How each kind of step is done: plain functions task -> facts, run by any cluster in any process.
+
+`run` is the whole life of an attempt: open the store, do the work, commit the outcome.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import platform
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator import cache
+from orchestrator.core.progress import StepProgress
+from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.stores import open_store
+from orchestrator.work.context import Context, Unit
+
+FUNCTIONS: dict[Kind, str] = {
+    Kind.REFERENCE: "orchestrator.work.reference:reference",
+    Kind.CALIBRATE: "orchestrator.work.quantize:calibrate",
+    Kind.CONVERT: "orchestrator.work.convert:convert",
+    Kind.BUILD: "orchestrator.work.build:build",
+    Kind.VERIFY: "orchestrator.work.verify:verify",
+}
+"""Imported when a step of the kind runs, because their imports are heavy."""
+
+_REPORT_SECONDS = 0.2
+_LOG_TAIL_LINES = 40
+
+
+def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Outcome:
+    """Do the step and commit its outcome, or return the outcome that is committed already.
+
+    Raises what the step raises; then nothing is committed.
+    """
+    store = open_store(task.store)
+    digest = task.step.digest
+    known = cache.lookup(store, digest)
+    if known is not None:
+        return known
+    module, _, name = FUNCTIONS[task.step.kind].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    lines: list[str] = []
+    scratch = Path(tempfile.mkdtemp(prefix="step-", dir=task.scratch))
+    context = Context(
+        store=store,
+        prefix=cache.attempt_prefix(digest, uuid.uuid4().hex[:12]),
+        scratch=scratch,
+        report=_throttled(digest, emit),
+        log=lines.append,
+    )
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    began = time.monotonic()
+    try:
+        facts = function(task, context)
+    except BaseException as error:
+        _attach_log(error, lines)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    outcome = Outcome(
+        digest=digest,
+        name=task.step.name,
+        kind=task.step.kind,
+        outputs=tuple(sorted(context.outputs, key=lambda output: output.name)),
+        facts=facts,
+        node=node or platform.node(),
+        started_at=started_at,
+        seconds=round(time.monotonic() - began, 3),
+        tools=context.tools,
+        log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
+    )
+    return cache.commit(store, outcome)
+
+
+def log_of(error: BaseException) -> str:
+    """The end of the step's own log at the time it raised `error`."""
+    return str(getattr(error, "_step_log", ""))
+
+
+def _attach_log(error: BaseException, lines: list[str]) -> None:
+    error._step_log = "\n".join(lines[-_LOG_TAIL_LINES:])  # type: ignore[attr-defined]
+
+
+def _throttled(digest: str, emit: Callable[[StepProgress], None]) -> Callable[[str, int, int, Unit], None]:
+    """Progress at most a few times a second; the last of a phase always."""
+    last = 0.0
+
+    def report(phase: str, done: int, total: int, unit: Unit) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _REPORT_SECONDS or done >= total:
+            last = now
+            emit(StepProgress(digest=digest, phase=phase, done=done, total=total, unit=unit))
+
+    return report

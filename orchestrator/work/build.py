@@ -1,0 +1,71 @@
+"""Compile one rank: its graph, its weights from the memory-mapped shards, the plan straight to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.dtypes import MODEL_DTYPES
+from orchestrator.core.manifest import EngineRecord
+from orchestrator.core.options import BuildOptions
+from orchestrator.core.step import Task
+from orchestrator.engines import EngineRequest, backend, installed_version, require_version
+from orchestrator.engines.profiles import max_seq_len, rank_profiles
+from orchestrator.networks import Network, NetworkOptions, decoder_network
+from orchestrator.work.context import Context
+from orchestrator.work.shards import Weight, map_shards, rank_shards, require
+
+
+def build(task: Task, context: Context) -> dict[str, Any]:
+    """Write rank{N}.engine. Facts: the engine's record. Raises EngineBuildError, ToolError."""
+    options = BuildOptions.model_validate(task.step.options)
+    require_version(options.engine.backend, options.tensorrt_version)
+    context.tools[options.engine.backend] = installed_version(options.engine.backend) or ""
+    weights = map_shards(rank_shards(task, context, options.rank))
+    with context.output(f"rank{options.rank}.engine") as writer:
+        record = compile_rank(
+            options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
+        )
+    return {"engine": record.model_dump(mode="json"), "rank": options.rank}
+
+
+def compile_rank(
+    options: BuildOptions,
+    weights: Mapping[str, Weight],
+    write: Callable[[memoryview], None],
+    progress: Callable[[str, int, int], None],
+    log: Callable[[str], None],
+) -> EngineRecord:
+    """Compile a rank from its converted weights, streaming the plan to `write`."""
+    slots = max_seq_len(options.stage.config, options.engine)
+    network = decoder_network(
+        options.stage,
+        NetworkOptions(options.stage.config.dtype, max_seq_len=slots, cache_slots=slots, gather_logits=options.engine.gather_logits),
+    )
+    request = EngineRequest(
+        model=network.model.SerializeToString(),
+        weights=bind(network, weights, options.stage.config.dtype),
+        profiles=rank_profiles(options.stage, options.engine),
+        config=options.engine,
+    )
+    return backend(options.engine.backend).build_engine(request, write, progress, log)
+
+
+def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[str, npt.NDArray[Any]]:
+    """Every external initializer of the graph: weights as they lie in the page cache, tables cast to `dtype`."""
+    import ml_dtypes
+
+    require(weights, network.weight_names())
+    bound: dict[str, npt.NDArray[Any]] = {}
+    for name in network.weight_names():
+        if weights[name].dtype != MODEL_DTYPES[dtype]:
+            raise SourceCorruptError(f"{name} is {weights[name].dtype} in the rank's checkpoint, its config says {dtype}")
+        bound[name] = weights[name].data
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    for name, table in network.tables.items():
+        bound[name] = np.ascontiguousarray(table.astype(kind))
+    return bound

@@ -1,0 +1,50 @@
+"""The calls that a verification makes: one right-padded prefill, then decode steps through the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One execution of a stage: B sequences, S tokens each."""
+
+    input_ids: Ints
+    position_ids: Ints
+    write_indices: Ints
+
+    @property
+    def logit_indices(self) -> Ints:
+        """Ask for the logits of every token."""
+        batch, tokens = self.input_ids.shape
+        return np.tile(np.arange(tokens, dtype=np.int64), (batch, 1))
+
+
+def make_calls(tokens: Ints, lengths: Ints, decode_steps: int) -> list[Call]:
+    """Prefill with all but the last `decode_steps` tokens of each sequence (at least one), then feed those one by one."""
+    prefill = np.maximum(lengths - decode_steps, 1)
+    width = int(prefill.max())
+    positions = np.tile(np.arange(width, dtype=np.int64), (len(lengths), 1))
+    inputs = np.where(positions < prefill[:, None], tokens[:, :width], 0)
+    calls = [Call(inputs, positions, np.zeros(len(lengths), np.int64))]
+    for step in range(decode_steps):
+        position = np.minimum(prefill + step, lengths - 1)
+        calls.append(Call(np.take_along_axis(tokens, position[:, None], 1), position[:, None], position))
+    return calls
+
+
+def positions_of(lengths: Ints, decode_steps: int) -> Iterator[tuple[int, int, int, int]]:
+    """(sequence, position, call, row within the call) of every position, each once."""
+    prefill = np.maximum(lengths - decode_steps, 1)
+    for sequence, length in enumerate(lengths):
+        for position in range(int(length)):
+            if position < prefill[sequence]:
+                yield sequence, position, 0, position
+            else:
+                yield sequence, position, int(position - prefill[sequence]) + 1, 0

@@ -1,0 +1,57 @@
+"""How far two sets of logits are apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.errors import VerificationError
+from orchestrator.core.manifest import Verification
+from orchestrator.core.spec import ToleranceSpec
+
+Floats = npt.NDArray[np.floating]
+
+
+def compare(logits: Floats, reference: Floats) -> Verification:
+    """Compare [positions, vocabulary] with the reference of the same shape.
+
+    The relative error of a position is max |logit - reference| / max |reference|; the worst is reported. KL is
+    KL(reference || logits) in nats, averaged. Values that are not finite count as infinitely wrong.
+    """
+    ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
+    if not np.isfinite(ours).all():
+        return Verification(
+            num_positions=len(ours), max_absolute_error=1e300, max_relative_error=1e300, mean_kl=1e300, top1_agreement=0.0
+        )
+    difference = np.abs(ours - theirs).max(axis=-1)
+    scale = np.maximum(np.abs(theirs).max(axis=-1), np.finfo(np.float32).tiny)
+    log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return Verification(
+        num_positions=len(ours),
+        max_absolute_error=float(difference.max()),
+        max_relative_error=float((difference / scale).max()),
+        mean_kl=float(max(divergence.mean(), 0.0)),
+        top1_agreement=float((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).mean()),
+    )
+
+
+def _log_softmax(values: Floats) -> Floats:
+    shifted = values - values.max(axis=-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def check(found: Verification, tolerance: ToleranceSpec) -> None:
+    """Raises VerificationError that names every number above tolerance."""
+    problems = []
+    if found.max_relative_error > tolerance.max_relative_error:
+        problems.append(f"relative error {found.max_relative_error:.3g} > {tolerance.max_relative_error:g}")
+    if found.mean_kl > tolerance.max_mean_kl:
+        problems.append(f"mean KL {found.mean_kl:.3g} > {tolerance.max_mean_kl:g}")
+    if found.top1_agreement < tolerance.min_top1_agreement:
+        problems.append(f"top-1 agreement {found.top1_agreement:.4f} < {tolerance.min_top1_agreement:g}")
+    if problems:
+        raise VerificationError(
+            f"the engines' graphs differ from the reference on {found.num_positions} positions: " + ", ".join(problems)
+        )

@@ -1,0 +1,101 @@
+"""What every step's function is given besides its task: a store, a place to write, and ways to report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.core.errors import DigestError
+from orchestrator.core.step import Output
+from orchestrator.stores import Store, Writer
+
+Unit = Literal["bytes", "steps"]
+
+
+@dataclass
+class Context:
+    """Of one attempt of one step."""
+
+    store: Store
+    prefix: str
+    """Key prefix of this attempt's outputs."""
+    scratch: Path
+    """A folder of this attempt's own, removed after it."""
+    report: Callable[[str, int, int, Unit], None]
+    """Report progress: phase, done, total, unit."""
+    log: Callable[[str], None]
+    """Append a line to the step's log."""
+    tools: dict[str, str] = field(default_factory=dict)
+    """Versions of what the step used; filled by it."""
+    outputs: list[Output] = field(default_factory=list)
+
+    @contextmanager
+    def output(self, name: str, num_bytes: int | None = None) -> Iterator[HashingWriter]:
+        """Stream an output; it is recorded when the block ends well, and leaves nothing when it raises."""
+        key = self.prefix + name
+        with self.store.writer(key, num_bytes) as raw:
+            writer = HashingWriter(raw)
+            yield writer
+        self.outputs.append(Output(name=name, key=key, num_bytes=writer.num_bytes, sha256=writer.sha256))
+
+    def fetch(self, output: Output) -> Path:
+        """An input as a file of this machine: where it lies, or copied to scratch and checked on the way.
+
+        Raises DigestError when the bytes are not those that were committed.
+        """
+        local = self.store.local_path(output.key)
+        if local is not None:
+            return local
+        target = self.scratch / output.sha256[:16] / output.name
+        if target.is_file():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(self.store, output.key, output.num_bytes, output.sha256, target)
+        return target
+
+
+class HashingWriter:
+    """Computes sha256 while writing, so that no byte is read back to be hashed."""
+
+    def __init__(self, raw: Writer) -> None:
+        self._raw = raw
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._raw.write(data)
+        self._hash.update(data)
+        self.num_bytes += memoryview(data).nbytes
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+_DOWNLOAD_BLOCK_BYTES = 16 * 2**20
+
+
+def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) -> None:
+    """Copy an object to `target`, verified while writing; the name appears only when every byte is right.
+
+    Raises DigestError, and leaves nothing.
+    """
+    part = target.with_name(target.name + ".part")
+    hasher = hashlib.sha256()
+    try:
+        with part.open("wb") as file:
+            for begin in range(0, num_bytes, _DOWNLOAD_BLOCK_BYTES):
+                block = store.get_range(key, begin, min(begin + _DOWNLOAD_BLOCK_BYTES, num_bytes))
+                hasher.update(block)
+                file.write(block)
+        if hasher.hexdigest() != sha256 or part.stat().st_size != num_bytes:
+            raise DigestError(f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {sha256}")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+

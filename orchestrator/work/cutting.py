@@ -1,0 +1,167 @@
+"""The inner loop of conversion: read large blocks once, cut them for all ranks, append to every rank's file.
+
+Memory is a few blocks, whatever the model's size; only a source tensor that two targets of one task share (a tied
+embedding and head on one stage) is held whole from its first use to its last. Reading the next block overlaps with
+cutting, hashing and writing this one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoints.blocks import ByteSource
+from orchestrator.core.checkpoint import TensorInfo
+from orchestrator.core.dtypes import num_bytes
+from orchestrator.core.errors import DtypeError
+from orchestrator.core.weight_map import Read, Target
+
+Bytes = npt.NDArray[np.uint8]
+BLOCK_BYTES = 16 * 2**20
+_ZERO_BYTES = 2**20
+
+
+class Sink(Protocol):
+    """One rank's file, written from front to back."""
+
+    def write(self, data: memoryview) -> Any: ...
+
+
+class Cutter:
+    """Runs targets in order against one sink per tensor-parallel rank."""
+
+    def __init__(self, source: ByteSource, sinks: Sequence[Sink], progress: Callable[[int], None]) -> None:
+        self._source, self._sinks, self._progress = source, sinks, progress
+        self._reader = ThreadPoolExecutor(1, "read")
+        self._writers = ThreadPoolExecutor(min(len(sinks), 4), "write")
+        self._buffers = [np.empty(0, np.uint8) for _ in range(3)]
+        self._held: dict[str, Bytes] = {}
+
+    def run(self, targets: Sequence[Target]) -> None:
+        """Write every target. Raises SourceCorruptError, DtypeError, StoreError."""
+        uses = Counter(read.tensor.name for target in targets for read in target.reads)
+        try:
+            for target in targets:
+                for read in target.reads:
+                    uses[read.tensor.name] -= 1
+                    self._run_read(read, target.dtype, shared=uses[read.tensor.name] > 0)
+                    if not uses[read.tensor.name]:
+                        self._held.pop(read.tensor.name, None)
+        finally:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._writers.shutdown(wait=True, cancel_futures=True)
+
+    def _run_read(self, read: Read, dtype: str, shared: bool) -> None:
+        tensor = read.tensor
+        if shared and tensor.name not in self._held:
+            self._held[tensor.name] = self._read_whole(tensor)
+        pending: list[Future[None]] = []
+        for row, block in self._blocks(tensor):
+            if tensor.dtype != dtype:
+                block = cast(block, tensor, dtype)
+            _finish(pending)  # a sink takes its pieces in order, and errors must surface
+            pending = [self._writers.submit(_append, sink, piece) for sink, piece in self._pieces(read, row, block)]
+        _finish(pending)
+        self._pad(read, dtype)
+
+    def _blocks(self, tensor: TensorInfo) -> Iterator[tuple[int, Bytes]]:
+        """(first row, rows x bytes-per-row) until the tensor ends; the next block is read while one is used."""
+        rows, row_bytes = _rows(tensor)
+        if rows == 0 or row_bytes == 0:
+            return
+        step = max(1, BLOCK_BYTES // row_bytes)
+        held = self._held.get(tensor.name)
+        if held is not None:
+            for row in range(0, rows, step):
+                yield row, held[row : row + step]
+            return
+        ahead: Future[Bytes] | None = None
+        for number, row in enumerate(range(0, rows, step)):
+            block = ahead.result() if ahead else self._read_rows(tensor, row, step, number)
+            following = row + step
+            ahead = self._reader.submit(self._read_rows, tensor, following, step, number + 1) if following < rows else None
+            yield row, block
+            # Three buffers: one being read, one just yielded, one whose writers may not be through yet.
+
+    def _read_rows(self, tensor: TensorInfo, row: int, step: int, number: int) -> Bytes:
+        rows, row_bytes = _rows(tensor)
+        count = min(step, rows - row)
+        size = count * row_bytes
+        slot = number % len(self._buffers)
+        if self._buffers[slot].size < size:
+            self._buffers[slot] = np.empty(max(size, BLOCK_BYTES), np.uint8)
+        flat = self._buffers[slot][:size]
+        self._source.read_into(tensor.file, tensor.offset + row * row_bytes, memoryview(flat))
+        self._progress(size)
+        return flat.reshape(count, row_bytes)
+
+    def _read_whole(self, tensor: TensorInfo) -> Bytes:
+        whole = np.empty(tensor.num_bytes, np.uint8)
+        self._source.read_into(tensor.file, tensor.offset, memoryview(whole))
+        self._progress(tensor.num_bytes)
+        return whole.reshape(_rows(tensor))
+
+    def _pieces(self, read: Read, row: int, block: Bytes) -> Iterator[tuple[Sink, Bytes]]:
+        """What each rank takes of a block."""
+        if read.axis is None:
+            for sink in self._sinks:
+                yield sink, block
+        elif read.axis == 0:
+            for sink, span in zip(self._sinks, read.spans, strict=True):
+                begin, end = max(span.begin - row, 0), min(span.end - row, len(block))
+                if begin < end:
+                    yield sink, block[begin:end]
+        else:
+            unit = block.shape[1] // read.tensor.shape[1]
+            for sink, span in zip(self._sinks, read.spans, strict=True):
+                yield sink, block[:, span.begin * unit : span.end * unit]
+
+    def _pad(self, read: Read, dtype: str) -> None:
+        row_bytes = num_bytes(dtype, read.tensor.num_elements // max(read.tensor.shape[0], 1))
+        zeros = memoryview(bytes(_ZERO_BYTES))
+        for sink, span in zip(self._sinks, read.spans, strict=False):
+            left = span.pad * row_bytes
+            while left:
+                count = min(left, len(zeros))
+                sink.write(zeros[:count])
+                left -= count
+
+
+def _rows(tensor: TensorInfo) -> tuple[int, int]:
+    """A tensor as rows of its first axis: number of rows, bytes of one."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    return rows, tensor.num_bytes // rows if rows else 0
+
+
+def _append(sink: Sink, piece: Bytes) -> None:
+    sink.write(memoryview(np.ascontiguousarray(piece).reshape(-1)))
+
+
+def _finish(jobs: list[Future[None]]) -> None:
+    wait(jobs)
+    for job in jobs:
+        job.result()
+
+
+def cast(block: Bytes, tensor: TensorInfo, dtype: str) -> Bytes:
+    """Round a block of rows to another floating-point dtype, to nearest even.
+
+    Raises DtypeError when a finite value does not fit (float16 ends at 65504).
+    """
+    import torch
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    if tensor.dtype not in kinds:
+        raise DtypeError(f"{tensor.name} is {tensor.dtype}, which cannot be converted to {dtype}")
+    source = torch.from_numpy(block.reshape(-1)).view(kinds[tensor.dtype])
+    result = source.to(kinds[dtype])
+    if dtype == "F16" and bool((torch.isinf(result) & torch.isfinite(source)).any()):
+        peak = float(source.abs().max())
+        raise DtypeError(f"{tensor.name} holds {peak:.6g}, float16 ends at 65504", "Use dtype bfloat16 or float32.")
+    flat: Bytes = result.view(torch.uint8).numpy()
+    return flat.reshape(len(block), -1)

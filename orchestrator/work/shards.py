@@ -1,0 +1,50 @@
+"""A rank's converted weights as memory-mapped bytes, by tensor name, whatever number of shards they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoints.safetensors import read_header
+from orchestrator.core.errors import SourceMissingError
+from orchestrator.core.step import Task
+from orchestrator.work.context import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor's bytes in the page cache; kept alive by its array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+
+def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
+    """Map every tensor of the given safetensors files. Raises SourceCorruptError."""
+    weights: dict[str, Weight] = {}
+    for path in paths:
+        entries, _ = read_header(path)
+        mapped = np.memmap(path, np.uint8, mode="r")
+        for entry in entries:
+            data = mapped[entry.offset : entry.offset + entry.num_bytes]
+            weights[entry.name] = Weight(entry.dtype, entry.shape, data)
+    return weights
+
+
+def rank_shards(task: Task, context: Context, rank: int) -> list[Path]:
+    """The files of `rank` among the outputs that the task's needs committed."""
+    outputs = [output for need in task.step.needs for output in task.inputs[need].outputs]
+    mine = [output for output in outputs if output.name == f"rank{rank}.safetensors" or output.name.startswith(f"rank{rank}-")]
+    return [context.fetch(output) for output in mine]
+
+
+def require(weights: Mapping[str, Weight], names: Iterable[str]) -> None:
+    """Raises SourceMissingError when the checkpoint lacks a tensor of the network."""
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise SourceMissingError(f"the rank's checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")

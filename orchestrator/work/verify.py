@@ -1,0 +1,135 @@
+"""Execute every rank of a pipeline stage under MPI; on the last stage, compare with the reference.
+
+Stage after stage: the hidden states of all calls travel as one file from a stage's verify step to the next one's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from orchestrator.core.errors import OrchestratorError, ToolError, VerificationError
+from orchestrator.core.options import StageOptions, VerifyOptions
+from orchestrator.core.step import Kind, Output, Task
+from orchestrator.work import compare
+from orchestrator.work.calls import positions_of
+from orchestrator.work.context import Context
+from orchestrator.work.reference import OUTPUT as REFERENCE
+from orchestrator.work.shards import rank_shards
+
+HIDDEN_STATES = "hidden_states.safetensors"
+"""call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
+_LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "SLURM_", "HYDRA_", "HYDI_")
+_STDERR_LINES = 20
+
+
+class RankJob(BaseModel):
+    """What the MPI program is told; ranks find their own shards in it."""
+
+    stage: StageOptions
+    decode_steps: int
+    gather_logits: bool
+    shards: list[list[str]]
+    """Files by tp_rank."""
+    reference: str
+    hidden_states: str | None
+    """Of the previous stage."""
+    output: str
+
+
+def verify(task: Task, context: Context) -> dict[str, Any]:
+    """Run the stage. Facts on the last stage: the verification numbers. Raises VerificationError above tolerance."""
+    options = VerifyOptions.model_validate(task.step.options)
+    stage = options.stage
+    result = context.scratch / "result.safetensors"
+    job = RankJob(
+        stage=stage,
+        decode_steps=options.decode_steps,
+        gather_logits=options.gather_logits,
+        shards=[[str(path) for path in rank_shards(task, context, stage.rank(tp_rank))] for tp_rank in range(stage.tp)],
+        reference=str(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE))),
+        hidden_states=None if stage.is_first else str(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES))),
+        output=str(result),
+    )
+    run_stage(job, context)
+    if not stage.is_last:
+        data = result.read_bytes()
+        with context.output(HIDDEN_STATES, len(data)) as writer:
+            writer.write(data)
+        return {"stage": stage.pp_rank}
+    found = compare_with_reference(result, Path(job.reference), options.decode_steps)
+    context.log(f"verification: {found.model_dump()}")
+    compare.check(found, options.tolerance)
+    return {"stage": stage.pp_rank, "verification": found.model_dump()}
+
+
+def _needed(task: Task, kind: Kind, name: str) -> Output:
+    for need in task.step.needs:
+        if task.inputs[need].kind is kind:
+            return task.inputs[need].output(name)
+    raise ToolError(f"{task.step.name} has no {kind.value} step among its needs")
+
+
+def run_stage(job: RankJob, context: Context) -> None:
+    """`mpiexec -n tp` over the ranks of the stage. Raises VerificationError with the end of what the ranks said."""
+    launcher = find_mpiexec()
+    path = context.scratch / "job.json"
+    path.write_text(job.model_dump_json())
+    command = [launcher, "-n", str(job.stage.tp), sys.executable, "-m", "orchestrator.work.verify_rank", str(path)]
+    errors = context.scratch / "stderr"
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=rank_environment(), text=True)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                word, *numbers = line.split()
+                if word == "call" and len(numbers) == 2:
+                    context.report("verify", int(numbers[0]), int(numbers[1]), "steps")
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                process.kill()
+            code = process.wait()
+    said = "\n".join(errors.read_text(errors="replace").splitlines()[-_STDERR_LINES:])
+    if said:
+        context.log(said)
+    if code:
+        raise VerificationError(f"a rank of stage {job.stage.pp_rank} failed under MPI (exit code {code})")
+
+
+def find_mpiexec() -> str:
+    """The launcher beside this Python, or on the PATH. Raises ToolError."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise ToolError("there is no mpiexec on this machine", "Install it: pip install mpich.")
+    return found
+
+
+def rank_environment() -> dict[str, str]:
+    """This process's environment without another launcher's variables, one thread per rank."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> compare.Verification:
+    """Line up the logits of all calls with the reference's positions and compare them."""
+    from safetensors.numpy import load_file
+
+    ours: Mapping[str, npt.NDArray[np.float32]] = load_file(result)
+    theirs = load_file(reference)
+    try:
+        places = list(positions_of(theirs["lengths"], decode_steps))
+        logits = np.stack([ours[f"call{call}"][sequence, row] for sequence, _, call, row in places])
+        expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
+    except (KeyError, IndexError) as error:
+        raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}") from error
+    return compare.compare(logits, expected)

@@ -1,0 +1,168 @@
+"""The MPI program that executes one stage: `mpiexec -n tp python -m orchestrator.work.verify_rank job.json`.
+
+Every rank runs its own graph in ONNX Runtime, in float32, with its own weights; TensorRT's DistCollective is answered by
+MPI. Nothing is simulated: a wrong shard, a wrong graph or a missing all-reduce changes the numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from orchestrator.core.dtypes import MODEL_DTYPE_NAMES
+from orchestrator.networks import Network, NetworkOptions, decoder_network
+from orchestrator.networks.layers import RankShape, past_name, present_name
+from orchestrator.work.calls import Call, make_calls
+from orchestrator.work.shards import Weight, map_shards, require
+from orchestrator.work.verify import RankJob
+
+Array = npt.NDArray[Any]
+_CUSTOM_DOMAIN = "ai.onnx.contrib"
+"""Of onnxruntime_extensions, which lets ONNX Runtime call Python."""
+
+
+def main(path: str) -> None:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    job = RankJob.model_validate_json(Path(path).read_bytes())
+    weights = map_shards(Path(shard) for shard in job.shards[world.rank])
+    results = _run_calls(job, weights, world)
+    worst = max(float(np.abs(value - world.bcast(value, root=0)).max(initial=0.0)) for value in results)
+    if world.allreduce(worst, op=MPI.MAX) > 1e-5 * max(float(np.abs(value).max(initial=0.0)) for value in results):
+        raise SystemExit(f"tensor-parallel ranks disagree on the stage's output by {worst:g}")
+    if world.rank == 0:
+        from safetensors.numpy import save_file
+
+        save_file({f"call{number}": np.ascontiguousarray(value) for number, value in enumerate(results)}, job.output)
+
+
+def _run_calls(job: RankJob, weights: dict[str, Weight], world: Any) -> list[Array]:
+    from safetensors.numpy import load_file
+
+    reference = load_file(job.reference)
+    calls = make_calls(reference["tokens"], reference["lengths"], job.decode_steps)
+    previous = load_file(job.hidden_states) if job.hidden_states else {}
+    runner = StageRunner(job, weights, world, len(reference["lengths"]), int(reference["lengths"].max()))
+    results = []
+    for number, call in enumerate(calls):
+        result = runner.run(call, previous.get(f"call{number}"))
+        if job.stage.is_last and not job.gather_logits:
+            result = np.concatenate(world.allgather(result), axis=-1)[..., : job.stage.config.vocab_size]
+        results.append(result)
+        if world.rank == 0:
+            print("call", number + 1, len(calls), flush=True)
+    return results
+
+
+class StageRunner:
+    """One rank's graph in ONNX Runtime and its KV cache."""
+
+    def __init__(self, job: RankJob, weights: dict[str, Weight], world: Any, batch: int, slots: int) -> None:
+        options = NetworkOptions("float32", max_seq_len=slots, cache_slots=None, gather_logits=job.gather_logits)
+        network = decoder_network(job.stage, options)
+        self._stage = job.stage
+        self._bound = _float32(network, weights)
+        self._session = _session(network, self._bound, world)
+        shape = RankShape(job.stage.config, job.stage.tp, "float32")
+        self._cache = _empty_cache(shape, job.stage.num_layers, batch, slots)
+
+    def run(self, call: Call, hidden_states: Array | None) -> Array:
+        """Execute a call; the cache moves on. Returns hidden states, or logits on the last stage."""
+        feeds: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices, **self._cache}
+        if hidden_states is None:
+            feeds["input_ids"] = call.input_ids
+        else:
+            feeds["hidden_states"] = hidden_states
+        if self._stage.is_last:
+            feeds["logit_indices"] = call.logit_indices
+        names = [output.name for output in self._session.get_outputs()]
+        outputs = dict(zip(names, self._session.run(names, feeds), strict=True))
+        for layer in range(self._stage.num_layers):
+            for what in ("key", "value"):
+                self._cache[past_name(layer, what)] = outputs[present_name(layer, what)]
+        result: Array = outputs["logits" if self._stage.is_last else "hidden_states_out"]
+        return result
+
+
+def _empty_cache(shape: RankShape, num_layers: int, batch: int, slots: int) -> dict[str, Array]:
+    """Filled with a large number, so that reading an unwritten slot cannot pass for right."""
+    size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
+    names = [past_name(layer, what) for layer in range(num_layers) for what in ("key", "value")]
+    return {name: np.full(size, 1e4, np.float32) for name in names}
+
+
+def _float32(network: Network, weights: dict[str, Weight]) -> dict[str, Array]:
+    """Every external initializer widened to float32, which is exact."""
+    import ml_dtypes
+
+    kinds = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+    require(weights, network.weight_names())
+    bound: dict[str, Array] = dict(network.tables)
+    for name in network.weight_names():
+        weight = weights[name]
+        typed = weight.data.view(kinds[MODEL_DTYPE_NAMES[weight.dtype]]).reshape(weight.shape)
+        bound[name] = np.ascontiguousarray(typed.astype(np.float32))
+    return bound
+
+
+def _session(network: Network, bound: dict[str, Array], world: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    # Sequential execution keeps the collectives in graph order, the same on every rank.
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    if world.size > 1:
+        options.register_custom_ops_library(_collectives(world))
+    names = list(bound)
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(bound[name]) for name in names]
+    options.add_external_initializers(names, values)
+    model = _answer_collectives(network.model)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _answer_collectives(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace TensorRT's DistCollective by operators that ONNX Runtime passes to MPI."""
+    replaced = False
+    for node in model.graph.node:
+        if node.op_type == "DistCollective":
+            operation = next(item.s.decode() for item in node.attribute if item.name == "collective_operation")
+            node.op_type = {"all_reduce": "MpiAllReduce", "all_gather": "MpiAllGather"}[operation]
+            node.domain = _CUSTOM_DOMAIN
+            del node.attribute[:]
+            replaced = True
+    if replaced:
+        model.opset_import.append(onnx.helper.make_opsetid(_CUSTOM_DOMAIN, 1))
+    return model
+
+
+def _collectives(world: Any) -> str:
+    """Register the two operators with onnxruntime_extensions; returns the path of its library."""
+    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+
+    @onnx_op(op_type="MpiAllReduce", inputs=[PyCustomOpDef.dt_float], outputs=[PyCustomOpDef.dt_float])  # type: ignore[untyped-decorator]
+    def all_reduce(x: Array) -> Array:
+        total = np.empty_like(x)
+        world.Allreduce(np.ascontiguousarray(x), total)
+        return total
+
+    @onnx_op(op_type="MpiAllGather", inputs=[PyCustomOpDef.dt_float], outputs=[PyCustomOpDef.dt_float])  # type: ignore[untyped-decorator]
+    def all_gather(x: Array) -> Array:
+        gathered = np.empty((world.size * x.shape[0], *x.shape[1:]), x.dtype)
+        world.Allgather(np.ascontiguousarray(x), gathered)
+        return gathered
+
+    path: str = get_library_path()
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
