@@ -18,6 +18,9 @@ SCHEMA_VERSION = 1
 MEDIA_TYPE = "application/vnd.trt-orchestrator.release.v1+json"
 
 
+Role = Literal["engine", "tokenizer", "config"]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -26,8 +29,10 @@ class FileRecord(_Record):
     """One published object."""
 
     path: str
-    """Relative to the release."""
-    role: Literal["engine", "tokenizer", "config"]
+    """Where a consumer puts it, relative to a folder of his."""
+    key: str
+    """Where it lies, relative to the manifest."""
+    role: Role
     media_type: str
     num_bytes: int
     sha256: str

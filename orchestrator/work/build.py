@@ -21,7 +21,7 @@ from orchestrator.work.shards import Weight, map_shards, rank_shards, require
 
 
 def build(task: Task, context: Context) -> dict[str, Any]:
-    """Write rank{N}.engine. Facts: the engine's record. Raises EngineBuildError, ToolError."""
+    """Write rank{N}.engine. Facts: the engine's record and the options it was built with. Raises EngineBuildError, ToolError."""
     options = BuildOptions.model_validate(task.step.options)
     require_version(options.engine.backend, options.tensorrt_version)
     context.tools[options.engine.backend] = installed_version(options.engine.backend) or ""
@@ -30,7 +30,7 @@ def build(task: Task, context: Context) -> dict[str, Any]:
         record = compile_rank(
             options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
         )
-    return {"engine": record.model_dump(mode="json"), "rank": options.rank}
+    return {"engine": record.model_dump(mode="json"), "options": task.step.options}
 
 
 def compile_rank(

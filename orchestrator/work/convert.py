@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
-import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,43 @@ from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.step import Task
 from orchestrator.work.context import Context
-from orchestrator.work.cutting import Cutter
+from orchestrator.work.cutting import Cutter, Sink
 
 
 def convert(task: Task, context: Context) -> dict[str, Any]:
     """Write the shards as outputs. Facts: source bytes read, peak resident memory of the process."""
     options = ConvertOptions.model_validate(task.step.options)
     names = tuple(file.name for file in options.files)
+    total = task.step.estimate.read_bytes
+    done = 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        context.report("convert", done, total, "bytes")
+
     with FileSource(Path(task.step.places["source"]), names) as source:
-        write_shards(options, source, context)
+        write_shards(options, source, context.output, progress)
         return {
             "source_bytes_read": source.bytes_read,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
 
-def write_shards(options: ConvertOptions, source: ByteSource, context: Context) -> None:
-    """Stream every shard of the group. Raises SourceCorruptError, DtypeError, StoreError; then no shard appears."""
-    header = encode_header(
-        ((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"}
-    )
-    shard_bytes = sum(target.num_bytes for target in options.targets)
-    total = sum({read.tensor.name: read.tensor.num_bytes for target in options.targets for read in target.reads}.values())
-    done = 0
-    lock = threading.Lock()
+def write_shards(
+    options: ConvertOptions,
+    source: ByteSource,
+    open_output: Callable[[str, int], AbstractContextManager[Sink]],
+    progress: Callable[[int], None],
+) -> None:
+    """Stream every shard of the group to the sink that `open_output` gives for its name and size.
 
-    def progress(num_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += num_bytes
-            context.report("convert", done, total, "bytes")
-
+    Raises SourceCorruptError, DtypeError and what the sinks raise; the sinks' contexts then discard what was written.
+    """
+    header = encode_header(((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"})
+    size = len(header) + sum(target.num_bytes for target in options.targets)
     with ExitStack() as stack:
-        sinks = [stack.enter_context(context.output(name, len(header) + shard_bytes)) for name in options.shards]
+        sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
-            sink.write(header)
+            sink.write(memoryview(header))
         Cutter(source, sinks, progress).run(options.targets)

@@ -61,7 +61,7 @@ class Cutter:
         if shared and tensor.name not in self._held:
             self._held[tensor.name] = self._read_whole(tensor)
         pending: list[Future[None]] = []
-        for row, block in self._blocks(tensor):
+        for row, block in self._blocks(read):
             if tensor.dtype != dtype:
                 block = cast(block, tensor, dtype)
             _finish(pending)  # a sink takes its pieces in order, and errors must surface
@@ -69,36 +69,41 @@ class Cutter:
         _finish(pending)
         self._pad(read, dtype)
 
-    def _blocks(self, tensor: TensorInfo) -> Iterator[tuple[int, Bytes]]:
-        """(first row, rows x bytes-per-row) until the tensor ends; the next block is read while one is used."""
-        rows, row_bytes = _rows(tensor)
-        if rows == 0 or row_bytes == 0:
+    def _blocks(self, read: Read) -> Iterator[tuple[int, Bytes]]:
+        """(first row, rows x bytes-per-row) of the rows that any rank takes; the next block is read while one is used."""
+        tensor = read.tensor
+        row_bytes = _rows(tensor)[1]
+        first, last = _wanted_rows(read)
+        if first >= last or row_bytes == 0:
             return
         step = max(1, BLOCK_BYTES // row_bytes)
+        starts = range(first, last, step)
         held = self._held.get(tensor.name)
         if held is not None:
-            for row in range(0, rows, step):
-                yield row, held[row : row + step]
+            for row in starts:
+                yield row, held[row : min(row + step, last)]
             return
-        ahead: Future[Bytes] | None = None
-        for number, row in enumerate(range(0, rows, step)):
-            block = ahead.result() if ahead else self._read_rows(tensor, row, step, number)
+        ahead = self._reader.submit(self._read_rows, tensor, first, min(first + step, last), 0)
+        for number, row in enumerate(starts):
+            block = ahead.result()
             following = row + step
-            ahead = self._reader.submit(self._read_rows, tensor, following, step, number + 1) if following < rows else None
+            if following < last:
+                ahead = self._reader.submit(
+                    self._read_rows, tensor, following, min(following + step, last), number + 1
+                )
             yield row, block
             # Three buffers: one being read, one just yielded, one whose writers may not be through yet.
 
-    def _read_rows(self, tensor: TensorInfo, row: int, step: int, number: int) -> Bytes:
-        rows, row_bytes = _rows(tensor)
-        count = min(step, rows - row)
-        size = count * row_bytes
+    def _read_rows(self, tensor: TensorInfo, begin: int, end: int, number: int) -> Bytes:
+        row_bytes = _rows(tensor)[1]
+        size = (end - begin) * row_bytes
         slot = number % len(self._buffers)
         if self._buffers[slot].size < size:
             self._buffers[slot] = np.empty(max(size, BLOCK_BYTES), np.uint8)
         flat = self._buffers[slot][:size]
-        self._source.read_into(tensor.file, tensor.offset + row * row_bytes, memoryview(flat))
+        self._source.read_into(tensor.file, tensor.offset + begin * row_bytes, memoryview(flat))
         self._progress(size)
-        return flat.reshape(count, row_bytes)
+        return flat.reshape(end - begin, row_bytes)
 
     def _read_whole(self, tensor: TensorInfo) -> Bytes:
         whole = np.empty(tensor.num_bytes, np.uint8)
@@ -136,6 +141,14 @@ def _rows(tensor: TensorInfo) -> tuple[int, int]:
     """A tensor as rows of its first axis: number of rows, bytes of one."""
     rows = tensor.shape[0] if tensor.shape else 1
     return rows, tensor.num_bytes // rows if rows else 0
+
+
+def _wanted_rows(read: Read) -> tuple[int, int]:
+    """[first, last) of the rows that some rank takes; all of them unless axis 0 is cut."""
+    if read.axis != 0:
+        return 0, _rows(read.tensor)[0]
+    taken = [span for span in read.spans if span.begin < span.end]
+    return min((span.begin for span in taken), default=0), max((span.end for span in taken), default=0)
 
 
 def _append(sink: Sink, piece: Bytes) -> None:

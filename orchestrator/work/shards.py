@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,3 +49,18 @@ def require(weights: Mapping[str, Weight], names: Iterable[str]) -> None:
     missing = [name for name in names if name not in weights]
     if missing:
         raise SourceMissingError(f"the rank's checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")
+
+
+def map_checkpoint_rank(folder: Path, rank: int) -> dict[str, Weight]:
+    """Map a rank of a TensorRT-LLM checkpoint folder: one file, or the shards of its index. Raises SourceMissingError."""
+    single = folder / f"rank{rank}.safetensors"
+    if single.is_file():
+        return map_shards([single])
+    index = folder / f"rank{rank}.safetensors.index.json"
+    if not index.is_file():
+        raise SourceMissingError(f"{folder} has no rank{rank}.safetensors")
+    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise SourceMissingError(f"{index} names {name}, which is not there")
+    return map_shards(folder / name for name in names)

@@ -23,6 +23,7 @@ from orchestrator.core.step import Kind, Output, Task
 from orchestrator.work import compare
 from orchestrator.work.calls import positions_of
 from orchestrator.work.context import Context
+from orchestrator.work.process import die_with_parent
 from orchestrator.work.reference import OUTPUT as REFERENCE
 from orchestrator.work.shards import rank_shards
 
@@ -87,7 +88,9 @@ def run_stage(job: RankJob, context: Context) -> None:
     command = [launcher, "-n", str(job.stage.tp), sys.executable, "-m", "orchestrator.work.verify_rank", str(path)]
     errors = context.scratch / "stderr"
     with errors.open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=rank_environment(), text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env=rank_environment(), text=True, preexec_fn=die_with_parent
+        )
         assert process.stdout is not None
         try:
             for line in process.stdout:

@@ -1,0 +1,268 @@
+"""The command line: decodes, joins spec, store and cluster, maps errors to exit codes. The only importer of actors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
+
+if TYPE_CHECKING:
+    from orchestrator.clusters import Cluster
+    from orchestrator.report import Listener
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models.")
+_WIDTH = None if sys.stdout.isatty() else 160
+_out = Console(highlight=False, width=_WIDTH)
+_err = Console(stderr=True, highlight=False, width=_WIDTH)
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
+ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: processes of this machine.")]
+StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+Ranks = Annotated[str, typer.Option("--rank", help="A rank, a list such as 0,1, or all.")]
+
+
+@contextmanager
+def _exit_codes(as_json: bool = False) -> Iterator[None]:
+    """Every error of a user's situation in a few lines, with its own exit code. SIGTERM ends as cleanly as Ctrl-C."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        yield
+    except OrchestratorError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        _fail(CancelledError("stopped"), as_json)
+
+
+def _raise_interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
+    if as_json:
+        fields = {"event": "error", "error": type(error).__name__, "message": error.message, "advice": error.advice}
+        print(json.dumps({**fields, "exit_code": error.exit_code}), flush=True)
+    else:
+        _err.print(f"[bold red]error:[/] {_plain(error.message)}")
+        if error.advice:
+            _err.print(f"  {_plain(error.advice)}")
+    raise typer.Exit(error.exit_code)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for table in tables:
+        _out.print(table)
+        _out.print()
+
+
+def _listener(as_json: bool) -> Listener:
+    from orchestrator.report import ConsoleListener, JsonListener
+
+    return JsonListener() if as_json else ConsoleListener(_out)
+
+
+def _place(cluster: Path | None, store: str | None) -> ClusterSpec:
+    """The cluster file, with --store in place of its own; without a file: this machine."""
+    from orchestrator.loading import load_cluster, resolve_store
+
+    url = resolve_store(store, Path.cwd()) if store else None
+    if cluster is not None:
+        spec = load_cluster(cluster)
+        return spec.model_copy(update={"store": url}) if url else spec
+    if url is None:
+        raise SpecError("neither --cluster nor --store was given", "Pass --store FOLDER to build with this machine's processes.")
+    return ClusterSpec(store=url)
+
+
+def _open_cluster(place: ClusterSpec) -> Cluster:
+    if place.kind == "ray":
+        from actors import RayCluster
+
+        return RayCluster(place)
+    from orchestrator.verbs import local_cluster
+
+    return local_cluster(place)
+
+
+@app.command()
+def plan(spec: SpecFile, as_json: Json = False) -> None:
+    """Print stages, steps and bytes, from the checkpoint's headers alone."""
+    with _exit_codes(as_json):
+        from orchestrator import verbs
+        from orchestrator.loading import load_spec
+        from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
+
+        made = verbs.plan(load_spec(spec))
+        facts = describe_plan(made)
+        _show(facts, [stage_table(made), plan_table(made)], as_json)
+        if not as_json:
+            _out.print(
+                f"{made.inputs.config.architecture}, {made.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
+                f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {made.build_key[:16]}."
+            )
+            for name, reason in facts["ignored"]:
+                _out.print(f"left out: {name} ({reason})")
+
+
+@app.command()
+def build(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None, as_json: Json = False) -> None:
+    """Build, verify and publish. Run it again after any interruption: committed steps are not repeated."""
+    with _exit_codes(as_json):
+        from orchestrator import verbs
+        from orchestrator.loading import load_spec
+
+        wanted = load_spec(spec)
+        place = _place(cluster, store)
+        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json))
+        _report_build(made, as_json)
+
+
+def _report_build(made: Any, as_json: bool) -> None:
+    manifest = made.manifest
+    address = f"{made.address}/manifest.json"
+    if as_json:
+        ran = 0 if made.result is None else len(made.result.ran)
+        verification = manifest.verification.model_dump() if manifest.verification else None
+        print(json.dumps({"event": "published", "manifest": address, "steps_run": ran, "verification": verification}))
+        return
+    if manifest.verification:
+        found = manifest.verification
+        _out.print(
+            f"verified on {found.num_positions} positions: max absolute error {found.max_absolute_error:.2e}, max relative error "
+            f"{found.max_relative_error:.2e}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
+        )
+    else:
+        _out.print("[yellow]verification was switched off in the spec[/]")
+    from orchestrator.report import format_bytes
+
+    engines = [file for record in manifest.ranks for file in record.files]
+    _out.print(f"{len(engines)} engines, {format_bytes(sum(file.num_bytes for file in engines))}")
+    _out.print(f"published: {address}", soft_wrap=True)
+
+
+@app.command()
+def inspect(url: Annotated[str, typer.Argument(help="URL or folder of a release or a checkpoint.")], as_json: Json = False) -> None:
+    """Print a release or a checkpoint as a table."""
+    with _exit_codes(as_json):
+        from orchestrator import inspection
+
+        facts, tables = inspection.inspect(url)
+        _show(facts, tables, as_json)
+
+
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="URL of a release.")],
+    rank: Ranks = "all",
+    output: Annotated[Path, typer.Option("--output", help="Folder to write to.")] = Path("engines"),
+) -> None:
+    """Fetch what a rank needs; every digest is checked."""
+    with _exit_codes():
+        from orchestrator import verbs
+        from orchestrator.loading import resolve_store
+
+        address = resolve_store(url, Path.cwd())
+        paths = verbs.pull(address, _parse_ranks(rank), output, lambda file: _out.print(f"  {file.sha256[:16]}  {file.path}"))
+        _out.print(f"{len(paths)} files in {output}, every digest right")
+
+
+def _parse_ranks(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise SpecError(f"--rank {text!r} is neither a number, a list of numbers, nor all", "E.g. --rank 0 or --rank 0,1.") from None
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Option("--source", help="Hugging Face checkpoint folder.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the TensorRT-LLM checkpoint.")],
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")] = "auto",
+    max_shard_bytes: Annotated[str, typer.Option("--max-shard-bytes", help="Split ranks larger than this, e.g. 5GB.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write a TensorRT-LLM checkpoint, as convert_checkpoint.py did."""
+    with _exit_codes(as_json):
+        from orchestrator import verbs
+
+        spec = decode(
+            BuildSpec,
+            {
+                "source": {"path": str(source.resolve())},
+                "dtype": dtype,
+                "topology": {"tp": tp, "pp": pp},
+                "conversion": {"max_shard_bytes": max_shard_bytes},
+                "engine": {"max_input_len": 1},
+                "release": {"name": "checkpoint", "version": "0"},
+            },
+            "command line",
+        )
+        made = verbs.convert(spec, output, _listener(as_json))
+        if not as_json:
+            _out.print(f"{made.topology.world_size} ranks in {output}")
+
+
+@app.command("build-engine")
+def build_engine(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="TensorRT-LLM checkpoint folder.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the engines.")],
+    rank: Ranks = "all",
+    backend: Annotated[Literal["tensorrt", "tensorrt_rtx"], typer.Option("--backend")] = "tensorrt_rtx",
+    max_batch_size: Annotated[int, typer.Option("--max-batch-size")] = 8,
+    max_input_len: Annotated[int, typer.Option("--max-input-len")] = 1024,
+    max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="Absent: the model's positions.")] = None,
+    gather_logits: Annotated[bool, typer.Option("--gather-logits/--local-logits", help="Whole vocabulary on every rank.")] = True,
+) -> None:
+    """Compile ranks of a checkpoint, as trtllm-build did. No verification, no publishing: `build` does those."""
+    with _exit_codes():
+        from orchestrator import verbs
+        from orchestrator.report import format_bytes
+
+        fields = {
+            "backend": backend, "max_batch_size": max_batch_size, "max_input_len": max_input_len,
+            "max_seq_len": max_seq_len, "gather_logits": gather_logits,
+        }  # fmt: skip
+        engine = decode(BuildConfig, fields, "command line")
+        with _out.status("compiling") as status:
+            ranks = verbs.build_engine(
+                checkpoint, _parse_ranks(rank), output, engine,
+                lambda number, phase, done, total: status.update(f"rank {number}: {phase} {done}/{total}"),
+            )  # fmt: skip
+        for number in ranks:
+            path = output / f"rank{number}.engine"
+            _out.print(f"{path}  {format_bytes(path.stat().st_size)}")
+
+
+@app.command()
+def schema(what: Annotated[Literal["build", "cluster", "manifest"], typer.Argument(help="Which file.")]) -> None:
+    """Print the JSON Schema of a build spec, a cluster file or a manifest."""
+    from orchestrator.core.manifest import Manifest
+
+    model = {"build": BuildSpec, "cluster": ClusterSpec, "manifest": Manifest}[what]
+    print(json.dumps(model.model_json_schema(), indent=1))
+
+
+if __name__ == "__main__":
+    app()

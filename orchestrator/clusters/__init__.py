@@ -1,0 +1,45 @@
+"""Clusters: where steps run. The protocol that the driver knows.
+
+Every member passes tests/contracts/cluster_contract.py. A cluster only executes: it never retries, never reorders needs,
+and reports each attempt with exactly one final event.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.core.step import Task
+
+AnyEvent = StepStarted | StepProgress | StepSucceeded | StepFailed
+
+
+class Cluster(Protocol):
+    """A place that runs tasks."""
+
+    def start(self, task: Task) -> None:
+        """Take a task; it begins when there is room for it. Returns at once."""
+        ...
+
+    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+        """What happened since the last call; waits until something does or the time is up (None: as long as it takes)."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on the cluster's clock, for delays."""
+        ...
+
+    def close(self) -> None:
+        """Stop what still runs and let go of everything. Idempotent."""
+        ...
+
+
+def worker_environment(threads: int, *, gpu: bool) -> dict[str, str]:
+    """Environment variables that every worker of a step gets: threads pinned, GPUs hidden from steps that use none."""
+    count = str(threads)
+    environment = {
+        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+    }  # fmt: skip
+    return environment if gpu else {**environment, "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,41 @@
+"""Spec and cluster files: YAML in, frozen values out. Relative places count from the file that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.core.errors import SpecError
+from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+
+
+def load_spec(path: Path) -> BuildSpec:
+    """Read a build spec. Raises SpecError naming every wrong field."""
+    spec = decode(BuildSpec, _read(path), str(path))
+    source = str((path.parent / spec.source.path).resolve())
+    return spec.model_copy(update={"source": spec.source.model_copy(update={"path": source})})
+
+
+def load_cluster(path: Path) -> ClusterSpec:
+    """Read a cluster file. Raises SpecError naming every wrong field."""
+    spec = decode(ClusterSpec, _read(path), str(path))
+    return spec.model_copy(update={"store": resolve_store(spec.store, path.parent)})
+
+
+def resolve_store(store: str, base: Path) -> str:
+    """A URL as it is; a bare folder as the file:// URL of it, relative to `base`."""
+    if urlsplit(store).scheme:
+        return store
+    return (base / Path(store).expanduser()).resolve().as_uri()
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror}", "Check the path.") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {error}") from None

@@ -1,0 +1,312 @@
+"""What a user can ask for: plan, build, convert, build_engine, pull, inspect. Each a short story."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import cache
+from orchestrator.checkpoints import read_source
+from orchestrator.clusters import Cluster
+from orchestrator.core import topology as topologies
+from orchestrator.core.checkpoint import CheckpointIndex
+from orchestrator.core.dtypes import MODEL_DTYPE_NAMES
+from orchestrator.core.errors import (
+    ArchitectureError,
+    ClusterError,
+    DigestError,
+    OrchestratorError,
+    QuantizationError,
+    ReleaseMissingError,
+    SpecError,
+    StoreError,
+    ToolError,
+)
+from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
+from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.core.options import BuildOptions, StageOptions
+from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
+from orchestrator.core.rules import Family
+from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, QuantizationSpec
+from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.weight_map import weight_map
+from orchestrator.driver import Result, drive
+from orchestrator.families import family_for, family_named
+from orchestrator.report import Listener, SilentListener
+from orchestrator.stores import ObjectMissingError, Store, check_writable, open_store
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build."""
+
+    plan: Plan
+    manifest: Manifest
+    address: str
+    """URL of the release."""
+    result: Result | None
+    """None: the release was there already."""
+
+
+def plan(spec: BuildSpec) -> Plan:
+    """Make the plan from headers alone.
+
+    Raises the source's errors, ArchitectureError, TopologyError with the legal topologies, WeightMapError, SpecError.
+    """
+    from orchestrator.engines import installed_version
+    from orchestrator.engines.profiles import max_seq_len
+
+    index, extra_files = read_source(spec.source.path, spec.source.format)
+    family, architecture = _family(spec, index)
+    config = from_hugging_face(index.config, architecture, _dtype(spec, index), family.config_defaults)
+    topology = spec.topology.topology()
+    topologies.check(topology, config.limits())
+    _check_quantization(spec.quantization)
+    max_seq_len(config, spec.engine)
+    weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes)
+    version = installed_version(spec.engine.backend)
+    return make_plan(spec, Inputs(index, extra_files, spec.source.path, config, weights, version))
+
+
+def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str]:
+    architectures = index.config.get("architectures") or []
+    if spec.source.family != "auto":
+        family = family_named(spec.source.family)
+        return family, architectures[0] if architectures else family.architectures[0]
+    if not architectures:
+        raise ArchitectureError(f"config.json of {spec.source.path} names no architecture", "Set source.family in the spec.")
+    return family_for(architectures[0]), architectures[0]
+
+
+def _dtype(spec: BuildSpec, index: CheckpointIndex) -> str:
+    """As asked; auto: that of most bytes of the source, float32 becoming float16."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    sizes: dict[str, int] = {}
+    for tensor in index.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
+    dominant = max(sizes, key=lambda name: sizes[name], default="")
+    if dominant not in MODEL_DTYPE_NAMES:
+        raise SpecError(f"the source's dtype {dominant or 'none'} is no model dtype", "Set dtype: bfloat16 or float16 in the spec.")
+    name = MODEL_DTYPE_NAMES[dominant]
+    return "float16" if name == "float32" else name
+
+
+def _check_quantization(quantization: QuantizationSpec | None) -> None:
+    from orchestrator.quantizers import QUANTIZERS
+
+    if quantization is not None and quantization.algorithm not in QUANTIZERS:
+        known = ", ".join(sorted(QUANTIZERS)) or "none yet"
+        raise QuantizationError(f"no quantizer is called {quantization.algorithm!r}", f"There are: {known}. Leave quantization out.")
+
+
+OpenCluster = Callable[[ClusterSpec], Cluster]
+
+
+def local_cluster(place: ClusterSpec) -> Cluster:
+    """Processes of this machine."""
+    from orchestrator.clusters.local import LocalCluster
+
+    return LocalCluster(place)
+
+
+def build(
+    spec: BuildSpec, place: ClusterSpec, *, open_cluster: OpenCluster = local_cluster, listener: Listener | None = None
+) -> Build:
+    """Build, verify and publish `spec` at `place`, on the cluster that `open_cluster` opens there.
+
+    The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
+    release that this very build has published already is returned as it is. Raises an OrchestratorError of the situation.
+    """
+    reports = listener or SilentListener()
+    made = plan(spec)
+    target = open_store(place.store)
+    from orchestrator.work.publish import check_free, publish, release_prefix
+
+    address = f"{target.url}/{release_prefix(spec.release)}".rstrip("/")
+    check_writable(target)
+    existing = check_free(target, spec.release, made.build_key)
+    if existing is not None:
+        reports.on_plan(made, {}, already_published=True)
+        return Build(made, existing, address, None)
+    committed = cache.committed(target, (step.digest for step in made.steps))
+    preflight(made, committed, place, target)
+    reports.on_plan(made, committed, already_published=False)
+    result = run(made, committed, place, open_cluster, reports)
+    result.raise_failures(made)
+    return Build(made, publish(target, made, result.outcomes), address, result)
+
+
+def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
+    """Drive the plan; a plan with nothing pending opens no cluster."""
+    if not made.pending(committed):
+        result = Result(committed, frozenset())
+    else:
+        cluster = open_cluster(place)
+        try:
+            result = drive(made, committed, cluster, place, listener)
+        finally:
+            cluster.close()
+    listener.on_finish(made, result)
+    return result
+
+
+def preflight(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, store: Store) -> None:
+    """Everything that would fail later and can be known now. Raises ClusterError, ToolError, StoreError, ArchitectureError."""
+    from orchestrator.networks import check_supported
+
+    check_supported(made.inputs.config)
+    problems = unplaceable(made, place)
+    if problems:
+        raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file.")
+    pending = made.pending(committed)
+    kinds = {step.kind for step in pending}
+    if place.kind == "local":
+        _check_local_tools(made, kinds)
+    folder = store.local_path("probe")
+    if folder is not None:
+        needed = sum(step.estimate.write_bytes for step in pending)
+        free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+        if needed > free:
+            raise StoreError(f"{store.url} has {free:,} bytes free, the build writes about {needed:,}", "Free space, or choose another store.")
+
+
+def _check_local_tools(made: Plan, kinds: set[Kind]) -> None:
+    from orchestrator.engines import require_version
+
+    if Kind.BUILD in kinds:
+        require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
+    if Kind.VERIFY in kinds:
+        from orchestrator.work.verify import find_mpiexec
+
+        find_mpiexec()
+
+
+def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
+    """Write a whole TensorRT-LLM checkpoint to the folder `output`: config.json last. Resumes after a kill.
+
+    Raises StoreError when `output` already holds one.
+    """
+    if (output / "config.json").exists():
+        raise StoreError(f"{output} already holds a checkpoint", "Choose another --output, or remove it.")
+    made = plan(spec)
+    staging = output / ".staging"
+    store = open_store(staging.resolve().as_uri())
+    check_writable(store)
+    only = Plan(made.spec, made.inputs, tuple(made.of_kind(Kind.CONVERT)))
+    committed = cache.committed(store, (step.digest for step in only.steps))
+    reports = listener or SilentListener()
+    reports.on_plan(only, committed, already_published=False)
+    result = run(only, committed, ClusterSpec(store=store.url), local_cluster, reports)
+    result.raise_failures(only)
+    for outcome in result.outcomes.values():
+        for written in outcome.outputs:
+            path = store.local_path(written.key)
+            assert path is not None  # the staging store is a folder
+            path.replace(output / written.name)
+    _write_indexes(made, output)
+    (output / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology), indent=4) + "\n")
+    shutil.rmtree(staging)
+    return made
+
+
+def _write_indexes(made: Plan, output: Path) -> None:
+    """rank{N}.safetensors.index.json for ranks of several shards, as Hugging Face writes them."""
+    for place in made.topology.ranks():
+        groups = made.inputs.weights.stage(place.pp_rank)
+        if len(groups) == 1:
+            continue
+        listed = {target.name: group.shard_name(place.rank) for group in groups for target in group.targets}
+        index = {"metadata": {"total_size": sum(group.shard_bytes for group in groups)}, "weight_map": listed}
+        (output / f"rank{place.rank}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def build_engine(
+    checkpoint: Path, ranks: Iterable[int] | None, output: Path, engine: BuildConfig, progress: Callable[[int, str, int, int], None]
+) -> list[int]:
+    """Compile ranks of a TensorRT-LLM checkpoint folder into rank{N}.engine files, with config.json beside them.
+
+    `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, EngineBuildError.
+    """
+    from orchestrator.stores.file import FileStore
+    from orchestrator.work.build import compile_rank
+    from orchestrator.work.shards import map_checkpoint_rank
+
+    config, topology = read_checkpoint_config(checkpoint)
+    topologies.check(topology, config.limits())
+    wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
+    places = [topology.coordinates(rank) for rank in wanted]
+    store = FileStore(output.resolve().as_uri())
+    for place in places:
+        options = BuildOptions(
+            stage=StageOptions.of(config, topology, place.pp_rank), tp_rank=place.tp_rank, engine=engine, tensorrt_version=None
+        )
+        weights = map_checkpoint_rank(checkpoint, place.rank)
+        log: list[str] = []
+        try:
+            with store.writer(f"rank{place.rank}.engine") as writer:
+                compile_rank(
+                    options, weights, writer.write, lambda phase, done, total, rank=place.rank: progress(rank, phase, done, total), log.append
+                )
+        except OrchestratorError:
+            (output / f"rank{place.rank}.log").write_text("\n".join(log) + "\n")
+            raise
+    written = {"pretrained_config": to_trtllm(config, topology), "build_config": engine.model_dump(mode="json")}
+    (output / "config.json").write_text(json.dumps(written, indent=4) + "\n")
+    return wanted
+
+
+def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:
+    """Model and topology of a TensorRT-LLM checkpoint folder. Raises SpecError when it is none."""
+    try:
+        plain: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        return from_trtllm(plain)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
+
+
+def read_release(url: str) -> tuple[Store, Manifest]:
+    """The release at `url` (the folder of its manifest.json). Raises ReleaseMissingError, SchemaVersionError, DigestError."""
+    address = url.removesuffix("/manifest.json").rstrip("/")
+    store = open_store(address)
+    try:
+        return store, parse_manifest(store.get("manifest.json"), address)
+    except ObjectMissingError:
+        raise ReleaseMissingError(f"there is no release at {address}", "Give the URL that `orchestrator build` printed.") from None
+
+
+def pull(url: str, ranks: Iterable[int] | None, output: Path, progress: Callable[[FileRecord], None] = lambda file: None) -> list[Path]:
+    """Fetch what the given ranks need (None: all) to the folder `output`, every digest checked while writing.
+
+    A file that is there already with the right digest is kept. Raises ReleaseMissingError, DigestError, StoreError.
+    """
+    store, manifest = read_release(url)
+    wanted = set(ranks) if ranks is not None else {record.rank for record in manifest.ranks}
+    unknown = wanted - {record.rank for record in manifest.ranks}
+    if unknown:
+        raise ReleaseMissingError(
+            f"{manifest.name} {manifest.version} has no rank {min(unknown)}", f"It has ranks 0 to {len(manifest.ranks) - 1}."
+        )
+    files = [file for record in manifest.ranks if record.rank in wanted for file in record.files] + list(manifest.shared)
+    fetched = []
+    for file in files:
+        fetched.append(_pull_file(store, file, output))
+        progress(file)
+    (output / "manifest.json").write_bytes(manifest.to_json())
+    return fetched
+
+
+def _pull_file(store: Store, file: FileRecord, output: Path) -> Path:
+    from orchestrator.work.context import download, file_sha256
+
+    target = output / file.path
+    if not target.resolve().is_relative_to(output.resolve()):
+        raise DigestError(f"the manifest names a file outside of the release: {file.path}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not (target.is_file() and target.stat().st_size == file.num_bytes and file_sha256(target) == file.sha256):
+        download(store, file.key, file.num_bytes, file.sha256, target)
+    return target
