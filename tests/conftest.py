@@ -1,0 +1,54 @@
+"""Fixtures that several suites use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core.spec import BuildSpec, decode
+from tests.models.tiny import write_tiny_llama
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A four-layer grouped-query Llama in bfloat16, one file. Read only."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def sharded_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in several files under an index. Read only."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "sharded", shard="100KB")
+
+
+SpecMaker = Callable[..., BuildSpec]
+
+
+@pytest.fixture
+def make_spec() -> SpecMaker:
+    """Make a small spec for a source folder; keywords replace whole sections."""
+
+    def make(source: Path, **sections: Any) -> BuildSpec:
+        plain = {
+            "source": {"path": str(source)},
+            "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+            "verification": {"max_tokens": 12, "decode_steps": 3},
+            "release": {"name": "tiny", "version": "1"},
+            **sections,
+        }
+        return decode(BuildSpec, plain, "test")
+
+    return make
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> Iterator[str]:
+    yield (tmp_path / "store").as_uri()
