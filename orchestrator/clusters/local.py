@@ -73,7 +73,6 @@ class LocalCluster:
         for task in self._admission.begin():
             process, log = self._spawn(task)
             self._processes[task.step.digest] = process
-            self._events.put(StepStarted(digest=task.step.digest, node=platform.node(), attempt=task.attempt))
             threading.Thread(target=self._follow, args=(task, process, log), daemon=True).start()
 
     def _spawn(self, task: Task) -> tuple[subprocess.Popen[bytes], IO[bytes]]:

@@ -1,0 +1,12 @@
+"""Compiles one rank. With backend `tensorrt` it holds a GPU of the target type; with `tensorrt_rtx` it needs none."""
+
+from __future__ import annotations
+
+from actors.step_actor import StepActor
+from orchestrator.core.step import Kind
+
+
+class EngineActor(StepActor):
+    """Runs orchestrator.work.build."""
+
+    kinds = (Kind.BUILD,)

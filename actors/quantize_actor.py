@@ -1,0 +1,12 @@
+"""Calibrates one pipeline stage; there is one such actor per stage, standing for its rank 0."""
+
+from __future__ import annotations
+
+from actors.step_actor import StepActor
+from orchestrator.core.step import Kind
+
+
+class QuantizeActor(StepActor):
+    """Runs orchestrator.work.quantize."""
+
+    kinds = (Kind.CALIBRATE,)

@@ -1,0 +1,39 @@
+"""A step as a stream of events: what every place that runs steps passes on to the driver."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import traceback
+from collections.abc import Iterator
+
+from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.core.step import Failure, Task
+from orchestrator.work import log_of, run
+
+Event = StepStarted | StepProgress | StepSucceeded | StepFailed
+
+
+def stream(task: Task, node: str) -> Iterator[Event]:
+    """Run the task in a thread of its own; yields its start, its progress, and exactly one final event."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome = run(task, events.put, node)
+        except Exception as error:  # every failure must reach the driver as an event
+            text = "".join(traceback.format_exception(error))
+            log = "\n".join(part for part in (log_of(error), text) if part)
+            events.put(StepFailed(digest=task.step.digest, failure=Failure.of(error, node, log)))
+        else:
+            events.put(StepSucceeded(digest=task.step.digest, outcome=outcome))
+
+    yield StepStarted(digest=task.step.digest, node=node, attempt=task.attempt)
+    thread = threading.Thread(target=work, name=task.step.name, daemon=True)
+    thread.start()
+    while True:
+        event = events.get()
+        yield event
+        if isinstance(event, (StepSucceeded, StepFailed)):
+            thread.join()
+            return
