@@ -1,4 +1,7 @@
-"""Where steps run when there is a Ray cluster: one actor per step, thin around `orchestrator.work`. The only code that imports ray."""
+"""Where steps run when there is a Ray cluster: one actor per step, thin around `orchestrator.work`.
+
+The only code that imports ray.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ _LOOKUP_THREADS = 16
 
 
 def outcome_key(digest: str) -> str:
+    """Where the commit of a step stands."""
     return f"outcomes/{digest}.json"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from orchestrator.clusters import Cluster
     from orchestrator.report import Listener
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
+)
 _WIDTH = None if sys.stdout.isatty() else 160
 _out = Console(highlight=False, width=_WIDTH)
 _err = Console(stderr=True, highlight=False, width=_WIDTH)
@@ -45,7 +48,7 @@ def _exit_codes(as_json: bool = False) -> Iterator[None]:
         _fail(CancelledError("stopped"), as_json)
 
 
-def _raise_interrupt(number: int, frame: object) -> NoReturn:
+def _raise_interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -190,7 +193,9 @@ def _parse_ranks(text: str) -> list[int] | None:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise SpecError(f"--rank {text!r} is neither a number, a list of numbers, nor all", "E.g. --rank 0 or --rank 0,1.") from None
+        raise SpecError(
+            f"--rank {text!r} is neither a number, a list of numbers, nor all", "E.g. --rank 0 or --rank 0,1."
+        ) from None
 
 
 @app.command()
@@ -260,8 +265,8 @@ def schema(what: Annotated[Literal["build", "cluster", "manifest"], typer.Argume
     """Print the JSON Schema of a build spec, a cluster file or a manifest."""
     from orchestrator.core.manifest import Manifest
 
-    model = {"build": BuildSpec, "cluster": ClusterSpec, "manifest": Manifest}[what]
-    print(json.dumps(model.model_json_schema(), indent=1))
+    models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec, "manifest": Manifest}
+    print(json.dumps(models[what].model_json_schema(), indent=1))
 
 
 if __name__ == "__main__":

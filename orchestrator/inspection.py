@@ -30,7 +30,9 @@ def inspect(url: str) -> tuple[dict[str, Any], list[Table]]:
     if (folder / "manifest.json").is_file():
         return _release(read_release(folder.as_uri())[1])
     if not (folder / "config.json").is_file():
-        raise SourceMissingError(f"{folder} is neither a release nor a checkpoint", "Give a folder with manifest.json or config.json.")
+        raise SourceMissingError(
+            f"{folder} is neither a release nor a checkpoint", "Give a folder with manifest.json or config.json."
+        )
     if sorted(folder.glob("rank*.safetensors")):
         return _trtllm(folder)
     return _hugging_face(folder)

@@ -86,7 +86,9 @@ class ConsoleListener:
             self._console.print("This build is published already: 0 steps to run.")
             return
         pending = plan.pending(committed)
-        self._console.print(f"{len(plan.steps)} steps, {len(plan.steps) - len(pending)} committed or not needed, {len(pending)} to run.")
+        self._console.print(
+            f"{len(plan.steps)} steps, {len(plan.steps) - len(pending)} committed or not needed, {len(pending)} to run."
+        )
         for kind in Kind:
             count = sum(step.kind is kind for step in pending)
             if count:
@@ -112,7 +114,9 @@ class ConsoleListener:
             self._done[event.digest] = 1.0
         elif event.type == "failed":
             self._done.pop(event.digest, None)
-            self._progress.console.print(f"[red]{self._plan.step(event.digest).name} failed[/]: {event.failure.message}", highlight=False)
+            self._progress.console.print(
+                f"[red]{self._plan.step(event.digest).name} failed[/]: {event.failure.message}", highlight=False
+            )
         self._draw(kind, bar)
 
     def _draw(self, kind: Kind, bar: TaskID) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from orchestrator.checkpoints import read_source
 from orchestrator.clusters import Cluster
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
-from orchestrator.core.dtypes import MODEL_DTYPE_NAMES
+from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
     ClusterError,
@@ -24,7 +25,6 @@ from orchestrator.core.errors import (
     ReleaseMissingError,
     SpecError,
     StoreError,
-    ToolError,
 )
 from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
@@ -60,9 +60,9 @@ def plan(spec: BuildSpec) -> Plan:
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import max_seq_len
 
-    index, extra_files = read_source(spec.source.path, spec.source.format)
+    index, extra_files = read_source(spec.source.path)
     family, architecture = _family(spec, index)
-    config = from_hugging_face(index.config, architecture, _dtype(spec, index), family.config_defaults)
+    config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config_defaults)
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     _check_quantization(spec.quantization)
@@ -82,10 +82,12 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str]:
     return family_for(architectures[0]), architectures[0]
 
 
-def _dtype(spec: BuildSpec, index: CheckpointIndex) -> str:
-    """As asked; auto: that of most bytes of the source, float32 becoming float16."""
-    if spec.dtype != "auto":
-        return spec.dtype
+def source_dtype(asked: str, index: CheckpointIndex) -> str:
+    """The model's dtype: as asked, or for auto that of most bytes of the source, float32 becoming float16. Raises SpecError."""
+    if asked != "auto":
+        if asked not in MODEL_DTYPES:
+            raise SpecError(f"{asked!r} is no model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
+        return asked
     sizes: dict[str, int] = {}
     for tensor in index.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
@@ -101,7 +103,9 @@ def _check_quantization(quantization: QuantizationSpec | None) -> None:
 
     if quantization is not None and quantization.algorithm not in QUANTIZERS:
         known = ", ".join(sorted(QUANTIZERS)) or "none yet"
-        raise QuantizationError(f"no quantizer is called {quantization.algorithm!r}", f"There are: {known}. Leave quantization out.")
+        raise QuantizationError(
+            f"no quantizer is called {quantization.algorithm!r}", f"There are: {known}. Leave quantization out."
+        )
 
 
 OpenCluster = Callable[[ClusterSpec], Cluster]
@@ -162,7 +166,9 @@ def preflight(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, sto
     check_supported(made.inputs.config)
     problems = unplaceable(made, place)
     if problems:
-        raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file.")
+        raise ClusterError(
+            "the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file."
+        )
     pending = made.pending(committed)
     kinds = {step.kind for step in pending}
     if place.kind == "local":
@@ -172,7 +178,9 @@ def preflight(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, sto
         needed = sum(step.estimate.write_bytes for step in pending)
         free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
         if needed > free:
-            raise StoreError(f"{store.url} has {free:,} bytes free, the build writes about {needed:,}", "Free space, or choose another store.")
+            raise StoreError(
+                f"{store.url} has {free:,} bytes free, the build writes about {needed:,}", "Free space, or choose another store."
+            )
 
 
 def _check_local_tools(made: Plan, kinds: set[Kind]) -> None:
@@ -242,16 +250,13 @@ def build_engine(
     places = [topology.coordinates(rank) for rank in wanted]
     store = FileStore(output.resolve().as_uri())
     for place in places:
-        options = BuildOptions(
-            stage=StageOptions.of(config, topology, place.pp_rank), tp_rank=place.tp_rank, engine=engine, tensorrt_version=None
-        )
-        weights = map_checkpoint_rank(checkpoint, place.rank)
+        stage = StageOptions.of(config, topology, place.pp_rank)
+        options = BuildOptions(stage=stage, tp_rank=place.tp_rank, engine=engine, tensorrt_version=None)
         log: list[str] = []
         try:
             with store.writer(f"rank{place.rank}.engine") as writer:
-                compile_rank(
-                    options, weights, writer.write, lambda phase, done, total, rank=place.rank: progress(rank, phase, done, total), log.append
-                )
+                report = functools.partial(progress, place.rank)
+                compile_rank(options, map_checkpoint_rank(checkpoint, place.rank), writer.write, report, log.append)
         except OrchestratorError:
             (output / f"rank{place.rank}.log").write_text("\n".join(log) + "\n")
             raise
@@ -279,7 +284,9 @@ def read_release(url: str) -> tuple[Store, Manifest]:
         raise ReleaseMissingError(f"there is no release at {address}", "Give the URL that `orchestrator build` printed.") from None
 
 
-def pull(url: str, ranks: Iterable[int] | None, output: Path, progress: Callable[[FileRecord], None] = lambda file: None) -> list[Path]:
+def pull(
+    url: str, ranks: Iterable[int] | None, output: Path, progress: Callable[[FileRecord], None] = lambda file: None
+) -> list[Path]:
     """Fetch what the given ranks need (None: all) to the folder `output`, every digest checked while writing.
 
     A file that is there already with the right digest is kept. Raises ReleaseMissingError, DigestError, StoreError.

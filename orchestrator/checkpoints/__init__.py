@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 
 
-def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
+def read_source(path: str) -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
     """The index of the checkpoint at `path`, and its tokenizer and config files. Raises as the format's reader does."""
     from orchestrator.checkpoints import huggingface
 

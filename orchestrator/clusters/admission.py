@@ -11,6 +11,7 @@ from orchestrator.core.step import Resources, Task
 
 
 def machine_memory_bytes() -> int:
+    """Physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -20,7 +20,7 @@ from typing import IO
 
 from orchestrator.clusters import AnyEvent, worker_environment
 from orchestrator.clusters.admission import Admission
-from orchestrator.core.progress import EVENT, StepFailed, StepStarted, StepSucceeded
+from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Failure, FailureKind, Task
 from orchestrator.work.process import die_with_parent
@@ -36,6 +36,7 @@ class LocalCluster:
         self._admission = Admission(spec)
         self._events: queue.Queue[AnyEvent] = queue.Queue()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._followers: list[threading.Thread] = []
         self._closed = False
 
     def start(self, task: Task) -> None:
@@ -65,6 +66,8 @@ class LocalCluster:
             process.kill()
         for process in self._processes.values():
             process.wait()
+        for follower in self._followers:
+            follower.join()
         self._processes.clear()
 
     def _begin(self) -> None:
@@ -73,12 +76,14 @@ class LocalCluster:
         for task in self._admission.begin():
             process, log = self._spawn(task)
             self._processes[task.step.digest] = process
-            threading.Thread(target=self._follow, args=(task, process, log), daemon=True).start()
+            follower = threading.Thread(target=self._follow, args=(task, process, log), daemon=True)
+            follower.start()
+            self._followers.append(follower)
 
     def _spawn(self, task: Task) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         gpu = task.step.resources.gpus > 0
         environment = {**os.environ, **worker_environment(self._spec.threads_per_step, gpu=gpu)}
-        log = tempfile.TemporaryFile()
+        log = tempfile.TemporaryFile()  # noqa: SIM115  # _follow closes it when the process has ended
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.work"],
             stdin=subprocess.PIPE,
@@ -90,18 +95,19 @@ class LocalCluster:
         return process, log
 
     def _follow(self, task: Task, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         final = False
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(task.model_dump_json().encode())
-        for line in process.stdout:
-            event = EVENT.validate_json(line)
-            final = final or isinstance(event, (StepSucceeded, StepFailed))
-            self._events.put(event)
-        code = process.wait()
-        if not final and not self._closed:
-            self._events.put(StepFailed(digest=task.step.digest, failure=_crash(code, log)))
-        log.close()
+        with log, process.stdout:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(task.model_dump_json().encode())
+            for line in process.stdout:
+                event = EVENT.validate_json(line)
+                final = final or isinstance(event, (StepSucceeded, StepFailed))
+                self._events.put(event)
+            code = process.wait()
+            if not final and not self._closed:
+                self._events.put(StepFailed(digest=task.step.digest, failure=_crash(code, log)))
 
 
 def _crash(code: int, log: IO[bytes]) -> Failure:
@@ -110,6 +116,4 @@ def _crash(code: int, log: IO[bytes]) -> Failure:
     log.seek(max(size - _TAIL_BYTES, 0))
     tail = log.read().decode(errors="replace")
     reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return Failure(
-        kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=platform.node(), log_tail=tail
-    )
+    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=platform.node(), log_tail=tail)

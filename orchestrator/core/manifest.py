@@ -77,6 +77,8 @@ class RankRecord(_Record):
 
 
 class SourceFileRecord(_Record):
+    """A file of the source, as the plan identified it."""
+
     path: str
     num_bytes: int
     identity: str

@@ -77,7 +77,7 @@ def from_hugging_face(config: Mapping[str, Any], architecture: str, dtype: str, 
     base, scaling = _rotary(merged)
     return ModelConfig(
         architecture=architecture,
-        dtype=dtype,  # type: ignore[arg-type]  # pydantic checks the literal
+        dtype=dtype,
         vocab_size=need("vocab_size"),
         hidden_size=need("hidden_size"),
         num_hidden_layers=need("num_hidden_layers"),

@@ -172,9 +172,7 @@ def _convert(group: LayerGroup, inputs: Inputs, topology: Topology, calibrate: S
     )
 
 
-def _build(
-    spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, converts: list[Step], rank_bytes: int
-) -> Step:
+def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
     options = BuildOptions(stage=stage, tp_rank=tp_rank, engine=spec.engine, tensorrt_version=inputs.tensorrt_version)
     return Step(
         kind=Kind.BUILD,

@@ -17,12 +17,16 @@ class _Event(BaseModel):
 
 
 class StepStarted(_Event):
+    """An attempt began on a node."""
+
     type: Literal["started"] = "started"
     node: str
     attempt: int
 
 
 class StepProgress(_Event):
+    """How far a phase of a step is."""
+
     type: Literal["progress"] = "progress"
     phase: str
     """E.g. convert, parse, tactics."""
@@ -32,11 +36,15 @@ class StepProgress(_Event):
 
 
 class StepSucceeded(_Event):
+    """Final: the outcome is committed."""
+
     type: Literal["succeeded"] = "succeeded"
     outcome: Outcome
 
 
 class StepFailed(_Event):
+    """Final: this attempt came to nothing."""
+
     type: Literal["failed"] = "failed"
     failure: Failure
 

@@ -10,11 +10,15 @@ from orchestrator.core.step import Failure, FailureKind
 
 @dataclass(frozen=True, slots=True)
 class Retry:
+    """Try again after a delay."""
+
     delay_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
+    """The step has failed for good."""
+
     reason: str
 
 

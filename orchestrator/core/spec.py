@@ -45,7 +45,6 @@ class SourceSpec(Frozen):
 
     path: str
     """A folder; a relative one counts from the spec file."""
-    format: Literal["auto", "huggingface"] = "auto"
     family: str = "auto"
     """A name of families/, or auto: from config.json's architectures."""
 
@@ -237,7 +236,7 @@ def _field_names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str
     """Field names of the model found by walking `loc` from `model`; empty when the walk leaves models."""
     current: Any = model
     for part in loc:
-        info = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        info = current.model_fields.get(str(part)) if isinstance(current, type) and issubclass(current, BaseModel) else None
         annotation = info.annotation if info else None
         members = [annotation, *getattr(annotation, "__args__", ())]
         current = next((item for item in members if isinstance(item, type) and issubclass(item, BaseModel)), None)

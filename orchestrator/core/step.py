@@ -128,9 +128,7 @@ class Failure(_Value):
             name, advice, message = type(error).__name__, error.advice, error.message
         else:
             name, advice, message = "", "", f"{type(error).__name__}: {error}"
-        return Failure(
-            kind=FailureKind.APPLICATION, message=message, error=name, advice=advice, node=node, log_tail=log_tail
-        )
+        return Failure(kind=FailureKind.APPLICATION, message=message, error=name, advice=advice, node=node, log_tail=log_tail)
 
     def to_error(self, step_name: str) -> OrchestratorError:
         """The error to raise for the user; keeps class and exit code of the original."""

@@ -6,6 +6,7 @@ L % pp stages hold one layer more) or as an explicit partition says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Topology:
         bounds = [0]
         for count in counts:
             bounds.append(bounds[-1] + count)
-        return tuple(range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False))
+        return tuple(range(begin, end) for begin, end in itertools.pairwise(bounds))
 
 
 def _even_partition(num_layers: int, pp: int) -> tuple[int, ...]:

@@ -86,9 +86,7 @@ class WeightMap:
         return [group for group in self.groups if group.pp_rank == pp_rank]
 
 
-def weight_map(
-    index: CheckpointIndex, family: Family, config: ModelConfig, topology: Topology, max_shard_bytes: int
-) -> WeightMap:
+def weight_map(index: CheckpointIndex, family: Family, config: ModelConfig, topology: Topology, max_shard_bytes: int) -> WeightMap:
     """Expand `family`'s rules over the ranks.
 
     Raises WeightMapError when a tensor is missing, has another shape than the config says, or would be dropped; raises

@@ -52,7 +52,7 @@ class EngineBackend(Protocol):
     def build_engine(
         self,
         request: EngineRequest,
-        write: Callable[[memoryview], None],
+        write: Callable[[memoryview], object],
         progress: Callable[[str, int, int], None],
         log: Callable[[str], None],
     ) -> EngineRecord:
@@ -65,7 +65,8 @@ class EngineBackend(Protocol):
 
 def backend(name: str) -> EngineBackend:
     """The backend module called `name`."""
-    return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]  # a module is the object
+    module: EngineBackend = importlib.import_module(BACKENDS[name])
+    return module
 
 
 def installed_version(name: str) -> str | None:

@@ -21,7 +21,7 @@ _MAX_ERRORS = 5
 
 def build_engine(
     request: EngineRequest,
-    write: Callable[[memoryview], None],
+    write: Callable[[memoryview], object],
     progress: Callable[[str, int, int], None],
     log: Callable[[str], None],
 ) -> EngineRecord:
@@ -33,7 +33,7 @@ def build_engine(
         raise ToolError(f"{request.config.backend} cannot start here", "It needs a GPU of the target type and its driver.")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    _parse(trt, parser, request, log)
+    _parse(parser, request)
     _allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, request.config)
@@ -56,7 +56,7 @@ def _module(backend: str) -> Any:
 
 
 def _logger(trt: Any, log: Callable[[str], None]) -> Any:
-    class StepLogger(trt.ILogger):  # type: ignore[misc, name-defined]  # the base is known at run time only
+    class StepLogger(trt.ILogger):  # type: ignore[misc]  # the base is known at run time only
         """Keeps TensorRT's own words with the step."""
 
         def __init__(self) -> None:
@@ -78,7 +78,7 @@ def _last_errors(logger: Any) -> str:
     return " | ".join(causes[-_MAX_ERRORS:]) or "it gave no reason"
 
 
-def _parse(trt: Any, parser: Any, request: EngineRequest, log: Callable[[str], None]) -> None:
+def _parse(parser: Any, request: EngineRequest) -> None:
     if not parser.load_model_proto(request.model):
         raise EngineBuildError("TensorRT's parser cannot read the graph: " + _parser_errors(parser))
     for name, array in request.weights.items():
@@ -139,7 +139,7 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> N
 
 
 def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # the base is known at run time only
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known at run time only
         """Reports the outermost phase; TensorRT nests them."""
 
         def __init__(self) -> None:
@@ -163,8 +163,8 @@ def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
     return Monitor()
 
 
-def _stream(trt: Any, write: Callable[[memoryview], None]) -> Any:
-    class Stream(trt.IStreamWriter):  # type: ignore[misc, name-defined]  # the base is known at run time only
+def _stream(trt: Any, write: Callable[[memoryview], object]) -> Any:
+    class Stream(trt.IStreamWriter):  # type: ignore[misc]  # the base is known at run time only
         """Hands the plan on; an error ends the build instead of crossing C++."""
 
         def __init__(self) -> None:

@@ -33,14 +33,10 @@ class RankShape:
 def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str) -> str:
     """Root-mean-square norm over the last axis, accumulated in float32."""
     scale = graph.external(weight, shape.dtype, [shape.config.hidden_size])
-    return graph.node(
-        "RMSNormalization", [x, scale], output, axis=-1, epsilon=shape.config.norm_epsilon, stash_type=1
-    )
+    return graph.node("RMSNormalization", [x, scale], output, axis=-1, epsilon=shape.config.norm_epsilon, stash_type=1)
 
 
-def linear(
-    graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False
-) -> str:
+def linear(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False) -> str:
     """x @ weight^T (+ bias); `size` is (out, in), the layout of the checkpoint."""
     weight = graph.external(f"{prefix}.weight", shape.dtype, size)
     transposed = graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[1, 0])
@@ -48,9 +44,7 @@ def linear(
     return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
 
 
-def row_linear(
-    graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False
-) -> str:
+def row_linear(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False) -> str:
     """A linear whose input features are split: partial products are summed over the ranks, the bias is added once after."""
     product = all_reduce(graph, shape, linear(graph, shape, x, prefix, size))
     return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
@@ -135,10 +129,12 @@ def _scatter(graph: GraphWriter, layer: int, what: str, update: str) -> str:
 
 
 def past_name(layer: int, what: str) -> str:
+    """Graph input: keys or values (`what`) of a local layer before the call."""
     return f"past_key_values.{layer}.{what}"
 
 
 def present_name(layer: int, what: str) -> str:
+    """Graph output: the same after the call."""
     return f"present_key_values.{layer}.{what}"
 
 
@@ -150,6 +146,4 @@ def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, layer: int) -> str:
     gate = linear(graph, shape, x, f"{prefix}.gate", size, bias=config.mlp_bias)
     activated = graph.node("Mul", [fc, graph.node("Sigmoid", [fc], f"{prefix}.sigmoid")], f"{prefix}.activated")
     product = graph.node("Mul", [activated, gate], f"{prefix}.product")
-    return row_linear(
-        graph, shape, product, f"{prefix}.proj", (config.hidden_size, shape.intermediate_size), bias=config.mlp_bias
-    )
+    return row_linear(graph, shape, product, f"{prefix}.proj", (config.hidden_size, shape.intermediate_size), bias=config.mlp_bias)

@@ -38,15 +38,16 @@ def rotary_tables(config: ModelConfig, length: int) -> tuple[Table, Table]:
 
 def inverse_frequencies(config: ModelConfig) -> Table:
     """Radians per position for each of the head_size / 2 pairs."""
-    exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
-    plain = (1.0 / np.power(np.float32(config.rotary_base), exponents)).astype(np.float32)
+    exponents: Table = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    plain: Table = (1.0 / np.power(np.float32(config.rotary_base), exponents)).astype(np.float32)
     scaling = config.rotary_scaling
     check_rotary(scaling)
     if scaling is None:
         return plain
     factor = np.float32(scaling["factor"])
     if scaling["rope_type"] == "linear":
-        return plain / factor
+        slowed: Table = np.divide(plain, factor, dtype=np.float32)
+        return slowed
     return _llama3(plain, factor, scaling)
 
 
@@ -57,4 +58,5 @@ def _llama3(plain: Table, factor: np.float32, scaling: Mapping[str, Any]) -> Tab
     blend = (context / wavelengths - low) / (high - low)
     interpolated = (1 - blend) * plain / factor + blend * plain
     scaled = np.where(wavelengths > context / low, plain / factor, interpolated)
-    return np.where(wavelengths < context / high, plain, scaled).astype(np.float32)
+    kept: Table = np.where(wavelengths < context / high, plain, scaled).astype(np.float32)
+    return kept

@@ -28,6 +28,8 @@ class ObjectMissingError(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
+    """One object of a listing."""
+
     key: str
     num_bytes: int
 
@@ -39,9 +41,7 @@ class Writer(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
 class Store(Protocol):

@@ -116,9 +116,7 @@ class FsspecWriter:
         self._written += len(view)
         return len(view)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         short = self._num_bytes is not None and self._written != self._num_bytes
         with self._store._errors(f"write {self._key!r}"):
             if kind is None and not short:

@@ -11,6 +11,7 @@ from orchestrator.work.streaming import stream
 
 
 def main() -> None:
+    """Run the task of stdin."""
     # Libraries and native code may print: only we write to the pipe.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as pipe:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.dtypes import MODEL_DTYPES
+from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.options import BuildOptions
 from orchestrator.core.step import Task
@@ -36,7 +36,7 @@ def build(task: Task, context: Context) -> dict[str, Any]:
 def compile_rank(
     options: BuildOptions,
     weights: Mapping[str, Weight],
-    write: Callable[[memoryview], None],
+    write: Callable[[memoryview], object],
     progress: Callable[[str, int, int], None],
     log: Callable[[str], None],
 ) -> EngineRecord:
@@ -44,7 +44,9 @@ def compile_rank(
     slots = max_seq_len(options.stage.config, options.engine)
     network = decoder_network(
         options.stage,
-        NetworkOptions(options.stage.config.dtype, max_seq_len=slots, cache_slots=slots, gather_logits=options.engine.gather_logits),
+        NetworkOptions(
+            options.stage.config.dtype, max_seq_len=slots, cache_slots=slots, gather_logits=options.engine.gather_logits
+        ),
     )
     request = EngineRequest(
         model=network.model.SerializeToString(),

@@ -99,8 +99,6 @@ def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) 
         part.unlink(missing_ok=True)
 
 
-
-
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in blocks."""
     with path.open("rb") as file:

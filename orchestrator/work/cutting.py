@@ -88,9 +88,7 @@ class Cutter:
             block = ahead.result()
             following = row + step
             if following < last:
-                ahead = self._reader.submit(
-                    self._read_rows, tensor, following, min(following + step, last), number + 1
-                )
+                ahead = self._reader.submit(self._read_rows, tensor, following, min(following + step, last), number + 1)
             yield row, block
             # Three buffers: one being read, one just yielded, one whose writers may not be through yet.
 
@@ -101,13 +99,13 @@ class Cutter:
         if self._buffers[slot].size < size:
             self._buffers[slot] = np.empty(max(size, BLOCK_BYTES), np.uint8)
         flat = self._buffers[slot][:size]
-        self._source.read_into(tensor.file, tensor.offset + begin * row_bytes, memoryview(flat))
+        self._source.read_into(tensor.file, tensor.offset + begin * row_bytes, flat.data)
         self._progress(size)
         return flat.reshape(end - begin, row_bytes)
 
     def _read_whole(self, tensor: TensorInfo) -> Bytes:
         whole = np.empty(tensor.num_bytes, np.uint8)
-        self._source.read_into(tensor.file, tensor.offset, memoryview(whole))
+        self._source.read_into(tensor.file, tensor.offset, whole.data)
         self._progress(tensor.num_bytes)
         return whole.reshape(_rows(tensor))
 
@@ -152,7 +150,7 @@ def _wanted_rows(read: Read) -> tuple[int, int]:
 
 
 def _append(sink: Sink, piece: Bytes) -> None:
-    sink.write(memoryview(np.ascontiguousarray(piece).reshape(-1)))
+    sink.write(np.ascontiguousarray(piece).reshape(-1).data)
 
 
 def _finish(jobs: list[Future[None]]) -> None:

@@ -40,6 +40,7 @@ _BUILD_DIGITS = 12
 
 
 def release_prefix(release: ReleaseSpec) -> str:
+    """Key prefix of a release; ends with '/'."""
     return f"releases/{release.name}/{release.version}/"
 
 
@@ -125,7 +126,10 @@ def _publish_rank(store: Store, prefix: str, folder: str, outcome: Outcome) -> R
 
 def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[FileRecord]:
     """The runtime's config and the source's tokenizer and config files."""
-    config = {"pretrained_config": to_trtllm(plan.inputs.config, plan.topology), "build_config": plan.spec.engine.model_dump(mode="json")}
+    config = {
+        "pretrained_config": to_trtllm(plan.inputs.config, plan.topology),
+        "build_config": plan.spec.engine.model_dump(mode="json"),
+    }
     data = json.dumps(config, indent=2).encode()
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
     for file in plan.inputs.extra_files:

@@ -61,9 +61,7 @@ def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]]
     return [sequence for sequence in encoded if len(sequence) > 1], "text"
 
 
-def _logits(
-    options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context
-) -> list[npt.NDArray[np.float32]]:
+def _logits(options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context) -> list[npt.NDArray[np.float32]]:
     """[T, vocabulary] for each sequence, one at a time: no padding can disturb the reference."""
     import torch
     import transformers

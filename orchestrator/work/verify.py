@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from orchestrator.core.errors import OrchestratorError, ToolError, VerificationError
+from orchestrator.core.manifest import Verification
 from orchestrator.core.options import StageOptions, VerifyOptions
 from orchestrator.core.step import Kind, Output, Task
 from orchestrator.work import compare
@@ -87,25 +88,32 @@ def run_stage(job: RankJob, context: Context) -> None:
     path.write_text(job.model_dump_json())
     command = [launcher, "-n", str(job.stage.tp), sys.executable, "-m", "orchestrator.work.verify_rank", str(path)]
     errors = context.scratch / "stderr"
-    with errors.open("wb") as stderr:
-        process = subprocess.Popen(
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, env=rank_environment(), text=True, preexec_fn=die_with_parent
-        )
-        assert process.stdout is not None
+        ) as process,
+    ):
         try:
-            for line in process.stdout:
-                word, *numbers = line.split()
-                if word == "call" and len(numbers) == 2:
-                    context.report("verify", int(numbers[0]), int(numbers[1]), "steps")
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.kill()
-            code = process.wait()
+            _follow(process, context)
+        except BaseException:
+            process.kill()
+            raise
+    code = process.returncode
     said = "\n".join(errors.read_text(errors="replace").splitlines()[-_STDERR_LINES:])
     if said:
         context.log(said)
     if code:
         raise VerificationError(f"a rank of stage {job.stage.pp_rank} failed under MPI (exit code {code})")
+
+
+def _follow(process: subprocess.Popen[str], context: Context) -> None:
+    """Pass on the calls that rank 0 counts."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        word, *numbers = line.split()
+        if word == "call" and len(numbers) == 2:
+            context.report("verify", int(numbers[0]), int(numbers[1]), "steps")
 
 
 def find_mpiexec() -> str:
@@ -123,7 +131,7 @@ def rank_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
-def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> compare.Verification:
+def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> Verification:
     """Line up the logits of all calls with the reference's positions and compare them."""
     from safetensors.numpy import load_file
 

@@ -27,6 +27,7 @@ _CUSTOM_DOMAIN = "ai.onnx.contrib"
 
 
 def main(path: str) -> None:
+    """Run this MPI rank's part of the job in the JSON file at `path`."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -1,0 +1,42 @@
+# Every target sets up what it needs; the second time that costs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+MODEL := .cache/smollm2-135m-instruct
+STAMP := $(VENV)/.installed
+
+export RAY_AUTH_MODE ?= disabled
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench clean
+
+# Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
+demo: $(STAMP) $(MODEL)/config.json
+	$(BIN)/orchestrator plan cluster_configs/jobs/smollm2.yaml
+	$(BIN)/orchestrator build cluster_configs/jobs/smollm2.yaml --cluster cluster_configs/local-ray.yaml
+
+test: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.verification
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+
+# torch first and alone: otherwise pip may choose a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+$(MODEL)/config.json: | $(STAMP)
+	$(BIN)/python -m tests.models.smollm2 $(MODEL)

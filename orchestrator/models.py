@@ -1,0 +1,336 @@
+"""The in-process API, as TensorRT-LLM's users know it: one object per rank, no cluster, no store.
+
+    mapping = Mapping(tp_size=2, rank=0)
+    model = LLaMAForCausalLM.from_hugging_face("llama-3-8b", dtype="bfloat16", mapping=mapping)
+    model.save_checkpoint("checkpoint")
+    build(model, BuildConfig(max_seq_len=4096)).save("engines")
+
+`from_hugging_face` reads headers only; tensors are cut out of the source when they are saved, built or asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as AbstractMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.blocks import FileSource
+from orchestrator.core import topology as topologies
+from orchestrator.core.checkpoint import SourceFile
+from orchestrator.core.dtypes import MODEL_DTYPES
+from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
+from orchestrator.core.manifest import EngineRecord
+from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
+from orchestrator.core.options import BuildOptions, ConvertOptions, StageOptions
+from orchestrator.core.spec import BuildConfig
+from orchestrator.core.topology import Topology
+from orchestrator.core.weight_map import Target, weight_map
+from orchestrator.engines.profiles import max_seq_len
+from orchestrator.families import family_for
+from orchestrator.networks import NetworkOptions, decoder_network
+from orchestrator.verbs import read_checkpoint_config, source_dtype
+from orchestrator.work.build import compile_rank
+from orchestrator.work.convert import write_shards
+from orchestrator.work.shards import Weight, map_checkpoint_rank
+
+__all__ = [
+    "BuildConfig",
+    "DecoderModelForCausalLM",
+    "Engine",
+    "LLaMAForCausalLM",
+    "Mapping",
+    "MistralForCausalLM",
+    "PretrainedModel",
+    "TopModelMixin",
+    "build",
+]
+
+_NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where one rank stands: TensorRT-LLM's name for a topology and a rank in it."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    rank: int = 0
+    pp_partition: tuple[int, ...] | None = None
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.tp_size, self.pp_size, self.pp_partition)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.topology.coordinates(self.rank).tp_rank
+
+    @property
+    def pp_rank(self) -> int:
+        return self.topology.coordinates(self.rank).pp_rank
+
+
+class PretrainedModel:
+    """One rank of a model: its config, its place, and weights that are made when they are needed."""
+
+    def __init__(self, config: ModelConfig, mapping: Mapping) -> None:
+        """Raises TopologyError when the model cannot be split so."""
+        topologies.check(mapping.topology, config.limits())
+        self.config, self.mapping = config, mapping
+        self._weights: AbstractMapping[str, Weight] | None = None
+        self._source: _Source | None = None
+
+    @property
+    def stage(self) -> StageOptions:
+        return StageOptions.of(self.config, self.mapping.topology, self.mapping.pp_rank)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | os.PathLike[str], rank: int = 0) -> Self:
+        """A rank of a TensorRT-LLM checkpoint folder, memory-mapped. Raises SpecError, SourceMissingError."""
+        folder = Path(checkpoint)
+        config, topology = read_checkpoint_config(folder)
+        model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition))
+        model.load(map_checkpoint_rank(folder, rank))
+        return model
+
+    def required_names(self) -> dict[str, tuple[int, ...]]:
+        """Name and local shape of every tensor that this rank needs."""
+        network = decoder_network(self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1))
+        names = set(network.weight_names())
+        return {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer if tensor.name in names}
+
+    def load(self, weights: AbstractMapping[str, Any]) -> None:
+        """Take this rank's tensors by TensorRT-LLM's names: torch tensors, numpy arrays, or mapped weights.
+
+        Raises WeightMapError for a missing tensor, another shape or another dtype than the config's; names that the rank
+        does not need are passed over.
+        """
+        required = self.required_names()
+        missing = sorted(set(required) - set(weights))
+        if missing:
+            raise WeightMapError(f"Required but not provided tensors: {', '.join(missing)}", "Names are those of required_names().")
+        taken = {name: _as_weight(name, weights[name]) for name in required}
+        for name, weight in taken.items():
+            if weight.shape != required[name]:
+                raise WeightMapError(f"{name} is {list(weight.shape)}, this rank needs {list(required[name])}")
+            if weight.dtype != MODEL_DTYPES[self.config.dtype]:
+                raise WeightMapError(f"{name} is {weight.dtype}, the model is {self.config.dtype}", "Cast the weights first.")
+        self._weights, self._source = taken, None
+
+    def weights(self) -> AbstractMapping[str, Weight]:
+        """Every tensor of this rank; cut out of the source at the first call. Raises SourceMissingError when there are none."""
+        if self._weights is None:
+            if self._source is None:
+                raise SourceMissingError("this model has no weights", "Call load(), or make it with from_hugging_face().")
+            self._weights = self._source.materialize()
+        return self._weights
+
+    def save_checkpoint(self, output_dir: str | os.PathLike[str], save_config: bool = True) -> None:
+        """Write rank{N}.safetensors, streamed, and config.json (`save_config`: rank 0 only needs it). Raises StoreError."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank{self.mapping.rank}.safetensors"
+        if self._source is not None and self._weights is None:
+            self._source.write(folder / name)
+        else:
+            self._write_loaded(folder / name)
+        if save_config:
+            text = json.dumps(to_trtllm(self.config, self.mapping.topology), indent=4)
+            (folder / "config.json").write_text(text + "\n")
+
+    def _write_loaded(self, path: Path) -> None:
+        from orchestrator.checkpoints.safetensors import encode_header
+
+        weights = self.weights()
+        header = encode_header(((name, weight.dtype, weight.shape) for name, weight in weights.items()), {"format": "pt"})
+        with _new_file(path) as write:
+            write(memoryview(header))
+            for weight in weights.values():
+                write(weight.data.data)
+
+
+class TopModelMixin:
+    """Models that can be made from a Hugging Face folder."""
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    """Those that this class accepts; empty: every one that some family knows."""
+
+    @classmethod
+    def from_hugging_face(cls, hf_model_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
+        """One rank of the model in `hf_model_dir`, in memory: headers are read, nothing is written.
+
+        Raises the source's errors, ArchitectureError, TopologyError, WeightMapError.
+        """
+        folder = Path(hf_model_dir).resolve()
+        index, _ = read_source(str(folder))
+        architecture = (index.config.get("architectures") or ["unknown"])[0]
+        if cls.architectures and architecture not in cls.architectures:
+            raise ArchitectureError(f"{folder} is a {architecture}", f"{cls.__name__} reads {', '.join(cls.architectures)}.")
+        family = family_for(architecture)
+        config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config_defaults)
+        place = mapping or Mapping()
+        topologies.check(place.topology, config.limits())
+        (group,) = weight_map(index, family, config, place.topology, _NO_LIMIT).stage(place.pp_rank)
+        options = _for_one_rank(ConvertOptions.of(group, index, place.topology), place.tp_rank)
+        model = cls(config, place)  # type: ignore[call-arg]  # mixed into PretrainedModel
+        model._source = _Source(folder, options)  # type: ignore[attr-defined]
+        return model
+
+
+class DecoderModelForCausalLM(PretrainedModel, TopModelMixin):
+    """Any decoder that some family knows."""
+
+
+class LLaMAForCausalLM(DecoderModelForCausalLM):
+    """Llama 1 to 3."""
+
+    architectures = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+class MistralForCausalLM(DecoderModelForCausalLM):
+    """Mistral."""
+
+    architectures = ("MistralForCausalLM",)
+
+
+def _for_one_rank(options: ConvertOptions, tp_rank: int) -> ConvertOptions:
+    """The same program for one tensor-parallel rank: it reads only the rows that this rank takes."""
+
+    def only(target: Target) -> Target:
+        reads = tuple(replace(read, spans=(read.spans[tp_rank],)) if read.spans else read for read in target.reads)
+        return replace(target, reads=reads)
+
+    return ConvertOptions(
+        files=options.files, targets=tuple(only(target) for target in options.targets), shards=(options.shards[tp_rank],)
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A rank's tensors still in the source's files."""
+
+    folder: Path
+    options: ConvertOptions
+
+    def write(self, path: Path) -> None:
+        @contextmanager
+        def output(_name: str, _num_bytes: int) -> Iterator[_Sink]:
+            with _new_file(path) as write:
+                yield _Sink(write)
+
+        self._run(output)
+
+    def materialize(self) -> dict[str, Weight]:
+        """Cut every tensor into one buffer of the rank's size."""
+        buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        position = 0
+
+        def append(data: memoryview) -> None:
+            nonlocal position
+            buffers[0][position : position + len(data)] = np.frombuffer(data, np.uint8)
+            position += len(data)
+
+        @contextmanager
+        def output(_name: str, num_bytes: int) -> Iterator[_Sink]:
+            buffers.append(np.empty(num_bytes, np.uint8))
+            yield _Sink(append)
+
+        self._run(output)
+        (buffer,) = buffers
+        offset = len(buffer) - sum(target.num_bytes for target in self.options.targets)
+        weights = {}
+        for target in self.options.targets:
+            weights[target.name] = Weight(target.dtype, target.shape, buffer[offset : offset + target.num_bytes])
+            offset += target.num_bytes
+        return weights
+
+    def _run(self, output: Any) -> None:
+        files: tuple[SourceFile, ...] = self.options.files
+        with FileSource(self.folder, tuple(file.name for file in files)) as source:
+            write_shards(self.options, source, output, lambda num_bytes: None)
+
+
+@dataclass(frozen=True)
+class _Sink:
+    append: Callable[[memoryview], None]
+
+    def write(self, data: memoryview) -> None:
+        self.append(data)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
+    """Write beside the name and rename at a clean end. Raises StoreError."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield lambda data: _write_all(file, data)
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    file.write(data)
+
+
+def _as_weight(name: str, value: Any) -> Weight:
+    """Bytes of a torch tensor, numpy array or mapped weight, without a copy where they are contiguous."""
+    if isinstance(value, Weight):
+        return value
+    if isinstance(value, np.ndarray):
+        names = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
+        data, dtype, shape = np.ascontiguousarray(value), str(value.dtype), value.shape
+        flat = data.reshape(-1).view(np.uint8)
+    else:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            raise WeightMapError(f"{name} is a {type(value).__name__}", "Give torch tensors or numpy arrays.")
+        names = {"torch.float16": "F16", "torch.float32": "F32", "torch.bfloat16": "BF16"}
+        dtype, shape = str(value.dtype), tuple(value.shape)
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if dtype not in names:
+        raise WeightMapError(f"{name} has dtype {dtype}", "Weights are float16, bfloat16 or float32.")
+    return Weight(names[dtype], tuple(shape), flat)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A compiled rank."""
+
+    rank: int
+    record: EngineRecord
+    config: dict[str, Any]
+    """{pretrained_config, build_config}, as TensorRT-LLM's engine folders hold."""
+    plan: bytes
+
+    def save(self, engine_dir: str | os.PathLike[str]) -> None:
+        """Write rank{N}.engine, and config.json on rank 0."""
+        folder = Path(engine_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _new_file(folder / f"rank{self.rank}.engine") as write:
+            write(memoryview(self.plan))
+        if self.rank == 0:
+            (folder / "config.json").write_text(json.dumps(self.config, indent=4) + "\n")
+
+
+def build(model: PretrainedModel, config: BuildConfig) -> Engine:
+    """Compile `model`'s rank in this process. Raises EngineBuildError, ToolError, SpecError."""
+    max_seq_len(model.config, config)
+    options = BuildOptions(stage=model.stage, tp_rank=model.mapping.tp_rank, engine=config, tensorrt_version=None)
+    chunks: list[bytes] = []
+    log: list[str] = []
+    record = compile_rank(options, model.weights(), lambda data: chunks.append(bytes(data)), lambda *_: None, log.append)
+    written = {"pretrained_config": to_trtllm(model.config, model.mapping.topology), "build_config": config.model_dump(mode="json")}
+    return Engine(model.mapping.rank, record, written, b"".join(chunks))

@@ -1,0 +1,164 @@
+"""Whole builds of a tiny model on this machine's processes, with real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator import verbs
+from orchestrator.core.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
+from orchestrator.core.spec import BuildSpec, ClusterSpec
+from orchestrator.core.step import Kind
+from orchestrator.work.context import file_sha256
+from tests.conftest import SpecMaker
+
+ENGINE = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
+
+
+def build(spec: BuildSpec, store: str) -> verbs.Build:
+    return verbs.build(spec, ClusterSpec(store=store))
+
+
+def ran(done: verbs.Build) -> list[str]:
+    return sorted(done.plan.step(digest).name for digest in done.result.ran) if done.result else []
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> verbs.Build:
+    """tp=2, pp=2 of the tiny Llama, built once for the tests that only read it."""
+    spec = BuildSpec.model_validate(
+        {
+            "source": {"path": str(tiny_llama)}, "topology": {"tp": 2, "pp": 2}, "engine": ENGINE,
+            "verification": {"max_tokens": 12, "decode_steps": 3}, "release": {"name": "tiny", "version": "1"},
+        }
+    )  # fmt: skip
+    return build(spec, tmp_path_factory.mktemp("published").as_uri())
+
+
+def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) -> None:
+    manifest = published.manifest
+    assert [(record.rank, record.tp_rank, record.pp_rank) for record in manifest.ranks] == [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
+    assert manifest.verification is not None
+    assert manifest.verification.max_relative_error < 1e-3
+    release = Path(published.address.removeprefix("file://"))
+    for file in manifest.all_files():
+        assert file_sha256(release / file.key) == file.sha256
+    first, last = manifest.ranks[0].engine, manifest.ranks[3].engine
+    assert first.tensors[0].name == "input_ids"
+    assert first.tensors[0].profiles["prefill"]["max"] == (2, 16)
+    assert first.tensors[0].profiles["decode"]["max"] == (2, 1)
+    logits = next(tensor for tensor in last.tensors if tensor.name == "logits")
+    assert (logits.dtype, logits.shape[-1]) == ("float", 131)
+    present = next(tensor for tensor in last.tensors if tensor.name == "present_key_values.0.key")
+    assert present.aliases == "past_key_values.0.key"
+
+
+def test_build_a_second_time_runs_no_step(published: verbs.Build) -> None:
+    store = published.address.partition("/releases/")[0]
+    again = build(published.plan.spec, store)
+    assert again.result is None
+    assert again.manifest == published.manifest
+
+
+def test_build_with_another_version_reuses_every_step(published: verbs.Build) -> None:
+    store = published.address.partition("/releases/")[0]
+    spec = published.plan.spec
+    again = build(spec.model_copy(update={"release": spec.release.model_copy(update={"version": "2"})}), store)
+    assert ran(again) == []
+    assert again.address.endswith("/tiny/2")
+
+
+def test_build_with_another_engine_option_rebuilds_engines_only(published: verbs.Build) -> None:
+    store = published.address.partition("/releases/")[0]
+    spec = published.plan.spec
+    changed = {
+        "engine": spec.engine.model_copy(update={"max_batch_size": 1}),
+        "release": spec.release.model_copy(update={"version": "small"}),
+    }
+    assert ran(build(spec.model_copy(update=changed), store)) == ["build/rank0", "build/rank1", "build/rank2", "build/rank3"]
+
+
+def test_build_under_a_published_version_is_refused(published: verbs.Build) -> None:
+    store = published.address.partition("/releases/")[0]
+    spec = published.plan.spec
+    other = spec.model_copy(update={"engine": spec.engine.model_copy(update={"opt_batch_size": 2})})
+    with pytest.raises(ReleaseExistsError, match="already published"):
+        build(other, store)
+
+
+def test_pull_of_a_rank_fetches_what_it_needs(published: verbs.Build, tmp_path: Path) -> None:
+    paths = verbs.pull(published.address, [2], tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in paths}
+    assert "rank2.engine" in names
+    assert "config.json" in names
+    assert not names & {"rank0.engine", "rank1.engine", "rank3.engine"}
+    record = published.manifest.ranks[2].files[0]
+    assert file_sha256(tmp_path / "rank2.engine") == record.sha256
+
+
+def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: verbs.Build, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "release"
+    shutil.copytree(published.address.removeprefix("file://"), copy)
+    engine = copy / published.manifest.ranks[1].files[0].key
+    data = bytearray(engine.read_bytes())
+    data[len(data) // 2] ^= 1
+    engine.write_bytes(data)
+    with pytest.raises(DigestError):
+        verbs.pull(copy.as_uri(), [1], tmp_path / "out")
+    assert not (tmp_path / "out" / "rank1.engine").exists()
+
+
+def test_pull_of_an_unknown_rank_is_refused(published: verbs.Build, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseMissingError, match="no rank 9"):
+        verbs.pull(published.address, [9], tmp_path)
+
+
+def test_build_above_tolerance_publishes_nothing(tiny_llama: Path, store_url: str, make_spec: SpecMaker) -> None:
+    verification = {"max_tokens": 12, "decode_steps": 3, "tolerance": {"max_relative_error": 1e-12}}
+    with pytest.raises(VerificationError, match="relative error"):
+        build(make_spec(tiny_llama, verification=verification), store_url)
+    assert not list(Path(store_url.removeprefix("file://")).glob("releases/**/manifest.json"))
+
+
+def _spec_file(tmp_path: Path, source: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    plain: dict[str, Any] = {
+        "source": {"path": str(source)}, "topology": {"tp": 2, "pp": 2}, "engine": ENGINE,
+        "verification": {"max_tokens": 12, "decode_steps": 3}, "release": {"name": "tiny", "version": "1"},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def test_build_after_its_driver_was_killed_repeats_no_committed_step(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator.cli", "build", str(_spec_file(tmp_path, tiny_llama)), "--store", str(tmp_path / "store"), "--json"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    first: set[str] = set()
+    for line in driver.stdout:
+        event = json.loads(line)
+        if event["event"] == "succeeded":
+            first.add(event["outcome"]["name"])
+            if event["outcome"]["kind"] == Kind.BUILD:
+                os.kill(driver.pid, signal.SIGKILL)
+                break
+    driver.stdout.close()
+    assert driver.wait() == -signal.SIGKILL
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    plan = next(event for event in events if event["event"] == "plan")
+    second = {event["outcome"]["name"] for event in events if event["event"] == "succeeded"}
+    assert any(name.startswith("build/") for name in first)
+    assert not first & second
+    assert not first & set(plan["pending"])
+    assert events[-1]["event"] == "published"

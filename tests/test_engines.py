@@ -1,0 +1,48 @@
+"""The engine contract on both TensorRTs, and what only one of them has."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.core.errors import SpecError
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.spec import BuildConfig
+from orchestrator.core.topology import Topology
+from orchestrator.engines import EngineRequest, backend
+from orchestrator.engines.profiles import max_seq_len
+from tests.contracts.engine_contract import EngineContract
+
+
+class TestTensorrtRtx(EngineContract):
+    name = "tensorrt_rtx"
+
+    def test_engine_for_named_compute_capabilities_records_them(self) -> None:
+        good = self.request_for(Topology(1, 1))
+        config = good.config.model_copy(update={"compute_capabilities": ("8.9", "12.0")})
+        request = EngineRequest(good.model, good.weights, good.profiles, config)
+        record = backend(self.name).build_engine(request, lambda data: None, lambda *_: None, lambda line: None)
+        assert record.compute_capabilities == ("8.9", "12.0")
+
+    def test_engine_for_an_unknown_compute_capability_lists_the_known(self) -> None:
+        good = self.request_for(Topology(1, 1))
+        config = good.config.model_copy(update={"compute_capabilities": ("9.0",)})
+        request = EngineRequest(good.model, good.weights, good.profiles, config)
+        with pytest.raises(SpecError) as caught:
+            backend(self.name).build_engine(request, lambda data: None, lambda *_: None, lambda line: None)
+        assert "SM89" in caught.value.advice
+
+
+class TestTensorrt(EngineContract):
+    name = "tensorrt"
+
+
+def test_max_seq_len_shorter_than_the_input_is_refused() -> None:
+    model = ModelConfig.model_validate(
+        {
+            "architecture": "LlamaForCausalLM", "dtype": "float16", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_size": 8, "intermediate_size": 8, "hidden_act": "silu",
+            "norm_epsilon": 1e-5, "max_position_embeddings": 64, "rotary_base": 10000.0,
+        }
+    )  # fmt: skip
+    with pytest.raises(SpecError, match="max_input_len 1024 is greater than the 64 positions"):
+        max_seq_len(model, BuildConfig())
