@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +65,12 @@ class Step(_Value):
     def digest(self) -> str:
         return digest_of({"kind": self.kind.value, "version": self.version, "options": self.options, "needs": list(self.needs)})
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but the copy does not inherit the cached digest."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("digest", None)
+        return copy
+
 
 class Output(_Value):
     """One object that a step wrote."""
@@ -90,6 +97,8 @@ class Outcome(_Value):
     """ISO 8601, UTC."""
     seconds: float = 0.0
     tools: dict[str, str] = Field(default_factory=dict)
+    log: str = ""
+    """Key of the whole log; empty when the step said nothing."""
     log_tail: str = ""
 
     def output(self, name: str) -> Output:

@@ -30,6 +30,8 @@ FUNCTIONS: dict[Kind, str] = {
 }
 """Imported when a step of the kind runs, because their imports are heavy."""
 
+LOG = "log.txt"
+"""The step's whole log (TensorRT's own words among it), beside its outputs."""
 _REPORT_SECONDS = 0.2
 _LOG_TAIL_LINES = 40
 
@@ -64,6 +66,8 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if lines:
+        store.put(context.prefix + LOG, "\n".join(lines).encode())
     outcome = Outcome(
         digest=digest,
         name=task.step.name,
@@ -74,6 +78,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         started_at=started_at,
         seconds=round(time.monotonic() - began, 3),
         tools=context.tools,
+        log=context.prefix + LOG if lines else "",
         log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
     )
     return cache.commit(store, outcome)

@@ -61,6 +61,13 @@ def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) 
     assert present.aliases == "past_key_values.0.key"
 
 
+def test_build_keeps_tensorrts_own_log_with_the_step(published: verbs.Build) -> None:
+    assert published.result is not None
+    store = Path(published.address.removeprefix("file://").partition("/releases/")[0])
+    for step in published.plan.of_kind(Kind.BUILD):
+        assert "[INFO]" in (store / published.result.outcomes[step.digest].log).read_text()
+
+
 def test_build_a_second_time_runs_no_step(published: verbs.Build) -> None:
     store = published.address.partition("/releases/")[0]
     again = build(published.plan.spec, store)
