@@ -48,7 +48,7 @@ class RayCluster:
         """Ray's generator of a running attempt -> its task and actor."""
 
     def start(self, task: Task) -> None:
-        pool = next(pool for pool in self._spec.pools.values() if task.step.kind.value in pool.steps)
+        pool = self._spec.pool_for(task.step.kind.value) or PoolSpec()
         actor = ray.remote(ACTORS[task.step.kind.value]).options(**self._options(task, pool)).remote()
         stream = actor.run.options(num_returns="streaming").remote(task.model_dump_json())
         self._streams[stream] = (task, actor)

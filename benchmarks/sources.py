@@ -34,7 +34,15 @@ def llama_tensors(hidden: int, inter: int, heads: int, kv_heads: int, layers: in
 
 
 def write_llama(
-    folder: Path, *, num_files: int, hidden: int = 4096, inter: int = 14336, heads: int = 32, kv_heads: int = 8, layers: int, vocab: int
+    folder: Path,
+    *,
+    num_files: int,
+    hidden: int = 4096,
+    inter: int = 14336,
+    heads: int = 32,
+    kv_heads: int = 8,
+    layers: int,
+    vocab: int,
 ) -> int:
     """Write a bfloat16 checkpoint of seeded bytes in `num_files` shards; returns its tensor bytes. Kept if it is there."""
     tensors = llama_tensors(hidden, inter, heads, kv_heads, layers, vocab)

@@ -52,7 +52,7 @@ def verify(model: Path, tp: int, pp: int, store: str) -> Verification:
     committed = cache.committed(open_store(store), (step.digest for step in only.steps))
     result = verbs.run(only, committed, ClusterSpec(store=store), verbs.local_cluster, SilentListener())
     result.raise_failures(only)
-    last = [step for step in only.of_kind(Kind.VERIFY)][-1]
+    last = list(only.of_kind(Kind.VERIFY))[-1]
     return Verification.model_validate(result.outcomes[last.digest].facts["verification"])
 
 

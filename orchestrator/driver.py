@@ -52,7 +52,9 @@ def drive(plan: Plan, committed: Mapping[str, Outcome], cluster: Cluster, spec: 
             if command.attempt > 1:
                 listener.on_retry(command)
         while delayed and delayed[0][0] <= cluster.now():
-            _start(heapq.heappop(delayed)[2], schedule, cluster, spec)
+            due = heapq.heappop(delayed)[2]
+            if schedule.begin(due):
+                _start(due, schedule, cluster, spec)
 
     launch(schedule.start())
     while not schedule.done:

@@ -24,7 +24,6 @@ import numpy as np
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.blocks import FileSource
 from orchestrator.core import topology as topologies
-from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
@@ -253,8 +252,7 @@ class _Source:
         return weights
 
     def _run(self, output: Any) -> None:
-        files: tuple[SourceFile, ...] = self.options.files
-        with FileSource(self.folder, tuple(file.name for file in files)) as source:
+        with FileSource(self.folder, self.options.files) as source:
             write_shards(self.options, source, output, lambda num_bytes: None)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoints.blocks import source_file
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
 from orchestrator.core.digest import digest_bytes
@@ -43,9 +44,9 @@ def read_index(folder: Path) -> CheckpointIndex:
         headers = list(pool.map(lambda name: read_header(folder / name)[0], names))
     tensors = _collect(folder, names, headers)
     for tensor, name in listed.items():
-        if tensor not in tensors:
+        if tensor not in tensors or names[tensors[tensor].file] != name:
             raise SourceCorruptError(f"{folder / INDEX} says that {name} holds {tensor}, it does not")
-    files = tuple(_source_file(folder, name) for name in names)
+    files = tuple(source_file(folder, name) for name in names)
     return CheckpointIndex("huggingface", files, tensors, config)
 
 
@@ -80,7 +81,7 @@ def _listed(folder: Path) -> dict[str, str]:
     listed = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise SourceCorruptError(f"{folder / INDEX} has no weight_map")
-    for name in set(listed.values()):
+    for name in listed.values():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
             raise SourceCorruptError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder")
     return listed
@@ -106,16 +107,3 @@ def _collect(folder: Path, names: list[str], headers: list[list[HeaderEntry]]) -
                 raise SourceCorruptError(f"{folder}: {entry.name} is in both {other} and {names[number]}")
             tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, number, entry.offset, entry.num_bytes)
     return tensors
-
-
-def _source_file(folder: Path, name: str) -> SourceFile:
-    """Identity: the sha256 by which a hub cache names the blob that it links to; else size and time of modification.
-
-    Hashing hundreds of gigabytes to make a plan is out of the question. Any rewrite of a file changes its time, so the
-    worst case is a needless rebuild, never a stale engine.
-    """
-    path = folder / name
-    stat = path.stat()
-    blob = path.resolve().name
-    identity = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else f"mtime:{stat.st_mtime_ns}"
-    return SourceFile(name, stat.st_size, identity)

@@ -38,15 +38,7 @@ class Admission:
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self._waiting: list[Task] = []
-        self._pools = [
-            _Pool(
-                spec,
-                Resources(
-                    cpus=spec.cpus or os.cpu_count() or 1, gpus=spec.gpus, memory_bytes=spec.memory or machine_memory_bytes()
-                ),
-            )
-            for spec in cluster.pools.values()
-        ]
+        self._pools = [_Pool(spec, _capacity(spec)) for spec in cluster.pools.values()]
 
     def add(self, task: Task) -> None:
         self._waiting.append(task)
@@ -66,3 +58,8 @@ class Admission:
 
     def clear(self) -> None:
         self._waiting.clear()
+
+
+def _capacity(spec: PoolSpec) -> Resources:
+    cpus, memory = spec.cpus or os.cpu_count() or 1, spec.memory or machine_memory_bytes()
+    return Resources(cpus=cpus, gpus=spec.gpus, memory_bytes=memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,7 @@ from orchestrator.core.topology import ParallelLimits, Topology
 class ModelConfig(BaseModel):
     """What a rank's network and its weights follow from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     architecture: str
     dtype: Literal["float16", "bfloat16", "float32"]
@@ -73,21 +73,34 @@ def from_hugging_face(config: Mapping[str, Any], architecture: str, dtype: str, 
             raise ArchitectureError(f"config.json of {architecture} has no {key!r}", "Use the complete config.json of the model.")
         return merged[key]
 
-    heads = need("num_attention_heads")
+    try:
+        return _translate(merged, need, architecture, dtype)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ArchitectureError(f"config.json of {architecture} holds an impossible value: {error}") from None
+
+
+def _translate(merged: Mapping[str, Any], need: Callable[[str], Any], architecture: str, dtype: str) -> ModelConfig:
+    def count(key: str) -> int:
+        value = need(key)
+        if not isinstance(value, int) or value < 1:
+            raise ArchitectureError(f"{key} in config.json of {architecture} is {value!r}, not a positive number")
+        return value
+
+    heads = count("num_attention_heads")
     base, scaling = _rotary(merged)
     return ModelConfig(
         architecture=architecture,
         dtype=dtype,
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        num_hidden_layers=need("num_hidden_layers"),
+        vocab_size=count("vocab_size"),
+        hidden_size=count("hidden_size"),
+        num_hidden_layers=count("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=merged.get("num_key_value_heads", heads),
-        head_size=merged.get("head_dim", need("hidden_size") // heads),
-        intermediate_size=need("intermediate_size"),
+        head_size=merged.get("head_dim", count("hidden_size") // heads),
+        intermediate_size=count("intermediate_size"),
         hidden_act=need("hidden_act"),
         norm_epsilon=need("rms_norm_eps"),
-        max_position_embeddings=need("max_position_embeddings"),
+        max_position_embeddings=count("max_position_embeddings"),
         rotary_base=base,
         rotary_scaling=scaling,
         sliding_window=merged.get("sliding_window"),

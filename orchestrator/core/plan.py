@@ -57,7 +57,8 @@ class Plan:
     @property
     def build_key(self) -> str:
         """The address of the inputs: the same inputs give the same key, on any machine."""
-        return digest_of(sorted(step.digest for step in self.sinks()))
+        files = sorted([file.name, file.identity] for file in self.inputs.extra_files)
+        return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files})
 
     @cached_property
     def _by_digest(self) -> dict[str, Step]:
@@ -211,9 +212,9 @@ def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
     """Steps that no pool of `cluster` can ever hold, each with the reason; empty when all fit."""
     found = []
     for step in plan.steps:
-        pools = [pool for pool in cluster.pools.values() if step.kind.value in pool.steps]
-        if not pools:
+        pool = cluster.pool_for(step.kind.value)
+        if pool is None:
             found.append(f"{step.name}: no pool runs {step.kind.value} steps")
-        elif cluster.kind == "ray" and all(pool.gpus < step.resources.gpus for pool in pools):
-            found.append(f"{step.name}: needs {step.resources.gpus} GPU, its pools have none")
+        elif pool.gpus < step.resources.gpus:
+            found.append(f"{step.name}: needs {step.resources.gpus} GPU, its pool has too few")
     return found

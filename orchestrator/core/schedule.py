@@ -33,6 +33,9 @@ class Schedule:
         self._retries = retries
         self._pending = {step.digest: step for step in plan.pending(committed)}
         self._running: dict[str, int] = {}
+        """Attempt by digest, of steps that run or wait for their next attempt."""
+        self._waiting: dict[str, Failure] = {}
+        """Why the last attempt of a waiting step failed."""
         self.outcomes: dict[str, Outcome] = dict(committed)
         self.failures: dict[str, Failure] = {}
         self.retried: dict[str, int] = {}
@@ -51,10 +54,16 @@ class Schedule:
         """The commands that begin the build."""
         return self._start_ready()
 
+    def begin(self, command: Start) -> bool:
+        """Whether a command is still wanted when its delay is over; False: the build failed meanwhile."""
+        self._waiting.pop(command.step.digest, None)
+        return self._running.get(command.step.digest) == command.attempt
+
     def handle(self, event: StepStarted | StepProgress | StepSucceeded | StepFailed) -> list[Start]:
         """Take in one event. Events of steps that are not running (late ones of a lost worker) change nothing."""
         if event.digest not in self._running:
             return []
+        self._waiting.pop(event.digest, None)
         if isinstance(event, StepSucceeded):
             del self._running[event.digest]
             self.outcomes[event.digest] = event.outcome
@@ -68,11 +77,18 @@ class Schedule:
         decision = decide(self._retries, failure, attempt)
         if isinstance(decision, Retry) and not self.failures:
             self._running[digest] = attempt + 1
+            self._waiting[digest] = failure
             self.retried[digest] = attempt
             return [Start(self._plan.step(digest), attempt + 1, decision.delay_seconds)]
-        del self._running[digest]
-        self.failures[digest] = failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason})
+        self._give_up(digest, failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason}))
+        for waiting, reason in list(self._waiting.items()):
+            self._give_up(waiting, reason)
         return []
+
+    def _give_up(self, digest: str, failure: Failure) -> None:
+        del self._running[digest]
+        self._waiting.pop(digest, None)
+        self.failures[digest] = failure
 
     def _start_ready(self) -> list[Start]:
         if self.failures:

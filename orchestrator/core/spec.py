@@ -207,6 +207,10 @@ class ClusterSpec(Frozen):
     threads_per_step: int = Field(default=1, ge=1)
     """OMP_NUM_THREADS of every step."""
 
+    def pool_for(self, kind: str) -> PoolSpec | None:
+        """The first pool that lists a kind of step takes it; None when none does."""
+        return next((pool for pool in self.pools.values() if kind in pool.steps), None)
+
 
 T = TypeVar("T", bound=Frozen)
 

@@ -166,8 +166,9 @@ class _Expander:
 
     def raise_problems(self) -> None:
         if self.missing:
+            missing = list(dict.fromkeys(self.missing))
             raise WeightMapError(
-                f"the checkpoint lacks {len(self.missing)} tensors that {self.family.name} needs: {_some(self.missing)}",
+                f"the checkpoint lacks {len(missing)} tensors that {self.family.name} needs: {_some(missing)}",
                 "Check that all shards were downloaded and that config.json belongs to these weights.",
             )
         if self.misshapen:

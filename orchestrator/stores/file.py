@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +56,10 @@ class FileStore:
 
     def size(self, key: str) -> int | None:
         try:
-            return self._path(key).stat().st_size
+            found = self._path(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         with FileWriter(self, key, len(data), create) as writer:
@@ -82,7 +84,8 @@ class FileStore:
             temporary.unlink(missing_ok=True)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        folder = self.root / prefix.rpartition("/")[0]
+        parent = prefix.rpartition("/")[0]
+        folder = self._path(parent) if parent else self.root
         for directory, _, names in os.walk(folder):
             for name in names:
                 path = Path(directory, name)
@@ -92,7 +95,8 @@ class FileStore:
                         yield ObjectInfo(key, path.stat().st_size)
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            self._path(key).unlink(missing_ok=True)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -101,7 +105,7 @@ class FileStore:
     def _reading(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise ObjectMissingError(f"{self.url} has no object {key!r}") from None
         except OSError as error:
             raise StoreError(f"cannot read {key!r} in {self.url}: {error.strerror}") from error

@@ -1,12 +1,14 @@
 """Any URL that fsspec knows: memory://, s3:// through s3fs, gs://, az://.
 
 fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises; writers here open with
-autocommit=False and commit only at a clean end. Put-if-absent is fsspec's mode="create" (If-None-Match on S3).
+autocommit=False and commit only at a clean end, or, where that means nothing (memory://), write under another name
+and move. Put-if-absent is fsspec's mode="create" (If-None-Match on S3).
 """
 
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
 
 _BLOCK_BYTES = 16 * 2**20
+_TEMPORARY = ".tmp-"
 
 
 class FsspecStore:
@@ -31,6 +34,8 @@ class FsspecStore:
         except (ImportError, ValueError) as error:
             raise StoreError(f"cannot open the store {url!r}: {error}", "Install the fsspec package of this scheme.") from None
         self._root = self._root.rstrip("/")
+        self.commits = not url.startswith("memory:")
+        """Whether autocommit=False keeps a file back until it is committed."""
 
     def _path(self, key: str) -> str:
         if not key or key.startswith("/") or ".." in key.split("/"):
@@ -73,7 +78,7 @@ class FsspecStore:
                 found = {}
         for path, info in found.items():
             key = path[len(self._root) :].lstrip("/")
-            if key.startswith(prefix):
+            if key.startswith(prefix) and _TEMPORARY not in key:
                 yield ObjectInfo(key, int(info["size"]))
 
     def delete(self, key: str) -> None:
@@ -102,11 +107,16 @@ class FsspecWriter:
         self._store, self._key, self._num_bytes = store, key, num_bytes
         self._written = 0
         self._file: Any = None
+        store._path(key)  # refuses what is no key
+        self._temporary = f"{key}{_TEMPORARY}{uuid.uuid4().hex}"
 
     def __enter__(self) -> Self:
         with self._store._errors(f"write {self._key!r}"):
-            path = self._store._path(self._key)
-            self._file = self._store._fs.open(path, "wb", autocommit=False, block_size=_BLOCK_BYTES)
+            if self._store.commits:
+                path = self._store._path(self._key)
+                self._file = self._store._fs.open(path, "wb", autocommit=False, block_size=_BLOCK_BYTES)
+            else:
+                self._file = self._store._fs.open(self._store._path(self._temporary), "wb")
         return self
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -120,9 +130,22 @@ class FsspecWriter:
         short = self._num_bytes is not None and self._written != self._num_bytes
         with self._store._errors(f"write {self._key!r}"):
             if kind is None and not short:
-                self._file.close()
-                self._file.commit()
-                return
-            self._file.discard()
-        if kind is None:
+                self._commit()
+            else:
+                self._discard()
+        if kind is None and short:
             raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+
+    def _commit(self) -> None:
+        self._file.close()
+        if self._store.commits:
+            self._file.commit()
+        else:
+            self._store._fs.mv(self._store._path(self._temporary), self._store._path(self._key))
+
+    def _discard(self) -> None:
+        if self._store.commits:
+            self._file.discard()
+        else:
+            self._file.close()
+            self._store._fs.rm_file(self._store._path(self._temporary))

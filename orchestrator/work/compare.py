@@ -16,9 +16,12 @@ def compare(logits: Floats, reference: Floats) -> Verification:
     """Compare [positions, vocabulary] with the reference of the same shape.
 
     The relative error of a position is max |logit - reference| / max |reference|; the worst is reported. KL is
-    KL(reference || logits) in nats, averaged. Values that are not finite count as infinitely wrong.
+    KL(reference || logits) in nats, averaged. Values of ours that are not finite count as infinitely wrong; a reference
+    that is not finite proves nothing: raises VerificationError.
     """
     ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
+    if not np.isfinite(theirs).all():
+        raise VerificationError("the reference model itself gives values that are not finite", "Check the source's weights.")
     if not np.isfinite(ours).all():
         return Verification(
             num_positions=len(ours), max_absolute_error=1e300, max_relative_error=1e300, mean_kl=1e300, top1_agreement=0.0

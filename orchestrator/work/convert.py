@@ -19,7 +19,6 @@ from orchestrator.work.cutting import Cutter, Sink
 def convert(task: Task, context: Context) -> dict[str, Any]:
     """Write the shards as outputs. Facts: source bytes read, peak resident memory of the process."""
     options = ConvertOptions.model_validate(task.step.options)
-    names = tuple(file.name for file in options.files)
     total = task.step.estimate.read_bytes
     done = 0
 
@@ -28,7 +27,7 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
         done += num_bytes
         context.report("convert", done, total, "bytes")
 
-    with FileSource(Path(task.step.places["source"]), names) as source:
+    with FileSource(Path(task.step.places["source"]), options.files) as source:
         write_shards(options, source, context.output, progress)
         return {
             "source_bytes_read": source.bytes_read,

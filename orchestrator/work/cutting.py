@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from orchestrator.checkpoints.blocks import ByteSource
 from orchestrator.core.checkpoint import TensorInfo
-from orchestrator.core.dtypes import num_bytes
+from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, num_bytes
 from orchestrator.core.errors import DtypeError
 from orchestrator.core.weight_map import Read, Target
 
@@ -162,7 +162,7 @@ def _finish(jobs: list[Future[None]]) -> None:
 def cast(block: Bytes, tensor: TensorInfo, dtype: str) -> Bytes:
     """Round a block of rows to another floating-point dtype, to nearest even.
 
-    Raises DtypeError when a finite value does not fit (float16 ends at 65504).
+    Raises DtypeError when a finite value becomes infinite (float16 ends at 65504).
     """
     import torch
 
@@ -171,8 +171,11 @@ def cast(block: Bytes, tensor: TensorInfo, dtype: str) -> Bytes:
         raise DtypeError(f"{tensor.name} is {tensor.dtype}, which cannot be converted to {dtype}")
     source = torch.from_numpy(block.reshape(-1)).view(kinds[tensor.dtype])
     result = source.to(kinds[dtype])
-    if dtype == "F16" and bool((torch.isinf(result) & torch.isfinite(source)).any()):
-        peak = float(source.abs().max())
-        raise DtypeError(f"{tensor.name} holds {peak:.6g}, float16 ends at 65504", "Use dtype bfloat16 or float32.")
+    if kinds[dtype].itemsize <= kinds[tensor.dtype].itemsize and bool((torch.isinf(result) & torch.isfinite(source)).any()):
+        peak, limit = float(source.abs().max()), torch.finfo(kinds[dtype]).max
+        raise DtypeError(
+            f"{tensor.name} holds {peak:.6g}, {MODEL_DTYPE_NAMES[dtype]} ends at {limit:.6g}",
+            "Use dtype bfloat16 or float32." if dtype == "F16" else "Use dtype float32.",
+        )
     flat: Bytes = result.view(torch.uint8).numpy()
     return flat.reshape(len(block), -1)
