@@ -303,7 +303,7 @@ def pull(
     for file in files:
         fetched.append(_pull_file(store, file, output))
         progress(file)
-    (output / "manifest.json").write_bytes(manifest.to_json())
+    (output / "manifest.json").write_bytes(store.get("manifest.json"))  # as it was signed, newer fields included
     return fetched
 
 

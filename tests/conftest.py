@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +50,5 @@ def make_spec() -> SpecMaker:
 
 
 @pytest.fixture
-def store_url(tmp_path: Path) -> Iterator[str]:
-    yield (tmp_path / "store").as_uri()
+def store_url(tmp_path: Path) -> str:
+    return (tmp_path / "store").as_uri()

@@ -29,9 +29,7 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({**fields, **changes})
 
 
-@pytest.mark.parametrize(
-    "scaling", [None, LLAMA3, {"rope_type": "linear", "factor": 4.0}], ids=["plain", "llama3", "linear"]
-)
+@pytest.mark.parametrize("scaling", [None, LLAMA3, {"rope_type": "linear", "factor": 4.0}], ids=["plain", "llama3", "linear"])
 def test_rotary_frequencies_equal_those_of_transformers(scaling: dict[str, Any] | None) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -32,8 +32,9 @@ def read_index(folder: Path) -> CheckpointIndex:
     if not folder.is_dir():
         raise SourceMissingError(f"there is no folder {folder}", "Check source.path in the spec.")
     config = _read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise QuantizationError(f"{folder} is already quantized ({method})", "Build from the unquantized checkpoint.")
     listed = _listed(folder)
     names = sorted(set(listed.values())) if listed else [_single_file(folder)]

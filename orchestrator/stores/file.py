@@ -8,6 +8,7 @@ bypass the page cache: it costs more CPU than sha256 does to fill it, and it is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -74,14 +75,20 @@ class FileStore:
             self._make_folder(path)
             temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
             try:
-                os.link(self._path(source), temporary)
-            except FileNotFoundError:
-                raise
-            except OSError:  # another file system below the same root, or one without links
-                shutil.copyfile(self._path(source), temporary)
-            # Renaming one name of a file onto another name of the same file does nothing and leaves both.
-            temporary.replace(path)
-            temporary.unlink(missing_ok=True)
+                self._link_or_copy(self._path(source), temporary)
+                temporary.replace(path)
+            finally:
+                # Renaming one name of a file onto another name of the same file does nothing and leaves both.
+                temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def _link_or_copy(source: Path, target: Path) -> None:
+        try:
+            os.link(source, target)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another file system below the same root, or one without links
+            shutil.copyfile(source, target)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         parent = prefix.rpartition("/")[0]
@@ -108,7 +115,7 @@ class FileStore:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise ObjectMissingError(f"{self.url} has no object {key!r}") from None
         except OSError as error:
-            raise StoreError(f"cannot read {key!r} in {self.url}: {error.strerror}") from error
+            raise StoreError(f"cannot read or copy {key!r} in {self.url}: {error.strerror}") from error
 
     def _make_folder(self, path: Path) -> None:
         try:
@@ -166,8 +173,18 @@ class FileWriter:
     def _pwrite(self, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            done += os.pwrite(self._file, view[done:], self._written + done)
+            try:
+                done += os.pwrite(self._file, view[done:], self._written + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._stop_direct():
+                    raise
         self._written += done
+
+    def _stop_direct(self) -> bool:
+        """Go on through the page cache: some file systems open with O_DIRECT and then refuse it. False: it was off."""
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
 
     def _flush(self) -> None:
         """Write what is staged: whole pages directly, the odd end through the page cache."""
@@ -175,7 +192,7 @@ class FileWriter:
             return
         pages, tail = self._stage.rest()
         self._pwrite(pages)
-        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self._stop_direct()
         self._pwrite(tail)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

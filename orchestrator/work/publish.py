@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import ReleaseExistsError
+from orchestrator.core.errors import ReleaseExistsError, SourceCorruptError
 from orchestrator.core.manifest import (
     EngineRecord,
     FileRecord,
@@ -134,6 +134,8 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
     for file in plan.inputs.extra_files:
         content = Path(plan.inputs.source, file.name).read_bytes()
+        if file.identity != "sha256:" + digest_bytes(content):
+            raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
         media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"
         records.append(_put(store, prefix, folder, f"tokenizer/{file.name}", "tokenizer", media_type, content))
     return records

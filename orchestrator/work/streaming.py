@@ -21,7 +21,7 @@ def stream(task: Task, node: str) -> Iterator[Event]:
     def work() -> None:
         try:
             outcome = run(task, events.put, node)
-        except Exception as error:  # every failure must reach the driver as an event
+        except BaseException as error:  # even SystemExit of a library must reach the driver as an event
             text = "".join(traceback.format_exception(error))
             log = "\n".join(part for part in (log_of(error), text) if part)
             events.put(StepFailed(digest=task.step.digest, failure=Failure.of(error, node, log)))

@@ -33,7 +33,9 @@ class EngineContract:
     def config(self) -> BuildConfig:
         return BuildConfig.model_validate({"backend": self.name, "max_batch_size": 2, "max_input_len": 8, "max_seq_len": 32})
 
-    def request_for(self, topology: Topology, pp_rank: int = 0, dtype: str = "bfloat16", heads: int = 6, kv_heads: int = 2) -> EngineRequest:
+    def request_for(
+        self, topology: Topology, pp_rank: int = 0, dtype: str = "bfloat16", heads: int = 6, kv_heads: int = 2
+    ) -> EngineRequest:
         model = ModelConfig.model_validate(
             {
                 "architecture": "LlamaForCausalLM", "dtype": dtype, "vocab_size": 65, "hidden_size": heads * 16,
@@ -101,7 +103,7 @@ class EngineContract:
             backend(self.name).build_engine(self.request_for(Topology(1, 1)), write, lambda *_: None, lambda line: None)
 
     def test_version_other_than_the_plans_is_refused(self) -> None:
-        with pytest.raises(ToolError, match="the plan was made for 0.0.1"):
+        with pytest.raises(ToolError, match=r"the plan was made for 0\.0\.1"):
             require_version(self.name, "0.0.1")
 
 
@@ -114,6 +116,8 @@ def seeded_weights(network: Network, dtype: str) -> dict[str, Weight]:
     generator = np.random.default_rng(5)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer}
     return {
-        weight: Weight(name, shapes[weight], (generator.standard_normal(shapes[weight]) * 0.1).astype(kind).reshape(-1).view(np.uint8))
+        weight: Weight(
+            name, shapes[weight], (generator.standard_normal(shapes[weight]) * 0.1).astype(kind).reshape(-1).view(np.uint8)
+        )
         for weight in network.weight_names()
     }

@@ -45,7 +45,12 @@ def published(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> ver
 
 def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) -> None:
     manifest = published.manifest
-    assert [(record.rank, record.tp_rank, record.pp_rank) for record in manifest.ranks] == [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
+    assert [(record.rank, record.tp_rank, record.pp_rank) for record in manifest.ranks] == [
+        (0, 0, 0),
+        (1, 1, 0),
+        (2, 0, 1),
+        (3, 1, 1),
+    ]
     assert manifest.verification is not None
     assert manifest.verification.max_relative_error < 1e-3
     release = Path(published.address.removeprefix("file://"))
@@ -148,7 +153,16 @@ def _spec_file(tmp_path: Path, source: Path) -> Path:
 
 
 def test_build_after_its_driver_was_killed_repeats_no_committed_step(tiny_llama: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator.cli", "build", str(_spec_file(tmp_path, tiny_llama)), "--store", str(tmp_path / "store"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli",
+        "build",
+        str(_spec_file(tmp_path, tiny_llama)),
+        "--store",
+        str(tmp_path / "store"),
+        "--json",
+    ]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     first: set[str] = set()

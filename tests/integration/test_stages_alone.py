@@ -105,7 +105,7 @@ def test_load_of_an_incomplete_dictionary_names_what_lacks(tiny_llama: Path) -> 
     source = LLaMAForCausalLM.from_hugging_face(tiny_llama)
     given = dict(source.weights())
     del given["transformer.ln_f.weight"]
-    with pytest.raises(WeightMapError, match="Required but not provided tensors: transformer.ln_f.weight"):
+    with pytest.raises(WeightMapError, match=r"Required but not provided tensors: transformer\.ln_f\.weight"):
         LLaMAForCausalLM(source.config, Mapping()).load(given)
 
 

@@ -85,7 +85,9 @@ def test_verification_of_a_config_that_lies_fails_the_step(tmp_path: Path, store
     lying = verbs.plan(make_spec(source))
     truthful = {step.name: step for step in made.steps}
     steps = tuple(
-        truthful["reference"] if step.kind is Kind.REFERENCE else step.model_copy(update={"needs": _with_reference(step, lying, truthful)})
+        truthful["reference"]
+        if step.kind is Kind.REFERENCE
+        else step.model_copy(update={"needs": _with_reference(step, lying, truthful)})
         for step in lying.steps
     )
     with pytest.raises(VerificationError, match="relative error"):

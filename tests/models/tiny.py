@@ -21,7 +21,9 @@ TINY_LLAMA: dict[str, Any] = {
 }
 
 
-def write_tiny_llama(folder: Path, *, seed: int = 7, dtype: str = "bfloat16", shard: str = "5GB", mistral: bool = False, **changes: Any) -> Path:
+def write_tiny_llama(
+    folder: Path, *, seed: int = 7, dtype: str = "bfloat16", shard: str = "5GB", mistral: bool = False, **changes: Any
+) -> Path:
     """Write a seeded model (no tokenizer) to `folder`; `changes` are config fields. Weights are large enough to matter."""
     import torch
     import transformers

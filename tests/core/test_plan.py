@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.checkpoints import huggingface
+from orchestrator.core.checkpoint import SourceFile
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import ConvertOptions
+from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
+from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec
+from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.weight_map import weight_map
+from orchestrator.families.llama import LLAMA
+from orchestrator.report import describe_plan
+from tests.models.plans import fake_plan, named, outcome_of
+from tests.models.synthetic import build_spec, model_config, random_arrays, synthetic_index, write_source
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "plan_tiny.json"
+TOKENIZER = SourceFile("tokenizer.json", 10, "sha256:tokenizer")
+
+
+def plan_of(
+    config: ModelConfig | None = None, extra: tuple[SourceFile, ...] = (TOKENIZER,), source: str = "/model", **sections: Any
+) -> Plan:
+    """The plan of a synthetic checkpoint; `sections` are those of the spec."""
+    wanted = config or model_config()
+    spec = build_spec(source, **sections)
+    return _plan(spec, wanted, extra, source)
+
+
+def _plan(spec: BuildSpec, config: ModelConfig, extra: tuple[SourceFile, ...], source: str) -> Plan:
+    index = synthetic_index(config, num_files=2)
+    weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
+    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0"))
+
+
+def digests(plan: Plan, kind: Kind) -> list[str]:
+    return [step.digest for step in plan.of_kind(kind)]
+
+
+def commit(plan: Plan, *names: str) -> dict[str, Outcome]:
+    return {step.digest: outcome_of(step) for step in plan.steps if step.name in names}
+
+
+def test_make_plan_tiny_model_is_as_the_golden_file_says(tmp_path: Path) -> None:
+    config = model_config(num_hidden_layers=3)
+    arrays = random_arrays(config)
+    folder = write_source(tmp_path / "source", config, arrays, num_files=2)
+    spec = build_spec(folder, topology={"tp": 2, "pp": 2}, conversion={"max_shard_bytes": 4000})
+    index = huggingface.read_index(folder)
+    weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
+    inputs = Inputs(index, huggingface.companions(folder), str(folder), config, weights, "1.7.1.116")
+    text = json.dumps(describe_plan(make_plan(spec, inputs)), indent=1) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), "plans changed: look at the difference, then run with UPDATE_GOLDEN=1"
+
+
+def test_make_plan_has_one_step_per_group_rank_and_stage() -> None:
+    plan = plan_of(topology={"tp": 2, "pp": 3})
+    names = [step.name for step in plan.steps]
+    assert len(set(names)) == len(names)
+    assert names[0] == "reference"
+    assert [name for name in names if name.startswith("build")] == [f"build/rank{rank}" for rank in range(6)]
+    assert [name for name in names if name.startswith("verify")] == [f"verify/stage{stage}" for stage in range(3)]
+    assert [name for name in names if name.startswith("convert")] == [f"convert/stage{stage}/group0" for stage in range(3)]
+
+
+def test_make_plan_needs_stand_before_what_needs_them() -> None:
+    plan = plan_of(topology={"tp": 2, "pp": 3}, conversion={"max_shard_bytes": 3000})
+    seen: set[str] = set()
+    for step in plan.steps:
+        assert set(step.needs) <= seen
+        seen.add(step.digest)
+
+
+def test_make_plan_ranks_need_all_groups_of_their_stage_and_no_other() -> None:
+    plan = plan_of(topology={"tp": 2, "pp": 2}, conversion={"max_shard_bytes": 1})
+    for rank in range(4):
+        needed = [plan.step(need).name for need in named(plan, f"build/rank{rank}").needs]
+        assert needed == [step.name for step in plan.of_kind(Kind.CONVERT) if step.name.startswith(f"convert/stage{rank // 2}/")]
+    assert len(list(plan.of_kind(Kind.CONVERT))) == 5  # embedding, three layers, head
+
+
+def test_make_plan_verify_needs_reference_and_the_stage_before() -> None:
+    plan = plan_of(topology={"pp": 2})
+    first, second = plan.of_kind(Kind.VERIFY)
+    assert {plan.step(need).name for need in first.needs} == {"convert/stage0/group0", "reference"}
+    assert {plan.step(need).name for need in second.needs} == {"convert/stage1/group0", "reference", "verify/stage0"}
+
+
+def test_make_plan_every_source_byte_is_read_once() -> None:
+    plan = plan_of(topology={"tp": 2, "pp": 3}, conversion={"max_shard_bytes": 2000})
+    assert sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT)) == plan.inputs.index.num_bytes
+
+
+def test_make_plan_without_verification_has_neither_reference_nor_verify() -> None:
+    plan = plan_of(verification={"enabled": False})
+    assert {step.kind for step in plan.steps} == {Kind.CONVERT, Kind.BUILD}
+
+
+def test_make_plan_quantized_calibrates_each_stage_before_its_conversion() -> None:
+    plan = plan_of(topology={"pp": 2}, quantization={"algorithm": "FP8"})
+    assert [step.name for step in plan.of_kind(Kind.CALIBRATE)] == ["calibrate/stage0", "calibrate/stage1"]
+    for step in plan.of_kind(Kind.CONVERT):
+        assert [plan.step(need).name for need in step.needs] == [f"calibrate/{step.name.split('/')[1]}"]
+
+
+def test_make_plan_only_tensorrt_reserves_gpus() -> None:
+    for backend, gpus in (("tensorrt", 1), ("tensorrt_rtx", 0)):
+        plan = plan_of(engine={"backend": backend, "max_input_len": 16})
+        assert {step.resources.gpus for step in plan.of_kind(Kind.BUILD)} == {gpus}
+        assert {step.resources.gpus for step in plan.steps if step.kind is not Kind.BUILD} == {0}
+
+
+def test_build_key_place_of_the_source_and_name_of_the_release_do_not_matter() -> None:
+    moved = plan_of(source="/elsewhere", release={"name": "other", "version": "9"})
+    assert moved.build_key == plan_of().build_key
+    assert [step.digest for step in moved.steps] == [step.digest for step in plan_of().steps]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engine": {"max_batch_size": 3, "max_input_len": 16, "max_seq_len": 64}},
+        {"topology": {"tp": 2}},
+        {"topology": {"pp": 2}},
+        {"conversion": {"max_shard_bytes": 1000}},
+        {"verification": {"max_tokens": 13, "decode_steps": 3}},
+        {"verification": {"enabled": False}},
+        {"quantization": {"algorithm": "FP8"}},
+        {"config": model_config(dtype="float16")},
+        {"config": model_config(rotary_base=5000.0)},
+        {"extra": ()},
+    ],
+    ids=str,
+)
+def test_build_key_everything_that_decides_the_release_matters(sections: dict[str, Any]) -> None:
+    assert plan_of(**sections).build_key != plan_of().build_key
+
+
+def test_build_key_tokenizer_matters_without_verification() -> None:
+    changed = replace(TOKENIZER, identity="sha256:another")
+    off: dict[str, Any] = {"verification": {"enabled": False}}
+    assert plan_of(extra=(changed,), **off).build_key != plan_of(**off).build_key
+
+
+def test_make_plan_engine_options_change_no_conversion_and_no_verification() -> None:
+    one, other = plan_of(), plan_of(engine={"max_batch_size": 7, "max_input_len": 16, "max_seq_len": 64})
+    for kind in (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY):
+        assert digests(one, kind) == digests(other, kind)
+    assert set(digests(one, Kind.BUILD)).isdisjoint(digests(other, Kind.BUILD))
+
+
+def test_make_plan_reference_is_shared_by_all_topologies() -> None:
+    assert digests(plan_of(), Kind.REFERENCE) == digests(plan_of(topology={"tp": 2, "pp": 3}), Kind.REFERENCE)
+
+
+def test_make_plan_changed_source_file_changes_only_what_reads_it() -> None:
+    spec, config = build_spec("/model", conversion={"max_shard_bytes": 1}), model_config()
+    before = _plan(spec, config, (), "/model")
+    index = before.inputs.index
+    touched = replace(index, files=(replace(index.files[0], identity="sha256:new"), index.files[1]))
+    weights = weight_map(touched, LLAMA, config, spec.topology.topology(), 1)
+    after = make_plan(spec, replace(before.inputs, index=touched, weights=weights))
+    for one, other in zip(before.of_kind(Kind.CONVERT), after.of_kind(Kind.CONVERT), strict=True):
+        read = {file.name for file in ConvertOptions.model_validate(one.options).files}
+        assert (one.digest != other.digest) == (index.files[0].name in read)
+
+
+def test_make_plan_another_tensorrt_changes_the_engines_alone() -> None:
+    one = plan_of()
+    other = make_plan(one.spec, replace(one.inputs, tensorrt_version="2.0"))
+    assert set(digests(one, Kind.BUILD)).isdisjoint(digests(other, Kind.BUILD))
+    assert digests(one, Kind.CONVERT) == digests(other, Kind.CONVERT)
+
+
+def test_pending_nothing_committed_is_everything() -> None:
+    plan = plan_of(topology={"pp": 2})
+    assert plan.pending({}) == list(plan.steps)
+
+
+def test_pending_committed_step_hides_what_only_it_needs() -> None:
+    plan = plan_of(topology={"tp": 2}, verification={"enabled": False})
+    assert [step.name for step in plan.pending(commit(plan, "build/rank0"))] == ["convert/stage0/group0", "build/rank1"]
+    assert plan.pending(commit(plan, "build/rank0", "build/rank1")) == []
+
+
+def test_pending_last_verify_hides_the_reference_and_earlier_stages() -> None:
+    plan = plan_of(topology={"pp": 2})
+    left = {step.name for step in plan.pending(commit(plan, "verify/stage1"))}
+    assert left == {"convert/stage0/group0", "convert/stage1/group0", "build/rank0", "build/rank1"}
+
+
+@given(
+    needs=st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=1, max_size=8),
+    seconds=st.lists(st.integers(0, 9), min_size=8, max_size=8),
+)
+def test_critical_seconds_are_those_of_the_longest_chain(needs: list[set[int]], seconds: list[int]) -> None:
+    graph = {str(number): [str(need) for need in wanted if need < number] for number, wanted in enumerate(needs)}
+    plan = fake_plan(graph, {name: float(seconds[int(name)]) for name in graph})
+    found = plan.critical_seconds()
+
+    def longest(name: str) -> float:
+        return seconds[int(name)] + max((longest(other) for other, wanted in graph.items() if name in wanted), default=0.0)
+
+    assert {step.name: found[step.digest] for step in plan.steps} == {name: longest(name) for name in graph}
+
+
+TENSORRT = {"backend": "tensorrt", "max_input_len": 16, "max_seq_len": 64}
+
+
+def cluster(kind: str, **pools: PoolSpec) -> ClusterSpec:
+    return ClusterSpec.model_validate({"kind": kind, "store": "s3://bucket", "pools": pools})
+
+
+def test_unplaceable_kind_that_no_pool_runs_is_named() -> None:
+    found = unplaceable(plan_of(), cluster("ray", cpu=PoolSpec(steps=("reference", "convert", "verify"))))
+    assert found == ["build/rank0: no pool runs build steps"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ray",
+        "local",
+    ],
+)  # fmt: skip
+def test_unplaceable_engine_without_a_gpu_pool_is_named(kind: str) -> None:
+    found = unplaceable(plan_of(engine=TENSORRT), cluster(kind, default=PoolSpec()))
+    assert found == ["build/rank0: needs 1 GPU, its pool has too few"]
+
+
+def test_unplaceable_gpu_of_a_pool_that_the_step_never_reaches_does_not_count() -> None:
+    places = cluster("ray", cpu=PoolSpec(labels={"kind": "cpu"}), gpu=PoolSpec(gpus=1, steps=("build",)))
+    assert unplaceable(plan_of(engine=TENSORRT), places) == ["build/rank0: needs 1 GPU, its pool has too few"]
+
+
+def test_unplaceable_pools_that_hold_everything_name_nothing() -> None:
+    gpu = PoolSpec(gpus=1, steps=("build",))
+    cpu = PoolSpec(steps=("reference", "calibrate", "convert", "verify"))
+    for kind in ("ray", "local"):
+        assert unplaceable(plan_of(engine=TENSORRT), cluster(kind, gpu=gpu, cpu=cpu)) == []
+        assert unplaceable(plan_of(), cluster(kind, default=PoolSpec())) == []

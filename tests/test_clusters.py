@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator.clusters import Cluster
+from orchestrator.clusters.admission import Admission
+from orchestrator.clusters.simulated import NODE, SimulatedCluster
+from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
+from orchestrator.core.spec import ClusterSpec, PoolSpec
+from orchestrator.core.step import Estimate, Kind, Resources, Step, Task
+from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
+from tests.models.plans import LOST, WRONG
+
+GB = 10**9
+
+
+def task(name: str, *, kind: Kind = Kind.CONVERT, seconds: float = 1.0, attempt: int = 1, **resources: int) -> Task:
+    step = Step(
+        kind=kind,
+        version=1,
+        name=name,
+        options={"name": name},
+        resources=Resources(**resources),
+        estimate=Estimate(seconds=seconds),
+    )
+    return Task(step=step, inputs={}, attempt=attempt, store="memory://none")
+
+
+def spec(**pools: Any) -> ClusterSpec:
+    return ClusterSpec.model_validate({"store": "memory://none", "pools": pools or {"default": PoolSpec(cpus=2, memory=8 * GB)}})
+
+
+class TestSimulatedCluster(ClusterContract):
+    @pytest.fixture
+    def tasks(self) -> ContractTasks:
+        return ContractTasks(tuple(task(f"good{number}", seconds=1.0 + number) for number in range(4)), task("bad"))
+
+    @pytest.fixture
+    def cluster(self) -> Iterator[Cluster]:
+        failures = {("bad", attempt): WRONG for attempt in (1, 2, 3)}
+        made = SimulatedCluster(spec(), failures)
+        yield made
+        made.close()
+
+
+def test_simulated_clock_jumps_to_the_end_of_each_step() -> None:
+    cluster = SimulatedCluster(spec())
+    tasks = [task("slow", seconds=100.0), task("quick", seconds=10.0)]
+    for item in tasks:
+        cluster.start(item)
+    collect(cluster, tasks[1:])
+    assert cluster.now() == 10.0
+    collect(cluster, tasks[:1])
+    assert cluster.now() == 100.0
+    assert cluster.history == [(0.0, 10.0, "quick"), (0.0, 100.0, "slow")]
+
+
+def test_simulated_slots_are_never_overbooked() -> None:
+    cluster = SimulatedCluster(spec(default=PoolSpec(cpus=2)))
+    tasks = [task(str(number), seconds=5.0) for number in range(5)]
+    for item in tasks:
+        cluster.start(item)
+    assert [event.type for event in cluster.events(0.0)] == ["started", "started"]
+    collect(cluster, tasks)
+    assert cluster.history == [(0.0, 5.0, "0"), (0.0, 5.0, "1"), (5.0, 10.0, "2"), (5.0, 10.0, "3"), (10.0, 15.0, "4")]
+
+
+def test_simulated_events_waits_no_longer_than_it_is_told() -> None:
+    cluster = SimulatedCluster(spec())
+    cluster.start(task("long", seconds=60.0))
+    assert [event.type for event in cluster.events(None)] == ["started"]
+    assert cluster.events(7.0) == []
+    assert cluster.now() == 7.0
+    assert [event.type for event in cluster.events(53.0)] == ["succeeded"]
+    assert cluster.now() == 60.0
+
+
+def test_simulated_scripted_failure_hits_its_own_attempt_only() -> None:
+    cluster = SimulatedCluster(spec(), {("a", 1): LOST})
+    kinds = []
+    for attempt in (1, 2):
+        item = task("a", attempt=attempt)
+        cluster.start(item)
+        kinds.append([type(event) for event in collect(cluster, [item])])
+    assert kinds == [[StepStarted, StepFailed], [StepStarted, StepSucceeded]]
+
+
+def test_simulated_events_name_their_node() -> None:
+    cluster = SimulatedCluster(spec())
+    item = task("a")
+    cluster.start(item)
+    started, succeeded = collect(cluster, [item])
+    assert isinstance(started, StepStarted)
+    assert isinstance(succeeded, StepSucceeded)
+    assert started.node == succeeded.outcome.node == NODE
+    assert succeeded.outcome.seconds == 1.0
+
+
+def begun(admission: Admission, *tasks: Task) -> list[str]:
+    for item in tasks:
+        admission.add(item)
+    return [item.step.name for item in admission.begin()]
+
+
+def test_admission_small_task_may_pass_one_that_does_not_fit() -> None:
+    admission = Admission(spec(default=PoolSpec(cpus=3, memory=10 * GB)))
+    tasks = [task("first", memory_bytes=6 * GB), task("large", memory_bytes=6 * GB), task("small", memory_bytes=GB)]
+    assert begun(admission, *tasks) == ["first", "small"]
+    admission.end(tasks[0].step.digest)
+    assert begun(admission) == ["large"]
+
+
+def test_admission_task_larger_than_the_machine_runs_alone() -> None:
+    admission = Admission(spec(default=PoolSpec(cpus=4, memory=10 * GB)))
+    huge, other = task("huge", memory_bytes=50 * GB), task("other", memory_bytes=GB)
+    assert begun(admission, huge, other) == ["huge"]
+    admission.end(huge.step.digest)
+    assert begun(admission) == ["other"]
+
+
+def test_admission_gpus_are_counted() -> None:
+    pools = {"gpu": PoolSpec(cpus=8, gpus=1, steps=("build",)), "cpu": PoolSpec(cpus=8, steps=("convert",))}
+    admission = Admission(spec(**pools))
+    builds = [task(f"build{number}", kind=Kind.BUILD, gpus=1) for number in range(2)]
+    assert begun(admission, *builds, task("convert")) == ["build0", "convert"]
+    admission.end(builds[0].step.digest)
+    assert begun(admission) == ["build1"]
+
+
+def test_admission_first_pool_that_lists_a_kind_takes_it() -> None:
+    admission = Admission(spec(one=PoolSpec(cpus=1, steps=("convert",)), two=PoolSpec(cpus=4)))
+    assert begun(admission, task("a"), task("b"), task("build", kind=Kind.BUILD)) == ["a", "build"]
+
+
+def test_admission_cleared_queue_begins_nothing() -> None:
+    admission = Admission(spec())
+    admission.add(task("a"))
+    admission.clear()
+    assert begun(admission) == []

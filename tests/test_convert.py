@@ -1,0 +1,493 @@
+"""Conversion against plain slices of whole tensors, written from the rules of TensorRT-LLM's checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from orchestrator import cache, verbs, work
+from orchestrator.checkpoints.safetensors import read_header
+from orchestrator.core.checkpoint import TensorInfo
+from orchestrator.core.errors import DtypeError, OrchestratorError, SourceCorruptError, SourceMissingError, StoreError
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import ConvertOptions
+from orchestrator.core.plan import Plan
+from orchestrator.core.progress import StepProgress
+from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.core.topology import Topology
+from orchestrator.core.weight_map import Read, Target
+from orchestrator.stores import Store, open_store
+from orchestrator.work import convert as converting
+from orchestrator.work import cutting
+from tests.models.strategies import parallel_models
+from tests.models.synthetic import NUMPY_DTYPES, SAFETENSORS_DTYPES, Array, build_spec, model_config, random_arrays, write_source
+
+UNLIMITED = 10**12
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+"""Name to dtype, shape and bytes."""
+
+
+def expected_rank(arrays: dict[str, Array], config: ModelConfig, topology: Topology, rank: int) -> Tensors:
+    """What `rank` holds: whole tensors, split by numpy."""
+    tp, part, stage = topology.tp, rank % topology.tp, rank // topology.tp
+    if topology.pp_partition is None:
+        layers = np.array_split(np.arange(config.num_hidden_layers), topology.pp)[stage]
+    else:
+        layers = np.split(np.arange(config.num_hidden_layers), np.cumsum(topology.pp_partition)[:-1])[stage]
+    embedding = arrays["model.embed_tokens.weight"]
+    found: dict[str, Array] = {}
+    if stage == 0:
+        found["transformer.vocab_embedding.weight"] = embedding
+    for local, layer in enumerate(layers):
+        for name, array in _expected_layer(arrays, f"model.layers.{layer}.", config, tp, part).items():
+            found[f"transformer.layers.{local}.{name}"] = array
+    if stage == topology.pp - 1:
+        head = embedding if config.tie_word_embeddings else arrays["lm_head.weight"]
+        padded = np.concatenate([head, np.zeros((-len(head) % tp, head.shape[1]), head.dtype)])
+        found["transformer.ln_f.weight"] = arrays["model.norm.weight"]
+        found["lm_head.weight"] = np.split(padded, tp)[part]
+    return {name: (SAFETENSORS_DTYPES[array.dtype], array.shape, array.tobytes()) for name, array in found.items()}
+
+
+def _expected_layer(arrays: dict[str, Array], prefix: str, config: ModelConfig, tp: int, part: int) -> dict[str, Array]:
+    def source(name: str) -> Array:
+        return arrays[prefix + name]
+
+    def kv_heads(name: str) -> Array:
+        heads = np.split(source(name), config.num_key_value_heads)
+        copies = max(tp // config.num_key_value_heads, 1)
+        return np.split(np.concatenate([head for head in heads for _ in range(copies)]), tp)[part]
+
+    def fused(what: str) -> Array:
+        query = np.split(source(f"self_attn.q_proj.{what}"), tp)[part]
+        return np.concatenate([query, kv_heads(f"self_attn.k_proj.{what}"), kv_heads(f"self_attn.v_proj.{what}")])
+
+    found = {
+        "input_layernorm.weight": source("input_layernorm.weight"),
+        "post_layernorm.weight": source("post_attention_layernorm.weight"),
+        "attention.qkv.weight": fused("weight"),
+        "attention.dense.weight": np.split(source("self_attn.o_proj.weight"), tp, axis=1)[part],
+        "mlp.fc.weight": np.split(source("mlp.gate_proj.weight"), tp)[part],
+        "mlp.gate.weight": np.split(source("mlp.up_proj.weight"), tp)[part],
+        "mlp.proj.weight": np.split(source("mlp.down_proj.weight"), tp, axis=1)[part],
+    }
+    if config.attn_bias:
+        found["attention.qkv.bias"] = fused("bias")
+        found["attention.dense.bias"] = source("self_attn.o_proj.bias")
+    if config.mlp_bias:
+        found["mlp.fc.bias"] = np.split(source("mlp.gate_proj.bias"), tp)[part]
+        found["mlp.gate.bias"] = np.split(source("mlp.up_proj.bias"), tp)[part]
+        found["mlp.proj.bias"] = source("mlp.down_proj.bias")
+    return found
+
+
+@dataclass
+class Conversion:
+    """A plan whose convert steps can be run one after the other."""
+
+    plan: Plan
+    store: Store
+    scratch: Path
+
+    def run(self) -> list[Outcome]:
+        return [self.run_step(number) for number in range(len(list(self.plan.of_kind(Kind.CONVERT))))]
+
+    def run_step(self, number: int, events: list[StepProgress] | None = None) -> Outcome:
+        step = list(self.plan.of_kind(Kind.CONVERT))[number]
+        task = Task(step=step, inputs={}, attempt=1, store=self.store.url, scratch=str(self.scratch))
+        return work.run(task, [].append if events is None else events.append, "node")
+
+
+def conversion(
+    folder: Path, config: ModelConfig, arrays: dict[str, Array], topology: Topology | None = None, **sections: Any
+) -> Conversion:
+    """Write the source below `folder`, plan it, and open an empty store beside it; `sections` as in the spec."""
+    wanted = topology or Topology(1, 1)
+    source = write_source(folder / "source", config, arrays, num_files=sections.pop("num_files", 1))
+    split = {"tp": wanted.tp, "pp": wanted.pp, "pp_partition": wanted.pp_partition}
+    made = verbs.plan(build_spec(source, **{"dtype": config.dtype, "topology": split, **sections}))
+    (folder / "scratch").mkdir()
+    return Conversion(made, open_store((folder / "store").as_uri()), folder / "scratch")
+
+
+def contents(store: Store, outcomes: list[Outcome]) -> dict[str, Tensors]:
+    """Every written file, read by the safetensors library, after its size and sha256 were compared with the outcome."""
+    found: dict[str, Tensors] = {}
+    for outcome in outcomes:
+        for output in outcome.outputs:
+            data = store.get(output.key)
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (output.num_bytes, output.sha256)
+            assert output.name not in found
+            found[output.name] = {
+                name: (fields["dtype"], tuple(fields["shape"]), bytes(fields["data"]))
+                for name, fields in safetensors.deserialize(data)
+            }
+    return found
+
+
+def ranks_of(files: dict[str, Tensors], topology: Topology) -> list[Tensors]:
+    """The tensors of each rank, whatever number of shards they are in; none twice."""
+    ranks: list[Tensors] = [{} for _ in range(topology.world_size)]
+    for file, tensors in files.items():
+        rank = int(file.removeprefix("rank").split(".")[0].split("-")[0])
+        assert ranks[rank].keys().isdisjoint(tensors)
+        ranks[rank] |= tensors
+    return ranks
+
+
+def check_everything(made: Conversion, config: ModelConfig, topology: Topology, arrays: dict[str, Array]) -> dict[str, Tensors]:
+    outcomes = made.run()
+    files = contents(made.store, outcomes)
+    for rank, tensors in enumerate(ranks_of(files, topology)):
+        assert tensors == expected_rank(arrays, config, topology, rank)
+    assert [outcome.facts["source_bytes_read"] for outcome in outcomes] == [
+        sum(tensor.num_bytes for tensor in group.sources().values()) for group in made.plan.inputs.weights.groups
+    ]
+    return files
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model=parallel_models(),
+    dtype=st.sampled_from(["F32", "BF16", "F16"]),
+    max_shard_bytes=st.sampled_from([1, 700, UNLIMITED]),
+    block_bytes=st.sampled_from([1, 5, 16, 64, 1000, cutting.BLOCK_BYTES]),
+    num_files=st.integers(1, 3),
+)
+def test_convert_any_model_and_topology_equals_plain_slices(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: tuple[ModelConfig, Topology],
+    dtype: str,
+    max_shard_bytes: int,
+    block_bytes: int,
+    num_files: int,
+) -> None:
+    config, topology = model[0].model_copy(update={"dtype": NAMES[dtype]}), model[1]
+    arrays = random_arrays(config, dtype, seed=max_shard_bytes + block_bytes)
+    shards = {"max_shard_bytes": max_shard_bytes}
+    made = conversion(tmp_path_factory.mktemp("convert"), config, arrays, topology, conversion=shards, num_files=num_files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+        check_everything(made, config, topology, arrays)
+
+
+ROWS = 7
+ROW_BYTES = 2 * 6
+
+
+@pytest.mark.parametrize(
+    "block_bytes", [1, ROW_BYTES - 1, ROW_BYTES, ROW_BYTES + 1, 2 * ROW_BYTES, ROWS * ROW_BYTES - 1, ROWS * ROW_BYTES]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_convert_blocks_of_any_size_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, tied: bool
+) -> None:
+    config = model_config(hidden_size=6, vocab_size=ROWS, num_hidden_layers=1, tie_word_embeddings=tied)
+    arrays, topology = random_arrays(config), Topology(4, 1)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    check_everything(conversion(tmp_path, config, arrays, topology), config, topology, arrays)
+
+
+def test_convert_more_ranks_than_words_gives_some_ranks_only_padding(tmp_path: Path) -> None:
+    config = model_config(vocab_size=5, num_attention_heads=4, num_key_value_heads=1)
+    arrays, topology = random_arrays(config), Topology(4, 1)
+    files = check_everything(conversion(tmp_path, config, arrays, topology), config, topology, arrays)
+    assert files["rank3.safetensors"]["lm_head.weight"] == ("BF16", (2, 16), bytes(2 * 16 * 2))
+
+
+@pytest.mark.parametrize(("pp", "times_read"), [(1, 1), (2, 2)])
+def test_convert_tied_embedding_is_read_once_by_each_task(tmp_path: Path, pp: int, times_read: int) -> None:
+    config = model_config(tie_word_embeddings=True)
+    arrays, topology = random_arrays(config), Topology(2, pp)
+    made = conversion(tmp_path, config, arrays, topology)
+    check_everything(made, config, topology, arrays)
+    others = sum(array.nbytes for name, array in arrays.items() if name != "model.embed_tokens.weight")
+    done = cache.committed(made.store, (step.digest for step in made.plan.steps))
+    total = sum(outcome.facts["source_bytes_read"] for outcome in done.values())
+    assert total == others + times_read * arrays["model.embed_tokens.weight"].nbytes
+
+
+def test_convert_ranks_split_by_max_shard_bytes_hold_the_same_tensors(tmp_path: Path) -> None:
+    config = model_config()
+    arrays, topology = random_arrays(config), Topology(2, 1)
+    shards = {"max_shard_bytes": 3000}
+    files = check_everything(conversion(tmp_path, config, arrays, topology, conversion=shards), config, topology, arrays)
+    assert sorted(files) == [f"rank{rank}-{number:05d}-of-00004.safetensors" for rank in range(2) for number in (1, 2, 3, 4)]
+    for tensors in files.values():
+        assert sum(len(data) for _, _, data in tensors.values()) <= 3000
+
+
+def test_convert_stages_name_their_files_by_world_rank(tmp_path: Path) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config), Topology(2, 2))
+    outputs = [[output.name for output in outcome.outputs] for outcome in made.run()]
+    assert outputs == [["rank0.safetensors", "rank1.safetensors"], ["rank2.safetensors", "rank3.safetensors"]]
+
+
+def test_convert_file_is_loaded_by_torch_and_its_data_starts_on_a_page(tmp_path: Path) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config))
+    path = made.store.local_path(made.run()[0].outputs[0].key)
+    assert path is not None
+    loaded = safetensors.torch.load_file(path)
+    assert str(loaded["lm_head.weight"].dtype) == "torch.bfloat16"
+    entries, metadata = read_header(path)
+    assert entries[0].offset % 4096 == 0
+    assert metadata == {"format": "pt"}
+
+
+def test_convert_progress_ends_at_the_estimate(tmp_path: Path) -> None:
+    config = model_config()
+    made, events = conversion(tmp_path, config, random_arrays(config)), list[StepProgress]()
+    outcome = made.run_step(0, events)
+    assert [event.done for event in events] == sorted(event.done for event in events)
+    assert events[-1].done == events[-1].total == outcome.facts["source_bytes_read"]
+    assert {(event.phase, event.unit, event.digest) for event in events} == {("convert", "bytes", outcome.digest)}
+
+
+def test_run_committed_step_is_not_done_again(tmp_path: Path) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config))
+    first = made.run_step(0)
+    (tmp_path / "source" / "model.safetensors").unlink()
+    assert made.run_step(0) == first
+    assert first.node == "node"
+    assert first.facts["peak_memory_bytes"] > 0
+
+
+def objects(store: Store) -> list[str]:
+    return [info.key for info in store.list("")]
+
+
+def fails_and_leaves_nothing(made: Conversion, error: type[OrchestratorError], words: str) -> OrchestratorError:
+    with pytest.raises(error, match=words) as caught:
+        made.run_step(0)
+    assert objects(made.store) == []
+    assert cache.committed(made.store, (step.digest for step in made.plan.steps)) == {}
+    assert list(made.scratch.iterdir()) == []
+    return caught.value
+
+
+@pytest.mark.parametrize("lost", [1, 300, 10_000])
+def test_convert_source_that_shrinks_after_planning_leaves_nothing(tmp_path: Path, lost: int) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config), Topology(2, 1))
+    path = tmp_path / "source" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - lost)
+    fails_and_leaves_nothing(made, SourceCorruptError, "model.safetensors is not the file that the plan was made from")
+
+
+def test_convert_source_that_vanishes_after_planning_leaves_nothing(tmp_path: Path) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config))
+    (tmp_path / "source" / "model.safetensors").unlink()
+    fails_and_leaves_nothing(made, SourceMissingError, "is not there on this node")
+
+
+def test_convert_source_that_is_replaced_after_planning_leaves_nothing(tmp_path: Path) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config, seed=1))
+    write_source(tmp_path / "source", config, random_arrays(config, seed=2))
+    with (tmp_path / "source" / "model.safetensors").open("ab") as file:
+        file.write(b"grown")
+    fails_and_leaves_nothing(made, SourceCorruptError, "model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
+def test_convert_to_another_dtype_rounds_as_torch_does(tmp_path: Path, source: str, target: str) -> None:
+    import torch
+
+    config = model_config(dtype=NAMES[target])
+    arrays, topology = random_arrays(config, source), Topology(2, 1)
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    cast = {name: _torch_cast(array, kinds[source], kinds[target]).view(NUMPY_DTYPES[target]) for name, array in arrays.items()}
+    made = conversion(tmp_path, config, arrays, topology)
+    for rank, tensors in enumerate(ranks_of(contents(made.store, made.run()), topology)):
+        assert tensors == expected_rank(cast, config, topology, rank)
+
+
+def _torch_cast(array: Array, source: Any, target: Any) -> Array:
+    import torch
+
+    whole = torch.frombuffer(bytearray(array.tobytes()), dtype=source).reshape(array.shape)
+    found: Array = whole.to(target).contiguous().view(torch.uint8).numpy()
+    return found
+
+
+@pytest.mark.parametrize("target", ["F16", "BF16"])
+@given(values=hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-65000, 65000, width=32)))
+def test_cast_rounds_to_nearest_even(target: str, values: Array) -> None:
+    info = TensorInfo("w", "F32", values.shape, 0, 0, values.nbytes)
+    block = values.view(np.uint8).reshape(len(values), 4).copy()
+    found = cutting.cast(block, info, target)
+    assert found.shape == (len(values), 2)
+    assert found.tobytes() == values.astype(NUMPY_DTYPES[target]).tobytes()
+
+
+def with_value(config: ModelConfig, dtype: str, value: float) -> dict[str, Array]:
+    arrays = random_arrays(config, dtype)
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    return arrays
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("F32", 70000.0), ("F32", -65520.0), ("BF16", 1e6), ("F64", 1e300)])
+def test_convert_value_beyond_float16_leaves_nothing(tmp_path: Path, dtype: str, value: float) -> None:
+    config = model_config(dtype="float16")
+    made = conversion(tmp_path, config, with_value(config, dtype, value), Topology(2, 1))
+    error = fails_and_leaves_nothing(made, DtypeError, r"model\.layers\.1\.mlp\.up_proj\.weight holds .*, float16 ends at 65504")
+    assert "bfloat16" in error.advice
+
+
+@pytest.mark.parametrize("value", [65504.0, 65519.0, float("inf"), float("-inf"), float("nan"), 1e-9])
+def test_convert_value_that_float16_has_is_kept(tmp_path: Path, value: float) -> None:
+    config = model_config(dtype="float16")
+    made = conversion(tmp_path, config, with_value(config, "F32", value))
+    (tensors,) = contents(made.store, made.run()).values()
+    found = np.frombuffer(tensors["transformer.layers.1.mlp.gate.weight"][2], np.float16).reshape(24, 16)[3, 5]
+    np.testing.assert_equal(found, np.float16(min(value, 65504.0)) if np.isfinite(value) else np.float16(value))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "value"), [("F32", "bfloat16", 3.4028234e38), ("F64", "bfloat16", 1e300), ("F64", "float32", 1e300)]
+)
+def test_convert_value_beyond_the_other_dtypes_leaves_nothing(tmp_path: Path, dtype: str, target: str, value: float) -> None:
+    config = model_config(dtype=target)
+    made = conversion(tmp_path, config, with_value(config, dtype, value))
+    fails_and_leaves_nothing(made, DtypeError, "holds")
+
+
+def test_convert_integers_are_no_weights(tmp_path: Path) -> None:
+    config = model_config()
+    arrays = random_arrays(config)
+    arrays["model.norm.weight"] = np.arange(16)
+    fails_and_leaves_nothing(
+        conversion(tmp_path, config, arrays), DtypeError, "model.norm.weight is I64, which cannot be converted"
+    )
+
+
+class SlowSource:
+    """One tensor of numbered rows; knows how many blocks it has given."""
+
+    def __init__(self, rows: int, row_bytes: int) -> None:
+        self.data = np.repeat(np.arange(rows, dtype=np.uint8), row_bytes)
+        self.changed = threading.Condition()
+        self.blocks = 0
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)].data
+        with self.changed:
+            self.blocks += 1
+            self.changed.notify_all()
+
+    def wait_for(self, blocks: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.blocks >= blocks, timeout=30)
+
+
+class SlowSink:
+    """Takes a block only after two more were read behind it."""
+
+    def __init__(self, source: SlowSource, num_blocks: int) -> None:
+        self.source, self.num_blocks = source, num_blocks
+        self.written: list[bytes] = []
+
+    def write(self, data: memoryview) -> None:
+        self.source.wait_for(min(len(self.written) + 3, self.num_blocks))
+        self.written.append(bytes(data))
+
+
+def test_cutter_reads_ahead_without_touching_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, row_bytes = 12, 8
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", row_bytes)
+    source = SlowSource(rows, row_bytes)
+    sinks = [SlowSink(source, rows) for _ in range(2)]
+    tensor = TensorInfo("w", "F16", (rows, row_bytes // 2), 0, 0, rows * row_bytes)
+    moved: list[int] = []
+    cutting.Cutter(source, sinks, moved.append).run([Target("t", "F16", tensor.shape, (Read(tensor, None, ()),))])
+    for sink in sinks:
+        assert b"".join(sink.written) == source.data.tobytes()
+    assert moved == [row_bytes] * rows
+
+
+class FullSink:
+    """A disk that is full after some bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, data: memoryview) -> None:
+        self.room -= len(data)
+        if self.room < 0:
+            raise StoreError("no space left")
+
+
+@pytest.mark.parametrize("room", [0, 4500, 6000])
+def test_write_shards_error_of_one_sink_discards_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    config = model_config()
+    made = conversion(tmp_path, config, random_arrays(config), Topology(2, 1))
+    options = ConvertOptions.model_validate(next(made.plan.of_kind(Kind.CONVERT)).options)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 64)
+    ended: list[str] = []
+
+    @contextmanager
+    def open_output(name: str, num_bytes: int) -> Iterator[FullSink]:
+        try:
+            yield FullSink(room if name == options.shards[1] else num_bytes)
+        except StoreError:
+            ended.append(name)
+            raise
+
+    with pytest.raises(StoreError, match="no space left"), converting_source(tmp_path, options) as source:
+        converting.write_shards(options, source, open_output, lambda num_bytes: None)
+    assert sorted(ended) == sorted(options.shards)
+
+
+@contextmanager
+def converting_source(folder: Path, options: ConvertOptions) -> Iterator[Any]:
+    with converting.FileSource(folder / "source", options.files) as source:
+        yield source
+
+
+def test_verbs_convert_folder_has_config_indexes_and_every_rank(tmp_path: Path) -> None:
+    config = model_config()
+    arrays, topology = random_arrays(config), Topology(2, 2)
+    source = write_source(tmp_path / "source", config, arrays)
+    split = {"topology": {"tp": 2, "pp": 2}, "conversion": {"max_shard_bytes": 4000}}
+    output = tmp_path / "checkpoint"
+    verbs.convert(build_spec(source, **split), output)
+    assert verbs.read_checkpoint_config(output) == (config, topology)
+    for rank in range(4):
+        assert folder_rank(output, rank) == expected_rank(arrays, config, topology, rank)
+    assert not (output / ".staging").exists()
+    with pytest.raises(StoreError, match="already holds a checkpoint"):
+        verbs.convert(build_spec(source, **split), output)
+
+
+def folder_rank(folder: Path, rank: int) -> Tensors:
+    """A rank of a folder, found through its index where it has one."""
+    index = folder / f"rank{rank}.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    names = set(listed.values()) or {f"rank{rank}.safetensors"}
+    found: Tensors = {}
+    for name in names:
+        for tensor, fields in safetensors.deserialize((folder / name).read_bytes()):
+            assert listed.get(tensor, name) == name
+            found[tensor] = (fields["dtype"], tuple(fields["shape"]), bytes(fields["data"]))
+    return found
