@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.blocks import FileSource
+from orchestrator.checkpoints.places import open_place
 from orchestrator.core import topology as topologies
 from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
@@ -208,7 +208,10 @@ def _for_one_rank(options: ConvertOptions, tp_rank: int) -> ConvertOptions:
         return replace(target, reads=reads)
 
     return ConvertOptions(
-        files=options.files, targets=tuple(only(target) for target in options.targets), shards=(options.shards[tp_rank],)
+        format=options.format,
+        files=options.files,
+        targets=tuple(only(target) for target in options.targets),
+        shards=(options.shards[tp_rank],),
     )
 
 
@@ -252,7 +255,7 @@ class _Source:
         return weights
 
     def _run(self, output: Any) -> None:
-        with FileSource(self.folder, self.options.files) as source:
+        with open_place(str(self.folder)).open(self.options.files) as source:
             write_shards(self.options, source, output, lambda num_bytes: None)
 
 

@@ -60,7 +60,7 @@ def plan(spec: BuildSpec) -> Plan:
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import max_seq_len
 
-    index, extra_files = read_source(spec.source.path)
+    index, extra_files = read_source(spec.source.path, spec.source.format)
     family, architecture = _family(spec, index)
     config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config_defaults)
     topology = spec.topology.topology()

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from orchestrator.checkpoints import blocks, huggingface, safetensors
+from orchestrator.checkpoints import companions, huggingface, safetensors
+from orchestrator.checkpoints.places import FileSource, LocalPlace
 from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.errors import (
     LfsPointerError,
@@ -48,14 +49,14 @@ def shard(folder: Path, number: int) -> Path:
 
 def refused(folder: Path, error: type[OrchestratorError], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
-        huggingface.read_index(folder)
+        huggingface.read_index(LocalPlace(folder))
     assert type(caught.value) is error
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_read_index_every_tensor_points_at_its_bytes(tmp_path: Path, num_files: int) -> None:
     folder = write_source(tmp_path, CONFIG, ARRAYS, num_files=num_files)
-    index = huggingface.read_index(folder)
+    index = huggingface.read_index(LocalPlace(folder))
     assert set(index.tensors) == set(ARRAYS)
     assert len(index.files) == num_files
     for name, tensor in index.tensors.items():
@@ -65,7 +66,7 @@ def test_read_index_every_tensor_points_at_its_bytes(tmp_path: Path, num_files: 
 
 
 def test_read_index_knows_sizes_and_config(single: Path) -> None:
-    index = huggingface.read_index(single)
+    index = huggingface.read_index(LocalPlace(single))
     assert index.format == "huggingface"
     assert index.config["hidden_size"] == CONFIG.hidden_size
     assert index.num_bytes == sum(array.nbytes for array in ARRAYS.values())
@@ -74,12 +75,14 @@ def test_read_index_knows_sizes_and_config(single: Path) -> None:
 
 def test_read_index_one_file_of_any_name_is_enough(single: Path) -> None:
     (single / WEIGHTS).rename(single / "weights.safetensors")
-    assert [file.name for file in huggingface.read_index(single).files] == ["weights.safetensors"]
+    assert [file.name for file in huggingface.read_index(LocalPlace(single)).files] == ["weights.safetensors"]
 
 
 def test_read_index_files_are_sorted_and_unlisted_ones_left_out(sharded: Path) -> None:
     (sharded / "consolidated.safetensors").write_bytes(encode_safetensors(ARRAYS))
-    assert [file.name for file in huggingface.read_index(sharded).files] == [shard(sharded, number).name for number in (1, 2, 3)]
+    assert [file.name for file in huggingface.read_index(LocalPlace(sharded)).files] == [
+        shard(sharded, number).name for number in (1, 2, 3)
+    ]
 
 
 def test_read_index_missing_folder_is_named(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_read_index_lfs_pointer_is_recognised(single: Path, name: str) -> None:
     (single / name).write_bytes(POINTER)
     refused(single, LfsPointerError, f"{name} is a Git-LFS pointer")
     with pytest.raises(LfsPointerError) as caught:
-        huggingface.read_index(single)
+        huggingface.read_index(LocalPlace(single))
     assert "git lfs pull" in caught.value.advice
 
 
@@ -219,7 +222,7 @@ def test_read_index_tensor_in_two_shards_is_refused(sharded: Path) -> None:
 def test_read_index_that_names_no_file_of_the_folder_is_refused(sharded: Path, name: Any) -> None:
     (sharded.parent / WEIGHTS).write_bytes(encode_safetensors(ARRAYS))
     change_json(sharded / huggingface.INDEX, weight_map={"model.norm.weight": name})
-    refused(sharded, SourceCorruptError, "is not a safetensors file of this folder")
+    refused(sharded, SourceCorruptError, "is not a weights file of this folder")
 
 
 def test_read_index_tensor_that_its_shard_lacks_is_named(sharded: Path) -> None:
@@ -259,10 +262,10 @@ def test_read_index_quantized_source_is_refused_by_method(single: Path) -> None:
 
 def test_identity_of_a_plain_file_is_its_time(single: Path) -> None:
     path = single / WEIGHTS
-    before = huggingface.read_index(single).files[0]
+    before = huggingface.read_index(LocalPlace(single)).files[0]
     assert before.identity == f"mtime:{FIXED_TIME_NS}"
     os.utime(path, ns=(FIXED_TIME_NS, FIXED_TIME_NS + 1))
-    assert huggingface.read_index(single).files[0].identity == f"mtime:{FIXED_TIME_NS + 1}"
+    assert huggingface.read_index(LocalPlace(single)).files[0].identity == f"mtime:{FIXED_TIME_NS + 1}"
 
 
 def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single: Path) -> None:
@@ -271,7 +274,7 @@ def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single
     (single / WEIGHTS).rename(blob)
     (single / WEIGHTS).symlink_to(Path("..", "blobs", blob.name))
     os.utime(blob, ns=(5, 5))
-    (file,) = huggingface.read_index(single).files
+    (file,) = huggingface.read_index(LocalPlace(single)).files
     assert file.identity == f"sha256:{blob.name}"
     assert file.num_bytes == blob.stat().st_size
 
@@ -279,20 +282,20 @@ def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single
 def test_identity_of_a_link_to_an_ordinary_file_is_its_time(single: Path) -> None:
     (single / WEIGHTS).rename(single.parent / "weights")
     (single / WEIGHTS).symlink_to(single.parent / "weights")
-    assert huggingface.read_index(single).files[0].identity == f"mtime:{FIXED_TIME_NS}"
+    assert huggingface.read_index(LocalPlace(single)).files[0].identity == f"mtime:{FIXED_TIME_NS}"
 
 
 def test_companions_are_identified_by_content(single: Path) -> None:
     (single / "tokenizer.json").write_text("{}")
     (single / "README.md").write_text("not a companion")
-    found = {file.name: file for file in huggingface.companions(single)}
+    found = {file.name: file for file in companions(LocalPlace(single), LocalPlace(single).names())}
     assert set(found) == {"config.json", "tokenizer.json"}
     empty_object = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert found["tokenizer.json"].identity == f"sha256:{empty_object}"
     assert found["tokenizer.json"].num_bytes == 2
 
 
-def read(source: blocks.FileSource, file: int, offset: int, size: int) -> bytes:
+def read(source: FileSource, file: int, offset: int, size: int) -> bytes:
     buffer = bytearray(size)
     source.read_into(file, offset, memoryview(buffer))
     return bytes(buffer)
@@ -302,7 +305,7 @@ def test_file_source_reads_any_range_and_counts_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 10)
     (tmp_path / "b").write_bytes(bytes(range(100)))
-    with blocks.FileSource(tmp_path, (blocks.source_file(tmp_path, "a"), blocks.source_file(tmp_path, "b"))) as source:
+    with FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"), LocalPlace(tmp_path).source_file("b"))) as source:
         assert read(source, 1, 90, 10) == bytes(range(90, 100))
         assert read(source, 0, 0, 10) == b"a" * 10
         assert read(source, 0, 10, 0) == b""
@@ -312,7 +315,7 @@ def test_file_source_reads_any_range_and_counts_bytes(tmp_path: Path) -> None:
 def test_file_source_that_ends_early_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     with (
-        blocks.FileSource(tmp_path, (blocks.source_file(tmp_path, "a"),)) as source,
+        FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"),)) as source,
         pytest.raises(SourceCorruptError, match="ended at byte 10"),
     ):
         read(source, 0, 5, 6)
@@ -320,15 +323,18 @@ def test_file_source_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 def test_file_source_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
-    planned = blocks.source_file(tmp_path, "a")
+    planned = LocalPlace(tmp_path).source_file("a")
     os.utime(tmp_path / "a", ns=(1, 1))
-    with blocks.FileSource(tmp_path, (planned,)) as source, pytest.raises(SourceCorruptError, match="not the file that the plan"):
+    with (
+        FileSource(LocalPlace(tmp_path), (planned,)) as source,
+        pytest.raises(SourceCorruptError, match="not the file that the plan"),
+    ):
         read(source, 0, 0, 1)
 
 
 def test_file_source_missing_file_is_named(tmp_path: Path) -> None:
     with (
-        blocks.FileSource(tmp_path, (SourceFile("gone", 1, "mtime:1"),)) as source,
+        FileSource(LocalPlace(tmp_path), (SourceFile("gone", 1, "mtime:1"),)) as source,
         pytest.raises(SourceMissingError, match="gone is not there on this node"),
     ):
         read(source, 0, 0, 1)
@@ -337,7 +343,7 @@ def test_file_source_missing_file_is_named(tmp_path: Path) -> None:
 def test_file_source_closes_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with blocks.FileSource(tmp_path, (blocks.source_file(tmp_path, "a"),)) as source:
+    with FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"),)) as source:
         read(source, 0, 0, 10)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from orchestrator import cache, verbs, work
+from orchestrator.checkpoints.places import LocalPlace
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.core.checkpoint import TensorInfo
 from orchestrator.core.errors import DtypeError, OrchestratorError, SourceCorruptError, SourceMissingError, StoreError
@@ -390,8 +391,9 @@ class SlowSource:
         self.changed = threading.Condition()
         self.blocks = 0
 
-    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.data[offset : offset + len(buffer)].data
+    def read_rows(self, tensor: TensorInfo, begin: int, end: int, buffer: memoryview) -> None:
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        buffer[:] = self.data[begin * row_bytes : end * row_bytes].data
         with self.changed:
             self.blocks += 1
             self.changed.notify_all()
@@ -420,7 +422,7 @@ def test_cutter_reads_ahead_without_touching_what_is_being_written(monkeypatch: 
     sinks = [SlowSink(source, rows) for _ in range(2)]
     tensor = TensorInfo("w", "F16", (rows, row_bytes // 2), 0, 0, rows * row_bytes)
     moved: list[int] = []
-    cutting.Cutter(source, sinks, moved.append).run([Target("t", "F16", tensor.shape, (Read(tensor, None, ()),))])
+    cutting.Cutter(source.read_rows, sinks, moved.append).run([Target("t", "F16", tensor.shape, (Read(tensor, None, ()),))])
     for sink in sinks:
         assert b"".join(sink.written) == source.data.tobytes()
     assert moved == [row_bytes] * rows
@@ -461,7 +463,7 @@ def test_write_shards_error_of_one_sink_discards_all(tmp_path: Path, monkeypatch
 
 @contextmanager
 def converting_source(folder: Path, options: ConvertOptions) -> Iterator[Any]:
-    with converting.FileSource(folder / "source", options.files) as source:
+    with LocalPlace(folder / "source").open(options.files) as source:
         yield source
 
 

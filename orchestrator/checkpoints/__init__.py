@@ -1,15 +1,75 @@
-"""Readers of source formats: headers first, bytes on demand."""
+"""Readers of source formats: headers first, rows on demand. The table of formats and what a member offers.
+
+To add a format, write `checkpoints/<name>.py` with the functions of `Format` and name it here.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+from typing import Protocol
 
-from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.checkpoints.places import ByteSource, Place, open_place
+from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
+from orchestrator.core.errors import SourceMissingError, SpecError
+
+FORMATS: dict[str, str] = {
+    "huggingface": "orchestrator.checkpoints.huggingface",
+}
+"""Name -> module, in the order in which `auto` tries them."""
 
 
-def read_source(path: str) -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
+class Format(Protocol):
+    """What a module of FORMATS offers."""
+
+    def matches(self, names: list[str]) -> bool:
+        """Whether a folder with these files is of this format."""
+        ...
+
+    def read_index(self, place: Place) -> CheckpointIndex:
+        """Every tensor under its Hugging Face name, from headers only. Raises the Source... errors."""
+        ...
+
+    def read_rows(self, source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
+        """Fill `out` with rows [begin, end) of the tensor's first axis, in its dtype, C order."""
+        ...
+
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files beside the weights that a server of the model needs."""
+
+
+def format_named(name: str) -> Format:
+    """The module of a format. Raises SpecError."""
+    if name not in FORMATS:
+        raise SpecError(f"no source format is called {name!r}", f"Formats: auto, {', '.join(FORMATS)}.")
+    module: Format = importlib.import_module(FORMATS[name])
+    return module
+
+
+def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
     """The index of the checkpoint at `path`, and its tokenizer and config files. Raises as the format's reader does."""
-    from orchestrator.checkpoints import huggingface
+    place = open_place(path)
+    names = place.names()
+    if source_format == "auto":
+        source_format = next((name for name in FORMATS if format_named(name).matches(names)), "")
+        if not source_format:
+            raise SourceMissingError(f"{path} holds no checkpoint of a known format", f"Formats: {', '.join(FORMATS)}.")
+    return format_named(source_format).read_index(place), companions(place, names)
 
-    folder = Path(path)
-    return huggingface.read_index(folder), huggingface.companions(folder)
+
+def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
+    """The tokenizer and config files that are there, identified by their content."""
+    from orchestrator.core.digest import digest_bytes
+
+    contents = {name: place.read(name) for name in COMPANIONS if name in names}
+    return tuple(SourceFile(name, len(data), "sha256:" + digest_bytes(data)) for name, data in contents.items())
+
+
+def read_contiguous_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
+    """`Format.read_rows` of every format that stores a tensor as one run of its elements."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    row_bytes = tensor.num_bytes // rows if rows else 0
+    source.read_into(tensor.file, tensor.offset + begin * row_bytes, out[: (end - begin) * row_bytes])

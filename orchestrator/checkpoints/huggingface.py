@@ -5,106 +5,110 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoints.blocks import source_file
-from orchestrator.checkpoints.safetensors import HeaderEntry, read_header
-from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
-from orchestrator.core.digest import digest_bytes
+from orchestrator.checkpoints import read_contiguous_rows
+from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
+from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.core.errors import LfsPointerError, QuantizationError, SourceCorruptError, SourceMissingError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files beside the weights that a server of the model needs."""
 _HEADER_THREADS = 8
 
+read_rows = read_contiguous_rows
 
-def read_index(folder: Path) -> CheckpointIndex:
-    """Read the headers of the checkpoint in `folder`.
+
+def matches(names: list[str]) -> bool:
+    """A config.json beside safetensors that are not TensorRT-LLM's ranks; or nothing else that could be meant."""
+    return "config.json" in names and not any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
+
+
+def read_index(place: Place) -> CheckpointIndex:
+    """Read the headers of the checkpoint at `place`.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a source that is quantized.
     """
-    if not folder.is_dir():
-        raise SourceMissingError(f"there is no folder {folder}", "Check source.path in the spec.")
-    config = _read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise QuantizationError(f"{folder} is already quantized ({method})", "Build from the unquantized checkpoint.")
-    listed = _listed(folder)
-    names = sorted(set(listed.values())) if listed else [_single_file(folder)]
+    present = place.names()
+    config = read_config(place)
+    listed = _listed(place, present)
+    names = sorted(set(listed.values())) if listed else [_single_file(place, present)]
     for name in names:
-        if not (folder / name).is_file():
-            raise SourceMissingError(f"{folder / INDEX} names the shard {name}, which is not there")
+        if name not in present:
+            raise SourceMissingError(f"{place.url}/{INDEX} names the shard {name}, which is not there")
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        headers = list(pool.map(lambda name: read_header(folder / name)[0], names))
-    tensors = _collect(folder, names, headers)
+        headers = list(pool.map(lambda name: read_header_at(place, name)[0], names))
+    tensors = _collect(place, names, headers)
     for tensor, name in listed.items():
         if tensor not in tensors or names[tensors[tensor].file] != name:
-            raise SourceCorruptError(f"{folder / INDEX} says that {name} holds {tensor}, it does not")
-    files = tuple(source_file(folder, name) for name in names)
+            raise SourceCorruptError(f"{place.url}/{INDEX} says that {name} holds {tensor}, it does not")
+    files = tuple(place.source_file(name) for name in names)
     return CheckpointIndex("huggingface", files, tensors, config)
 
 
-def companions(folder: Path) -> tuple[SourceFile, ...]:
-    """The tokenizer and config files that are there, identified by their content."""
-    found = []
-    for name in COMPANIONS:
-        if (folder / name).is_file():
-            data = (folder / name).read_bytes()
-            found.append(SourceFile(name, len(data), "sha256:" + digest_bytes(data)))
-    return tuple(found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(place: Place) -> dict[str, Any]:
+    """config.json of an unquantized model. Raises SourceMissingError, SourceCorruptError, QuantizationError."""
     try:
-        plain = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SourceMissingError(f"{path} is not there", "A Hugging Face checkpoint is a folder with config.json.") from None
+        config = read_json(place, "config.json")
+    except SourceMissingError as error:
+        raise SourceMissingError(error.message, "A Hugging Face checkpoint is a folder with config.json.") from None
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise QuantizationError(f"{place.url} is already quantized ({method})", "Build from the unquantized checkpoint.")
+    return config
+
+
+def read_json(place: Place, name: str) -> dict[str, Any]:
+    """A JSON object of the source. Raises SourceMissingError, LfsPointerError, SourceCorruptError."""
+    data = place.read(name)
+    try:
+        plain = json.loads(data)
     except ValueError as error:
-        if path.read_bytes().startswith(b"version https://git-lfs"):
-            raise LfsPointerError(f"{path} is a Git-LFS pointer") from None
-        raise SourceCorruptError(f"{path} is not JSON: {error}") from None
+        if data.startswith(b"version https://git-lfs"):
+            raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer") from None
+        raise SourceCorruptError(f"{place.url}/{name} is not JSON: {error}") from None
     if not isinstance(plain, dict):
-        raise SourceCorruptError(f"{path} is not a JSON object")
+        raise SourceCorruptError(f"{place.url}/{name} is not a JSON object")
     return plain
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def check_file_names(names: list[Any], pattern: str, where: str) -> None:
+    """Refuse names of an index that could lead outside of the folder. Raises SourceCorruptError."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(pattern, name):
+            raise SourceCorruptError(f"{where} names {name!r}, which is not a weights file of this folder")
+
+
+def _listed(place: Place, present: list[str]) -> dict[str, str]:
     """Tensor to shard, from the index; empty when there is none."""
-    if not (folder / INDEX).is_file():
+    if INDEX not in present:
         return {}
-    listed = _read_json(folder / INDEX).get("weight_map")
+    listed = read_json(place, INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise SourceCorruptError(f"{folder / INDEX} has no weight_map")
-    for name in listed.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
-            raise SourceCorruptError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder")
+        raise SourceCorruptError(f"{place.url}/{INDEX} has no weight_map")
+    check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{place.url}/{INDEX}")
     return listed
 
 
-def _single_file(folder: Path) -> str:
-    if (folder / SINGLE).is_file():
+def _single_file(place: Place, present: list[str]) -> str:
+    if SINGLE in present:
         return SINGLE
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = [name for name in present if name.endswith(".safetensors") and "/" not in name]
     if len(others) == 1:
         return others[0]
     if others:
-        raise SourceMissingError(f"{folder} has {len(others)} safetensors files but no {INDEX}")
-    raise SourceMissingError(f"{folder} has no safetensors weights", "Convert .bin or .pth weights to safetensors first.")
+        raise SourceMissingError(f"{place.url} has {len(others)} safetensors files but no {INDEX}")
+    raise SourceMissingError(f"{place.url} has no safetensors weights", "Convert the weights to safetensors first.")
 
 
-def _collect(folder: Path, names: list[str], headers: list[list[HeaderEntry]]) -> dict[str, TensorInfo]:
+def _collect(place: Place, names: list[str], headers: list[list[HeaderEntry]]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for number, entries in enumerate(headers):
         for entry in entries:
             if entry.name in tensors:
                 other = names[tensors[entry.name].file]
-                raise SourceCorruptError(f"{folder}: {entry.name} is in both {other} and {names[number]}")
+                raise SourceCorruptError(f"{place.url}: {entry.name} is in both {other} and {names[number]}")
             tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, number, entry.offset, entry.num_bytes)
     return tensors

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoints.places import LocalPlace, Place
 from orchestrator.core.dtypes import ITEM_BITS, num_bytes
 from orchestrator.core.errors import LfsPointerError, SourceCorruptError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 _LFS_MAGIC = b"version https://git-lfs"
+_FIRST_READ_BYTES = 256 * 1024
+"""Holds most headers whole, so that a file in object storage costs one request."""
 _DATA_ALIGNMENT = 4096
 """The header is padded with spaces so that data starts on a page."""
 
@@ -53,16 +56,22 @@ def read_header(path: Path) -> tuple[list[HeaderEntry], dict[str, str]]:
     Returns the tensors in file order and the metadata. Raises LfsPointerError and SourceCorruptError: a file that is
     shorter or longer than its header says, offsets that overlap, leave holes or contradict dtype and shape.
     """
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if (start + file.read(len(_LFS_MAGIC) - 8)).startswith(_LFS_MAGIC):
-            raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > total:
-            raise SourceCorruptError(f"{path} is not a safetensors file, or is truncated: {total} bytes, header of {length}")
-        file.seek(8)
-        text = file.read(length)
+    return read_header_at(LocalPlace(path.parent), path.name)
+
+
+def read_header_at(place: Place, name: str) -> tuple[list[HeaderEntry], dict[str, str]]:
+    """`read_header` of a file at any place."""
+    path = f"{place.url}/{name}"
+    total = place.source_file(name).num_bytes
+    start = place.read(name, 0, min(_FIRST_READ_BYTES, total))
+    if start.startswith(_LFS_MAGIC):
+        raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > total:
+        raise SourceCorruptError(f"{path} is not a safetensors file, or is truncated: {total} bytes, header of {length}")
+    text = start[8 : 8 + length]
+    if len(text) < length:
+        text += place.read(name, len(start), 8 + length)
     try:
         plain = json.loads(text)
         metadata = plain.pop("__metadata__", None) or {}
@@ -84,7 +93,7 @@ def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> HeaderEntry
     return HeaderEntry(name, dtype, shape, data_start + begin, end - begin)
 
 
-def _check_layout(path: Path, entries: list[HeaderEntry], data_start: int, total: int) -> None:
+def _check_layout(path: str, entries: list[HeaderEntry], data_start: int, total: int) -> None:
     position = data_start
     for entry in entries:
         if entry.offset != position:

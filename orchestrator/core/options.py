@@ -69,6 +69,8 @@ class CalibrateOptions(_Options):
 class ConvertOptions(_Options):
     """Cut one layer group for all tensor-parallel ranks of its stage."""
 
+    format: str
+    """Of the source: a name of checkpoints/."""
     files: tuple[SourceFile, ...]
     """Those that the targets read; `TensorInfo.file` counts in this list."""
     targets: tuple[Target, ...]
@@ -87,7 +89,7 @@ class ConvertOptions(_Options):
             for target in group.targets
         )
         shards = tuple(group.shard_name(topology.rank(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
-        return ConvertOptions(files=tuple(index.files[old] for old in used), targets=targets, shards=shards)
+        return ConvertOptions(format=index.format, files=tuple(index.files[old] for old in used), targets=targets, shards=shards)
 
 
 class BuildOptions(_Options):

@@ -45,6 +45,8 @@ class SourceSpec(Frozen):
 
     path: str
     """A folder; a relative one counts from the spec file."""
+    format: str = "auto"
+    """A name of checkpoints/, or auto: by the files that are there."""
     family: str = "auto"
     """A name of families/, or auto: from config.json's architectures."""
 

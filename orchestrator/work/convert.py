@@ -5,10 +5,11 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from orchestrator.checkpoints.blocks import ByteSource, FileSource
+from orchestrator.checkpoints import format_named
+from orchestrator.checkpoints.places import ByteSource, open_place
 from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.step import Task
@@ -27,7 +28,7 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
         done += num_bytes
         context.report("convert", done, total, "bytes")
 
-    with FileSource(Path(task.step.places["source"]), options.files) as source:
+    with open_place(task.step.places["source"]).open(options.files) as source:
         write_shards(options, source, context.output, progress)
         return {
             "source_bytes_read": source.bytes_read,
@@ -51,4 +52,4 @@ def write_shards(
         sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
             sink.write(memoryview(header))
-        Cutter(source, sinks, progress).run(options.targets)
+        Cutter(partial(format_named(options.format).read_rows, source), sinks, progress).run(options.targets)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoints.blocks import ByteSource
 from orchestrator.core.checkpoint import TensorInfo
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, num_bytes
 from orchestrator.core.errors import DtypeError
@@ -24,6 +23,10 @@ from orchestrator.core.weight_map import Read, Target
 Bytes = npt.NDArray[np.uint8]
 BLOCK_BYTES = 16 * 2**20
 _ZERO_BYTES = 2**20
+
+
+ReadRows = Callable[[TensorInfo, int, int, memoryview], None]
+"""Fills a buffer with rows [begin, end) of a source tensor."""
 
 
 class Sink(Protocol):
@@ -35,8 +38,8 @@ class Sink(Protocol):
 class Cutter:
     """Runs targets in order against one sink per tensor-parallel rank."""
 
-    def __init__(self, source: ByteSource, sinks: Sequence[Sink], progress: Callable[[int], None]) -> None:
-        self._source, self._sinks, self._progress = source, sinks, progress
+    def __init__(self, read_rows: ReadRows, sinks: Sequence[Sink], progress: Callable[[int], None]) -> None:
+        self._read, self._sinks, self._progress = read_rows, sinks, progress
         self._reader = ThreadPoolExecutor(1, "read")
         self._writers = ThreadPoolExecutor(min(len(sinks), 4), "write")
         self._buffers = [np.empty(0, np.uint8) for _ in range(3)]
@@ -99,13 +102,13 @@ class Cutter:
         if self._buffers[slot].size < size:
             self._buffers[slot] = np.empty(max(size, BLOCK_BYTES), np.uint8)
         flat = self._buffers[slot][:size]
-        self._source.read_into(tensor.file, tensor.offset + begin * row_bytes, flat.data)
+        self._read(tensor, begin, end, flat.data)
         self._progress(size)
         return flat.reshape(end - begin, row_bytes)
 
     def _read_whole(self, tensor: TensorInfo) -> Bytes:
         whole = np.empty(tensor.num_bytes, np.uint8)
-        self._source.read_into(tensor.file, tensor.offset, whole.data)
+        self._read(tensor, 0, _rows(tensor)[0], whole.data)
         self._progress(tensor.num_bytes)
         return whole.reshape(_rows(tensor))
 

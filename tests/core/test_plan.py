@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.checkpoints import huggingface
+from orchestrator.checkpoints import companions, huggingface
+from orchestrator.checkpoints.places import LocalPlace
 from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
@@ -55,9 +56,10 @@ def test_make_plan_tiny_model_is_as_the_golden_file_says(tmp_path: Path) -> None
     arrays = random_arrays(config)
     folder = write_source(tmp_path / "source", config, arrays, num_files=2)
     spec = build_spec(folder, topology={"tp": 2, "pp": 2}, conversion={"max_shard_bytes": 4000})
-    index = huggingface.read_index(folder)
+    place = LocalPlace(folder)
+    index = huggingface.read_index(place)
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
-    inputs = Inputs(index, huggingface.companions(folder), str(folder), config, weights, "1.7.1.116")
+    inputs = Inputs(index, companions(place, place.names()), str(folder), config, weights, "1.7.1.116")
     text = json.dumps(describe_plan(make_plan(spec, inputs)), indent=1) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
