@@ -24,6 +24,7 @@ import numpy as np
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core import topology as topologies
+from orchestrator.core.checkpoint import CheckpointIndex
 from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
@@ -31,7 +32,7 @@ from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_tr
 from orchestrator.core.options import BuildOptions, ConvertOptions, StageOptions
 from orchestrator.core.spec import BuildConfig
 from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import Target, weight_map
+from orchestrator.core.weight_map import Read, Target, weight_map
 from orchestrator.engines.profiles import max_seq_len
 from orchestrator.families import family_for
 from orchestrator.networks import NetworkOptions, decoder_network
@@ -63,10 +64,11 @@ class Mapping:
     pp_size: int = 1
     rank: int = 0
     pp_partition: tuple[int, ...] | None = None
+    moe_ep_size: int = 1
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.tp_size, self.pp_size, self.pp_partition)
+        return Topology(self.tp_size, self.pp_size, self.pp_partition, self.moe_ep_size)
 
     @property
     def tp_rank(self) -> int:
@@ -96,15 +98,25 @@ class PretrainedModel:
         """A rank of a TensorRT-LLM checkpoint folder, memory-mapped. Raises SpecError, SourceMissingError."""
         folder = Path(checkpoint)
         config, topology = read_checkpoint_config(folder)
-        model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition))
+        model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep))
         model.load(map_checkpoint_rank(folder, rank))
         return model
 
     def required_names(self) -> dict[str, tuple[int, ...]]:
         """Name and local shape of every tensor that this rank needs."""
-        network = decoder_network(self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1))
-        names = set(network.weight_names())
-        return {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer if tensor.name in names}
+        return {name: shape for name, (shape, _) in self._required().items()}
+
+    def _required(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and safetensors dtype by name."""
+        network = decoder_network(
+            self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1), self.mapping.tp_rank
+        )
+        names, wide = set(network.weight_names()), network.float32_weights()
+        return {
+            tensor.name: (tuple(tensor.dims), "F32" if tensor.name in wide else MODEL_DTYPES[self.config.dtype])
+            for tensor in network.model.graph.initializer
+            if tensor.name in names
+        }
 
     def load(self, weights: AbstractMapping[str, Any]) -> None:
         """Take this rank's tensors by TensorRT-LLM's names: torch tensors, numpy arrays, or mapped weights.
@@ -112,16 +124,17 @@ class PretrainedModel:
         Raises WeightMapError for a missing tensor, another shape or another dtype than the config's; names that the rank
         does not need are passed over.
         """
-        required = self.required_names()
+        required = self._required()
         missing = sorted(set(required) - set(weights))
         if missing:
             raise WeightMapError(f"Required but not provided tensors: {', '.join(missing)}", "Names are those of required_names().")
         taken = {name: _as_weight(name, weights[name]) for name in required}
         for name, weight in taken.items():
-            if weight.shape != required[name]:
-                raise WeightMapError(f"{name} is {list(weight.shape)}, this rank needs {list(required[name])}")
-            if weight.dtype != MODEL_DTYPES[self.config.dtype]:
-                raise WeightMapError(f"{name} is {weight.dtype}, the model is {self.config.dtype}", "Cast the weights first.")
+            shape, dtype = required[name]
+            if weight.shape != shape:
+                raise WeightMapError(f"{name} is {list(weight.shape)}, this rank needs {list(shape)}")
+            if weight.dtype != dtype:
+                raise WeightMapError(f"{name} is {weight.dtype}, this rank needs {dtype}", "Cast the weights first.")
         self._weights, self._source = taken, None
 
     def weights(self) -> AbstractMapping[str, Weight]:
@@ -169,12 +182,15 @@ class TopModelMixin:
         Raises the source's errors, ArchitectureError, TopologyError, WeightMapError.
         """
         folder = Path(hf_model_dir).resolve()
-        index, _ = read_source(str(folder))
+        return cls._from_source(folder, read_source(str(folder))[0], dtype, mapping)
+
+    @classmethod
+    def _from_source(cls, folder: Path, index: CheckpointIndex, dtype: str, mapping: Mapping | None) -> Self:
         architecture = (index.config.get("architectures") or ["unknown"])[0]
         if cls.architectures and architecture not in cls.architectures:
             raise ArchitectureError(f"{folder} is a {architecture}", f"{cls.__name__} reads {', '.join(cls.architectures)}.")
         family = family_for(architecture)
-        config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config_defaults)
+        config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config)
         place = mapping or Mapping()
         topologies.check(place.topology, config.limits())
         (group,) = weight_map(index, family, config, place.topology, _NO_LIMIT).stage(place.pp_rank)
@@ -191,7 +207,15 @@ class DecoderModelForCausalLM(PretrainedModel, TopModelMixin):
 class LLaMAForCausalLM(DecoderModelForCausalLM):
     """Llama 1 to 3."""
 
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM")
+    architectures = ("LlamaForCausalLM",)
+
+    @classmethod
+    def from_meta_ckpt(cls, meta_ckpt_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
+        """One rank of the model in a folder of Meta's: params.json and consolidated.NN.pth. Raises as from_hugging_face does."""
+        folder = Path(meta_ckpt_dir).resolve()
+        if not (folder / "params.json").is_file():
+            raise SourceMissingError(f"{folder} is not Meta's: it has no params.json", "from_hugging_face reads other formats.")
+        return cls._from_source(folder, read_source(str(folder), "meta")[0], dtype, mapping)
 
 
 class MistralForCausalLM(DecoderModelForCausalLM):
@@ -204,8 +228,8 @@ def _for_one_rank(options: ConvertOptions, tp_rank: int) -> ConvertOptions:
     """The same program for one tensor-parallel rank: it reads only the rows that this rank takes."""
 
     def only(target: Target) -> Target:
-        reads = tuple(replace(read, spans=(read.spans[tp_rank],)) if read.spans else read for read in target.reads)
-        return replace(target, reads=reads)
+        taken = (read for read in target.reads if not read.ranks or tp_rank in read.ranks)
+        return replace(target, reads=tuple(_narrow(read, tp_rank) for read in taken))
 
     return ConvertOptions(
         format=options.format,
@@ -213,6 +237,13 @@ def _for_one_rank(options: ConvertOptions, tp_rank: int) -> ConvertOptions:
         targets=tuple(only(target) for target in options.targets),
         shards=(options.shards[tp_rank],),
     )
+
+
+def _narrow(read: Read, tp_rank: int) -> Read:
+    if not read.spans:
+        return read
+    position = read.ranks.index(tp_rank) if read.ranks else tp_rank
+    return replace(read, spans=(read.spans[position],), ranks=())
 
 
 @dataclass(frozen=True)

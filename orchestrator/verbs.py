@@ -62,7 +62,7 @@ def plan(spec: BuildSpec) -> Plan:
 
     index, extra_files = read_source(spec.source.path, spec.source.format)
     family, architecture = _family(spec, index)
-    config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config_defaults)
+    config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config)
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     _check_quantization(spec.quantization)

@@ -38,7 +38,8 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling: dict[str, Any] 
     theirs = LlamaRotaryEmbedding(
         LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=131072, rope_parameters=parameters)
     )
-    ours = inverse_frequencies(config(rotary_scaling=scaling))
+    ours, factor = inverse_frequencies(config(rotary_scaling=scaling))
+    assert factor == pytest.approx(theirs.attention_scaling)
     np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=2e-6)
 
 

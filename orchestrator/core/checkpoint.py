@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from pydantic import Field
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,30 @@ class SourceFile:
     num_bytes: int
     identity: str
     """Changes whenever the content may have changed; says nothing of the place. Readers define it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A block of a tensor, its elements in C order without gaps in one file."""
+
+    file: int
+    """Index into CheckpointIndex.files."""
+    offset: int
+    """First byte, from the start of the file."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """How a tensor is put together, for formats that do not store it as one run of its elements."""
+
+    pieces: tuple[Piece, ...]
+    axis: int = 0
+    """Along which the pieces are joined, 0 or 1."""
+    paired_rows: int = 0
+    """Rows of one attention head where the source stores the two halves of a head row by row in turn; 0: rows lie in order."""
+    encoding: str = ""
+    """The format's own name for the pieces' elements; empty: they are of the tensor's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +58,19 @@ class TensorInfo:
     offset: int
     """First byte, from the start of the file."""
     num_bytes: int
+    assembly: Annotated[Assembly | None, Field(exclude_if=lambda value: value is None)] = None
+    """None: one run of `num_bytes` at `offset`; then it is left out of options, whose digests stay those of old plans."""
+
+    def files(self) -> set[int]:
+        """Numbers of the files that hold its bytes."""
+        return {self.file} if self.assembly is None else {piece.file for piece in self.assembly.pieces}
+
+    def renumbered(self, position: Mapping[int, int]) -> TensorInfo:
+        """The same tensor where file number n is called position[n]."""
+        if self.assembly is None:
+            return replace(self, file=position[self.file])
+        pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)
+        return replace(self, file=pieces[0].file, assembly=replace(self.assembly, pieces=pieces))
 
     @property
     def num_elements(self) -> int:

@@ -150,6 +150,13 @@ class DtypeError(OrchestratorError):
     exit_code = 28
 
 
+class UnsafePickleError(OrchestratorError):
+    """A pickled checkpoint asks for more than tensors: loading it would run code of whoever wrote it."""
+
+    exit_code = 29
+    default_advice = "Convert the checkpoint to safetensors in a sandbox, and only when you trust its author."
+
+
 class CancelledError(OrchestratorError):
     """The build was told to stop."""
 

@@ -26,6 +26,7 @@ class StageOptions(_Options):
     pp_rank: int
     first_layer: int
     num_layers: int
+    moe_ep: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +40,13 @@ class StageOptions(_Options):
     def of(config: ModelConfig, topology: Topology, pp_rank: int) -> StageOptions:
         layers = topology.stages(config.num_hidden_layers)[pp_rank]
         return StageOptions(
-            config=config, tp=topology.tp, pp=topology.pp, pp_rank=pp_rank, first_layer=layers.start, num_layers=len(layers)
+            config=config,
+            tp=topology.tp,
+            pp=topology.pp,
+            pp_rank=pp_rank,
+            first_layer=layers.start,
+            num_layers=len(layers),
+            moe_ep=topology.moe_ep,
         )
 
     def rank(self, tp_rank: int) -> int:
@@ -54,6 +61,8 @@ class ReferenceOptions(_Options):
     dtype: str
     """Weights are rounded to it first, then computed with in float32, so that only our own errors are measured."""
     vocab_size: int
+    offset_weights: tuple[str, ...] = ()
+    """Source tensors that checkpoints store with 1 added (Gemma's norms): rounded as they are stored."""
     prompts: tuple[str, ...] | None
     max_tokens: int
 
@@ -79,12 +88,12 @@ class ConvertOptions(_Options):
 
     @staticmethod
     def of(group: LayerGroup, index: CheckpointIndex, topology: Topology) -> ConvertOptions:
-        used = sorted({tensor.file for tensor in group.sources().values()})
+        used = sorted({file for tensor in group.sources().values() for file in tensor.files()})
         position = {old: new for new, old in enumerate(used)}
         targets = tuple(
             replace(
                 target,
-                reads=tuple(replace(read, tensor=replace(read.tensor, file=position[read.tensor.file])) for read in target.reads),
+                reads=tuple(replace(read, tensor=read.tensor.renumbered(position)) for read in target.reads),
             )
             for target in group.targets
         )

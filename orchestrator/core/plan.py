@@ -126,6 +126,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         files=inputs.index.files + inputs.extra_files,
         dtype=inputs.config.dtype,
         vocab_size=inputs.config.vocab_size,
+        offset_weights=inputs.weights.offset_sources(),
         prompts=verification.prompts,
         max_tokens=verification.max_tokens,
     )

@@ -12,7 +12,9 @@ from enum import Enum
 from typing import Any
 
 from orchestrator.core.errors import TopologyError
+from orchestrator.core.model_config import ConfigTable as ConfigTable  # families name it from here
 from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.topology import Topology
 
 
 class Unit(Enum):
@@ -22,6 +24,8 @@ class Unit(Enum):
     HEAD = "head"
     KV_HEAD = "kv_head"
     """Held by several ranks when there are more ranks than heads."""
+    EXPERT_ELEMENT = "expert_element"
+    """Cut over the moe_tp ranks that share an expert."""
     VOCAB = "vocab"
     """Padded with zero rows to a multiple of the number of ranks."""
 
@@ -50,6 +54,8 @@ HEADS = Cut(0, Unit.HEAD)
 KV_HEADS = Cut(0, Unit.KV_HEAD)
 HEADS_IN = Cut(1, Unit.HEAD)
 """Row parallel by attention heads (the output projection)."""
+EXPERT_COLUMN = Cut(0, Unit.EXPERT_ELEMENT)
+EXPERT_ROW = Cut(1, Unit.EXPERT_ELEMENT)
 VOCAB = Cut(0, Unit.VOCAB)
 
 
@@ -58,11 +64,17 @@ class Part:
     """One source tensor of a target."""
 
     source: str
-    """May hold {layer}, the global layer number."""
+    """May hold {layer}, the global layer number, and {expert}."""
     shape: tuple[str, ...]
     """Names of ModelConfig.dims(), checked against the header."""
     cut: Cut | None = None
     """None: every rank holds the whole."""
+    sections: tuple[str, ...] = ()
+    """Names of dims() that the source tensor is fused from along axis 0 (Phi-3); empty: the part is the whole tensor."""
+    section: int = 0
+    """Which of them this part is."""
+    add: float = 0.0
+    """Added to every element, in float32, before rounding (Gemma's norms are stored as weight + 1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,10 @@ class Rule:
     where: Where = Where.EVERY_LAYER
     when: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig that must have these values for the rule to apply."""
+    per_expert: bool = False
+    """The target stacks one such join per expert, along a new first axis; a rank holds the experts of its moe_ep_rank."""
+    dtype: str | None = None
+    """safetensors' name; None: the model's."""
 
     def applies(self, config: ModelConfig) -> bool:
         return all(getattr(config, name) == value for name, value in self.when.items())
@@ -103,8 +119,8 @@ class Family:
     rules: tuple[Rule, ...]
     """In the order in which a rank's file holds the targets."""
     ignored: tuple[Ignored, ...] = ()
-    config_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What the family's config class assumes for keys that config.json may omit."""
+    config: ConfigTable = field(default_factory=ConfigTable)
+    """How config.json is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +136,15 @@ class Span:
         return self.end - self.begin + self.pad
 
 
-def spans(cut: Cut, size: int, config: ModelConfig, tp: int) -> tuple[Span, ...]:
+def spans(cut: Cut, size: int, config: ModelConfig, topology: Topology) -> tuple[Span, ...]:
     """The span of each tensor-parallel rank on an axis of `size` elements. Raises TopologyError when it does not divide."""
+    tp = topology.tp
     if cut.unit is Unit.VOCAB:
         rows = -(-size // tp)
         clipped = [(min(rank * rows, size), min((rank + 1) * rows, size)) for rank in range(tp)]
         return tuple(Span(begin, end, rows - (end - begin)) for begin, end in clipped)
+    if cut.unit is Unit.EXPERT_ELEMENT:
+        return tuple(_even(size, topology.moe_tp, topology.moe_ranks(rank)[0]) for rank in range(tp))
     if cut.unit is Unit.KV_HEAD and config.num_key_value_heads < tp:
         heads = config.num_key_value_heads
         if tp % heads:
@@ -135,5 +154,11 @@ def spans(cut: Cut, size: int, config: ModelConfig, tp: int) -> tuple[Span, ...]
     units = {Unit.HEAD: config.num_attention_heads, Unit.KV_HEAD: config.num_key_value_heads}.get(cut.unit, size)
     if units % tp:
         raise TopologyError(f"tp={tp} does not divide {units} ({cut.unit.value}s)")
-    width = size // tp
-    return tuple(Span(rank * width, (rank + 1) * width) for rank in range(tp))
+    return tuple(_even(size, tp, rank) for rank in range(tp))
+
+
+def _even(size: int, ranks: int, rank: int) -> Span:
+    if size % ranks:
+        raise TopologyError(f"{ranks} ranks do not divide {size} elements")
+    width = size // ranks
+    return Span(rank * width, (rank + 1) * width)

@@ -58,9 +58,11 @@ class TopologySpec(Frozen):
     pp: int = Field(default=1, ge=1)
     pp_partition: tuple[int, ...] | None = None
     """Layers of each stage; absent: as even as can be, the first stages one more."""
+    moe_ep: int = Field(default=1, ge=1)
+    """Expert-parallel groups among the tp ranks; moe_tp is tp / moe_ep."""
 
     def topology(self) -> Topology:
-        return Topology(self.tp, self.pp, self.pp_partition)
+        return Topology(self.tp, self.pp, self.pp_partition, self.moe_ep)
 
 
 class ConversionSpec(Frozen):

@@ -30,6 +30,8 @@ class ParallelLimits:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    num_experts: int = 0
+    moe_intermediate_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,17 @@ class Topology:
     pp: int
     pp_partition: tuple[int, ...] | None = None
     """Layers per stage; None: as even as can be."""
+    moe_ep: int = 1
+    """Expert-parallel groups among the tensor-parallel ranks."""
+
+    @property
+    def moe_tp(self) -> int:
+        """Ranks that share one expert."""
+        return self.tp // self.moe_ep
+
+    def moe_ranks(self, tp_rank: int) -> tuple[int, int]:
+        """(moe_tp_rank, moe_ep_rank), in TensorRT-LLM's order."""
+        return tp_rank // self.moe_ep, tp_rank % self.moe_ep
 
     @property
     def world_size(self) -> int:
@@ -74,7 +87,7 @@ def _even_partition(num_layers: int, pp: int) -> tuple[int, ...]:
 
 def problems(topology: Topology, limits: ParallelLimits) -> list[str]:
     """Every reason why `topology` cannot be built; empty when it can."""
-    found = _tp_problems(topology.tp, limits)
+    found = _tp_problems(topology.tp, limits) + _moe_problems(topology, limits)
     layers = limits.num_hidden_layers
     if topology.pp > layers:
         found.append(f"pp={topology.pp} is greater than the model's {layers} layers")
@@ -97,6 +110,20 @@ def _tp_problems(tp: int, limits: ParallelLimits) -> list[str]:
         found.append(f"tp={tp} neither divides nor is a multiple of the {kv_heads} key/value heads")
     if limits.intermediate_size % tp:
         found.append(f"tp={tp} does not divide intermediate_size {limits.intermediate_size}")
+    return found
+
+
+def _moe_problems(topology: Topology, limits: ParallelLimits) -> list[str]:
+    experts, ep = limits.num_experts, topology.moe_ep
+    if not experts:
+        return [f"moe_ep={ep}, but the model has no experts"] if ep > 1 else []
+    if topology.tp % ep:
+        return [f"moe_ep={ep} does not divide tp={topology.tp}"]
+    found = [f"moe_ep={ep} does not divide the {experts} experts"] if experts % ep else []
+    if limits.moe_intermediate_size % topology.moe_tp:
+        found.append(
+            f"tp / moe_ep = {topology.moe_tp} does not divide the experts' intermediate size {limits.moe_intermediate_size}"
+        )
     return found
 
 

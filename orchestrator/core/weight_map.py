@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.core.dtypes import MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import WeightMapError
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.rules import Family, Part, Rule, Span, Where, spans
+from orchestrator.core.rules import Cut, Family, Part, Rule, Span, Where, spans
 from orchestrator.core.topology import Topology
 
 
@@ -26,7 +26,11 @@ class Read:
     axis: int | None
     """The cut axis, 0 or 1; None: every rank takes all."""
     spans: tuple[Span, ...]
-    """By tp_rank; empty when axis is None."""
+    """By rank; empty when axis is None."""
+    ranks: tuple[int, ...] = ()
+    """The tp_ranks that take something, if not all do (experts); spans are in this order."""
+    add: float = 0.0
+    """Added to every element, in float32, before rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,11 @@ class WeightMap:
     ignored: tuple[tuple[str, str], ...]
     """Source tensor and reason."""
 
+    def offset_sources(self) -> tuple[str, ...]:
+        """Source tensors that are stored with something added, sorted."""
+        reads = (read for group in self.groups for target in group.targets for read in target.reads)
+        return tuple(sorted({read.tensor.name for read in reads if read.add}))
+
     def stage(self, pp_rank: int) -> list[LayerGroup]:
         return [group for group in self.groups if group.pp_rank == pp_rank]
 
@@ -120,6 +129,7 @@ class _Expander:
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.rules = [rule for rule in family.rules if rule.applies(config)]
+        self._spans: dict[tuple[Cut | None, int, int], tuple[Span, ...]] = {}
 
     def stage(self, pp_rank: int, layers: range) -> list[_Block]:
         blocks: list[_Block] = []
@@ -139,30 +149,60 @@ class _Expander:
                     yield target
 
     def _target(self, rule: Rule, local: int, layer: int) -> Target | None:
+        if rule.per_expert:
+            return self._expert_target(rule, local, layer)
         reads = [self._read(part, layer) for part in rule.parts]
-        if any(read is None for read in reads):
-            return None
         present = [read for read in reads if read is not None]
-        shape = list(present[0].tensor.shape)
-        shape[0] = sum(_local_size(read, 0) for read in present)
-        if len(shape) > 1:
-            shape[1] = _local_size(present[0], 1)
-        return Target(rule.target.format(layer=local), self.dtype, tuple(shape), tuple(present))
+        if len(present) < len(reads):
+            return None
+        return Target(rule.target.format(layer=local), rule.dtype or self.dtype, _joined(present), tuple(present))
 
-    def _read(self, part: Part, layer: int) -> Read | None:
-        name = part.source.format(layer=layer)
+    def _expert_target(self, rule: Rule, local: int, layer: int) -> Target | None:
+        """[experts of the rank, ...]: every rank of an expert's group takes its cut, the others nothing."""
+        assert self.config.moe is not None
+        count, ep = self.config.moe.num_experts, self.topology.moe_ep
+        groups = [
+            tuple(rank for rank in range(self.topology.tp) if self.topology.moe_ranks(rank)[1] == group) for group in range(ep)
+        ]
+        reads: list[Read] = []
+        for expert in range(count):
+            for part in rule.parts:
+                read = self._read(part, layer, expert)
+                if read is not None:
+                    ranks = groups[expert * ep // count]
+                    reads.append(replace(read, ranks=ranks, spans=tuple(read.spans[rank] for rank in ranks)))
+        if len(reads) < count * len(rule.parts):
+            return None
+        shape = (count // ep, *_joined(reads[: len(rule.parts)]))
+        return Target(rule.target.format(layer=local), rule.dtype or self.dtype, shape, tuple(reads))
+
+    def _read(self, part: Part, layer: int, expert: int = 0) -> Read | None:
+        name = part.source.format(layer=layer, expert=expert)
         tensor = self.index.tensors.get(name)
         if tensor is None:
             self.missing.append(name)
             return None
         self.used.add(name)
-        expected = tuple(self.dims[dim] for dim in part.shape)
+        wanted = tuple(self.dims[dim] for dim in part.shape)
+        sections = [self.dims[dim] for dim in part.sections]
+        expected = (sum(sections), *wanted[1:]) if sections else wanted
         if tensor.shape != expected:
             self.misshapen.append(f"{name} is {list(tensor.shape)}, the config says {list(expected)}")
             return None
-        if part.cut is None:
-            return Read(tensor, None, ())
-        return Read(tensor, part.cut.axis, spans(part.cut, expected[part.cut.axis], self.config, self.topology.tp))
+        start = sum(sections[: part.section])
+        if part.cut is None and not sections:
+            return Read(tensor, None, (), add=part.add)
+        axis = part.cut.axis if part.cut else 0
+        return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start), add=part.add)
+
+    def _spans_of(self, cut: Cut | None, size: int, start: int) -> tuple[Span, ...]:
+        """Spans of an axis of `size` elements that begins at `start` of the source's; computed once for all layers."""
+        key = (cut, size, start)
+        if key not in self._spans:
+            whole = (Span(0, size),) * self.topology.tp
+            plain = spans(cut, size, self.config, self.topology) if cut else whole
+            self._spans[key] = tuple(Span(span.begin + start, span.end + start, span.pad) for span in plain)
+        return self._spans[key]
 
     def raise_problems(self) -> None:
         if self.missing:
@@ -196,6 +236,15 @@ class _Expander:
                 "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
             )
         return tuple(ignored)
+
+
+def _joined(reads: Sequence[Read]) -> tuple[int, ...]:
+    """Local shape of slices joined along axis 0."""
+    shape = list(reads[0].tensor.shape)
+    shape[0] = sum(_local_size(read, 0) for read in reads)
+    if len(shape) > 1:
+        shape[1] = _local_size(reads[0], 1)
+    return tuple(shape)
 
 
 def _local_size(read: Read, axis: int) -> int:

@@ -8,9 +8,33 @@ from __future__ import annotations
 
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.rules import Family
+from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
+from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
+from orchestrator.families.mistral import MISTRAL
+from orchestrator.families.mixtral import MIXTRAL
+from orchestrator.families.olmo import OLMO2
+from orchestrator.families.phi import PHI3
+from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        GRANITE,
+        OLMO2,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
+}
 
 
 def family_for(architecture: str) -> Family:

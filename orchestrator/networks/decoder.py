@@ -14,18 +14,20 @@ Outputs: `hidden_states_out` [B, S, hidden], or `logits` float32 [B, N, vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import StageOptions
 from orchestrator.networks import layers
+from orchestrator.networks.attention import LayerInputs, attention, causal_mask, past_name, present_name, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter
 from orchestrator.networks.layers import RankShape
+from orchestrator.networks.moe import moe_mlp
 from orchestrator.networks.rotary import check_rotary, rotary_tables
 
 
@@ -56,35 +58,66 @@ class Network:
         names = [tensor.name for tensor in self.model.graph.initializer if tensor.data_location == external]
         return [name for name in names if name not in self.tables]
 
+    def float32_weights(self) -> set[str]:
+        """Those that stay in float32 whatever the model's dtype is (routers)."""
+        return {
+            tensor.name
+            for tensor in self.model.graph.initializer
+            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name.endswith(".router.weight")
+        }
+
 
 def check_supported(config: ModelConfig) -> None:
     """Raises ArchitectureError when the graph cannot express `config`."""
     check_rotary(config.rotary_scaling)
-    if config.hidden_act not in ("silu", "swish"):
-        raise ArchitectureError(f"activation {config.hidden_act!r} is not supported", "Supported: silu.")
+    layers.check_activation(config.hidden_act)
 
 
-def decoder_network(stage: StageOptions, options: NetworkOptions) -> Network:
-    """Write the graph of any rank of `stage`: tensor-parallel ranks of a stage share one graph. Raises ArchitectureError."""
-    check_supported(stage.config)
-    shape = RankShape(stage.config, stage.tp, options.dtype)
+def decoder_network(stage: StageOptions, options: NetworkOptions, tp_rank: int = 0) -> Network:
+    """Write the graph of a rank. Only expert parallelism makes the tensor-parallel ranks of a stage differ.
+
+    Raises ArchitectureError.
+    """
+    config = stage.config
+    check_supported(config)
+    shape = RankShape(config, stage.tp, options.dtype, stage.moe_ep, tp_rank % stage.moe_ep)
     graph = GraphWriter(f"stage{stage.pp_rank}")
     hidden = _inputs(graph, stage, shape, options)
-    for table in ("rotary_cos", "rotary_sin"):
-        graph.external(table, options.dtype, [options.max_seq_len, stage.config.head_size // 2])
-    mask = layers.causal_mask(graph, shape, "position_ids", layers.past_name(0, "key"))
+    tables = _tables(graph, stage, options)
+    mask = causal_mask(graph, "position_ids", past_name(0, "key"))
+    window = window_mask(graph, config.sliding_window) if config.sliding_window is not None else mask
     for layer in range(stage.num_layers):
-        hidden = _layer(graph, shape, hidden, layer, mask)
+        windowed = config.has_window(stage.first_layer + layer)
+        local = windowed and config.rotary_base_local is not None
+        inputs = LayerInputs(layer, window if windowed else mask, "rotary_local" if local else "rotary")
+        hidden = _layer(graph, shape, hidden, inputs)
     if stage.is_last:
         _logits(graph, stage, shape, hidden, options)
     else:
         graph.node("Identity", [hidden], "hidden_states_out")
-        graph.output("hidden_states_out", options.dtype, ["batch", "tokens", stage.config.hidden_size])
-    for layer in range(stage.num_layers):
-        for what in ("key", "value"):
-            graph.output(layers.present_name(layer, what), options.dtype, _cache_shape(shape, options))
-    cos, sin = rotary_tables(stage.config, options.max_seq_len)
-    return Network(graph.model(), {"rotary_cos": cos, "rotary_sin": sin})
+        graph.output("hidden_states_out", options.dtype, ["batch", "tokens", config.hidden_size])
+    for name in _cache_names(stage, present_name):
+        graph.output(name, options.dtype, _cache_shape(shape, options))
+    return Network(graph.model(), tables)
+
+
+def _tables(graph: GraphWriter, stage: StageOptions, options: NetworkOptions) -> dict[str, npt.NDArray[np.float32]]:
+    """The rotary tables that the layers of this stage use."""
+    config = stage.config
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    windowed = [config.has_window(stage.first_layer + layer) for layer in range(stage.num_layers)]
+    local = [has and config.rotary_base_local is not None for has in windowed]
+    for prefix, used, is_local in (("rotary", not all(local), False), ("rotary_local", any(local), True)):
+        if used:
+            cos, sin = rotary_tables(config, options.max_seq_len, local=is_local)
+            found |= {f"{prefix}_cos": cos, f"{prefix}_sin": sin}
+    for name, table in found.items():
+        graph.external(name, options.dtype, table.shape)
+    return found
+
+
+def _cache_names(stage: StageOptions, name: Callable[[int, str], str]) -> list[str]:
+    return [name(layer, what) for layer in range(stage.num_layers) for what in ("key", "value")]
 
 
 def _cache_shape(shape: RankShape, options: NetworkOptions) -> list[Dim]:
@@ -96,26 +129,38 @@ def _inputs(graph: GraphWriter, stage: StageOptions, shape: RankShape, options: 
     if stage.is_first:
         ids = graph.input("input_ids", "int64", ["batch", "tokens"])
         table = graph.external("transformer.vocab_embedding.weight", options.dtype, [config.vocab_size, config.hidden_size])
-        hidden = graph.node("Gather", [table, ids], "embedding", axis=0)
+        embedded = graph.node("Gather", [table, ids], "embedding", axis=0)
+        hidden = layers.scale(graph, embedded, config.embedding_multiplier, "embedding.scaled", options.dtype)
     else:
         hidden = graph.input("hidden_states", options.dtype, ["batch", "tokens", config.hidden_size])
     graph.input("position_ids", "int64", ["batch", "tokens"])
     graph.input("write_indices", "int64", ["batch"])
     if stage.is_last:
         graph.input("logit_indices", "int64", ["batch", "logit_tokens"])
-    for layer in range(stage.num_layers):
-        for what in ("key", "value"):
-            graph.input(layers.past_name(layer, what), options.dtype, _cache_shape(shape, options))
+    for name in _cache_names(stage, past_name):
+        graph.input(name, options.dtype, _cache_shape(shape, options))
     return hidden
 
 
-def _layer(graph: GraphWriter, shape: RankShape, hidden: str, layer: int, mask: str) -> str:
-    prefix = f"transformer.layers.{layer}"
-    normed = layers.rms_norm(graph, shape, hidden, f"{prefix}.input_layernorm.weight", f"{prefix}.input_norm")
-    attended = layers.attention(graph, shape, normed, layer, mask)
-    hidden = graph.node("Add", [hidden, attended], f"{prefix}.attention_residual")
-    normed = layers.rms_norm(graph, shape, hidden, f"{prefix}.post_layernorm.weight", f"{prefix}.post_norm")
-    return graph.node("Add", [hidden, layers.gated_mlp(graph, shape, normed, layer)], f"{prefix}.mlp_residual")
+def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInputs) -> str:
+    """Attention and MLP, each in its residual branch, with norms where the model has them."""
+    config, prefix = shape.config, f"transformer.layers.{inputs.layer}"
+    before, after = config.norm_placement != "post", config.norm_placement != "pre"
+    # Before the MLP stands post_layernorm, unless it is the one after attention (Gemma 2, OLMo 2).
+    mlp_norm = "pre_feedforward_layernorm" if after else "post_layernorm"
+
+    def norm(x: str, name: str, wanted: bool) -> str:
+        return layers.rms_norm(graph, shape, x, f"{prefix}.{name}.weight", f"{prefix}.{name}.out") if wanted else x
+
+    def residual(x: str, branch: str, output: str) -> str:
+        scaled = layers.scale(graph, branch, config.residual_multiplier, f"{output}.scaled", shape.dtype)
+        return graph.node("Add", [x, scaled], output)
+
+    attended = attention(graph, shape, norm(hidden, "input_layernorm", before), inputs)
+    hidden = residual(hidden, norm(attended, "post_layernorm", after), f"{prefix}.attention_residual")
+    mlp = moe_mlp if config.moe is not None else layers.gated_mlp
+    transformed = mlp(graph, shape, norm(hidden, mlp_norm, before), f"{prefix}.mlp")
+    return residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
 
 
 def _logits(graph: GraphWriter, stage: StageOptions, shape: RankShape, hidden: str, options: NetworkOptions) -> None:
@@ -134,5 +179,8 @@ def _logits(graph: GraphWriter, stage: StageOptions, shape: RankShape, hidden: s
         back = graph.node("Transpose", [gathered], "logits.padded", perm=[1, 2, 0])
         bounds = [graph.constant("zero_1d", [0]), graph.constant("vocab_size", [config.vocab_size]), graph.constant("axis_2", [2])]
         logits, width = graph.node("Slice", [back, *bounds], "logits.gathered"), config.vocab_size
-    graph.node("Cast", [logits], "logits", to=onnx.TensorProto.FLOAT)
+    wide = graph.node("Cast", [logits], "logits.wide", to=onnx.TensorProto.FLOAT)
+    scaled = layers.scale(graph, wide, 1.0 / config.logits_scaling, "logits.scaled", "float32")
+    capped = layers.soft_cap(graph, scaled, config.final_logit_softcapping, "logits.capped", "float32")
+    graph.node("Identity", [capped], "logits")
     graph.output("logits", "float32", ["batch", "logit_tokens", width])

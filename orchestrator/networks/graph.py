@@ -53,6 +53,17 @@ class GraphWriter:
             self._initializers[name] = numpy_helper.from_array(np.asarray(values, np.int64), name)
         return name
 
+    def scalar(self, name: str, value: float, dtype: str) -> str:
+        """A constant of no dimensions; one of the same name is shared."""
+        if name not in self._initializers:
+            self._initializers[name] = helper.make_tensor(name, ONNX_DTYPES[dtype], [], [value])
+        return name
+
+    @staticmethod
+    def onnx_dtype(dtype: str) -> int:
+        """ONNX's number of a dtype, for Cast."""
+        return ONNX_DTYPES[dtype]
+
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Add a node with one output; its name is the output's."""
         self.nodes(op, inputs, [output], **attributes)

@@ -1,14 +1,14 @@
 """Rotary position embedding tables, computed by us in float32.
 
-Formulas: RoFormer (Su et al. 2021) for the plain table; the llama3 scaling as published with Llama 3.1 (wavelengths
-longer than original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter than the high-frequency
-bound are kept, between them the two are interpolated).
+Formulas: RoFormer (Su et al. 2021) for the plain table; linear and dynamic-NTK interpolation as in transformers; the llama3
+scaling as published with Llama 3.1; YaRN (Peng et al. 2023); longrope (Ding et al. 2024) as published with Phi-3. Each gives
+inverse frequencies and a factor on cos and sin.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,45 +18,116 @@ from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.model_config import ModelConfig
 
 Table = npt.NDArray[np.float32]
-SUPPORTED = ("linear", "llama3")
+Scaling = Mapping[str, Any]
+Scaled = tuple[npt.NDArray[Any], float]
+"""Inverse frequencies, and the factor on cos and sin."""
 
 
-def check_rotary(scaling: Mapping[str, Any] | None) -> None:
+def check_rotary(scaling: Scaling | None) -> None:
     """Raises ArchitectureError for a kind of rotary scaling that has no formula here."""
-    if scaling is not None and scaling.get("rope_type") not in SUPPORTED:
+    if scaling is not None and scaling.get("rope_type") not in FORMULAS:
         raise ArchitectureError(
-            f"rotary scaling {scaling.get('rope_type')!r} is not supported", f"Supported: none, {', '.join(SUPPORTED)}."
+            f"rotary scaling {scaling.get('rope_type')!r} is not supported", f"Supported: none, {', '.join(FORMULAS)}."
         )
 
 
-def rotary_tables(config: ModelConfig, length: int) -> tuple[Table, Table]:
-    """cos and sin of shape [length, head_size / 2] for positions 0..length-1."""
-    frequencies = inverse_frequencies(config)
+def rotary_tables(config: ModelConfig, length: int, *, local: bool = False) -> tuple[Table, Table]:
+    """cos and sin of shape [length, rotary_dim / 2] for positions 0..length-1.
+
+    `local`: those of the layers with a window, where the model has another base for them. Scalings that depend on the
+    length of a text (dynamic, longrope) are chosen once, for the longest that the tables hold.
+    """
+    frequencies, factor = inverse_frequencies(config, length, local=local)
     angles = np.outer(np.arange(length, dtype=np.float32), frequencies)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
 
 
-def inverse_frequencies(config: ModelConfig) -> Table:
-    """Radians per position for each of the head_size / 2 pairs."""
-    exponents: Table = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
-    plain: Table = (1.0 / np.power(np.float32(config.rotary_base), exponents)).astype(np.float32)
-    scaling = config.rotary_scaling
+def inverse_frequencies(config: ModelConfig, length: int = 0, *, local: bool = False) -> tuple[Table, float]:
+    """Radians per position for each rotated pair, and the factor on cos and sin."""
+    dim = config.rotary_embedding_dim or config.head_size
+    base = config.rotary_base_local if local and config.rotary_base_local is not None else config.rotary_base
+    scaling = None if local else config.rotary_scaling
     check_rotary(scaling)
     if scaling is None:
-        return plain
-    factor = np.float32(scaling["factor"])
-    if scaling["rope_type"] == "linear":
-        slowed: Table = np.divide(plain, factor, dtype=np.float32)
-        return slowed
-    return _llama3(plain, factor, scaling)
+        return _plain(base, dim), 1.0
+    frequencies, factor = FORMULAS[scaling["rope_type"]](config, dim, length, scaling)
+    return frequencies.astype(np.float32), factor
 
 
-def _llama3(plain: Table, factor: np.float32, scaling: Mapping[str, Any]) -> Table:
+def _plain(base: float, dim: int) -> Table:
+    exponents: Table = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    plain: Table = (1.0 / np.power(np.float32(base), exponents)).astype(np.float32)
+    return plain
+
+
+def _linear(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
+    return _plain(config.rotary_base, dim) / np.float32(scaling["factor"]), 1.0
+
+
+def _dynamic(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
+    """The base grows with the length beyond the positions that the model was trained on."""
+    trained = config.max_position_embeddings
+    ratio = max(length, trained) / trained
+    factor = float(scaling["factor"])
+    return _plain(config.rotary_base * (factor * ratio - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
+
+
+def _llama3(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
+    """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated."""
+    plain, factor = _plain(config.rotary_base, dim), np.float32(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     context = float(scaling["original_max_position_embeddings"])
     wavelengths = 2 * math.pi / plain
     blend = (context / wavelengths - low) / (high - low)
     interpolated = (1 - blend) * plain / factor + blend * plain
     scaled = np.where(wavelengths > context / low, plain / factor, interpolated)
-    kept: Table = np.where(wavelengths < context / high, plain, scaled).astype(np.float32)
-    return kept
+    return np.where(wavelengths < context / high, plain, scaled), 1.0
+
+
+def _yarn(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
+    """Dimensions that turn fast are kept, slow ones interpolated, with a ramp between `beta_fast` and `beta_slow` turns."""
+    base, factor = config.rotary_base, float(scaling["factor"])
+    trained = int(scaling["original_max_position_embeddings"])
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - first) / max(last - first, 0.001), 0, 1)
+    plain = _plain(base, dim)
+    return plain / factor * ramp + plain * (1 - ramp), _yarn_factor(factor, scaling)
+
+
+def _yarn_factor(factor: float, scaling: Scaling) -> float:
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def scale(multiplier: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return scale(float(scaling["mscale"])) / scale(float(scaling["mscale_all_dim"]))
+    return scale(1.0)
+
+
+def _longrope(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
+    """One list of factors for texts within the original context, another for longer ones."""
+    trained = int(scaling["original_max_position_embeddings"])
+    factors = np.asarray(scaling["long_factor" if length > trained else "short_factor"], np.float32)
+    stretch = float(scaling.get("factor") or config.max_position_embeddings / trained)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        attention = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    return _plain(config.rotary_base, dim) / factors, float(attention)
+
+
+FORMULAS: dict[str, Callable[[ModelConfig, int, int, Scaling], Scaled]] = {
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -47,6 +47,7 @@ def compile_rank(
         NetworkOptions(
             options.stage.config.dtype, max_seq_len=slots, cache_slots=slots, gather_logits=options.engine.gather_logits
         ),
+        options.tp_rank,
     )
     request = EngineRequest(
         model=network.model.SerializeToString(),
@@ -64,8 +65,9 @@ def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[st
     require(weights, network.weight_names())
     bound: dict[str, npt.NDArray[Any]] = {}
     for name in network.weight_names():
-        if weights[name].dtype != MODEL_DTYPES[dtype]:
-            raise SourceCorruptError(f"{name} is {weights[name].dtype} in the rank's checkpoint, its config says {dtype}")
+        wanted = "F32" if name in network.float32_weights() else MODEL_DTYPES[dtype]
+        if weights[name].dtype != wanted:
+            raise SourceCorruptError(f"{name} is {weights[name].dtype} in the rank's checkpoint, its graph wants {wanted}")
         bound[name] = weights[name].data
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     for name, table in network.tables.items():

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.checkpoints import format_named
-from orchestrator.checkpoints.places import ByteSource, open_place
+from orchestrator.checkpoints.places import ByteSource, open_place, planned_ranges
 from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.step import Task
@@ -28,7 +28,8 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
         done += num_bytes
         context.report("convert", done, total, "bytes")
 
-    with open_place(task.step.places["source"]).open(options.files) as source:
+    planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
+    with open_place(task.step.places["source"]).open(options.files, planned) as source:
         write_shards(options, source, context.output, progress)
         return {
             "source_bytes_read": source.bytes_read,

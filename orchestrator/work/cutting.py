@@ -7,8 +7,8 @@ cutting, hashing and writing this one.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from orchestrator.core.checkpoint import TensorInfo
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, num_bytes
 from orchestrator.core.errors import DtypeError
+from orchestrator.core.rules import Span
 from orchestrator.core.weight_map import Read, Target
 
 Bytes = npt.NDArray[np.uint8]
@@ -47,26 +48,27 @@ class Cutter:
 
     def run(self, targets: Sequence[Target]) -> None:
         """Write every target. Raises SourceCorruptError, DtypeError, StoreError."""
-        uses = Counter(read.tensor.name for target in targets for read in target.reads)
+        reads = [(read, target.dtype) for target in targets for read in target.reads]
+        last = {read.tensor.name: number for number, (read, _) in enumerate(reads)}
+        shared = _read_twice(read for read, _ in reads)
         try:
-            for target in targets:
-                for read in target.reads:
-                    uses[read.tensor.name] -= 1
-                    self._run_read(read, target.dtype, shared=uses[read.tensor.name] > 0)
-                    if not uses[read.tensor.name]:
-                        self._held.pop(read.tensor.name, None)
+            for number, (read, dtype) in enumerate(reads):
+                name = read.tensor.name
+                if name in shared and name not in self._held:
+                    self._held[name] = self._read_whole(read.tensor)
+                self._run_read(read, dtype)
+                if last[name] == number:
+                    self._held.pop(name, None)
         finally:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._writers.shutdown(wait=True, cancel_futures=True)
 
-    def _run_read(self, read: Read, dtype: str, shared: bool) -> None:
+    def _run_read(self, read: Read, dtype: str) -> None:
         tensor = read.tensor
-        if shared and tensor.name not in self._held:
-            self._held[tensor.name] = self._read_whole(tensor)
         pending: list[Future[None]] = []
         for row, block in self._blocks(read):
-            if tensor.dtype != dtype:
-                block = cast(block, tensor, dtype)
+            if tensor.dtype != dtype or read.add:
+                block = cast(block, tensor, dtype, read.add)
             _finish(pending)  # a sink takes its pieces in order, and errors must surface
             pending = [self._writers.submit(_append, sink, piece) for sink, piece in self._pieces(read, row, block)]
         _finish(pending)
@@ -117,20 +119,25 @@ class Cutter:
         if read.axis is None:
             for sink in self._sinks:
                 yield sink, block
-        elif read.axis == 0:
-            for sink, span in zip(self._sinks, read.spans, strict=True):
-                begin, end = max(span.begin - row, 0), min(span.end - row, len(block))
-                if begin < end:
-                    yield sink, block[begin:end]
-        else:
-            unit = block.shape[1] // read.tensor.shape[1]
-            for sink, span in zip(self._sinks, read.spans, strict=True):
+            return
+        unit = block.shape[1] // read.tensor.shape[1] if read.axis == 1 else 0
+        for sink, span in self._takers(read):
+            if read.axis == 1:
                 yield sink, block[:, span.begin * unit : span.end * unit]
+                continue
+            begin, end = max(span.begin - row, 0), min(span.end - row, len(block))
+            if begin < end:
+                yield sink, block[begin:end]
+
+    def _takers(self, read: Read) -> Iterator[tuple[Sink, Span]]:
+        """The sinks that take something of a cut read, with their spans."""
+        ranks = read.ranks or range(len(self._sinks))
+        return ((self._sinks[rank], span) for rank, span in zip(ranks, read.spans, strict=True))
 
     def _pad(self, read: Read, dtype: str) -> None:
         row_bytes = num_bytes(dtype, read.tensor.num_elements // max(read.tensor.shape[0], 1))
         zeros = memoryview(bytes(_ZERO_BYTES))
-        for sink, span in zip(self._sinks, read.spans, strict=False):
+        for sink, span in self._takers(read) if read.spans else ():
             left = span.pad * row_bytes
             while left:
                 count = min(left, len(zeros))
@@ -152,6 +159,14 @@ def _wanted_rows(read: Read) -> tuple[int, int]:
     return min((span.begin for span in taken), default=0), max((span.end for span in taken), default=0)
 
 
+def _read_twice(reads: Iterable[Read]) -> set[str]:
+    """Source tensors of which several reads want the same rows: those are held, so that no byte is read twice."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for read in reads:
+        rows.setdefault(read.tensor.name, []).append(_wanted_rows(read))
+    return {name for name, taken in rows.items() if any(one[1] > two[0] for one, two in itertools.pairwise(sorted(taken)))}
+
+
 def _append(sink: Sink, piece: Bytes) -> None:
     sink.write(np.ascontiguousarray(piece).reshape(-1).data)
 
@@ -162,8 +177,8 @@ def _finish(jobs: list[Future[None]]) -> None:
         job.result()
 
 
-def cast(block: Bytes, tensor: TensorInfo, dtype: str) -> Bytes:
-    """Round a block of rows to another floating-point dtype, to nearest even.
+def cast(block: Bytes, tensor: TensorInfo, dtype: str, add: float = 0.0) -> Bytes:
+    """Round a block of rows to another floating-point dtype, to nearest even; `add` is added before, in float32.
 
     Raises DtypeError when a finite value becomes infinite (float16 ends at 65504).
     """
@@ -173,7 +188,7 @@ def cast(block: Bytes, tensor: TensorInfo, dtype: str) -> Bytes:
     if tensor.dtype not in kinds:
         raise DtypeError(f"{tensor.name} is {tensor.dtype}, which cannot be converted to {dtype}")
     source = torch.from_numpy(block.reshape(-1)).view(kinds[tensor.dtype])
-    result = source.to(kinds[dtype])
+    result = (source.float() + add if add else source).to(kinds[dtype])
     if kinds[dtype].itemsize <= kinds[tensor.dtype].itemsize and bool((torch.isinf(result) & torch.isfinite(source)).any()):
         peak, limit = float(source.abs().max()), torch.finfo(kinds[dtype]).max
         raise DtypeError(

@@ -13,8 +13,8 @@ import datetime
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
+from orchestrator.checkpoints.places import open_place
 from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import ReleaseExistsError, SourceCorruptError
 from orchestrator.core.manifest import (
@@ -132,8 +132,9 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     }
     data = json.dumps(config, indent=2).encode()
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
+    source = open_place(plan.inputs.source)
     for file in plan.inputs.extra_files:
-        content = Path(plan.inputs.source, file.name).read_bytes()
+        content = source.read(file.name)
         if file.identity != "sha256:" + digest_bytes(content):
             raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
         media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"

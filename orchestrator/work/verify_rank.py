@@ -16,7 +16,8 @@ import onnx
 
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES
 from orchestrator.networks import Network, NetworkOptions, decoder_network
-from orchestrator.networks.layers import RankShape, past_name, present_name
+from orchestrator.networks.attention import past_name, present_name
+from orchestrator.networks.layers import RankShape
 from orchestrator.work.calls import Call, make_calls
 from orchestrator.work.shards import Weight, map_shards, require
 from orchestrator.work.verify import RankJob
@@ -66,7 +67,7 @@ class StageRunner:
 
     def __init__(self, job: RankJob, weights: dict[str, Weight], world: Any, batch: int, slots: int) -> None:
         options = NetworkOptions("float32", max_seq_len=slots, cache_slots=None, gather_logits=job.gather_logits)
-        network = decoder_network(job.stage, options)
+        network = decoder_network(job.stage, options, world.rank)
         self._stage = job.stage
         self._bound = _float32(network, weights)
         self._session = _session(network, self._bound, world)

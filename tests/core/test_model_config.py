@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.core.model_config import ConfigTable, ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.topology import Topology
 from orchestrator.families.llama import LLAMA
 from tests.models.strategies import parallel_models
@@ -53,7 +53,7 @@ NVIDIA: dict[str, Any] = {
 
 def read(**changes: Any) -> ModelConfig:
     merged = {key: value for key, value in {**HF, **changes}.items() if value != "absent"}
-    return from_hugging_face(merged, "LlamaForCausalLM", "bfloat16", LLAMA.config_defaults)
+    return from_hugging_face(merged, "LlamaForCausalLM", "bfloat16", LLAMA.config)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def read(**changes: Any) -> ModelConfig:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, 500000.0, None),
         ({"rope_parameters": {"rope_theta": 1e6}}, 1e6, None),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, {"rope_type": "llama3", **LLAMA3}),
-        ({"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}}, 2.0, {"rope_type": "yarn"}),
+        ({"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}}, 2.0, {"rope_type": "yarn", "original_max_position_embeddings": 64}),
     ],
 )  # fmt: skip
 def test_from_hugging_face_rope_of_transformers_4_and_5_is_read(
@@ -91,7 +91,7 @@ def test_from_hugging_face_reading_leaves_the_file_untouched() -> None:
 
 
 def test_from_hugging_face_complete_config_is_translated() -> None:
-    assert from_hugging_face(hugging_face_config(model_config()), "LlamaForCausalLM", "bfloat16", {}) == model_config()
+    assert from_hugging_face(hugging_face_config(model_config()), "LlamaForCausalLM", "bfloat16", ConfigTable()) == model_config()
 
 
 @pytest.mark.parametrize("missing", ["absent", None])

@@ -18,6 +18,7 @@ def parallel_models(draw: st.DrawFn, max_tp: int = 6, max_layers: int = 5) -> tu
     kv_heads = draw(st.sampled_from([size for size in range(1, 2 * tp + 1) if size % tp == 0 or tp % size == 0]))
     layers = draw(st.integers(1, max_layers))
     pp = draw(st.integers(1, layers))
+    bias = draw(st.booleans())
     config = model_config(
         num_attention_heads=tp * draw(st.integers(1, 3)),
         num_key_value_heads=kv_heads,
@@ -27,7 +28,8 @@ def parallel_models(draw: st.DrawFn, max_tp: int = 6, max_layers: int = 5) -> tu
         vocab_size=draw(st.integers(1, 40)),
         num_hidden_layers=layers,
         tie_word_embeddings=draw(st.booleans()),
-        attn_bias=draw(st.booleans()),
+        attn_bias=bias,
+        attn_dense_bias=bias,
         mlp_bias=draw(st.booleans()),
     )
     return config, Topology(tp, pp, draw(st.none() | _partitions(layers, pp)))

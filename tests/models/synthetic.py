@@ -61,7 +61,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "self_attn.q_proj": (query, hidden, config.attn_bias),
             "self_attn.k_proj": (key, hidden, config.attn_bias),
             "self_attn.v_proj": (key, hidden, config.attn_bias),
-            "self_attn.o_proj": (hidden, query, config.attn_bias),
+            "self_attn.o_proj": (hidden, query, config.attn_dense_bias),
             "mlp.gate_proj": (inter, hidden, config.mlp_bias),
             "mlp.up_proj": (inter, hidden, config.mlp_bias),
             "mlp.down_proj": (hidden, inter, config.mlp_bias),

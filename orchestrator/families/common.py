@@ -1,0 +1,115 @@
+"""What decoders share: the rules that most families are composed of. Names and layouts as in TensorRT-LLM's checkpoints.
+
+The naming trap: `mlp.fc` is Hugging Face's gate_proj (the one that passes through the activation) and `mlp.gate` is its
+up_proj; among experts the halves of `mlp.fc` stand the other way round, up first.
+"""
+
+from __future__ import annotations
+
+from orchestrator.core.rules import (
+    COLUMN,
+    EXPERT_COLUMN,
+    EXPERT_ROW,
+    HEADS,
+    HEADS_IN,
+    KV_HEADS,
+    ROW,
+    VOCAB,
+    Ignored,
+    Part,
+    Rule,
+    Where,
+)
+
+SOURCE = "model.layers.{layer}."
+TARGET = "transformer.layers.{layer}."
+_ATTENTION = SOURCE + "self_attn."
+_MLP = SOURCE + "mlp."
+
+EMBEDDING = Rule("transformer.vocab_embedding.weight", (Part("model.embed_tokens.weight", ("vocab", "hidden")),), Where.FIRST_STAGE)
+QKV = Rule(
+    TARGET + "attention.qkv.weight",
+    (
+        Part(_ATTENTION + "q_proj.weight", ("q", "hidden"), HEADS),
+        Part(_ATTENTION + "k_proj.weight", ("kv", "hidden"), KV_HEADS),
+        Part(_ATTENTION + "v_proj.weight", ("kv", "hidden"), KV_HEADS),
+    ),
+)
+QKV_BIAS = Rule(
+    TARGET + "attention.qkv.bias",
+    (
+        Part(_ATTENTION + "q_proj.bias", ("q",), HEADS),
+        Part(_ATTENTION + "k_proj.bias", ("kv",), KV_HEADS),
+        Part(_ATTENTION + "v_proj.bias", ("kv",), KV_HEADS),
+    ),
+    when={"attn_bias": True},
+)
+DENSE = Rule(TARGET + "attention.dense.weight", (Part(_ATTENTION + "o_proj.weight", ("hidden", "q"), HEADS_IN),))
+DENSE_BIAS = Rule(TARGET + "attention.dense.bias", (Part(_ATTENTION + "o_proj.bias", ("hidden",)),), when={"attn_dense_bias": True})
+ATTENTION = (QKV, QKV_BIAS, DENSE, DENSE_BIAS)
+
+GATED_MLP = (
+    Rule(TARGET + "mlp.fc.weight", (Part(_MLP + "gate_proj.weight", ("inter", "hidden"), COLUMN),)),
+    Rule(TARGET + "mlp.fc.bias", (Part(_MLP + "gate_proj.bias", ("inter",), COLUMN),), when={"mlp_bias": True}),
+    Rule(TARGET + "mlp.gate.weight", (Part(_MLP + "up_proj.weight", ("inter", "hidden"), COLUMN),)),
+    Rule(TARGET + "mlp.gate.bias", (Part(_MLP + "up_proj.bias", ("inter",), COLUMN),), when={"mlp_bias": True}),
+    Rule(TARGET + "mlp.proj.weight", (Part(_MLP + "down_proj.weight", ("hidden", "inter"), ROW),)),
+    Rule(TARGET + "mlp.proj.bias", (Part(_MLP + "down_proj.bias", ("hidden",)),), when={"mlp_bias": True}),
+)
+
+
+def norm(target: str, source: str, add: float = 0.0, size: str = "hidden") -> Rule:
+    """A norm of every layer, whole on every rank."""
+    return Rule(TARGET + target + ".weight", (Part(SOURCE + source + ".weight", (size,), add=add),))
+
+
+def qk_norms(add: float = 0.0) -> tuple[Rule, ...]:
+    """Norms of queries and keys per head: the same for all heads, so whole on every rank."""
+    return (
+        norm("attention.q_layernorm", "self_attn.q_norm", add, "head"),
+        norm("attention.k_layernorm", "self_attn.k_norm", add, "head"),
+    )
+
+
+PRE_NORMS = (norm("input_layernorm", "input_layernorm"), norm("post_layernorm", "post_attention_layernorm"))
+
+
+def final(add: float = 0.0) -> tuple[Rule, ...]:
+    """The last norm and the head, of its own or tied to the embedding."""
+    head = "lm_head.weight"
+    return (
+        Rule("transformer.ln_f.weight", (Part("model.norm.weight", ("hidden",), add=add),), Where.LAST_STAGE),
+        Rule(head, (Part(head, ("vocab", "hidden"), VOCAB),), Where.LAST_STAGE, when={"tie_word_embeddings": False}),
+        Rule(
+            head,
+            (Part("model.embed_tokens.weight", ("vocab", "hidden"), VOCAB),),
+            Where.LAST_STAGE,
+            when={"tie_word_embeddings": True},
+        ),
+    )
+
+
+def experts(router: str, expert: str, up: str, gate: str, down: str) -> tuple[Rule, ...]:
+    """Router in float32 and stacked experts; `expert` holds {expert}."""
+    return (
+        Rule(TARGET + "mlp.router.weight", (Part(SOURCE + router + ".weight", ("experts", "hidden")),), dtype="F32"),
+        Rule(
+            TARGET + "mlp.fc.weight",
+            (
+                Part(SOURCE + expert + up + ".weight", ("expert_inter", "hidden"), EXPERT_COLUMN),
+                Part(SOURCE + expert + gate + ".weight", ("expert_inter", "hidden"), EXPERT_COLUMN),
+            ),
+            per_expert=True,
+        ),
+        Rule(
+            TARGET + "mlp.proj.weight",
+            (Part(SOURCE + expert + down + ".weight", ("hidden", "expert_inter"), EXPERT_ROW),),
+            per_expert=True,
+        ),
+    )
+
+
+IGNORED = (
+    Ignored("model.layers.*.self_attn.rotary_emb.inv_freq", "the rotary table is computed"),
+    Ignored("lm_head.weight", "tied to the embedding", when={"tie_word_embeddings": True}),
+)

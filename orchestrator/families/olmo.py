@@ -1,0 +1,26 @@
+"""OLMo 2: norms after attention and MLP instead of before, and norms over all queries and all keys at once."""
+
+from __future__ import annotations
+
+from orchestrator.core.rules import HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, SOURCE, TARGET, final, norm
+
+OLMO2 = Family(
+    name="olmo2",
+    architectures=("Olmo2ForCausalLM",),
+    rules=(
+        EMBEDDING,
+        *ATTENTION,
+        Rule(TARGET + "attention.q_layernorm.weight", (Part(SOURCE + "self_attn.q_norm.weight", ("q",), HEADS),)),
+        Rule(TARGET + "attention.k_layernorm.weight", (Part(SOURCE + "self_attn.k_norm.weight", ("kv",), KV_HEADS),)),
+        norm("post_layernorm", "post_attention_layernorm"),
+        *GATED_MLP,
+        norm("post_feedforward_layernorm", "post_feedforward_layernorm"),
+        *final(),
+    ),
+    ignored=IGNORED,
+    config=ConfigTable(
+        {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        constants={"norm_placement": "post", "qk_layernorm": "full"},
+    ),
+)

@@ -1,0 +1,36 @@
+"""Phi-3: queries, keys and values fused in one source tensor, gate and up in another."""
+
+from __future__ import annotations
+
+from orchestrator.core.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
+from orchestrator.families.common import DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, SOURCE, TARGET, final
+
+_QKV = SOURCE + "self_attn.qkv_proj.weight"
+_QKV_SECTIONS = ("q", "kv", "kv")
+_GATE_UP = SOURCE + "mlp.gate_up_proj.weight"
+_GATE_UP_SECTIONS = ("inter", "inter")
+
+PHI3 = Family(
+    name="phi3",
+    architectures=("Phi3ForCausalLM",),
+    rules=(
+        EMBEDDING,
+        PRE_NORMS[0],
+        Rule(
+            TARGET + "attention.qkv.weight",
+            (
+                Part(_QKV, ("q", "hidden"), HEADS, _QKV_SECTIONS, 0),
+                Part(_QKV, ("kv", "hidden"), KV_HEADS, _QKV_SECTIONS, 1),
+                Part(_QKV, ("kv", "hidden"), KV_HEADS, _QKV_SECTIONS, 2),
+            ),
+        ),
+        DENSE,
+        PRE_NORMS[1],
+        Rule(TARGET + "mlp.fc.weight", (Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 0),)),
+        Rule(TARGET + "mlp.gate.weight", (Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 1),)),
+        GATED_MLP[4],
+        *final(),
+    ),
+    ignored=IGNORED,
+    config=ConfigTable({"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+)

@@ -1,0 +1,127 @@
+"""Grouped-query attention through the KV cache, with windows, caps on the scores, and norms of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.layers import RankShape, linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm
+
+_MASKED = -3.0e38
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a layer's attention takes besides the hidden states."""
+
+    layer: int
+    """Within the stage."""
+    mask: str
+    rotary: str
+    """Prefix of the rotary tables' names."""
+
+
+def past_name(layer: int, what: str) -> str:
+    """Graph input: keys or values (`what`) of a local layer before the call."""
+    return f"past_key_values.{layer}.{what}"
+
+
+def present_name(layer: int, what: str) -> str:
+    """Graph output: the same after the call."""
+    return f"present_key_values.{layer}.{what}"
+
+
+def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
+    """Boolean [batch, 1, tokens, slots]: a token at position p sees cache slots 0..p.
+
+    Slot and position are the same number, so right padding needs no mask of its own: what a padded token wrote lies
+    behind every real token until a real one overwrites it.
+    """
+    length = graph.node("Shape", [cache], "num_slots", start=2, end=3)
+    scalar = graph.node("Squeeze", [length, graph.constant("axis_0", [0])], "num_slots.scalar")
+    slots = graph.node("Range", [graph.constant("zero", 0), scalar, graph.constant("one", 1)], "slots")
+    positions = graph.node("Unsqueeze", [position_ids, graph.constant("axes_1_3", [1, 3])], "positions")
+    return graph.node("LessOrEqual", [slots, positions], "mask.causal")
+
+
+def window_mask(graph: GraphWriter, window: int) -> str:
+    """The causal mask, of the last `window` positions only."""
+    oldest = graph.node("Sub", ["positions", graph.constant("sliding_window", window)], "mask.oldest")
+    return graph.node("And", ["mask.causal", graph.node("Greater", ["slots", oldest], "mask.recent")], "mask.window")
+
+
+def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs) -> str:
+    """Attention of a layer; new keys and values are scattered into the cache first."""
+    config, prefix = shape.config, f"transformer.layers.{inputs.layer}.attention"
+    head, heads, kv_heads = config.head_size, shape.num_heads, shape.num_kv_heads
+    widths = [heads * head, kv_heads * head, kv_heads * head]
+    qkv = linear(graph, shape, x, f"{prefix}.qkv", (sum(widths), config.hidden_size), bias=config.attn_bias)
+    q, k, v = (f"{prefix}.{name}" for name in "qkv")
+    graph.nodes("Split", [qkv, graph.constant("qkv_widths", widths)], [q, k, v], axis=-1)
+    queries = _rotate(graph, shape, _normed_heads(graph, shape, q, heads, f"{prefix}.q_layernorm"), inputs.rotary)
+    keys = _rotate(graph, shape, _normed_heads(graph, shape, k, kv_heads, f"{prefix}.k_layernorm"), inputs.rotary)
+    keys = _scatter(graph, inputs.layer, "key", keys)
+    values = _scatter(graph, inputs.layer, "value", _heads(graph, v, kv_heads, head))
+    factor = config.attention_scale if config.attention_scale is not None else float(head) ** -0.5
+    if config.attn_logit_softcapping is None:
+        context = graph.node("Attention", [queries, keys, values, inputs.mask], f"{prefix}.context", scale=factor)
+    else:
+        context = _capped(graph, shape, (queries, keys, values), inputs.mask, factor, prefix)
+    merged = graph.node("Transpose", [context], f"{prefix}.context_t", perm=[0, 2, 1, 3])
+    flat = graph.node("Reshape", [merged, graph.constant("shape_merged", [0, 0, heads * head])], f"{prefix}.merged")
+    return row_linear(graph, shape, flat, f"{prefix}.dense", (config.hidden_size, heads * head), bias=config.attn_dense_bias)
+
+
+def _heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> str:
+    """[batch, tokens, heads x size] to [batch, heads, tokens, size]."""
+    shape = graph.constant(f"shape_{num_heads}_heads", [0, 0, num_heads, head_size])
+    return graph.node("Transpose", [graph.node("Reshape", [x, shape], f"{x}.split")], f"{x}.heads", perm=[0, 2, 1, 3])
+
+
+def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, norm: str) -> str:
+    """The heads of queries or keys, normed as the model does: over all heads before they part, or each after."""
+    config = shape.config
+    if config.qk_layernorm == "full":
+        x = split_rms_norm(graph, shape, x, f"{norm}.weight", f"{norm}.out", num_heads * config.head_size)
+    heads = _heads(graph, x, num_heads, config.head_size)
+    if config.qk_layernorm == "head":
+        heads = rms_norm(graph, shape, heads, f"{norm}.weight", f"{norm}.out", config.head_size)
+    return heads
+
+
+def _rotate(graph: GraphWriter, shape: RankShape, x: str, tables: str) -> str:
+    partial = shape.config.rotary_embedding_dim
+    attributes = {"rotary_embedding_dim": partial} if partial else {}
+    return graph.node("RotaryEmbedding", [x, f"{tables}_cos", f"{tables}_sin", "position_ids"], f"{x}.rotary", **attributes)
+
+
+def _scatter(graph: GraphWriter, layer: int, what: str, update: str) -> str:
+    """Write the new keys or values at each sequence's write index; the whole cache is an output."""
+    return graph.node(
+        "TensorScatter", [past_name(layer, what), update, "write_indices"], present_name(layer, what),
+        axis=-2, mode="linear",
+    )  # fmt: skip
+
+
+def _capped(graph: GraphWriter, shape: RankShape, qkv: tuple[str, str, str], mask: str, factor: float, prefix: str) -> str:
+    """Attention with soft-capped scores, in primitive operators: the fused one with a cap is refused by TensorRT's parser.
+
+    Query heads are grouped by their key/value head: [B, kv heads, group, tokens, size], so that nothing is repeated.
+    """
+    queries, keys, values = qkv
+    group = shape.num_heads // shape.num_kv_heads
+    grouped = graph.constant("shape_grouped", [0, shape.num_kv_heads, group, -1, shape.config.head_size])
+    axis = graph.constant("axis_2", [2])
+    q = graph.node("Reshape", [queries, grouped], f"{prefix}.grouped")
+    k = graph.node("Unsqueeze", [graph.node("Transpose", [keys], f"{prefix}.keys_t", perm=[0, 1, 3, 2]), axis], f"{prefix}.keys")
+    scores = scale(graph, graph.node("MatMul", [q, k], f"{prefix}.products"), factor, f"{prefix}.scaled", shape.dtype)
+    scores = soft_cap(graph, scores, shape.config.attn_logit_softcapping, f"{prefix}.scores", shape.dtype)
+    wide = graph.node("Cast", [scores], f"{prefix}.scores_wide", to=graph.onnx_dtype("float32"))
+    visible = graph.node("Unsqueeze", [mask, axis], f"{prefix}.visible")
+    hidden = graph.scalar("masked", _MASKED, "float32")
+    masked = graph.node("Where", [visible, wide, hidden], f"{prefix}.masked")
+    chances = graph.node("Softmax", [masked], f"{prefix}.chances", axis=-1)
+    narrow = graph.node("Cast", [chances], f"{prefix}.chances_cast", to=graph.onnx_dtype(shape.dtype))
+    mixed = graph.node("MatMul", [narrow, graph.node("Unsqueeze", [values, axis], f"{prefix}.values")], f"{prefix}.mixed")
+    flat = graph.constant("shape_heads", [0, shape.num_heads, -1, shape.config.head_size])
+    return graph.node("Reshape", [mixed, flat], f"{prefix}.context")

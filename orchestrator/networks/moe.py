@@ -1,0 +1,80 @@
+"""Mixture of experts: the router in float32, the experts that this rank holds, a shared expert beside them.
+
+Every local expert computes every token and the router's weights, zero for the experts not chosen, sum the results. That is
+exactly what routing computes; it spends more arithmetic than a kernel that gathers tokens.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.layers import RankShape, activate, all_reduce, linear
+
+
+def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
+    """Experts, and the shared expert where there is one; one all-reduce for both."""
+    total = _experts(graph, shape, x, prefix)
+    assert shape.config.moe is not None
+    if shape.config.moe.shared_expert_intermediate_size:
+        total = graph.node("Add", [total, _shared_expert(graph, shape, x, prefix)], f"{prefix}.with_shared")
+    return all_reduce(graph, shape, total)
+
+
+def _experts(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
+    config, moe = shape.config, shape.config.moe
+    assert moe is not None
+    local = moe.num_experts // shape.moe_ep
+    width = config.expert_size * shape.moe_ep // shape.tp
+    weights = _routing(graph, shape, x, prefix, local)
+    fc = graph.external(f"{prefix}.fc.weight", shape.dtype, [local, 2 * width, config.hidden_size])
+    proj = graph.external(f"{prefix}.proj.weight", shape.dtype, [local, config.hidden_size, width])
+    # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
+    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens")
+    both = graph.node("MatMul", [wide, graph.node("Transpose", [fc], f"{prefix}.fc_t", perm=[0, 2, 1])], f"{prefix}.fc_out")
+    product = _gated(graph, shape, both, f"{prefix}.expert", width)
+    out = graph.node("MatMul", [product, graph.node("Transpose", [proj], f"{prefix}.proj_t", perm=[0, 2, 1])], f"{prefix}.proj_out")
+    weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
+    return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
+
+
+def _gated(graph: GraphWriter, shape: RankShape, both: str, prefix: str, width: int) -> str:
+    """act(gate) * up; up is the first half."""
+    up, gate = f"{prefix}.up", f"{prefix}.gate"
+    graph.nodes("Split", [both, graph.constant(f"halves_{width}", [width, width])], [up, gate], axis=-1)
+    return graph.node("Mul", [activate(graph, shape, gate, f"{prefix}.activated"), up], f"{prefix}.product")
+
+
+def _routing(graph: GraphWriter, shape: RankShape, x: str, prefix: str, local: int) -> str:
+    """[batch, local experts, tokens, 1]: each token's weight for each expert, zero for those not chosen."""
+    config, moe = shape.config, shape.config.moe
+    assert moe is not None
+    wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
+    logits = linear(graph, shape, wide, f"{prefix}.router", (moe.num_experts, config.hidden_size), dtype="float32")
+    chances = graph.node("Softmax", [logits], f"{prefix}.chances", axis=-1)
+    values, indices = f"{prefix}.top_values", f"{prefix}.top_indices"
+    graph.nodes("TopK", [chances, graph.constant("top_k", [moe.top_k])], [values, indices], axis=-1)
+    if moe.normalization_mode == 1:
+        total = graph.node("ReduceSum", [values, graph.constant("axis_last", [-1])], f"{prefix}.top_sum", keepdims=1)
+        values = graph.node("Div", [values, total], f"{prefix}.top_normed")
+    nothing = graph.node("Sub", [chances, chances], f"{prefix}.zeros")
+    spread = graph.node("ScatterElements", [nothing, indices, values], f"{prefix}.spread", axis=-1)
+    begin = shape.moe_ep_rank * local
+    bounds = [graph.constant(f"expert_{begin}", [begin]), graph.constant(f"expert_{begin + local}", [begin + local])]
+    mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
+    turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
+    narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
+    return graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing")
+
+
+def _shared_expert(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
+    """An expert of every token, split like a dense MLP, weighted by a gate of its own; not summed over the ranks here."""
+    config, moe = shape.config, shape.config.moe
+    assert moe is not None
+    width = moe.shared_expert_intermediate_size // shape.tp
+    both = linear(graph, shape, x, f"{prefix}.shared_expert.fc", (2 * width, config.hidden_size))
+    product = _gated(graph, shape, both, f"{prefix}.shared_expert", width)
+    out = linear(graph, shape, product, f"{prefix}.shared_expert.proj", (config.hidden_size, width))
+    gate = linear(graph, shape, x, f"{prefix}.shared_expert_gate", (1, config.hidden_size))
+    weight = graph.node("Sigmoid", [gate], f"{prefix}.shared_expert_gate.sigmoid")
+    return graph.node("Mul", [out, weight], f"{prefix}.shared_expert.weighted")

@@ -1,0 +1,82 @@
+"""A tiny seeded model of every family, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 131,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """Which classes of transformers, and which fields differ from BASE."""
+
+    model: str
+    config: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+TINY: dict[str, TinyFamily] = {
+    "llama": TinyFamily("LlamaForCausalLM", "LlamaConfig"),
+    "mistral": TinyFamily("MistralForCausalLM", "MistralConfig", {"sliding_window": 5}),
+    "qwen2": TinyFamily("Qwen2ForCausalLM", "Qwen2Config"),
+    "qwen3": TinyFamily("Qwen3ForCausalLM", "Qwen3Config"),
+    "gemma": TinyFamily("GemmaForCausalLM", "GemmaConfig", {"tie_word_embeddings": True}),
+    "gemma2": TinyFamily(
+        "Gemma2ForCausalLM", "Gemma2Config", {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 24}
+    ),
+    "gemma3": TinyFamily(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
+    ),
+    "phi3": TinyFamily("Phi3ForCausalLM", "Phi3Config", {"original_max_position_embeddings": 64}),
+    "granite": TinyFamily(
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    ),
+    "olmo2": TinyFamily("Olmo2ForCausalLM", "Olmo2Config"),
+    "mixtral": TinyFamily("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": TinyFamily(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}
+    ),
+    "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
+}
+
+
+def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloat16", **changes: Any) -> Path:
+    """Write a seeded model (no tokenizer) of `family`; `changes` are config fields. Weights are large enough to matter."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tiny = TINY[family]
+    config = getattr(transformers, tiny.config)(**{**BASE, **tiny.fields, **changes})
+    model: Any = getattr(transformers, tiny.model)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
