@@ -43,8 +43,12 @@ def write_llama(
     kv_heads: int = 8,
     layers: int,
     vocab: int,
+    sparse: bool = False,
 ) -> int:
-    """Write a bfloat16 checkpoint of seeded bytes in `num_files` shards; returns its tensor bytes. Kept if it is there."""
+    """Write a bfloat16 checkpoint of seeded bytes in `num_files` shards; returns its tensor bytes. Kept if it is there.
+
+    `sparse` writes headers only and leaves holes of the right size: enough to plan with, and it takes no room.
+    """
     tensors = llama_tensors(hidden, inter, heads, kv_heads, layers, vocab)
     total = sum(math.prod(shape) * 2 for _, shape in tensors)
     if (folder / "config.json").is_file():
@@ -58,7 +62,10 @@ def write_llama(
     listed = {}
     for number, members in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
-        _write_shard(folder / file, members, seed=number)
+        if sparse:
+            _write_hole(folder / file, members)
+        else:
+            _write_shard(folder / file, members, seed=number)
         listed |= {name: file for name, _ in members}
     index = {"metadata": {"total_size": total}, "weight_map": listed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -70,6 +77,12 @@ def write_llama(
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return total
+
+
+def _write_hole(path: Path, members: list[tuple[str, Shape]]) -> None:
+    with path.open("wb") as file:
+        file.write(encode_header([(name, "BF16", shape) for name, shape in members], {"format": "pt"}))
+        file.truncate(file.tell() + sum(math.prod(shape) * 2 for _, shape in members))
 
 
 def _write_shard(path: Path, members: list[tuple[str, Shape]], seed: int) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
 )
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints themselves.")
+app.add_typer(checkpoint_app, name="checkpoint")
 _WIDTH = None if sys.stdout.isatty() else 160
 _out = Console(highlight=False, width=_WIDTH)
 _err = Console(stderr=True, highlight=False, width=_WIDTH)
@@ -200,7 +202,7 @@ def _parse_ranks(text: str) -> list[int] | None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Option("--source", help="Hugging Face checkpoint folder.")],
+    source: Annotated[str, typer.Option("--source", help="Folder or URL of the checkpoint.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the TensorRT-LLM checkpoint.")],
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
@@ -211,11 +213,12 @@ def convert(
     """Write a TensorRT-LLM checkpoint, as convert_checkpoint.py did."""
     with _exit_codes(as_json):
         from orchestrator import verbs
+        from orchestrator.loading import resolve_source
 
         spec = decode(
             BuildSpec,
             {
-                "source": {"path": str(source.resolve())},
+                "source": {"path": resolve_source(source, Path.cwd())},
                 "dtype": dtype,
                 "topology": {"tp": tp, "pp": pp},
                 "conversion": {"max_shard_bytes": max_shard_bytes},
@@ -258,6 +261,31 @@ def build_engine(
         for number in ranks:
             path = output / f"rank{number}.engine"
             _out.print(f"{path}  {format_bytes(path.stat().st_size)}")
+
+
+@checkpoint_app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a checkpoint, in any source format.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one; its format may be another.")],
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, help="Largest relative difference that passes for the same; absent: every bit counts."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor. Ends with exit code 0 when they are the same, 1 when they differ."""
+    with _exit_codes(as_json):
+        from orchestrator import comparison
+        from orchestrator.loading import resolve_source
+
+        found = comparison.compare(resolve_source(a, Path.cwd()), resolve_source(b, Path.cwd()), tolerance)
+        if as_json:
+            print(json.dumps(found.to_plain(), indent=1))
+        else:
+            for line in found.lines():
+                _out.print(_plain(line), soft_wrap=True)
+    if not found.same:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from orchestrator.checkpoints.places import is_url
 from orchestrator.core.errors import SpecError
 from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
 
@@ -13,8 +14,15 @@ from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
 def load_spec(path: Path) -> BuildSpec:
     """Read a build spec. Raises SpecError naming every wrong field."""
     spec = decode(BuildSpec, _read(path), str(path))
-    source = str((path.parent / spec.source.path).resolve())
+    source = resolve_source(spec.source.path, path.parent)
     return spec.model_copy(update={"source": spec.source.model_copy(update={"path": source})})
+
+
+def resolve_source(source: str, base: Path) -> str:
+    """A URL as it is; a folder, bare or as file:// URL, as the absolute path of it, relative to `base`."""
+    if source.startswith("file://"):
+        return unquote(urlsplit(source).path)
+    return source if is_url(source) else str((base / Path(source).expanduser()).resolve())
 
 
 def load_cluster(path: Path) -> ClusterSpec:

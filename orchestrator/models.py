@@ -108,9 +108,7 @@ class PretrainedModel:
 
     def _required(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and safetensors dtype by name."""
-        network = decoder_network(
-            self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1), self.mapping.tp_rank
-        )
+        network = decoder_network(self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1), self.mapping.tp_rank)
         names, wide = set(network.weight_names()), network.float32_weights()
         return {
             tensor.name: (tuple(tensor.dims), "F32" if tensor.name in wide else MODEL_DTYPES[self.config.dtype])

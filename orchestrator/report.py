@@ -112,6 +112,8 @@ class ConsoleListener:
                 self._bytes[event.digest] = event.done
         elif event.type == "succeeded":
             self._done[event.digest] = 1.0
+            for name in event.outcome.facts.get("not_finite", []):
+                self._progress.console.print(f"[yellow]warning: {name} holds NaN or infinity[/]", highlight=False)
             if not self._console.is_terminal:  # a log file sees no bars
                 self._console.print(f"{event.outcome.name}: {event.outcome.seconds:.1f} s on {event.outcome.node}")
         elif event.type == "failed":

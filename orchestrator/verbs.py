@@ -25,6 +25,7 @@ from orchestrator.core.errors import (
     ReleaseMissingError,
     SpecError,
     StoreError,
+    TopologyError,
 )
 from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
@@ -65,11 +66,26 @@ def plan(spec: BuildSpec) -> Plan:
     config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config)
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
+    config = _with_layout(config, spec)
     _check_quantization(spec.quantization)
     max_seq_len(config, spec.engine)
     weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes)
     version = installed_version(spec.engine.backend)
     return make_plan(spec, Inputs(index, extra_files, spec.source.path, config, weights, version))
+
+
+def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
+    """The config with the layout that the spec asks for. Raises TopologyError when the hidden size does not divide."""
+    conversion = spec.conversion
+    if conversion.use_parallel_embedding and conversion.embedding_sharding_dim == 1 and config.hidden_size % spec.topology.tp:
+        raise TopologyError(
+            f"tp={spec.topology.tp} does not divide hidden_size {config.hidden_size}", "Use embedding_sharding_dim: 0."
+        )
+    layout = {
+        "use_parallel_embedding": conversion.use_parallel_embedding,
+        "embedding_sharding_dim": conversion.embedding_sharding_dim,
+    }
+    return config.model_copy(update=layout)
 
 
 def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str]:

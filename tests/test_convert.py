@@ -23,7 +23,14 @@ from orchestrator import cache, verbs, work
 from orchestrator.checkpoints.places import LocalPlace
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.core.checkpoint import TensorInfo
-from orchestrator.core.errors import DtypeError, OrchestratorError, SourceCorruptError, SourceMissingError, StoreError
+from orchestrator.core.errors import (
+    DtypeError,
+    OrchestratorError,
+    SourceCorruptError,
+    SourceMissingError,
+    StoreError,
+    WeightMapError,
+)
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.plan import Plan
@@ -378,9 +385,8 @@ def test_convert_integers_are_no_weights(tmp_path: Path) -> None:
     config = model_config()
     arrays = random_arrays(config)
     arrays["model.norm.weight"] = np.arange(16)
-    fails_and_leaves_nothing(
-        conversion(tmp_path, config, arrays), DtypeError, "model.norm.weight is I64, which cannot be converted"
-    )
+    with pytest.raises(WeightMapError, match=r"model\.norm\.weight is I64, weights are F64, F32, F16, BF16"):
+        conversion(tmp_path, config, arrays)
 
 
 class SlowSource:

@@ -57,7 +57,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.core": Row(_own("core"), PLAIN),
     "orchestrator.families": Row(_own("families", "core.rules", "core.spec", "core.errors")),
     "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN),
-    "orchestrator.checkpoints": Row(_own("core", "stores", "checkpoints"), STORAGE | {"numpy"}),
+    "orchestrator.checkpoints": Row(_own("core", "families", "stores", "checkpoints"), STORAGE | {"numpy"}, frozenset({"gguf"})),
     "orchestrator.cache": Row(_own("core", "stores"), STORAGE | PLAIN),
     "orchestrator.networks": Row(_own("core", "families", "networks"), frozenset({"numpy", "onnx"})),
     "orchestrator.quantizers": Row(_own("core", "quantizers"), frozenset({"numpy"}), HEAVY),
@@ -72,6 +72,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.driver": _DRIVING,
     "orchestrator.verbs": _DRIVING,
     "orchestrator.models": Row(EVERYTHING, frozenset({"numpy"}), HEAVY, never=_own("cli")),
+    "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"})),
     "actors": Row(
         ("actors", *_own("core", "work", "stores", "clusters")),

@@ -13,9 +13,13 @@ from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
 from orchestrator.core.errors import SourceMissingError, SpecError
 
 FORMATS: dict[str, str] = {
+    "bin": "orchestrator.checkpoints.bin",
+    "meta": "orchestrator.checkpoints.meta",
+    "trtllm": "orchestrator.checkpoints.trtllm",
+    "gguf": "orchestrator.checkpoints.gguf",
     "huggingface": "orchestrator.checkpoints.huggingface",
 }
-"""Name -> module, in the order in which `auto` tries them."""
+"""Name -> module, in the order in which `auto` tries them: huggingface takes any config.json, to say what it lacks."""
 
 
 class Format(Protocol):
@@ -37,6 +41,7 @@ class Format(Protocol):
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "params.json",
 )  # fmt: skip
 """Files beside the weights that a server of the model needs."""
 

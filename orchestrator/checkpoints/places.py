@@ -1,25 +1,34 @@
-"""Where a source checkpoint lies: a folder of this machine. Names, sizes, identities, and positioned reads.
+"""Where a source checkpoint lies: a folder of this machine, or a URL. Names, sizes, identities, and positioned reads.
 
 Formats read through this protocol, so that a format need not know whether its bytes are on a disk or in object storage.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import re
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
+from urllib.parse import unquote, urlsplit
 
-from orchestrator.core.checkpoint import SourceFile
+from orchestrator.core.checkpoint import SourceFile, TensorInfo
+from orchestrator.core.dtypes import num_bytes
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError
+
+PlannedRange = tuple[int, int, int]
+"""Number of a file, first byte, byte after the last: what a reader is going to ask for."""
 
 
 class ByteSource(Protocol):
     """Open files of a source; a context manager."""
 
     bytes_read: int
-    """So far."""
+    """So far, from wherever the source lies."""
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of file number `file` from `offset`. Raises SourceCorruptError when it ends early."""
@@ -47,14 +56,41 @@ class Place(Protocol):
         """A file of weights as it is now. Raises SourceMissingError."""
         ...
 
-    def open(self, files: tuple[SourceFile, ...]) -> ByteSource:
-        """Open files for reading in large blocks; each is checked to be what the plan was made from."""
+    def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
+        """Open files for reading in large blocks; each is checked to be what the plan was made from.
+
+        `planned` may tell what will be read, so that small neighbours can be fetched together; any range may be read.
+        """
         ...
 
 
+def planned_ranges(tensors: Iterable[TensorInfo]) -> Iterator[PlannedRange]:
+    """Where the bytes of tensors lie that are going to be read; those of a format's own encoding are left out."""
+    for tensor in tensors:
+        if tensor.assembly is None:
+            yield tensor.file, tensor.offset, tensor.offset + tensor.num_bytes
+        elif not tensor.assembly.encoding:
+            for piece in tensor.assembly.pieces:
+                yield piece.file, piece.offset, piece.offset + num_bytes(tensor.dtype, math.prod(piece.shape))
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is given by a URL; anything else is a path of this machine."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", source) is not None
+
+
 def open_place(url: str) -> Place:
-    """The place at `url`: a path of this machine."""
-    return LocalPlace(Path(url))
+    """The place at `url`: a path of this machine, a file:// URL, or any URL that fsspec knows.
+
+    Raises StoreError for a scheme that fsspec does not know, SpecError for a URL with a password in it.
+    """
+    if not is_url(url):
+        return LocalPlace(Path(url))
+    if url.startswith("file://"):
+        return LocalPlace(Path(unquote(urlsplit(url).path)))
+    from orchestrator.checkpoints.remote import RemotePlace
+
+    return RemotePlace(url)
 
 
 class LocalPlace:
@@ -94,7 +130,7 @@ class LocalPlace:
         identity = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else f"mtime:{stat.st_mtime_ns}"
         return SourceFile(name, stat.st_size, identity)
 
-    def open(self, files: tuple[SourceFile, ...]) -> ByteSource:
+    def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
         return FileSource(self, files)
 
 
@@ -102,12 +138,14 @@ class FileSource:
     """Files of this machine, opened on first use and closed together.
 
     preadv into reused buffers: memory-mapped slices read up to 8 times the bytes when the page cache is cold, and map
-    badly over network file systems.
+    badly over network file systems. Large ranges that are not in the page cache are read past it: each byte is read once, and
+    filling the cache with it would cost more than all the copying of a conversion.
     """
 
     def __init__(self, place: LocalPlace, files: tuple[SourceFile, ...]) -> None:
         self._place, self._files = place, files
         self._descriptors: dict[int, int] = {}
+        self._direct = _DirectReader()
         self.bytes_read = 0
 
     def __enter__(self) -> Self:
@@ -117,10 +155,13 @@ class FileSource:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._direct.close()
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         descriptor = self._open(file)
         done = 0
+        if len(buffer) >= _DIRECT_BYTES and not _is_cached(descriptor, offset, len(buffer)):
+            done = self._direct.read_into(descriptor, offset, buffer)
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
@@ -135,6 +176,68 @@ class FileSource:
             check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
             self._descriptors[file] = os.open(self._place.folder / planned.name, os.O_RDONLY)
         return self._descriptors[file]
+
+
+_DIRECT_BYTES = 2**20
+_DIRECT_BUFFER_BYTES = 8 * 2**20
+_PAGE_BYTES = 4096
+
+
+class _DirectReader:
+    """O_DIRECT reads through one page-aligned buffer: neither tensors nor the callers' buffers begin on pages."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[int, int] = {}
+        self._buffer: memoryview | None = None
+        self._lock = threading.Lock()
+        self._works = hasattr(os, "O_DIRECT")
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._buffer = None
+
+    def read_into(self, descriptor: int, offset: int, out: memoryview) -> int:
+        """Fill `out` from its start; returns the bytes filled, fewer at the file's end or where O_DIRECT does not work."""
+        done = 0
+        with self._lock:
+            while self._works and done < len(out):
+                try:
+                    count = self._read_block(descriptor, offset + done, out[done:])
+                except OSError:  # file systems may refuse it at open, or only when reading; a lasting error shows again without it
+                    self._works = False
+                    break
+                if count <= 0:
+                    break
+                done += count
+        return done
+
+    def _read_block(self, descriptor: int, offset: int, out: memoryview) -> int:
+        if descriptor not in self._descriptors:  # by way of /proc: surely the same file, whatever its name has become
+            self._descriptors[descriptor] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
+        if self._buffer is None:
+            self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BUFFER_BYTES))
+        skip = offset % _PAGE_BYTES
+        size = min(-(-(skip + len(out)) // _PAGE_BYTES) * _PAGE_BYTES, _DIRECT_BUFFER_BYTES)
+        count = os.preadv(self._descriptors[descriptor], [self._buffer[:size]], offset - skip)
+        found = min(count - skip, len(out))
+        if found > 0:
+            out[:found] = self._buffer[skip : skip + found]
+        return found
+
+
+def _is_cached(descriptor: int, offset: int, size: int) -> bool:
+    """Whether both ends of a range are in the page cache, or nobody can tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    byte = bytearray(1)
+    try:
+        return all(os.preadv(descriptor, [byte], place, os.RWF_NOWAIT) == 1 for place in (offset, offset + size - 1))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def check_unchanged(planned: SourceFile, found: SourceFile, where: str) -> None:

@@ -144,6 +144,13 @@ class SchemaVersionError(OrchestratorError):
     default_advice = "Upgrade trt-orchestrator to read this release."
 
 
+class NotFiniteError(OrchestratorError):
+    """The weights hold NaN or infinity, and the spec calls that an error."""
+
+    exit_code = 30
+    default_advice = "Compare the file's checksum with the publisher's, or set conversion.not_finite: warn."
+
+
 class DtypeError(OrchestratorError):
     """The weights do not fit into the asked dtype."""
 

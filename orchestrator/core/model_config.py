@@ -74,6 +74,9 @@ class ModelConfig(BaseModel):
     logits_scaling: float = 1.0
     """Logits are divided by it."""
     tie_word_embeddings: bool = False
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    """With use_parallel_embedding: 0 by vocabulary (padded), 1 by hidden size."""
     moe: MoeConfig | None = None
     moe_intermediate_size: int | None = None
     """Of each expert; None: intermediate_size."""
@@ -293,8 +296,8 @@ def to_trtllm(config: ModelConfig, topology: Topology) -> dict[str, Any]:
         "logits_dtype": "float32",
         "position_embedding_type": "rope_gpt_neox",
         "rotary_embedding_dim": config.rotary_embedding_dim or config.head_size,
-        "use_parallel_embedding": False,
-        "embedding_sharding_dim": 0,
+        "use_parallel_embedding": config.use_parallel_embedding,
+        "embedding_sharding_dim": config.embedding_sharding_dim,
         "qk_layernorm": config.qk_layernorm != "none",
         "qk_layernorm_kind": config.qk_layernorm,
         "mapping": mapping,

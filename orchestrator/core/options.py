@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -85,9 +86,13 @@ class ConvertOptions(_Options):
     targets: tuple[Target, ...]
     shards: tuple[str, ...]
     """File name by tp_rank."""
+    not_finite: Literal["warn", "error"] = "warn"
+    """What a NaN or infinity among the weights is."""
 
     @staticmethod
-    def of(group: LayerGroup, index: CheckpointIndex, topology: Topology) -> ConvertOptions:
+    def of(
+        group: LayerGroup, index: CheckpointIndex, topology: Topology, not_finite: Literal["warn", "error"] = "warn"
+    ) -> ConvertOptions:
         used = sorted({file for tensor in group.sources().values() for file in tensor.files()})
         position = {old: new for new, old in enumerate(used)}
         targets = tuple(
@@ -98,7 +103,13 @@ class ConvertOptions(_Options):
             for target in group.targets
         )
         shards = tuple(group.shard_name(topology.rank(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
-        return ConvertOptions(format=index.format, files=tuple(index.files[old] for old in used), targets=targets, shards=shards)
+        return ConvertOptions(
+            format=index.format,
+            not_finite=not_finite,
+            files=tuple(index.files[old] for old in used),
+            targets=targets,
+            shards=shards,
+        )
 
 
 class BuildOptions(_Options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.digest import digest_of
@@ -110,7 +111,7 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
         stage = StageOptions.of(inputs.config, topology, pp_rank)
         groups = inputs.weights.stage(pp_rank)
         calibrate = _calibrate(spec, inputs, stage)
-        converts = [_convert(group, inputs, topology, calibrate) for group in groups]
+        converts = [_convert(group, inputs, topology, calibrate, spec.conversion.not_finite) for group in groups]
         rank_bytes = sum(group.shard_bytes for group in groups)
         steps.extend(([calibrate] if calibrate else []) + converts)
         steps.extend(_build(spec, inputs, stage, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
@@ -156,8 +157,10 @@ def _calibrate(spec: BuildSpec, inputs: Inputs, stage: StageOptions) -> Step | N
     )
 
 
-def _convert(group: LayerGroup, inputs: Inputs, topology: Topology, calibrate: Step | None) -> Step:
-    options = ConvertOptions.of(group, inputs.index, topology)
+def _convert(
+    group: LayerGroup, inputs: Inputs, topology: Topology, calibrate: Step | None, not_finite: Literal["warn", "error"]
+) -> Step:
+    options = ConvertOptions.of(group, inputs.index, topology, not_finite)
     sources = group.sources().values()
     read_bytes = sum(tensor.num_bytes for tensor in sources)
     write_bytes = group.shard_bytes * topology.tp
@@ -218,4 +221,6 @@ def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
             found.append(f"{step.name}: no pool runs {step.kind.value} steps")
         elif pool.gpus < step.resources.gpus:
             found.append(f"{step.name}: needs {step.resources.gpus} GPU, its pool has too few")
+        elif pool.memory is not None and pool.memory < step.resources.memory_bytes:
+            found.append(f"{step.name}: needs about {step.resources.memory_bytes:,} bytes of memory, its pool has {pool.memory:,}")
     return found

@@ -70,6 +70,12 @@ class ConversionSpec(Frozen):
 
     max_shard_bytes: NumBytes = Field(default=5_000_000_000, ge=1)
     """A rank with more weights is split by layer groups, each converted by a task of its own."""
+    not_finite: Literal["warn", "error"] = "warn"
+    """What a NaN or infinity among the source's weights is."""
+    use_parallel_embedding: bool = False
+    """Split the embedding over the tensor-parallel ranks instead of holding it whole on each."""
+    embedding_sharding_dim: Literal[0, 1] = 0
+    """With use_parallel_embedding. 0: by vocabulary; 1: by hidden size."""
 
 
 class QuantizationSpec(Frozen):

@@ -17,6 +17,8 @@ from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.rules import Cut, Family, Part, Rule, Span, Where, spans
 from orchestrator.core.topology import Topology
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
@@ -189,6 +191,9 @@ class _Expander:
         if tensor.shape != expected:
             self.misshapen.append(f"{name} is {list(tensor.shape)}, the config says {list(expected)}")
             return None
+        if tensor.dtype not in _FLOATS:
+            self.misshapen.append(f"{name} is {tensor.dtype}, weights are {', '.join(_FLOATS)}")
+            return None
         start = sum(sections[: part.section])
         if part.cut is None and not sections:
             return Read(tensor, None, (), add=part.add)
@@ -213,7 +218,7 @@ class _Expander:
             )
         if self.misshapen:
             raise WeightMapError(
-                f"{len(self.misshapen)} tensors have another shape than config.json says: {_some(self.misshapen)}",
+                f"{len(self.misshapen)} tensors have another shape or dtype than config.json says: {_some(self.misshapen)}",
                 "config.json and the weights are of different models.",
             )
 

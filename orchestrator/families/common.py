@@ -15,6 +15,7 @@ from orchestrator.core.rules import (
     KV_HEADS,
     ROW,
     VOCAB,
+    Cut,
     Ignored,
     Part,
     Rule,
@@ -26,7 +27,18 @@ TARGET = "transformer.layers.{layer}."
 _ATTENTION = SOURCE + "self_attn."
 _MLP = SOURCE + "mlp."
 
-EMBEDDING = Rule("transformer.vocab_embedding.weight", (Part("model.embed_tokens.weight", ("vocab", "hidden")),), Where.FIRST_STAGE)
+
+def _embedding(cut: Cut | None, **when: object) -> Rule:
+    part = Part("model.embed_tokens.weight", ("vocab", "hidden"), cut)
+    return Rule("transformer.vocab_embedding.weight", (part,), Where.FIRST_STAGE, when)
+
+
+EMBEDDING = (
+    _embedding(None, use_parallel_embedding=False),
+    _embedding(VOCAB, use_parallel_embedding=True, embedding_sharding_dim=0),
+    _embedding(ROW, use_parallel_embedding=True, embedding_sharding_dim=1),
+)
+"""Whole on every rank, or split by vocabulary or by hidden size."""
 QKV = Rule(
     TARGET + "attention.qkv.weight",
     (

@@ -29,14 +29,14 @@ _SANDWICH = (
 GEMMA = Family(
     name="gemma",
     architectures=("GemmaForCausalLM",),
-    rules=(EMBEDDING, *_PRE, *ATTENTION, *GATED_MLP, *final(_ONE)),
+    rules=(*EMBEDDING, *_PRE, *ATTENTION, *GATED_MLP, *final(_ONE)),
     ignored=IGNORED,
     config=ConfigTable(_DEFAULTS, derived=_SCALED),
 )
 GEMMA2 = Family(
     name="gemma2",
     architectures=("Gemma2ForCausalLM",),
-    rules=(EMBEDDING, *_SANDWICH, *ATTENTION, *GATED_MLP, *final(_ONE)),
+    rules=(*EMBEDDING, *_SANDWICH, *ATTENTION, *GATED_MLP, *final(_ONE)),
     ignored=IGNORED,
     config=ConfigTable(
         {
@@ -59,7 +59,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     name="gemma3",
     architectures=("Gemma3ForCausalLM",),
-    rules=(EMBEDDING, *_SANDWICH, *ATTENTION, *qk_norms(_ONE), *GATED_MLP, *final(_ONE)),
+    rules=(*EMBEDDING, *_SANDWICH, *ATTENTION, *qk_norms(_ONE), *GATED_MLP, *final(_ONE)),
     ignored=IGNORED,
     config=ConfigTable(
         {

@@ -10,7 +10,7 @@ _EXPERTS = experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}."
 MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
-    rules=(EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *final()),
     ignored=IGNORED,
     config=ConfigTable(
         {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8},

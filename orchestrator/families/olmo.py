@@ -9,7 +9,7 @@ OLMO2 = Family(
     name="olmo2",
     architectures=("Olmo2ForCausalLM",),
     rules=(
-        EMBEDDING,
+        *EMBEDDING,
         *ATTENTION,
         Rule(TARGET + "attention.q_layernorm.weight", (Part(SOURCE + "self_attn.q_norm.weight", ("q",), HEADS),)),
         Rule(TARGET + "attention.k_layernorm.weight", (Part(SOURCE + "self_attn.k_norm.weight", ("kv",), KV_HEADS),)),

@@ -14,7 +14,7 @@ PHI3 = Family(
     name="phi3",
     architectures=("Phi3ForCausalLM",),
     rules=(
-        EMBEDDING,
+        *EMBEDDING,
         PRE_NORMS[0],
         Rule(
             TARGET + "attention.qkv.weight",

@@ -34,28 +34,28 @@ _SHARED_EXPERT = (
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
-    rules=(EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *GATED_MLP, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *GATED_MLP, *final()),
     ignored=IGNORED,
     config=ConfigTable(_DEFAULTS, constants={"attn_bias": True, "attn_dense_bias": False}),
 )
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    rules=(EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *GATED_MLP, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *GATED_MLP, *final()),
     ignored=IGNORED,
     config=ConfigTable({**_DEFAULTS, "head_dim": 128}, constants={"qk_layernorm": "head"}),
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
-    rules=(EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *_SHARED_EXPERT, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *_SHARED_EXPERT, *final()),
     ignored=IGNORED,
     config=ConfigTable({**_DEFAULTS, "norm_topk_prob": False}, constants={"attn_bias": True, "attn_dense_bias": False}),
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
-    rules=(EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *_EXPERTS, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *_EXPERTS, *final()),
     ignored=IGNORED,
     config=ConfigTable({**_DEFAULTS, "norm_topk_prob": False, "head_dim": 128}, constants={"qk_layernorm": "head"}),
 )

@@ -74,13 +74,13 @@ def check_supported(config: ModelConfig) -> None:
 
 
 def decoder_network(stage: StageOptions, options: NetworkOptions, tp_rank: int = 0) -> Network:
-    """Write the graph of a rank. Only expert parallelism makes the tensor-parallel ranks of a stage differ.
+    """Write the graph of a rank. Only experts and an embedding split by vocabulary make the ranks of a stage differ.
 
     Raises ArchitectureError.
     """
     config = stage.config
     check_supported(config)
-    shape = RankShape(config, stage.tp, options.dtype, stage.moe_ep, tp_rank % stage.moe_ep)
+    shape = RankShape(config, stage.tp, options.dtype, tp_rank, stage.moe_ep)
     graph = GraphWriter(f"stage{stage.pp_rank}")
     hidden = _inputs(graph, stage, shape, options)
     tables = _tables(graph, stage, options)
@@ -128,8 +128,7 @@ def _inputs(graph: GraphWriter, stage: StageOptions, shape: RankShape, options: 
     config = stage.config
     if stage.is_first:
         ids = graph.input("input_ids", "int64", ["batch", "tokens"])
-        table = graph.external("transformer.vocab_embedding.weight", options.dtype, [config.vocab_size, config.hidden_size])
-        embedded = graph.node("Gather", [table, ids], "embedding", axis=0)
+        embedded = layers.embedding(graph, shape, ids)
         hidden = layers.scale(graph, embedded, config.embedding_multiplier, "embedding.scaled", options.dtype)
     else:
         hidden = graph.input("hidden_states", options.dtype, ["batch", "tokens", config.hidden_size])

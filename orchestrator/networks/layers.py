@@ -17,8 +17,12 @@ class RankShape:
     tp: int
     dtype: str
     """That the graph computes in; weights are bound in it."""
+    tp_rank: int = 0
     moe_ep: int = 1
-    moe_ep_rank: int = 0
+
+    @property
+    def moe_ep_rank(self) -> int:
+        return self.tp_rank % self.moe_ep
 
     @property
     def num_heads(self) -> int:
@@ -119,6 +123,39 @@ def all_reduce(graph: GraphWriter, shape: RankShape, x: str) -> str:
 def all_gather(graph: GraphWriter, shape: RankShape, x: str) -> str:
     """Concatenate over the tensor-parallel ranks, along axis 0."""
     return x if shape.tp == 1 else _collective(graph, shape, x, "all_gather", "none")
+
+
+def embedding(graph: GraphWriter, shape: RankShape, ids: str) -> str:
+    """Rows of the embedding, [batch, tokens, hidden], from a table that is whole, or split by vocabulary or hidden size."""
+    config, name = shape.config, "transformer.vocab_embedding.weight"
+    if not config.use_parallel_embedding or shape.tp == 1:
+        return graph.node(
+            "Gather", [graph.external(name, shape.dtype, [config.vocab_size, config.hidden_size]), ids], "embedding", axis=0
+        )
+    if config.embedding_sharding_dim == 1:
+        table = graph.external(name, shape.dtype, [config.vocab_size, config.hidden_size // shape.tp])
+        local = graph.node("Gather", [table, ids], "embedding.local", axis=0)
+        # Collectives concatenate along axis 0, so the hidden size goes there and back.
+        first = graph.node("Transpose", [local], "embedding.hidden_first", perm=[2, 0, 1])
+        return graph.node("Transpose", [all_gather(graph, shape, first)], "embedding", perm=[1, 2, 0])
+    return _embedding_by_vocabulary(graph, shape, ids, name)
+
+
+def _embedding_by_vocabulary(graph: GraphWriter, shape: RankShape, ids: str, name: str) -> str:
+    """Each rank looks up the ids that are its own and gives zeros for the others; the sum is the embedding."""
+    rows = shape.config.padded_vocab_size(shape.tp) // shape.tp
+    table = graph.external(name, shape.dtype, [rows, shape.config.hidden_size])
+    first = graph.constant("vocab_first", shape.tp_rank * rows)
+    last = graph.constant("vocab_last", (shape.tp_rank + 1) * rows)
+    above = graph.node("GreaterOrEqual", [ids, first], "embedding.above")
+    mine = graph.node("And", [above, graph.node("Less", [ids, last], "embedding.below")], "embedding.mine")
+    local = graph.node(
+        "Where", [mine, graph.node("Sub", [ids, first], "embedding.shifted"), graph.constant("zero", 0)], "embedding.ids"
+    )
+    found = graph.node("Gather", [table, local], "embedding.rows", axis=0)
+    chosen = graph.node("Unsqueeze", [mine, graph.constant("axis_2", [2])], "embedding.chosen")
+    nothing = graph.scalar(f"nothing.{shape.dtype}", 0.0, shape.dtype)
+    return all_reduce(graph, shape, graph.node("Where", [chosen, found, nothing], "embedding.partial"))
 
 
 def _collective(graph: GraphWriter, shape: RankShape, x: str, operation: str, reduce: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.checkpoints import format_named
 from orchestrator.checkpoints.places import ByteSource, open_place, planned_ranges
 from orchestrator.checkpoints.safetensors import encode_header
+from orchestrator.core.errors import NotFiniteError
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.step import Task
 from orchestrator.work.context import Context
@@ -30,8 +31,11 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
 
     planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
     with open_place(task.step.places["source"]).open(options.files, planned) as source:
-        write_shards(options, source, context.output, progress)
+        not_finite = write_shards(options, source, context.output, progress)
+        for name in not_finite:
+            context.log(f"warning: {name} holds NaN or infinity")
         return {
+            "not_finite": not_finite,
             "source_bytes_read": source.bytes_read,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -42,10 +46,11 @@ def write_shards(
     source: ByteSource,
     open_output: Callable[[str, int], AbstractContextManager[Sink]],
     progress: Callable[[int], None],
-) -> None:
+) -> list[str]:
     """Stream every shard of the group to the sink that `open_output` gives for its name and size.
 
-    Raises SourceCorruptError, DtypeError and what the sinks raise; the sinks' contexts then discard what was written.
+    Returns the source tensors that hold NaN or infinity. Raises SourceCorruptError, DtypeError, NotFiniteError and what the
+    sinks raise; the sinks' contexts then discard what was written.
     """
     header = encode_header(((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"})
     size = len(header) + sum(target.num_bytes for target in options.targets)
@@ -53,4 +58,8 @@ def write_shards(
         sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
             sink.write(memoryview(header))
-        Cutter(partial(format_named(options.format).read_rows, source), sinks, progress).run(options.targets)
+        cutter = Cutter(partial(format_named(options.format).read_rows, source), sinks, progress)
+        cutter.run(options.targets)
+        if cutter.not_finite and options.not_finite == "error":
+            raise NotFiniteError(f"NaN or infinity in {', '.join(cutter.not_finite[:5])} ({len(cutter.not_finite)} tensors)")
+    return cutter.not_finite

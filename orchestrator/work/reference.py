@@ -19,6 +19,7 @@ from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.options import ReferenceOptions
 from orchestrator.core.step import Task
 from orchestrator.work.context import Context
+from orchestrator.work.presenting import as_hugging_face
 from orchestrator.work.texts import PROMPTS
 
 OUTPUT = "reference.safetensors"
@@ -35,7 +36,7 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     import transformers
 
     options = ReferenceOptions.model_validate(task.step.options)
-    folder = local_source(task.step.places["source"], options.files, context)
+    folder = as_hugging_face(local_source(task.step.places["source"], options.files, context), context)
     context.tools["transformers"] = transformers.__version__
     sequences, text = _sequences(options, folder)
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
@@ -104,9 +105,7 @@ def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]]
     return [sequence for sequence in encoded if len(sequence) > 1], "text"
 
 
-def _logits(
-    options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context
-) -> list[npt.NDArray[np.float32]]:
+def _logits(options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context) -> list[npt.NDArray[np.float32]]:
     """[T, vocabulary] for each sequence, one at a time: no padding can disturb the reference."""
     import torch
     import transformers

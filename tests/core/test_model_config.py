@@ -68,7 +68,11 @@ def read(**changes: Any) -> ModelConfig:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, 500000.0, None),
         ({"rope_parameters": {"rope_theta": 1e6}}, 1e6, None),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, {"rope_type": "llama3", **LLAMA3}),
-        ({"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}}, 2.0, {"rope_type": "yarn", "original_max_position_embeddings": 64}),
+        (
+            {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}},
+            2.0,
+            {"rope_type": "yarn", "original_max_position_embeddings": 64},
+        ),
     ],
 )  # fmt: skip
 def test_from_hugging_face_rope_of_transformers_4_and_5_is_read(

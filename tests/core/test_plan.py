@@ -252,3 +252,8 @@ def test_unplaceable_pools_that_hold_everything_name_nothing() -> None:
     for kind in ("ray", "local"):
         assert unplaceable(plan_of(engine=TENSORRT), cluster(kind, gpu=gpu, cpu=cpu)) == []
         assert unplaceable(plan_of(), cluster(kind, default=PoolSpec())) == []
+
+
+def test_unplaceable_step_larger_than_its_pools_memory_is_named() -> None:
+    found = unplaceable(plan_of(), cluster("local", default=PoolSpec(memory=10**6)))
+    assert any(line.startswith("build/rank0: needs about ") and line.endswith("its pool has 1,000,000") for line in found)

@@ -56,6 +56,18 @@ def test_verification_of_a_tiny_model_agrees_with_transformers(
     assert found.top1_agreement == 1.0
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_verification_of_a_split_embedding_agrees_with_transformers(
+    tmp_path: Path, store_url: str, make_spec: SpecMaker, dim: int, tied: bool
+) -> None:
+    source = write_tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
+    conversion = {"use_parallel_embedding": True, "embedding_sharding_dim": dim}
+    found = verify(make_spec(source, topology={"tp": 2}, conversion=conversion), store_url)
+    assert found.max_relative_error < 1e-3
+    assert found.top1_agreement == 1.0
+
+
 def test_verification_of_local_logits_joins_the_ranks_vocabularies(tiny_llama: Path, store_url: str, make_spec: SpecMaker) -> None:
     engine = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64, "gather_logits": False}
     found = verify(make_spec(tiny_llama, topology={"tp": 2}, engine=engine), store_url)

@@ -1,0 +1,91 @@
+"""Every family at every topology of the table, on tiny seeded models: worst relative error of float32 logits against transformers.
+
+    python -m benchmarks.families [--engines] [--folder DIR]
+
+`--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator import verbs, work
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import BuildSpec, decode
+from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.core.topology import problems
+from tests.models.families import TINY, write_tiny
+
+TOPOLOGIES: dict[str, dict[str, int]] = {
+    "1x1": {}, "tp2": {"tp": 2}, "pp2 uneven": {"pp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}, "tp4 kv x2": {"tp": 4},
+    "tp2 ep2": {"tp": 2, "moe_ep": 2}, "tp4 ep2": {"tp": 4, "moe_ep": 2},
+}  # fmt: skip
+ENGINES_AT = "tp2 pp2"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    table = Table("family", *TOPOLOGIES, *(["engines"] if arguments.engines else []), box=None)
+    for family in TINY:
+        source = arguments.folder / family
+        if not (source / "config.json").is_file():
+            write_tiny(family, source)
+        cells = [cell(source, topology, arguments.folder / "store") for topology in TOPOLOGIES.values()]
+        if arguments.engines:
+            cells.append(f"{num_engines(source, arguments.folder / 'store')} built")
+        table.add_row(family, *cells)
+    Console(width=140).print(table)
+
+
+def plan(source: Path, topology: dict[str, int]) -> Plan:
+    """The plan of a tiny model."""
+    plain = {
+        "source": {"path": str(source.resolve())}, "topology": topology, "release": {"name": "none", "version": "0"},
+        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+        "verification": {"max_tokens": 12, "decode_steps": 3},
+    }  # fmt: skip
+    return verbs.plan(decode(BuildSpec, plain, "benchmark"))
+
+
+def run(made: Plan, store: Path, kinds: tuple[Kind, ...]) -> dict[str, Outcome]:
+    """Outcome by step name; committed steps are not repeated."""
+    found: dict[str, Outcome] = {}
+    for step in made.steps:
+        if step.kind in kinds:
+            task = Task(step=step, inputs={need: found[need] for need in step.needs}, attempt=1, store=store.resolve().as_uri())
+            found[step.digest] = work.run(task, lambda event: None)
+    return {outcome.name: outcome for outcome in found.values()}
+
+
+def cell(source: Path, topology: dict[str, int], store: Path) -> str:
+    """The worst relative error, or '-' where the topology is illegal for the model."""
+    if topology.get("moe_ep"):
+        wanted = decode(
+            BuildSpec, {"source": {"path": "."}, "topology": topology, "release": {"name": "n", "version": "0"}}, "benchmark"
+        )
+        if problems(wanted.topology.topology(), plan(source, {}).inputs.config.limits()):
+            return "-"
+    made = plan(source, topology)
+    outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+    last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
+    return f"{outcomes[last].facts['verification']['max_relative_error']:.1e}"
+
+
+def num_engines(source: Path, store: Path) -> int:
+    """Build every rank at one topology."""
+    outcomes = run(plan(source, TOPOLOGIES[ENGINES_AT]), store, (Kind.CONVERT, Kind.BUILD))
+    return sum(outcome.kind is Kind.BUILD for outcome in outcomes.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The plan of a 405B-shaped Llama at tp=8, pp=16, from headers alone: seconds and memory of a fresh process.
+
+    python -m benchmarks.plan_scale [--folder DIR] [--rounds N] [--profile]
+
+The checkpoint's 191 files hold headers and holes: 810 GB by size, a megabyte by what they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sources import write_llama
+
+_CHILD = """
+import json, resource, sys, time
+began = time.monotonic()
+from orchestrator import verbs
+from orchestrator.core.spec import BuildSpec, decode
+imported = time.monotonic()
+if sys.argv[2]:
+    import cProfile
+    profile = cProfile.Profile()
+    profile.enable()
+made = verbs.plan(decode(BuildSpec, json.loads(sys.argv[1]), "benchmark"))
+ended = time.monotonic()
+if sys.argv[2]:
+    import pstats
+    profile.disable()
+    pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
+print(json.dumps({
+    "import_seconds": imported - began, "plan_seconds": ended - imported, "steps": len(made.steps),
+    "source_bytes": made.inputs.index.num_bytes, "tensors": len(made.inputs.index.tensors),
+    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "build_key": made.build_key,
+}))
+"""
+
+
+def main() -> None:
+    """Write the headers, plan in processes of their own, print the median round."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".cache/bench"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, to stderr")
+    arguments = parser.parse_args()
+    source = arguments.folder / "llama-405b-headers"
+    write_llama(
+        source, num_files=191, hidden=16384, inter=53248, heads=128, kv_heads=8, layers=126, vocab=128256, sparse=True
+    )  # fmt: skip
+    rounds = sorted(
+        (plan(source, arguments.profile) for _ in range(arguments.rounds)), key=lambda found: float(found["plan_seconds"])
+    )
+    found = rounds[len(rounds) // 2]
+    assert len({item["build_key"] for item in rounds}) == 1, "the plan is not the same each time"
+    print(f"{found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors and 191 files, tp=8, pp=16: {found['steps']} steps")
+    print(f"seconds of verbs.plan             {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
+    print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
+
+
+def plan(source: Path, profile: bool) -> dict[str, Any]:
+    """One round: what the process measured of itself."""
+    spec = {
+        "source": {"path": str(source.resolve())}, "topology": {"tp": 8, "pp": 16},
+        "engine": {"max_seq_len": 8192}, "release": {"name": "bench", "version": "1"},
+    }  # fmt: skip
+    words = [sys.executable, "-c", _CHILD, json.dumps(spec), "profile" if profile else ""]
+    found: dict[str, Any] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Rows of tensors that a source stores in pieces, or with the rows of a head in another order."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoints import read_contiguous_rows
+from orchestrator.checkpoints.places import ByteSource
+from orchestrator.core.checkpoint import Assembly, Piece, TensorInfo
+from orchestrator.core.dtypes import num_bytes
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
+    """The tensor that an assembly makes; pieces are [rows] or [rows, columns]."""
+    first = assembly.pieces[0]
+    shape = list(first.shape)
+    shape[assembly.axis] = sum(piece.shape[assembly.axis] for piece in assembly.pieces)
+    return TensorInfo(name, dtype, tuple(shape), first.file, first.offset, num_bytes(dtype, math.prod(shape)), assembly)
+
+
+def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
+    """`Format.read_rows` of assembled tensors, and of plain ones."""
+    assembly = tensor.assembly
+    if begin >= end:
+        return
+    if assembly is None:
+        read_contiguous_rows(source, tensor, begin, end, out)
+    elif assembly.paired_rows:
+        _read_paired(source, tensor, assembly, begin, end, out)
+    else:
+        _read_stored(source, tensor, assembly, begin, end, out)
+
+
+def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64]:
+    """The stored row of each row [begin, end) of a tensor whose heads have `paired_rows` rows.
+
+    Rotary embedding turns element i of a head together with one other. Meta's code takes neighbours (2i, 2i + 1);
+    transformers takes i and half + i, so its row (head, i) is Meta's (head, 2i) and its (head, half + i) is (head, 2i + 1).
+    Source: `permute` of transformers' convert_llama_weights_to_hf.py.
+    """
+    rows = np.arange(begin, end, dtype=np.int64)
+    head, row = rows - rows % paired_rows, rows % paired_rows
+    half = paired_rows // 2
+    return head + 2 * (row % half) + row // half
+
+
+def _read_paired(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
+    """Read the stored rows that [begin, end) come from, then put them in order."""
+    order = paired_order(begin, end, assembly.paired_rows)
+    first, last = int(order.min()), int(order.max()) + 1
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    stored = np.empty((last - first, row_bytes), np.uint8)
+    _read_stored(source, tensor, assembly, first, last, stored.reshape(-1).data)
+    wanted = np.frombuffer(out, np.uint8, (end - begin) * row_bytes).reshape(end - begin, row_bytes)
+    np.take(stored, order - first, axis=0, out=wanted, mode="clip")  # clip: without it numpy fills a second buffer
+
+
+def _read_stored(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
+    """Rows [begin, end) in the order in which the source has them."""
+    rows = np.frombuffer(out, np.uint8, (end - begin) * (tensor.num_bytes // tensor.shape[0])).reshape(end - begin, -1)
+    position = 0
+    for piece in assembly.pieces:
+        if assembly.axis == 0:
+            first, last = max(begin - position, 0), min(end - position, piece.shape[0])
+            if first < last:
+                into = rows[position + first - begin : position + last - begin]
+                _read_piece(source, piece, tensor.dtype, first, into)
+            position += piece.shape[0]
+        else:
+            columns = _row_bytes(piece, tensor.dtype)
+            block = np.empty((end - begin, columns), np.uint8)
+            _read_piece(source, piece, tensor.dtype, begin, block)
+            rows[:, position : position + columns] = block
+            position += columns
+
+
+def _read_piece(source: ByteSource, piece: Piece, dtype: str, begin: int, out: Bytes) -> None:
+    """As many rows from `begin` as `out` has."""
+    offset = piece.offset + begin * _row_bytes(piece, dtype)
+    source.read_into(piece.file, offset, out.reshape(-1).data)
+
+
+def _row_bytes(piece: Piece, dtype: str) -> int:
+    return num_bytes(dtype, math.prod(piece.shape[1:]))

@@ -1,0 +1,255 @@
+"""Files of torch.save as byte ranges, without torch and without running what they say.
+
+Since PyTorch 1.6 such a file is a zip archive: `<archive>/data.pkl` is a pickle that describes the tensors, and each storage
+is an uncompressed member `<archive>/data/<key>` (torch/serialization.py, `_save`). So a contiguous tensor is a range of the
+file. A pickle is a program; the reader here knows the few names that tensors need and refuses every other.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import pickle  # only through _Unpickler, which refuses every name but those of tensors
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.safetensors import HeaderEntry
+from orchestrator.core.dtypes import num_bytes
+from orchestrator.core.errors import LfsPointerError, OrchestratorError, SourceCorruptError, UnsafePickleError
+
+_DTYPES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
+    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
+}  # fmt: skip
+_LOCAL_HEADER_BYTES = 30
+_LOCAL_HEADER_MAGIC = b"PK\x03\x04"
+_ZIP_MAGIC = b"PK"
+_LFS_MAGIC = b"version https://git-lfs"
+_MAX_PICKLE_BYTES = 256 * 2**20
+"""Of data.pkl, which describes tensors only: a thousand of them take a hundred kilobytes."""
+_BUFFER_BYTES = 256 * 1024
+_HEADER_THREADS = 8
+_RESAVE = "Load it with torch in a sandbox and save it as safetensors, tensors made contiguous."
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+    num_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    first: int
+    """Element of the storage."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_tensors(place: Place, name: str) -> list[HeaderEntry]:
+    """Every tensor of the dictionary that torch.save wrote to `name`, in its order; tensors may share their bytes.
+
+    Raises SourceMissingError, LfsPointerError, SourceCorruptError; UnsafePickleError for a pickle that names anything but
+    tensors, and for the format before PyTorch 1.6, which cannot be read without running it.
+    """
+    path, total = f"{place.url}/{name}", place.source_file(name).num_bytes
+    _check_magic(path, place.read(name, 0, min(total, len(_LFS_MAGIC))))
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_PlaceFile(place, name, total), _BUFFER_BYTES)) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            prefix = _archive_name(path, members)
+            tensors = _unpickle(path, archive.read(_pickle_member(path, members, prefix)))
+            if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+                raise SourceCorruptError(f"{path} was written on a big-endian machine", _RESAVE)
+    except OrchestratorError:
+        raise
+    except Exception as error:  # zipfile raises nearly anything for a damaged archive
+        raise SourceCorruptError(f"{path} is truncated or damaged: {error}") from None
+    starts = _data_starts(place, name, total, [_storage_member(path, members, prefix, tensor) for tensor in tensors.values()])
+    return [_entry(path, key, tensor, members, starts, prefix) for key, tensor in tensors.items()]
+
+
+def _check_magic(path: str, start: bytes) -> None:
+    if start.startswith(_LFS_MAGIC):
+        raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
+    if start.startswith(_ZIP_MAGIC):
+        return
+    if start.startswith(b"\x80"):
+        raise UnsafePickleError(f"{path} is a bare pickle, as PyTorch wrote before 1.6", _RESAVE)
+    raise SourceCorruptError(f"{path} is not a file of torch.save")
+
+
+class _PlaceFile(io.RawIOBase):
+    """A file of a place for zipfile: seekable, read by ranges."""
+
+    def __init__(self, place: Place, name: str, size: int) -> None:
+        self._place, self._name, self._size, self._position = place, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if position < 0:
+            raise OSError("seek before the start of the file")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        end = min(self._position + len(view), self._size)
+        if end <= self._position:
+            return 0
+        data = self._place.read(self._name, self._position, end)
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _archive_name(path: str, members: dict[str, zipfile.ZipInfo]) -> str:
+    """'<archive>/': the folder of data.pkl, which is named after the file that was first written."""
+    found = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(found) != 1:
+        raise SourceCorruptError(f"{path} is a zip archive without one data.pkl: not a file of torch.save, or TorchScript")
+    return found[0]
+
+
+def _pickle_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str) -> zipfile.ZipInfo:
+    member = members[f"{prefix}data.pkl"]
+    if member.file_size > _MAX_PICKLE_BYTES:
+        raise SourceCorruptError(f"{path}: data.pkl has {member.file_size} bytes, too many for a description of tensors")
+    return member
+
+
+class _RebuildTensor:
+    """As torch._utils._rebuild_tensor_v2. An object without attributes, for a pickle may set those of what it names."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+        """Gradients, hooks and metadata do not concern the weights."""
+        shape, strides = tuple(shape), tuple(strides)
+        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+            raise ValueError("a tensor without a storage")
+        if not all(isinstance(number, int) and number >= 0 for number in (first, *shape, *strides)):
+            raise ValueError("a tensor of impossible sizes")
+        return _Tensor(storage, first, shape, strides)
+
+
+class _RebuildParameter:
+    """As torch._utils._rebuild_parameter."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor: Any, *_: Any) -> Any:
+        return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that tensors are made with; any other is refused before it is looked up."""
+
+    def __init__(self, data: bytes, path: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _RebuildTensor()
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _RebuildParameter()
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return "U8"
+        raise UnsafePickleError(f"{self._path} asks for {module}.{name}, which no tensor needs")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _location, count = pid
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str) or not isinstance(count, int):
+            raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
+        return _Storage(dtype, key, count)
+
+
+def _unpickle(path: str, data: bytes) -> dict[str, _Tensor]:
+    try:
+        plain = _Unpickler(data, path).load()
+    except OrchestratorError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise SourceCorruptError(f"{path}: data.pkl is damaged: {error}") from None
+    if not isinstance(plain, dict):
+        raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a dictionary of tensors", _RESAVE)
+    for key, value in plain.items():
+        if not isinstance(key, str) or not isinstance(value, _Tensor):
+            raise SourceCorruptError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor", _RESAVE)
+    return plain
+
+
+def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str, tensor: _Tensor) -> zipfile.ZipInfo:
+    """The member with a tensor's storage, stored as it is and of the right size. Raises SourceCorruptError."""
+    storage = tensor.storage
+    member = members.get(f"{prefix}data/{storage.key}")
+    if member is None:
+        raise SourceCorruptError(f"{path} lacks the storage {storage.key}")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise SourceCorruptError(f"{path}: the storage {storage.key} is compressed, torch.save never does that", _RESAVE)
+    if member.file_size != num_bytes(storage.dtype, storage.num_elements):
+        raise SourceCorruptError(
+            f"{path}: the storage {storage.key} has {member.file_size} bytes for {storage.num_elements} elements of {storage.dtype}"
+        )
+    return member
+
+
+def _data_starts(place: Place, name: str, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
+    """Where each member's bytes start in the file: behind its local header, whose padding only it knows."""
+    once = {member.filename: member for member in members}
+
+    def start(member: zipfile.ZipInfo) -> int:
+        header = member.header_offset
+        local = place.read(name, header, header + _LOCAL_HEADER_BYTES)
+        if len(local) < _LOCAL_HEADER_BYTES or not local.startswith(_LOCAL_HEADER_MAGIC):
+            raise SourceCorruptError(f"{place.url}/{name}: no member of the archive starts at byte {header}")
+        data = header + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        if data + member.file_size > total:
+            raise SourceCorruptError(f"{place.url}/{name}: {member.filename} reaches beyond the end of the file")
+        return data
+
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return dict(zip(once, pool.map(start, once.values()), strict=True))
+
+
+def _entry(
+    path: str, key: str, tensor: _Tensor, members: dict[str, zipfile.ZipInfo], starts: dict[str, int], prefix: str
+) -> HeaderEntry:
+    if not _is_contiguous(tensor):
+        raise SourceCorruptError(f"{path}: {key} is not contiguous (shape {tensor.shape}, strides {tensor.strides})", _RESAVE)
+    member = f"{prefix}data/{tensor.storage.key}"
+    offset = num_bytes(tensor.storage.dtype, tensor.first)
+    size = num_bytes(tensor.storage.dtype, math.prod(tensor.shape))
+    if offset + size > members[member].file_size:
+        raise SourceCorruptError(f"{path}: {key} reaches beyond the end of its storage")
+    return HeaderEntry(key, tensor.storage.dtype, tensor.shape, starts[member] + offset, size)
+
+
+def _is_contiguous(tensor: _Tensor) -> bool:
+    """C order without gaps; the stride of an axis of one element, and any of an empty tensor, means nothing."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size > 1 and stride != expected:
+            return math.prod(tensor.shape) == 0
+        expected *= size
+    return True

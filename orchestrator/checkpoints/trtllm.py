@@ -1,0 +1,296 @@
+"""TensorRT-LLM checkpoints as a source: config.json and rank{N}.safetensors, whole tensors gathered over the ranks.
+
+What each rank holds of each tensor is what conversion would have given it: the weight map of the family for the checkpoint's
+own topology, read backwards. So every family can be gathered, and one table describes both directions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoints.assembly import assembled, read_assembled_rows
+from orchestrator.checkpoints.huggingface import check_file_names, read_json
+from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
+from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
+from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
+from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
+from orchestrator.core.rules import Family, Span, Where
+from orchestrator.core.topology import Topology
+from orchestrator.core.weight_map import Read, Target, weight_map
+from orchestrator.families import family_for
+
+CONFIG = "config.json"
+_HEADER_THREADS = 8
+_NO_LIMIT = 2**62
+_COMPUTED = {"embed_positions", "embed_positions_for_gpt_attention", "rotary_inv_freq"}
+"""Rotary tables that TensorRT-LLM's converter writes to every rank; they follow from the config."""
+_LAYOUT = {"use_parallel_embedding", "embedding_sharding_dim"}
+"""Fields of how the ranks are written, not of the model."""
+_SPELLINGS = {"LLaMAForCausalLM": "LlamaForCausalLM", "QWenForCausalLM": "Qwen2ForCausalLM"}
+"""TensorRT-LLM's other names of architectures (its MODEL_MAP)."""
+_INVERSES = {"is": lambda value: value, "sqrt": lambda value: value**2, "rsqrt": lambda value: value**-2}
+"""Of core.model_config.TRANSFORMS."""
+
+read_rows = read_assembled_rows
+
+
+def matches(names: list[str]) -> bool:
+    """A config.json beside ranks."""
+    return CONFIG in names and any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
+
+
+def read_index(place: Place) -> CheckpointIndex:
+    """Read config.json and every rank's headers.
+
+    Raises SourceMissingError, SourceCorruptError, LfsPointerError, QuantizationError, ArchitectureError, TopologyError;
+    WeightMapError for tensors that the family does not know.
+    """
+    config, topology, family = _read_config(place)
+    present = set(place.names())
+    shards = [_rank_files(place, present, rank) for rank in range(topology.world_size)]
+    names = [name for files in shards for name in files]
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        headers = list(pool.map(lambda name: read_header_at(place, name)[0], names))
+    ranks: list[_Rank] = []
+    for rank, files in enumerate(shards):
+        first = sum(len(earlier) for earlier in shards[:rank])
+        found = {entry.name: (number, entry) for number in range(first, first + len(files)) for entry in headers[number]}
+        ranks.append(_Rank(f"{place.url}/rank{rank}", found))
+    tensors = _gather(ranks, family, config, topology)
+    return CheckpointIndex("trtllm", tuple(place.source_file(name) for name in names), tensors, hugging_face_config(config, family))
+
+
+def _read_config(place: Place) -> tuple[ModelConfig, Topology, Family]:
+    plain = read_json(place, CONFIG)
+    quantization = plain.get("quantization") or {}
+    algorithm = quantization.get("quant_algo") or quantization.get("kv_cache_quant_algo")
+    if algorithm:
+        raise QuantizationError(f"{place.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")
+    name = plain.get("architecture")
+    try:
+        config, topology = from_trtllm({**plain, "architecture": _SPELLINGS.get(str(name), name)})
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise SourceCorruptError(f"{place.url}/{CONFIG} is not of a TensorRT-LLM checkpoint: {error}") from None
+    return _normalized(config), topology, family_for(config.architecture)
+
+
+def _normalized(config: ModelConfig) -> ModelConfig:
+    """As from_hugging_face writes it; the converter of Meta's files leaves the numbers of llama3's scaling out."""
+    scaling = dict(config.rotary_scaling or {})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "llama3":
+        usual = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        scaling = {**usual, **scaling}
+    act = {"swiglu": "silu"}.get(config.hidden_act, config.hidden_act)  # what TensorRT-LLM calls it among experts
+    changes = {"rotary_scaling": None if kind == "default" else {**scaling, "rope_type": kind}, "hidden_act": act}
+    return config.model_copy(update=changes)
+
+
+def _rank_files(place: Place, present: set[str], rank: int) -> list[str]:
+    """The one file of a rank, or the shards of its index. Raises SourceMissingError."""
+    single, listing = f"rank{rank}.safetensors", f"rank{rank}.safetensors.index.json"
+    if single in present:
+        return [single]
+    if listing not in present:
+        raise SourceMissingError(f"{place.url} has no {single}", "Every rank that config.json's mapping names must be present.")
+    listed = read_json(place, listing).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise SourceCorruptError(f"{place.url}/{listing} has no weight_map")
+    check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{place.url}/{listing}")
+    missing = sorted(set(listed.values()) - present)
+    if missing:
+        raise SourceMissingError(f"{place.url}/{listing} names the shard {missing[0]}, which is not there")
+    return sorted(set(listed.values()))
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank's files hold; `entries` gives the number of the file and the header's entry by name."""
+
+    where: str
+    entries: Mapping[str, tuple[int, HeaderEntry]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A block of a whole tensor that some rank holds: from `begin` on `axis`."""
+
+    axis: int
+    begin: int
+    piece: Piece
+    dtype: str
+
+
+def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topology: Topology) -> dict[str, TensorInfo]:
+    """Every whole tensor under its Hugging Face name."""
+    whole = _whole_tensors(family, config)
+    index = CheckpointIndex("trtllm", (), whole)
+    shares: dict[str, list[_Share]] = {}
+    seen: set[tuple[int, str]] = set()
+    for group in weight_map(index, family, config, topology, _NO_LIMIT).groups:
+        stage = [topology.rank(tp_rank, group.pp_rank) for tp_rank in range(topology.tp)]
+        for target in group.targets:
+            shared = all(read.tensor.name in shares for read in target.reads)
+            if shared and not any(target.name in ranks[rank].entries for rank in stage):
+                continue  # a head that is the embedding need not be stored
+            for tp_rank, rank in enumerate(stage):
+                seen.add((rank, target.name))
+                for name, share in _shares(target, tp_rank, ranks[rank]):
+                    shares.setdefault(name, []).append(share)
+    _check_all_seen(ranks, seen, family)
+    return {name: _join(name, whole[name].shape, found) for name, found in shares.items()}
+
+
+def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]:
+    """The tensors that the family's rules read, with the shapes that the config gives them. They lie nowhere."""
+    dims, dtype = config.dims(), MODEL_DTYPES[config.dtype]
+    tensors: dict[str, TensorInfo] = {}
+    for rule in family.rules:
+        if not rule.applies(config):
+            continue
+        layers = range(config.num_hidden_layers) if rule.where is Where.EVERY_LAYER else range(1)
+        experts = range(config.moe.num_experts if config.moe and rule.per_expert else 1)
+        for part in rule.parts:
+            if part.add:
+                raise ArchitectureError(
+                    f"checkpoints of {family.name} store {part.source} with {part.add:g} added, which rounding does not give back",
+                    "Build from the Hugging Face checkpoint.",
+                )
+            shape = tuple(dims[dim] for dim in part.shape)
+            if part.sections:
+                shape = (sum(dims[dim] for dim in part.sections), *shape[1:])
+            size = num_bytes(dtype, math.prod(shape))
+            for name in (part.source.format(layer=layer, expert=expert) for layer in layers for expert in experts):
+                tensors[name] = TensorInfo(name, dtype, shape, 0, 0, size)
+    return tensors
+
+
+def _shares(target: Target, tp_rank: int, rank: _Rank) -> Iterator[tuple[str, _Share]]:
+    """Whole tensor and block, for each read that the rank's tensor was joined from. Zero rows of padding are cut off."""
+    if target.name not in rank.entries:
+        raise SourceMissingError(f"{rank.where} lacks {target.name}")
+    file, entry = rank.entries[target.name]
+    if entry.shape != target.shape:
+        raise SourceCorruptError(
+            f"{rank.where}: {target.name} is {list(entry.shape)}, config.json says {list(target.shape)}",
+            "config.json and the ranks are of different models, or of different topologies.",
+        )
+    if entry.dtype not in MODEL_DTYPE_NAMES:
+        raise QuantizationError(f"{rank.where}: {target.name} is {entry.dtype}", "Build from the unquantized checkpoint.")
+    offset = entry.offset
+    for read in target.reads:
+        span = _span(read, tp_rank)
+        if span is None:
+            continue
+        axis, shape = read.axis or 0, list(read.tensor.shape)
+        shape[axis] = span.length
+        size = num_bytes(entry.dtype, math.prod(shape))
+        shape[axis] = span.end - span.begin
+        if span.begin < span.end:
+            yield read.tensor.name, _Share(axis, span.begin, Piece(file, offset, tuple(shape)), entry.dtype)
+        offset += size
+
+
+def _span(read: Read, tp_rank: int) -> Span | None:
+    """What a rank holds of a read; None: nothing."""
+    if read.ranks and tp_rank not in read.ranks:
+        return None
+    if not read.spans:
+        return Span(0, read.tensor.shape[0])
+    return read.spans[read.ranks.index(tp_rank) if read.ranks else tp_rank]
+
+
+def _join(name: str, shape: tuple[int, ...], shares: list[_Share]) -> TensorInfo:
+    """Blocks in order, each once: key/value heads and norms are held by several ranks. Raises SourceCorruptError."""
+    axis, dtype = shares[0].axis, shares[0].dtype
+    pieces: list[Piece] = []
+    position = 0
+    for share in sorted((share for share in shares if share.axis == axis), key=lambda share: share.begin):
+        if share.dtype != dtype:
+            raise SourceCorruptError(f"{name} is {dtype} on one rank and {share.dtype} on another")
+        if share.begin == position:
+            pieces.append(share.piece)
+            position += share.piece.shape[axis]
+    if position != shape[axis]:
+        raise SourceCorruptError(f"the ranks hold {position} of {shape[axis]} elements of {name}")
+    return assembled(name, dtype, Assembly(tuple(pieces), axis))
+
+
+def _check_all_seen(ranks: Sequence[_Rank], seen: set[tuple[int, str]], family: Family) -> None:
+    """Raises WeightMapError for a tensor that gathering would drop."""
+    for number, rank in enumerate(ranks):
+        unknown = [name for name in rank.entries if (number, name) not in seen and name not in _COMPUTED]
+        if unknown:
+            raise WeightMapError(
+                f"{rank.where} holds {len(unknown)} tensors that {family.name} has no rule for: {', '.join(unknown[:3])}",
+                "The checkpoint is quantized, of another architecture, or was written for other ranks.",
+            )
+
+
+def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
+    made: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "dtype": config.dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "hidden_activation": config.hidden_act,
+        "rms_norm_eps": config.norm_epsilon,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rotary_base,
+        "rope_scaling": config.rotary_scaling,
+        "rope_local_base_freq": config.rotary_base_local,
+        "attention_bias": config.attn_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **_window_keys(config),
+        **_expert_keys(config),
+    }
+    if config.rotary_embedding_dim:
+        made["partial_rotary_factor"] = config.rotary_embedding_dim / config.head_size
+    for field, (transform, key) in family.config.derived.items():
+        value = getattr(config, field)
+        if value is not None and key not in made:
+            made[key] = _INVERSES[transform](value)
+    read = from_hugging_face(made, config.architecture, config.dtype, family.config)
+    fields = ModelConfig.model_fields.keys() - _LAYOUT
+    wrong = sorted(field for field in fields if getattr(read, field) != getattr(config, field))
+    if wrong:
+        raise ArchitectureError(
+            f"config.json of this {config.architecture} cannot be read as {family.name}: {', '.join(wrong)} differ",
+            "Build from the Hugging Face checkpoint.",
+        )
+    return made
+
+
+def _window_keys(config: ModelConfig) -> dict[str, Any]:
+    if config.sliding_window is None:
+        return {"use_sliding_window": False}
+    windows = config.window_layers or (True,) * config.num_hidden_layers
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": kinds}
+
+
+def _expert_keys(config: ModelConfig) -> dict[str, Any]:
+    if config.moe is None:
+        return {}
+    return {
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "norm_topk_prob": config.moe.normalization_mode == 1,
+        "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+    }

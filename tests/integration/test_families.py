@@ -1,0 +1,113 @@
+"""Every family: converted, executed under MPI against transformers, and built by TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import verbs
+from orchestrator.core.errors import ArchitectureError, TopologyError
+from orchestrator.core.manifest import Verification
+from orchestrator.core.step import Kind
+from orchestrator.families import FAMILIES
+from tests.conftest import SpecMaker
+from tests.integration.steps import WITHOUT_ENGINES, run_steps
+from tests.models.families import TINY, write_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's models and its store lie, so that a reference is computed once."""
+    return tmp_path_factory.mktemp("families")
+
+
+def source(folder: Path, family: str) -> Path:
+    made = folder / family
+    return made if made.is_dir() else write_tiny(family, made)
+
+
+def verified(folder: Path, family: str, topology: dict[str, int], make_spec: SpecMaker, *, engines: bool = False) -> Verification:
+    made = verbs.plan(make_spec(source(folder, family), topology=topology))
+    outcomes = run_steps(made, (folder / "store").as_uri(), tuple(Kind) if engines else WITHOUT_ENGINES)
+    if engines:
+        built = [outcome for outcome in outcomes.values() if outcome.kind is Kind.BUILD]
+        assert len(built) == made.topology.world_size
+    last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
+    return Verification.model_validate(outcomes[last].facts["verification"])
+
+
+def check(found: Verification) -> None:
+    assert found.max_relative_error < 1e-3
+    assert found.mean_kl < 1e-6
+    assert found.top1_agreement == 1.0
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_family_with_duplicated_kv_heads_agrees_with_transformers(folder: Path, make_spec: SpecMaker, family: str) -> None:
+    check(verified(folder, family, {"tp": 4}, make_spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_family_on_uneven_stages_agrees_with_transformers_and_builds(folder: Path, make_spec: SpecMaker, family: str) -> None:
+    check(verified(folder, family, {"tp": 2, "pp": 2}, make_spec, engines=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("topology", [{"tp": 2, "moe_ep": 2}, {"tp": 4, "moe_ep": 2}], ids=["ep2", "tp2-ep2"])
+def test_experts_in_parallel_agree_with_transformers(
+    folder: Path, make_spec: SpecMaker, family: str, topology: dict[str, int]
+) -> None:
+    check(verified(folder, family, topology, make_spec))
+
+
+def test_experts_of_a_dense_model_are_refused(folder: Path, make_spec: SpecMaker) -> None:
+    with pytest.raises(TopologyError, match="the model has no experts"):
+        verbs.plan(make_spec(source(folder, "llama"), topology={"tp": 2, "moe_ep": 2}))
+
+
+def test_experts_that_do_not_divide_are_refused(folder: Path, make_spec: SpecMaker) -> None:
+    three = write_tiny("mixtral", folder / "three-experts", num_local_experts=3)
+    with pytest.raises(TopologyError, match="moe_ep=2 does not divide the 3 experts"):
+        verbs.plan(make_spec(three, topology={"tp": 2, "moe_ep": 2}))
+
+
+def test_experts_in_some_layers_only_are_refused(folder: Path, make_spec: SpecMaker) -> None:
+    mixed = write_tiny("qwen3_moe", folder / "mixed", mlp_only_layers=[1])
+    with pytest.raises(ArchitectureError, match="layers without experts"):
+        verbs.plan(make_spec(mixed))
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_scaling_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker, kind: str) -> None:
+    made = write_tiny("llama", tmp_path / "model", rope_parameters=ROTARY[kind])
+    plan = verbs.plan(make_spec(made))
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
+    check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))
+
+
+@pytest.mark.parametrize("original", [64, 7], ids=["short-texts", "long-texts"])
+def test_longrope_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker, original: int) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": original,
+        "short_factor": [1.0 + 0.1 * number for number in range(8)], "long_factor": [2.0 + 0.3 * number for number in range(8)],
+    }  # fmt: skip
+    made = write_tiny("phi3", tmp_path / "model", rope_parameters=rope, original_max_position_embeddings=original)
+    plan = verbs.plan(make_spec(made))
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
+    check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))

