@@ -1,8 +1,10 @@
-"""The plan of a 405B-shaped Llama at tp=8, pp=16, from headers alone: seconds and memory of a fresh process.
+"""Plans of very large models from headers alone: seconds and memory of a fresh process.
+
+A 405B-shaped Llama at tp=8, pp=16, and a mixture of 61 layers x 256 experts at 64 expert-parallel ranks.
 
     python -m benchmarks.plan_scale [--folder DIR] [--rounds N] [--profile]
 
-The checkpoint's 191 files hold headers and holes: 810 GB by size, a megabyte by what they take.
+The checkpoints' files hold headers and holes: hundreds of gigabytes by size, megabytes by what they take.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sources import write_llama
+from benchmarks.sources import write_llama, write_moe_headers
 
 _CHILD = """
 import json, resource, sys, time
@@ -47,24 +49,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print where the time goes, to stderr")
     arguments = parser.parse_args()
-    source = arguments.folder / "llama-405b-headers"
-    write_llama(
-        source, num_files=191, hidden=16384, inter=53248, heads=128, kv_heads=8, layers=126, vocab=128256, sparse=True
-    )  # fmt: skip
-    rounds = sorted(
-        (plan(source, arguments.profile) for _ in range(arguments.rounds)), key=lambda found: float(found["plan_seconds"])
-    )
+    llama = arguments.folder / "llama-405b-headers"
+    write_llama(llama, num_files=191, hidden=16384, inter=53248, heads=128, kv_heads=8, layers=126, vocab=128256, sparse=True)
+    report(llama, {"tp": 8, "pp": 16}, arguments.rounds, arguments.profile)
+    moe = arguments.folder / "moe-256-headers"
+    write_moe_headers(moe, num_files=163, layers=61, num_experts=256)
+    report(moe, {"tp": 64, "moe_ep": 64}, arguments.rounds, arguments.profile)
+
+
+def report(source: Path, topology: dict[str, int], num_rounds: int, profile: bool) -> None:
+    """Plan in processes of their own and print the median round."""
+    rounds = sorted((plan(source, topology, profile) for _ in range(num_rounds)), key=lambda found: float(found["plan_seconds"]))
     found = rounds[len(rounds) // 2]
     assert len({item["build_key"] for item in rounds}) == 1, "the plan is not the same each time"
-    print(f"{found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors and 191 files, tp=8, pp=16: {found['steps']} steps")
+    print(f"{source.name}: {found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors, {topology}: {found['steps']} steps")
     print(f"seconds of verbs.plan             {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
     print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
 
 
-def plan(source: Path, profile: bool) -> dict[str, Any]:
+def plan(source: Path, topology: dict[str, int], profile: bool) -> dict[str, Any]:
     """One round: what the process measured of itself."""
     spec = {
-        "source": {"path": str(source.resolve())}, "topology": {"tp": 8, "pp": 16},
+        "source": {"path": str(source.resolve())}, "topology": topology,
         "engine": {"max_seq_len": 8192}, "release": {"name": "bench", "version": "1"},
     }  # fmt: skip
     words = [sys.executable, "-c", _CHILD, json.dumps(spec), "profile" if profile else ""]

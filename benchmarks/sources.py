@@ -50,6 +50,45 @@ def write_llama(
     `sparse` writes headers only and leaves holes of the right size: enough to plan with, and it takes no room.
     """
     tensors = llama_tensors(hidden, inter, heads, kv_heads, layers, vocab)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inter,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocab,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    return write_checkpoint(folder, tensors, config, num_files=num_files, sparse=sparse)
+
+
+def write_moe_headers(folder: Path, *, num_files: int, layers: int, num_experts: int) -> int:
+    """Headers and holes of a Qwen3-MoE-shaped checkpoint; returns its tensor bytes."""
+    hidden, expert, heads, head, vocab = 7168, 2048, 64, 128, 129280
+    tensors: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocab, hidden))]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors += [(prefix + f"{name}.weight", (hidden,)) for name in ("input_layernorm", "post_attention_layernorm")]
+        tensors += [(prefix + f"self_attn.{name}_proj.weight", (heads * head, hidden)) for name in "qkv"]
+        tensors += [(prefix + f"self_attn.{name}_norm.weight", (head,)) for name in "qk"]
+        tensors += [
+            (prefix + "self_attn.o_proj.weight", (hidden, heads * head)),
+            (prefix + "mlp.gate.weight", (num_experts, hidden)),
+        ]
+        for number in range(num_experts):
+            names = (("gate_proj", (expert, hidden)), ("up_proj", (expert, hidden)), ("down_proj", (hidden, expert)))
+            tensors += [(prefix + f"mlp.experts.{number}.{name}.weight", shape) for name, shape in names]
+    tensors += [("model.norm.weight", (hidden,)), ("lm_head.weight", (vocab, hidden))]
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": hidden, "intermediate_size": 18432, "head_dim": head,
+        "moe_intermediate_size": expert, "num_attention_heads": heads, "num_key_value_heads": heads, "num_experts": num_experts,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "num_hidden_layers": layers, "vocab_size": vocab,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return write_checkpoint(folder, tensors, config, num_files=num_files, sparse=True)
+
+
+def write_checkpoint(
+    folder: Path, tensors: list[tuple[str, Shape]], config: dict[str, object], *, num_files: int, sparse: bool
+) -> int:
+    """Write bfloat16 tensors in `num_files` shards under an index; returns their bytes. A folder that is there is kept."""
     total = sum(math.prod(shape) * 2 for _, shape in tensors)
     if (folder / "config.json").is_file():
         return total
@@ -69,12 +108,6 @@ def write_llama(
         listed |= {name: file for name, _ in members}
     index = {"metadata": {"total_size": total}, "weight_map": listed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inter,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocab,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 8192, "rope_theta": 500000.0,
-        "tie_word_embeddings": False, "dtype": "bfloat16",
-    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return total
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from orchestrator.checkpoints import read_contiguous_rows
-from orchestrator.checkpoints.huggingface import check_file_names, read_config, read_json
+from orchestrator.checkpoints.huggingface import read_shards
 from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.torch_zip import read_tensors
-from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError
+from orchestrator.core.checkpoint import CheckpointIndex
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
-_FILE_THREADS = 8
 
 read_rows = read_contiguous_rows
 
@@ -30,34 +26,11 @@ def read_index(place: Place) -> CheckpointIndex:
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for a source that is
     quantized.
     """
-    present = place.names()
-    config = read_config(place)
-    listed = _listed(place, present)
-    names = sorted(set(listed.values())) if listed else [SINGLE]
-    for name in names:
-        if name not in present:
-            raise SourceMissingError(f"{place.url}/{name} is not there")
-    with ThreadPoolExecutor(_FILE_THREADS) as pool:
-        files = list(pool.map(lambda name: read_tensors(place, name), names))
-    tensors: dict[str, TensorInfo] = {}
-    for number, entries in enumerate(files):
-        for entry in entries:
-            if entry.name in tensors:
-                other = names[tensors[entry.name].file]
-                raise SourceCorruptError(f"{place.url}: {entry.name} is in both {other} and {names[number]}")
-            tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, number, entry.offset, entry.num_bytes)
-    for tensor, name in listed.items():
-        if tensor not in tensors or names[tensors[tensor].file] != name:
-            raise SourceCorruptError(f"{place.url}/{INDEX} says that {name} holds {tensor}, it does not")
-    return CheckpointIndex("bin", tuple(place.source_file(name) for name in names), tensors, config)
-
-
-def _listed(place: Place, present: list[str]) -> dict[str, str]:
-    """Tensor to shard, from the index; empty when there is none."""
-    if INDEX not in present:
-        return {}
-    listed = read_json(place, INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise SourceCorruptError(f"{place.url}/{INDEX} has no weight_map")
-    check_file_names(list(listed.values()), r"[^/\\]+\.bin", f"{place.url}/{INDEX}")
-    return listed
+    return read_shards(
+        place,
+        "bin",
+        INDEX,
+        r"[^/\\]+\.bin",
+        single=lambda _place, _present: SINGLE,
+        read_entries=lambda name: read_tensors(place, name),
+    )

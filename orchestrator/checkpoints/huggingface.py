@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,21 +31,44 @@ def read_index(place: Place) -> CheckpointIndex:
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a source that is quantized.
     """
+    return read_shards(
+        place,
+        "huggingface",
+        INDEX,
+        r"[^/\\]+\.safetensors",
+        single=_single_file,
+        read_entries=lambda name: read_header_at(place, name)[0],
+    )
+
+
+def read_shards(
+    place: Place,
+    source_format: str,
+    index: str,
+    pattern: str,
+    *,
+    single: Callable[[Place, list[str]], str],
+    read_entries: Callable[[str], Sequence[HeaderEntry]],
+) -> CheckpointIndex:
+    """The index of a folder with config.json and weights in one file, or in shards that the file `index` lists.
+
+    `pattern` is what names of shards must match, `single` finds the one file, `read_entries` describes a file's tensors.
+    Raises SourceMissingError, SourceCorruptError, QuantizationError, and what `read_entries` raises.
+    """
     present = place.names()
     config = read_config(place)
-    listed = _listed(place, present)
-    names = sorted(set(listed.values())) if listed else [_single_file(place, present)]
+    listed = _listed(place, present, index, pattern)
+    names = sorted(set(listed.values())) if listed else [single(place, present)]
     for name in names:
         if name not in present:
-            raise SourceMissingError(f"{place.url}/{INDEX} names the shard {name}, which is not there")
+            raise SourceMissingError(f"{place.url}/{index} names the shard {name}, which is not there")
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        headers = list(pool.map(lambda name: read_header_at(place, name)[0], names))
-    tensors = _collect(place, names, headers)
+        described = list(pool.map(read_entries, names))
+    tensors = _collect(place, names, described)
     for tensor, name in listed.items():
         if tensor not in tensors or names[tensors[tensor].file] != name:
-            raise SourceCorruptError(f"{place.url}/{INDEX} says that {name} holds {tensor}, it does not")
-    files = tuple(place.source_file(name) for name in names)
-    return CheckpointIndex("huggingface", files, tensors, config)
+            raise SourceCorruptError(f"{place.url}/{index} says that {name} holds {tensor}, it does not")
+    return CheckpointIndex(source_format, tuple(place.source_file(name) for name in names), tensors, config)
 
 
 def read_config(place: Place) -> dict[str, Any]:
@@ -81,14 +105,14 @@ def check_file_names(names: list[Any], pattern: str, where: str) -> None:
             raise SourceCorruptError(f"{where} names {name!r}, which is not a weights file of this folder")
 
 
-def _listed(place: Place, present: list[str]) -> dict[str, str]:
+def _listed(place: Place, present: list[str], index: str, pattern: str) -> dict[str, str]:
     """Tensor to shard, from the index; empty when there is none."""
-    if INDEX not in present:
+    if index not in present:
         return {}
-    listed = read_json(place, INDEX).get("weight_map")
+    listed = read_json(place, index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise SourceCorruptError(f"{place.url}/{INDEX} has no weight_map")
-    check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{place.url}/{INDEX}")
+        raise SourceCorruptError(f"{place.url}/{index} has no weight_map")
+    check_file_names(list(listed.values()), pattern, f"{place.url}/{index}")
     return listed
 
 
@@ -103,9 +127,9 @@ def _single_file(place: Place, present: list[str]) -> str:
     raise SourceMissingError(f"{place.url} has no safetensors weights", "Convert the weights to safetensors first.")
 
 
-def _collect(place: Place, names: list[str], headers: list[list[HeaderEntry]]) -> dict[str, TensorInfo]:
+def _collect(place: Place, names: list[str], described: Sequence[Sequence[HeaderEntry]]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
-    for number, entries in enumerate(headers):
+    for number, entries in enumerate(described):
         for entry in entries:
             if entry.name in tensors:
                 other = names[tensors[entry.name].file]

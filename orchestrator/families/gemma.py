@@ -19,6 +19,12 @@ _DEFAULTS = {
     "tie_word_embeddings": True,
 }
 _SCALED = {"embedding_multiplier": ("sqrt", "hidden_size")}
+_CAPPED = {
+    **_SCALED,
+    "attention_scale": ("rsqrt", "query_pre_attn_scalar"),
+    "attn_logit_softcapping": ("is", "attn_logit_softcapping"),
+    "final_logit_softcapping": ("is", "final_logit_softcapping"),
+}
 _PRE = (norm("input_layernorm", "input_layernorm", _ONE), norm("post_layernorm", "post_attention_layernorm", _ONE))
 _SANDWICH = (
     *_PRE,
@@ -47,12 +53,7 @@ GEMMA2 = Family(
             "final_logit_softcapping": 30.0,
         },
         constants={"norm_placement": "sandwich"},
-        derived={
-            **_SCALED,
-            "attention_scale": ("rsqrt", "query_pre_attn_scalar"),
-            "attn_logit_softcapping": ("is", "attn_logit_softcapping"),
-            "final_logit_softcapping": ("is", "final_logit_softcapping"),
-        },
+        derived=_CAPPED,
         window_pattern=2,
     ),
 )
@@ -71,12 +72,7 @@ GEMMA3 = Family(
             "rope_local_base_freq": 10_000.0,
         },
         constants={"norm_placement": "sandwich", "qk_layernorm": "head"},
-        derived={
-            **_SCALED,
-            "attention_scale": ("rsqrt", "query_pre_attn_scalar"),
-            "attn_logit_softcapping": ("is", "attn_logit_softcapping"),
-            "final_logit_softcapping": ("is", "final_logit_softcapping"),
-        },
+        derived=_CAPPED,
         window_pattern=6,
     ),
 )
