@@ -292,10 +292,16 @@ def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topolo
 
 def read_release(url: str) -> tuple[Store, Manifest]:
     """The release at `url` (the folder of its manifest.json). Raises ReleaseMissingError, SchemaVersionError, DigestError."""
+    store, data = _read_manifest(url)
+    return store, parse_manifest(data, store.url)
+
+
+def _read_manifest(url: str) -> tuple[Store, bytes]:
+    """The release's store and the bytes of its manifest. Raises ReleaseMissingError."""
     address = url.removesuffix("/manifest.json").rstrip("/")
     store = open_store(address)
     try:
-        return store, parse_manifest(store.get("manifest.json"), address)
+        return store, store.get("manifest.json")
     except ObjectMissingError:
         raise ReleaseMissingError(f"there is no release at {address}", "Give the URL that `orchestrator build` printed.") from None
 
@@ -307,7 +313,8 @@ def pull(
 
     A file that is there already with the right digest is kept. Raises ReleaseMissingError, DigestError, StoreError.
     """
-    store, manifest = read_release(url)
+    store, data = _read_manifest(url)
+    manifest = parse_manifest(data, store.url)
     wanted = set(ranks) if ranks is not None else {record.rank for record in manifest.ranks}
     unknown = wanted - {record.rank for record in manifest.ranks}
     if unknown:
@@ -319,7 +326,7 @@ def pull(
     for file in files:
         fetched.append(_pull_file(store, file, output))
         progress(file)
-    (output / "manifest.json").write_bytes(store.get("manifest.json"))  # as it was signed, newer fields included
+    (output / "manifest.json").write_bytes(data)  # as it was signed, newer fields included
     return fetched
 
 
