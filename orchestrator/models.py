@@ -31,8 +31,9 @@ from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
 from orchestrator.core.options import BuildOptions, ConvertOptions, StageOptions
 from orchestrator.core.spec import BuildConfig
+from orchestrator.core.targets import Read, Target
 from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import Read, Target, weight_map
+from orchestrator.core.weight_map import weight_map
 from orchestrator.engines.profiles import max_seq_len
 from orchestrator.families import family_for
 from orchestrator.networks import NetworkOptions, decoder_network

@@ -21,7 +21,6 @@ from orchestrator.core.errors import (
     ClusterError,
     DigestError,
     OrchestratorError,
-    QuantizationError,
     ReleaseMissingError,
     SpecError,
     StoreError,
@@ -32,7 +31,7 @@ from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_
 from orchestrator.core.options import BuildOptions, StageOptions
 from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
 from orchestrator.core.rules import Family
-from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, QuantizationSpec
+from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
@@ -60,6 +59,8 @@ def plan(spec: BuildSpec) -> Plan:
     """
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import max_seq_len
+    from orchestrator.quantizers import tolerance
+    from orchestrator.quantizing import resolve as resolve_quantization
 
     index, extra_files = read_source(spec.source.path, spec.source.format)
     family, architecture = _family(spec, index)
@@ -67,11 +68,13 @@ def plan(spec: BuildSpec) -> Plan:
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     config = _with_layout(config, spec)
-    _check_quantization(spec.quantization)
     max_seq_len(config, spec.engine)
-    weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes)
+    quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
+    model = quantization.model if quantization else None
+    weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes, model)
     version = installed_version(spec.engine.backend)
-    return make_plan(spec, Inputs(index, extra_files, spec.source.path, config, weights, version))
+    inputs = Inputs(index, extra_files, spec.source.path, config, weights, version, quantization, tolerance(model))
+    return make_plan(spec, inputs)
 
 
 def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
@@ -112,16 +115,6 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
         raise SpecError(f"the source's dtype {dominant or 'none'} is no model dtype", "Set dtype: bfloat16 or float16 in the spec.")
     name = MODEL_DTYPE_NAMES[dominant]
     return "float16" if name == "float32" else name
-
-
-def _check_quantization(quantization: QuantizationSpec | None) -> None:
-    from orchestrator.quantizers import QUANTIZERS
-
-    if quantization is not None and quantization.algorithm not in QUANTIZERS:
-        known = ", ".join(sorted(QUANTIZERS)) or "none yet"
-        raise QuantizationError(
-            f"no quantizer is called {quantization.algorithm!r}", f"There are: {known}. Leave quantization out."
-        )
 
 
 OpenCluster = Callable[[ClusterSpec], Cluster]
@@ -221,19 +214,21 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     staging = output / ".staging"
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
-    only = Plan(made.spec, made.inputs, tuple(made.of_kind(Kind.CONVERT)))
+    only = Plan(made.spec, made.inputs, tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
     committed = cache.committed(store, (step.digest for step in only.steps))
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
     result = run(only, committed, ClusterSpec(store=store.url), local_cluster, reports)
     result.raise_failures(only)
-    for outcome in result.outcomes.values():
-        for written in outcome.outputs:
+    for step in only.of_kind(Kind.CONVERT):
+        for written in result.outcomes[step.digest].outputs:
             path = store.local_path(written.key)
             assert path is not None  # the staging store is a folder
             path.replace(output / written.name)
     _write_indexes(made, output)
-    (output / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology), indent=4) + "\n")
+    (output / "config.json").write_text(
+        json.dumps(to_trtllm(made.inputs.config, made.topology, made.inputs.model_quantization), indent=4) + "\n"
+    )
     shutil.rmtree(staging)
     return made
 

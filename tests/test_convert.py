@@ -36,8 +36,8 @@ from orchestrator.core.options import ConvertOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepProgress
 from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.core.targets import Read, Target
 from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import Read, Target
 from orchestrator.stores import Store, open_store
 from orchestrator.work import convert as converting
 from orchestrator.work import cutting

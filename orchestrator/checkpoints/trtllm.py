@@ -22,8 +22,9 @@ from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
 from orchestrator.core.rules import Family, Span, Where
+from orchestrator.core.targets import Read, Target
 from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import Read, Target, weight_map
+from orchestrator.core.weight_map import weight_map
 from orchestrator.families import family_for
 
 CONFIG = "config.json"

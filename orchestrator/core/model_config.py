@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.errors import ArchitectureError
+from orchestrator.core.quantization import ModelQuantization, quantization_config
 from orchestrator.core.topology import ParallelLimits, Topology
 
 
@@ -270,8 +271,8 @@ def _moe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe": moe, "moe_intermediate_size": config.get("moe_intermediate_size")}
 
 
-def to_trtllm(config: ModelConfig, topology: Topology) -> dict[str, Any]:
-    """config.json of a TensorRT-LLM checkpoint, unquantized (field names and values as TensorRT-LLM 0.16 writes them).
+def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> dict[str, Any]:
+    """config.json of a TensorRT-LLM checkpoint (field names and values as TensorRT-LLM 0.16 writes them).
 
     Fields of ours that TensorRT-LLM has no name for are written only where they differ from their default: its reader sets
     unknown keys with a warning.
@@ -282,10 +283,6 @@ def to_trtllm(config: ModelConfig, topology: Topology) -> dict[str, Any]:
     }  # fmt: skip
     if topology.pp_partition is not None:
         mapping["pp_partition"] = list(topology.pp_partition)
-    quantization = {
-        "quant_algo": None, "kv_cache_quant_algo": None, "group_size": 128, "smoothquant_val": 0.5, "clamp_val": None,
-        "use_meta_recipe": False, "has_zero_point": False, "pre_quant_scale": False, "exclude_modules": None,
-    }  # fmt: skip
     fields = {
         name: value
         for name, value in config.model_dump(mode="json").items()
@@ -301,7 +298,7 @@ def to_trtllm(config: ModelConfig, topology: Topology) -> dict[str, Any]:
         "qk_layernorm": config.qk_layernorm != "none",
         "qk_layernorm_kind": config.qk_layernorm,
         "mapping": mapping,
-        "quantization": quantization,
+        "quantization": quantization_config(quantization),
     }
 
 

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.spec import BuildConfig, QuantizationSpec, ToleranceSpec
+from orchestrator.core.quantization import CalibrationMethod, LinearFormat, ModelQuantization, global_name
+from orchestrator.core.spec import BuildConfig, ToleranceSpec
+from orchestrator.core.targets import Target
 from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import LayerGroup, Target
+from orchestrator.core.weight_map import LayerGroup
 
 
 class _Options(BaseModel):
@@ -28,6 +30,7 @@ class StageOptions(_Options):
     first_layer: int
     num_layers: int
     moe_ep: int = 1
+    quantization: ModelQuantization | None = None
 
     @property
     def is_first(self) -> bool:
@@ -38,7 +41,7 @@ class StageOptions(_Options):
         return self.pp_rank == self.pp - 1
 
     @staticmethod
-    def of(config: ModelConfig, topology: Topology, pp_rank: int) -> StageOptions:
+    def of(config: ModelConfig, topology: Topology, pp_rank: int, quantization: ModelQuantization | None = None) -> StageOptions:
         layers = topology.stages(config.num_hidden_layers)[pp_rank]
         return StageOptions(
             config=config,
@@ -48,7 +51,15 @@ class StageOptions(_Options):
             first_layer=layers.start,
             num_layers=len(layers),
             moe_ep=topology.moe_ep,
+            quantization=quantization,
         )
+
+    def format_of(self, linear: str) -> LinearFormat | None:
+        """The format of a linear by its name within the stage (transformer.layers.0.mlp.fc); None: the model's precision."""
+        if self.quantization is None:
+            return None
+        local = int(linear.split(".", 3)[2])
+        return self.quantization.format_of(global_name(linear, local, self.first_layer + local))
 
     def rank(self, tp_rank: int) -> int:
         return self.pp_rank * self.tp + tp_rank
@@ -68,12 +79,47 @@ class ReferenceOptions(_Options):
     max_tokens: int
 
 
-class CalibrateOptions(_Options):
-    """Calibrate a stage's quantizers, on rank 0."""
+class CalibrationData(_Options):
+    """Which tokens the model reads."""
 
+    dataset: str
+    """default, the name of a Hugging Face dataset, or a local file's name without its folder."""
+    digest: str | None
+    """sha256 of a local file."""
+    num_samples: int
+    max_length: int
+    batch_size: int
+    seed: int
+
+
+class CalibrateOptions(_Options):
+    """Collect the calibration artifact of some consecutive layers, on one actor. Nothing here depends on a topology."""
+
+    format: str
+    """Of the source: a name of checkpoints/."""
     files: tuple[SourceFile, ...]
-    stage: StageOptions
-    quantization: QuantizationSpec
+    """Weights, then config and tokenizer."""
+    num_weight_files: int
+    config: ModelConfig
+    first_layer: int
+    num_layers: int
+    method: CalibrationMethod
+    formats: dict[str, LinearFormat] = {}
+    """smoothquant and awq_lite: source module (model.layers.3.mlp.up_proj) -> its format. max: empty, all linears are watched."""
+    resmooth: tuple[tuple[str, ...], ...] = ()
+    """smoothquant and awq_lite: source modules that share one pre_quant_scale."""
+    kv_cache: bool = True
+    """Watch keys and values too."""
+    data: CalibrationData
+    layerwise: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.first_layer + self.num_layers == self.config.num_hidden_layers
 
 
 class ConvertOptions(_Options):
@@ -88,10 +134,16 @@ class ConvertOptions(_Options):
     """File name by tp_rank."""
     not_finite: Literal["warn", "error"] = "warn"
     """What a NaN or infinity among the weights is."""
+    scales_sha256: str | None = None
+    """Of a calibration artifact that the user brings; None: those that the needs committed."""
 
     @staticmethod
     def of(
-        group: LayerGroup, index: CheckpointIndex, topology: Topology, not_finite: Literal["warn", "error"] = "warn"
+        group: LayerGroup,
+        index: CheckpointIndex,
+        topology: Topology,
+        not_finite: Literal["warn", "error"] = "warn",
+        scales_sha256: str | None = None,
     ) -> ConvertOptions:
         used = sorted({file for tensor in group.sources().values() for file in tensor.files()})
         position = {old: new for new, old in enumerate(used)}
@@ -106,6 +158,7 @@ class ConvertOptions(_Options):
         return ConvertOptions(
             format=index.format,
             not_finite=not_finite,
+            scales_sha256=scales_sha256,
             files=tuple(index.files[old] for old in used),
             targets=targets,
             shards=shards,

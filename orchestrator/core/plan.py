@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from orchestrator.core.calibration import Quantization, calibrations, in_layers
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.digest import digest_of
 from orchestrator.core.model_config import ModelConfig
@@ -18,7 +19,8 @@ from orchestrator.core.options import (
     StageOptions,
     VerifyOptions,
 )
-from orchestrator.core.spec import BuildSpec, ClusterSpec
+from orchestrator.core.quantization import ModelQuantization
+from orchestrator.core.spec import BuildSpec, ClusterSpec, ToleranceSpec
 from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
@@ -41,6 +43,13 @@ class Inputs:
     config: ModelConfig
     weights: WeightMap
     tensorrt_version: str | None
+    quantization: Quantization | None = None
+    tolerance: ToleranceSpec = field(default_factory=ToleranceSpec)
+    """Of verification, where the spec gives none."""
+
+    @property
+    def model_quantization(self) -> ModelQuantization | None:
+        return self.quantization.model if self.quantization else None
 
 
 @dataclass(frozen=True)
@@ -106,17 +115,18 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
     reference = _reference(spec, inputs) if spec.verification.enabled else None
     if reference is not None:
         steps.append(reference)
+    calibrates = _calibrates(inputs, topology)
+    steps.extend(calibrates)
     previous: Step | None = None
     for pp_rank in range(topology.pp):
-        stage = StageOptions.of(inputs.config, topology, pp_rank)
+        stage = StageOptions.of(inputs.config, topology, pp_rank, inputs.model_quantization)
         groups = inputs.weights.stage(pp_rank)
-        calibrate = _calibrate(spec, inputs, stage)
-        converts = [_convert(group, inputs, topology, calibrate, spec.conversion.not_finite) for group in groups]
+        converts = [_convert(group, inputs, topology, calibrates, spec.conversion.not_finite) for group in groups]
         rank_bytes = sum(group.shard_bytes for group in groups)
-        steps.extend(([calibrate] if calibrate else []) + converts)
+        steps.extend(converts)
         steps.extend(_build(spec, inputs, stage, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
         if reference is not None:
-            previous = _verify(spec, stage, converts, reference, previous, rank_bytes)
+            previous = _verify(spec, inputs, stage, converts, reference, previous, rank_bytes)
             steps.append(previous)
     return Plan(spec, inputs, tuple(steps))
 
@@ -144,23 +154,53 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
     )
 
 
-def _calibrate(spec: BuildSpec, inputs: Inputs, stage: StageOptions) -> Step | None:
-    if spec.quantization is None:
-        return None
-    options = CalibrateOptions(files=inputs.index.files + inputs.extra_files, stage=stage, quantization=spec.quantization)
+def _calibrates(inputs: Inputs, topology: Topology) -> list[Step]:
+    """Every calibration of the build, those that feed others first."""
+    quantization = inputs.quantization
+    if quantization is None:
+        return []
+    layers = inputs.config.num_hidden_layers
+    parts = topology.stages(layers) if quantization.num_stages is None else Topology(1, quantization.num_stages).stages(layers)
+    steps: list[Step] = []
+    for chain in calibrations(quantization, inputs.index, inputs.extra_files, inputs.config, inputs.weights, parts):
+        previous: Step | None = None
+        for number, options in enumerate(chain):
+            previous = _calibrate(inputs, options, number, previous)
+            steps.append(previous)
+    return steps
+
+
+def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous: Step | None) -> Step:
+    assert inputs.quantization is not None
+    tensors = inputs.index.tensors.items()
+    part = range(options.first_layer, options.first_layer + options.num_layers)
+    part_bytes = sum(tensor.num_bytes for name, tensor in tensors if in_layers(name, part))
+    passes = {"max": 1, "smoothquant": 1, "awq_lite": 12}[options.method.method]
+    data = options.data
+    hidden_bytes = data.num_samples * data.max_length * options.config.hidden_size * 4
     return Step(
         kind=Kind.CALIBRATE,
         version=VERSIONS[Kind.CALIBRATE],
-        name=f"calibrate/stage{stage.pp_rank}",
+        name=f"calibrate/{options.method.method}/part{number}",
         options=options.model_dump(mode="json"),
-        places={"source": inputs.source},
+        needs=(previous.digest,) if previous else (),
+        places={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
+        resources=Resources(
+            gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=2 * part_bytes + 2 * hidden_bytes + 2 * _GB
+        ),
+        estimate=Estimate(
+            read_bytes=part_bytes, write_bytes=0 if options.is_last else hidden_bytes, seconds=15 + 20 * passes * part_bytes / _GB
+        ),
     )
 
 
 def _convert(
-    group: LayerGroup, inputs: Inputs, topology: Topology, calibrate: Step | None, not_finite: Literal["warn", "error"]
+    group: LayerGroup, inputs: Inputs, topology: Topology, calibrates: list[Step], not_finite: Literal["warn", "error"]
 ) -> Step:
-    options = ConvertOptions.of(group, inputs.index, topology, not_finite)
+    quantization = inputs.quantization
+    scales = quantization.scales_sha256 if quantization and group.needs_scales else None
+    options = ConvertOptions.of(group, inputs.index, topology, not_finite, scales)
+    needs = [step.digest for step in calibrates if group.needs_scales and _overlap(step, group.layers)]
     sources = group.sources().values()
     read_bytes = sum(tensor.num_bytes for tensor in sources)
     write_bytes = group.shard_bytes * topology.tp
@@ -170,11 +210,16 @@ def _convert(
         version=VERSIONS[Kind.CONVERT],
         name=f"convert/stage{group.pp_rank}/group{group.index}",
         options=options.model_dump(mode="json"),
-        needs=(calibrate.digest,) if calibrate else (),
-        places={"source": inputs.source},
+        needs=tuple(needs),
+        places={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
         resources=Resources(memory_bytes=2 * largest + 300_000_000),
         estimate=Estimate(read_bytes=read_bytes, write_bytes=write_bytes, seconds=0.5 + 2 * write_bytes / _GB),
     )
+
+
+def _overlap(calibrate: Step, layers: range) -> bool:
+    first, count = calibrate.options["first_layer"], calibrate.options["num_layers"]
+    return bool(first < layers.stop and layers.start < first + count)
 
 
 def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
@@ -191,13 +236,19 @@ def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, c
 
 
 def _verify(
-    spec: BuildSpec, stage: StageOptions, converts: list[Step], reference: Step, previous: Step | None, rank_bytes: int
+    spec: BuildSpec,
+    inputs: Inputs,
+    stage: StageOptions,
+    converts: list[Step],
+    reference: Step,
+    previous: Step | None,
+    rank_bytes: int,
 ) -> Step:
     options = VerifyOptions(
         stage=stage,
         decode_steps=spec.verification.decode_steps,
         gather_logits=spec.engine.gather_logits,
-        tolerance=spec.verification.tolerance,
+        tolerance=spec.verification.tolerance or inputs.tolerance,
     )
     needs = [step.digest for step in converts] + [reference.digest] + ([previous.digest] if previous else [])
     float32_bytes = rank_bytes * (1 if stage.config.dtype == "float32" else 2)

@@ -78,11 +78,53 @@ class ConversionSpec(Frozen):
     """With use_parallel_embedding. 0: by vocabulary; 1: by hidden size."""
 
 
-class QuantizationSpec(Frozen):
-    """Calibrated once, on rank 0 of each stage."""
+class CalibrationSpec(Frozen):
+    """The text that Model Optimizer watches the model read, and how."""
 
-    algorithm: str
-    """A name of quantizers/."""
+    dataset: str = "default"
+    """default: text that comes with the package. Or a .txt, .jsonl or .parquet file, or the name of a Hugging Face dataset."""
+    num_samples: int = Field(default=64, ge=1)
+    max_length: int = Field(default=256, ge=2)
+    """Tokens of each sample."""
+    batch_size: int = Field(default=16, ge=1)
+    """Samples per forward pass; AWQ searches once per pass, so few large ones are faster."""
+    seed: int = 1234
+    """Of the choice among more samples than asked for."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layerwise: bool = False
+    """Calibrate one decoder layer after the other, resumable after each."""
+    num_stages: int | None = Field(default=None, ge=1)
+    """Parts of the model, each calibrated by an actor that holds its layers only; absent: the pipeline stages."""
+
+
+class QuantizationSpec(Frozen):
+    """Calibrated once, on rank 0 of each stage; applied to the weights while they are converted."""
+
+    algorithm: str | None = None
+    """A name of quantizers/ (TensorRT-LLM's QuantAlgo), or MIXED_PRECISION; absent: only the KV cache is quantized."""
+    kv_cache: Literal["INT8", "FP8"] | None = None
+    exclude: tuple[str, ...] | None = None
+    """Linears that keep the model's precision: patterns of names such as transformer.layers.0.mlp.proj or *attention.qkv.
+    Absent: the algorithm's own list."""
+    group_size: int | None = Field(default=None, ge=16)
+    """Input features that share a scale, for blockwise algorithms; absent: the algorithm's own."""
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    """SmoothQuant's; absent: the algorithm's own."""
+    meta_recipe: bool = False
+    """FP8_PER_CHANNEL_PER_TOKEN only: MLPs only, first and last layer left out, activations' scales bounded."""
+    quant_cfg: str | None = None
+    """MIXED_PRECISION only: path of a quant_cfg.json that names every quantized linear and its algorithm."""
+    scales: str | None = None
+    """Folder of a calibration artifact to apply instead of calibrating (`orchestrator quantize --output`)."""
+    calibration: CalibrationSpec = CalibrationSpec()
+
+    @model_validator(mode="after")
+    def _something_is_quantized(self) -> QuantizationSpec:
+        if self.algorithm is None and self.kv_cache is None:
+            raise ValueError("neither algorithm nor kv_cache is given")
+        if (self.algorithm == "MIXED_PRECISION") != (self.quant_cfg is not None):
+            raise ValueError("quant_cfg and algorithm MIXED_PRECISION belong together")
+        return self
 
 
 class BuildConfig(Frozen):
@@ -129,8 +171,8 @@ class BuildConfig(Frozen):
 class ToleranceSpec(Frozen):
     """How far float32 execution of the graphs may be from the reference."""
 
-    max_relative_error: float = Field(default=1e-3, gt=0)
-    """Per position: max |logit - reference| / max |reference|; the worst position counts."""
+    max_relative_error: float | None = Field(default=1e-3, gt=0)
+    """Per position: max |logit - reference| / max |reference|; the worst position counts. null: any."""
     max_mean_kl: float = Field(default=1e-4, gt=0)
     """Mean over positions of KL(reference || graph), in nats."""
     min_top1_agreement: float = Field(default=1.0, ge=0, le=1)
@@ -146,7 +188,8 @@ class VerificationSpec(Frozen):
     """Tokens taken of each prompt."""
     decode_steps: int = Field(default=4, ge=1)
     """How many of them go one by one through the KV cache, after a prefill with the others."""
-    tolerance: ToleranceSpec = ToleranceSpec()
+    tolerance: ToleranceSpec | None = None
+    """Absent: that of exact conversion, or of the quantization algorithm."""
 
     @model_validator(mode="after")
     def _prefill_remains(self) -> VerificationSpec:

@@ -10,47 +10,17 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.core import quantized_targets
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.dtypes import MODEL_DTYPES, num_bytes
+from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import WeightMapError
 from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.quantization import LinearFormat, ModelQuantization, global_name, linear_of
 from orchestrator.core.rules import Cut, Family, Part, Rule, Span, Where, spans
+from orchestrator.core.targets import ArtifactScale, Read, Target
 from orchestrator.core.topology import Topology
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A source tensor and what each tensor-parallel rank takes of it."""
-
-    tensor: TensorInfo
-    axis: int | None
-    """The cut axis, 0 or 1; None: every rank takes all."""
-    spans: tuple[Span, ...]
-    """By rank; empty when axis is None."""
-    ranks: tuple[int, ...] = ()
-    """The tp_ranks that take something, if not all do (experts); spans are in this order."""
-    add: float = 0.0
-    """Added to every element, in float32, before rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A tensor of a rank file; all tensor-parallel ranks hold one of this name and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    """Local to a rank."""
-    reads: tuple[Read, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return num_bytes(self.dtype, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +39,11 @@ class LayerGroup:
     def shard_bytes(self) -> int:
         """Tensor bytes of one rank's shard."""
         return sum(target.num_bytes for target in self.targets)
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether the calibration artifact is needed to write the group."""
+        return any(isinstance(target.scale, ArtifactScale) for target in self.targets)
 
     def sources(self) -> dict[str, TensorInfo]:
         return {read.tensor.name: read.tensor for target in self.targets for read in target.reads}
@@ -97,13 +72,20 @@ class WeightMap:
         return [group for group in self.groups if group.pp_rank == pp_rank]
 
 
-def weight_map(index: CheckpointIndex, family: Family, config: ModelConfig, topology: Topology, max_shard_bytes: int) -> WeightMap:
+def weight_map(
+    index: CheckpointIndex,
+    family: Family,
+    config: ModelConfig,
+    topology: Topology,
+    max_shard_bytes: int,
+    quantization: ModelQuantization | None = None,
+) -> WeightMap:
     """Expand `family`'s rules over the ranks.
 
     Raises WeightMapError when a tensor is missing, has another shape than the config says, or would be dropped; raises
-    TopologyError when a cut does not divide.
+    TopologyError when a cut does not divide, QuantizationError when a linear does not fit its format.
     """
-    expander = _Expander(index, family, config, topology)
+    expander = _Expander(index, family, config, topology, quantization)
     stages = [expander.stage(pp_rank, layers) for pp_rank, layers in enumerate(topology.stages(config.num_hidden_layers))]
     expander.raise_problems()
     groups: list[LayerGroup] = []
@@ -123,8 +105,17 @@ class _Block:
 class _Expander:
     """Walks rules x layers, collecting problems so that one error can name them all."""
 
-    def __init__(self, index: CheckpointIndex, family: Family, config: ModelConfig, topology: Topology) -> None:
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        family: Family,
+        config: ModelConfig,
+        topology: Topology,
+        quantization: ModelQuantization | None,
+    ) -> None:
         self.index, self.family, self.config, self.topology = index, family, config, topology
+        self.quantization = quantization
+        self.unfit: list[quantized_targets.Problem] = []
         self.dims = config.dims()
         self.dtype = MODEL_DTYPES[config.dtype]
         self.used: set[str] = set()
@@ -138,7 +129,8 @@ class _Expander:
         if pp_rank == 0:
             blocks.append(_Block(None, tuple(self._targets(Where.FIRST_STAGE))))
         for local, layer in enumerate(layers):
-            blocks.append(_Block(layer, tuple(self._targets(Where.EVERY_LAYER, local, layer))))
+            targets = tuple(self._targets(Where.EVERY_LAYER, local, layer))
+            blocks.append(_Block(layer, self._quantized(targets, local, layer) if self.quantization else targets))
         if pp_rank == self.topology.pp - 1:
             blocks.append(_Block(None, tuple(self._targets(Where.LAST_STAGE))))
         return blocks
@@ -149,6 +141,31 @@ class _Expander:
                 target = self._target(rule, local, layer)
                 if target is not None:
                     yield target
+
+    def _quantized(self, targets: tuple[Target, ...], local: int, layer: int) -> tuple[Target, ...]:
+        """A layer's targets with the quantized weights, and the scales of weights, activations and cache, in their place."""
+        assert self.quantization is not None
+        by_name = {target.name: target for target in targets}
+        found: list[Target] = []
+        for target in targets:
+            fmt = self._format(target, local, layer)
+            unfit = quantized_targets.problem(target, fmt) if fmt else None
+            if fmt is None or unfit is not None:
+                found.append(target)
+                self.unfit.extend([unfit] if unfit else [])
+            else:
+                partner = by_name.get(_partner(target.name)) if fmt.fuse_gate else None
+                if partner is not None and self._format(partner, local, layer) != fmt:
+                    partner = None
+                modules = [quantized_targets.module_of(read) for read in partner.reads] if partner else []
+                found.extend(quantized_targets.quantized(target, fmt, modules, self.topology.tp))
+            if self.quantization.kv_cache and target.name.endswith("attention.qkv.weight"):
+                found.extend(quantized_targets.kv_cache_targets(target, self.quantization.kv_cache, self.topology.tp))
+        return tuple(found)
+
+    def _format(self, target: Target, local: int, layer: int) -> LinearFormat | None:
+        linear = linear_of(target.name)
+        return self.quantization.format_of(global_name(linear, local, layer)) if linear and self.quantization else None
 
     def _target(self, rule: Rule, local: int, layer: int) -> Target | None:
         if rule.per_expert:
@@ -221,6 +238,7 @@ class _Expander:
                 f"{len(self.misshapen)} tensors have another shape or dtype than config.json says: {_some(self.misshapen)}",
                 "config.json and the weights are of different models.",
             )
+        quantized_targets.raise_problems(self.unfit)
 
     def account(self) -> tuple[tuple[str, str], ...]:
         ignored: list[tuple[str, str]] = []
@@ -241,6 +259,13 @@ class _Expander:
                 "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
             )
         return tuple(ignored)
+
+
+def _partner(name: str) -> str:
+    """mlp.fc of mlp.gate, and the other way round."""
+    if name.endswith("mlp.fc.weight"):
+        return name.replace("mlp.fc.weight", "mlp.gate.weight")
+    return name.replace("mlp.gate.weight", "mlp.fc.weight")
 
 
 def _joined(reads: Sequence[Read]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def _log_softmax(values: Floats) -> Floats:
 def check(found: Verification, tolerance: ToleranceSpec) -> None:
     """Raises VerificationError that names every number above tolerance."""
     problems = []
-    if found.max_relative_error > tolerance.max_relative_error:
+    if tolerance.max_relative_error is not None and found.max_relative_error > tolerance.max_relative_error:
         problems.append(f"relative error {found.max_relative_error:.3g} > {tolerance.max_relative_error:g}")
     if found.mean_kl > tolerance.max_mean_kl:
         problems.append(f"mean KL {found.mean_kl:.3g} > {tolerance.max_mean_kl:g}")

@@ -19,7 +19,7 @@ from orchestrator.core.checkpoint import TensorInfo
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, num_bytes
 from orchestrator.core.errors import DtypeError
 from orchestrator.core.rules import Span
-from orchestrator.core.weight_map import Read, Target
+from orchestrator.core.targets import Read, Target
 
 Bytes = npt.NDArray[np.uint8]
 BLOCK_BYTES = 16 * 2**20

@@ -127,7 +127,7 @@ def _publish_rank(store: Store, prefix: str, folder: str, outcome: Outcome) -> R
 def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[FileRecord]:
     """The runtime's config and the source's tokenizer and config files."""
     config = {
-        "pretrained_config": to_trtllm(plan.inputs.config, plan.topology),
+        "pretrained_config": to_trtllm(plan.inputs.config, plan.topology, plan.inputs.model_quantization),
         "build_config": plan.spec.engine.model_dump(mode="json"),
     }
     data = json.dumps(config, indent=2).encode()

@@ -1,0 +1,113 @@
+"""From what the user asks to what every linear of the model is stored as, and how near to the original it must stay."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.core.errors import QuantizationError
+from orchestrator.core.quantization import MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
+from orchestrator.core.spec import QuantizationSpec, ToleranceSpec
+from orchestrator.quantizers.quantizer import Quantizer
+
+KV_CACHE_TOLERANCES = {
+    "INT8": ToleranceSpec(max_relative_error=None, max_mean_kl=0.01, min_top1_agreement=0.95),
+    "FP8": ToleranceSpec(max_relative_error=None, max_mean_kl=0.02, min_top1_agreement=0.92),
+}
+_META_LIMIT = 1200.0
+"""What Meta's FP8 recipe bounds activations with (TensorRT-LLM's clamp_val)."""
+
+
+def quantizer_named(name: str) -> Quantizer:
+    """Raises QuantizationError with the names that there are."""
+    from orchestrator.quantizers import QUANTIZERS
+
+    if name not in QUANTIZERS:
+        near = difflib.get_close_matches(name.upper(), QUANTIZERS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise QuantizationError(f"no quantizer is called {name!r}", f"{hint}There are: {', '.join(QUANTIZERS)}.")
+    return QUANTIZERS[name]
+
+
+def model_quantization(spec: QuantizationSpec, num_layers: int) -> ModelQuantization:
+    """The formats of a model's linears. Raises QuantizationError for options that the algorithm does not have."""
+    if spec.algorithm is None:
+        return ModelQuantization(algorithm=None, kv_cache=spec.kv_cache)
+    if spec.algorithm == MIXED_PRECISION:
+        assert spec.quant_cfg is not None  # the spec's own check
+        return ModelQuantization(algorithm=MIXED_PRECISION, layers=_read_layers(Path(spec.quant_cfg)), kv_cache=spec.kv_cache)
+    quantizer = quantizer_named(spec.algorithm)
+    _check_options(spec, quantizer)
+    linear = quantizer.linear
+    if spec.group_size is not None:
+        linear = linear.model_copy(update={"block_size": spec.group_size})
+    exclude = spec.exclude if spec.exclude is not None else quantizer.exclude
+    if spec.meta_recipe:
+        linear = linear.model_copy(update={"activation_limit": _META_LIMIT})
+        exclude = (*exclude, "*.attention.*", *(f"transformer.layers.{layer}.*" for layer in (0, num_layers - 1)))
+    alpha = calibration_method(spec, linear.algorithm).alpha if quantizer.calibration else None
+    return ModelQuantization(
+        algorithm=linear.algorithm,
+        linear=linear,
+        exclude=exclude,
+        kv_cache=spec.kv_cache,
+        alpha=alpha,
+        meta_recipe=spec.meta_recipe,
+    )
+
+
+def calibration_method(spec: QuantizationSpec, algorithm: str) -> CalibrationMethod:
+    """How a calibrated algorithm is calibrated under this spec. Raises QuantizationError for a data-free one."""
+    method = quantizer_named(algorithm).calibration
+    if method is None:
+        raise QuantizationError(f"{algorithm} needs no calibration")
+    if spec.alpha is not None and method.alpha is not None:
+        return method.model_copy(update={"alpha": spec.alpha})
+    return method
+
+
+def _check_options(spec: QuantizationSpec, quantizer: Quantizer) -> None:
+    name, fmt = quantizer.linear.algorithm, quantizer.linear
+    blockwise = "W4A16, W4A16_AWQ and W4A8_AWQ"
+    if spec.group_size is not None and not fmt.weight.value.startswith("int4"):
+        raise QuantizationError(f"{name} has no choice of group_size", f"Leave it out; it is for {blockwise}.")
+    if spec.alpha is not None and (quantizer.calibration is None or quantizer.calibration.alpha is None):
+        raise QuantizationError(f"{name} has no alpha", "Leave it out; it is for W8A8_SQ_PER_CHANNEL.")
+    if spec.meta_recipe and name != "FP8_PER_CHANNEL_PER_TOKEN":
+        raise QuantizationError(f"{name} has no meta_recipe", "Leave it out; it is for FP8_PER_CHANNEL_PER_TOKEN.")
+
+
+def _read_layers(path: Path) -> dict[str, LinearFormat | None]:
+    """quant_cfg.json of TensorRT-LLM: {"quantized_layers": {linear: {"quant_algo": ..., "group_size": ...}}}."""
+    try:
+        listed: Mapping[str, Any] = json.loads(path.read_bytes())["quantized_layers"]
+        return {name: _layer_format(entry) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QuantizationError(
+            f"{path} is not a quant_cfg.json: {error}", "It needs quantized_layers: linear -> {quant_algo, group_size}."
+        ) from None
+
+
+def _layer_format(entry: Mapping[str, Any]) -> LinearFormat:
+    fmt = quantizer_named(entry["quant_algo"]).linear
+    size = entry.get("group_size")
+    return fmt.model_copy(update={"block_size": int(size)}) if size and fmt.weight.value.startswith("int4") else fmt
+
+
+def tolerance(quantization: ModelQuantization | None) -> ToleranceSpec:
+    """How far a verification may be from the unquantized reference: the sum of what its parts may."""
+    if quantization is None:
+        return ToleranceSpec()
+    parts = [quantizer_named(name).tolerance for name in sorted({fmt.algorithm for fmt in quantization.formats()})]
+    # In a mixture each linear has one format only: the worst of them bounds it.
+    worst = [max(parts, key=lambda part: part.max_mean_kl)] if parts else []
+    if quantization.kv_cache:
+        worst.append(KV_CACHE_TOLERANCES[quantization.kv_cache])
+    return ToleranceSpec(
+        max_relative_error=None,
+        max_mean_kl=sum(part.max_mean_kl for part in worst),
+        min_top1_agreement=max(0.0, 1.0 - sum(1.0 - part.min_top1_agreement for part in worst)),
+    )

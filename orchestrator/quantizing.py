@@ -1,0 +1,70 @@
+"""From the spec's quantization to what a plan needs of it: formats, methods, the identity of data and of given scales."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from orchestrator.core.calibration import MAX, Quantization
+from orchestrator.core.errors import QuantizationError, SourceMissingError, TopologyError
+from orchestrator.core.options import CalibrationData
+from orchestrator.core.spec import CalibrationSpec, QuantizationSpec
+from orchestrator.quantizers.resolve import calibration_method, model_quantization, quantizer_named
+
+DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
+SCALES = "scales.safetensors"
+
+
+def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
+    """Raises QuantizationError, SourceMissingError for data or scales that are not there, TopologyError for too many parts."""
+    model = model_quantization(spec, num_layers)
+    algorithms = {fmt.algorithm for fmt in model.formats()}
+    calibrated = {name for name in algorithms if quantizer_named(name).calibration is not None}
+    methods = {name: calibration_method(spec, name) for name in calibrated}
+    calibration = spec.calibration
+    if calibration.num_stages is not None and calibration.num_stages > num_layers:
+        raise TopologyError(f"quantization.calibration.num_stages is {calibration.num_stages}, the model has {num_layers} layers")
+    needed = bool(methods or spec.kv_cache)
+    data, dataset = _data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
+    return Quantization(
+        model=model,
+        methods=methods if methods else ({"kv_cache": MAX} if spec.kv_cache else {}),
+        data=data,
+        dataset=dataset,
+        device=calibration.device,
+        layerwise=calibration.layerwise,
+        num_stages=calibration.num_stages,
+        scales=spec.scales if needed else None,
+        scales_sha256=_scales_sha256(Path(spec.scales)) if spec.scales is not None and needed else None,
+    )
+
+
+def _no_data(spec: CalibrationSpec) -> CalibrationData:
+    return CalibrationData(
+        dataset="", digest=None, num_samples=spec.num_samples, max_length=spec.max_length,
+        batch_size=spec.batch_size, seed=spec.seed,
+    )  # fmt: skip
+
+
+def _data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
+    """The identity of the data, and the place of a local file."""
+    path = Path(spec.dataset)
+    is_file = path.suffix in DATA_SUFFIXES
+    if is_file and not path.is_file():
+        raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
+    data = _no_data(spec).model_copy(
+        update={"dataset": path.name if is_file else spec.dataset, "digest": _sha256(path) if is_file else None}
+    )
+    return data, str(path.resolve()) if is_file else ""
+
+
+def _scales_sha256(folder: Path) -> str:
+    path = folder / SCALES
+    if not path.is_file():
+        raise QuantizationError(f"{folder} holds no calibration artifact", "Make one with `orchestrator quantize --output`.")
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
