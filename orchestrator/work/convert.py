@@ -16,6 +16,7 @@ from orchestrator.core.options import ConvertOptions
 from orchestrator.core.step import Task
 from orchestrator.work.context import Context
 from orchestrator.work.cutting import Cutter, Sink
+from orchestrator.work.scales import Scales, scales_for
 
 
 def convert(task: Task, context: Context) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
 
     planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
     with open_place(task.step.places["source"]).open(options.files, planned) as source:
-        not_finite = write_shards(options, source, context.output, progress)
+        scales = scales_for(task, options, context)
+        not_finite = write_shards(options, source, context.output, progress, scales)
         for name in not_finite:
             context.log(f"warning: {name} holds NaN or infinity")
         return {
@@ -46,11 +48,12 @@ def write_shards(
     source: ByteSource,
     open_output: Callable[[str, int], AbstractContextManager[Sink]],
     progress: Callable[[int], None],
+    scales: Scales | None = None,
 ) -> list[str]:
     """Stream every shard of the group to the sink that `open_output` gives for its name and size.
 
-    Returns the source tensors that hold NaN or infinity. Raises SourceCorruptError, DtypeError, NotFiniteError and what the
-    sinks raise; the sinks' contexts then discard what was written.
+    Returns the source tensors that hold NaN or infinity. Raises SourceCorruptError, DtypeError, NotFiniteError,
+    QuantizationError and what the sinks raise; the sinks' contexts then discard what was written.
     """
     header = encode_header(((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"})
     size = len(header) + sum(target.num_bytes for target in options.targets)
@@ -58,7 +61,7 @@ def write_shards(
         sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
             sink.write(memoryview(header))
-        cutter = Cutter(partial(format_named(options.format).read_rows, source), sinks, progress)
+        cutter = Cutter(partial(format_named(options.format).read_rows, source), sinks, progress, scales)
         cutter.run(options.targets)
         if cutter.not_finite and options.not_finite == "error":
             raise NotFiniteError(f"NaN or infinity in {', '.join(cutter.not_finite[:5])} ({len(cutter.not_finite)} tensors)")

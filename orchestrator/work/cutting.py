@@ -20,6 +20,8 @@ from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, num_bytes
 from orchestrator.core.errors import DtypeError
 from orchestrator.core.rules import Span
 from orchestrator.core.targets import Read, Target
+from orchestrator.work.packing import Packer
+from orchestrator.work.scales import Scales
 
 Bytes = npt.NDArray[np.uint8]
 BLOCK_BYTES = 16 * 2**20
@@ -39,7 +41,9 @@ class Sink(Protocol):
 class Cutter:
     """Runs targets in order against one sink per tensor-parallel rank."""
 
-    def __init__(self, read_rows: ReadRows, sinks: Sequence[Sink], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, read_rows: ReadRows, sinks: Sequence[Sink], progress: Callable[[int], None], scales: Scales | None = None
+    ) -> None:
         self.not_finite: list[str] = []
         """Source tensors that hold NaN or infinity, in order of discovery."""
         self._read, self._sinks, self._progress = read_rows, sinks, progress
@@ -47,45 +51,66 @@ class Cutter:
         self._writers = ThreadPoolExecutor(min(len(sinks), 4), "write")
         self._buffers = [np.empty(0, np.uint8) for _ in range(3)]
         self._held: dict[str, Bytes] = {}
+        self._packer = Packer(len(sinks), scales)
 
     def run(self, targets: Sequence[Target]) -> None:
-        """Write every target. Raises SourceCorruptError, DtypeError, StoreError."""
-        reads = [(read, target.dtype) for target in targets for read in target.reads]
-        last = {read.tensor.name: number for number, (read, _) in enumerate(reads)}
-        shared = _read_twice(read for read, _ in reads)
+        """Write every target. Raises SourceCorruptError, DtypeError, QuantizationError, StoreError."""
+        reads = [read for target in targets for read in target.reads]
+        last = {read.tensor.name: number for number, read in enumerate(reads)}
+        shared = _read_twice(reads)
+        number = 0
         try:
-            for number, (read, dtype) in enumerate(reads):
-                name = read.tensor.name
-                if name in shared and name not in self._held:
-                    self._held[name] = self._read_whole(read.tensor)
-                self._run_read(read, dtype)
-                if last[name] == number:
-                    self._held.pop(name, None)
+            for target in targets:
+                for position, read in enumerate(target.reads):
+                    name = read.tensor.name
+                    if name in shared and name not in self._held:
+                        self._held[name] = self._read_whole(read.tensor)
+                    self._run_read(target, position)
+                    if last[name] == number:
+                        self._held.pop(name, None)
+                    number += 1
+                if target.scale is not None:
+                    for sink, data in zip(self._sinks, self._packer.scales_of(target), strict=True):
+                        sink.write(data)
         finally:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._writers.shutdown(wait=True, cancel_futures=True)
 
-    def _run_read(self, read: Read, dtype: str) -> None:
+    def _run_read(self, target: Target, position: int) -> None:
+        read = target.reads[position]
         tensor = read.tensor
         pending: list[Future[None]] = []
-        for row, block in self._blocks(read):
+        for row, block in self._blocks(read, 2 if target.quantized else 1):
             if not is_finite(block, tensor.dtype) and tensor.name not in self.not_finite:
                 self.not_finite.append(tensor.name)
-            if tensor.dtype != dtype or read.add:
-                block = cast(block, tensor, dtype, read.add)
+            pieces = self._converted(target, position, row, block)
             _finish(pending)  # a sink takes its pieces in order, and errors must surface
-            pending = [self._writers.submit(_append, sink, piece) for sink, piece in self._pieces(read, row, block)]
+            pending = [self._writers.submit(_append, sink, piece) for sink, piece in pieces]
         _finish(pending)
-        self._pad(read, dtype)
+        self._pad(read, target.dtype)
 
-    def _blocks(self, read: Read) -> Iterator[tuple[int, Bytes]]:
-        """(first row, rows x bytes-per-row) of the rows that any rank takes; the next block is read while one is used."""
+    def _converted(self, target: Target, position: int, row: int, block: Bytes) -> Iterable[tuple[Sink, Bytes]]:
+        """What each rank takes of a block, as its file stores it."""
+        read, quantized = target.reads[position], target.quantized
+        dtype = quantized.dtype if quantized else target.dtype
+        if read.tensor.dtype != dtype or read.add:
+            block = cast(block, read.tensor, dtype, read.add)
+        if quantized is None:
+            return self._pieces(read, row, block)
+        return ((self._sinks[rank], piece) for rank, piece in self._packer.pack(target, position, row, block))
+
+    def _blocks(self, read: Read, row_unit: int) -> Iterator[tuple[int, Bytes]]:
+        """(first row, rows x bytes-per-row) of the rows that any rank takes; the next block is read while one is used.
+
+        A block holds a multiple of `row_unit` rows (1 or 2): some formats pack two rows into a byte.
+        """
         tensor = read.tensor
         row_bytes = _rows(tensor)[1]
         first, last = _wanted_rows(read)
         if first >= last or row_bytes == 0:
             return
         step = max(1, BLOCK_BYTES // row_bytes)
+        step += step % row_unit
         starts = range(first, last, step)
         held = self._held.get(tensor.name)
         if held is not None:

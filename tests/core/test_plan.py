@@ -20,11 +20,14 @@ from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.families.llama import LLAMA
+from orchestrator.quantizing import resolve
 from orchestrator.report import describe_plan
 from tests.models.plans import fake_plan, named, outcome_of
 from tests.models.synthetic import build_spec, model_config, random_arrays, synthetic_index, write_source
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "plan_tiny.json"
+QUANTIZABLE = model_config(hidden_size=64, intermediate_size=128)
+"""All linears are multiples of 16, on two ranks too."""
 TOKENIZER = SourceFile("tokenizer.json", 10, "sha256:tokenizer")
 
 
@@ -39,8 +42,10 @@ def plan_of(
 
 def _plan(spec: BuildSpec, config: ModelConfig, extra: tuple[SourceFile, ...], source: str) -> Plan:
     index = synthetic_index(config, num_files=2)
-    weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
-    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0"))
+    quantization = resolve(spec.quantization, config.num_hidden_layers) if spec.quantization else None
+    formats = quantization.model if quantization else None
+    weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes, formats)
+    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0", quantization))
 
 
 def digests(plan: Plan, kind: Kind) -> list[str]:
@@ -109,11 +114,39 @@ def test_make_plan_without_verification_has_neither_reference_nor_verify() -> No
     assert {step.kind for step in plan.steps} == {Kind.CONVERT, Kind.BUILD}
 
 
-def test_make_plan_quantized_calibrates_each_stage_before_its_conversion() -> None:
-    plan = plan_of(topology={"pp": 2}, quantization={"algorithm": "FP8"})
-    assert [step.name for step in plan.of_kind(Kind.CALIBRATE)] == ["calibrate/stage0", "calibrate/stage1"]
-    for step in plan.of_kind(Kind.CONVERT):
-        assert [plan.step(need).name for need in step.needs] == [f"calibrate/{step.name.split('/')[1]}"]
+def test_make_plan_calibrated_algorithm_feeds_each_conversion_from_its_own_layers() -> None:
+    plan = plan_of(model_config(num_hidden_layers=4), topology={"pp": 2}, quantization={"algorithm": "FP8"})
+    first, second = plan.of_kind(Kind.CALIBRATE)
+    assert (first.name, second.name) == ("calibrate/max/part0", "calibrate/max/part1")
+    assert second.needs == (first.digest,)
+    assert [step.needs for step in plan.of_kind(Kind.CONVERT)] == [(first.digest,), (second.digest,)]
+
+
+def test_make_plan_data_free_algorithm_has_no_calibration() -> None:
+    plan = plan_of(quantization={"algorithm": "W8A16"})
+    assert not digests(plan, Kind.CALIBRATE)
+    assert all(step.needs == () for step in plan.of_kind(Kind.CONVERT))
+
+
+@pytest.mark.parametrize(
+    "other", [{"algorithm": "W4A16_NVFP4"}, {"algorithm": "FP8", "kv_cache": "FP8"}, {"kv_cache": "INT8"}], ids=str
+)
+def test_make_plan_algorithms_that_need_only_amax_share_their_calibration(other: dict[str, Any]) -> None:
+    one, two = (plan_of(QUANTIZABLE, quantization=chosen) for chosen in ({"algorithm": "FP8"}, other))
+    assert digests(one, Kind.CALIBRATE) == digests(two, Kind.CALIBRATE)
+    assert set(digests(one, Kind.CONVERT)).isdisjoint(digests(two, Kind.CONVERT))
+
+
+def test_make_plan_calibration_depends_on_no_tensor_parallelism() -> None:
+    one, two = (plan_of(QUANTIZABLE, topology={"tp": tp}, quantization={"algorithm": "FP8"}) for tp in (1, 2))
+    assert digests(one, Kind.CALIBRATE) == digests(two, Kind.CALIBRATE)
+
+
+def test_make_plan_calibration_in_its_own_number_of_parts_is_shared_by_pipelines() -> None:
+    quantization = {"algorithm": "FP8", "calibration": {"num_stages": 1}}
+    config = model_config(num_hidden_layers=4)
+    one, two = (plan_of(config, topology={"pp": pp}, quantization=quantization) for pp in (1, 2))
+    assert digests(one, Kind.CALIBRATE) == digests(two, Kind.CALIBRATE)
 
 
 def test_make_plan_only_tensorrt_reserves_gpus() -> None:

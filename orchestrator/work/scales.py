@@ -1,0 +1,79 @@
+"""The calibration artifact as convert tasks read it: quantities by source module, float32."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.errors import DigestError, QuantizationError
+from orchestrator.core.options import ConvertOptions
+from orchestrator.core.quantization import WeightFormat
+from orchestrator.core.step import Kind, Task
+from orchestrator.core.targets import ArtifactScale
+from orchestrator.work.context import Context
+
+SCALES = "scales.safetensors"
+"""An output of calibrate steps: {module}.{quantity}, see `work/quantize.py`."""
+Floats = npt.NDArray[np.float32]
+
+
+class Scales:
+    """Quantities of one or more calibrations; later ones take precedence."""
+
+    def __init__(self, values: Mapping[str, Floats]) -> None:
+        self._values = values
+
+    @staticmethod
+    def read(paths: Iterable[Path]) -> Scales:
+        from safetensors.numpy import load_file
+
+        values: dict[str, Floats] = {}
+        for path in paths:
+            values.update(load_file(path))
+        return Scales(values)
+
+    def vector(self, module: str, quantity: str) -> Floats:
+        """Raises QuantizationError when the artifact is of another model."""
+        name = f"{module}.{quantity}"
+        if name not in self._values:
+            raise QuantizationError(
+                f"the calibration artifact has no {name}", "It belongs to another model or algorithm: calibrate again."
+            )
+        return self._values[name]
+
+    def largest(self, modules: Iterable[str], quantities: Iterable[str]) -> float:
+        """The largest of some scalars."""
+        wanted = list(quantities)
+        return max(float(self.vector(module, quantity)) for module in modules for quantity in wanted)
+
+    def artifact_scale(self, scale: ArtifactScale, rank: int) -> Floats:
+        """What a rank's file holds: amax / divisor for each entry, or the rank's part of a vector."""
+        entries = scale.entries[rank]
+        if scale.quantities == ("pre_quant_scale",):
+            vector = self.vector(entries[0][0], "pre_quant_scale")
+            return vector[scale.spans[rank].begin : scale.spans[rank].end] if scale.spans else vector
+        amax = np.array([self.largest(modules, scale.quantities) for modules in entries], np.float32)
+        # As Model Optimizer exports an amax of zero: a scale of one.
+        divisor = np.float32(scale.divisor)
+        amax[amax == 0] = divisor
+        return (amax / divisor).astype(np.float32)
+
+
+def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
+    """The artifacts that the task's needs committed, or the one that the user brought. Raises DigestError, QuantizationError."""
+    if options.scales_sha256 is not None:
+        path = Path(task.step.places["scales"]) / SCALES
+        if hashlib.sha256(path.read_bytes()).hexdigest() != options.scales_sha256:
+            raise DigestError(f"{path} was changed during the build", "Run the build again.")
+        return Scales.read([path])
+    outcomes = [task.inputs[need] for need in task.step.needs]
+    return Scales.read(context.fetch(outcome.output(SCALES)) for outcome in outcomes if outcome.kind is Kind.CALIBRATE)
+
+
+def needs_weight_amax(fmt: WeightFormat) -> bool:
+    """Whether elements cannot be packed without the amax of the whole tensor."""
+    return fmt in (WeightFormat.FP8_TENSOR, WeightFormat.NVFP4)
