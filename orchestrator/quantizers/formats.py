@@ -49,8 +49,10 @@ def pack_rows(weight: torch.Tensor, fmt: LinearFormat, weight_amax: float | None
     return _PACKERS[fmt.weight](weight, fmt, weight_amax)
 
 
-def unpack_rows(stored: torch.Tensor, fmt: LinearFormat, scales: torch.Tensor | None, second: float | None) -> torch.Tensor:
-    """float32 [rows, in] of stored bytes; `second` is the scale per tensor where the format has one."""
+def unpack_rows(stored: torch.Tensor, fmt: LinearFormat, scales: torch.Tensor | None, weight_amax: float | None) -> torch.Tensor:
+    """float32 [rows, in] of stored bytes, from their scales and the amax that they were packed with."""
+    bound = {WeightFormat.NVFP4: FP4_MAX * FP8_MAX}.get(fmt.weight, FP8_MAX)
+    second = float(_tensor_scale(weight_amax, bound)[0]) if weight_amax is not None else None
     return _UNPACKERS[fmt.weight](stored, fmt, scales, second)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,14 +34,25 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
     planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
     with open_place(task.step.places["source"]).open(options.files, planned) as source:
         scales = scales_for(task, options, context)
-        not_finite = write_shards(options, source, context.output, progress, scales)
-        for name in not_finite:
+        written = write_shards(options, source, context.output, progress, scales)
+        for name in written.not_finite:
             context.log(f"warning: {name} holds NaN or infinity")
         return {
-            "not_finite": not_finite,
+            "not_finite": written.not_finite,
+            "quantization_errors": written.quantization_errors,
             "source_bytes_read": source.bytes_read,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was seen while writing."""
+
+    not_finite: list[str]
+    """Source tensors that hold NaN or infinity."""
+    quantization_errors: dict[str, float]
+    """By linear, |stored - weight| / |weight|."""
 
 
 def write_shards(
@@ -49,10 +61,10 @@ def write_shards(
     open_output: Callable[[str, int], AbstractContextManager[Sink]],
     progress: Callable[[int], None],
     scales: Scales | None = None,
-) -> list[str]:
+) -> Written:
     """Stream every shard of the group to the sink that `open_output` gives for its name and size.
 
-    Returns the source tensors that hold NaN or infinity. Raises SourceCorruptError, DtypeError, NotFiniteError,
+    Raises SourceCorruptError, DtypeError, NotFiniteError,
     QuantizationError and what the sinks raise; the sinks' contexts then discard what was written.
     """
     header = encode_header(((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"})
@@ -65,4 +77,4 @@ def write_shards(
         cutter.run(options.targets)
         if cutter.not_finite and options.not_finite == "error":
             raise NotFiniteError(f"NaN or infinity in {', '.join(cutter.not_finite[:5])} ({len(cutter.not_finite)} tensors)")
-    return cutter.not_finite
+    return Written(cutter.not_finite, cutter.quantization_errors)

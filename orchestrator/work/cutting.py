@@ -76,6 +76,11 @@ class Cutter:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._writers.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def quantization_errors(self) -> dict[str, float]:
+        """By linear, |stored - weight| / |weight|."""
+        return self._packer.errors()
+
     def _run_read(self, target: Target, position: int) -> None:
         read = target.reads[position]
         tensor = read.tensor

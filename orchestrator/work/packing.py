@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.core.calibration import layer_of
 from orchestrator.core.errors import QuantizationError
+from orchestrator.core.quantization import global_name
 from orchestrator.core.rules import Span
-from orchestrator.core.targets import ArtifactScale, PackedScale, QuantizedWeight, Read, Target
+from orchestrator.core.targets import ArtifactScale, PackedScale, Read, Target
 from orchestrator.quantizers.formats import PackedRows, pack_rows, smoothed
-from orchestrator.work.scales import Scales, needs_weight_amax
+from orchestrator.work.scales import Scales, has_tensor_scale
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,12 @@ class Packer:
         self._num_ranks, self._scales = num_ranks, scales
         self._found: dict[str, list[list[Bytes]]] = {}
         """By weight and rank."""
+        self._squares: dict[str, list[float]] = {}
+        """By linear: sum of squared errors, sum of squared elements."""
+
+    def errors(self) -> dict[str, float]:
+        """By linear (global layer numbers): |stored - weight| / |weight|, Frobenius norms, of the weight as it was smoothed."""
+        return {name: (error / max(square, 1e-30)) ** 0.5 for name, (error, square) in self._squares.items()}
 
     def pack(self, target: Target, position: int, row: int, block: Bytes) -> Iterator[tuple[int, Bytes]]:
         """(rank, stored bytes) of a block of rows of `target.reads[position]` that begins at `row`. Raises QuantizationError."""
@@ -41,16 +49,18 @@ class Packer:
         step = max(2, _ROWS_BYTES // max(block.shape[1], 1) // 2 * 2)
         for begin in range(0, len(block), step):
             part = block[begin : begin + step]
-            packed = self._packed(target.quantized, position, part)
+            packed = self._packed(target, position, part)
             yield from self._cut(target.name, read, row + begin, len(part), packed)
 
-    def _packed(self, quantized: QuantizedWeight, position: int, block: Bytes) -> PackedRows:
+    def _packed(self, target: Target, position: int, block: Bytes) -> PackedRows:
+        assert target.quantized is not None
+        quantized = target.quantized
         fmt, module = quantized.format, quantized.modules[position]
         rows = _as_tensor(block, quantized.dtype)
         if fmt.pre_quant_scale:
             rows = smoothed(rows, *(self._vector(module, name) for name in ("smooth", "own_pre_quant_scale", "pre_quant_scale")))
         amax = (
-            self._artifact().largest(quantized.amax_modules[position], ("weight_amax",)) if needs_weight_amax(fmt.weight) else None
+            self._artifact().largest(quantized.amax_modules[position], ("weight_amax",)) if has_tensor_scale(fmt.weight) else None
         )
         return pack_rows(rows, fmt, amax)
 
@@ -89,6 +99,11 @@ class Packer:
         assert isinstance(target.scale, ArtifactScale)
         for rank in range(self._num_ranks):
             yield _rounded(self._artifact().artifact_scale(target.scale, rank), target.dtype)
+
+
+def _global_linear(target: str, module: str) -> str:
+    local = int(target.split(".", 3)[2])
+    return global_name(target.removesuffix(".weight"), local, layer_of(module))
 
 
 def _takers(read: Read, num_ranks: int) -> Iterator[tuple[int, Span | None]]:

@@ -74,6 +74,6 @@ def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
     return Scales.read(context.fetch(outcome.output(SCALES)) for outcome in outcomes if outcome.kind is Kind.CALIBRATE)
 
 
-def needs_weight_amax(fmt: WeightFormat) -> bool:
-    """Whether elements cannot be packed without the amax of the whole tensor."""
-    return fmt in (WeightFormat.FP8_TENSOR, WeightFormat.NVFP4)
+def has_tensor_scale(fmt: WeightFormat) -> bool:
+    """Whether the format has a scale per tensor, of the calibrated weight_amax."""
+    return fmt in (WeightFormat.FP8_TENSOR, WeightFormat.NVFP4, WeightFormat.INT4_BLOCK_FP8)
