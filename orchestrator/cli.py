@@ -125,6 +125,10 @@ def plan(spec: SpecFile, as_json: Json = False) -> None:
             )
             for name, reason in facts["ignored"]:
                 _out.print(f"left out: {name} ({reason})")
+            for note in facts["notes"]:
+                _out.print(f"note: {_plain(note)}", soft_wrap=True)
+            for warning in facts["warnings"]:
+                _out.print(f"[yellow]warning:[/] {_plain(warning)}", soft_wrap=True)
 
 
 @app.command()
@@ -206,6 +210,7 @@ def convert(
     output: Annotated[Path, typer.Option("--output", help="Folder for the TensorRT-LLM checkpoint.")],
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
+    cp: Annotated[int, typer.Option("--cp", help="Context-parallel size: such ranks share files.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")] = "auto",
     max_shard_bytes: Annotated[str, typer.Option("--max-shard-bytes", help="Split ranks larger than this, e.g. 5GB.")] = "5GB",
     as_json: Json = False,
@@ -220,7 +225,7 @@ def convert(
             {
                 "source": {"path": resolve_source(source, Path.cwd())},
                 "dtype": dtype,
-                "topology": {"tp": tp, "pp": pp},
+                "topology": {"tp": tp, "pp": pp, "cp": cp},
                 "conversion": {"max_shard_bytes": max_shard_bytes},
                 "engine": {"max_input_len": 1},
                 "release": {"name": "checkpoint", "version": "0"},
@@ -229,7 +234,8 @@ def convert(
         )
         made = verbs.convert(spec, output, _listener(as_json))
         if not as_json:
-            _out.print(f"{made.topology.world_size} ranks in {output}")
+            shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
+            _out.print(f"{made.topology.world_size} ranks{shared} in {output}")
 
 
 @app.command("build-engine")

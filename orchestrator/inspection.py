@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.safetensors import read_header
-from orchestrator.core.errors import OrchestratorError, SourceMissingError
+from orchestrator.checkpoints import FORMATS, format_named, read_source
+from orchestrator.checkpoints.huggingface import read_json
+from orchestrator.checkpoints.places import LocalPlace, Place, open_place
+from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
+from orchestrator.core.checkpoint import TensorInfo
+from orchestrator.core.errors import OrchestratorError, SourceCorruptError, SourceMissingError
 from orchestrator.core.manifest import Manifest
+from orchestrator.core.model_config import from_trtllm
 from orchestrator.report import counted, format_bytes
-from orchestrator.verbs import read_checkpoint_config, read_release
+from orchestrator.verbs import read_release
+
+_MANIFEST = "manifest.json"
+_TITLES = {
+    "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
+    "gguf": "GGUF model",
+}  # fmt: skip
 
 
 def inspect(url: str) -> tuple[dict[str, Any], list[Table]]:
-    """Facts for machines and tables for people about the release, TensorRT-LLM or Hugging Face checkpoint at `url`.
+    """Facts for machines and tables for people about the release or the checkpoint, of any source format, at `url`.
 
-    A bare path is a folder of this machine. Raises ReleaseMissingError, SourceMissingError, DigestError.
+    A bare path is a folder of this machine. Raises ReleaseMissingError, SourceMissingError, DigestError, StoreError, and the
+    errors of the source's format.
     """
-    parts = urlsplit(url)
-    if parts.scheme and parts.scheme != "file":
-        return _release(read_release(url)[1])
-    folder = Path(unquote(parts.path)).resolve()
-    if folder.name == "manifest.json":
-        folder = folder.parent
-    if (folder / "manifest.json").is_file():
-        return _release(read_release(folder.as_uri())[1])
-    if not (folder / "config.json").is_file():
+    address = url.removesuffix("/" + _MANIFEST)
+    place = open_place(address)
+    if isinstance(place, LocalPlace):
+        place = LocalPlace(place.folder.resolve())
+        address = place.folder.as_uri()
+    names = _top_names(place, address)
+    if _MANIFEST in names:
+        return _release(read_release(address)[1])
+    known = next((name for name in FORMATS if format_named(name).matches(names)), None)
+    if known is None:
         raise SourceMissingError(
-            f"{folder} is neither a release nor a checkpoint", "Give a folder with manifest.json or config.json."
+            f"{place.url} is neither a release nor a checkpoint",
+            f"Give a folder with {_MANIFEST}, or with a checkpoint: {', '.join(FORMATS)}.",
         )
-    if sorted(folder.glob("rank*.safetensors")):
-        return _trtllm(folder)
-    return _hugging_face(folder)
+    return _ranks(place, names) if known == "trtllm" else _source(place)
+
+
+def _top_names(place: Place, address: str) -> list[str]:
+    """Names of the files right at the place: a folder of this machine may have a whole disk below it."""
+    if isinstance(place, LocalPlace):
+        return sorted(path.name for path in place.folder.iterdir() if path.is_file()) if place.folder.is_dir() else []
+    try:
+        return [name for name in place.names() if "/" not in name]
+    except SourceMissingError as error:
+        raise SourceMissingError(error.message, f"Check the URL {address}.") from None
 
 
 def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
@@ -67,37 +88,49 @@ def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
     return manifest.model_dump(mode="json"), [head, ranks]
 
 
-def _trtllm(folder: Path) -> tuple[dict[str, Any], list[Table]]:
-    config, topology = read_checkpoint_config(folder)
-    table = Table("file", "tensors", "bytes", "dtypes", box=None, pad_edge=False)
-    files = []
-    for path in sorted(folder.glob("rank*.safetensors"), key=lambda item: (len(item.name), item.name)):
-        entries, _ = read_header(path)
-        dtypes = counted(entry.dtype for entry in entries)
-        size = sum(entry.num_bytes for entry in entries)
-        shown = ", ".join(f"{name} x {count}" for name, count in dtypes.items())
-        table.add_row(path.name, str(len(entries)), format_bytes(size), shown)
-        files.append({"file": path.name, "tensors": len(entries), "bytes": size, "dtypes": dtypes})
-    head = _head("TensorRT-LLM checkpoint", config.architecture, f"tp={topology.tp} pp={topology.pp}, {config.dtype}")
+def _ranks(place: Place, names: list[str]) -> tuple[dict[str, Any], list[Table]]:
+    """A TensorRT-LLM checkpoint as it lies: files of ranks, quantized or not."""
+    try:
+        config, topology = from_trtllm(read_json(place, "config.json"))
+    except ValueError as error:
+        raise SourceCorruptError(f"{place.url}/config.json is not of a TensorRT-LLM checkpoint: {error}") from None
+    shards = [name for name in names if name.startswith("rank") and name.endswith(".safetensors")]
+    entries = {name: read_header_at(place, name)[0] for name in sorted(shards, key=lambda name: (len(name), name))}
+    files, table = _files(entries, {name: sum(entry.num_bytes for entry in found) for name, found in entries.items()})
+    sizes = f"tp={topology.tp} pp={topology.pp}" + (f" cp={topology.cp}" if topology.cp > 1 else "")
+    head = _head("TensorRT-LLM checkpoint", config.architecture, f"{sizes}, {config.dtype}")
     return {"format": "trtllm", "config": config.model_dump(mode="json"), "files": files}, [head, table]
 
 
-def _hugging_face(folder: Path) -> tuple[dict[str, Any], list[Table]]:
+def _source(place: Place) -> tuple[dict[str, Any], list[Table]]:
     try:
-        index, _ = read_source(str(folder))
+        index, _ = read_source(place.url)
     except OrchestratorError as error:
-        raise type(error)(f"{folder} is no readable checkpoint: {error.message}", error.advice) from None
+        raise type(error)(f"{place.url} is no readable checkpoint: {error.message}", error.advice) from None
+    entries: dict[str, list[TensorInfo]] = {file.name: [] for file in index.files}
+    for tensor in index.tensors.values():
+        entries[index.files[tensor.file].name].append(tensor)
+    files, table = _files(entries, {file.name: file.num_bytes for file in index.files})
+    architecture = ", ".join(index.config.get("architectures") or ["unknown"])
+    head = _head(_TITLES[index.format], architecture, format_bytes(index.num_bytes))
+    for warning in index.warnings:
+        head.add_row("warning", escape(warning), "")
+    facts = {"format": index.format, "architecture": architecture, "files": files, "warnings": list(index.warnings)}
+    return facts, [head, table]
+
+
+def _files(
+    entries: Mapping[str, Sequence[HeaderEntry | TensorInfo]], num_bytes: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], Table]:
+    """Tensors, bytes and dtypes of each file."""
     table = Table("file", "tensors", "bytes", "dtypes", box=None, pad_edge=False)
     files = []
-    for number, file in enumerate(index.files):
-        mine = [tensor for tensor in index.tensors.values() if tensor.file == number]
-        dtypes = counted(tensor.dtype for tensor in mine)
-        shown = ", ".join(f"{name} x {count}" for name, count in dtypes.items())
-        table.add_row(file.name, str(len(mine)), format_bytes(file.num_bytes), shown)
-        files.append({"file": file.name, "tensors": len(mine), "bytes": file.num_bytes, "dtypes": dtypes})
-    architecture = ", ".join(index.config.get("architectures") or ["unknown"])
-    head = _head("Hugging Face checkpoint", architecture, format_bytes(index.num_bytes))
-    return {"format": "huggingface", "architecture": architecture, "files": files}, [head, table]
+    for name, found in entries.items():
+        dtypes = counted(entry.dtype for entry in found)
+        shown = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
+        table.add_row(name, str(len(found)), format_bytes(num_bytes[name]), shown)
+        files.append({"file": name, "tensors": len(found), "bytes": num_bytes[name], "dtypes": dtypes})
+    return files, table
 
 
 def _head(kind: str, architecture: str, note: str) -> Table:

@@ -66,10 +66,11 @@ class Mapping:
     rank: int = 0
     pp_partition: tuple[int, ...] | None = None
     moe_ep_size: int = 1
+    cp_size: int = 1
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.tp_size, self.pp_size, self.pp_partition, self.moe_ep_size)
+        return Topology(self.tp_size, self.pp_size, self.pp_partition, self.moe_ep_size, self.cp_size)
 
     @property
     def tp_rank(self) -> int:
@@ -78,6 +79,11 @@ class Mapping:
     @property
     def pp_rank(self) -> int:
         return self.topology.coordinates(self.rank).pp_rank
+
+    @property
+    def file_number(self) -> int:
+        """The N of rank{N}.safetensors with this rank's weights: context-parallel ranks share it."""
+        return self.topology.file_number(self.tp_rank, self.pp_rank)
 
 
 class PretrainedModel:
@@ -99,8 +105,8 @@ class PretrainedModel:
         """A rank of a TensorRT-LLM checkpoint folder, memory-mapped. Raises SpecError, SourceMissingError."""
         folder = Path(checkpoint)
         config, topology = read_checkpoint_config(folder)
-        model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep))
-        model.load(map_checkpoint_rank(folder, rank))
+        model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep, topology.cp))
+        model.load(map_checkpoint_rank(folder, model.mapping.file_number))
         return model
 
     def required_names(self) -> dict[str, tuple[int, ...]]:
@@ -145,10 +151,13 @@ class PretrainedModel:
         return self._weights
 
     def save_checkpoint(self, output_dir: str | os.PathLike[str], save_config: bool = True) -> None:
-        """Write rank{N}.safetensors, streamed, and config.json (`save_config`: rank 0 only needs it). Raises StoreError."""
+        """Write rank{N}.safetensors, streamed, and config.json (`save_config`: rank 0 only needs it). Raises StoreError.
+
+        Context-parallel ranks share a file: one of them needs to write it.
+        """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank{self.mapping.rank}.safetensors"
+        name = f"rank{self.mapping.file_number}.safetensors"
         if self._source is not None and self._weights is None:
             self._source.write(folder / name)
         else:
@@ -357,7 +366,8 @@ class Engine:
 
 
 def build(model: PretrainedModel, config: BuildConfig) -> Engine:
-    """Compile `model`'s rank in this process. Raises EngineBuildError, ToolError, SpecError."""
+    """Compile `model`'s rank in this process. Raises EngineBuildError, ToolError, SpecError, TopologyError."""
+    topologies.check_engines(model.mapping.topology)
     max_seq_len(model.config, config)
     options = BuildOptions(stage=model.stage, tp_rank=model.mapping.tp_rank, engine=config, tensorrt_version=None)
     chunks: list[bytes] = []

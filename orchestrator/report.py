@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -85,6 +86,8 @@ class ConsoleListener:
         if already_published:
             self._console.print("This build is published already: 0 steps to run.")
             return
+        for warning in plan.warnings:
+            self._console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
         pending = plan.pending(committed)
         self._console.print(
             f"{len(plan.steps)} steps, {len(plan.steps) - len(pending)} committed or not needed, {len(pending)} to run."
@@ -171,7 +174,10 @@ class JsonListener:
 
     def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None:
         pending = [] if already_published else [step.name for step in plan.pending(committed)]
-        self._say("plan", steps=len(plan.steps), pending=pending, build_key=plan.build_key, already_published=already_published)
+        self._say(
+            "plan", steps=len(plan.steps), pending=pending, build_key=plan.build_key, already_published=already_published,
+            warnings=list(plan.warnings), notes=list(plan.notes),
+        )  # fmt: skip
 
     def on_event(self, event: AnyEvent) -> None:
         self._say(event.type, **event.model_dump(mode="json", exclude={"type"}))
@@ -205,7 +211,7 @@ def stage_table(plan: Plan) -> Table:
     topology = plan.topology
     for pp_rank, layers in enumerate(topology.stages(plan.inputs.config.num_hidden_layers)):
         groups = plan.inputs.weights.stage(pp_rank)
-        ranks = f"{topology.rank(0, pp_rank)}-{topology.rank(topology.tp - 1, pp_rank)}"
+        ranks = f"{topology.rank(0, pp_rank)}-{topology.rank(topology.tp - 1, pp_rank, topology.cp - 1)}"
         size = format_bytes(sum(group.shard_bytes for group in groups))
         table.add_row(str(pp_rank), f"{layers.start}-{layers.stop - 1}", ranks, size, str(len(groups)))
     return table
@@ -223,6 +229,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "source_bytes": plan.inputs.index.num_bytes,
         "convert_read_bytes": read,
         "ignored": [list(item) for item in plan.inputs.weights.ignored],
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
         "steps": [
             {
                 "name": step.name,

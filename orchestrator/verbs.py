@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from orchestrator.core.checkpoint import CheckpointIndex
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
-    ClusterError,
     DigestError,
     OrchestratorError,
+    QuantizationError,
     ReleaseMissingError,
     SpecError,
     StoreError,
@@ -29,13 +29,14 @@ from orchestrator.core.errors import (
 from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.options import BuildOptions, StageOptions
-from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
+from orchestrator.core.plan import Inputs, Plan, make_plan
 from orchestrator.core.rules import Family
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
+from orchestrator.preflight import check_build, check_steps
 from orchestrator.report import Listener, SilentListener
 from orchestrator.stores import ObjectMissingError, Store, check_writable, open_store
 
@@ -53,10 +54,16 @@ class Build:
 
 
 def plan(spec: BuildSpec) -> Plan:
-    """Make the plan from headers alone.
+    """Make the plan of a build from headers alone.
 
     Raises the source's errors, ArchitectureError, TopologyError with the legal topologies, WeightMapError, SpecError.
     """
+    topologies.check_engines(spec.topology.topology())
+    return _plan(spec)
+
+
+def _plan(spec: BuildSpec) -> Plan:
+    """The plan, whose conversion at least can be run. Raises as `plan` does."""
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import max_seq_len
     from orchestrator.quantizers import tolerance
@@ -81,8 +88,10 @@ def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
     """The config with the layout that the spec asks for. Raises TopologyError when the hidden size does not divide."""
     conversion = spec.conversion
     if conversion.use_parallel_embedding and conversion.embedding_sharding_dim == 1 and config.hidden_size % spec.topology.tp:
+        legal = [tp for tp in topologies.legal_tp(config.limits(), spec.topology.moe_ep) if config.hidden_size % tp == 0]
         raise TopologyError(
-            f"tp={spec.topology.tp} does not divide hidden_size {config.hidden_size}", "Use embedding_sharding_dim: 0."
+            f"tp={spec.topology.tp} does not divide hidden_size {config.hidden_size}, by which the embedding is split",
+            f"Use embedding_sharding_dim: 0, or tp in {topologies.as_set(legal)}.",
         )
     layout = {
         "use_parallel_embedding": conversion.use_parallel_embedding,
@@ -102,15 +111,23 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str]:
 
 
 def source_dtype(asked: str, index: CheckpointIndex) -> str:
-    """The model's dtype: as asked, or for auto that of most bytes of the source, float32 becoming float16. Raises SpecError."""
-    if asked != "auto":
-        if asked not in MODEL_DTYPES:
-            raise SpecError(f"{asked!r} is no model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
-        return asked
+    """The model's dtype: as asked, or for auto that of most bytes of the source, float32 becoming float16.
+
+    Raises SpecError, and QuantizationError when most bytes are of no floating-point dtype of 16 bits or more.
+    """
+    if asked != "auto" and asked not in MODEL_DTYPES:
+        raise SpecError(f"{asked!r} is no model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
     sizes: dict[str, int] = {}
     for tensor in index.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
     dominant = max(sizes, key=lambda name: sizes[name], default="")
+    if dominant and dominant not in (*MODEL_DTYPE_NAMES, "F64"):
+        raise QuantizationError(
+            f"most of the source's bytes are {dominant}: it is quantized, although its config does not say so",
+            "Build from the unquantized checkpoint.",
+        )
+    if asked != "auto":
+        return asked
     if dominant not in MODEL_DTYPE_NAMES:
         raise SpecError(f"the source's dtype {dominant or 'none'} is no model dtype", "Set dtype: bfloat16 or float16 in the spec.")
     name = MODEL_DTYPE_NAMES[dominant]
@@ -147,7 +164,7 @@ def build(
         reports.on_plan(made, {}, already_published=True)
         return Build(made, existing, address, None)
     committed = cache.committed(target, (step.digest for step in made.steps))
-    preflight(made, committed, place, target)
+    made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
     reports.on_plan(made, committed, already_published=False)
     result = run(made, committed, place, open_cluster, reports)
     result.raise_failures(made)
@@ -168,57 +185,24 @@ def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_clus
     return result
 
 
-def preflight(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, store: Store) -> None:
-    """Everything that would fail later and can be known now. Raises ClusterError, ToolError, StoreError, ArchitectureError."""
-    from orchestrator.networks import check_supported
-
-    check_supported(made.inputs.config)
-    problems = unplaceable(made, place)
-    if problems:
-        raise ClusterError(
-            "the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file."
-        )
-    pending = made.pending(committed)
-    kinds = {step.kind for step in pending}
-    if place.kind == "local":
-        _check_local_tools(made, kinds)
-    folder = store.local_path("probe")
-    if folder is not None:
-        needed = sum(step.estimate.write_bytes for step in pending)
-        free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
-        if needed > free:
-            raise StoreError(
-                f"{store.url} has {free:,} bytes free, the build writes about {needed:,}", "Free space, or choose another store."
-            )
-
-
-def _check_local_tools(made: Plan, kinds: set[Kind]) -> None:
-    from orchestrator.engines import require_version
-
-    if Kind.BUILD in kinds:
-        require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
-    if Kind.VERIFY in kinds:
-        from orchestrator.work.verify import find_mpiexec
-
-        find_mpiexec()
-
-
 def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
     """Write a whole TensorRT-LLM checkpoint to the folder `output`: config.json last. Resumes after a kill.
 
-    Raises StoreError when `output` already holds one.
+    `spec.topology.cp` may be above 1. Raises StoreError when `output` already holds one or has too little room; else as `plan`.
     """
     if (output / "config.json").exists():
         raise StoreError(f"{output} already holds a checkpoint", "Choose another --output, or remove it.")
-    made = plan(spec)
+    made = _plan(spec)
     staging = output / ".staging"
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
-    only = Plan(made.spec, made.inputs, tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
+    only = replace(made, steps=tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
     committed = cache.committed(store, (step.digest for step in only.steps))
+    place = ClusterSpec(store=store.url)
+    only = replace(only, warnings=only.warnings + check_steps(only, committed, place, store))
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
-    result = run(only, committed, ClusterSpec(store=store.url), local_cluster, reports)
+    result = run(only, committed, place, local_cluster, reports)
     result.raise_failures(only)
     for step in only.of_kind(Kind.CONVERT):
         for written in result.outcomes[step.digest].outputs:
@@ -235,13 +219,13 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
 
 def _write_indexes(made: Plan, output: Path) -> None:
     """rank{N}.safetensors.index.json for ranks of several shards, as Hugging Face writes them."""
-    for place in made.topology.ranks():
-        groups = made.inputs.weights.stage(place.pp_rank)
+    for number in range(made.topology.num_files):
+        groups = made.inputs.weights.stage(number // made.topology.tp)
         if len(groups) == 1:
             continue
-        listed = {target.name: group.shard_name(place.rank) for group in groups for target in group.targets}
+        listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}
         index = {"metadata": {"total_size": sum(group.shard_bytes for group in groups)}, "weight_map": listed}
-        (output / f"rank{place.rank}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (output / f"rank{number}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def build_engine(
@@ -249,7 +233,8 @@ def build_engine(
 ) -> list[int]:
     """Compile ranks of a TensorRT-LLM checkpoint folder into rank{N}.engine files, with config.json beside them.
 
-    `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, EngineBuildError.
+    `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
+    EngineBuildError.
     """
     from orchestrator.stores.file import FileStore
     from orchestrator.work.build import compile_rank
@@ -257,6 +242,7 @@ def build_engine(
 
     config, topology = read_checkpoint_config(checkpoint)
     topologies.check(topology, config.limits())
+    topologies.check_engines(topology)
     wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
     places = [topology.coordinates(rank) for rank in wanted]
     store = FileStore(output.resolve().as_uri())

@@ -71,6 +71,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.clusters.local": Row(_own("core", "clusters", "work")),
     "orchestrator.driver": _DRIVING,
     "orchestrator.verbs": _DRIVING,
+    "orchestrator.preflight": _DRIVING,
     "orchestrator.models": Row(EVERYTHING, frozenset({"numpy"}), HEAVY, never=_own("cli")),
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"})),

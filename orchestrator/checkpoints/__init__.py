@@ -5,12 +5,15 @@ To add a format, write `checkpoints/<name>.py` with the functions of `Format` an
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
+import re
+from dataclasses import replace
 from typing import Protocol
 
-from orchestrator.checkpoints.places import ByteSource, Place, open_place
+from orchestrator.checkpoints.places import LFS_MAGIC, ByteSource, Place, open_place
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
-from orchestrator.core.errors import SourceMissingError, SpecError
+from orchestrator.core.errors import LfsPointerError, SourceMissingError, SpecError
 
 FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
@@ -44,6 +47,7 @@ COMPANIONS = (
     "params.json",
 )  # fmt: skip
 """Files beside the weights that a server of the model needs."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.gguf", "tf_model*.h5", "flax_model*.msgpack")
 
 
 def format_named(name: str) -> Format:
@@ -62,14 +66,44 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
         source_format = next((name for name in FORMATS if format_named(name).matches(names)), "")
         if not source_format:
             raise SourceMissingError(f"{path} holds no checkpoint of a known format", f"Formats: {', '.join(FORMATS)}.")
-    return format_named(source_format).read_index(place), companions(place, names)
+    index = format_named(source_format).read_index(place)
+    return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(place, names)
+
+
+def passed_over(index: CheckpointIndex, names: list[str]) -> tuple[str, ...]:
+    """A warning when the folder holds weights that the index does not read: a second set, or another model's."""
+    read = {file.name for file in index.files}
+    others = [name for name in names if name not in read and not name.startswith(".") and _is_weights(name)]
+    if not others:
+        return ()
+    return (
+        f"the source holds weights that are not read: {_as_sets(others)}. The build reads {_as_sets(sorted(read))} "
+        f"(source.format {index.format})",
+    )
+
+
+def _is_weights(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(base, pattern) for pattern in _WEIGHTS)
+
+
+def _as_sets(names: list[str]) -> str:
+    """Names that differ in their numbers alone as one: model-*-of-*.safetensors (4 files)."""
+    sets: dict[str, list[str]] = {}
+    for name in names:
+        sets.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    shown = [members[0] if len(members) == 1 else f"{pattern} ({len(members)} files)" for pattern, members in sets.items()]
+    return ", ".join(shown)
 
 
 def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
-    """The tokenizer and config files that are there, identified by their content."""
+    """The tokenizer and config files that are there, identified by their content. Raises LfsPointerError."""
     from orchestrator.core.digest import digest_bytes
 
     contents = {name: place.read(name) for name in COMPANIONS if name in names}
+    for name, data in contents.items():
+        if data.startswith(LFS_MAGIC):
+            raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer, not a tokenizer or config")
     return tuple(SourceFile(name, len(data), "sha256:" + digest_bytes(data)) for name, data in contents.items())
 
 

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator.checkpoints import read_contiguous_rows
-from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.places import LFS_MAGIC, Place
+from orchestrator.checkpoints.quantized import refuse_quantized
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import LfsPointerError, QuantizationError, SourceCorruptError, SourceMissingError
+from orchestrator.core.errors import LfsPointerError, SourceCorruptError, SourceMissingError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,7 +57,7 @@ def read_shards(
     Raises SourceMissingError, SourceCorruptError, QuantizationError, and what `read_entries` raises.
     """
     present = place.names()
-    config = read_config(place)
+    config = read_config(place, present)
     listed = _listed(place, present, index, pattern)
     names = sorted(set(listed.values())) if listed else [single(place, present)]
     for name in names:
@@ -71,16 +72,16 @@ def read_shards(
     return CheckpointIndex(source_format, tuple(place.source_file(name) for name in names), tensors, config)
 
 
-def read_config(place: Place) -> dict[str, Any]:
-    """config.json of an unquantized model. Raises SourceMissingError, SourceCorruptError, QuantizationError."""
+def read_config(place: Place, present: Sequence[str]) -> dict[str, Any]:
+    """config.json of an unquantized model among the files `present`.
+
+    Raises SourceMissingError, SourceCorruptError, QuantizationError.
+    """
     try:
         config = read_json(place, "config.json")
     except SourceMissingError as error:
         raise SourceMissingError(error.message, "A Hugging Face checkpoint is a folder with config.json.") from None
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise QuantizationError(f"{place.url} is already quantized ({method})", "Build from the unquantized checkpoint.")
+    refuse_quantized(place.url, config, present)
     return config
 
 
@@ -90,7 +91,7 @@ def read_json(place: Place, name: str) -> dict[str, Any]:
     try:
         plain = json.loads(data)
     except ValueError as error:
-        if data.startswith(b"version https://git-lfs"):
+        if data.startswith(LFS_MAGIC):
             raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer") from None
         raise SourceCorruptError(f"{place.url}/{name} is not JSON: {error}") from None
     if not isinstance(plain, dict):

@@ -20,6 +20,9 @@ from orchestrator.core.checkpoint import SourceFile, TensorInfo
 from orchestrator.core.dtypes import num_bytes
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError
 
+LFS_MAGIC = b"version https://git-lfs"
+"""How a Git-LFS pointer begins."""
+
 PlannedRange = tuple[int, int, int]
 """Number of a file, first byte, byte after the last: what a reader is going to ask for."""
 

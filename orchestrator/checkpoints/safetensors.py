@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoints.places import LocalPlace, Place
+from orchestrator.checkpoints.places import LFS_MAGIC, LocalPlace, Place
 from orchestrator.core.dtypes import ITEM_BITS, num_bytes
 from orchestrator.core.errors import LfsPointerError, SourceCorruptError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
-_LFS_MAGIC = b"version https://git-lfs"
 _FIRST_READ_BYTES = 256 * 1024
 """Holds most headers whole, so that a file in object storage costs one request."""
 _DATA_ALIGNMENT = 4096
@@ -64,7 +63,7 @@ def read_header_at(place: Place, name: str) -> tuple[list[HeaderEntry], dict[str
     path = f"{place.url}/{name}"
     total = place.source_file(name).num_bytes
     start = place.read(name, 0, min(_FIRST_READ_BYTES, total))
-    if start.startswith(_LFS_MAGIC):
+    if start.startswith(LFS_MAGIC):
         raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > total:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.places import LFS_MAGIC, Place
 from orchestrator.checkpoints.safetensors import HeaderEntry
 from orchestrator.core.dtypes import num_bytes
 from orchestrator.core.errors import LfsPointerError, OrchestratorError, SourceCorruptError, UnsafePickleError
@@ -28,7 +28,6 @@ _DTYPES = {
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
 _ZIP_MAGIC = b"PK"
-_LFS_MAGIC = b"version https://git-lfs"
 _MAX_PICKLE_BYTES = 256 * 2**20
 """Of data.pkl, which describes tensors only: a thousand of them take a hundred kilobytes."""
 _BUFFER_BYTES = 256 * 1024
@@ -59,7 +58,7 @@ def read_tensors(place: Place, name: str) -> list[HeaderEntry]:
     tensors, and for the format before PyTorch 1.6, which cannot be read without running it.
     """
     path, total = f"{place.url}/{name}", place.source_file(name).num_bytes
-    _check_magic(path, place.read(name, 0, min(total, len(_LFS_MAGIC))))
+    _check_magic(path, place.read(name, 0, min(total, len(LFS_MAGIC))))
     try:
         with zipfile.ZipFile(io.BufferedReader(_PlaceFile(place, name, total), _BUFFER_BYTES)) as archive:
             members = {member.filename: member for member in archive.infolist()}
@@ -76,7 +75,7 @@ def read_tensors(place: Place, name: str) -> list[HeaderEntry]:
 
 
 def _check_magic(path: str, start: bytes) -> None:
-    if start.startswith(_LFS_MAGIC):
+    if start.startswith(LFS_MAGIC):
         raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
     if start.startswith(_ZIP_MAGIC):
         return

@@ -23,7 +23,7 @@ from orchestrator.core.errors import ArchitectureError, QuantizationError, Sourc
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
 from orchestrator.core.rules import Family, Span, Where
 from orchestrator.core.targets import Read, Target
-from orchestrator.core.topology import Topology
+from orchestrator.core.topology import Topology, check
 from orchestrator.core.weight_map import weight_map
 from orchestrator.families import family_for
 
@@ -55,7 +55,7 @@ def read_index(place: Place) -> CheckpointIndex:
     """
     config, topology, family = _read_config(place)
     present = set(place.names())
-    shards = [_rank_files(place, present, rank) for rank in range(topology.world_size)]
+    shards = [_rank_files(place, present, number) for number in range(topology.num_files)]
     names = [name for files in shards for name in files]
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         headers = list(pool.map(lambda name: read_header_at(place, name)[0], names))
@@ -79,7 +79,9 @@ def _read_config(place: Place) -> tuple[ModelConfig, Topology, Family]:
         config, topology = from_trtllm({**plain, "architecture": _SPELLINGS.get(str(name), name)})
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise SourceCorruptError(f"{place.url}/{CONFIG} is not of a TensorRT-LLM checkpoint: {error}") from None
-    return _normalized(config), topology, family_for(config.architecture)
+    family = family_for(config.architecture)
+    check(topology, config.limits())
+    return _normalized(config), topology, family
 
 
 def _normalized(config: ModelConfig) -> ModelConfig:
@@ -95,7 +97,10 @@ def _normalized(config: ModelConfig) -> ModelConfig:
 
 
 def _rank_files(place: Place, present: set[str], rank: int) -> list[str]:
-    """The one file of a rank, or the shards of its index. Raises SourceMissingError."""
+    """The one file of a rank, or the shards of its index. `rank` leaves context parallelism out: such ranks share files.
+
+    Raises SourceMissingError.
+    """
     single, listing = f"rank{rank}.safetensors", f"rank{rank}.safetensors.index.json"
     if single in present:
         return [single]
@@ -136,7 +141,7 @@ def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topolog
     shares: dict[str, list[_Share]] = {}
     seen: set[tuple[int, str]] = set()
     for group in weight_map(index, family, config, topology, _NO_LIMIT).groups:
-        stage = [topology.rank(tp_rank, group.pp_rank) for tp_rank in range(topology.tp)]
+        stage = [topology.file_number(tp_rank, group.pp_rank) for tp_rank in range(topology.tp)]
         for target in group.targets:
             shared = all(read.tensor.name in shares for read in target.reads)
             if shared and not any(target.name in ranks[rank].entries for rank in stage):

@@ -86,6 +86,8 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
     """The source's own config.json, undecoded."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know of the source, e.g. a second set of weights that is passed over."""
 
     @property
     def num_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.core.errors import ArchitectureError
+from orchestrator.core.errors import ArchitectureError, TopologyError
 from orchestrator.core.quantization import ModelQuantization, quantization_config
 from orchestrator.core.topology import ParallelLimits, Topology
 
@@ -278,7 +278,8 @@ def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuanti
     unknown keys with a warning.
     """
     mapping: dict[str, Any] = {
-        "world_size": topology.world_size, "gpus_per_node": 8, "cp_size": 1, "tp_size": topology.tp, "pp_size": topology.pp,
+        "world_size": topology.world_size, "gpus_per_node": 8,
+        "cp_size": topology.cp, "tp_size": topology.tp, "pp_size": topology.pp,
         "moe_tp_size": topology.moe_tp, "moe_ep_size": topology.moe_ep,
     }  # fmt: skip
     if topology.pp_partition is not None:
@@ -310,12 +311,11 @@ _ALWAYS = {
 
 
 def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
-    """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's; keys that do not concern us are passed over."""
-    mapping = config.get("mapping") or {}
-    partition = mapping.get("pp_partition")
-    topology = Topology(
-        mapping.get("tp_size", 1), mapping.get("pp_size", 1), tuple(partition) if partition else None, mapping.get("moe_ep_size", 1)
-    )
+    """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's; keys that do not concern us are passed over.
+
+    Raises TopologyError for a mapping that contradicts itself, ValueError for values that no model can have.
+    """
+    topology = _mapping(config.get("mapping") or {}, has_experts=bool((config.get("moe") or {}).get("num_experts")))
     known = {key: value for key, value in config.items() if key in ModelConfig.model_fields and value is not None}
     heads = known.get("num_attention_heads", 1)
     known.setdefault("num_key_value_heads", heads)
@@ -330,3 +330,28 @@ def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
     if not (known.get("moe") or {}).get("num_experts"):
         known.pop("moe", None)
     return ModelConfig.model_validate(known), topology
+
+
+def _mapping(mapping: Mapping[str, Any], *, has_experts: bool) -> Topology:
+    """The topology of `mapping`: all keys (TensorRT-LLM's converter) or only world_size, tp_size and pp_size (Model Optimizer).
+
+    Without experts the moe sizes decide nothing, and versions differ in what they write there.
+    """
+    tp, pp, cp = (int(mapping.get(key) or 1) for key in ("tp_size", "pp_size", "cp_size"))
+    moe_ep = int(mapping.get("moe_ep_size") or 1) if has_experts else 1
+    moe_tp = int(mapping.get("moe_tp_size") or -1)
+    partition = mapping.get("pp_partition")
+    topology = Topology(tp, pp, tuple(partition) if partition else None, max(moe_ep, 1), cp)
+    world_size = mapping.get("world_size", topology.world_size)
+    if world_size != topology.world_size:
+        raise TopologyError(
+            f"mapping of config.json: world_size {world_size} is not tp_size {tp} x pp_size {pp} x cp_size {cp}",
+            f"Set world_size to {topology.world_size}, or the sizes to those that the checkpoint was written with.",
+        )
+    if has_experts and moe_tp > 0 and moe_tp * topology.moe_ep != tp:
+        legal = ", ".join(f"{tp // ep} x {ep}" for ep in range(1, tp + 1) if tp % ep == 0)
+        raise TopologyError(
+            f"mapping of config.json: moe_tp_size {moe_tp} x moe_ep_size {topology.moe_ep} is not tp_size {tp}",
+            f"Legal here: moe_tp_size x moe_ep_size in {legal}.",
+        )
+    return topology

@@ -68,6 +68,8 @@ class StageOptions(_Options):
 class ReferenceOptions(_Options):
     """Run the source model itself on the verification text."""
 
+    format: str
+    """Of the source: a name of checkpoints/."""
     files: tuple[SourceFile, ...]
     """Weights, config and tokenizer."""
     dtype: str
@@ -154,7 +156,7 @@ class ConvertOptions(_Options):
             )
             for target in group.targets
         )
-        shards = tuple(group.shard_name(topology.rank(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
+        shards = tuple(group.shard_name(topology.file_number(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
         return ConvertOptions(
             format=index.format,
             not_finite=not_finite,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from orchestrator.core.advice import gemm_warnings, padding_notes, repeated_reads
 from orchestrator.core.calibration import Quantization, calibrations, in_layers
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.digest import digest_of
@@ -59,6 +60,10 @@ class Plan:
     spec: BuildSpec
     inputs: Inputs
     steps: tuple[Step, ...]
+    warnings: tuple[str, ...] = ()
+    """What may be a mistake, or will be slow; the build goes on."""
+    notes: tuple[str, ...] = ()
+    """What happens that the spec does not say."""
 
     @property
     def topology(self) -> Topology:
@@ -128,12 +133,15 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
         if reference is not None:
             previous = _verify(spec, inputs, stage, converts, reference, previous, rank_bytes)
             steps.append(previous)
-    return Plan(spec, inputs, tuple(steps))
+    warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
+    notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
+    return Plan(spec, inputs, tuple(steps), warnings, notes)
 
 
 def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
     verification = spec.verification
     options = ReferenceOptions(
+        format=inputs.index.format,
         files=inputs.index.files + inputs.extra_files,
         dtype=inputs.config.dtype,
         vocab_size=inputs.config.vocab_size,

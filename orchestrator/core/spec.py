@@ -52,7 +52,7 @@ class SourceSpec(Frozen):
 
 
 class TopologySpec(Frozen):
-    """Tensor parallel x pipeline parallel."""
+    """Tensor parallel x pipeline parallel, and the sizes within them."""
 
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
@@ -60,9 +60,11 @@ class TopologySpec(Frozen):
     """Layers of each stage; absent: as even as can be, the first stages one more."""
     moe_ep: int = Field(default=1, ge=1)
     """Expert-parallel groups among the tp ranks; moe_tp is tp / moe_ep."""
+    cp: int = Field(default=1, ge=1)
+    """Context-parallel ranks, for checkpoints only: the engines built here do not split sequences."""
 
     def topology(self) -> Topology:
-        return Topology(self.tp, self.pp, self.pp_partition, self.moe_ep)
+        return Topology(self.tp, self.pp, self.pp_partition, self.moe_ep, self.cp)
 
 
 class ConversionSpec(Frozen):

@@ -1,13 +1,14 @@
-"""How a model is split over ranks: tensor parallel x pipeline parallel.
+"""How a model is split over ranks: tensor parallel x context parallel x pipeline parallel.
 
-Rank order is TensorRT-LLM's: tp fastest, then pp. Layers are split over the stages like torch.tensor_split (the first
-L % pp stages hold one layer more) or as an explicit partition says.
+Rank order is TensorRT-LLM's (`Mapping` of version 0.16): tp fastest, then cp, then pp. Context-parallel ranks split sequences,
+not weights, so those of one (tp_rank, pp_rank) share a checkpoint file. Layers are split over the stages like
+torch.tensor_split (the first L % pp stages hold one layer more) or as an explicit partition says.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.core.errors import TopologyError
@@ -20,6 +21,7 @@ class Coordinates:
     rank: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class ParallelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """tp x pp ranks, and the layers of each stage."""
+    """tp x cp x pp ranks, and the layers of each stage."""
 
     tp: int
     pp: int
@@ -44,6 +46,8 @@ class Topology:
     """Layers per stage; None: as even as can be."""
     moe_ep: int = 1
     """Expert-parallel groups among the tensor-parallel ranks."""
+    cp: int = 1
+    """Context-parallel ranks, each with a part of every sequence and the weights of its (tp_rank, pp_rank)."""
 
     @property
     def moe_tp(self) -> int:
@@ -56,16 +60,30 @@ class Topology:
 
     @property
     def world_size(self) -> int:
+        return self.tp * self.cp * self.pp
+
+    @property
+    def num_files(self) -> int:
+        """Ranks whose weights differ: the files rank0.safetensors to rank{num_files - 1}.safetensors of a checkpoint."""
         return self.tp * self.pp
 
-    def rank(self, tp_rank: int, pp_rank: int) -> int:
+    def rank(self, tp_rank: int, pp_rank: int, cp_rank: int = 0) -> int:
+        return (pp_rank * self.cp + cp_rank) * self.tp + tp_rank
+
+    def file_number(self, tp_rank: int, pp_rank: int) -> int:
+        """The N of rank{N}.safetensors that the ranks of these coordinates share: rank % tp + rank // (tp * cp) * tp.
+
+        Source: `PretrainedModel.from_checkpoint` of TensorRT-LLM 0.16.
+        """
         return pp_rank * self.tp + tp_rank
 
     def coordinates(self, rank: int) -> Coordinates:
         """Raises TopologyError when `rank` is outside the world."""
         if not 0 <= rank < self.world_size:
-            raise TopologyError(f"rank {rank} is not in 0..{self.world_size - 1} (tp={self.tp}, pp={self.pp})")
-        return Coordinates(rank, rank % self.tp, rank // self.tp)
+            sizes = f"tp={self.tp}, pp={self.pp}" + (f", cp={self.cp}" if self.cp > 1 else "")
+            raise TopologyError(f"rank {rank} is not in 0..{self.world_size - 1} ({sizes})")
+        replica, tp_rank = divmod(rank, self.tp)
+        return Coordinates(rank, tp_rank, replica // self.cp, replica % self.cp)
 
     def ranks(self) -> Iterator[Coordinates]:
         for rank in range(self.world_size):
@@ -88,6 +106,8 @@ def _even_partition(num_layers: int, pp: int) -> tuple[int, ...]:
 def problems(topology: Topology, limits: ParallelLimits) -> list[str]:
     """Every reason why `topology` cannot be built; empty when it can."""
     found = _tp_problems(topology.tp, limits) + _moe_problems(topology, limits)
+    if topology.cp > 1 and topology.moe_ep > 1:
+        found.append(f"cp={topology.cp} and moe_ep={topology.moe_ep} exclude each other")
     layers = limits.num_hidden_layers
     if topology.pp > layers:
         found.append(f"pp={topology.pp} is greater than the model's {layers} layers")
@@ -127,17 +147,49 @@ def _moe_problems(topology: Topology, limits: ParallelLimits) -> list[str]:
     return found
 
 
-def legal_tp(limits: ParallelLimits) -> list[int]:
-    """Every legal tensor-parallel size, ascending."""
-    return [tp for tp in range(1, limits.num_attention_heads + 1) if not _tp_problems(tp, limits)]
+def legal_tp(limits: ParallelLimits, moe_ep: int = 1) -> list[int]:
+    """Every legal tensor-parallel size beside `moe_ep`, ascending."""
+    sizes = range(1, limits.num_attention_heads + 1)
+    return [tp for tp in sizes if not _tp_problems(tp, limits) and not _moe_problems(Topology(tp, 1, None, moe_ep), limits)]
+
+
+def legal_moe_ep(tp: int, limits: ParallelLimits) -> list[int]:
+    """Every legal number of expert-parallel groups among `tp` ranks, ascending."""
+    return [ep for ep in range(1, tp + 1) if not _moe_problems(Topology(tp, 1, None, ep), limits)]
 
 
 def check(topology: Topology, limits: ParallelLimits) -> None:
     """Raises TopologyError with every reason and the legal alternatives."""
     found = problems(topology, limits)
     if found:
-        legal = ", ".join(str(tp) for tp in legal_tp(limits))
+        raise TopologyError("illegal topology: " + "; ".join(found), f"Legal here: {_alternatives(topology, limits)}.")
+
+
+def check_engines(topology: Topology) -> None:
+    """Raises TopologyError for what checkpoints may be split by and engines of ours may not."""
+    if topology.cp > 1:
         raise TopologyError(
-            "illegal topology: " + "; ".join(found),
-            f"Legal here: tp in {{{legal}}}, pp from 1 to {limits.num_hidden_layers}.",
+            f"cp={topology.cp}: the engines built here do not split sequences over ranks",
+            "Build with cp=1. `orchestrator convert --cp` writes a checkpoint for TensorRT-LLM's own builder.",
         )
+
+
+def _alternatives(topology: Topology, limits: ParallelLimits) -> str:
+    """What may stand for each size that is wrong; tp and pp always, the others where they were asked for."""
+    layers = limits.num_hidden_layers
+    legal = [f"tp in {as_set(legal_tp(limits))}", f"pp from 1 to {layers}"]
+    if limits.num_experts and _moe_problems(topology, limits):
+        counts = legal_moe_ep(topology.tp, limits)
+        legal.append(f"moe_ep in {as_set(counts)} with tp={topology.tp}" if counts else f"no moe_ep with tp={topology.tp}")
+        fitting = legal_tp(limits, topology.moe_ep)
+        legal.extend([f"tp in {as_set(fitting)} with moe_ep={topology.moe_ep}"] if fitting and topology.moe_ep > 1 else [])
+    if topology.cp > 1 and topology.moe_ep > 1:
+        legal.append("cp=1 or moe_ep=1")
+    if topology.pp_partition is not None and topology.pp <= layers:
+        legal.append(f"a pp_partition such as {list(_even_partition(layers, topology.pp))}")
+    return ", ".join(legal)
+
+
+def as_set(sizes: Iterable[int]) -> str:
+    """{1, 2, 4}"""
+    return "{" + ", ".join(str(size) for size in sizes) + "}"

@@ -36,7 +36,7 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     import transformers
 
     options = ReferenceOptions.model_validate(task.step.options)
-    folder = as_hugging_face(local_source(task.step.places["source"], options.files, context), context)
+    folder = as_hugging_face(local_source(task.step.places["source"], options.files, context), options.format, context)
     context.tools["transformers"] = transformers.__version__
     sequences, text = _sequences(options, folder)
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import itertools
+import re
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import TopologyError
-from orchestrator.core.topology import Coordinates, ParallelLimits, Topology, check, legal_tp, problems
+from orchestrator.core.topology import (
+    Coordinates,
+    ParallelLimits,
+    Topology,
+    check,
+    check_engines,
+    legal_moe_ep,
+    legal_tp,
+    problems,
+)
 
 sizes = st.integers(1, 16)
 limits_of = st.builds(
@@ -109,3 +122,66 @@ def test_check_agrees_with_problems(limits: ParallelLimits, tp: int, pp: int) ->
     else:
         check(topology, limits)
         assert all(len(stage) >= 1 for stage in topology.stages(limits.num_hidden_layers))
+
+
+@given(tp=sizes, cp=sizes, pp=sizes)
+def test_ranks_with_context_parallelism_run_tp_then_cp_then_pp(tp: int, cp: int, pp: int) -> None:
+    topology = Topology(tp, pp, cp=cp)
+    ranks = list(topology.ranks())
+    assert len(ranks) == topology.world_size == tp * cp * pp
+    assert [(place.pp_rank, place.cp_rank, place.tp_rank) for place in ranks] == list(
+        itertools.product(range(pp), range(cp), range(tp))
+    )
+    assert all(topology.rank(place.tp_rank, place.pp_rank, place.cp_rank) == place.rank for place in ranks)
+
+
+@given(tp=sizes, cp=sizes, pp=sizes)
+def test_file_number_is_that_of_tensorrt_llm_and_shared_by_cp_ranks(tp: int, cp: int, pp: int) -> None:
+    topology = Topology(tp, pp, cp=cp)
+    files = {place.rank: topology.file_number(place.tp_rank, place.pp_rank) for place in topology.ranks()}
+    assert files == {rank: rank % tp + (rank // (tp * cp)) * tp for rank in range(tp * cp * pp)}
+    assert Counter(files.values()) == dict.fromkeys(range(topology.num_files), cp)
+
+
+EXPERTS = ParallelLimits(
+    num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, intermediate_size=0, num_experts=6, moe_intermediate_size=6
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "words", "advice"),
+    [
+        (Topology(4, 1, moe_ep=3), "moe_ep=3 does not divide tp=4", "moe_ep in {2} with tp=4"),
+        (Topology(8, 1, moe_ep=4), "moe_ep=4 does not divide the 6 experts", "no moe_ep with tp=8"),
+        (Topology(4, 1, moe_ep=1), "tp / moe_ep = 4 does not divide the experts' intermediate size 6", "moe_ep in {2} with tp=4"),
+        (Topology(8, 1, moe_ep=2), "tp / moe_ep = 4 does not divide", "tp in {2, 4} with moe_ep=2"),
+        (Topology(2, 1, moe_ep=2, cp=2), "cp=2 and moe_ep=2 exclude each other", "cp=1 or moe_ep=1"),
+        (Topology(1, 4, (1, 1, 1, 1)), "sums to 4, the model has 6", "a pp_partition such as [2, 2, 1, 1]"),
+    ],
+)
+def test_check_illegal_experts_and_stages_advises_legal_ones(topology: Topology, words: str, advice: str) -> None:
+    with pytest.raises(TopologyError, match=re.escape(words)) as caught:
+        check(topology, EXPERTS)
+    assert advice in caught.value.advice
+
+
+@given(
+    tp=st.integers(1, 8),
+    ep=st.integers(1, 8),
+    experts=st.integers(1, 12),
+    size=st.integers(1, 24),
+    heads=st.sampled_from([4, 6, 8]),
+)
+def test_legal_tp_and_legal_moe_ep_are_those_without_problems(tp: int, ep: int, experts: int, size: int, heads: int) -> None:
+    limits = ParallelLimits(2, heads, heads, 0, experts, size)
+    legal = problems(Topology(tp, 1, moe_ep=ep), limits) == []
+    assert (tp in legal_tp(limits, ep)) == legal
+    if heads % tp == 0:
+        assert (ep in legal_moe_ep(tp, limits)) == legal
+
+
+def test_check_engines_context_parallelism_is_refused() -> None:
+    check_engines(Topology(4, 2))
+    with pytest.raises(TopologyError, match="do not split sequences") as caught:
+        check_engines(Topology(4, 2, cp=2))
+    assert "convert --cp" in caught.value.advice

@@ -111,9 +111,14 @@ def test_convert_of_gguf_equals_that_of_its_values(tmp_path: Path, kind: str) ->
         )
 
 
+def small_arrays(config: ModelConfig, seed: int = 1) -> dict[str, Array]:
+    """Weights with which a model's logits stay of ordinary size."""
+    return {name: np.multiply(array, 0.2).astype(array.dtype) for name, array in random_arrays(config, seed=seed).items()}
+
+
 def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_hidden_layers": 1, "intermediate_size": 64})
-    arrays = {name: np.multiply(array, 0.2).astype(array.dtype) for name, array in random_arrays(config).items()}
+    arrays = small_arrays(config)
     source = write_source(tmp_path / "safetensors", config, arrays)
     write_bin(tmp_path / "bin", config, arrays)
     write_meta(tmp_path / "meta", config, arrays, 2)
@@ -123,6 +128,32 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
         made = verbs.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
         assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, name
+
+
+def test_reference_of_a_forced_format_is_of_its_weights_and_not_of_those_beside(tmp_path: Path) -> None:
+    """Two weight sets in one folder that differ: verification would fail if transformers took the other one."""
+    config = CONFIG.model_copy(update={"num_hidden_layers": 1, "intermediate_size": 64})
+    sets = [small_arrays(config, seed) for seed in (1, 2)]
+    both = write_source(tmp_path / "both", config, sets[0])
+    write_bin(both, config, sets[1])
+    write_meta(both, config, sets[1], 1)
+    for forced in ("huggingface", "bin", "meta"):
+        spec = build_spec(both, dtype="bfloat16")
+        made = verbs.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"format": forced})}))
+        outcomes = run_steps(made, (tmp_path / forced).as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+        assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, forced
+
+
+def test_reference_of_an_index_beside_a_single_file_is_of_the_index(tmp_path: Path) -> None:
+    """transformers would take the single file; the plan reads the shards."""
+    config = CONFIG.model_copy(update={"num_hidden_layers": 1})
+    sets = [small_arrays(config, seed) for seed in (1, 2)]
+    folder = write_source(tmp_path / "source", config, sets[0], num_files=2)
+    write_source(folder, config, sets[1])
+    made = verbs.plan(build_spec(folder, dtype="bfloat16"))
+    assert "not read: model.safetensors." in made.warnings[0]
+    outcomes = run_steps(made, (tmp_path / "store").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+    assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3
 
 
 @pytest.fixture
