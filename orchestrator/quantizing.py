@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from orchestrator.core.calibration import MAX, Quantization
-from orchestrator.core.errors import QuantizationError, SourceMissingError, TopologyError
+from orchestrator.core.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
 from orchestrator.core.options import CalibrationData
+from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.spec import CalibrationSpec, QuantizationSpec
-from orchestrator.quantizers.resolve import calibration_method, model_quantization, quantizer_named
+from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
 
 DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
 SCALES = "scales.safetensors"
@@ -37,6 +39,16 @@ def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
         scales=spec.scales if needed else None,
         scales_sha256=_scales_sha256(Path(spec.scales)) if spec.scales is not None and needed else None,
     )
+
+
+def read_checkpoint_quantization(folder: Path) -> ModelQuantization | None:
+    """The formats of a TensorRT-LLM checkpoint folder; None: it is not quantized. Raises SpecError, QuantizationError."""
+    try:
+        block = json.loads((folder / "config.json").read_bytes()).get("quantization") or {}
+        mixture = folder / "quant_cfg.json"
+        return from_checkpoint(block, json.loads(mixture.read_bytes()) if mixture.is_file() else None)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
 
 
 def _no_data(spec: CalibrationSpec) -> CalibrationData:

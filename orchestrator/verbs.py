@@ -236,18 +236,20 @@ def build_engine(
     `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
     EngineBuildError.
     """
+    from orchestrator.quantizing import read_checkpoint_quantization
     from orchestrator.stores.file import FileStore
     from orchestrator.work.build import compile_rank
     from orchestrator.work.shards import map_checkpoint_rank
 
     config, topology = read_checkpoint_config(checkpoint)
+    quantization = read_checkpoint_quantization(checkpoint)
     topologies.check(topology, config.limits())
     topologies.check_engines(topology)
     wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
     places = [topology.coordinates(rank) for rank in wanted]
     store = FileStore(output.resolve().as_uri())
     for place in places:
-        stage = StageOptions.of(config, topology, place.pp_rank)
+        stage = StageOptions.of(config, topology, place.pp_rank, quantization)
         options = BuildOptions(stage=stage, tp_rank=place.tp_rank, engine=engine, tensorrt_version=None)
         log: list[str] = []
         try:
@@ -257,7 +259,7 @@ def build_engine(
         except OrchestratorError:
             (output / f"rank{place.rank}.log").write_text("\n".join(log) + "\n")
             raise
-    written = {"pretrained_config": to_trtllm(config, topology), "build_config": engine.model_dump(mode="json")}
+    written = {"pretrained_config": to_trtllm(config, topology, quantization), "build_config": engine.model_dump(mode="json")}
     (output / "config.json").write_text(json.dumps(written, indent=4) + "\n")
     return wanted
 

@@ -72,6 +72,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.driver": _DRIVING,
     "orchestrator.verbs": _DRIVING,
     "orchestrator.preflight": _DRIVING,
+    "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),
     "orchestrator.models": Row(EVERYTHING, frozenset({"numpy"}), HEAVY, never=_own("cli")),
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"})),

@@ -92,6 +92,8 @@ class Verification(_Record):
     max_relative_error: float
     mean_kl: float
     top1_agreement: float
+    perplexity_ratio: float | None = None
+    """Of the text that was read: the graphs' perplexity over the reference's."""
 
 
 class Manifest(_Record):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
+from orchestrator.core.quantization import ALWAYS_EXCLUDED, MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
 from orchestrator.core.spec import QuantizationSpec, ToleranceSpec
 from orchestrator.quantizers.quantizer import Quantizer
 
@@ -95,6 +95,32 @@ def _layer_format(entry: Mapping[str, Any]) -> LinearFormat:
     fmt = quantizer_named(entry["quant_algo"]).linear
     size = entry.get("group_size")
     return fmt.model_copy(update={"block_size": int(size)}) if size and fmt.weight.value.startswith("int4") else fmt
+
+
+def from_checkpoint(block: Mapping[str, Any], mixture: Mapping[str, Any] | None) -> ModelQuantization | None:
+    """The formats of a TensorRT-LLM checkpoint, ours or Model Optimizer's, from its `quantization` block and quant_cfg.json.
+
+    Raises QuantizationError for an algorithm that there is no quantizer for.
+    """
+    algorithm, kv_cache = block.get("quant_algo"), block.get("kv_cache_quant_algo")
+    if kv_cache not in (None, "INT8", "FP8"):
+        raise QuantizationError(f"a KV cache in {kv_cache} is not supported", "INT8 and FP8 are.")
+    if algorithm is None:
+        return ModelQuantization(algorithm=None, kv_cache=kv_cache) if kv_cache else None
+    if algorithm == MIXED_PRECISION:
+        listed = (mixture or {}).get("quantized_layers", {})
+        layers = {name: _layer_format(entry) for name, entry in listed.items()}
+        return ModelQuantization(algorithm=algorithm, layers=layers, kv_cache=kv_cache)
+    linear = _layer_format({"quant_algo": algorithm, "group_size": block.get("group_size")})
+    limit = (block.get("clamp_val") or [None, None])[1] if block.get("use_meta_recipe") else None
+    return ModelQuantization(
+        algorithm=algorithm,
+        linear=linear.model_copy(update={"activation_limit": limit}),
+        exclude=tuple(name for name in block.get("exclude_modules") or () if name not in ALWAYS_EXCLUDED),
+        kv_cache=kv_cache,
+        alpha=block.get("smoothquant_val") if quantizer_named(algorithm).linear.pre_quant_scale and not linear.block_size else None,
+        meta_recipe=bool(block.get("use_meta_recipe")),
+    )
 
 
 def tolerance(quantization: ModelQuantization | None) -> ToleranceSpec:

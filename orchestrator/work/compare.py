@@ -10,10 +10,13 @@ from orchestrator.core.manifest import Verification
 from orchestrator.core.spec import ToleranceSpec
 
 Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
 
 
-def compare(logits: Floats, reference: Floats) -> Verification:
+def compare(logits: Floats, reference: Floats, next_tokens: Integers | None = None) -> Verification:
     """Compare [positions, vocabulary] with the reference of the same shape.
+
+    `next_tokens` [positions]: what the text went on with, -1 at its end; absent, there is no perplexity.
 
     The relative error of a position is max |logit - reference| / max |reference|; the worst is reported. KL is
     KL(reference || logits) in nats, averaged. Values of ours that are not finite count as infinitely wrong; a reference
@@ -36,7 +39,17 @@ def compare(logits: Floats, reference: Floats) -> Verification:
         max_relative_error=float((difference / scale).max()),
         mean_kl=float(max(divergence.mean(), 0.0)),
         top1_agreement=float((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).mean()),
+        perplexity_ratio=None if next_tokens is None else _perplexity_ratio(log_q, log_p, next_tokens),
     )
+
+
+def _perplexity_ratio(ours: Floats, theirs: Floats, next_tokens: Integers) -> float | None:
+    """exp(mean negative log-likelihood) of one over the other; None when no token follows any position."""
+    known = np.flatnonzero(next_tokens >= 0)
+    if not known.size:
+        return None
+    difference = theirs[known, next_tokens[known]] - ours[known, next_tokens[known]]
+    return float(np.exp(difference.mean()))
 
 
 def _log_softmax(values: Floats) -> Floats:

@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import global_name
 from orchestrator.core.rules import Span
 from orchestrator.core.targets import ArtifactScale, PackedScale, Read, Target
-from orchestrator.quantizers.formats import PackedRows, pack_rows, smoothed
+from orchestrator.quantizers.formats import PackedRows, pack_rows, smoothed, unpack_rows
 from orchestrator.work.scales import Scales, has_tensor_scale
 
 if TYPE_CHECKING:
@@ -62,7 +61,15 @@ class Packer:
         amax = (
             self._artifact().largest(quantized.amax_modules[position], ("weight_amax",)) if has_tensor_scale(fmt.weight) else None
         )
-        return pack_rows(rows, fmt, amax)
+        packed = pack_rows(rows, fmt, amax)
+        self._measure(_global_linear(target.name, module), rows, packed, fmt, amax)
+        return packed
+
+    def _measure(self, linear: str, rows: torch.Tensor, packed: PackedRows, fmt: LinearFormat, amax: float | None) -> None:
+        error = unpack_rows(packed.weight, fmt, packed.scales, amax) - rows.float()
+        squares = self._squares.setdefault(linear, [0.0, 0.0])
+        squares[0] += float(error.square().sum())
+        squares[1] += float(rows.float().square().sum())
 
     def _artifact(self) -> Scales:
         if self._scales is None:

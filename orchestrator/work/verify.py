@@ -143,4 +143,8 @@ def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> 
         expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
     except (KeyError, IndexError) as error:
         raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}") from error
-    return compare.compare(logits, expected)
+    last = theirs["lengths"] - 1
+    following = [
+        theirs["tokens"][sequence, position + 1] if position < last[sequence] else -1 for sequence, position, _, _ in places
+    ]
+    return compare.compare(logits, expected, np.array(following))

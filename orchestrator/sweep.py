@@ -1,0 +1,160 @@
+"""Several quantization algorithms side by side, and a calibration artifact for itself: what is run is the build without engines.
+
+Because steps are shared by content, a sweep calibrates once for all algorithms that need only amax values and computes the
+reference once for all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator import cache
+from orchestrator.core.errors import QuantizationError, StoreError, VerificationError
+from orchestrator.core.manifest import Verification
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import BuildSpec, ClusterSpec, QuantizationSpec, ToleranceSpec
+from orchestrator.core.step import Kind, Outcome
+from orchestrator.driver import Result
+from orchestrator.preflight import check_steps
+from orchestrator.quantizers import QUANTIZERS
+from orchestrator.quantizers.resolve import quantizer_named
+from orchestrator.report import Listener, SilentListener
+from orchestrator.stores import check_writable, open_store
+from orchestrator.verbs import OpenCluster, local_cluster, plan, run
+
+UNQUANTIZED = "none"
+_ANY = ToleranceSpec(max_relative_error=None, max_mean_kl=1e9, min_top1_agreement=0.0)
+"""A sweep measures; nothing in it fails for being inexact."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One algorithm of a sweep."""
+
+    algorithm: str
+    checkpoint_bytes: int
+    """Of all ranks."""
+    verification: Verification
+    worst_linear: str
+    """The linear with the largest weight error; empty: none is quantized."""
+    worst_error: float
+    num_steps_run: int
+    """Steps that were not there yet."""
+
+
+def sweep(
+    spec: BuildSpec,
+    algorithms: Sequence[str],
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+) -> list[SweepRow]:
+    """Calibrate, convert and verify `spec` under each algorithm (`none`: as it is). Raises QuantizationError before any work."""
+    specs = [_under(spec, algorithm) for algorithm in algorithms]
+    plans = [_only(plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
+    rows = []
+    for algorithm, made in zip(algorithms, plans, strict=True):
+        result = _run(made, place, open_cluster, listener or SilentListener())
+        rows.append(_row(algorithm, made, result))
+    return rows
+
+
+def calibrate(
+    spec: BuildSpec,
+    output: Path,
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+) -> list[Path]:
+    """Write the calibration artifact of `spec` to the folder `output`, for `quantization.scales` of other specs.
+
+    Returns the files. Raises QuantizationError when the spec needs no calibration, StoreError when there is one already.
+    """
+    if (output / "scales.safetensors").exists():
+        raise StoreError(f"{output} already holds a calibration artifact", "Choose another --output, or remove it.")
+    made = _only(plan(spec), (Kind.CALIBRATE,))
+    if not made.steps:
+        raise QuantizationError("this spec calibrates nothing", "Choose a calibrated algorithm or a kv_cache format.")
+    result = _run(made, place, open_cluster, listener or SilentListener())
+    outcomes = [result.outcomes[step.digest] for step in made.steps]
+    return _write_artifact([(step.name, outcome) for step, outcome in zip(made.steps, outcomes, strict=True)], place, output)
+
+
+def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
+    """`spec` with another algorithm; options that it does not have are left out."""
+    verification = spec.verification.model_copy(update={"enabled": True, "tolerance": _ANY})
+    if algorithm == UNQUANTIZED:
+        return spec.model_copy(update={"quantization": None, "verification": verification})
+    quantizer = quantizer_named(algorithm)
+    asked = spec.quantization.model_dump() if spec.quantization else {}
+    fits = {
+        "group_size": quantizer.linear.weight.value.startswith("int4"),
+        "alpha": quantizer.calibration is not None and quantizer.calibration.alpha is not None,
+        "meta_recipe": algorithm == "FP8_PER_CHANNEL_PER_TOKEN",
+        "quant_cfg": False,
+        "scales": False,
+    }
+    kept = {name: value for name, value in asked.items() if fits.get(name, True)}
+    quantization = QuantizationSpec.model_validate({**kept, "algorithm": algorithm})
+    return spec.model_copy(update={"quantization": quantization, "verification": verification})
+
+
+def _only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
+    return replace(made, steps=tuple(step for step in made.steps if step.kind in kinds))
+
+
+def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
+    store = open_store(place.store)
+    check_writable(store)
+    committed = cache.committed(store, (step.digest for step in made.steps))
+    made = replace(made, warnings=made.warnings + check_steps(made, committed, place, store))
+    listener.on_plan(made, committed, already_published=False)
+    result = run(made, committed, place, open_cluster, listener)
+    result.raise_failures(made)
+    return result
+
+
+def _row(algorithm: str, made: Plan, result: Result) -> SweepRow:
+    converts = [result.outcomes[step.digest] for step in made.of_kind(Kind.CONVERT)]
+    errors = {name: error for outcome in converts for name, error in outcome.facts.get("quantization_errors", {}).items()}
+    worst = max(errors, key=lambda name: errors[name], default="")
+    numbers = [result.outcomes[step.digest].facts.get("verification") for step in made.of_kind(Kind.VERIFY)]
+    found = next((item for item in numbers if item), None)
+    if found is None:
+        raise VerificationError(f"the verification of {algorithm} left no numbers")
+    return SweepRow(
+        algorithm=algorithm,
+        checkpoint_bytes=sum(output.num_bytes for outcome in converts for output in outcome.outputs),
+        verification=Verification.model_validate(found),
+        worst_linear=worst,
+        worst_error=errors.get(worst, 0.0),
+        num_steps_run=len(result.ran),
+    )
+
+
+def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, output: Path) -> list[Path]:
+    """One scales file of all parts, and each part's recipe."""
+    from safetensors.numpy import load, save_file
+
+    store = open_store(place.store)
+    output.mkdir(parents=True, exist_ok=True)
+    merged, written = {}, []
+    for name, outcome in named:
+        merged.update(load(store.get(outcome.output("scales.safetensors").key)))
+        recipe = output / f"{name.replace('/', '-')}.recipe.json"
+        recipe.write_bytes(store.get(outcome.output("recipe.json").key))
+        written.append(recipe)
+    partial = output / "scales.safetensors.part"
+    save_file(merged, partial)
+    shutil.move(partial, output / "scales.safetensors")
+    return [output / "scales.safetensors", *written]
+
+
+def all_algorithms() -> list[str]:
+    """Every algorithm there is, after the unquantized model."""
+    return [UNQUANTIZED, *QUANTIZERS]
