@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,17 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
+from orchestrator.core.pages import is_on_page
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepProgress
+from orchestrator.core.rules import Span
 from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.core.targets import Read, Target
 from orchestrator.core.topology import Topology
 from orchestrator.stores import Store, open_store
 from orchestrator.work import convert as converting
 from orchestrator.work import cutting
+from orchestrator.work.context import HashingWriter, SharedBlock
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import NUMPY_DTYPES, SAFETENSORS_DTYPES, Array, build_spec, model_config, random_arrays, write_source
 
@@ -389,6 +393,17 @@ def test_convert_integers_are_no_weights(tmp_path: Path) -> None:
         conversion(tmp_path, config, arrays)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@given(place=st.integers(0, 999), value=st.sampled_from([np.nan, np.inf, -np.inf]), sign=st.sampled_from([1, -1]))
+def test_is_finite_finds_one_value_wherever_it_stands(dtype: str, place: int, value: float, sign: int) -> None:
+    values = np.random.default_rng(place).normal(size=1000).astype(NUMPY_DTYPES[dtype])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "_STRETCH_BYTES", 64)
+        assert cutting.is_finite(values.view(np.uint8).reshape(10, -1), dtype)
+        values[place] = np.copysign(value, sign)
+        assert not cutting.is_finite(values.view(np.uint8).reshape(10, -1), dtype)
+
+
 class SlowSource:
     """One tensor of numbered rows; knows how many blocks it has given."""
 
@@ -432,6 +447,107 @@ def test_cutter_reads_ahead_without_touching_what_is_being_written(monkeypatch: 
     for sink in sinks:
         assert b"".join(sink.written) == source.data.tobytes()
     assert moved == [row_bytes] * rows
+
+
+def test_cutter_reads_the_next_tensor_while_one_is_written() -> None:
+    rows, row_bytes = 4, 8
+    source = SlowSource(3 * rows, row_bytes)
+    tensors = [TensorInfo(f"w{part}", "F16", (rows, row_bytes // 2), 0, 0, rows * row_bytes) for part in range(3)]
+    sink = SlowSink(source, len(tensors))
+
+    def read_rows(tensor: TensorInfo, begin: int, end: int, buffer: memoryview) -> None:
+        first = tensors.index(tensor) * rows
+        source.read_rows(tensor, first + begin, first + end, buffer)
+
+    targets = [Target(tensor.name, "F16", tensor.shape, (Read(tensor, None, ()),)) for tensor in tensors]
+    cutting.Cutter(read_rows, [sink], lambda num_bytes: None).run(targets)
+    assert sink.written == [bytes(part) for part in np.split(source.data, 3)]
+
+
+class Blocks:
+    """A sink that knows whether each of its pieces started on a page."""
+
+    def __init__(self) -> None:
+        self.on_page: list[bool] = []
+        self.data = b""
+
+    def write(self, data: memoryview) -> None:
+        self.on_page.append(is_on_page(data))
+        self.data += data
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_cutter_gives_cuts_of_rows_and_of_columns_on_pages(axis: int) -> None:
+    array = np.random.default_rng(axis).integers(0, 256, (8, 4096), np.uint8)
+    tensor = TensorInfo("w", "F16", (8, 2048), 0, 0, array.size)
+    spans = (Span(0, tensor.shape[axis] // 2), Span(tensor.shape[axis] // 2, tensor.shape[axis]))
+    sinks = [Blocks(), Blocks()]
+
+    def read_rows(_tensor: TensorInfo, begin: int, end: int, buffer: memoryview) -> None:
+        assert is_on_page(buffer)
+        buffer[:] = array[begin:end].reshape(-1).data
+
+    target = Target("t", "F16", tensor.shape, (Read(tensor, axis, spans),))
+    cutting.Cutter(read_rows, sinks, lambda num_bytes: None).run([target])
+    assert [sink.data for sink in sinks] == [part.tobytes() for part in np.split(array, 2, axis)]
+    assert [sink.on_page for sink in sinks] == [[True], [True]]
+
+
+class Drain:
+    """A store's writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def __enter__(self) -> Drain:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        self.data += data
+        return len(data)
+
+
+@given(blocks=st.lists(st.tuples(st.binary(max_size=50), st.sampled_from(["shared", "first alone", "all alone"])), max_size=8))
+def test_writers_of_shared_blocks_have_the_hash_of_their_own_bytes(blocks: list[tuple[bytes, str]]) -> None:
+    drains = [Drain() for _ in range(3)]
+    writers = [HashingWriter(drain) for drain in drains]
+    for data, how in blocks:
+        if how == "shared":
+            block = SharedBlock(memoryview(data))
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(lambda writer, block=block: writer.write_shared(block), writers))
+        else:
+            for writer in writers[:1] if how == "first alone" else writers:
+                writer.write(data)
+    for drain, writer in zip(drains, writers, strict=True):
+        assert (writer.sha256, writer.num_bytes) == (hashlib.sha256(drain.data).hexdigest(), len(drain.data))
+
+
+class CountingHash:
+    """Remembers what it has hashed; counts the work of all copies."""
+
+    def __init__(self, seen: bytes, work: list[bytes]) -> None:
+        self.seen, self.work = seen, work
+
+    def digest(self) -> bytes:
+        return self.seen
+
+    def copy(self) -> CountingHash:
+        return CountingHash(self.seen, self.work)
+
+    def update(self, data: memoryview) -> None:
+        self.seen += bytes(data)
+        self.work.append(bytes(data))
+
+
+def test_shared_block_is_hashed_once_for_each_history() -> None:
+    work_done: list[bytes] = []
+    block: Any = SharedBlock(memoryview(b"block"))
+    found = [block.hashed_after(CountingHash(seen, work_done)).seen for seen in (b"a", b"a", b"b", b"a", b"b")]
+    assert found == [b"ablock", b"ablock", b"bblock", b"ablock", b"bblock"]
+    assert work_done == [b"block"] * 2
 
 
 class FullSink:

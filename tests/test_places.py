@@ -26,6 +26,7 @@ from orchestrator.checkpoints.places import LocalPlace, Place, PlannedRange, is_
 from orchestrator.checkpoints.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemotePlace, is_transient, windows
 from orchestrator.core.checkpoint import Assembly, Piece, SourceFile, TensorInfo
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SpecError, StoreError
+from orchestrator.core.pages import page_buffer
 from orchestrator.core.step import Kind, Task
 from orchestrator.loading import load_spec, resolve_source
 from orchestrator.stores import open_store
@@ -183,6 +184,39 @@ def test_file_source_large_ranges_are_right_at_any_offset(
         assert read_range(place, "x", offset, size) == data[offset : offset + size]
     with pytest.raises(SourceCorruptError, match=f"ended at byte {len(data)}"):
         read_range(place, "x", len(data) - 2**20, 2**20 + 1)
+
+
+@pytest.mark.parametrize("offset", [0, 8, 4096, 8200])
+@pytest.mark.parametrize("shift", [0, 8])
+def test_file_source_large_range_into_pages_is_right_and_passes_through_nothing_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int, shift: int
+) -> None:
+    """Only where file and memory both stand on a page; the end of less than a page needs no large buffer."""
+    data = np.random.default_rng(2).bytes(3 * 2**20 + 77)
+    (tmp_path / "x").write_bytes(data)
+    forget(tmp_path / "x")
+    filled: list[int] = []
+    really_read = os.preadv
+
+    def preadv(descriptor: int, buffers: Any, place: int, flags: int = 0) -> int:
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+        if direct and within(buffers[0], memory):
+            filled.append(len(buffers[0]))
+        return really_read(descriptor, buffers, place, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    memory = page_buffer(len(data) + shift)
+    place = LocalPlace(tmp_path)
+    with place.open((place.source_file("x"),)) as source:
+        source.read_into(0, offset, memory[shift : shift + len(data) - offset])
+    assert memory[shift : shift + len(data) - offset] == data[offset:]
+    assert filled == ([(len(data) - offset) // 4096 * 4096] if shift == offset % 4096 == 0 else [])
+
+
+def within(part: memoryview, whole: memoryview) -> bool:
+    """Whether a buffer is a stretch of another."""
+    begin, first = (np.frombuffer(view, np.uint8).ctypes.data for view in (part, whole))
+    return bool(first <= begin < first + len(whole))
 
 
 def test_file_source_leaves_nothing_open_after_large_ranges(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.core.errors import StoreError
+from orchestrator.core.pages import page_buffer
 from orchestrator.stores import Store, check_writable, file, open_store
 from orchestrator.stores.file import FileStore
 from tests.contracts.store_contract import StoreContract, listed, write_half_and_fail
@@ -107,6 +110,47 @@ def test_file_store_large_object_written_in_any_pieces_is_whole(
         for begin in range(0, num_bytes, piece):
             writer.write(data[begin : begin + piece])
     assert file_store.get("large") == data
+
+
+@given(
+    sizes=st.lists(st.sampled_from([1, 8, 4095, 4096, 8192, STAGE_BYTES + 1, 5 * 4096]), max_size=6), shift=st.sampled_from([0, 8])
+)
+def test_file_store_pieces_on_and_off_pages_are_written_in_order(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shift: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_DIRECT_BYTES", 1), ("_STAGE_BYTES", STAGE_BYTES), ("_UNSTAGED_BYTES", 4096)):
+            patch.setattr(file, name, value)
+        store = open_store(tmp_path_factory.mktemp("store").as_uri())
+        written = b""
+        with store.writer("large", sum(sizes)) as writer:
+            for number, size in enumerate(sizes):
+                piece = page_buffer(shift + size)[shift:]
+                piece[:] = bytes((number + place) % 251 for place in range(size))
+                written += piece
+                writer.write(piece)
+                piece[:] = bytes(size)  # the caller's memory is its own again
+        assert store.get("large") == written
+
+
+def test_file_store_large_pieces_on_pages_are_written_from_where_they_are(
+    file_store: Store, small_stage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "_UNSTAGED_BYTES", 4096)
+    requests: list[int] = []
+    really_write = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, place: int) -> int:
+        requests.append(len(data))
+        return really_write(descriptor, data, place)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    pages = page_buffer(10 * STAGE_BYTES)
+    with file_store.writer("large", 8 * STAGE_BYTES) as writer:
+        writer.write(bytes(4096))
+        writer.write(pages[: 7 * STAGE_BYTES])  # one request, not seven stages full
+        writer.write(pages[: STAGE_BYTES - 4096])
+    assert requests == [4096, 7 * STAGE_BYTES, STAGE_BYTES - 4096]
 
 
 def test_file_store_large_object_where_the_page_cache_cannot_be_bypassed_is_whole(

@@ -6,7 +6,6 @@ Formats read through this protocol, so that a format need not know whether its b
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import re
 import threading
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.core.checkpoint import SourceFile, TensorInfo
 from orchestrator.core.dtypes import num_bytes
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError
+from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
 
 LFS_MAGIC = b"version https://git-lfs"
 """How a Git-LFS pointer begins."""
@@ -183,11 +183,10 @@ class FileSource:
 
 _DIRECT_BYTES = 2**20
 _DIRECT_BUFFER_BYTES = 8 * 2**20
-_PAGE_BYTES = 4096
 
 
 class _DirectReader:
-    """O_DIRECT reads through one page-aligned buffer: neither tensors nor the callers' buffers begin on pages."""
+    """O_DIRECT reads: straight into the caller's buffer where it and the tensor begin on pages, else through one that does."""
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
@@ -219,10 +218,12 @@ class _DirectReader:
     def _read_block(self, descriptor: int, offset: int, out: memoryview) -> int:
         if descriptor not in self._descriptors:  # by way of /proc: surely the same file, whatever its name has become
             self._descriptors[descriptor] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
+        skip = offset % PAGE_BYTES
+        if skip == 0 and len(out) >= PAGE_BYTES and is_on_page(out):
+            return os.preadv(self._descriptors[descriptor], [out[: len(out) // PAGE_BYTES * PAGE_BYTES]], offset)
         if self._buffer is None:
-            self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BUFFER_BYTES))
-        skip = offset % _PAGE_BYTES
-        size = min(-(-(skip + len(out)) // _PAGE_BYTES) * _PAGE_BYTES, _DIRECT_BUFFER_BYTES)
+            self._buffer = page_buffer(_DIRECT_BUFFER_BYTES)
+        size = min(-(-(skip + len(out)) // PAGE_BYTES) * PAGE_BYTES, _DIRECT_BUFFER_BYTES)
         count = os.preadv(self._descriptors[descriptor], [self._buffer[:size]], offset - skip)
         found = min(count - skip, len(out))
         if found > 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import stat
@@ -22,13 +21,15 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.core.errors import StoreError
+from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
 from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
 """Objects announced to be at least this large are written with O_DIRECT, where the file system can."""
 _STAGE_BYTES = 4 * 2**20
-_PAGE_BYTES = 4096
+_UNSTAGED_BYTES = 2**20
+"""Pieces at least this large are written from where they are, if they stand on a page; one request each."""
 
 
 class FileStore:
@@ -164,11 +165,20 @@ class FileWriter:
             if self._stage is None:
                 self._pwrite(view)
             else:
-                for full in self._stage.fill(view):
-                    self._pwrite(full)
+                self._write_direct(self._stage, view)
         except OSError as error:
             raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {error.strerror}") from error
         return len(view)
+
+    def _write_direct(self, stage: _Stage, view: memoryview) -> None:
+        """Write from where the bytes are when memory and file both stand on a page, else by way of the stage."""
+        if len(view) >= _UNSTAGED_BYTES and stage.is_on_page and is_on_page(view):
+            self._pwrite(stage.take_pages())
+            whole = len(view) // PAGE_BYTES * PAGE_BYTES
+            self._pwrite(view[:whole])
+            view = view[whole:]
+        for full in stage.fill(view):
+            self._pwrite(full)
 
     def _pwrite(self, view: memoryview) -> None:
         done = 0
@@ -190,10 +200,9 @@ class FileWriter:
         """Write what is staged: whole pages directly, the odd end through the page cache."""
         if self._stage is None:
             return
-        pages, tail = self._stage.rest()
-        self._pwrite(pages)
+        self._pwrite(self._stage.take_pages())
         self._stop_direct()
-        self._pwrite(tail)
+        self._pwrite(self._stage.tail)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
@@ -231,11 +240,18 @@ class FileWriter:
 
 
 class _Stage:
-    """A page-aligned buffer, as O_DIRECT wants it."""
+    """Gathers small and unaligned pieces in a page-aligned buffer, as O_DIRECT wants it."""
 
     def __init__(self) -> None:
-        self._buffer = memoryview(mmap.mmap(-1, _STAGE_BYTES))
+        self._buffer = page_buffer(_STAGE_BYTES)
         self._filled = 0
+        self.tail = self._buffer[:0]
+        """Less than a page: what `take_pages` left."""
+
+    @property
+    def is_on_page(self) -> bool:
+        """Whether the next byte of the file is the first of a page."""
+        return self._filled % PAGE_BYTES == 0
 
     def fill(self, view: memoryview) -> Iterator[memoryview]:
         """Take in `view`; yields the buffer each time that it is full."""
@@ -248,7 +264,9 @@ class _Stage:
                 yield self._buffer
                 self._filled = 0
 
-    def rest(self) -> tuple[memoryview, memoryview]:
-        """What is left: whole pages, and less than a page."""
-        pages = self._filled // _PAGE_BYTES * _PAGE_BYTES
-        return self._buffer[:pages], self._buffer[pages : self._filled]
+    def take_pages(self) -> memoryview:
+        """The whole pages that are left, to be written at once; the stage is empty then, but for the tail."""
+        pages = self._filled // PAGE_BYTES * PAGE_BYTES
+        self.tail = self._buffer[pages : self._filled]
+        self._filled = 0
+        return self._buffer[:pages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,40 @@ class Context:
         return target
 
 
+class SharedBlock:
+    """Bytes that several writers take, perhaps on several threads: the ranks of a stage begin alike.
+
+    Their headers are the same, and the embedding comes first, whole in every rank: its hash is computed once. After the first
+    tensor that is cut, the ranks' hashes differ and nothing is shared any more.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self._lock = threading.Lock()
+        self._histories: dict[bytes, _History] = {}
+
+    def hashed_after(self, before: hashlib._Hash) -> hashlib._Hash:
+        """The hash of what `before` has hashed and then the block. Equal digests so far mean equal bytes so far."""
+        so_far = before.digest()
+        with self._lock:
+            history = self._histories.setdefault(so_far, _History())
+        with history.lock:  # who writes the same waits for the hash; who writes something else does not
+            if history.hashed is None:
+                hashed = before.copy()
+                hashed.update(self.data)
+                history.hashed = hashed
+            return history.hashed.copy()
+
+
+@dataclass
+class _History:
+    """Writers of a shared block whose bytes before it are the same."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    hashed: hashlib._Hash | None = None
+    """With the block; None until one of them has hashed it."""
+
+
 class HashingWriter:
     """Computes sha256 while writing, so that no byte is read back to be hashed."""
 
@@ -70,6 +105,12 @@ class HashingWriter:
         self._raw.write(data)
         self._hash.update(data)
         self.num_bytes += memoryview(data).nbytes
+
+    def write_shared(self, block: SharedBlock) -> None:
+        """Write what other writers write too; hashed once for all of them that have written the same bytes so far."""
+        self._raw.write(block.data)
+        self._hash = block.hashed_after(self._hash)
+        self.num_bytes += block.data.nbytes
 
     @property
     def sha256(self) -> str:
