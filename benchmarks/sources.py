@@ -112,9 +112,16 @@ def write_checkpoint(
     return total
 
 
+def _header(members: list[tuple[str, Shape]]) -> bytes:
+    """Padded to 8 bytes, as the safetensors library does: tensors of real checkpoints do not begin on pages, as ours do."""
+    text = encode_header([(name, "BF16", shape) for name, shape in members], {"format": "pt"})[8:].rstrip()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _write_hole(path: Path, members: list[tuple[str, Shape]]) -> None:
     with path.open("wb") as file:
-        file.write(encode_header([(name, "BF16", shape) for name, shape in members], {"format": "pt"}))
+        file.write(_header(members))
         file.truncate(file.tell() + sum(math.prod(shape) * 2 for _, shape in members))
 
 
@@ -122,7 +129,7 @@ def _write_shard(path: Path, members: list[tuple[str, Shape]], seed: int) -> Non
     """Small normal numbers: 16-bit patterns of sign, an exponent near 2^-6, and a random mantissa."""
     generator = np.random.default_rng(seed)
     with path.open("wb") as file:
-        file.write(encode_header([(name, "BF16", shape) for name, shape in members], {"format": "pt"}))
+        file.write(_header(members))
         for _, shape in members:
             left = math.prod(shape)
             while left:
