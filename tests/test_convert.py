@@ -39,11 +39,13 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepProgress
 from orchestrator.core.rules import Span
 from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.core.targets import Read, Target
+from orchestrator.core.targets import PackedScale, QuantizedWeight, Read, Target
 from orchestrator.core.topology import Topology
+from orchestrator.quantizers import QUANTIZERS
+from orchestrator.quantizers.formats import pack_rows
 from orchestrator.stores import Store, open_store
 from orchestrator.work import convert as converting
-from orchestrator.work import cutting
+from orchestrator.work import cutting, packing
 from orchestrator.work.context import HashingWriter, SharedBlock
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import NUMPY_DTYPES, SAFETENSORS_DTYPES, Array, build_spec, model_config, random_arrays, write_source
@@ -465,13 +467,15 @@ def test_cutter_reads_the_next_tensor_while_one_is_written() -> None:
 
 
 class Blocks:
-    """A sink that knows whether each of its pieces started on a page."""
+    """A sink that knows whether each of its pieces started on a page, and which threads brought them."""
 
     def __init__(self) -> None:
         self.on_page: list[bool] = []
+        self.threads: set[int] = set()
         self.data = b""
 
     def write(self, data: memoryview) -> None:
+        self.threads.add(threading.get_ident())
         self.on_page.append(is_on_page(data))
         self.data += data
 
@@ -491,6 +495,39 @@ def test_cutter_gives_cuts_of_rows_and_of_columns_on_pages(axis: int) -> None:
     cutting.Cutter(read_rows, sinks, lambda num_bytes: None).run([target])
     assert [sink.data for sink in sinks] == [part.tobytes() for part in np.split(array, 2, axis)]
     assert [sink.on_page for sink in sinks] == [[True], [True]]
+
+
+@pytest.mark.parametrize("block_rows", [1, 6, 64])
+def test_cutter_writes_the_parts_of_a_quantized_weight_in_order_and_its_scales_behind(
+    monkeypatch: pytest.MonkeyPatch, block_rows: int
+) -> None:
+    import torch
+
+    rows, inner = 64, 32
+    weight = torch.randn(rows, inner, generator=torch.Generator().manual_seed(1))
+    tensor = TensorInfo("model.layers.0.w.weight", "F32", (rows, inner), 0, 0, rows * inner * 4)
+    fmt = QUANTIZERS["W8A16"].linear
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_rows * inner * 4)
+    monkeypatch.setattr(packing, "_ROWS_BYTES", 2 * inner * 4)  # two rows at a time: many pieces of one rank in a block
+    half = rows // 2
+    read = Read(tensor, 0, (Span(0, half), Span(half, rows)))
+    stored = "transformer.layers.0.w.weight"
+    targets = [
+        Target(stored, "I8", (half, inner), (read,), QuantizedWeight(fmt, "F32", ("model.layers.0.w",), (("model.layers.0.w",),))),
+        Target("scale", "F32", (half,), scale=PackedScale(stored)),
+    ]
+    sinks = [Blocks(), Blocks()]
+    data = weight.numpy().view(np.uint8)
+
+    def read_rows(_tensor: TensorInfo, begin: int, end: int, buffer: memoryview) -> None:
+        buffer[:] = data[begin:end].reshape(-1).data
+
+    cutting.Cutter(read_rows, sinks, lambda num_bytes: None).run(targets)
+    for sink, part in zip(sinks, weight.split(half), strict=True):
+        packed = pack_rows(part, fmt, None)
+        assert packed.scales is not None
+        assert sink.data == packed.weight.numpy().tobytes() + packed.scales.float().numpy().tobytes()
+        assert len(sink.threads) == 1  # more than one would write in any order
 
 
 class Drain:
