@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.errors import QuantizationError
+from orchestrator.core.quantization import LinearFormat, global_name
 from orchestrator.core.rules import Span
 from orchestrator.core.targets import ArtifactScale, PackedScale, Read, Target
 from orchestrator.quantizers.formats import PackedRows, pack_rows, smoothed, unpack_rows
