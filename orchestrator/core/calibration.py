@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import CalibrateOptions, CalibrationData
-from orchestrator.core.quantization import CalibrationMethod, LinearFormat, ModelQuantization
+from orchestrator.core.quantization import CalibrationMethod, LinearFormat, ModelQuantization, linear_of
+from orchestrator.core.quantized_targets import module_of
 from orchestrator.core.targets import Target
 from orchestrator.core.weight_map import WeightMap
 
@@ -59,7 +60,9 @@ def calibrations(
     parts: Iterable[range],
 ) -> Iterator[list[CalibrateOptions]]:
     """For each method the options of its steps, each but the first fed by the one before."""
-    targets = [target for group in weights.groups for target in group.targets if target.quantized is not None]
+    linears = [target for group in weights.groups for target in group.targets if linear_of(target.name)]
+    modules = tuple(dict.fromkeys(module_of(read) for target in linears for read in target.reads))
+    targets = [target for target in linears if target.quantized is not None]
     ranges = list(parts)
     for method in quantization.methods_used():
         chosen = [] if method == MAX else [target for target in targets if _method(quantization, target) == method]
@@ -73,6 +76,7 @@ def calibrations(
                 config=config,
                 first_layer=part.start,
                 num_layers=len(part),
+                modules=tuple(module for module in modules if layer_of(module) in part),
                 method=method,
                 formats={module: fmt for module, fmt in formats.items() if layer_of(module) in part},
                 resmooth=tuple(group for group in shared if len(group) > 1 and layer_of(group[0]) in part),

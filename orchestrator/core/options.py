@@ -105,6 +105,8 @@ class CalibrateOptions(_Options):
     config: ModelConfig
     first_layer: int
     num_layers: int
+    modules: tuple[str, ...]
+    """Every source module of these layers that can be quantized."""
     method: CalibrationMethod
     formats: dict[str, LinearFormat] = {}
     """smoothquant and awq_lite: source module (model.layers.3.mlp.up_proj) -> its format. max: empty, all linears are watched."""

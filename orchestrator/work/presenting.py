@@ -29,7 +29,7 @@ def as_hugging_face(folder: Path, source_format: str, context: Context) -> Path:
     copy = context.scratch / "presented"
     copy.mkdir()
     context.log(f"reference: writes {index.num_bytes:,} bytes of {index.format} to scratch as safetensors")
-    (copy / "config.json").write_text(json.dumps(_loadable_config(index)))
+    (copy / "config.json").write_text(json.dumps(loadable_config(index)))
     _write_tensors(index, folder, copy / "model.safetensors", context)
     if index.format in _INDEX_FILES or (folder / "tokenizer.json").is_file():  # Meta's tokenizer.model alone cannot be loaded
         for name in COMPANIONS:
@@ -47,7 +47,7 @@ def _loads_the_same(index: CheckpointIndex, folder: Path) -> bool:
     return described == next((name for name in _LOADED_FIRST if (folder / name).is_file()), None)
 
 
-def _loadable_config(index: CheckpointIndex) -> dict[str, Any]:
+def loadable_config(index: CheckpointIndex) -> dict[str, Any]:
     """The config with transformers' name of the model's type, which formats of other tools do not have."""
     if "model_type" in index.config:
         return dict(index.config)

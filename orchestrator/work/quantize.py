@@ -1,18 +1,209 @@
-"""Calibrate some layers on rank 0: Model Optimizer watches them, the product is a small artifact of scales."""
+"""Calibrate some layers on rank 0: Model Optimizer watches them read text, the product is a small artifact of scales.
+
+Only this step ever calls Model Optimizer. It holds its own layers only; what the layers before them make of the text comes as
+a file, so a model larger than any single machine is calibrated part by part.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
+import resource
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.step import Task
-from orchestrator.work.context import Context
+import numpy as np
 
-SCALES = "scales.safetensors"
+from orchestrator.checkpoints.places import open_place
+from orchestrator.core.calibration import layer_of
+from orchestrator.core.digest import digest_bytes
+from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.options import CalibrateOptions
+from orchestrator.core.step import Kind, Task
+from orchestrator.work.calibration_data import Tokens, calibration_tokens
+from orchestrator.work.context import Context
+from orchestrator.work.part_model import PartModel, load_part
+from orchestrator.work.scales import SCALES
+
 RECIPE = "recipe.json"
+"""How the scales came about: method, data, tools."""
 HIDDEN_STATES = "hidden_states.safetensors"
+"""hidden_states [samples, length, hidden] in the model's dtype: what a part hands to the next one."""
 
 
 def calibrate(task: Task, context: Context) -> dict[str, Any]:
-    """Write the artifact."""
-    raise QuantizationError("calibration is not there yet")
+    """Write scales, recipe and, but for the last part, hidden states. Raises QuantizationError and the source's errors."""
+    import torch
+
+    options = CalibrateOptions.model_validate(task.step.options)
+    device = _device(task.step.places.get("device", "auto"))
+    tokens = _tokens(task, options, context)
+    context.log(f"calibrate: {len(tokens)} samples of {tokens.shape[1]} tokens on {device}")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
+    part = load_part(task.step.places["source"], options, device)
+    reader = _Reader(part, options, inputs, device, context)
+    artifact = _run(part, options, reader, task, context)
+    unseen = part.unseen()
+    _fill_unseen(artifact, unseen)
+    for source in unseen:
+        context.log(f"warning: {source} saw no token: it takes the largest input_amax of its layer")
+    if not options.is_last:
+        _write_tensors(context, HIDDEN_STATES, {"hidden_states": reader.outputs()})
+    _write_tensors(context, SCALES, {name: torch.from_numpy(np.asarray(value)) for name, value in artifact.items()})
+    facts = {
+        "num_samples": len(tokens),
+        "num_tokens": int(tokens.size),
+        "num_linears": len(part.linears),
+        "unseen": sorted(unseen),
+        "device": device,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+    }
+    _write_recipe(context, options, tokens, facts)
+    return facts
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:
+    """The data of the whole chain of parts: each makes the same tokens."""
+    folder = context.scratch / "tokenizer"
+    folder.mkdir()
+    place = open_place(task.step.places["source"])
+    for file in options.files[options.num_weight_files :]:
+        data = place.read(file.name)
+        if file.identity != "sha256:" + digest_bytes(data):
+            raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
+        (folder / file.name).write_bytes(data)
+    return calibration_tokens(options.data, task.step.places.get("dataset", ""), folder, options.config.vocab_size)
+
+
+def _previous(task: Task, context: Context) -> Any:
+    from safetensors.torch import load_file
+
+    (need,) = (outcome for outcome in task.inputs.values() if outcome.kind is Kind.CALIBRATE)
+    return load_file(context.fetch(need.output(HIDDEN_STATES)))["hidden_states"]
+
+
+class _Reader:
+    """Lets the part read its inputs, batch by batch, and keeps what came out of its last layer the first time."""
+
+    def __init__(self, part: PartModel, options: CalibrateOptions, inputs: Any, device: str, context: Context) -> None:
+        self._part, self._options, self._inputs, self._device, self._context = part, options, inputs, device, context
+        self._outputs: list[Any] = []
+        self.num_passes = 0
+
+    def __call__(self, _model: Any) -> None:
+        """One pass over all inputs: what Model Optimizer calls, as often as its method needs."""
+        keeps = not self._options.is_last and not self._options.layerwise and self.num_passes == 0
+        self.num_passes += 1
+        if keeps:
+            self.capture()
+        else:
+            self._pass()
+
+    def capture(self) -> None:
+        """A pass that keeps the outputs. Quantizers only watch in the first one, so they are those of the model itself."""
+        layer = self._part.model.model.layers[-1]
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            self._outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+
+        handle = layer.register_forward_hook(keep)
+        try:
+            self._pass()
+        finally:
+            handle.remove()
+
+    def _pass(self) -> None:
+        size = self._options.data.batch_size
+        for begin in range(0, len(self._inputs), size):
+            self._part.run(self._inputs[begin : begin + size].to(self._device), self._options.is_first)
+            self._context.report("calibrate", min(begin + size, len(self._inputs)), len(self._inputs), "steps")
+
+    def outputs(self) -> Any:
+        import torch
+
+        return torch.cat(self._outputs)
+
+
+def _run(part: PartModel, options: CalibrateOptions, reader: _Reader, task: Task, context: Context) -> dict[str, Any]:
+    """Model Optimizer's part; what it prints goes to the step's log."""
+    from orchestrator.quantizers import modelopt
+    from orchestrator.work.layerwise import LayerwiseFolder
+
+    said = io.StringIO()
+    forward: Callable[[Any], None] = reader
+    layerwise = None
+    if options.layerwise:
+        if not options.is_last:
+            reader.capture()
+        folder = LayerwiseFolder(context, task.step.digest)
+        forward, layerwise = folder.synced(reader), folder.options()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        artifact = modelopt.calibrate(
+            part.model, forward, part.linears, options.method, options.formats, options.resmooth, layerwise
+        )
+    for line in dict.fromkeys([*said.getvalue().splitlines(), *(f"warning: {entry.message}" for entry in warned)]):
+        if line.strip():
+            context.log(line)
+    return {_global_name(name, options): value for name, value in artifact.items()}
+
+
+def _global_name(name: str, options: CalibrateOptions) -> str:
+    """Attention modules are named by their path in the part; linears by their source module already."""
+    if not name.endswith((".k_amax", ".v_amax")):
+        return name
+    local = layer_of(name)
+    return name.replace(f".layers.{local}.", f".layers.{local + options.first_layer}.", 1)
+
+
+def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:
+    """Give experts that no token was routed to the largest input_amax of their layer's linears of the same kind.
+
+    Model Optimizer does so itself where it recognizes the experts; then this changes nothing.
+    """
+    amax = {name: float(value) for name, value in artifact.items() if name.endswith(".input_amax")}
+    for source in unseen if amax else ():
+        kind = f".{source.rpartition('.')[2]}.input_amax"
+        peers = [value for name, value in amax.items() if name.endswith(kind) and layer_of(name) == layer_of(source)]
+        artifact[f"{source}.input_amax"] = np.array(max(peers, default=0.0) or 1.0, np.float32)
+
+
+def _write_tensors(context: Context, name: str, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    data = save({key: value.contiguous() for key, value in tensors.items()})
+    with context.output(name, len(data)) as writer:
+        writer.write(data)
+
+
+def _write_recipe(context: Context, options: CalibrateOptions, tokens: Tokens, facts: dict[str, Any]) -> None:
+    import importlib.metadata
+
+    for tool in ("nvidia-modelopt", "torch", "transformers"):
+        context.tools[tool] = importlib.metadata.version(tool)
+    recipe = {
+        "method": options.method.model_dump(exclude_none=True),
+        "formats": {name: fmt.model_dump(mode="json") for name, fmt in options.formats.items()},
+        "layers": [options.first_layer, options.first_layer + options.num_layers],
+        "data": options.data.model_dump(),
+        "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
+        "facts": facts,
+        "tools": context.tools,
+    }
+    data = json.dumps(recipe, indent=1).encode()
+    with context.output(RECIPE, len(data)) as writer:
+        writer.write(data)

@@ -18,6 +18,7 @@ from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.options import ReferenceOptions
 from orchestrator.core.step import Task
+from orchestrator.work.calibration_data import has_tokenizer
 from orchestrator.work.context import Context
 from orchestrator.work.presenting import as_hugging_face
 from orchestrator.work.texts import PROMPTS
@@ -27,7 +28,6 @@ OUTPUT = "reference.safetensors"
 _RANDOM_SEED = 20
 _INDEX_SUFFIX = ".index.json"
 _COPY_BLOCK_BYTES = 64 * 2**20
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def reference(task: Task, context: Context) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _copy(place: Place, file: SourceFile, target: Path, context: Context) -> Non
 
 def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]], str]:
     """Token ids, and what they are. A model without a tokenizer gets seeded random ids."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         generator = np.random.default_rng(_RANDOM_SEED)
         lengths = [options.max_tokens, max(options.max_tokens * 2 // 3, 2), options.max_tokens]
         return [generator.integers(0, options.vocab_size, length).tolist() for length in lengths], "random token ids"

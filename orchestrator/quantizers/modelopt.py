@@ -1,0 +1,155 @@
+"""Model Optimizer: the only file that speaks its configuration and reads its quantizers. Written against 0.47.
+
+What it yields is the calibration artifact, float32 tensors by source module:
+
+    {linear}.input_amax, .weight_amax                  []    raw, per linear; weight_amax of per-tensor scales only
+    {linear}.smooth                                    [in]  what the weight was multiplied by
+    {linear}.own_pre_quant_scale, .pre_quant_scale     [in]  before and after linears with one input agreed on a vector
+    {attention}.k_amax, .v_amax                        []
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.errors import QuantizationError
+from orchestrator.core.quantization import ActivationFormat, CalibrationMethod, LinearFormat, WeightFormat
+
+Floats = npt.NDArray[np.float32]
+_FP8 = (4, 3)
+_KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": _FP8, "axis": None}}
+"""An amax does not depend on the format; FP8 is one that every modelopt attention accepts."""
+
+
+def calibrate(
+    model: Any,
+    forward: Callable[[Any], None],
+    linears: Mapping[str, str],
+    method: CalibrationMethod,
+    formats: Mapping[str, LinearFormat],
+    resmooth: Sequence[Sequence[str]],
+    layerwise: Mapping[str, Any] | None = None,
+) -> dict[str, Floats]:
+    """Calibrate `model` in place and return the artifact.
+
+    `linears`: module path in the model -> source module. `formats` and `resmooth` by source module; `max` needs neither.
+    `layerwise`: options of modelopt's layer-wise mode. Raises QuantizationError when a linear is not there.
+    """
+    import modelopt.torch.quantization as mtq
+
+    paths = {source: path for path, source in linears.items()}
+    wanted = linears.values() if method.method == "max" else formats
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for source in wanted:
+        entries.extend(_entries(paths[source], formats.get(source)))
+    entries.append(_KV_CACHE)
+    config = {"quant_cfg": entries, "algorithm": _algorithm(method, layerwise)}
+    with _recorded_smoothing() as recorded:
+        mtq.quantize(model, config, forward)
+    smooth = {path: recorded[id(module)] for path, module in model.named_modules() if id(module) in recorded}
+    return _artifact(model, linears, smooth, [[paths[source] for source in group] for group in resmooth])
+
+
+def _algorithm(method: CalibrationMethod, layerwise: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = method.model_dump(exclude_none=True)
+    return {**options, "layerwise": dict(layerwise)} if layerwise else options
+
+
+def _entries(path: str, fmt: LinearFormat | None) -> list[dict[str, Any]]:
+    """The quantizers of one linear; None: those that watch both amax values."""
+    weight = _weight(fmt) if fmt else {"num_bits": _FP8, "axis": None}
+    found: list[dict[str, Any]] = [{"quantizer_name": f"{path}.weight_quantizer", "cfg": weight}]
+    activation = fmt.activation if fmt else ActivationFormat.FP8_TENSOR
+    if activation is not ActivationFormat.NONE:
+        bits = 8 if activation is ActivationFormat.INT8_TENSOR else _FP8
+        found.append({"quantizer_name": f"{path}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
+    return found
+
+
+def _weight(fmt: LinearFormat) -> Any:
+    int4 = {"num_bits": 4, "block_sizes": {-1: fmt.block_size, "type": "static"}}
+    match fmt.weight:
+        case WeightFormat.INT8_CHANNEL:
+            return {"num_bits": 8, "axis": 0}
+        case WeightFormat.INT4_BLOCK:
+            return int4
+        case WeightFormat.INT4_BLOCK_FP8:
+            return [int4, {"num_bits": _FP8, "axis": None}]
+        case _:
+            raise QuantizationError(f"{fmt.algorithm} is calibrated by amax alone")
+
+
+@contextmanager
+def _recorded_smoothing() -> Iterator[dict[int, Any]]:
+    """Record the float32 vector by which modelopt multiplies each weight (by id of the module).
+
+    Its quantizers keep the inverse only, rounded to the weight's dtype: the exact vector is needed to smooth other copies of
+    the weight to the same bits.
+    """
+    from modelopt.torch.quantization import model_calib
+
+    original = model_calib._apply_weight_pre_quant_scale
+    recorded: dict[int, Any] = {}
+
+    def record(linear: Any, pre_quant_scale: Any) -> None:
+        recorded[id(linear)] = pre_quant_scale.detach().float().reshape(-1).cpu()
+        original(linear, pre_quant_scale)
+
+    model_calib._apply_weight_pre_quant_scale = record
+    try:
+        yield recorded
+    finally:
+        model_calib._apply_weight_pre_quant_scale = original
+
+
+def _artifact(
+    model: Any, linears: Mapping[str, str], smooth: Mapping[str, Any], groups: Sequence[Sequence[str]]
+) -> dict[str, Floats]:
+    modules = dict(model.named_modules())
+    found: dict[str, Floats] = {}
+    own = {path: _vector(modules[path].input_quantizer.pre_quant_scale) for path in linears if _is_smoothed(modules[path])}
+    for group in groups:
+        _agree([modules[path] for path in group])
+    for path, source in linears.items():
+        module = modules[path]
+        found |= _amax(f"{source}.input_amax", module.input_quantizer)
+        weight = module.weight_quantizer
+        found |= _amax(f"{source}.weight_amax", weight[-1] if hasattr(weight, "__len__") else weight)
+        if path in own:
+            vector = own[path]
+            found[f"{source}.smooth"] = smooth[path].numpy() if path in smooth else np.ones_like(vector)
+            found[f"{source}.own_pre_quant_scale"] = vector
+            found[f"{source}.pre_quant_scale"] = _vector(module.input_quantizer.pre_quant_scale)
+    for path, module in modules.items():
+        if hasattr(module, "k_bmm_quantizer"):
+            found |= _amax(f"{path}.k_amax", module.k_bmm_quantizer) | _amax(f"{path}.v_amax", module.v_bmm_quantizer)
+    return found
+
+
+def _is_smoothed(module: Any) -> bool:
+    return getattr(module.input_quantizer, "_pre_quant_scale", None) is not None
+
+
+def _agree(modules: list[Any]) -> None:
+    """Linears that read one vector get one pre_quant_scale, and their weights are smoothed anew."""
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    preprocess_linear_fusion(modules, resmooth_only=True)
+
+
+def _amax(name: str, quantizer: Any) -> dict[str, Floats]:
+    """A scalar amax, if the quantizer has one."""
+    amax = getattr(quantizer, "amax", None)
+    if amax is None or amax.numel() != 1:
+        return {}
+    return {name: amax.detach().float().reshape(()).cpu().numpy().copy()}
+
+
+def _vector(values: Any) -> Floats:
+    copied: Floats = values.detach().float().reshape(-1).cpu().numpy().copy()
+    return copied

@@ -1,0 +1,222 @@
+"""Some consecutive layers of a model as a Hugging Face model of their own, with weights read straight from the source.
+
+The part runs like the whole model does: the decoder of transformers builds masks and positions; a part that is not first
+gets its hidden states from the part before, in place of the embedding's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoints import format_named, read_source
+from orchestrator.checkpoints.places import open_place, planned_ranges
+from orchestrator.core.calibration import layer_of
+from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
+from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.options import CalibrateOptions
+from orchestrator.work.presenting import loadable_config
+
+_EMBEDDING = "model.embed_tokens.weight"
+_TINY_VOCABULARY = 8
+"""Of a part that embeds nothing."""
+
+
+@dataclass
+class PartModel:
+    """A loaded part."""
+
+    model: Any
+    """A causal LM of transformers; its head is never run."""
+    linears: dict[str, str]
+    """Path of each linear in the model -> source module."""
+
+    def unseen(self) -> list[str]:
+        """Source modules of experts that no token was routed to."""
+        found = []
+        for path, source in self.linears.items():
+            container, _, rest = path.rpartition(".experts.")
+            if container and not self.model.get_submodule(f"{container}.experts").num_tokens[int(rest.split(".")[0])]:
+                found.append(source)
+        return found
+
+    def run(self, batch: Any, first: bool) -> None:
+        """Pass token ids [B, T] (`first`) or hidden states [B, T, hidden] through the layers."""
+        import torch
+
+        decoder = self.model.model
+        with torch.inference_mode():
+            if first:
+                decoder(input_ids=batch, use_cache=False)
+                return
+            with _first_input(decoder.layers[0], batch):
+                decoder(inputs_embeds=torch.zeros_like(batch), use_cache=False)
+
+
+@contextmanager
+def _first_input(layer: Any, hidden_states: Any) -> Iterator[None]:
+    """Whatever the decoder feeds its first layer is replaced: some families scale what they embedded."""
+
+    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (hidden_states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_states}
+
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
+    """Load the layers of `options`. Raises the source's errors, SourceCorruptError when it changed since the plan."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    index, _ = read_source(source, options.format)
+    if index.files != options.files[: options.num_weight_files]:
+        raise SourceCorruptError("the source was changed during the build", "Run the build again.")
+    plain = loadable_config(index)
+    whole = transformers.AutoConfig.for_model(**plain)
+    config = _part_config(whole, options)
+    tensors = {_local_name(tensor.name, options): tensor for tensor in index.tensors.values() if _is_mine(tensor.name, options)}
+    state = _read(source, index, tensors, options, device)
+    dtype = getattr(torch, options.config.dtype)
+    with _quiet(), torch.device(device):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = model.eval().requires_grad_(False)
+    del state
+    model.model.norm = torch.nn.Identity()
+    linears = {_local_name(module, options): module for module in options.modules if ".experts." not in module}
+    return PartModel(model, {**linears, **_unfuse_experts(model, options)})
+
+
+def _part_config(whole: Any, options: CalibrateOptions) -> Any:
+    """The part's own config: lists with an entry per layer are cut, too."""
+    config, layers = copy.deepcopy(whole), whole.num_hidden_layers
+    begin, end = options.first_layer, options.first_layer + options.num_layers
+    for name, value in vars(whole).items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(config, name, value[begin:end])
+    config.num_hidden_layers = options.num_layers
+    config.tie_word_embeddings = True  # no memory for a head that is not run
+    if not options.is_first:
+        config.vocab_size, config.pad_token_id = _TINY_VOCABULARY, None
+    return config
+
+
+def _is_mine(tensor: str, options: CalibrateOptions) -> bool:
+    if ".layers." in tensor:
+        return options.first_layer <= layer_of(tensor) < options.first_layer + options.num_layers
+    return options.is_first and tensor == _EMBEDDING
+
+
+def _local_name(name: str, options: CalibrateOptions) -> str:
+    if ".layers." not in name:
+        return name
+    layer = layer_of(name)
+    return name.replace(f".layers.{layer}.", f".layers.{layer - options.first_layer}.", 1)
+
+
+def _read(
+    source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], options: CalibrateOptions, device: str
+) -> dict[str, Any]:
+    """Every tensor in the model's dtype, on the device."""
+    import torch
+
+    read_rows = format_named(index.format).read_rows
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    found: dict[str, Any] = {}
+    with open_place(source).open(index.files, planned_ranges(tensors.values())) as opened:
+        for name, tensor in tensors.items():
+            raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes, np.uint8)
+            read_rows(opened, tensor, 0, tensor.shape[0] if tensor.shape else 1, raw.data)
+            typed = torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape(tensor.shape)
+            found[name] = typed.to(device=device, dtype=getattr(torch, options.config.dtype))
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports the head and the norm that a part does not have; nobody needs to know."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+_EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+"""Names of an expert's linears in checkpoints."""
+
+
+def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
+    """Replace transformers' fused experts by one linear each, which Model Optimizer calibrates like any other.
+
+    Returns path -> source module. The linears share the memory of the fused tensors.
+    """
+    found: dict[str, str] = {}
+    for number, layer in enumerate(model.model.layers):
+        mine = [name for name in options.modules if ".experts." in name and layer_of(name) == options.first_layer + number]
+        if not mine:
+            continue
+        parent = next(module for module in layer.modules() if hasattr(getattr(module, "experts", None), "gate_up_proj"))
+        parent.experts = _unfused(parent.experts)
+        path = next(name for name, module in model.named_modules() if module is parent.experts)
+        for source in mine:
+            prefix, _, linear = source.rpartition(".")
+            expert = prefix.rpartition(".")[2]
+            found[f"{path}.{expert}.{_EXPERT_LINEARS[linear]}"] = source
+    return found
+
+
+def _unfused(fused: Any) -> Any:
+    """transformers' eager experts (`MixtralExperts.forward` of transformers 5), each expert with linears of its own."""
+    import torch
+
+    class Expert(torch.nn.Module):
+        def __init__(self, gate_up: Any, down: Any) -> None:
+            super().__init__()
+            gate, up = gate_up.chunk(2, dim=0)
+            self.gate, self.up, self.down = (_linear(weight) for weight in (gate, up, down))
+
+    class Experts(torch.nn.ModuleList):
+        def __init__(self) -> None:
+            super().__init__(Expert(*pair) for pair in zip(fused.gate_up_proj, fused.down_proj, strict=True))
+            self.act_fn = fused.act_fn
+            self.num_tokens = [0] * len(self)
+
+        def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            total = torch.zeros_like(hidden_states)
+            for number in range(len(self)):
+                tokens, place = torch.where(top_k_index == number)
+                self.num_tokens[number] += len(tokens)
+                if not len(tokens):
+                    continue
+                expert: Any = self[number]
+                chosen = hidden_states[tokens]
+                result = expert.down(self.act_fn(expert.gate(chosen)) * expert.up(chosen))
+                weighted = result * top_k_weights[tokens, place, None]
+                total.index_add_(0, tokens, weighted.to(total.dtype))
+            return total
+
+    return Experts()
+
+
+def _linear(weight: Any) -> Any:
+    import torch
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -1,0 +1,168 @@
+"""Our calibrate and convert steps against Model Optimizer's own calibration and TensorRT-LLM export of the whole model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator import verbs
+from orchestrator.core.spec import BuildSpec, decode
+from orchestrator.core.step import Kind, Outcome
+from orchestrator.stores import open_store
+from tests.models import modelopt
+from tests.models.families import write_tiny
+from tests.models.here import convert_here, run_here
+
+TOPOLOGIES = [(1, 1), (3, 1), (1, 2), (3, 2)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return modelopt.write_model(tmp_path_factory.mktemp("modelopt") / "source")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared: calibrations of one kind are done once."""
+    return tmp_path_factory.mktemp("modelopt-store")
+
+
+def spec(source: Path, tp: int, pp: int, **quantization: Any) -> BuildSpec:
+    calibration = {"num_samples": modelopt.NUM_SAMPLES, "max_length": modelopt.MAX_LENGTH, "batch_size": 4}
+    return decode(
+        BuildSpec,
+        {
+            "source": {"path": str(source)},
+            "dtype": "bfloat16",
+            "topology": {"tp": tp, "pp": pp},
+            # Model Optimizer always splits the embedding by vocabulary.
+            "conversion": {"use_parallel_embedding": True},
+            "quantization": {**quantization, "calibration": {**calibration, **quantization.get("calibration", {})}},
+            "engine": {"max_input_len": 16, "max_seq_len": 32},
+            "release": {"name": "tiny", "version": "1"},
+        },
+        "spec",
+    )
+
+
+@functools.cache
+def oracle(source: Path, algorithm: str, kv_cache: str | None) -> Any:
+    return modelopt.calibrated(source, algorithm, kv_cache)
+
+
+def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same_rank_files(ours: Path, theirs: Path, num_ranks: int, *, unlike: tuple[str, ...] = ()) -> None:
+    for rank in range(num_ranks):
+        mine, expected = (load_file(folder / f"rank{rank}.safetensors") for folder in (ours, theirs))
+        assert mine.keys() == expected.keys()
+        different = [name for name in mine if raw(mine[name]) != raw(expected[name]) and not name.endswith(unlike)]
+        assert not different, f"rank {rank}: {different[:5]}"
+
+
+@pytest.mark.parametrize("algorithm", modelopt.PRESETS)
+def test_quantized_rank_files_are_those_of_modelopts_exporter(algorithm: str, source: Path, store: Path, tmp_path: Path) -> None:
+    model = oracle(source, algorithm, None)
+    for tp, pp in TOPOLOGIES if algorithm in ("FP8", "W4A8_AWQ") else [(3, 2)]:
+        theirs = modelopt.export(model, tmp_path / f"theirs{tp}{pp}", tp, pp)
+        ours = convert_here(spec(source, tp, pp, algorithm=algorithm), store, tmp_path / f"ours{tp}{pp}")
+        same_rank_files(ours, theirs, tp * pp)
+
+
+def test_int8_kv_cache_scales_are_those_of_modelopts_exporter(source: Path, store: Path, tmp_path: Path) -> None:
+    theirs = modelopt.export(oracle(source, "FP8", "INT8"), tmp_path / "theirs", 3, 2)
+    convert_here(spec(source, 3, 2, algorithm="FP8", kv_cache="INT8"), store, tmp_path / "ours")
+    same_rank_files(tmp_path / "ours", theirs, 6)
+
+
+def test_fp8_kv_cache_scales_are_those_of_modelopt_without_its_clamp(source: Path, store: Path, tmp_path: Path) -> None:
+    """Its exporter raises FP8 scales of the cache to 1.0, which throws away range; everything else is the same."""
+    model = oracle(source, "FP8", "FP8")
+    theirs = modelopt.export(model, tmp_path / "theirs", 1, 1)
+    convert_here(spec(source, 1, 1, algorithm="FP8", kv_cache="FP8"), store, tmp_path / "ours")
+    same_rank_files(tmp_path / "ours", theirs, 1, unlike=("cache_scaling_factor",))
+    written = load_file(tmp_path / "ours" / "rank0.safetensors")
+    for number, layer in enumerate(model.model.layers):
+        scales = [quantizer.amax.float() / 448 for quantizer in (layer.self_attn.k_bmm_quantizer, layer.self_attn.v_bmm_quantizer)]
+        expected = dict(zip(("k", "v", "kv"), [*scales, max(scales)], strict=True))
+        for name, scale in expected.items():
+            found = written[f"transformer.layers.{number}.attention.{name}_cache_scaling_factor"]
+            assert found.tolist() == [scale.item()]
+
+
+def test_rank_files_of_heads_held_twice_are_those_of_modelopts_exporter(source: Path, store: Path, tmp_path: Path) -> None:
+    theirs = modelopt.export(oracle(source, "NVFP4", None), tmp_path / "theirs", 6, 1)
+    convert_here(spec(source, 6, 1, algorithm="NVFP4"), store, tmp_path / "ours")
+    same_rank_files(tmp_path / "ours", theirs, 6)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A8_AWQ"])
+def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, source: Path, store: Path) -> None:
+    whole, parts = (
+        run_here(verbs.plan(spec(source, 1, 1, algorithm=algorithm, calibration={"num_stages": count})), store, [Kind.CALIBRATE])
+        for count in (1, 2)
+    )
+    (one,) = whole.values()
+    expected = scales_of(one, store)
+    found = [scales_of(part, store) for part in parts.values()]
+    assert len(found) == 2
+    assert found[0].keys().isdisjoint(found[1])
+    together = found[0] | found[1]
+    assert together.keys() == expected.keys()
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+
+
+def scales_of(outcome: Outcome, store: Path) -> dict[str, torch.Tensor]:
+    path = open_store(store.resolve().as_uri()).local_path(outcome.output("scales.safetensors").key)
+    assert path is not None
+    return load_file(path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe"])
+def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
+    folder = write_tiny(family, tmp_path / family)
+    whole, parts = (
+        run_here(verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": count})), store, [Kind.CALIBRATE])
+        for count in (1, 2)
+    )
+    (one,) = whole.values()
+    expected = scales_of(one, store)
+    together = {name: value for part in parts.values() for name, value in scales_of(part, store).items()}
+    assert together.keys() == expected.keys()
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+    assert all(float(value) > 0 for value in expected.values())
+
+
+def test_calibration_awq_of_experts_scales_each_and_they_agree_on_one_vector(store: Path, tmp_path: Path) -> None:
+    folder = write_tiny("mixtral", tmp_path / "mixtral", hidden_size=64, intermediate_size=64)
+    made = verbs.plan(spec(folder, 1, 1, algorithm="W4A16_AWQ", group_size=32))
+    (one,) = run_here(made, store, [Kind.CALIBRATE]).values()
+    scales = scales_of(one, store)
+    prefix = "model.layers.1.block_sparse_moe.experts."
+    agreed = [
+        value
+        for name, value in scales.items()
+        if name.startswith(prefix) and name.endswith(("w1.pre_quant_scale", "w3.pre_quant_scale"))
+    ]
+    assert len(agreed) == 8
+    assert all(torch.equal(value, agreed[0]) for value in agreed)
+
+
+def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(store: Path, tmp_path: Path) -> None:
+    folder = write_tiny("mixtral", tmp_path / "mixtral", num_local_experts=16)
+    made = verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_samples": 1, "max_length": 4}))
+    (one,) = run_here(made, store, [Kind.CALIBRATE]).values()
+    unseen = one.facts["unseen"]
+    assert len(unseen) >= 3 * 3 * 8  # four tokens reach at most eight of sixteen experts in each of three layers
+    scales = scales_of(one, store)
+    layer = unseen[0].partition(".block_sparse_moe")[0] + "."
+    kind = unseen[0].rpartition(".")[2]
+    peers = {name: value for name, value in scales.items() if name.startswith(layer) and name.endswith(f"{kind}.input_amax")}
+    assert scales[unseen[0] + ".input_amax"] == max(peers.values())

@@ -1,0 +1,38 @@
+"""Steps of a plan run one after the other in this process: heavy imports are paid for once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from orchestrator import cache, verbs, work
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import BuildSpec
+from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.stores import open_store
+
+
+def run_here(plan: Plan, folder: Path, kinds: Iterable[Kind]) -> dict[str, Outcome]:
+    """Run the steps of `kinds`, with `folder` as the store; outcomes by the step's name."""
+    wanted, store = set(kinds), open_store(folder.resolve().as_uri())
+    outcomes: dict[str, Outcome] = {}
+    for step in plan.steps:
+        if step.kind in wanted:
+            inputs = {need: outcomes[need] for need in step.needs if need in outcomes}
+            task = Task(step=step, inputs=inputs, attempt=1, store=store.url)
+            outcomes[step.digest] = cache.lookup(store, step.digest) or work.run(task, lambda progress: None)
+    return {outcome.name: outcome for outcome in outcomes.values()}
+
+
+def convert_here(spec: BuildSpec, store: Path, output: Path) -> Path:
+    """The rank files of `spec` in the folder `output`."""
+    output.mkdir()
+    found = open_store(store.resolve().as_uri())
+    for outcome in run_here(verbs.plan(spec), store, (Kind.CALIBRATE, Kind.CONVERT)).values():
+        if outcome.kind is Kind.CONVERT:
+            for written in outcome.outputs:
+                path = found.local_path(written.key)
+                assert path is not None
+                shutil.copyfile(path, output / written.name)
+    return output
