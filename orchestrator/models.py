@@ -25,7 +25,6 @@ from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
-from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
@@ -38,6 +37,7 @@ from orchestrator.engines.profiles import max_seq_len
 from orchestrator.families import family_for
 from orchestrator.networks import NetworkOptions, decoder_network
 from orchestrator.verbs import read_checkpoint_config, source_dtype
+from orchestrator.work.binding import STORED
 from orchestrator.work.build import compile_rank
 from orchestrator.work.convert import write_shards
 from orchestrator.work.shards import Weight, map_checkpoint_rank
@@ -116,11 +116,11 @@ class PretrainedModel:
     def _required(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and safetensors dtype by name."""
         network = decoder_network(self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1), self.mapping.tp_rank)
-        names, wide = set(network.weight_names()), network.float32_weights()
+        kinds = network.weight_dtypes()
         return {
-            tensor.name: (tuple(tensor.dims), "F32" if tensor.name in wide else MODEL_DTYPES[self.config.dtype])
+            tensor.name: (tuple(tensor.dims), STORED[kinds[tensor.name]])
             for tensor in network.model.graph.initializer
-            if tensor.name in names
+            if tensor.name in kinds
         }
 
     def load(self, weights: AbstractMapping[str, Any]) -> None:

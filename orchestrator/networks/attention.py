@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.layers import RankShape, linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm
+from orchestrator.networks.kv_cache import update_cache
+from orchestrator.networks.layers import linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm
+from orchestrator.networks.shape import RankShape
 
 _MASKED = -3.0e38
 
@@ -19,16 +21,6 @@ class LayerInputs:
     mask: str
     rotary: str
     """Prefix of the rotary tables' names."""
-
-
-def past_name(layer: int, what: str) -> str:
-    """Graph input: keys or values (`what`) of a local layer before the call."""
-    return f"past_key_values.{layer}.{what}"
-
-
-def present_name(layer: int, what: str) -> str:
-    """Graph output: the same after the call."""
-    return f"present_key_values.{layer}.{what}"
 
 
 def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
@@ -60,8 +52,8 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
     graph.nodes("Split", [qkv, graph.constant("qkv_widths", widths)], [q, k, v], axis=-1)
     queries = _rotate(graph, shape, _normed_heads(graph, shape, q, heads, f"{prefix}.q_layernorm"), inputs.rotary)
     keys = _rotate(graph, shape, _normed_heads(graph, shape, k, kv_heads, f"{prefix}.k_layernorm"), inputs.rotary)
-    keys = _scatter(graph, inputs.layer, "key", keys)
-    values = _scatter(graph, inputs.layer, "value", _heads(graph, v, kv_heads, head))
+    keys = update_cache(graph, shape, inputs.layer, "key", keys)
+    values = update_cache(graph, shape, inputs.layer, "value", _heads(graph, v, kv_heads, head))
     factor = config.attention_scale if config.attention_scale is not None else float(head) ** -0.5
     if config.attn_logit_softcapping is None:
         context = graph.node("Attention", [queries, keys, values, inputs.mask], f"{prefix}.context", scale=factor)
@@ -93,14 +85,6 @@ def _rotate(graph: GraphWriter, shape: RankShape, x: str, tables: str) -> str:
     partial = shape.config.rotary_embedding_dim
     attributes = {"rotary_embedding_dim": partial} if partial else {}
     return graph.node("RotaryEmbedding", [x, f"{tables}_cos", f"{tables}_sin", "position_ids"], f"{x}.rotary", **attributes)
-
-
-def _scatter(graph: GraphWriter, layer: int, what: str, update: str) -> str:
-    """Write the new keys or values at each sequence's write index; the whole cache is an output."""
-    return graph.node(
-        "TensorScatter", [past_name(layer, what), update, "write_indices"], present_name(layer, what),
-        axis=-2, mode="linear",
-    )  # fmt: skip
 
 
 def _capped(graph: GraphWriter, shape: RankShape, qkv: tuple[str, str, str], mask: str, factor: float, prefix: str) -> str:

@@ -23,12 +23,14 @@ import onnx
 
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import StageOptions
+from orchestrator.core.quantization import LinearFormat
 from orchestrator.networks import layers
-from orchestrator.networks.attention import LayerInputs, attention, causal_mask, past_name, present_name, window_mask
+from orchestrator.networks.attention import LayerInputs, attention, causal_mask, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter
-from orchestrator.networks.layers import RankShape
+from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.moe import moe_mlp
 from orchestrator.networks.rotary import check_rotary, rotary_tables
+from orchestrator.networks.shape import RankShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class NetworkOptions:
     cache_slots: int | None
     """Fixed number of cache slots (TensorRT wants it static); None: dynamic."""
     gather_logits: bool = True
+    portable: bool = False
+    """Standard operators only, float32: for ONNX Runtime. Otherwise TensorRT's own operators may stand in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Network:
     model: onnx.ModelProto
     tables: dict[str, npt.NDArray[np.float32]]
     """Initializers that are computed, not loaded: float32, to be cast to the graph's dtype."""
+    unpacked: dict[str, LinearFormat]
+    """Weights that are bound dequantized, float32, and what they are stored as."""
 
     def weight_names(self) -> list[str]:
         """Initializers that come from the rank's checkpoint."""
@@ -58,13 +64,10 @@ class Network:
         names = [tensor.name for tensor in self.model.graph.initializer if tensor.data_location == external]
         return [name for name in names if name not in self.tables]
 
-    def float32_weights(self) -> set[str]:
-        """Those that stay in float32 whatever the model's dtype is (routers)."""
-        return {
-            tensor.name
-            for tensor in self.model.graph.initializer
-            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name.endswith(".router.weight")
-        }
+    def weight_dtypes(self) -> dict[str, int]:
+        """ONNX's dtype of every initializer that comes from the rank's checkpoint."""
+        wanted = set(self.weight_names())
+        return {tensor.name: tensor.data_type for tensor in self.model.graph.initializer if tensor.name in wanted}
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -80,7 +83,7 @@ def decoder_network(stage: StageOptions, options: NetworkOptions, tp_rank: int =
     """
     config = stage.config
     check_supported(config)
-    shape = RankShape(config, stage.tp, options.dtype, tp_rank, stage.moe_ep)
+    shape = RankShape(stage, options.dtype, tp_rank, options.portable)
     graph = GraphWriter(f"stage{stage.pp_rank}")
     hidden = _inputs(graph, stage, shape, options)
     tables = _tables(graph, stage, options)
@@ -97,8 +100,8 @@ def decoder_network(stage: StageOptions, options: NetworkOptions, tp_rank: int =
         graph.node("Identity", [hidden], "hidden_states_out")
         graph.output("hidden_states_out", options.dtype, ["batch", "tokens", config.hidden_size])
     for name in _cache_names(stage, present_name):
-        graph.output(name, options.dtype, _cache_shape(shape, options))
-    return Network(graph.model(), tables)
+        graph.output(name, shape.cache_dtype, _cache_shape(shape, options))
+    return Network(graph.model(), tables, graph.unpacked_weights)
 
 
 def _tables(graph: GraphWriter, stage: StageOptions, options: NetworkOptions) -> dict[str, npt.NDArray[np.float32]]:
@@ -137,7 +140,7 @@ def _inputs(graph: GraphWriter, stage: StageOptions, shape: RankShape, options: 
     if stage.is_last:
         graph.input("logit_indices", "int64", ["batch", "logit_tokens"])
     for name in _cache_names(stage, past_name):
-        graph.input(name, options.dtype, _cache_shape(shape, options))
+        graph.input(name, shape.cache_dtype, _cache_shape(shape, options))
     return hidden
 
 

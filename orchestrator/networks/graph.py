@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from orchestrator.core.quantization import LinearFormat
+
 OPSET = 24
 IR_VERSION = 11
 ONNX_DTYPES: dict[str, int] = {
@@ -18,6 +20,11 @@ ONNX_DTYPES: dict[str, int] = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "int4": TensorProto.INT4,
+    "float8": TensorProto.FLOAT8E4M3FN,
+    "float4": TensorProto.FLOAT4E2M1,
 }
 Dim = int | str
 
@@ -31,6 +38,8 @@ class GraphWriter:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
+        self.unpacked_weights: dict[str, LinearFormat] = {}
+        """Weights that are dequantized to the graph's dtype before they are bound, and what they are stored as."""
 
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(shape)))
@@ -46,6 +55,15 @@ class GraphWriter:
             tensor.external_data.add(key="location", value="bound-by-name")
             self._initializers[name] = tensor
         return name
+
+    def unpacked(self, name: str, shape: Sequence[int], fmt: LinearFormat) -> str:
+        """A float32 initializer whose data is dequantized when it is bound: its format has no standard operator."""
+        self.unpacked_weights[name] = fmt
+        return self.external(name, "float32", shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of an initializer."""
+        return tuple(self._initializers[name].dims)
 
     def constant(self, name: str, values: npt.ArrayLike) -> str:
         """A small int64 constant; one of the same name is shared."""
@@ -69,6 +87,10 @@ class GraphWriter:
         self.nodes(op, inputs, [output], **attributes)
         return output
 
+    def has(self, name: str) -> bool:
+        """Whether a node of this name is there."""
+        return any(node.name == name for node in self._nodes)
+
     def nodes(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=outputs[0], **attributes))
 
@@ -76,6 +98,6 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
-        return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="trt-orchestrator"
-        )
+        domains = sorted({node.domain for node in self._nodes if node.domain})
+        imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="trt-orchestrator")

@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig
 from orchestrator.networks.graph import GraphWriter
-
-
-@dataclass(frozen=True, slots=True)
-class RankShape:
-    """The sizes of one tensor-parallel rank."""
-
-    config: ModelConfig
-    tp: int
-    dtype: str
-    """That the graph computes in; weights are bound in it."""
-    tp_rank: int = 0
-    moe_ep: int = 1
-
-    @property
-    def moe_ep_rank(self) -> int:
-        return self.tp_rank % self.moe_ep
-
-    @property
-    def num_heads(self) -> int:
-        return self.config.num_attention_heads // self.tp
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.config.kv_heads_per_rank(self.tp)
+from orchestrator.networks.quantized import quantized_matmul
+from orchestrator.networks.shape import RankShape
 
 
 def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int | None = None) -> str:
@@ -67,6 +42,10 @@ def linear(
     dtype: str | None = None,
 ) -> str:
     """x @ weight^T (+ bias); `size` is (out, in), the layout of the checkpoint. `dtype`: of the weight, if not the graph's."""
+    fmt = shape.format_of(prefix)
+    if fmt is not None:
+        product = quantized_matmul(graph, shape, x, prefix, size, fmt)
+        return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
     weight = graph.external(f"{prefix}.weight", dtype or shape.dtype, size)
     transposed = graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[1, 0])
     product = graph.node("MatMul", [x, transposed], f"{prefix}.matmul")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import onnx
 
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.layers import RankShape, activate, all_reduce, linear
+from orchestrator.networks.layers import activate, all_reduce, linear
+from orchestrator.networks.quantized import quantized_input, quantized_weight
+from orchestrator.networks.shape import RankShape
 
 
 def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
@@ -27,15 +29,47 @@ def _experts(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
     local = moe.num_experts // shape.moe_ep
     width = config.expert_size * shape.moe_ep // shape.tp
     weights = _routing(graph, shape, x, prefix, local)
-    fc = graph.external(f"{prefix}.fc.weight", shape.dtype, [local, 2 * width, config.hidden_size])
-    proj = graph.external(f"{prefix}.proj.weight", shape.dtype, [local, config.hidden_size, width])
     # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
-    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens")
-    both = graph.node("MatMul", [wide, graph.node("Transpose", [fc], f"{prefix}.fc_t", perm=[0, 2, 1])], f"{prefix}.fc_out")
+    both = _batched(graph, shape, x, f"{prefix}.fc", (local, 2 * width, config.hidden_size), shared=True)
     product = _gated(graph, shape, both, f"{prefix}.expert", width)
-    out = graph.node("MatMul", [product, graph.node("Transpose", [proj], f"{prefix}.proj_t", perm=[0, 2, 1])], f"{prefix}.proj_out")
+    out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), shared=False)
     weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
     return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
+
+
+def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], *, shared: bool) -> str:
+    """x @ weight^T for all experts, [batch, experts, tokens, out]; `size` is (experts, out, in).
+
+    x is [batch, tokens, in] of all experts (`shared`) or [batch, experts, tokens, in].
+    """
+    experts, out, inner = size
+    fmt, factor = shape.format_of(prefix), None
+    if fmt is None:
+        weight = graph.external(f"{prefix}.weight", shape.dtype, size)
+    else:
+        weight = quantized_weight(graph, shape, prefix, (out, inner), fmt, experts)
+        if not shared:  # rounding knows [batch, tokens, in] only
+            x = graph.node("Reshape", [x, graph.constant(f"flat_{inner}_experts", [0, -1, inner])], f"{prefix}.input_flat")
+        x, factor = quantized_input(graph, shape, x, prefix, inner, fmt)
+        if not shared:
+            x = _per_expert(graph, x, experts, inner)
+    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens") if shared else x
+    product = graph.node(
+        "MatMul", [wide, graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[0, 2, 1])], f"{prefix}.matmul"
+    )
+    if factor is None:
+        return product
+    factor = (
+        graph.node("Unsqueeze", [factor, graph.constant("axis_1", [1])], f"{prefix}.factor")
+        if shared
+        else _per_expert(graph, factor, experts, 1)
+    )
+    return graph.node("Mul", [product, factor], f"{prefix}.rescaled")
+
+
+def _per_expert(graph: GraphWriter, x: str, experts: int, size: int) -> str:
+    """[batch, experts x tokens, size] as [batch, experts, tokens, size]."""
+    return graph.node("Reshape", [x, graph.constant(f"experts_{experts}_{size}", [0, experts, -1, size])], f"{x}.experts")
 
 
 def _gated(graph: GraphWriter, shape: RankShape, both: str, prefix: str, width: int) -> str:

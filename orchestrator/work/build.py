@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from orchestrator.core.dtypes import MODEL_DTYPES
-from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.options import BuildOptions
 from orchestrator.core.step import Task
 from orchestrator.engines import EngineRequest, backend, installed_version, require_version
 from orchestrator.engines.profiles import max_seq_len, rank_profiles
-from orchestrator.networks import Network, NetworkOptions, decoder_network
+from orchestrator.networks import NetworkOptions, decoder_network
+from orchestrator.work.binding import bind
 from orchestrator.work.context import Context
-from orchestrator.work.shards import Weight, map_shards, rank_shards, require
+from orchestrator.work.shards import Weight, map_shards, rank_shards
 
 
 def build(task: Task, context: Context) -> dict[str, Any]:
@@ -56,20 +52,3 @@ def compile_rank(
         config=options.engine,
     )
     return backend(options.engine.backend).build_engine(request, write, progress, log)
-
-
-def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[str, npt.NDArray[Any]]:
-    """Every external initializer of the graph: weights as they lie in the page cache, tables cast to `dtype`."""
-    import ml_dtypes
-
-    require(weights, network.weight_names())
-    bound: dict[str, npt.NDArray[Any]] = {}
-    for name in network.weight_names():
-        wanted = "F32" if name in network.float32_weights() else MODEL_DTYPES[dtype]
-        if weights[name].dtype != wanted:
-            raise SourceCorruptError(f"{name} is {weights[name].dtype} in the rank's checkpoint, its graph wants {wanted}")
-        bound[name] = weights[name].data
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    for name, table in network.tables.items():
-        bound[name] = np.ascontiguousarray(table.astype(kind))
-    return bound

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.core.dtypes import MODEL_DTYPE_NAMES
 from orchestrator.networks import Network, NetworkOptions, decoder_network
-from orchestrator.networks.attention import past_name, present_name
-from orchestrator.networks.layers import RankShape
+from orchestrator.networks.kv_cache import past_name, present_name
+from orchestrator.networks.shape import RankShape
+from orchestrator.work.binding import bind_portable
 from orchestrator.work.calls import Call, make_calls
-from orchestrator.work.shards import Weight, map_shards, require
+from orchestrator.work.shards import Weight, map_shards
 from orchestrator.work.verify import RankJob
 
 Array = npt.NDArray[Any]
@@ -66,54 +66,62 @@ class StageRunner:
     """One rank's graph in ONNX Runtime and its KV cache."""
 
     def __init__(self, job: RankJob, weights: dict[str, Weight], world: Any, batch: int, slots: int) -> None:
-        options = NetworkOptions("float32", max_seq_len=slots, cache_slots=None, gather_logits=job.gather_logits)
+        options = NetworkOptions(
+            "float32", max_seq_len=slots, cache_slots=None, gather_logits=job.gather_logits, portable=True
+        )  # fmt: skip
         network = decoder_network(job.stage, options, world.rank)
         self._stage = job.stage
-        self._bound = _float32(network, weights)
+        self._bound = {name: _ort_value(value, kind) for name, (value, kind) in bind_portable(network, weights).items()}
         self._session = _session(network, self._bound, world)
-        shape = RankShape(job.stage.config, job.stage.tp, "float32")
+        shape = RankShape(job.stage, "float32", world.rank, portable=True)
         self._cache = _empty_cache(shape, job.stage.num_layers, batch, slots)
 
     def run(self, call: Call, hidden_states: Array | None) -> Array:
         """Execute a call; the cache moves on. Returns hidden states, or logits on the last stage."""
-        feeds: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices, **self._cache}
+        feeds: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices}
         if hidden_states is None:
             feeds["input_ids"] = call.input_ids
         else:
             feeds["hidden_states"] = hidden_states
         if self._stage.is_last:
             feeds["logit_indices"] = call.logit_indices
+        values = {name: _ort_value(value) for name, value in feeds.items()}
         names = [output.name for output in self._session.get_outputs()]
-        outputs = dict(zip(names, self._session.run(names, feeds), strict=True))
+        outputs = dict(zip(names, self._session.run_with_ort_values(names, {**values, **self._cache}), strict=True))
         for layer in range(self._stage.num_layers):
             for what in ("key", "value"):
                 self._cache[past_name(layer, what)] = outputs[present_name(layer, what)]
-        result: Array = outputs["logits" if self._stage.is_last else "hidden_states_out"]
+        result: Array = outputs["logits" if self._stage.is_last else "hidden_states_out"].numpy()
         return result
 
 
-def _empty_cache(shape: RankShape, num_layers: int, batch: int, slots: int) -> dict[str, Array]:
+_LARGE: dict[str, tuple[Any, int, int]] = {
+    "float32": (np.float32, 10_000, onnx.TensorProto.FLOAT),
+    "int8": (np.int8, 127, onnx.TensorProto.INT8),
+    "float8": (np.uint8, 0x7E, onnx.TensorProto.FLOAT8E4M3FN),  # 448
+}
+"""numpy's dtype of a cache, the bits of a large number, ONNX's dtype."""
+
+
+def _empty_cache(shape: RankShape, num_layers: int, batch: int, slots: int) -> dict[str, Any]:
     """Filled with a large number, so that reading an unwritten slot cannot pass for right."""
     size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
+    dtype, value, kind = _LARGE[shape.cache_dtype]
     names = [past_name(layer, what) for layer in range(num_layers) for what in ("key", "value")]
-    return {name: np.full(size, 1e4, np.float32) for name in names}
+    return {name: _ort_value(np.full(size, value, dtype), kind) for name in names}
 
 
-def _float32(network: Network, weights: dict[str, Weight]) -> dict[str, Array]:
-    """Every external initializer widened to float32, which is exact."""
-    import ml_dtypes
+def _ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:
+    """For ONNX Runtime; `kind` where numpy has no dtype of its own for the elements."""
+    import onnxruntime
 
-    kinds = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-    require(weights, network.weight_names())
-    bound: dict[str, Array] = dict(network.tables)
-    for name in network.weight_names():
-        weight = weights[name]
-        typed = weight.data.view(kinds[MODEL_DTYPE_NAMES[weight.dtype]]).reshape(weight.shape)
-        bound[name] = np.ascontiguousarray(typed.astype(np.float32))
-    return bound
+    packed = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4}
+    if kind in packed:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, kind)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(value)
 
 
-def _session(network: Network, bound: dict[str, Array], world: Any) -> Any:
+def _session(network: Network, bound: dict[str, Any], world: Any) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -122,11 +130,11 @@ def _session(network: Network, bound: dict[str, Array], world: Any) -> Any:
     # Sequential execution keeps the collectives in graph order, the same on every rank.
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    # Otherwise a weight-only MatMul is fused into one that rounds its input to int8, which nobody asked for.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if world.size > 1:
         options.register_custom_ops_library(_collectives(world))
-    names = list(bound)
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(bound[name]) for name in names]
-    options.add_external_initializers(names, values)
+    options.add_external_initializers(list(bound), list(bound.values()))
     model = _answer_collectives(network.model)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

@@ -1,0 +1,57 @@
+"""The cache of keys and values: its names, and how a call writes into it.
+
+In the model's dtype it is updated in place (TensorScatter). TensorRT refuses that operator for INT8 and FP8, so a quantized
+cache is read, merged with the new tokens slot by slot, and written as a whole; input and output then do not share memory.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.shape import RankShape
+
+
+def past_name(layer: int, what: str) -> str:
+    """Graph input: keys or values (`what`) of a local layer before the call."""
+    return f"past_key_values.{layer}.{what}"
+
+
+def present_name(layer: int, what: str) -> str:
+    """Graph output: the same after the call."""
+    return f"present_key_values.{layer}.{what}"
+
+
+def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, update: str) -> str:
+    """All keys or values after the call, [B, heads, slots, size] in the graph's dtype; `update` [B, heads, tokens, size]."""
+    if shape.kv_cache is None:
+        return graph.node(
+            "TensorScatter", [past_name(layer, what), update, "write_indices"], present_name(layer, what),
+            axis=-2, mode="linear",
+        )  # fmt: skip
+    prefix = f"transformer.layers.{layer}.attention.{what[0]}_cache"
+    scale = graph.external(f"{prefix}_scaling_factor", "float32", [])
+    dtype = graph.onnx_dtype(shape.dtype)
+    past = graph.node("DequantizeLinear", [past_name(layer, what), scale], f"{prefix}.past", output_dtype=dtype)
+    tokens_first = graph.node("Transpose", [update], f"{prefix}.tokens_first", perm=[0, 2, 1, 3])
+    placed = graph.node("GatherND", [tokens_first, _token_of_slot(graph)], f"{prefix}.placed", batch_dims=1)
+    new = graph.node("Transpose", [placed], f"{prefix}.new", perm=[0, 2, 1, 3])
+    merged = graph.node("Where", ["slots.written", new, past], f"{prefix}.merged")
+    to = onnx.TensorProto.INT8 if shape.kv_cache == "INT8" else onnx.TensorProto.FLOAT8E4M3FN
+    present = graph.node("QuantizeLinear", [merged, scale], present_name(layer, what), output_dtype=to)
+    return graph.node("DequantizeLinear", [present, scale], f"{prefix}.present", output_dtype=dtype)
+
+
+def _token_of_slot(graph: GraphWriter) -> str:
+    """[B, slots, 1]: the token of this call that a slot takes (any, if none); `slots.written` [B, 1, slots, 1] says which do."""
+    if graph.has("slots.token"):
+        return "slots.token"
+    first = graph.node("Unsqueeze", ["write_indices", graph.constant("axis_1", [1])], "slots.first")
+    token = graph.node("Sub", ["slots", first], "slots.offset")
+    num_tokens = graph.node("Shape", ["position_ids"], "num_tokens", start=1, end=2)
+    started = graph.node("GreaterOrEqual", [token, graph.constant("zero", 0)], "slots.started")
+    ended = graph.node("Less", [token, num_tokens], "slots.not_ended")
+    written = graph.node("And", [started, ended], "slots.in_call")
+    graph.node("Unsqueeze", [written, graph.constant("axes_1_3", [1, 3])], "slots.written")
+    nowhere = graph.node("Where", [written, token, graph.constant("zero", 0)], "slots.token_index")
+    return graph.node("Unsqueeze", [nowhere, graph.constant("axis_2", [2])], "slots.token")

@@ -1,0 +1,61 @@
+"""The sizes and formats of one tensor-parallel rank of a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import StageOptions
+from orchestrator.core.quantization import LINEARS, KvCacheFormat, LinearFormat
+
+
+@dataclass(frozen=True, slots=True)
+class RankShape:
+    """What the parts of a rank's graph are sized by."""
+
+    stage: StageOptions
+    dtype: str
+    """That the graph computes in; unquantized weights are bound in it."""
+    tp_rank: int = 0
+    portable: bool = False
+    """Standard operators only."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.stage.config
+
+    @property
+    def tp(self) -> int:
+        return self.stage.tp
+
+    @property
+    def moe_ep(self) -> int:
+        return self.stage.moe_ep
+
+    @property
+    def moe_ep_rank(self) -> int:
+        return self.tp_rank % self.moe_ep
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_attention_heads // self.tp
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.config.kv_heads_per_rank(self.tp)
+
+    @property
+    def kv_cache(self) -> KvCacheFormat | None:
+        """The format that keys and values are stored in; None: the graph's dtype."""
+        return self.stage.quantization.kv_cache if self.stage.quantization else None
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of the cache's inputs and outputs."""
+        return {"INT8": "int8", "FP8": "float8", None: self.dtype}[self.kv_cache]
+
+    def format_of(self, linear: str) -> LinearFormat | None:
+        """How the linear of this name (within the stage) is quantized; None: it is not."""
+        if not linear.startswith("transformer.layers.") or linear.split(".", 3)[3] not in LINEARS:
+            return None
+        return self.stage.format_of(linear)

@@ -1,0 +1,131 @@
+"""Weights as a graph wants them: bytes as they lie in the page cache wherever file and graph agree, else converted here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from orchestrator.core.dtypes import MODEL_DTYPES
+from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat
+from orchestrator.networks import Network
+from orchestrator.work.shards import Weight, require
+
+Array = npt.NDArray[Any]
+STORED: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "F32",
+    onnx.TensorProto.FLOAT16: "F16",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.INT8: "I8",
+    onnx.TensorProto.UINT8: "U8",
+    onnx.TensorProto.INT4: "I8",
+    onnx.TensorProto.FLOAT4E2M1: "U8",
+    onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
+}
+"""ONNX's dtype of an initializer -> safetensors' name of what the rank's file holds."""
+
+
+def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[str, Array]:
+    """Every external initializer of a graph in the model's dtype; bytes where the file has them as they are wanted.
+
+    Raises SourceMissingError, SourceCorruptError.
+    """
+    require(weights, network.weight_names())
+    bound = {name: _bind_one(name, weights[name], kind) for name, kind in network.weight_dtypes().items()}
+    for name, table in network.tables.items():
+        bound[name] = np.ascontiguousarray(table.astype(_numpy_dtype(dtype)))
+    return bound
+
+
+def _bind_one(name: str, weight: Weight, kind: int) -> Array:
+    if kind == onnx.TensorProto.INT4:
+        _check(name, weight, "I8")
+        return int4_by_columns(weight)
+    wanted = STORED[kind]
+    if weight.dtype == "F32" and wanted in ("F16", "BF16"):  # scales of INT4 blocks, which TensorRT wants in the model's dtype
+        typed = weight.data.view(np.float32).reshape(weight.shape)
+        return np.ascontiguousarray(typed.astype(_numpy_dtype({"F16": "float16", "BF16": "bfloat16"}[wanted])))
+    _check(name, weight, wanted)
+    return weight.data
+
+
+def _check(name: str, weight: Weight, wanted: str) -> None:
+    if weight.dtype != wanted:
+        raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants {wanted}")
+
+
+def int4_by_columns(weight: Weight) -> npt.NDArray[np.uint8]:
+    """Nibbles of two rows per byte [.., out / 2, in] as ONNX packs them: of two neighbours in a row, [.., out, in / 2]."""
+    stored = weight.data.reshape(-1, weight.shape[-1])
+    even, odd = stored & 0x0F, stored >> 4
+    rows = np.empty((2 * len(stored), stored.shape[1] // 2), np.uint8)
+    rows[0::2] = even[:, 0::2] | (even[:, 1::2] << 4)
+    rows[1::2] = odd[:, 0::2] | (odd[:, 1::2] << 4)
+    return rows
+
+
+def _numpy_dtype(dtype: str) -> Any:
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def bind_portable(network: Network, weights: Mapping[str, Weight]) -> dict[str, tuple[Array, int]]:
+    """Every external initializer of a portable graph and its ONNX dtype: floats widened to float32, which is exact.
+
+    Raises SourceMissingError, SourceCorruptError.
+    """
+    require(weights, network.weight_names())
+    dims = {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer}
+    bound: dict[str, tuple[Array, int]] = {}
+    for name, kind in network.weight_dtypes().items():
+        if name in network.unpacked:
+            value = _dequantized(name, weights, network.unpacked[name]).reshape(dims[name])
+        elif kind == onnx.TensorProto.FLOAT:
+            value = _widened(name, weights[name]).reshape(dims[name])
+        else:
+            value = _shaped(_bind_one(name, weights[name], kind), kind, dims[name])
+        bound[name] = (np.require(value, requirements="C"), kind)
+    for name, table in network.tables.items():
+        bound[name] = (table, onnx.TensorProto.FLOAT)
+    return bound
+
+
+def _shaped(value: Array, kind: int, dims: tuple[int, ...]) -> Array:
+    """Bytes with the initializer's shape. Two INT4 per byte fill the first half of a buffer: a shape is all that is told."""
+    if kind == onnx.TensorProto.INT4:
+        buffer = np.zeros(dims, np.uint8)
+        buffer.reshape(-1)[: value.size] = value.reshape(-1)
+        return buffer
+    return value.view(np.int8 if kind == onnx.TensorProto.INT8 else np.uint8).reshape(dims)
+
+
+def _widened(name: str, weight: Weight) -> Array:
+    by_name = {stored: dtype for dtype, stored in MODEL_DTYPES.items()}
+    if weight.dtype not in by_name:
+        raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants a floating-point tensor")
+    wide: Array = weight.data.view(_numpy_dtype(by_name[weight.dtype])).astype(np.float32)
+    return wide
+
+
+def _dequantized(name: str, weights: Mapping[str, Weight], fmt: LinearFormat) -> Array:
+    """float32 rows of a weight whose format has no standard operator."""
+    import torch
+
+    from orchestrator.quantizers.formats import unpack_rows
+
+    linear = name.removesuffix(".weight")
+    weight, scale = weights[name], weights[f"{linear}.weights_scaling_factor"]
+    stored = torch.from_numpy(np.array(weight.data)).reshape(-1, weight.shape[-1])
+    scales = torch.from_numpy(np.array(scale.data)).reshape(-1, scale.shape[-1])
+    if fmt.weight is not WeightFormat.NVFP4:
+        return unpack_rows(stored, fmt, scales, None).numpy()
+    seconds = weights[f"{linear}.weights_scaling_factor_2"].data.view(np.float32).reshape(-1)
+    parts = zip(stored.chunk(len(seconds)), scales.view(torch.float8_e4m3fn).chunk(len(seconds)), seconds, strict=True)
+    # unpack_rows takes the amax that the scale was made of.
+    amax = FP4_MAX * FP8_MAX
+    return np.concatenate([unpack_rows(part, fmt, blocks, float(second) * amax).numpy() for part, blocks, second in parts])
