@@ -120,6 +120,8 @@ def _where(endpoint: str, bucket: str, options: StoreOptions) -> dict[str, Any]:
         "virtual_hosted_style_request": virtual,
         # Over TLS nothing can change the body; over plain HTTP the signature covers it, and the server checks it.
         "unsigned_payload": parts.scheme == "https",
+        # Every server that knows it compares it with the body; others ignore it.
+        "checksum_algorithm": "sha256",
         "client_options": {
             "allow_http": parts.scheme == "http",
             "timeout": datetime.timedelta(seconds=_REQUEST_SECONDS),

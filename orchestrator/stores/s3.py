@@ -115,7 +115,7 @@ class S3Store:
             if doubtful and self.holds_once(key, write_id):
                 return
             try:
-                self.call("put_object", key, Body=io.BytesIO(data), Metadata={WRITE_ID: write_id}, **condition)
+                self.call("put_object", key, data, Metadata={WRITE_ID: write_id}, **condition)
             except (TransientError, ObjectExistsError) as error:
                 doubtful = True
                 if isinstance(error, TransientError) or not self.holds_once(key, write_id):
@@ -197,8 +197,10 @@ class S3Store:
         check_key(key)
         return self._prefix + key
 
-    def call(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
-        """One request about one object, made once; raises as S3Client.call."""
+    def call(self, operation: str, key: str, body: bytes | None = None, **parameters: Any) -> dict[str, Any]:
+        """One request about one object, made once, its body under a digest; raises as S3Client.call."""
+        if body is not None:
+            parameters |= {"Body": io.BytesIO(body), **self._client.digest_of(body)}
         return self._client.call(operation, Key=self.path(key), **parameters)
 
     def retried(self, doing: str, attempt: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ botocore finds them; its own retries are off, for two loops inside each other wo
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
@@ -28,7 +30,10 @@ _DAMAGED = frozenset({"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"
 _BUSY = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable"})
 _BUSY_STATUSES = frozenset({408, 409, 425, 429})
 """409 is a conflict with a request under way: try again. A condition that was lost is 412."""
-_NETWORK_ERRORS = ("HTTPClientError", "MetadataRetrievalError", "CredentialRetrievalError", "IncompleteReadError")
+_NETWORK_ERRORS = frozenset(
+    {"ConnectionError", "HTTPClientError", "MetadataRetrievalError", "CredentialRetrievalError", "IncompleteReadError"}
+)
+"""Of botocore, with what is derived from them."""
 _INHERITED: list[Any] = []
 """Connections of a parent process: kept from the garbage collector, whose finalizer would wait for the parent's threads."""
 
@@ -108,6 +113,16 @@ class S3Client:
                 self._connection = _connect(self._options)
             return self._connection
 
+    def digest_of(self, body: bytes) -> dict[str, str]:
+        """What to send with a body so that the server finds it damaged: nothing where botocore sends a checksum itself.
+
+        Content-MD5 is the one digest that every server verifies; not all compare the one in the signature with the body.
+        """
+        config = self.connection.config_kwargs
+        if config.get("request_checksum_calculation") != "when_required":
+            return {}
+        return {"ContentMD5": base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()}
+
     def resolved(self) -> tuple[str, str]:
         """Endpoint URL and region that botocore has found."""
 
@@ -166,11 +181,12 @@ def told_apart(error: Exception) -> Exception:
     if isinstance(response, Mapping) and "Error" in response:
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return refusal(status, str(response["Error"].get("Code", "")), str(response["Error"].get("Message", "")))
-    if isinstance(error, asyncio.TimeoutError | OSError) or _is_of_the_network(type(error)):
+    wrong_certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
+    if not wrong_certificate and (isinstance(error, asyncio.TimeoutError | OSError) or _is_of_the_network(type(error))):
         return TransientError(f"{type(error).__name__}: {error}")
     return StoreError(
         f"cannot reach the store: {type(error).__name__}: {error}",
-        "Check store_options, and that this machine has credentials: environment, profile, web identity or instance role.",
+        "Check store_options and AWS_CA_BUNDLE, and that this machine has credentials: environment, profile, web identity or role.",
     )
 
 

@@ -118,8 +118,7 @@ class UploadWriter:
         def attempt() -> dict[str, Any]:
             if self._ended:
                 raise StoreError("its writer has ended")
-            sent = {} if body is None else {"Body": io.BytesIO(body)}
-            return self._store.call(operation, self._key, UploadId=self._upload_id, PartNumber=number, **sent, **parameters)
+            return self._store.call(operation, self._key, body, UploadId=self._upload_id, PartNumber=number, **parameters)
 
         return self._store.retried(f"write part {number} of {self._key!r}", attempt)
 
