@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.core.errors import DigestError, StoreError
 from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import ObjectChangedError, ObjectExistsError, ObjectMissingError, check_writable, s3
+from orchestrator.stores import ObjectChangedError, ObjectExistsError, ObjectMissingError, check_writable, s3, s3_client
 from orchestrator.stores.retrying import Backoff
 from orchestrator.stores.s3 import S3Store
 from orchestrator.stores.s3_client import S3Client
@@ -62,7 +62,8 @@ def proxy_of_module(seaweed: Seaweed) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def bench(s3_environment: Seaweed, proxy_of_module: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Workbench:
-    monkeypatch.setattr(s3, "BLOCK_BYTES", PART_BYTES)
+    for module in (s3, s3_client):
+        monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
     proxy = proxy_of_module
     proxy.rate = 0.0
     for what in (proxy.script, proxy.always, proxy.seen):
@@ -285,8 +286,8 @@ def test_download_to_a_full_disk_is_a_store_error_and_leaves_nothing(bench: Work
 _WRITE_AND_WAIT = """
 import sys
 from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import s3
-s3.BLOCK_BYTES = 5 * 2**20
+from orchestrator.stores import s3, s3_client
+s3.BLOCK_BYTES = s3_client.BLOCK_BYTES = 5 * 2**20
 store = s3.S3Store(sys.argv[1], StoreOptions(transfer=sys.argv[2]))
 with store.writer("steps/killed", 3 * s3.BLOCK_BYTES) as writer:
     writer.write(bytes(2 * s3.BLOCK_BYTES))

@@ -50,7 +50,8 @@ def clients(seaweed: Seaweed) -> dict[str, S3Client]:
 @pytest.fixture
 def url(s3_environment: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
     """A corner of the bucket for each test; small parts, for a server on two cores."""
-    monkeypatch.setattr(s3, "BLOCK_BYTES", PART_BYTES)
+    for module in (s3, s3_client):
+        monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
     return f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
 
 
@@ -74,7 +75,7 @@ class TestS3StoreWithObstore(StoreContract):
 
 @given(st.integers(0, 50 * 2**40))
 def test_part_bytes_of_any_size_makes_no_more_than_ten_thousand_parts(num_bytes: int) -> None:
-    size = part_bytes(num_bytes, BLOCK_BYTES)
+    size = part_bytes(num_bytes)
     assert -(-num_bytes // size) <= 10_000
     assert 5 * 2**20 <= BLOCK_BYTES <= size <= max(BLOCK_BYTES, num_bytes // 9_000 + 2 * 2**20)
 

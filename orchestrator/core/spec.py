@@ -259,7 +259,8 @@ class StoreOptions(Frozen):
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
     """auto: virtual on AWS, path elsewhere."""
     checksums: Literal["auto", "when_supported", "when_required"] = "auto"
-    """Trailing checksums of uploads. auto: when_supported on AWS, when_required elsewhere: older servers refuse them."""
+    """Checksums that botocore adds to uploads. auto: when_supported on AWS, when_required elsewhere: older servers refuse its
+    trailers, and get Content-MD5. obstore sends SHA-256 of each part, unless when_required is written here: faster, unchecked."""
     transfer: Literal["auto", "s3fs", "obstore"] = "auto"
     """What carries large objects. auto: obstore where it is installed."""
     max_attempts: int = Field(default=10, ge=1)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from orchestrator.core.errors import StoreError
 from orchestrator.core.spec import StoreOptions, holds_secret
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """What `Store.blocks` yields at a time, and the least part of an upload."""
 Block = bytes | memoryview
 

@@ -116,12 +116,11 @@ def _where(endpoint: str, bucket: str, options: StoreOptions) -> dict[str, Any]:
     host = parts.hostname or ""
     on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     virtual = options.addressing_style == "virtual" or (options.addressing_style == "auto" and on_aws and "." not in bucket)
+    checked = options.checksums != "when_required"
     where: dict[str, Any] = {
         "virtual_hosted_style_request": virtual,
-        # Over TLS nothing can change the body; over plain HTTP the signature covers it, and the server checks it.
-        "unsigned_payload": parts.scheme == "https",
-        # Every server that knows it compares it with the body; others ignore it.
-        "checksum_algorithm": "sha256",
+        # The signature covers the checksum's header, and through it the body: hashing the body for both would cost as much again.
+        "unsigned_payload": checked or parts.scheme == "https",
         "client_options": {
             "allow_http": parts.scheme == "http",
             "timeout": datetime.timedelta(seconds=_REQUEST_SECONDS),
@@ -129,6 +128,8 @@ def _where(endpoint: str, bucket: str, options: StoreOptions) -> dict[str, Any]:
             "connect_timeout": datetime.timedelta(seconds=10),
         },
     }
+    if checked:
+        where["checksum_algorithm"] = "sha256"
     if not on_aws:
         where["endpoint"] = f"{parts.scheme}://{bucket}.{parts.netloc}" if virtual else endpoint
     bundle = os.environ.get("AWS_CA_BUNDLE")
@@ -205,8 +206,10 @@ class ObstoreWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         view = memoryview(data).cast("B")
+        # obstore keeps a reference to what it is given and sends it later; callers use their buffers again.
+        kept = data if isinstance(data, bytes) else bytes(view)
         with self._errors():
-            self._upload.write(view)
+            self._upload.write(kept)
         self._written += len(view)
         return len(view)
 

@@ -44,7 +44,9 @@ T = TypeVar("T")
 
 WRITE_ID = "write-id"
 PARALLEL = 4
-"""Parts or blocks in flight."""
+"""Parts in flight."""
+BLOCKS_AHEAD = 3
+"""Blocks in flight of one reader; obstore holds each twice while it joins the pieces that came."""
 COPY_BYTES = 2**30
 """Larger objects are copied in parts: S3 copies 5 GiB at once at most, and parts go side by side."""
 COPY_PART_BYTES = 256 * 2**20
@@ -79,21 +81,24 @@ class S3Store:
         return bytes(self._fetch(key, begin, end).data)
 
     def blocks(self, key: str) -> Iterator[Block]:
-        first = self._fetch(key, 0, BLOCK_BYTES)
-        yield first.data
-        begins = iter(range(BLOCK_BYTES, first.num_bytes, BLOCK_BYTES))
-        with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
+        found = self._fetch(key, 0, BLOCK_BYTES)
+        version, num_bytes = (found.etag, found.num_bytes), found.num_bytes
+        yield found.data
+        del found  # a block is held no longer than until the next is asked for
+        begins = iter(range(BLOCK_BYTES, num_bytes, BLOCK_BYTES))
+        with ThreadPoolExecutor(BLOCKS_AHEAD, "fetch") as pool:
             jobs: deque[Future[Fetched]] = deque()
             try:
                 while True:
-                    for begin in itertools.islice(begins, PARALLEL - len(jobs)):
-                        jobs.append(pool.submit(self._fetch, key, begin, min(begin + BLOCK_BYTES, first.num_bytes)))
+                    for begin in itertools.islice(begins, BLOCKS_AHEAD - len(jobs)):
+                        jobs.append(pool.submit(self._fetch, key, begin, min(begin + BLOCK_BYTES, num_bytes)))
                     if not jobs:
                         return
                     found = jobs.popleft().result()
-                    if (found.etag, found.num_bytes) != (first.etag, first.num_bytes):
+                    if (found.etag, found.num_bytes) != version:
                         raise ObjectChangedError(f"{key!r} in {self.url} was replaced while it was read")
                     yield found.data
+                    del found
             finally:
                 for job in jobs:
                     job.cancel()
@@ -128,7 +133,7 @@ class S3Store:
 
     def writer(self, key: str, num_bytes: int | None = None) -> Writer:
         check_key(key)
-        size = part_bytes(num_bytes, BLOCK_BYTES)
+        size = part_bytes(num_bytes)
         if (num_bytes is None or num_bytes > size) and self.bulk() is not None:
             return ObstoreWriter(self, key, num_bytes, size, self._seats)
         return UploadWriter(self, key, num_bytes, size, self._slots)

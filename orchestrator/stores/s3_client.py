@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from orchestrator.core.errors import StoreError
 from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import Block, ObjectExistsError, ObjectMissingError
+from orchestrator.stores import BLOCK_BYTES, Block, ObjectExistsError, ObjectMissingError
 from orchestrator.stores.retrying import RefusedCredentialsError, TransientError
 
 T = TypeVar("T")
@@ -227,7 +227,11 @@ _ADVICE = {
 }
 
 
-def part_bytes(num_bytes: int | None, least: int) -> int:
-    """Size of the parts of an upload: S3 takes 10,000 parts at most, and 5 MiB at least but for the last."""
-    needed = -(-(num_bytes or 0) // 9_000)
-    return max(least, -(-needed // 2**20) * 2**20)
+def part_bytes(num_bytes: int | None) -> int:
+    """Size of the parts of an upload: S3 takes 10,000 parts at most, and 5 MiB at least but for the last.
+
+    Of unknown size (None): parts for 156 GiB, which no engine of one GPU reaches.
+    """
+    if num_bytes is None:
+        return 2 * BLOCK_BYTES
+    return max(BLOCK_BYTES, -(-num_bytes // (9_000 * 2**20)) * 2**20)

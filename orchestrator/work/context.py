@@ -7,7 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -128,7 +128,7 @@ def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) 
     try:
         found = ""
         for _ in range(_DOWNLOADS):
-            found, written = _download_once(store, key, part)
+            found, written = _download_once(store, key, part, num_bytes)
             if (found, written) == (sha256, num_bytes):
                 part.replace(target)
                 return
@@ -142,17 +142,21 @@ def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) 
 _DOWNLOADS = 2
 
 
-def _download_once(store: Store, key: str, part: Path) -> tuple[str, int]:
+def _download_once(store: Store, key: str, part: Path, num_bytes: int) -> tuple[str, int]:
     """Write the object to `part`; returns its sha256 and size."""
     hasher = hashlib.sha256()
     written = 0
     with part.open("wb", buffering=0) as file:
+        if num_bytes:
+            with suppress(OSError):  # no fallocate here: the file grows as it is written
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
         for block in store.blocks(key):
             hasher.update(block)
             view = memoryview(block)
             while len(view):
                 view = view[file.write(view) :]
             written += len(block)
+        file.truncate()
         os.fsync(file.fileno())
     return hasher.hexdigest(), written
 

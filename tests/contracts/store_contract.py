@@ -135,6 +135,14 @@ class StoreContract:
         assert list(store.list_uploads("")) == []
         assert listed(store) == {"good": len(data)}
 
+    def test_writer_whose_caller_uses_its_buffer_again_keeps_the_bytes(self, store: Store) -> None:
+        buffer = bytearray(self.upload_bytes // 4)
+        with store.writer("key", 8 * len(buffer)) as writer:
+            for number in range(8):
+                buffer[:] = bytes([number]) * len(buffer)
+                writer.write(buffer)
+        assert store.get("key") == b"".join(bytes([number]) * len(buffer) for number in range(8))
+
     def test_store_and_its_pickle_hold_no_connection(self, store: Store) -> None:
         store.put("key", b"1")
         copy = pickle.loads(pickle.dumps(store))
