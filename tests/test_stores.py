@@ -38,6 +38,8 @@ class TestFileStoreWithoutPageCache(StoreContract):
 
 
 class TestMemoryStore(StoreContract):
+    shared_by_processes = False
+
     @pytest.fixture
     def store(self) -> Iterator[Store]:
         """memory:// is one space for the whole process: each test gets a corner of its own."""

@@ -10,7 +10,7 @@ import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from orchestrator.core.errors import SpecError
 from orchestrator.core.topology import Topology
@@ -246,6 +246,43 @@ class RetrySpec(Frozen):
     max_backoff_seconds: float = Field(default=60.0, ge=0)
 
 
+class StoreOptions(Frozen):
+    """How the store is reached. It decides nothing of what is built, and holds no credentials: those are found on each machine
+    the way every AWS client finds them (environment, profile, web identity, instance role). S3 only; others ignore it.
+    """
+
+    endpoint_url: str | None = None
+    """Of a server other than AWS; absent: as the environment or the profile says (AWS_ENDPOINT_URL)."""
+    region: str | None = None
+    profile: str | None = None
+    """A name in ~/.aws/config of every node; only the name travels."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """auto: virtual on AWS, path elsewhere."""
+    checksums: Literal["auto", "when_supported", "when_required"] = "auto"
+    """Checksums that botocore adds to uploads. auto: when_supported on AWS, when_required elsewhere: older servers refuse its
+    trailers, and get Content-MD5. obstore sends SHA-256 of each part, unless when_required is written here: faster, unchecked."""
+    transfer: Literal["auto", "s3fs", "obstore"] = "auto"
+    """What carries large objects. auto: obstore where it is installed."""
+    max_attempts: int = Field(default=10, ge=1)
+    """Of one request, with doubling delays between: the default lasts about two minutes."""
+    read_timeout_seconds: float = Field(default=60.0, gt=0)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _plain_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and (not value.startswith(("http://", "https://")) or holds_secret(value)):
+            raise ValueError("expected http://host:port or https://host:port, without user, password or query")
+        return value
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a URL carries what may be a password, a key or a signature: it would end in logs and manifests."""
+    scheme, _, rest = url.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    keyed = scheme in {"s3", "s3a", "http", "https"} and (bool(at) or "?" in rest)
+    return ":" in user or keyed
+
+
 class ClusterSpec(Frozen):
     """What there is to build with."""
 
@@ -255,12 +292,20 @@ class ClusterSpec(Frozen):
     """Of the Ray cluster; absent: start one on this machine."""
     store: str
     """URL of the store that keeps steps' outputs and releases; every node must reach it."""
+    store_options: StoreOptions = StoreOptions()
     scratch: str | None = None
     """Folder for temporary files on every node; absent: the system's."""
     pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
     retries: RetrySpec = RetrySpec()
     threads_per_step: int = Field(default=1, ge=1)
     """OMP_NUM_THREADS of every step."""
+
+    @field_validator("store")
+    @classmethod
+    def _store_without_secret(cls, value: str) -> str:
+        if holds_secret(value):
+            raise ValueError("the URL holds a user, password or query: credentials belong in each node's environment or role")
+        return value
 
     def pool_for(self, kind: str) -> PoolSpec | None:
         """The first pool that lists a kind of step takes it; None when none does."""

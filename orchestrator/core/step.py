@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.digest import digest_of
 from orchestrator.core.errors import OrchestratorError, StepFailedError, error_classes
+from orchestrator.core.spec import StoreOptions
 
 
 class Kind(StrEnum):
@@ -154,4 +155,6 @@ class Task(_Value):
     attempt: int
     store: str
     """URL."""
+    store_options: StoreOptions = StoreOptions()
+    """How to reach it; no part of any identity."""
     scratch: str | None = None

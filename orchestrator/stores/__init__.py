@@ -1,19 +1,27 @@
 """Stores: where bytes go. The protocol, and the table of members by URL scheme.
 
 Every member passes tests/contracts/store_contract.py. An object appears whole or not at all; an exception inside a
-writer publishes nothing.
+writer publishes nothing. Clients are made by the first request, in the process that makes it; a pickled store is its URL and
+its options, so that no credential ever leaves a process.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from orchestrator.core.errors import StoreError
+from orchestrator.core.spec import StoreOptions, holds_secret
+
+BLOCK_BYTES = 8 * 2**20
+"""What `Store.blocks` yields at a time, and the least part of an upload."""
+Block = bytes | memoryview
 
 
 class ObjectExistsError(StoreError):
@@ -26,12 +34,29 @@ class ObjectMissingError(StoreError):
     default_advice = "It was deleted or never written."
 
 
+class ObjectChangedError(StoreError):
+    """An object was replaced while it was read."""
+
+    default_advice = "Read it again; leave the store's objects alone while others read them."
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """One object of a listing."""
 
     key: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What a writer has begun and not ended: invisible, but it takes room. A killed process leaves it for ever."""
+
+    key: str
+    """Of the object that it was to become, or of the temporary object that it is."""
+    upload_id: str
+    """The store's own name for it; empty where the key says it all."""
+    started_at: datetime
 
 
 class Writer(Protocol):
@@ -58,6 +83,13 @@ class Store(Protocol):
         """Bytes [begin, end). Raises ObjectMissingError."""
         ...
 
+    def blocks(self, key: str) -> Iterator[Block]:
+        """The whole object in order, in blocks of at most BLOCK_BYTES, several fetched ahead; all of one version of it.
+
+        Raises ObjectMissingError, and ObjectChangedError when the object was replaced before its last block was read.
+        """
+        ...
+
     def size(self, key: str) -> int | None:
         """Bytes of the object; None when there is none."""
         ...
@@ -82,34 +114,78 @@ class Store(Protocol):
         """Remove an object; none there is no error."""
         ...
 
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """What was begun under keys that start with `prefix` and is not ended, by anyone: running or dead."""
+        ...
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Remove what an upload has stored; none there is no error. Its writer, if it still runs, fails."""
+        ...
+
     def local_path(self, key: str) -> Path | None:
         """The object as a file of this machine, where it is one."""
         ...
 
 
-def open_store(url: str) -> Store:
-    """Open the store at `url`: file:///folder, memory://name, or any URL that fsspec knows. Raises StoreError."""
+def open_store(url: str, options: StoreOptions | None = None) -> Store:
+    """Open the store at `url`: file:///folder, memory://name, s3://bucket/prefix, or any URL that fsspec knows.
+
+    Nothing is connected yet. Raises StoreError.
+    """
     scheme = urlsplit(url).scheme
+    if holds_secret(url):
+        raise StoreError(
+            f"the {scheme}:// URL of the store holds a user, password or query",
+            "Give credentials by each machine's environment, profile or role, never in a URL.",
+        )
     if not scheme:
         raise StoreError(f"store {url!r} has no scheme", "Write file:///absolute/folder, s3://bucket/prefix, ...")
     if scheme == "file":
         from orchestrator.stores.file import FileStore
 
         return FileStore(url)
+    if scheme in {"s3", "s3a"}:
+        from orchestrator.stores.s3 import S3Store
+
+        return S3Store(url, options or StoreOptions())
     from orchestrator.stores.fsspec import FsspecStore
 
     return FsspecStore(url)
 
 
-def check_writable(store: Store) -> None:
-    """Write, read back and delete a probe. Raises StoreError with the store's own words."""
-    import uuid
+def check_key(key: str) -> None:
+    """Raises StoreError for what is no key: empty, absolute, or leading out of the store."""
+    if not key or key.startswith("/") or ".." in key.split("/"):
+        raise StoreError(f"{key!r} is not a key")
 
-    key = f"probes/{uuid.uuid4().hex}"
+
+def check_writable(store: Store) -> None:
+    """Prove with a probe object that the store does what a build needs of it. Raises StoreError that says what it cannot do.
+
+    A build commits by put-if-absent: a store that ignores the condition would let two builds overwrite each other.
+    """
+    key, copy = (f"probes/{uuid.uuid4().hex}" for _ in range(2))
     data = b"trt-orchestrator"
     store.put(key, data, create=True)
     try:
-        if store.get(key) != data:
-            raise StoreError(f"store {store.url} returned other bytes than were written")
+        if store.get(key) != data or store.get_range(key, 4, 9) != data[4:9]:
+            raise StoreError(
+                f"store {store.url} returned other bytes than were written",
+                "If it is not AWS, set store_options.checksums: when_required in the cluster file.",
+            )
+        _check_create_is_refused(store, key)
+        store.copy(key, copy)
     finally:
         store.delete(key)
+        store.delete(copy)
+
+
+def _check_create_is_refused(store: Store, key: str) -> None:
+    try:
+        store.put(key, b"a second object", create=True)
+    except ObjectExistsError:
+        return
+    raise StoreError(
+        f"store {store.url} ignores put-if-absent (If-None-Match: *): two builds could overwrite each other's commits",
+        "Use a server that has conditional writes (AWS S3, Ceph RGW, SeaweedFS, MinIO), or a file:// store on a shared folder.",
+    )

@@ -8,6 +8,7 @@ bypass the page cache: it costs more CPU than sha256 does to fill it, and it is 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import os
@@ -22,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.core.errors import StoreError
 from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
-from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
+from orchestrator.stores import BLOCK_BYTES, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
@@ -55,6 +56,12 @@ class FileStore:
         with self._reading(key), self._path(key).open("rb") as file:
             file.seek(begin)
             return file.read(end - begin)
+
+    def blocks(self, key: str) -> Iterator[Block]:
+        # The open file stays the version that it was: objects are replaced by name, never written in place.
+        with self._reading(key), self._path(key).open("rb", buffering=0) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
 
     def size(self, key: str) -> int | None:
         try:
@@ -105,6 +112,17 @@ class FileStore:
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotADirectoryError):
             self._path(key).unlink(missing_ok=True)
+
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """Temporary files: they tell the folder of what they were to become, not its name."""
+        folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
+        for path in folder.rglob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                key = path.relative_to(self.root).as_posix()
+                yield Upload(key, "", datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC))
+
+    def abort_upload(self, upload: Upload) -> None:
+        self.delete(upload.key)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)

@@ -1,13 +1,16 @@
-"""Any URL that fsspec knows: memory://, s3:// through s3fs, gs://, az://.
+"""Any URL that fsspec knows but S3's: memory://, and gs:// or az:// where their fsspec package is installed.
 
 fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises; writers here open with
 autocommit=False and commit only at a clean end, or, where that means nothing (memory://), write under another name
-and move. Put-if-absent is fsspec's mode="create" (If-None-Match on S3).
+and move. Put-if-absent is fsspec's mode="create" (a precondition of the request on Google's and Azure's stores). Requests
+are retried as far as the package of the scheme does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -16,32 +19,62 @@ from types import TracebackType
 from typing import Any, Self
 
 from orchestrator.core.errors import StoreError
-from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError
+from orchestrator.stores import (
+    BLOCK_BYTES,
+    Block,
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectInfo,
+    ObjectMissingError,
+    Upload,
+    check_key,
+)
 
 _BLOCK_BYTES = 16 * 2**20
 _TEMPORARY = ".tmp-"
+_VERSION_FIELDS = ("etag", "md5Hash", "content_md5", "mtime", "created")
 _MEMORY_LOCK = threading.Lock()
 
 
 class FsspecStore:
-    """Objects below an fsspec URL. The client is made here, in the process that uses it, and never pickled."""
+    """Objects below an fsspec URL. The client is made by the first request of a process, and never pickled."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
+        from fsspec.registry import get_filesystem_class
+        from fsspec.utils import get_protocol
 
         self.url = url.rstrip("/")
         try:
-            options = {"skip_instance_cache": True} if not url.startswith("memory:") else {}
-            self._fs, self._root = fsspec.url_to_fs(self.url, **options)
+            get_filesystem_class(get_protocol(url))
         except (ImportError, ValueError) as error:
             raise StoreError(f"cannot open the store {url!r}: {error}", "Install the fsspec package of this scheme.") from None
-        self._root = self._root.rstrip("/")
         self.commits = not url.startswith("memory:")
         """Whether autocommit=False keeps a file back until it is committed."""
+        self._opened: tuple[int, Any, str] = (0, None, "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    @property
+    def _fs(self) -> Any:
+        """A client of this process; it looks things up anew each time."""
+        return self._open()[1]
+
+    @property
+    def _root(self) -> str:
+        return self._open()[2]
+
+    def _open(self) -> tuple[int, Any, str]:
+        if self._opened[0] != os.getpid():
+            import fsspec
+
+            options = {"skip_instance_cache": True, "use_listings_cache": False} if self.commits else {}
+            fs, root = fsspec.url_to_fs(self.url, **options)
+            self._opened = (os.getpid(), fs, root.rstrip("/"))
+        return self._opened
 
     def _path(self, key: str) -> str:
-        if not key or key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"{key!r} is not a key")
+        check_key(key)
         return f"{self._root}/{key}"
 
     def get(self, key: str) -> bytes:
@@ -51,6 +84,26 @@ class FsspecStore:
     def get_range(self, key: str, begin: int, end: int) -> bytes:
         with self._errors(f"read {key!r}"):
             return bytes(self._fs.cat_file(self._path(key), start=begin, end=end))
+
+    def blocks(self, key: str) -> Iterator[Block]:
+        before = self._version(key)
+        if before is None:
+            raise ObjectMissingError(f"cannot read {key!r}: {self.url} has no such object")
+        block = b""
+        for begin in range(0, before[0], BLOCK_BYTES):
+            block = self.get_range(key, begin, min(begin + BLOCK_BYTES, before[0]))
+            if self._version(key) != before:
+                raise ObjectChangedError(f"{key!r} in {self.url} was replaced while it was read")
+            yield block
+
+    def _version(self, key: str) -> tuple[int, str] | None:
+        """Size, and what else tells versions of an object apart."""
+        with self._errors(f"read {key!r}"):
+            try:
+                info = self._fs.info(self._path(key))
+            except FileNotFoundError:
+                return None
+        return int(info["size"]), "".join(str(info.get(field, "")) for field in _VERSION_FIELDS)
 
     def size(self, key: str) -> int | None:
         with self._errors(f"read {key!r}"):
@@ -73,20 +126,36 @@ class FsspecStore:
             self._fs.cp_file(self._path(source), self._path(target))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for path, info in self._found(prefix).items():
+            key = path[len(self._root) :].lstrip("/")
+            if key.startswith(prefix) and (self.commits or _TEMPORARY not in key):
+                yield ObjectInfo(key, int(info["size"]))
+
+    def _found(self, prefix: str) -> dict[str, Any]:
         with self._errors(f"list {prefix!r}"):
             folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
             try:
                 found: dict[str, Any] = self._fs.find(folder, detail=True)
             except FileNotFoundError:
                 found = {}
-        for path, info in found.items():
-            key = path[len(self._root) :].lstrip("/")
-            if key.startswith(prefix) and (self.commits or _TEMPORARY not in key):
-                yield ObjectInfo(key, int(info["size"]))
+        return found
 
     def delete(self, key: str) -> None:
         with self._errors(f"delete {key!r}"), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
+
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """Temporary objects; none where commits are the service's own, for it forgets what was not committed in a week."""
+        if self.commits:
+            return
+        for path, info in self._found(prefix).items():
+            temporary = path[len(self._root) :].lstrip("/")
+            key, mark, _ = temporary.partition(_TEMPORARY)
+            if mark and key.startswith(prefix):
+                yield Upload(key, temporary, datetime.datetime.fromtimestamp(info["created"], datetime.UTC))
+
+    def abort_upload(self, upload: Upload) -> None:
+        self.delete(upload.upload_id)
 
     def local_path(self, key: str) -> Path | None:
         return None
@@ -144,7 +213,10 @@ class FsspecWriter:
         if self._store.commits:
             self._file.commit()
         else:
-            self._store._fs.mv(self._store._path(self._temporary), self._store._path(self._key))
+            # Not mv: it would take a key with '?' or '*' in it for a pattern.
+            temporary = self._store._path(self._temporary)
+            self._store._fs.cp_file(temporary, self._store._path(self._key))
+            self._store._fs.rm_file(temporary)
 
     def _discard(self) -> None:
         if self._store.commits:

@@ -41,7 +41,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
 
     Raises what the step raises; then nothing is committed.
     """
-    store = open_store(task.store)
+    store = open_store(task.store, task.store_options)
     digest = task.step.digest
     known = cache.lookup(store, digest)
     if known is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.core.errors import DigestError
+from orchestrator.core.errors import DigestError, StoreError
 from orchestrator.core.step import Output
 from orchestrator.stores import Store, Writer
 
@@ -117,27 +119,46 @@ class HashingWriter:
         return self._hash.hexdigest()
 
 
-_DOWNLOAD_BLOCK_BYTES = 16 * 2**20
-
-
 def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) -> None:
-    """Copy an object to `target`, verified while writing; the name appears only when every byte is right.
+    """Copy an object to `target`, verified while writing; the name appears only when every byte is right and on disk.
 
-    Raises DigestError, and leaves nothing.
+    Bytes damaged on their way are read once more. Raises DigestError, StoreError, and leaves nothing.
     """
-    part = target.with_name(target.name + ".part")
-    hasher = hashlib.sha256()
+    part = target.with_name(f"{target.name}.part-{uuid.uuid4().hex[:8]}")
     try:
-        with part.open("wb") as file:
-            for begin in range(0, num_bytes, _DOWNLOAD_BLOCK_BYTES):
-                block = store.get_range(key, begin, min(begin + _DOWNLOAD_BLOCK_BYTES, num_bytes))
-                hasher.update(block)
-                file.write(block)
-        if hasher.hexdigest() != sha256 or part.stat().st_size != num_bytes:
-            raise DigestError(f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {sha256}")
-        part.replace(target)
+        found = ""
+        for _ in range(_DOWNLOADS):
+            found, written = _download_once(store, key, part, num_bytes)
+            if (found, written) == (sha256, num_bytes):
+                part.replace(target)
+                return
+        raise DigestError(f"{key} in {store.url} is not what was written: sha256 {found}, expected {sha256}")
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror}", "Free space there, or choose another folder.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+_DOWNLOADS = 2
+
+
+def _download_once(store: Store, key: str, part: Path, num_bytes: int) -> tuple[str, int]:
+    """Write the object to `part`; returns its sha256 and size."""
+    hasher = hashlib.sha256()
+    written = 0
+    with part.open("wb", buffering=0) as file:
+        if num_bytes:
+            with suppress(OSError):  # no fallocate here: the file grows as it is written
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+        for block in store.blocks(key):
+            hasher.update(block)
+            view = memoryview(block)
+            while len(view):
+                view = view[file.write(view) :]
+            written += len(block)
+        file.truncate()
+        os.fsync(file.fileno())
+    return hasher.hexdigest(), written
 
 
 def file_sha256(path: Path) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import pickle
+import signal
 import threading
+import traceback
 from collections.abc import Callable
 
 import pytest
 
 from orchestrator.core.errors import StoreError
-from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError, Store, check_writable
+from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError, Store, Writer, check_writable
 
 NUM_RACERS = 16
-NUM_RACES = 20
 BAD_KEYS = ("", "/absolute", "..", "../outside", "a/../../outside", "a/..")
 
 
@@ -21,14 +25,20 @@ def listed(store: Store, prefix: str = "") -> dict[str, int]:
     return {info.key: info.num_bytes for info in found}
 
 
-def write_half_and_fail(store: Store, key: str, num_bytes: int | None = None) -> None:
+def write_half_and_fail(store: Store, key: str, num_bytes: int | None = None, half: bytes = b"half") -> None:
     with store.writer(key, num_bytes) as writer:
-        writer.write(b"half")
+        writer.write(half)
         raise ZeroDivisionError
 
 
 class StoreContract:
     """Run by every member of stores/."""
+
+    num_races = 20
+    """Of put-if-absent, all at once, each between NUM_RACERS writers."""
+    upload_bytes = 100_000
+    """Enough to be more than a single request, where the store knows the difference."""
+    shared_by_processes = True
 
     @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 300])
     def test_put_object_is_read_back_whole(self, store: Store, data: bytes) -> None:
@@ -55,32 +65,111 @@ class StoreContract:
         assert store.get("key") == b"second"
 
     def test_put_create_race_has_exactly_one_winner(self, store: Store) -> None:
-        for race in range(NUM_RACES):
-            winners = self._race(store, f"outcomes/{race}.json")
-            assert len(winners) == 1
-            assert store.get(f"outcomes/{race}.json") == b"%d" % winners[0]
-        assert len(listed(store)) == NUM_RACES
-
-    def _race(self, store: Store, key: str) -> list[int]:
-        barrier = threading.Barrier(NUM_RACERS)
-        winners: list[int] = []
+        barrier = threading.Barrier(self.num_races * NUM_RACERS)
+        winners: list[tuple[int, int]] = []
         errors: list[BaseException] = []
 
-        def run(number: int) -> None:
+        def run(race: int, number: int) -> None:
             barrier.wait()
             try:
-                store.put(key, b"%d" % number, create=True)
-                winners.append(number)
+                store.put(f"outcomes/{race}.json", b"%d" % number, create=True)
+                winners.append((race, number))
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(NUM_RACERS)]
+        names = [(race, number) for race in range(self.num_races) for number in range(NUM_RACERS)]
+        threads = [threading.Thread(target=run, args=name) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        assert sorted(race for race, _ in winners) == list(range(self.num_races))
         assert {type(error) for error in errors} == {ObjectExistsError}
-        return winners
+        assert all(store.get(f"outcomes/{race}.json") == b"%d" % number for race, number in winners)
+        assert len(listed(store)) == self.num_races
+
+    @pytest.mark.parametrize("data", [b"", b"0123456789" * 1000])
+    def test_blocks_joined_are_the_object(self, store: Store, data: bytes) -> None:
+        store.put("object", data)
+        assert b"".join(store.blocks("object")) == data
+
+    def test_blocks_of_a_missing_object_raise_before_the_first(self, store: Store) -> None:
+        with pytest.raises(ObjectMissingError, match="no/such"):
+            next(iter(store.blocks("no/such")))
+
+    def test_list_uploads_of_an_unended_writer_can_be_aborted(self, store: Store) -> None:
+        """What a killed process leaves: a writer that never ends."""
+        data = bytes(self.upload_bytes)
+        writer = store.writer("folder/key", len(data) + 1)
+        writer.__enter__()
+        writer.write(data)
+        (upload,) = store.list_uploads("folder/")
+        assert upload.key.startswith("folder/")
+        age = datetime.datetime.now(datetime.UTC) - upload.started_at
+        assert abs(age.total_seconds()) < 600
+        assert list(store.list_uploads("other/")) == []
+        store.abort_upload(upload)
+        store.abort_upload(upload)
+        assert list(store.list_uploads("")) == []
+        with pytest.raises(StoreError):
+            self._end(writer)
+        assert listed(store) == {}
+        assert list(store.list_uploads("")) == []
+
+    def _end(self, writer: Writer) -> None:
+        try:
+            writer.write(b"1")
+        except BaseException as error:
+            writer.__exit__(type(error), error, None)
+            raise
+        writer.__exit__(None, None, None)
+
+    def test_writer_that_ends_leaves_no_upload(self, store: Store) -> None:
+        data = bytes(self.upload_bytes)
+        with store.writer("good", len(data)) as writer:
+            writer.write(data)
+        with pytest.raises(ZeroDivisionError):
+            write_half_and_fail(store, "bad", 2 * len(data), data)
+        with pytest.raises(StoreError), store.writer("short", len(data) + 1) as writer:
+            writer.write(data)
+        assert list(store.list_uploads("")) == []
+        assert listed(store) == {"good": len(data)}
+
+    def test_writer_whose_caller_uses_its_buffer_again_keeps_the_bytes(self, store: Store) -> None:
+        buffer = bytearray(self.upload_bytes // 4)
+        with store.writer("key", 8 * len(buffer)) as writer:
+            for number in range(8):
+                buffer[:] = bytes([number]) * len(buffer)
+                writer.write(buffer)
+        assert store.get("key") == b"".join(bytes([number]) * len(buffer) for number in range(8))
+
+    def test_store_and_its_pickle_hold_no_connection(self, store: Store) -> None:
+        store.put("key", b"1")
+        copy = pickle.loads(pickle.dumps(store))
+        assert (copy.url, copy.get("key")) == (store.url, b"1")
+
+    def test_store_used_before_a_fork_works_in_the_child(self, store: Store) -> None:
+        if not self.shared_by_processes:
+            pytest.skip("each process has a memory:// of its own")
+        data = bytes(range(256)) * (self.upload_bytes // 256)
+        with store.writer("parent", len(data)) as writer:
+            writer.write(data)
+        assert store.get_range("parent", 1, 5) == data[1:5]
+        child = os.fork()
+        if not child:
+            os._exit(self._work_in_child(store, data))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert store.get_range("child", 2, 9) == data[2:9]
+
+    def _work_in_child(self, store: Store, data: bytes) -> int:
+        signal.alarm(60)  # a child that hangs must not hang the suite
+        try:
+            with store.writer("child", len(data)) as writer:
+                writer.write(data)
+            return 0 if b"".join(store.blocks("parent")) == data else 3
+        except BaseException:
+            traceback.print_exc()
+            return 4
 
     @pytest.mark.parametrize(("begin", "end"), [(0, 10), (0, 1), (3, 7), (9, 10), (4, 4), (7, 99), (10, 20)])
     def test_get_range_is_the_slice(self, store: Store, begin: int, end: int) -> None:
@@ -237,8 +326,10 @@ class StoreContract:
     @pytest.mark.parametrize("word", ["a b", "100%", "%20", "é", "a+b", "a#b", ".hidden", "a..b", "...", "-", "=&?"])
     def test_key_of_unusual_characters_is_kept_as_it_is(self, store: Store, word: str) -> None:
         key = f"keys/{word}/{word}"
-        store.put(key, b"1")
-        assert store.get(key) == b"1"
+        store.put(key, b"0")
+        with store.writer(key, 1) as writer:
+            writer.write(b"1")
+        assert store.get(key) == store.get_range(key, 0, 1) == b"1"
         assert listed(store, "keys/") == {key: 1}
         store.delete(key)
         assert listed(store, "keys/") == {}

@@ -8,8 +8,9 @@ import pytest
 from orchestrator import stores
 from orchestrator.core import errors
 from orchestrator.core.errors import OrchestratorError, StoreError, error_classes
+from orchestrator.stores.s3_client import NoSuchUploadError
 
-STORE_SUBCLASSES = {stores.ObjectExistsError, stores.ObjectMissingError}
+STORE_SUBCLASSES = {stores.ObjectExistsError, stores.ObjectMissingError, stores.ObjectChangedError, NoSuchUploadError}
 CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 

