@@ -89,13 +89,14 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     whole = transformers.AutoConfig.for_model(**plain)
     config = _part_config(whole, options)
     tensors = {_local_name(tensor.name, options): tensor for tensor in index.tensors.values() if _is_mine(tensor.name, options)}
-    state = _read(source, index, tensors, options, device)
+    state = _read(source, index, tensors, options)
     dtype = getattr(torch, options.config.dtype)
-    with _quiet(), torch.device(device):
+    with _quiet():
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    model = model.eval().requires_grad_(False)
     del state
     model.model.norm = torch.nn.Identity()
+    # Module by module, so that the device holds no tensor twice.
+    model = model.eval().requires_grad_(False).to(device)
     linears = {_local_name(module, options): module for module in options.modules if ".experts." not in module}
     return PartModel(model, {**linears, **_unfuse_experts(model, options)})
 
@@ -127,10 +128,8 @@ def _local_name(name: str, options: CalibrateOptions) -> str:
     return name.replace(f".layers.{layer}.", f".layers.{layer - options.first_layer}.", 1)
 
 
-def _read(
-    source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], options: CalibrateOptions, device: str
-) -> dict[str, Any]:
-    """Every tensor in the model's dtype, on the device."""
+def _read(source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], options: CalibrateOptions) -> dict[str, Any]:
+    """Every tensor in the model's dtype."""
     import torch
 
     read_rows = format_named(index.format).read_rows
@@ -141,7 +140,7 @@ def _read(
             raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes, np.uint8)
             read_rows(opened, tensor, 0, tensor.shape[0] if tensor.shape else 1, raw.data)
             typed = torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape(tensor.shape)
-            found[name] = typed.to(device=device, dtype=getattr(torch, options.config.dtype))
+            found[name] = typed.to(getattr(torch, options.config.dtype))
     return found
 
 
