@@ -238,6 +238,51 @@ def convert(
             _out.print(f"{made.topology.world_size} ranks{shared} in {output}")
 
 
+@app.command()
+def quantize(
+    spec: SpecFile,
+    cluster: ClusterFile = None,
+    store: StoreUrl = None,
+    sweep: Annotated[str, typer.Option(help="Algorithms to compare, e.g. FP8,W4A16_AWQ; none is the model as it is; or all.")] = "",
+    auto: Annotated[float, typer.Option(help="Search formats per layer for so many bits per weight on average.")] = 0.0,
+    formats: Annotated[str, typer.Option(help="Candidates of --auto.")] = "FP8,W4A16_AWQ",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the calibration artifact, or with --auto the quant_cfg.json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Calibrate for itself, compare algorithms, or search formats per layer."""
+    with _exit_codes(as_json):
+        from orchestrator import sweep as sweeping
+        from orchestrator.loading import load_spec
+        from orchestrator.report import sweep_table
+
+        wanted = load_spec(spec)
+        if auto:
+            target = output or Path("quant_cfg.json")
+            chosen = sweeping.choose(wanted, formats.split(","), auto, target)
+            counts = {
+                name: sum(fmt is not None and fmt.algorithm == name for fmt in chosen.values()) for name in formats.split(",")
+            }
+            counts["unquantized"] = sum(fmt is None for fmt in chosen.values())
+            facts: dict[str, Any] = {"quant_cfg": str(target), "linears": counts}
+            _show(facts, [], as_json)
+            if not as_json:
+                _out.print(f"{target}: " + ", ".join(f"{count} linears {name}" for name, count in counts.items()))
+        elif sweep:
+            algorithms = sweeping.all_algorithms() if sweep == "all" else sweep.split(",")
+            rows = sweeping.sweep(
+                wanted, algorithms, _place(cluster, store), open_cluster=_open_cluster, listener=_listener(as_json)
+            )
+            _show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
+        else:
+            if output is None:
+                raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
+            place = _place(cluster, store)
+            written = sweeping.calibrate(wanted, output, place, open_cluster=_open_cluster, listener=_listener(as_json))
+            _show({"files": [str(path) for path in written]}, [], as_json)
+
+
 @app.command("build-engine")
 def build_engine(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="TensorRT-LLM checkpoint folder.")],

@@ -27,7 +27,7 @@ def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
     if calibration.num_stages is not None and calibration.num_stages > num_layers:
         raise TopologyError(f"quantization.calibration.num_stages is {calibration.num_stages}, the model has {num_layers} layers")
     needed = bool(methods or spec.kv_cache)
-    data, dataset = _data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
+    data, dataset = resolve_data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
     return Quantization(
         model=model,
         methods=methods if methods else ({"kv_cache": MAX} if spec.kv_cache else {}),
@@ -58,8 +58,8 @@ def _no_data(spec: CalibrationSpec) -> CalibrationData:
     )  # fmt: skip
 
 
-def _data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
-    """The identity of the data, and the place of a local file."""
+def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
+    """The identity of the data, and the place of a local file. Raises SourceMissingError."""
     path = Path(spec.dataset)
     is_file = path.suffix in DATA_SUFFIXES
     if is_file and not path.is_file():

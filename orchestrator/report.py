@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import IO, Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,9 @@ from orchestrator.clusters import AnyEvent
 from orchestrator.core.plan import Plan
 from orchestrator.core.schedule import Start
 from orchestrator.core.step import Kind, Outcome
+
+if TYPE_CHECKING:
+    from orchestrator.sweep import SweepRow
 
 
 class Finished(Protocol):
@@ -201,6 +204,23 @@ def plan_table(plan: Plan) -> Table:
             format_bytes(step.resources.memory_bytes),
             step.digest[:12],
             needs,
+        )
+    return table
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> Table:
+    """Algorithms side by side: size, how far from the unquantized model, the worst linear."""
+    table = Table("algorithm", "checkpoint", "perplexity", "KL", "top-1", "worst linear", "its error", box=None, pad_edge=False)
+    for row in rows:
+        found = row.verification
+        table.add_row(
+            row.algorithm,
+            format_bytes(row.checkpoint_bytes),
+            "" if found.perplexity_ratio is None else f"x {found.perplexity_ratio:.3f}",
+            f"{found.mean_kl:.2e}",
+            f"{found.top1_agreement:.3f}",
+            row.worst_linear,
+            f"{row.worst_error:.3f}" if row.worst_linear else "",
         )
     return table
 

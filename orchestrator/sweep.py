@@ -6,21 +6,26 @@ reference once for all.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator import cache
+from orchestrator.core.calibration import layer_of
 from orchestrator.core.errors import QuantizationError, StoreError, VerificationError
 from orchestrator.core.manifest import Verification
 from orchestrator.core.plan import Plan
+from orchestrator.core.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
 from orchestrator.core.spec import BuildSpec, ClusterSpec, QuantizationSpec, ToleranceSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.driver import Result
 from orchestrator.preflight import check_steps
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.resolve import quantizer_named
+from orchestrator.quantizing import resolve_data
 from orchestrator.report import Listener, SilentListener
 from orchestrator.stores import check_writable, open_store
 from orchestrator.verbs import OpenCluster, local_cluster, plan, run
@@ -43,6 +48,10 @@ class SweepRow:
     worst_error: float
     num_steps_run: int
     """Steps that were not there yet."""
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "verification": self.verification.model_dump()}
 
 
 def sweep(
@@ -83,6 +92,49 @@ def calibrate(
     result = _run(made, place, open_cluster, listener or SilentListener())
     outcomes = [result.outcomes[step.digest] for step in made.steps]
     return _write_artifact([(step.name, outcome) for step, outcome in zip(made.steps, outcomes, strict=True)], place, output)
+
+
+def choose(
+    spec: BuildSpec, algorithms: Sequence[str], effective_bits: float, output: Path, log: Callable[[str], None] = lambda line: None
+) -> dict[str, LinearFormat | None]:
+    """Search per-layer formats among `algorithms` within a budget and write them as a quant_cfg.json to `output`.
+
+    Runs in this process, on the whole model. Raises QuantizationError, StoreError when `output` is there already.
+    """
+    from orchestrator.checkpoints.places import LocalPlace, open_place
+    from orchestrator.work.auto_quantize import choose_formats
+
+    if output.exists():
+        raise StoreError(f"{output} is there already", "Choose another --output, or remove it.")
+    made = plan(spec.model_copy(update={"quantization": QuantizationSpec(algorithm="FP8")}))
+    place = open_place(made.inputs.source)
+    if made.inputs.index.format != "huggingface" or not isinstance(place, LocalPlace):
+        raise QuantizationError("the search needs a Hugging Face folder on this machine", "Copy or convert the source first.")
+    asked = spec.quantization or QuantizationSpec(algorithm="FP8")
+    formats = [_sized(quantizer_named(name).linear, asked.group_size) for name in algorithms]
+    data, dataset = resolve_data(asked.calibration)
+    dtype = made.inputs.config.dtype
+    chosen = choose_formats(place.folder, dtype, _linears(made), formats, effective_bits, data, dataset, log)
+    mixture = quant_cfg(ModelQuantization(algorithm=MIXED_PRECISION, layers=chosen))
+    output.write_text(json.dumps(mixture, indent=1) + "\n")
+    return chosen
+
+
+def _sized(fmt: LinearFormat, group_size: int | None) -> LinearFormat:
+    is_int4 = fmt.weight.value.startswith("int4")
+    return fmt.model_copy(update={"block_size": group_size}) if group_size and is_int4 else fmt
+
+
+def _linears(made: Plan) -> dict[str, tuple[str, ...]]:
+    """Every quantizable linear by its global name, and the source modules that it is joined from."""
+    found: dict[str, tuple[str, ...]] = {}
+    for group in made.inputs.weights.groups:
+        for target in group.targets:
+            if target.quantized is not None:
+                modules = tuple(dict.fromkeys(target.quantized.modules))
+                local = int(target.name.split(".", 3)[2])
+                found[global_name(target.name.removesuffix(".weight"), local, layer_of(modules[0]))] = modules
+    return found
 
 
 def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:

@@ -17,8 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import ActivationFormat, CalibrationMethod, LinearFormat, WeightFormat
+from orchestrator.core.quantization import (
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    ActivationFormat,
+    CalibrationMethod,
+    LinearFormat,
+    WeightFormat,
+)
 
 Floats = npt.NDArray[np.float32]
 _FP8 = (4, 3)
@@ -38,7 +44,7 @@ def calibrate(
     """Calibrate `model` in place and return the artifact.
 
     `linears`: module path in the model -> source module. `formats` and `resmooth` by source module; `max` needs neither.
-    `layerwise`: options of modelopt's layer-wise mode. Raises QuantizationError when a linear is not there.
+    `layerwise`: options of modelopt's layer-wise mode. Raises KeyError when a linear is not there.
     """
     import modelopt.torch.quantization as mtq
 
@@ -64,11 +70,34 @@ def _entries(path: str, fmt: LinearFormat | None) -> list[dict[str, Any]]:
     """The quantizers of one linear; None: those that watch both amax values."""
     weight = _weight(fmt) if fmt else {"num_bits": _FP8, "axis": None}
     found: list[dict[str, Any]] = [{"quantizer_name": f"{path}.weight_quantizer", "cfg": weight}]
-    activation = fmt.activation if fmt else ActivationFormat.FP8_TENSOR
-    if activation is not ActivationFormat.NONE:
-        bits = 8 if activation is ActivationFormat.INT8_TENSOR else _FP8
-        found.append({"quantizer_name": f"{path}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
+    activation = _activation(fmt.activation) if fmt else {"num_bits": _FP8, "axis": None}
+    if activation is not None:
+        found.append({"quantizer_name": f"{path}.input_quantizer", "cfg": activation})
     return found
+
+
+def _activation(fmt: ActivationFormat) -> dict[str, Any] | None:
+    match fmt:
+        case ActivationFormat.NONE:
+            return None
+        case ActivationFormat.INT8_TENSOR:
+            return {"num_bits": 8, "axis": None}
+        case ActivationFormat.FP8_TENSOR:
+            return {"num_bits": _FP8, "axis": None}
+        case ActivationFormat.FP8_TOKEN:
+            return {"num_bits": _FP8, "type": "dynamic", "block_sizes": {-1: None}}
+        case ActivationFormat.NVFP4:
+            return {"num_bits": (2, 1), "block_sizes": {-1: NVFP4_BLOCK, "type": "dynamic", "scale_bits": _FP8}}
+        case ActivationFormat.MXFP8:
+            return {"num_bits": _FP8, "block_sizes": {-1: MXFP8_BLOCK, "type": "dynamic", "scale_bits": (8, 0)}}
+
+
+def search_config(fmt: LinearFormat) -> dict[str, Any]:
+    """A candidate of modelopt's search: the quantizers of any linear, and the algorithm that calibrates them."""
+    entries = _entries("*", fmt)
+    named = [{**entry, "quantizer_name": entry["quantizer_name"].replace("*.", "*")} for entry in entries]
+    algorithm: Any = "awq_lite" if fmt.pre_quant_scale and fmt.block_size else "smoothquant" if fmt.pre_quant_scale else "max"
+    return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *named], "algorithm": algorithm}
 
 
 def _weight(fmt: LinearFormat) -> Any:
@@ -80,8 +109,14 @@ def _weight(fmt: LinearFormat) -> Any:
             return int4
         case WeightFormat.INT4_BLOCK_FP8:
             return [int4, {"num_bits": _FP8, "axis": None}]
-        case _:
-            raise QuantizationError(f"{fmt.algorithm} is calibrated by amax alone")
+        case WeightFormat.FP8_TENSOR:
+            return {"num_bits": _FP8, "axis": None}
+        case WeightFormat.FP8_CHANNEL:
+            return {"num_bits": _FP8, "axis": 0}
+        case WeightFormat.NVFP4:
+            return {"num_bits": (2, 1), "block_sizes": {-1: NVFP4_BLOCK, "type": "dynamic", "scale_bits": _FP8}}
+        case WeightFormat.MXFP8:
+            return {"num_bits": _FP8, "block_sizes": {-1: MXFP8_BLOCK, "type": "dynamic", "scale_bits": (8, 0)}}
 
 
 @contextmanager
