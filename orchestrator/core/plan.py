@@ -26,7 +26,7 @@ from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
 
-VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 1, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
+VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 2, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
 """Raise one when its code would give other outputs for the same options."""
 
 _GB = 10**9

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from orchestrator import verbs
 from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.stores import open_store
+from orchestrator.core.step import Kind
 from tests.models import modelopt
 from tests.models.families import write_tiny
-from tests.models.here import convert_here, run_here
+from tests.models.here import convert_here, run_here, scales_of
 
 TOPOLOGIES = [(1, 1), (3, 1), (1, 2), (3, 2)]
 
@@ -117,12 +116,6 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
     together = found[0] | found[1]
     assert together.keys() == expected.keys()
     assert all(torch.equal(together[name], expected[name]) for name in expected)
-
-
-def scales_of(outcome: Outcome, store: Path) -> dict[str, torch.Tensor]:
-    path = open_store(store.resolve().as_uri()).local_path(outcome.output("scales.safetensors").key)
-    assert path is not None
-    return load_file(path)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe"])
