@@ -65,22 +65,22 @@ class LayerwiseFolder:
     def _fetch(self) -> None:
         """The copy, if it is one to resume from; an attempt that still runs elsewhere may be changing it."""
         store = self._context.store
-        objects = {info.key.removeprefix(self._prefix): info.num_bytes for info in store.list(self._prefix)}
+        objects = {info.key.removeprefix(self._prefix) for info in store.list(self._prefix)}
         finished = self._finished_layers(objects)
         if not finished:
             return
-        for name, num_bytes in objects.items():
+        for name in objects:
             path = self.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                for begin in range(0, num_bytes, _BLOCK_BYTES):
-                    file.write(store.get_range(self._prefix + name, begin, min(begin + _BLOCK_BYTES, num_bytes)))
+                for block in store.blocks(self._prefix + name):
+                    file.write(block)
             self._kept[name] = _version(path)
         self._committed = _version(self.path / _MANIFEST)
         self._part.add_token_counts(json.loads((self.path / _NUM_TOKENS).read_text()))
         self._context.log(f"calibrate: an earlier attempt finished {finished} layers, resumes behind them")
 
-    def _finished_layers(self, objects: dict[str, int]) -> int:
+    def _finished_layers(self, objects: set[str]) -> int:
         """How many layers the copy holds; 0 when it is none to resume from."""
         if _MANIFEST not in objects or _NUM_TOKENS not in objects:
             return 0
