@@ -148,13 +148,24 @@ def _artifact(
         found |= _amax(f"{source}.weight_amax", weight[-1] if hasattr(weight, "__len__") else weight)
         if path in own:
             vector = own[path]
-            found[f"{source}.smooth"] = smooth.get(path, np.ones_like(vector))
+            found[f"{source}.smooth"] = _smoothing(path, smooth, vector)
             found[f"{source}.own_pre_quant_scale"] = vector
             found[f"{source}.pre_quant_scale"] = _vector(module.input_quantizer.pre_quant_scale)
     for path, module in modules.items():
         if hasattr(module, "k_bmm_quantizer"):
             found |= _amax(f"{path}.k_amax", module.k_bmm_quantizer) | _amax(f"{path}.v_amax", module.v_bmm_quantizer)
     return found
+
+
+def _smoothing(path: str, recorded: Mapping[str, Floats], pre_quant_scale: Floats) -> Floats:
+    """Of a linear that was not smoothed (AWQ could not search): ones. Raises QuantizationError when the recording failed."""
+    if path in recorded:
+        return recorded[path]
+    if np.any(pre_quant_scale != 1):
+        raise QuantizationError(
+            f"Model Optimizer smoothed {path} in a way that was not seen", "Use the version of nvidia-modelopt in constraints.txt."
+        )
+    return np.ones_like(pre_quant_scale)
 
 
 def _is_smoothed(module: Any) -> bool:

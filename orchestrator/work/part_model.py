@@ -19,7 +19,7 @@ from orchestrator.checkpoints import format_named, read_source
 from orchestrator.checkpoints.places import open_place, planned_ranges
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.errors import QuantizationError, SourceCorruptError
 from orchestrator.core.options import CalibrateOptions
 from orchestrator.work.presenting import loadable_config
 
@@ -102,7 +102,10 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     state = _read(source, index, tensors, options)
     dtype = getattr(torch, options.config.dtype)
     with _quiet():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    _check_loaded(loading, options)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     # Module by module, so that the device holds no tensor twice.
@@ -111,6 +114,17 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     linears |= _unfuse_experts(model, options)
     experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
     return PartModel(model, linears, experts)
+
+
+def _check_loaded(loading: dict[str, Any], options: CalibrateOptions) -> None:
+    """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
+    spared = {"model.norm.weight", "lm_head.weight"} if options.is_first else {"model.norm.weight", "lm_head.weight", _EMBEDDING}
+    wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
+    if wrong:
+        raise QuantizationError(
+            f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {wrong[0]}",
+            "Calibrate a Hugging Face checkpoint of the model elsewhere and give its folder as quantization.scales.",
+        )
 
 
 def _part_config(whole: Any, options: CalibrateOptions) -> Any:

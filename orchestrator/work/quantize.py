@@ -20,10 +20,10 @@ import numpy as np
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.errors import SourceCorruptError, ToolError
 from orchestrator.core.options import CalibrateOptions
 from orchestrator.core.step import Kind, Task
-from orchestrator.work.calibration_data import Tokens, calibration_tokens
+from orchestrator.work.calibration_data import Tokens, calibration_tokens, has_tokenizer
 from orchestrator.work.context import Context
 from orchestrator.work.part_model import PartModel, load_part
 from orchestrator.work.scales import SCALES
@@ -44,6 +44,10 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     device = _device(task.step.places.get("device", "auto"))
     tokens = _tokens(task, options, context)
     context.log(f"calibrate: {len(tokens)} samples of {tokens.shape[1]} tokens on {device}")
+    if not has_tokenizer(context.scratch / "tokenizer"):
+        context.log("warning: the source has no tokenizer, the model reads random token ids: its scales will be poor")
+    elif len(tokens) < options.data.num_samples:
+        context.log(f"calibrate: the text that comes with the package has no more, {options.data.num_samples} were asked for")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
@@ -62,6 +66,7 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
         "num_tokens": int(tokens.size),
         "num_linears": len(part.linears),
         "unseen": sorted(unseen),
+        "input_amax": _summary(artifact),
         "device": device,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
@@ -73,6 +78,8 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
 def _device(asked: str) -> str:
     import torch
 
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ToolError("calibration is asked to run on CUDA, torch sees no GPU here", "Set quantization.calibration.device: auto.")
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,6 +165,15 @@ def _global_name(name: str, options: CalibrateOptions) -> str:
         return name
     local = layer_of(name)
     return name.replace(f".layers.{local}.", f".layers.{local + options.first_layer}.", 1)
+
+
+def _summary(artifact: dict[str, Any]) -> dict[str, list[float]]:
+    """By linear's name (q_proj): the smallest, the median and the largest input_amax of the layers."""
+    found: dict[str, list[float]] = {}
+    for name, value in artifact.items():
+        if name.endswith(".input_amax"):
+            found.setdefault(name.split(".")[-2], []).append(float(value))
+    return {linear: [min(values), float(np.median(values)), max(values)] for linear, values in sorted(found.items())}
 
 
 def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:
