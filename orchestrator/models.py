@@ -5,41 +5,41 @@
     model.save_checkpoint("checkpoint")
     build(model, BuildConfig(max_seq_len=4096)).save("engines")
 
-`from_hugging_face` reads headers only; tensors are cut out of the source when they are saved, built or asked for.
+`from_hugging_face` reads headers only; tensors are cut out of the source when they are saved, built or asked for, quantized on
+their way after `model.quantize(QuantizationSpec(algorithm="FP8"))`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
 from collections.abc import Mapping as AbstractMapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.places import open_place
 from orchestrator.core import topology as topologies
-from orchestrator.core.checkpoint import CheckpointIndex
-from orchestrator.core.errors import ArchitectureError, SourceMissingError, StoreError, WeightMapError
+from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.core.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
-from orchestrator.core.options import BuildOptions, ConvertOptions, StageOptions
-from orchestrator.core.spec import BuildConfig
-from orchestrator.core.targets import Read, Target
+from orchestrator.core.options import BuildOptions, StageOptions
+from orchestrator.core.plan import Inputs
+from orchestrator.core.quantization import ModelQuantization
+from orchestrator.core.spec import BuildConfig, QuantizationSpec
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import weight_map
 from orchestrator.engines.profiles import max_seq_len
 from orchestrator.families import family_for
 from orchestrator.networks import NetworkOptions, decoder_network
-from orchestrator.verbs import read_checkpoint_config, source_dtype
+from orchestrator.quantizing import read_checkpoint_quantization
+from orchestrator.rank_source import NO_LIMIT, RankSource, new_file, rank_options
+from orchestrator.verbs import read_checkpoint_config, source_dtype, write_checkpoint_config
 from orchestrator.work.binding import STORED
 from orchestrator.work.build import compile_rank
-from orchestrator.work.convert import write_shards
 from orchestrator.work.shards import Weight, map_checkpoint_rank
 
 __all__ = [
@@ -50,11 +50,10 @@ __all__ = [
     "Mapping",
     "MistralForCausalLM",
     "PretrainedModel",
+    "QuantizationSpec",
     "TopModelMixin",
     "build",
 ]
-
-_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,13 @@ class PretrainedModel:
         """Raises TopologyError when the model cannot be split so."""
         topologies.check(mapping.topology, config.limits())
         self.config, self.mapping = config, mapping
+        self.quantization: ModelQuantization | None = None
         self._weights: AbstractMapping[str, Weight] | None = None
-        self._source: _Source | None = None
+        self._source: RankSource | None = None
 
     @property
     def stage(self) -> StageOptions:
-        return StageOptions.of(self.config, self.mapping.topology, self.mapping.pp_rank)
+        return StageOptions.of(self.config, self.mapping.topology, self.mapping.pp_rank, self.quantization)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | os.PathLike[str], rank: int = 0) -> Self:
@@ -106,6 +106,7 @@ class PretrainedModel:
         folder = Path(checkpoint)
         config, topology = read_checkpoint_config(folder)
         model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep, topology.cp))
+        model.quantization = read_checkpoint_quantization(folder)
         model.load(map_checkpoint_rank(folder, model.mapping.file_number))
         return model
 
@@ -150,6 +151,29 @@ class PretrainedModel:
             self._weights = self._source.materialize()
         return self._weights
 
+    def quantize(self, quantization: QuantizationSpec) -> None:
+        """Quantize the weights when they are cut out of the source; calibrate first where the algorithm needs it.
+
+        In an MPI program (mpi4py) every rank of COMM_WORLD calls this with the same `quantization`: Model Optimizer runs on
+        rank 0, once for the whole model (or for each of `calibration.num_stages` parts of it), the others wait and receive
+        its scales. Raises SourceMissingError for a model without a source, QuantizationError, SpecError and the source's
+        errors; what fails on one rank is raised on all.
+        """
+        from orchestrator.calibrating import prepared, scales_for_all
+
+        topology = self.mapping.topology
+
+        def prepare() -> Inputs:
+            if self._source is None:
+                raise SourceMissingError("this model has no source to quantize", "Make it with from_hugging_face().")
+            return self._source.inputs(self.config, topology, quantization)
+
+        inputs, steps = prepared(prepare, topology)
+        scales = scales_for_all(inputs, steps)
+        assert self._source is not None
+        self._source = self._source.quantized(inputs, topology, self.mapping.rank, scales)
+        self.quantization, self._weights = inputs.model_quantization, None
+
     def save_checkpoint(self, output_dir: str | os.PathLike[str], save_config: bool = True) -> None:
         """Write rank{N}.safetensors, streamed, and config.json (`save_config`: rank 0 only needs it). Raises StoreError.
 
@@ -163,15 +187,14 @@ class PretrainedModel:
         else:
             self._write_loaded(folder / name)
         if save_config:
-            text = json.dumps(to_trtllm(self.config, self.mapping.topology), indent=4)
-            (folder / "config.json").write_text(text + "\n")
+            write_checkpoint_config(folder, self.config, self.mapping.topology, self.quantization)
 
     def _write_loaded(self, path: Path) -> None:
         from orchestrator.checkpoints.safetensors import encode_header
 
         weights = self.weights()
         header = encode_header(((name, weight.dtype, weight.shape) for name, weight in weights.items()), {"format": "pt"})
-        with _new_file(path) as write:
+        with new_file(path) as write:
             write(memoryview(header))
             for weight in weights.values():
                 write(weight.data.data)
@@ -190,10 +213,12 @@ class TopModelMixin:
         Raises the source's errors, ArchitectureError, TopologyError, WeightMapError.
         """
         folder = Path(hf_model_dir).resolve()
-        return cls._from_source(folder, read_source(str(folder))[0], dtype, mapping)
+        return cls._from_source(folder, *read_source(str(folder)), dtype, mapping)
 
     @classmethod
-    def _from_source(cls, folder: Path, index: CheckpointIndex, dtype: str, mapping: Mapping | None) -> Self:
+    def _from_source(
+        cls, folder: Path, index: CheckpointIndex, extra_files: tuple[SourceFile, ...], dtype: str, mapping: Mapping | None
+    ) -> Self:
         architecture = (index.config.get("architectures") or ["unknown"])[0]
         if cls.architectures and architecture not in cls.architectures:
             raise ArchitectureError(f"{folder} is a {architecture}", f"{cls.__name__} reads {', '.join(cls.architectures)}.")
@@ -201,10 +226,10 @@ class TopModelMixin:
         config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config)
         place = mapping or Mapping()
         topologies.check(place.topology, config.limits())
-        (group,) = weight_map(index, family, config, place.topology, _NO_LIMIT).stage(place.pp_rank)
-        options = _for_one_rank(ConvertOptions.of(group, index, place.topology), place.tp_rank)
+        weights = weight_map(index, family, config, place.topology, NO_LIMIT)
+        options = rank_options(weights, index, place.topology, place.rank)
         model = cls(config, place)  # type: ignore[call-arg]  # mixed into PretrainedModel
-        model._source = _Source(folder, options)  # type: ignore[attr-defined]
+        model._source = RankSource(folder, index, extra_files, family, options)  # type: ignore[attr-defined]
         return model
 
 
@@ -223,105 +248,13 @@ class LLaMAForCausalLM(DecoderModelForCausalLM):
         folder = Path(meta_ckpt_dir).resolve()
         if not (folder / "params.json").is_file():
             raise SourceMissingError(f"{folder} is not Meta's: it has no params.json", "from_hugging_face reads other formats.")
-        return cls._from_source(folder, read_source(str(folder), "meta")[0], dtype, mapping)
+        return cls._from_source(folder, *read_source(str(folder), "meta"), dtype, mapping)
 
 
 class MistralForCausalLM(DecoderModelForCausalLM):
     """Mistral."""
 
     architectures = ("MistralForCausalLM",)
-
-
-def _for_one_rank(options: ConvertOptions, tp_rank: int) -> ConvertOptions:
-    """The same program for one tensor-parallel rank: it reads only the rows that this rank takes."""
-
-    def only(target: Target) -> Target:
-        taken = (read for read in target.reads if not read.ranks or tp_rank in read.ranks)
-        return replace(target, reads=tuple(_narrow(read, tp_rank) for read in taken))
-
-    return ConvertOptions(
-        format=options.format,
-        files=options.files,
-        targets=tuple(only(target) for target in options.targets),
-        shards=(options.shards[tp_rank],),
-    )
-
-
-def _narrow(read: Read, tp_rank: int) -> Read:
-    if not read.spans:
-        return read
-    position = read.ranks.index(tp_rank) if read.ranks else tp_rank
-    return replace(read, spans=(read.spans[position],), ranks=())
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A rank's tensors still in the source's files."""
-
-    folder: Path
-    options: ConvertOptions
-
-    def write(self, path: Path) -> None:
-        @contextmanager
-        def output(_name: str, _num_bytes: int) -> Iterator[_Sink]:
-            with _new_file(path) as write:
-                yield _Sink(write)
-
-        self._run(output)
-
-    def materialize(self) -> dict[str, Weight]:
-        """Cut every tensor into one buffer of the rank's size."""
-        buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-        position = 0
-
-        def append(data: memoryview) -> None:
-            nonlocal position
-            buffers[0][position : position + len(data)] = np.frombuffer(data, np.uint8)
-            position += len(data)
-
-        @contextmanager
-        def output(_name: str, num_bytes: int) -> Iterator[_Sink]:
-            buffers.append(np.empty(num_bytes, np.uint8))
-            yield _Sink(append)
-
-        self._run(output)
-        (buffer,) = buffers
-        offset = len(buffer) - sum(target.num_bytes for target in self.options.targets)
-        weights = {}
-        for target in self.options.targets:
-            weights[target.name] = Weight(target.dtype, target.shape, buffer[offset : offset + target.num_bytes])
-            offset += target.num_bytes
-        return weights
-
-    def _run(self, output: Any) -> None:
-        with open_place(str(self.folder)).open(self.options.files) as source:
-            write_shards(self.options, source, output, lambda num_bytes: None)
-
-
-@dataclass(frozen=True)
-class _Sink:
-    append: Callable[[memoryview], None]
-
-    def write(self, data: memoryview) -> None:
-        self.append(data)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
-    """Write beside the name and rename at a clean end. Raises StoreError."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield lambda data: _write_all(file, data)
-        temporary.replace(path)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    file.write(data)
 
 
 def _as_weight(name: str, value: Any) -> Weight:
@@ -359,7 +292,7 @@ class Engine:
         """Write rank{N}.engine, and config.json on rank 0."""
         folder = Path(engine_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with _new_file(folder / f"rank{self.rank}.engine") as write:
+        with new_file(folder / f"rank{self.rank}.engine") as write:
             write(memoryview(self.plan))
         if self.rank == 0:
             (folder / "config.json").write_text(json.dumps(self.config, indent=4) + "\n")
@@ -373,5 +306,6 @@ def build(model: PretrainedModel, config: BuildConfig) -> Engine:
     chunks: list[bytes] = []
     log: list[str] = []
     record = compile_rank(options, model.weights(), lambda data: chunks.append(bytes(data)), lambda *_: None, log.append)
-    written = {"pretrained_config": to_trtllm(model.config, model.mapping.topology), "build_config": config.model_dump(mode="json")}
+    pretrained = to_trtllm(model.config, model.mapping.topology, model.quantization)
+    written = {"pretrained_config": pretrained, "build_config": config.model_dump(mode="json")}
     return Engine(model.mapping.rank, record, written, b"".join(chunks))

@@ -64,6 +64,10 @@ def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
     is_file = path.suffix in DATA_SUFFIXES
     if is_file and not path.is_file():
         raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
+    if is_file:
+        from orchestrator.work.calibration_data import check_data
+
+        check_data(path)
     data = _no_data(spec).model_copy(
         update={"dataset": path.name if is_file else spec.dataset, "digest": _sha256(path) if is_file else None}
     )

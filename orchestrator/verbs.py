@@ -30,6 +30,7 @@ from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.options import BuildOptions, StageOptions
 from orchestrator.core.plan import Inputs, Plan, make_plan
+from orchestrator.core.quantization import ModelQuantization, quant_cfg
 from orchestrator.core.rules import Family
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
@@ -210,9 +211,7 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
             assert path is not None  # the staging store is a folder
             path.replace(output / written.name)
     _write_indexes(made, output)
-    (output / "config.json").write_text(
-        json.dumps(to_trtllm(made.inputs.config, made.topology, made.inputs.model_quantization), indent=4) + "\n"
-    )
+    write_checkpoint_config(output, made.inputs.config, made.topology, made.inputs.model_quantization)
     shutil.rmtree(staging)
     return made
 
@@ -262,6 +261,16 @@ def build_engine(
     written = {"pretrained_config": to_trtllm(config, topology, quantization), "build_config": engine.model_dump(mode="json")}
     (output / "config.json").write_text(json.dumps(written, indent=4) + "\n")
     return wanted
+
+
+def write_checkpoint_config(
+    folder: Path, config: ModelConfig, topology: topologies.Topology, quantization: ModelQuantization | None
+) -> None:
+    """config.json of a TensorRT-LLM checkpoint, last, and before it quant_cfg.json where linears differ in their format."""
+    mixture = quant_cfg(quantization) if quantization else None
+    if mixture is not None:
+        (folder / "quant_cfg.json").write_text(json.dumps(mixture, indent=4) + "\n")
+    (folder / "config.json").write_text(json.dumps(to_trtllm(config, topology, quantization), indent=4) + "\n")
 
 
 def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:

@@ -73,6 +73,8 @@ TABLE: dict[str, Row] = {
     "orchestrator.verbs": _DRIVING,
     "orchestrator.preflight": _DRIVING,
     "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),
+    "orchestrator.calibrating": Row(EVERYTHING, PLAIN, frozenset({"mpi4py", "safetensors"}), never=_own("cli")),
+    "orchestrator.rank_source": Row(EVERYTHING, frozenset({"numpy"}), frozenset({"safetensors"}), never=_own("cli")),
     "orchestrator.models": Row(EVERYTHING, frozenset({"numpy"}), HEAVY, never=_own("cli")),
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"})),

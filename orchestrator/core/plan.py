@@ -26,7 +26,7 @@ from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
 
-VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 1, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
+VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 2, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
 """Raise one when its code would give other outputs for the same options."""
 
 _GB = 10**9
@@ -120,7 +120,7 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
     reference = _reference(spec, inputs) if spec.verification.enabled else None
     if reference is not None:
         steps.append(reference)
-    calibrates = _calibrates(inputs, topology)
+    calibrates = calibrate_steps(inputs, topology)
     steps.extend(calibrates)
     previous: Step | None = None
     for pp_rank in range(topology.pp):
@@ -162,7 +162,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
     )
 
 
-def _calibrates(inputs: Inputs, topology: Topology) -> list[Step]:
+def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:
     """Every calibration of the build, those that feed others first."""
     quantization = inputs.quantization
     if quantization is None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.core.errors import QuantizationError
 from orchestrator.core.quantization import (
     MXFP8_BLOCK,
     NVFP4_BLOCK,
@@ -28,8 +30,11 @@ from orchestrator.core.quantization import (
 
 Floats = npt.NDArray[np.float32]
 _FP8 = (4, 3)
-_KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": _FP8, "axis": None}}
-"""An amax does not depend on the format; FP8 is one that every modelopt attention accepts."""
+_WATCHING = "orchestrator_watching"
+"""Our backend of quantizers that collect an amax and never round."""
+_KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": _FP8, "axis": None, "backend": _WATCHING}}
+"""An amax does not depend on the format; FP8 is one that every modelopt attention accepts. Rounded keys and values would
+change what the later passes of AWQ see: its choices must depend neither on the cache's format nor on the layers before."""
 
 
 def calibrate(
@@ -39,12 +44,13 @@ def calibrate(
     method: CalibrationMethod,
     formats: Mapping[str, LinearFormat],
     resmooth: Sequence[Sequence[str]],
-    layerwise: Mapping[str, Any] | None = None,
+    layerwise: Path | None = None,
 ) -> dict[str, Floats]:
     """Calibrate `model` in place and return the artifact.
 
     `linears`: module path in the model -> source module. `formats` and `resmooth` by source module; `max` needs neither.
-    `layerwise`: options of modelopt's layer-wise mode. Raises KeyError when a linear is not there.
+    `layerwise`: calibrate one decoder layer after the other, keep each in this folder, and go on behind those that are in it.
+    Raises QuantizationError when a linear is not there.
     """
     import modelopt.torch.quantization as mtq
 
@@ -55,15 +61,18 @@ def calibrate(
         entries.extend(_entries(paths[source], formats.get(source)))
     entries.append(_KV_CACHE)
     config = {"quant_cfg": entries, "algorithm": _algorithm(method, layerwise)}
-    with _recorded_smoothing() as recorded:
+    with _watching(), _recorded_smoothing(model, layerwise / "smoothing" if layerwise else None) as smooth:
         mtq.quantize(model, config, forward)
-    smooth = {path: recorded[id(module)] for path, module in model.named_modules() if id(module) in recorded}
     return _artifact(model, linears, smooth, [[paths[source] for source in group] for group in resmooth])
 
 
-def _algorithm(method: CalibrationMethod, layerwise: Mapping[str, Any] | None) -> dict[str, Any]:
+def _algorithm(method: CalibrationMethod, layerwise: Path | None) -> dict[str, Any]:
     options = method.model_dump(exclude_none=True)
-    return {**options, "layerwise": dict(layerwise)} if layerwise else options
+    if layerwise is None:
+        return options
+    # `max` leaves weights as they are: the folder then holds amax values only.
+    kept = {"checkpoint_dir": str(layerwise), "calib_mutates_weights": method.method != "max"}
+    return {**options, "layerwise": {"enable": True, **kept}}
 
 
 def _entries(path: str, fmt: LinearFormat | None) -> list[dict[str, Any]]:
@@ -120,19 +129,37 @@ def _weight(fmt: LinearFormat) -> Any:
 
 
 @contextmanager
-def _recorded_smoothing() -> Iterator[dict[int, Any]]:
-    """Record the float32 vector by which modelopt multiplies each weight (by id of the module).
+def _watching() -> Iterator[None]:
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+    tensor_quantizer.register_quant_backend(_WATCHING, lambda inputs, quantizer: inputs)
+    try:
+        yield
+    finally:
+        tensor_quantizer.unregister_quant_backend(_WATCHING)
+
+
+@contextmanager
+def _recorded_smoothing(model: Any, folder: Path | None) -> Iterator[dict[str, Floats]]:
+    """Record the float32 vector by which modelopt multiplies each weight, by the linear's path; in `folder`, too.
 
     Its quantizers keep the inverse only, rounded to the weight's dtype: the exact vector is needed to smooth other copies of
-    the weight to the same bits.
+    the weight to the same bits. Vectors that `folder` holds already are of layers that will not be calibrated again.
     """
     from modelopt.torch.quantization import model_calib
 
     original = model_calib._apply_weight_pre_quant_scale
-    recorded: dict[int, Any] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    recorded: dict[str, Floats] = {}
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        recorded |= {file.stem: np.load(file) for file in folder.glob("*.npy")}
 
     def record(linear: Any, pre_quant_scale: Any) -> None:
-        recorded[id(linear)] = pre_quant_scale.detach().float().reshape(-1).cpu()
+        path = paths[id(linear)]
+        recorded[path] = _vector(pre_quant_scale)
+        if folder is not None:
+            np.save(folder / f"{path}.npy", recorded[path])
         original(linear, pre_quant_scale)
 
     model_calib._apply_weight_pre_quant_scale = record
@@ -143,7 +170,7 @@ def _recorded_smoothing() -> Iterator[dict[int, Any]]:
 
 
 def _artifact(
-    model: Any, linears: Mapping[str, str], smooth: Mapping[str, Any], groups: Sequence[Sequence[str]]
+    model: Any, linears: Mapping[str, str], smooth: Mapping[str, Floats], groups: Sequence[Sequence[str]]
 ) -> dict[str, Floats]:
     modules = dict(model.named_modules())
     found: dict[str, Floats] = {}
@@ -157,13 +184,24 @@ def _artifact(
         found |= _amax(f"{source}.weight_amax", weight[-1] if hasattr(weight, "__len__") else weight)
         if path in own:
             vector = own[path]
-            found[f"{source}.smooth"] = smooth[path].numpy() if path in smooth else np.ones_like(vector)
+            found[f"{source}.smooth"] = _smoothing(path, smooth, vector)
             found[f"{source}.own_pre_quant_scale"] = vector
             found[f"{source}.pre_quant_scale"] = _vector(module.input_quantizer.pre_quant_scale)
     for path, module in modules.items():
         if hasattr(module, "k_bmm_quantizer"):
             found |= _amax(f"{path}.k_amax", module.k_bmm_quantizer) | _amax(f"{path}.v_amax", module.v_bmm_quantizer)
     return found
+
+
+def _smoothing(path: str, recorded: Mapping[str, Floats], pre_quant_scale: Floats) -> Floats:
+    """Of a linear that was not smoothed (AWQ could not search): ones. Raises QuantizationError when the recording failed."""
+    if path in recorded:
+        return recorded[path]
+    if np.any(pre_quant_scale != 1):
+        raise QuantizationError(
+            f"Model Optimizer smoothed {path} in a way that was not seen", "Use the version of nvidia-modelopt in constraints.txt."
+        )
+    return np.ones_like(pre_quant_scale)
 
 
 def _is_smoothed(module: Any) -> bool:

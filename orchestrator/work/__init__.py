@@ -81,7 +81,10 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         log=context.prefix + LOG if lines else "",
         log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
     )
-    return cache.commit(store, outcome)
+    committed = cache.commit(store, outcome)
+    for action in context.after_commit:
+        action()
+    return committed
 
 
 def log_of(error: BaseException) -> str:

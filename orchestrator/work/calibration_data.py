@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ Tokens = npt.NDArray[np.int64]
 DEFAULT = "default"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILE = "calibration_text.md"
-_MAX_TEXTS = 100_000
-"""Read of a large data set at most; far more than any calibration takes."""
+_CHOICE = 8
+"""Of a large data set, this many times the tokens asked for are read, for the seed to choose among."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -31,33 +32,68 @@ def has_tokenizer(folder: Path) -> bool:
 def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Path, vocab_size: int) -> Tokens:
     """int64 [samples, length]: texts one after the other, cut into rows, `num_samples` of them chosen by the seed.
 
-    There is no padding. A text that yields fewer rows than asked for gives those; a model without a tokenizer reads seeded
-    random ids. Raises SourceMissingError, QuantizationError, DigestError.
+    There is no padding. The text of the package gives as many rows as it has; other data must have enough. A model without a
+    tokenizer reads seeded random ids. `dataset`: the place of a local file. Raises SourceMissingError, QuantizationError,
+    DigestError.
     """
     generator = np.random.default_rng(data.seed)
     if not has_tokenizer(tokenizer_folder):
         return generator.integers(0, vocab_size, (data.num_samples, data.max_length), dtype=np.int64)
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    ids = [number for text in _texts(data, dataset, tokenizer) for number in _encode(tokenizer, text)]
-    length = min(data.max_length, len(ids))
-    if length < 2:
-        raise QuantizationError(f"the calibration data {data.dataset} has {len(ids)} tokens", "Give a text of some pages.")
+    tokenizer = _tokenizer(tokenizer_folder)
+    needed = data.num_samples * data.max_length
+    ids = _first_ids(tokenizer, _texts(data, dataset, tokenizer), needed * _CHOICE)
+    length = data.max_length
+    if len(ids) < needed and data.dataset != DEFAULT:
+        raise QuantizationError(
+            f"the calibration data {data.dataset} has {len(ids)} tokens, {data.num_samples} samples of {length} are asked for",
+            f"Give more text, or set quantization.calibration.num_samples to {max(len(ids) // length, 1)} at most.",
+        )
+    length = min(length, len(ids))
     rows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
     chosen = generator.permutation(len(rows))[: data.num_samples]
     return rows[np.sort(chosen)]
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-    return ids
+def check_data(path: Path) -> None:
+    """Refuse a local file whose first record cannot be used, before anything is planned with it. Raises QuantizationError."""
+    if path.suffix == ".jsonl":
+        first = next(_entries(path), None)
+        if first is None:
+            raise QuantizationError(f"the calibration file {path} is empty")
+        _check_record(first, str(path))
 
 
-def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _Text:
+    text: str
+    is_chat: bool = False
+    """Written by the chat template, which puts special tokens itself."""
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the many tokenizer classes raise
+        raise QuantizationError(
+            f"the source's tokenizer cannot be loaded: {error}", "Put the model's tokenizer.json beside the weights."
+        ) from error
+
+
+def _first_ids(tokenizer: Any, texts: Iterable[_Text], limit: int) -> list[int]:
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text.text, add_special_tokens=not text.is_chat, verbose=False)["input_ids"])
+        if len(ids) >= limit:
+            break
+    return ids[:limit]
+
+
+def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Text]:
     if data.dataset == DEFAULT:
         text = importlib.resources.files("orchestrator.work").joinpath(_TEXT_FILE).read_text()
-        return iter(text.partition("-->")[2].split("\n\n"))
+        return (_Text(paragraph) for paragraph in _paragraphs(text.partition("-->")[2].splitlines(keepends=True)))
     if dataset:
         path = Path(dataset)
         _check_same(path, data)
@@ -77,16 +113,32 @@ def _check_same(path: Path, data: CalibrationData) -> None:
 
 def _entries(path: Path) -> Iterator[Any]:
     """A text file's paragraphs, or the records of a .jsonl or .parquet file."""
-    if path.suffix == ".txt":
-        yield from (paragraph for paragraph in path.read_text(errors="replace").split("\n\n") if paragraph.strip())
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        if path.suffix == ".txt":
+            yield from _paragraphs(file)
+            return
+        for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                if line.strip():
+                    yield json.loads(line)
             except ValueError as error:
                 raise QuantizationError(f"{path}, line {number} is not JSON: {error}") from None
-    else:
-        yield from _parquet(path)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between empty lines."""
+    held: list[str] = []
+    for line in lines:
+        if line.strip():
+            held.append(line)
+        elif held:
+            yield "".join(held).strip("\n")
+            held = []
+    if held:
+        yield "".join(held).strip("\n")
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -94,8 +146,11 @@ def _parquet(path: Path) -> Iterator[Any]:
         import pyarrow.parquet
     except ImportError:
         raise QuantizationError(f"{path} needs pyarrow", "pip install pyarrow, or give a .jsonl or .txt file.") from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise QuantizationError(f"{path} cannot be read: {error}") from error
 
 
 def _hub_entries(name: str) -> Iterator[Any]:
@@ -106,26 +161,29 @@ def _hub_entries(name: str) -> Iterator[Any]:
             f"the data set {name} needs the package datasets", "pip install datasets, or give a .txt, .jsonl or .parquet file."
         ) from None
     try:
-        stream = datasets.load_dataset(name, split="train", streaming=True)
-        yield from stream.take(_MAX_TEXTS)
+        yield from datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # whatever the hub, the network or the data set's own code raises
         raise QuantizationError(
             f"the data set {name} cannot be read: {error}", "Give a .txt, .jsonl or .parquet file instead."
         ) from error
 
 
-def _as_text(entry: Any, tokenizer: Any, origin: str) -> str:
-    """A plain text, or a record with `text`, or with `messages` under the tokenizer's chat template."""
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, dict):
-        if isinstance(entry.get("text"), str):
-            return str(entry["text"])
-        if isinstance(entry.get("messages"), list):
-            if not getattr(tokenizer, "chat_template", None):
-                raise QuantizationError(
-                    f"{origin} holds messages, the model's tokenizer has no chat template", "Give a text field."
-                )
-            return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
+def _check_record(entry: Any, origin: str) -> None:
+    if isinstance(entry, str) or (
+        isinstance(entry, dict) and (isinstance(entry.get("text"), str) or isinstance(entry.get("messages"), list))
+    ):
+        return
     known = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
     raise QuantizationError(f"a record of {origin} has neither text nor messages (it has: {known})")
+
+
+def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
+    """A plain text, or a record with `text`, or with `messages` under the tokenizer's chat template."""
+    _check_record(entry, origin)
+    if isinstance(entry, str):
+        return _Text(entry)
+    if isinstance(entry.get("text"), str):
+        return _Text(entry["text"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise QuantizationError(f"{origin} holds messages, the model's tokenizer has no chat template", "Give a text field.")
+    return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)

@@ -35,6 +35,8 @@ class Context:
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of what the step used; filled by it."""
     outputs: list[Output] = field(default_factory=list)
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the outcome is committed: what only later attempts would have needed is removed."""
 
     @contextmanager
     def output(self, name: str, num_bytes: int | None = None) -> Iterator[HashingWriter]:

@@ -7,7 +7,6 @@ gets its hidden states from the part before, in place of the embedding's.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from orchestrator.checkpoints import format_named, read_source
 from orchestrator.checkpoints.places import open_place, planned_ranges
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.errors import QuantizationError, SourceCorruptError
 from orchestrator.core.options import CalibrateOptions
 from orchestrator.work.presenting import loadable_config
 
@@ -34,30 +33,41 @@ class PartModel:
     """A loaded part."""
 
     model: Any
-    """A causal LM of transformers; its head is never run."""
+    """A causal LM of transformers without a head: layer-wise calibration must be called through the whole model."""
     linears: dict[str, str]
     """Path of each linear in the model -> source module."""
+    experts: dict[str, Any]
+    """Path -> what holds the experts of a layer. Kept here because layer-wise calibration hides finished layers."""
 
     def unseen(self) -> list[str]:
         """Source modules of experts that no token was routed to."""
         found = []
         for path, source in self.linears.items():
             container, _, rest = path.rpartition(".experts.")
-            if container and not self.model.get_submodule(f"{container}.experts").num_tokens[int(rest.split(".")[0])]:
+            if container and not self.experts[f"{container}.experts"].num_tokens[int(rest.split(".")[0])]:
                 found.append(source)
         return found
+
+    def token_counts(self) -> dict[str, list[int]]:
+        """How many tokens each expert has seen, by the path of the layer's experts."""
+        return {path: experts.num_tokens for path, experts in self.experts.items()}
+
+    def add_token_counts(self, counts: dict[str, list[int]]) -> None:
+        """Count what an earlier attempt has seen."""
+        for path, seen in counts.items():
+            experts = self.experts[path]
+            experts.num_tokens = [mine + theirs for mine, theirs in zip(experts.num_tokens, seen, strict=True)]
 
     def run(self, batch: Any, first: bool) -> None:
         """Pass token ids [B, T] (`first`) or hidden states [B, T, hidden] through the layers."""
         import torch
 
-        decoder = self.model.model
         with torch.inference_mode():
             if first:
-                decoder(input_ids=batch, use_cache=False)
+                self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
                 return
-            with _first_input(decoder.layers[0], batch):
-                decoder(inputs_embeds=torch.zeros_like(batch), use_cache=False)
+            with _first_input(self.model.model.layers[0], batch):
+                self.model(inputs_embeds=torch.zeros_like(batch), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager
@@ -92,13 +102,29 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     state = _read(source, index, tensors, options)
     dtype = getattr(torch, options.config.dtype)
     with _quiet():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    _check_loaded(loading, options)
     del state
-    model.model.norm = torch.nn.Identity()
+    model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     # Module by module, so that the device holds no tensor twice.
     model = model.eval().requires_grad_(False).to(device)
     linears = {_local_name(module, options): module for module in options.modules if ".experts." not in module}
-    return PartModel(model, {**linears, **_unfuse_experts(model, options)})
+    linears |= _unfuse_experts(model, options)
+    experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
+    return PartModel(model, linears, experts)
+
+
+def _check_loaded(loading: dict[str, Any], options: CalibrateOptions) -> None:
+    """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
+    spared = {"model.norm.weight", "lm_head.weight"} if options.is_first else {"model.norm.weight", "lm_head.weight", _EMBEDDING}
+    wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
+    if wrong:
+        raise QuantizationError(
+            f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {wrong[0]}",
+            "Calibrate a Hugging Face checkpoint of the model elsewhere and give its folder as quantization.scales.",
+        )
 
 
 def _part_config(whole: Any, options: CalibrateOptions) -> Any:
@@ -146,14 +172,18 @@ def _read(source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], o
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports the head and the norm that a part does not have; nobody needs to know."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """transformers reports the head and the norm that a part does not have, and its progress; nobody needs to know."""
+    from transformers.utils import logging
+
+    level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 _EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}

@@ -12,7 +12,7 @@ import io
 import json
 import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ import numpy as np
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.errors import SourceCorruptError, ToolError
 from orchestrator.core.options import CalibrateOptions
 from orchestrator.core.step import Kind, Task
-from orchestrator.work.calibration_data import Tokens, calibration_tokens
+from orchestrator.work.calibration_data import Tokens, calibration_tokens, has_tokenizer
 from orchestrator.work.context import Context
 from orchestrator.work.part_model import PartModel, load_part
 from orchestrator.work.scales import SCALES
@@ -32,6 +32,8 @@ RECIPE = "recipe.json"
 """How the scales came about: method, data, tools."""
 HIDDEN_STATES = "hidden_states.safetensors"
 """hidden_states [samples, length, hidden] in the model's dtype: what a part hands to the next one."""
+_PROGRESS_BAR = "%|"
+"""What marks the lines that tqdm draws."""
 
 
 def calibrate(task: Task, context: Context) -> dict[str, Any]:
@@ -42,6 +44,10 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     device = _device(task.step.places.get("device", "auto"))
     tokens = _tokens(task, options, context)
     context.log(f"calibrate: {len(tokens)} samples of {tokens.shape[1]} tokens on {device}")
+    if not has_tokenizer(context.scratch / "tokenizer"):
+        context.log("warning: the source has no tokenizer, the model reads random token ids: its scales will be poor")
+    elif len(tokens) < options.data.num_samples:
+        context.log(f"calibrate: the text that comes with the package has no more, {options.data.num_samples} were asked for")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
@@ -50,8 +56,8 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     artifact = _run(part, options, reader, task, context)
     unseen = part.unseen()
     _fill_unseen(artifact, unseen)
-    for source in unseen:
-        context.log(f"warning: {source} saw no token: it takes the largest input_amax of its layer")
+    for expert in dict.fromkeys(source.rpartition(".")[0] for source in unseen):
+        context.log(f"warning: {expert} saw no token: it takes the largest input_amax of its layer")
     if not options.is_last:
         _write_tensors(context, HIDDEN_STATES, {"hidden_states": reader.outputs()})
     _write_tensors(context, SCALES, {name: torch.from_numpy(np.asarray(value)) for name, value in artifact.items()})
@@ -60,6 +66,7 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
         "num_tokens": int(tokens.size),
         "num_linears": len(part.linears),
         "unseen": sorted(unseen),
+        "input_amax": _summary(artifact),
         "device": device,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
@@ -71,6 +78,8 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
 def _device(asked: str) -> str:
     import torch
 
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ToolError("calibration is asked to run on CUDA, torch sees no GPU here", "Set quantization.calibration.device: auto.")
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,35 +111,21 @@ class _Reader:
     def __init__(self, part: PartModel, options: CalibrateOptions, inputs: Any, device: str, context: Context) -> None:
         self._part, self._options, self._inputs, self._device, self._context = part, options, inputs, device, context
         self._outputs: list[Any] = []
-        self.num_passes = 0
+        self._num_batches = -(-len(inputs) // options.data.batch_size)
+        if not options.is_last:
+            part.model.model.layers[-1].register_forward_hook(self._keep)
 
     def __call__(self, _model: Any) -> None:
         """One pass over all inputs: what Model Optimizer calls, as often as its method needs."""
-        keeps = not self._options.is_last and not self._options.layerwise and self.num_passes == 0
-        self.num_passes += 1
-        if keeps:
-            self.capture()
-        else:
-            self._pass()
-
-    def capture(self) -> None:
-        """A pass that keeps the outputs. Quantizers only watch in the first one, so they are those of the model itself."""
-        layer = self._part.model.model.layers[-1]
-
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            self._outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
-
-        handle = layer.register_forward_hook(keep)
-        try:
-            self._pass()
-        finally:
-            handle.remove()
-
-    def _pass(self) -> None:
         size = self._options.data.batch_size
         for begin in range(0, len(self._inputs), size):
             self._part.run(self._inputs[begin : begin + size].to(self._device), self._options.is_first)
             self._context.report("calibrate", min(begin + size, len(self._inputs)), len(self._inputs), "steps")
+
+    def _keep(self, _module: Any, _args: Any, output: Any) -> None:
+        """Quantizers only watch while a layer sees its inputs for the first time: what comes out is the model's own."""
+        if len(self._outputs) < self._num_batches:
+            self._outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
 
     def outputs(self) -> Any:
         import torch
@@ -143,23 +138,25 @@ def _run(part: PartModel, options: CalibrateOptions, reader: _Reader, task: Task
     from orchestrator.quantizers import modelopt
     from orchestrator.work.layerwise import LayerwiseFolder
 
-    said = io.StringIO()
-    forward: Callable[[Any], None] = reader
-    layerwise = None
-    if options.layerwise:
-        if not options.is_last:
-            reader.capture()
-        folder = LayerwiseFolder(context, task.step.digest)
-        forward, layerwise = folder.synced(reader), folder.options()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        artifact = modelopt.calibrate(
-            part.model, forward, part.linears, options.method, options.formats, options.resmooth, layerwise
-        )
-    for line in dict.fromkeys([*said.getvalue().splitlines(), *(f"warning: {entry.message}" for entry in warned)]):
-        if line.strip():
-            context.log(line)
+    folder = LayerwiseFolder(context, task.step.digest, part).path if options.layerwise else None
+    with _logged(context):
+        artifact = modelopt.calibrate(part.model, reader, part.linears, options.method, options.formats, options.resmooth, folder)
     return {_global_name(name, options): value for name, value in artifact.items()}
+
+
+@contextlib.contextmanager
+def _logged(context: Context) -> Iterator[None]:
+    """What is printed, and warnings, each once, as lines of the step's log."""
+    said = io.StringIO()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                yield
+        finally:
+            for line in dict.fromkeys([*said.getvalue().splitlines(), *(f"warning: {entry.message}" for entry in warned)]):
+                if line.strip() and _PROGRESS_BAR not in line:
+                    context.log(line)
 
 
 def _global_name(name: str, options: CalibrateOptions) -> str:
@@ -168,6 +165,15 @@ def _global_name(name: str, options: CalibrateOptions) -> str:
         return name
     local = layer_of(name)
     return name.replace(f".layers.{local}.", f".layers.{local + options.first_layer}.", 1)
+
+
+def _summary(artifact: dict[str, Any]) -> dict[str, list[float]]:
+    """By linear's name (q_proj): the smallest, the median and the largest input_amax of the layers."""
+    found: dict[str, list[float]] = {}
+    for name, value in artifact.items():
+        if name.endswith(".input_amax"):
+            found.setdefault(name.split(".")[-2], []).append(float(value))
+    return {linear: [min(values), float(np.median(values)), max(values)] for linear, values in sorted(found.items())}
 
 
 def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import verbs
+from orchestrator.core.errors import QuantizationError, ToolError
 from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.step import Kind
+from orchestrator.quantizers import modelopt as quantizer
 from orchestrator.stores import open_store
+from orchestrator.work import part_model
 from tests.models import modelopt
 from tests.models.families import write_tiny
-from tests.models.here import convert_here, run_here
+from tests.models.here import convert_here, run_here, scales_of
 
 TOPOLOGIES = [(1, 1), (3, 1), (1, 2), (3, 2)]
 
@@ -119,12 +125,6 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
     assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
-def scales_of(outcome: Outcome, store: Path) -> dict[str, torch.Tensor]:
-    path = open_store(store.resolve().as_uri()).local_path(outcome.output("scales.safetensors").key)
-    assert path is not None
-    return load_file(path)
-
-
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe"])
 def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
     folder = write_tiny(family, tmp_path / family)
@@ -166,3 +166,53 @@ def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(s
     kind = unseen[0].rpartition(".")[2]
     peers = {name: value for name, value in scales.items() if name.startswith(layer) and name.endswith(f"{kind}.input_amax")}
     assert scales[unseen[0] + ".input_amax"] == max(peers.values())
+
+
+def test_calibration_reports_what_it_read_and_the_range_of_its_inputs(source: Path, store: Path) -> None:
+    (one,) = run_here(verbs.plan(spec(source, 1, 1, algorithm="FP8")), store, [Kind.CALIBRATE]).values()
+    facts, scales = one.facts, scales_of(one, store)
+    assert (facts["num_samples"], facts["num_tokens"]) == (modelopt.NUM_SAMPLES, modelopt.NUM_SAMPLES * modelopt.MAX_LENGTH)
+    assert facts["unseen"] == []
+    values = sorted(float(value) for name, value in scales.items() if name.endswith("down_proj.input_amax"))
+    assert facts["input_amax"]["down_proj"] == [values[0], sum(values) / 2, values[-1]]  # of two layers
+    assert len(facts["input_amax"]) == 7
+    recipe = json.loads(open_store(store.as_uri()).get(one.output("recipe.json").key))
+    assert recipe["method"] == {"method": "max"}
+    assert set(recipe["tools"]) == {"nvidia-modelopt", "torch", "transformers"}
+
+
+def test_calibration_of_a_source_without_a_weight_of_the_model_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_mine = part_model._is_mine
+    monkeypatch.setattr(part_model, "_is_mine", lambda name, options: is_mine(name, options) and "1.mlp.up_proj" not in name)
+    with pytest.raises(QuantizationError, match=r"1 weights .* model.layers.1.mlp.up_proj.weight"):
+        run_here(verbs.plan(spec(source, 1, 1, algorithm="FP8")), tmp_path, [Kind.CALIBRATE])
+
+
+def test_calibration_by_a_model_optimizer_that_smooths_elsewhere_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorded function is no public one: a version that renames or bypasses it must not give wrong scales."""
+    from modelopt.torch.quantization import model_calib
+
+    apply = model_calib._apply_weight_pre_quant_scale
+    recorded = quantizer._recorded_smoothing
+
+    @contextlib.contextmanager
+    def bypassed(*args: Any) -> Iterator[Any]:
+        with recorded(*args) as found:
+            model_calib._apply_weight_pre_quant_scale = apply
+            yield found
+
+    monkeypatch.setattr(quantizer, "_recorded_smoothing", bypassed)
+    with pytest.raises(QuantizationError, match="in a way that was not seen"):
+        run_here(verbs.plan(spec(source, 1, 1, algorithm="W8A8_SQ_PER_CHANNEL")), tmp_path, [Kind.CALIBRATE])
+
+
+def test_calibration_on_a_gpu_that_is_not_there_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    wanted = spec(source, 1, 1, algorithm="FP8", calibration={"device": "cuda"})
+    with pytest.raises(ToolError, match="sees no GPU"):
+        run_here(verbs.plan(wanted), tmp_path, [Kind.CALIBRATE])

@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from orchestrator import cache, verbs, work
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec
@@ -23,6 +26,13 @@ def run_here(plan: Plan, folder: Path, kinds: Iterable[Kind]) -> dict[str, Outco
             task = Task(step=step, inputs=inputs, attempt=1, store=store.url)
             outcomes[step.digest] = cache.lookup(store, step.digest) or work.run(task, lambda progress: None)
     return {outcome.name: outcome for outcome in outcomes.values()}
+
+
+def scales_of(outcome: Outcome, store: Path) -> dict[str, torch.Tensor]:
+    """The artifact of a calibrate step."""
+    path = open_store(store.resolve().as_uri()).local_path(outcome.output("scales.safetensors").key)
+    assert path is not None
+    return load_file(path)
 
 
 def convert_here(spec: BuildSpec, store: Path, output: Path) -> Path:
