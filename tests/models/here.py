@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import cache, verbs, work
+from orchestrator.clusters import AnyEvent
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec
 from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import open_store
+from orchestrator.work.streaming import stream
 
 
 def run_here(plan: Plan, folder: Path, kinds: Iterable[Kind]) -> dict[str, Outcome]:
@@ -46,3 +48,23 @@ def convert_here(spec: BuildSpec, store: Path, output: Path) -> Path:
                 assert path is not None
                 shutil.copyfile(path, output / written.name)
     return output
+
+
+class HereCluster:
+    """The Cluster protocol in this process: a step runs when it is started."""
+
+    def __init__(self) -> None:
+        self._events: list[AnyEvent] = []
+
+    def start(self, task: Task) -> None:
+        self._events.extend(stream(task, "here"))
+
+    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+        found, self._events = self._events, []
+        return found
+
+    def now(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self._events.clear()
