@@ -7,9 +7,11 @@ everything new is copied, the manifest last, so the copy is always one that it c
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from orchestrator.stores import ObjectChangedError, ObjectMissingError
 from orchestrator.work.context import Context
 from orchestrator.work.part_model import PartModel
 
@@ -69,16 +71,26 @@ class LayerwiseFolder:
         finished = self._finished_layers(objects)
         if not finished:
             return
-        for name in objects:
-            path = self.path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                for block in store.blocks(self._prefix + name):
-                    file.write(block)
-            self._kept[name] = _version(path)
+        try:
+            for name in objects:
+                self._get(name)
+        except (ObjectMissingError, ObjectChangedError):
+            shutil.rmtree(self.path)
+            self.path.mkdir()
+            self._kept.clear()
+            self._context.log("calibrate: another attempt is still running, this one starts over")
+            return
         self._committed = _version(self.path / _MANIFEST)
         self._part.add_token_counts(json.loads((self.path / _NUM_TOKENS).read_text()))
         self._context.log(f"calibrate: an earlier attempt finished {finished} layers, resumes behind them")
+
+    def _get(self, name: str) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for block in self._context.store.blocks(self._prefix + name):
+                file.write(block)
+        self._kept[name] = _version(path)
 
     def _finished_layers(self, objects: set[str]) -> int:
         """How many layers the copy holds; 0 when it is none to resume from."""

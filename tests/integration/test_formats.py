@@ -29,6 +29,7 @@ from orchestrator.families import family_named
 from orchestrator.models import LLaMAForCausalLM
 from orchestrator.models import Mapping as Place
 from orchestrator.stores.file import FileStore
+from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
 from tests.models.gguf import write_gguf
 from tests.models.meta import write_bin, write_meta
@@ -128,6 +129,31 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
         made = verbs.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
         assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, name
+
+
+def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, upload: Callable[[Path], str]) -> None:
+    config = CONFIG.model_copy(update={"num_hidden_layers": 2, "intermediate_size": 64})
+    arrays = small_arrays(config)
+    source = write_source(tmp_path / "safetensors", config, arrays)
+    write_bin(tmp_path / "bin", config, arrays)
+    write_meta(tmp_path / "meta", config, arrays, 2)
+    write_ranks(source, tmp_path / "trtllm", {"tp": 2})
+    write_gguf(tmp_path / "gguf", config, {name: array.astype(np.float32) for name, array in arrays.items()}, "F32")
+    expected = scales(str(source), tmp_path / "safetensors-built")
+    assert min(expected.values()) > 0
+    names = ("bin", "meta", "trtllm", "gguf")
+    sources = {**{name: str(tmp_path / name) for name in names}, "remote": upload(source), "remote meta": upload(tmp_path / "meta")}
+    for name, place in sources.items():
+        assert scales(place, tmp_path / f"{name}-built") == expected, name
+
+
+def scales(source: str, store: Path) -> dict[str, float]:
+    """What calibration in two parts finds, every amax."""
+    calibration = {"num_samples": 2, "max_length": 8, "num_stages": 2}
+    made = verbs.plan(build_spec(source, dtype="bfloat16", quantization={"algorithm": "FP8", "calibration": calibration}))
+    outcomes = run_steps(made, store.as_uri(), (Kind.CALIBRATE,))
+    values = [safetensors.numpy.load(FileStore(store.as_uri()).get(outcome.output(SCALES).key)) for outcome in outcomes.values()]
+    return {name: float(value) for part in values for name, value in part.items()}
 
 
 def test_reference_of_a_forced_format_is_of_its_weights_and_not_of_those_beside(tmp_path: Path) -> None:

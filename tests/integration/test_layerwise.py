@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec, decode
 from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.stores import open_store
+from orchestrator.stores import Block, ObjectMissingError, open_store
+from orchestrator.stores.file import FileStore
+from orchestrator.work.context import Context
+from orchestrator.work.layerwise import LayerwiseFolder
 from orchestrator.work.part_model import PartModel
 from tests.models.families import write_tiny
 from tests.models.here import run_here, scales_of
 
-NUM_LAYERS, NUM_BATCHES = 5, 2
+NUM_LAYERS, NUM_BATCHES = 4, 2
 KILLED = """
 import os, signal, sys
 from orchestrator import work
@@ -51,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_of(source: Path, algorithm: str, *, layerwise: bool, num_stages: int = 1) -> Plan:
     quantization = {
         "algorithm": algorithm,
-        "calibration": {"num_samples": 4, "max_length": 6, "batch_size": 2, "layerwise": layerwise, "num_stages": num_stages},
+        "calibration": {"num_samples": 2, "max_length": 4, "batch_size": 1, "layerwise": layerwise, "num_stages": num_stages},
     }
     if algorithm.endswith("AWQ"):
         quantization["group_size"] = 32
@@ -118,7 +122,7 @@ def test_layerwise_calibration_that_is_interrupted_resumes_at_the_layer_reached(
     store = open_store(tmp_path.as_uri())
     task = Task(step=step, inputs={}, attempt=1, store=store.url, scratch=str(tmp_path))
     # A pass to the first layer, one more per finished layer, and one batch for the layer that it does not finish.
-    finished = 3
+    finished = 2
     interrupted(task, NUM_BATCHES * (1 + finished) + 1, tmp_path, monkeypatch)
     assert cache.lookup(store, step.digest) is None
     kept = {info.key for info in store.list(f"resume/{step.digest}/")}
@@ -130,4 +134,40 @@ def test_layerwise_calibration_that_is_interrupted_resumes_at_the_layer_reached(
     assert f"an earlier attempt finished {finished} layers" in store.get(outcome.log).decode()
     assert_same(scales_of(outcome, tmp_path), expected)
     assert outcome.facts["unseen"] == usual.facts["unseen"]
+    assert outcome.facts["unseen"][0].startswith("model.layers.0.")
     assert list(store.list(f"resume/{step.digest}/")) == []
+
+
+class StoreOfARunningAttempt(FileStore):
+    """One file is deleted between the listing and the reading."""
+
+    def blocks(self, key: str) -> Iterator[Block]:
+        if key.endswith("next_inputs.pt"):
+            raise ObjectMissingError(key)
+        return super().blocks(key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "resumes"),
+    [
+        (FileStore, ["manifest.json", "num_tokens.json", "layer_0003/weights.pt", "layer_0003/next_inputs.pt"], True),
+        (FileStore, ["manifest.json", "num_tokens.json", "layer_0003/weights.pt", "layer_0002/next_inputs.pt"], False),
+        (FileStore, ["num_tokens.json", "layer_0003/weights.pt", "layer_0003/next_inputs.pt"], False),
+        (StoreOfARunningAttempt, ["manifest.json", "num_tokens.json", "layer_0003/next_inputs.pt"], False),
+    ],
+)
+def test_layerwise_folder_is_fetched_only_when_it_can_be_resumed_from(
+    kind: type[FileStore], files: list[str], resumes: bool, tmp_path: Path
+) -> None:
+    store = kind(tmp_path.as_uri())
+    for name in files:
+        store.put(f"resume/d1/{name}", b'{"last_completed_layer": 3}' if name == "manifest.json" else b"{}")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    lines: list[str] = []
+    context = Context(store, "steps/d1/a/", scratch, lambda *_: None, lines.append)
+    part = PartModel(SimpleNamespace(model=SimpleNamespace(layers=[])), {}, {})
+    folder = LayerwiseFolder(context, "d1", part).path
+    fetched = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert fetched == (sorted(files) if resumes else [])
+    assert any("finished 4 layers" in line for line in lines) == resumes
