@@ -17,7 +17,8 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.topology import Topology
 from orchestrator.loading import load_cluster, load_spec
-from orchestrator.verbs import Build, build, convert, plan, pull, read_release
+from orchestrator.releases import pull, read_release
+from orchestrator.verbs import Build, build, convert, plan
 
 __all__ = [
     "Build",

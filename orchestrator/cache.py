@@ -2,31 +2,50 @@
 
     steps/<digest>/<attempt>/<name>     outputs; the attempt's random name keeps a lost worker's late writes apart
     outcomes/<digest>.json              the commit: written last, put-if-absent, names the outputs
+    live/<id>.json                      a build that runs: what it counts on, so that nothing of it is collected
 
 There is no state file and no lock: a committed outcome under a digest is never computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import datetime
+import uuid
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.core.errors import StoreError
 from orchestrator.core.step import Outcome
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 
+OUTCOMES, STEPS, LIVE = "outcomes/", "steps/", "live/"
 _LOOKUP_THREADS = 16
+
+
+class LiveBuild(BaseModel):
+    """What a running build says of itself before it looks up what is committed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    started_at: datetime.datetime
+    """UTC."""
+    steps: tuple[str, ...]
+    """Digests: their outcomes and outputs are in use."""
+    release: str
+    """Key prefix that it is going to publish under."""
 
 
 def outcome_key(digest: str) -> str:
     """Where the commit of a step stands."""
-    return f"outcomes/{digest}.json"
+    return f"{OUTCOMES}{digest}.json"
 
 
 def attempt_prefix(digest: str, attempt: str) -> str:
     """Where one attempt writes its outputs; ends with '/'."""
-    return f"steps/{digest}/{attempt}/"
+    return f"{STEPS}{digest}/{attempt}/"
 
 
 def commit(store: Store, outcome: Outcome) -> Outcome:
@@ -58,3 +77,16 @@ def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
     with ThreadPoolExecutor(_LOOKUP_THREADS) as pool:
         found = pool.map(lambda digest: lookup(store, digest), list(digests))
         return {outcome.digest: outcome for outcome in found if outcome is not None}
+
+
+@contextlib.contextmanager
+def in_use(store: Store, digests: Iterable[str], release: str) -> Iterator[None]:
+    """Announce a build as long as the block runs. A killed one stays announced until `collect` finds it too old to be true."""
+    key = f"{LIVE}{uuid.uuid4().hex}.json"
+    live = LiveBuild(started_at=datetime.datetime.now(datetime.UTC), steps=tuple(digests), release=release)
+    store.put(key, live.model_dump_json().encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(StoreError):  # what the build came to matters more
+            store.delete(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -14,10 +15,10 @@ from orchestrator.checkpoints.places import LocalPlace, Place, open_place
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import TensorInfo
 from orchestrator.core.errors import OrchestratorError, SourceCorruptError, SourceMissingError
-from orchestrator.core.manifest import Manifest
 from orchestrator.core.model_config import from_trtllm
+from orchestrator.releases import Release, open_release
+from orchestrator.releases.tags import TAGS
 from orchestrator.report import counted, format_bytes
-from orchestrator.verbs import read_release
 
 _MANIFEST = "manifest.json"
 _TITLES = {
@@ -26,20 +27,22 @@ _TITLES = {
 }  # fmt: skip
 
 
-def inspect(url: str) -> tuple[dict[str, Any], list[Table]]:
+def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], list[Table]]:
     """Facts for machines and tables for people about the release or the checkpoint, of any source format, at `url`.
 
-    A bare path is a folder of this machine. Raises ReleaseMissingError, SourceMissingError, DigestError, StoreError, and the
-    errors of the source's format.
+    A bare path is a folder of this machine. With `public_key` it must be a release signed with that key. Raises
+    ReleaseMissingError, SignatureError, SourceMissingError, DigestError, StoreError, and the errors of the source's format.
     """
     address = url.removesuffix("/" + _MANIFEST)
     place = open_place(address)
     if isinstance(place, LocalPlace):
         place = LocalPlace(place.folder.resolve())
         address = place.folder.as_uri()
+    if public_key is not None or f"/{TAGS}" in address:
+        return _release(open_release(address, public_key), public_key)
     names = _top_names(place, address)
     if _MANIFEST in names:
-        return _release(read_release(address)[1])
+        return _release(open_release(address))
     known = next((name for name in FORMATS if format_named(name).matches(names)), None)
     if known is None:
         raise SourceMissingError(
@@ -59,7 +62,8 @@ def _top_names(place: Place, address: str) -> list[str]:
         raise SourceMissingError(error.message, f"Check the URL {address}.") from None
 
 
-def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
+def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str, Any], list[Table]]:
+    manifest = release.manifest
     head = Table(box=None, show_header=False, pad_edge=False)
     head.add_row("release", f"{manifest.name} {manifest.version}")
     head.add_row("created", manifest.created_at)
@@ -67,6 +71,9 @@ def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
     head.add_row("model", f"{manifest.model.architecture}, {manifest.model.num_hidden_layers} layers, {manifest.model.dtype}")
     head.add_row("topology", f"tp={manifest.tp} pp={manifest.pp}")
     head.add_row("size", format_bytes(manifest.num_bytes))
+    head.add_row("selectors", ", ".join(f"{name}={value}" for name, value in manifest.selectors.model_dump().items()))
+    signature = "none" if release.signature() is None else f"of {public_key}" if public_key else "not checked (--public-key)"
+    head.add_row("signature", signature)
     head.add_row("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     if manifest.verification is not None:
         found = manifest.verification
@@ -75,7 +82,7 @@ def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
             f"{found.num_positions} positions: relative error {found.max_relative_error:.2e}, "
             f"KL {found.mean_kl:.2e}, top-1 {found.top1_agreement:.3f}",
         )
-    ranks = Table("rank", "tp", "pp", "layers", "engine", "sha256", "built for", box=None, pad_edge=False)
+    ranks = Table("rank", "tp", "pp", "layers", "engine", "sha256", "GPU memory", "built for", box=None, pad_edge=False)
     for record in manifest.ranks:
         for file in record.files:
             built_for = ", ".join(record.engine.compute_capabilities) or "library default"
@@ -83,6 +90,7 @@ def _release(manifest: Manifest) -> tuple[dict[str, Any], list[Table]]:
             ranks.add_row(
                 str(record.rank), str(record.tp_rank), str(record.pp_rank), layers,
                 f"{file.path} ({format_bytes(file.num_bytes)})", file.sha256[:16],
+                format_bytes(record.memory.total_bytes),
                 f"{record.engine.backend} {record.engine.tensorrt_version}, {built_for}",
             )  # fmt: skip
     return manifest.model_dump(mode="json"), [head, ranks]

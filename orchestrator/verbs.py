@@ -1,4 +1,4 @@
-"""What a user can ask for: plan, build, convert, build_engine, pull, inspect. Each a short story."""
+"""What a user can ask for of a build: plan, build, convert, build_engine. Each a short story. Releases: orchestrator/releases."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from orchestrator.core.checkpoint import CheckpointIndex
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
-    DigestError,
     OrchestratorError,
     QuantizationError,
-    ReleaseMissingError,
     SpecError,
     StoreError,
     TopologyError,
 )
-from orchestrator.core.manifest import FileRecord, Manifest, parse_manifest
+from orchestrator.core.manifest import Manifest, release_prefix
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.options import BuildOptions, StageOptions
 from orchestrator.core.plan import Inputs, Plan, make_plan
@@ -39,7 +37,7 @@ from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
 from orchestrator.preflight import check_build, check_steps
 from orchestrator.report import Listener, SilentListener
-from orchestrator.stores import ObjectMissingError, Store, check_writable, open_store
+from orchestrator.stores import check_writable, open_store
 
 
 @dataclass(frozen=True)
@@ -146,30 +144,40 @@ def local_cluster(place: ClusterSpec) -> Cluster:
 
 
 def build(
-    spec: BuildSpec, place: ClusterSpec, *, open_cluster: OpenCluster = local_cluster, listener: Listener | None = None
+    spec: BuildSpec,
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+    sign_key: Path | None = None,
 ) -> Build:
     """Build, verify and publish `spec` at `place`, on the cluster that `open_cluster` opens there.
 
     The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
-    release that this very build has published already is returned as it is. Raises an OrchestratorError of the situation.
+    release that this very build has published already is returned as it is. With `sign_key`, a PEM file with a P-256 private
+    key of this machine, the release is signed. Raises an OrchestratorError of the situation.
     """
+    from orchestrator.signing import check_sign_key
+    from orchestrator.work.publish import check_free, publish
+
     reports = listener or SilentListener()
+    if sign_key is not None:
+        check_sign_key(sign_key)
     made = plan(spec)
     target = open_store(place.store, place.store_options)
-    from orchestrator.work.publish import check_free, publish, release_prefix
-
-    address = f"{target.url}/{release_prefix(spec.release)}".rstrip("/")
+    address = f"{target.url}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/")
     check_writable(target)
-    existing = check_free(target, spec.release, made.build_key)
+    existing = check_free(target, spec.release, made.build_key, sign_key)
     if existing is not None:
         reports.on_plan(made, {}, already_published=True)
         return Build(made, existing, address, None)
-    committed = cache.committed(target, (step.digest for step in made.steps))
-    made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
-    reports.on_plan(made, committed, already_published=False)
-    result = run(made, committed, place, open_cluster, reports)
-    result.raise_failures(made)
-    return Build(made, publish(target, made, result.outcomes), address, result)
+    with cache.in_use(target, [step.digest for step in made.steps], release_prefix(spec.release.name, spec.release.version)):
+        committed = cache.committed(target, (step.digest for step in made.steps))
+        made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
+        reports.on_plan(made, committed, already_published=False)
+        result = run(made, committed, place, open_cluster, reports)
+        result.raise_failures(made)
+        return Build(made, publish(target, made, result.outcomes, sign_key), address, result)
 
 
 def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
@@ -280,55 +288,3 @@ def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topolo
         return from_trtllm(plain)
     except (OSError, ValueError) as error:
         raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
-
-
-def read_release(url: str) -> tuple[Store, Manifest]:
-    """The release at `url` (the folder of its manifest.json). Raises ReleaseMissingError, SchemaVersionError, DigestError."""
-    store, data = _read_manifest(url)
-    return store, parse_manifest(data, store.url)
-
-
-def _read_manifest(url: str) -> tuple[Store, bytes]:
-    """The release's store and the bytes of its manifest. Raises ReleaseMissingError."""
-    address = url.removesuffix("/manifest.json").rstrip("/")
-    store = open_store(address)
-    try:
-        return store, store.get("manifest.json")
-    except ObjectMissingError:
-        raise ReleaseMissingError(f"there is no release at {address}", "Give the URL that `orchestrator build` printed.") from None
-
-
-def pull(
-    url: str, ranks: Iterable[int] | None, output: Path, progress: Callable[[FileRecord], None] = lambda file: None
-) -> list[Path]:
-    """Fetch what the given ranks need (None: all) to the folder `output`, every digest checked while writing.
-
-    A file that is there already with the right digest is kept. Raises ReleaseMissingError, DigestError, StoreError.
-    """
-    store, data = _read_manifest(url)
-    manifest = parse_manifest(data, store.url)
-    wanted = set(ranks) if ranks is not None else {record.rank for record in manifest.ranks}
-    unknown = wanted - {record.rank for record in manifest.ranks}
-    if unknown:
-        raise ReleaseMissingError(
-            f"{manifest.name} {manifest.version} has no rank {min(unknown)}", f"It has ranks 0 to {len(manifest.ranks) - 1}."
-        )
-    files = [file for record in manifest.ranks if record.rank in wanted for file in record.files] + list(manifest.shared)
-    fetched = []
-    for file in files:
-        fetched.append(_pull_file(store, file, output))
-        progress(file)
-    (output / "manifest.json").write_bytes(data)  # as it was signed, newer fields included
-    return fetched
-
-
-def _pull_file(store: Store, file: FileRecord, output: Path) -> Path:
-    from orchestrator.work.context import download, file_sha256
-
-    target = output / file.path
-    if not target.resolve().is_relative_to(output.resolve()):
-        raise DigestError(f"the manifest names a file outside of the release: {file.path}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not (target.is_file() and target.stat().st_size == file.num_bytes and file_sha256(target) == file.sha256):
-        download(store, file.key, file.num_bytes, file.sha256, target)
-    return target

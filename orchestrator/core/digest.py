@@ -1,10 +1,13 @@
-"""Content addresses. A digest is the lower-case hexadecimal sha256 of bytes, or of a value's canonical JSON."""
+"""Content addresses. A digest is the lower-case hexadecimal sha256 of bytes, of their chunks, or of a value's canonical JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from typing import Any
+
+CHUNK_BYTES = 64 * 2**20
+"""Published files have a digest of every such piece, so that pieces are fetched, verified and resumed alone."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -23,3 +26,35 @@ def digest_of(value: Any) -> str:
 def digest_bytes(data: bytes) -> str:
     """sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
+
+
+class ChunkHasher:
+    """sha256 of every `chunk_bytes` of a stream, whatever the pieces that it comes in; the last chunk may be shorter."""
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._hash = hashlib.sha256()
+        self._filled = 0
+        self._done: list[str] = []
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            piece = view[: self._chunk_bytes - self._filled]
+            self._hash.update(piece)
+            self._filled += len(piece)
+            view = view[len(piece) :]
+            if self._filled == self._chunk_bytes:
+                self._done.append(self._hash.hexdigest())
+                self._hash, self._filled = hashlib.sha256(), 0
+
+    def digests(self) -> tuple[str, ...]:
+        """Of everything so far; none for no bytes at all."""
+        return (*self._done, self._hash.hexdigest()) if self._filled else tuple(self._done)
+
+
+def chunk_digests(data: bytes) -> tuple[str, ...]:
+    """The digests of the chunks of `data`."""
+    hasher = ChunkHasher()
+    hasher.update(data)
+    return hasher.digests()

@@ -144,6 +144,20 @@ class SchemaVersionError(OrchestratorError):
     default_advice = "Upgrade trt-orchestrator to read this release."
 
 
+class SignatureError(OrchestratorError):
+    """A release is not signed by the key that was given, or not at all."""
+
+    exit_code = 32
+    default_advice = "Do not use it. Ask its publisher for the public key, or for a release signed with his."
+
+
+class MachineError(OrchestratorError):
+    """This machine cannot run the engines that were asked for."""
+
+    exit_code = 33
+    default_advice = "Pull on the machine that runs them, or pass --no-check to fetch them anyway."
+
+
 class NotFiniteError(OrchestratorError):
     """The weights hold NaN or infinity, and the spec calls that an error."""
 

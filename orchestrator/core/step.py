@@ -82,6 +82,8 @@ class Output(_Value):
     """In the store."""
     num_bytes: int
     sha256: str
+    chunks: tuple[str, ...] = ()
+    """sha256 of every CHUNK_BYTES, for what is going to be published; else empty."""
 
 
 class Outcome(_Value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
@@ -69,14 +70,24 @@ def backend(name: str) -> EngineBackend:
     return module
 
 
+def installed_packages(name: str) -> dict[str, str]:
+    """Packages of a backend's library on this machine, without importing it: name to version; empty when there is none."""
+    found = {}
+    for distribution in _DISTRIBUTIONS[name]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[distribution] = importlib.metadata.version(distribution)
+    return found
+
+
 def installed_version(name: str) -> str | None:
     """Version of a backend's library on this machine, without importing it; None when it is not installed."""
-    for distribution in _DISTRIBUTIONS[name]:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(iter(installed_packages(name).values()), None)
+
+
+def cuda_version(name: str) -> str | None:
+    """Major version of the CUDA that a backend's installed library was made for, by its package's name; None: it does not say."""
+    versions = (package.rpartition("-cu")[2] for package in installed_packages(name) if "-cu" in package)
+    return next(versions, None)
 
 
 def require_version(name: str, expected: str | None) -> None:

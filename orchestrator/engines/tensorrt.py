@@ -7,16 +7,19 @@ and the plan is streamed on the way out. Engine bytes differ from build to build
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 from orchestrator.core.errors import EngineBuildError, SpecError, ToolError
 from orchestrator.core.manifest import EngineRecord, TensorRange
 from orchestrator.core.spec import BuildConfig
-from orchestrator.engines import EngineRequest, Profile, require_version
+from orchestrator.engines import EngineRequest, Profile, cuda_version, require_version
+from orchestrator.engines.device import visible_gpus
 
 _VERBOSITY = {"layer_names_only": "LAYER_NAMES_ONLY", "detailed": "DETAILED", "none": "NONE"}
 _MAX_ERRORS = 5
+_MEMORY = re.compile(r"Total (Device Persistent|Activation|Weights) Memory: (\d+) bytes")
 
 
 def build_engine(
@@ -47,12 +50,35 @@ def build_engine(
         raise stream.error
     if not built or not stream.num_bytes:
         raise EngineBuildError(f"{request.config.backend} could not build the engine: " + _last_errors(logger))
-    return _record(trt, network, request)
+    return _record(trt, network, request, logger.reported)
 
 
 def _module(backend: str) -> Any:
     require_version(backend, None)
     return importlib.import_module(backend)
+
+
+class Reported:
+    """What TensorRT tells about memory, in its log only: an engine can be asked for it where there is a GPU."""
+
+    def __init__(self) -> None:
+        self.weights_bytes: int | None = None
+        self.context_bytes: int | None = None
+        """Of the most demanding profile."""
+        self._persistent_bytes = 0
+
+    def read(self, message: str) -> None:
+        """Take in one line. A profile's persistent memory is told before its activation memory."""
+        found = _MEMORY.search(message)
+        if found is None:
+            return
+        what, size = found.group(1), int(found.group(2))
+        if what == "Weights":
+            self.weights_bytes = size
+        elif what == "Device Persistent":
+            self._persistent_bytes = size
+        else:
+            self.context_bytes = max(self.context_bytes or 0, size + self._persistent_bytes)
 
 
 def _logger(trt: Any, log: Callable[[str], None]) -> Any:
@@ -62,11 +88,13 @@ def _logger(trt: Any, log: Callable[[str], None]) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.reported = Reported()
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(message)
             if severity <= trt.ILogger.Severity.INFO:
+                self.reported.read(message)
                 log(f"[{severity.name}] {message}")
 
     return StepLogger()
@@ -185,7 +213,7 @@ def _stream(trt: Any, write: Callable[[memoryview], object]) -> Any:
     return Stream()
 
 
-def _record(trt: Any, network: Any, request: EngineRequest) -> EngineRecord:
+def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) -> EngineRecord:
     inputs = [network.get_input(number) for number in range(network.num_inputs)]
     outputs = [network.get_output(number) for number in range(network.num_outputs)]
     past = {tensor.name for tensor in inputs}
@@ -209,12 +237,17 @@ def _record(trt: Any, network: Any, request: EngineRequest) -> EngineRecord:
         tensors.append(
             TensorRange(name=tensor.name, dtype=tensor.dtype.name.lower(), mode="output", shape=_shape(tensor), aliases=aliases)
         )
+    gpu = next(iter(visible_gpus()), None) if request.config.backend == "tensorrt" else None
     return EngineRecord(
         backend=request.config.backend,
         tensorrt_version=trt.__version__,
-        compute_capabilities=request.config.compute_capabilities,
+        cuda_version=cuda_version(request.config.backend),
+        gpu_name=gpu.name if gpu else None,
+        compute_capabilities=(gpu.compute_capability,) if gpu else request.config.compute_capabilities,
         profiles=tuple(profile.name for profile in request.profiles),
         tensors=tuple(tensors),
+        weights_bytes=reported.weights_bytes,
+        context_bytes=reported.context_bytes,
     )
 
 

@@ -22,7 +22,7 @@ def build(task: Task, context: Context) -> dict[str, Any]:
     require_version(options.engine.backend, options.tensorrt_version)
     context.tools[options.engine.backend] = installed_version(options.engine.backend) or ""
     weights = map_shards(rank_shards(task, context, options.rank))
-    with context.output(f"rank{options.rank}.engine") as writer:
+    with context.output(f"rank{options.rank}.engine", chunked=True) as writer:
         record = compile_rank(
             options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.core.digest import ChunkHasher
 from orchestrator.core.errors import DigestError, StoreError
 from orchestrator.core.step import Output
 from orchestrator.stores import Store, Writer
@@ -39,13 +40,18 @@ class Context:
     """Called when the outcome is committed: what only later attempts would have needed is removed."""
 
     @contextmanager
-    def output(self, name: str, num_bytes: int | None = None) -> Iterator[HashingWriter]:
-        """Stream an output; it is recorded when the block ends well, and leaves nothing when it raises."""
+    def output(self, name: str, num_bytes: int | None = None, *, chunked: bool = False) -> Iterator[HashingWriter]:
+        """Stream an output; it is recorded when the block ends well, and leaves nothing when it raises.
+
+        `chunked`: with the digests of its chunks too, for what is going to be published; it doubles the cost of hashing.
+        """
         key = self.prefix + name
         with self.store.writer(key, num_bytes) as raw:
-            writer = HashingWriter(raw)
+            writer = HashingWriter(raw, chunked=chunked)
             yield writer
-        self.outputs.append(Output(name=name, key=key, num_bytes=writer.num_bytes, sha256=writer.sha256))
+        self.outputs.append(
+            Output(name=name, key=key, num_bytes=writer.num_bytes, sha256=writer.sha256, chunks=writer.chunk_digests)
+        )
 
     def fetch(self, output: Output) -> Path:
         """An input as a file of this machine: where it lies, or copied to scratch and checked on the way.
@@ -100,25 +106,35 @@ class _History:
 class HashingWriter:
     """Computes sha256 while writing, so that no byte is read back to be hashed."""
 
-    def __init__(self, raw: Writer) -> None:
+    def __init__(self, raw: Writer, *, chunked: bool = False) -> None:
         self._raw = raw
         self._hash = hashlib.sha256()
+        self._chunks = ChunkHasher() if chunked else None
         self.num_bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._raw.write(data)
         self._hash.update(data)
+        if self._chunks is not None:
+            self._chunks.update(data)
         self.num_bytes += memoryview(data).nbytes
 
     def write_shared(self, block: SharedBlock) -> None:
         """Write what other writers write too; hashed once for all of them that have written the same bytes so far."""
         self._raw.write(block.data)
         self._hash = block.hashed_after(self._hash)
+        if self._chunks is not None:
+            self._chunks.update(block.data)
         self.num_bytes += block.data.nbytes
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
+
+    @property
+    def chunk_digests(self) -> tuple[str, ...]:
+        """Of what was written so far; empty unless asked for."""
+        return self._chunks.digests() if self._chunks is not None else ()
 
 
 def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) -> None:

@@ -1,127 +1,131 @@
-"""Publish a finished build: objects first, the manifest last and only if there is none.
+"""Publish a finished build: objects first, then the signature, the manifest last and only if there is none.
 
     releases/<name>/<version>/manifest.json
-    releases/<name>/<version>/<build>/...        objects, in a folder named by the build key
+    releases/<name>/<version>/signatures/<digest of the manifest>.sig
+    releases/<name>/<version>/<build>-<id>/...   objects, in a folder of this attempt's own, begun by the build key
 
-Two different builds that publish one version at once write to different folders; whose manifest lands first wins, and
-the manifest always names its own objects.
+Two builds that publish one version at once write to different folders; whose manifest lands first wins, and the manifest
+always names its own objects. No key is ever used again, so that `collect` can take what a dead attempt left.
+A signature is found by the digest of what it signs, so the loser's is of no use.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
 
+from orchestrator import signing
 from orchestrator.checkpoints.places import open_place
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import ReleaseExistsError, SourceCorruptError
+from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
+from orchestrator.core.errors import ReleaseExistsError, SignatureError, SourceCorruptError
 from orchestrator.core.manifest import (
-    EngineRecord,
+    MANIFEST,
+    Chunks,
     FileRecord,
     Manifest,
     RankRecord,
     Role,
-    SourceFileRecord,
-    Verification,
     parse_manifest,
+    release_prefix,
+    signature_key,
 )
 from orchestrator.core.model_config import to_trtllm
-from orchestrator.core.options import BuildOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import ReleaseSpec
-from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
+from orchestrator.work.describing import describe, describe_rank
 
-MANIFEST = "manifest.json"
 _ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
 _BUILD_DIGITS = 12
+_BLOCK_BYTES = 8 * 2**20
 
 
-def release_prefix(release: ReleaseSpec) -> str:
-    """Key prefix of a release; ends with '/'."""
-    return f"releases/{release.name}/{release.version}/"
-
-
-def published(store: Store, release: ReleaseSpec) -> Manifest | None:
-    """The manifest under this name and version; None when there is none."""
-    key = release_prefix(release) + MANIFEST
-    try:
-        return parse_manifest(store.get(key), f"{store.url}/{key}")
-    except ObjectMissingError:
-        return None
-
-
-def check_free(store: Store, release: ReleaseSpec, build_key: str) -> Manifest | None:
+def check_free(store: Store, release: ReleaseSpec, build_key: str, sign_key: Path | None = None) -> Manifest | None:
     """The release if this very build is published already; None when the version is free.
 
-    Raises ReleaseExistsError when another build has it.
+    Raises ReleaseExistsError when another build has it, and SignatureError when it is this build's but not signed with `sign_key`:
+    to sign later what lies in a store would vouch for bytes that nobody has seen being made.
     """
-    existing = published(store, release)
-    if existing is not None and existing.build_key != build_key:
+    prefix = release_prefix(release.name, release.version)
+    try:
+        data = store.get(prefix + MANIFEST)
+    except ObjectMissingError:
+        return None
+    existing = parse_manifest(data, f"{store.url}/{prefix}{MANIFEST}")
+    if existing.build_key != build_key:
         raise ReleaseExistsError(
             f"{release.name} {release.version} is already published in {store.url} by another build "
             f"(build key {existing.build_key[:_BUILD_DIGITS]}, this one is {build_key[:_BUILD_DIGITS]})"
         )
+    if sign_key is not None and not _is_signed(store, prefix, data, sign_key):
+        raise SignatureError(
+            f"{release.name} {release.version} is already published in {store.url}, and not signed with {sign_key}",
+            "Raise release.version in the spec: no step is repeated.",
+        )
     return existing
 
 
-def publish(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> Manifest:
-    """Copy engines and small files into the release, then commit the manifest.
+def _is_signed(store: Store, prefix: str, manifest: bytes, sign_key: Path) -> bool:
+    try:
+        signature = store.get(prefix + signature_key(digest_bytes(manifest)))
+    except ObjectMissingError:
+        return False
+    return signing.is_signed_by(signature, sign_key)
+
+
+def publish(store: Store, plan: Plan, outcomes: Mapping[str, Outcome], sign_key: Path | None = None) -> Manifest:
+    """Copy engines and small files into the release, sign, then commit the manifest.
 
     Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
-    ReleaseExistsError when a different build was faster.
+    ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
     """
     release, build_key = plan.spec.release, plan.build_key
-    prefix = release_prefix(release)
-    folder = build_key[:_BUILD_DIGITS] + "/"
-    ranks = tuple(_publish_rank(store, prefix, folder, outcomes[step.digest]) for step in plan.of_kind(Kind.BUILD))
+    prefix = release_prefix(release.name, release.version)
+    folder = f"{build_key[:_BUILD_DIGITS]}-{uuid.uuid4().hex[:8]}/"
+    ranks = tuple(_publish_rank(store, prefix, folder, plan, outcomes[step.digest]) for step in plan.of_kind(Kind.BUILD))
     shared = tuple(_publish_shared(store, prefix, folder, plan))
-    manifest = Manifest(
-        name=release.name,
-        version=release.version,
-        build_key=build_key,
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        source=tuple(
-            SourceFileRecord(path=file.name, num_bytes=file.num_bytes, identity=file.identity)
-            for file in plan.inputs.index.files + plan.inputs.extra_files
-        ),
-        model=plan.inputs.config,
-        tp=plan.topology.tp,
-        pp=plan.topology.pp,
-        ranks=ranks,
-        shared=shared,
-        engine_config=plan.spec.engine.model_dump(mode="json"),
-        quantization=plan.spec.quantization.model_dump(mode="json") if plan.spec.quantization else None,
-        verification=_verification(plan, outcomes),
-        tools=_tools(outcomes[step.digest] for step in plan.steps if step.digest in outcomes),
-        steps={step.name: step.digest for step in plan.steps},
-    )
+    manifest = describe(plan, outcomes, ranks, shared)
+    data = manifest.to_json()
+    if sign_key is not None:
+        digests = signed_digests(manifest, data)
+        store.put(prefix + signature_key(digests[MANIFEST]), signing.sign(digests, release.name, sign_key))
     try:
-        store.put(prefix + MANIFEST, manifest.to_json(), create=True)
+        store.put(prefix + MANIFEST, data, create=True)
     except ObjectExistsError:
-        return check_free(store, release, build_key) or manifest
+        return check_free(store, release, build_key, sign_key) or manifest
     return manifest
 
 
-def _publish_rank(store: Store, prefix: str, folder: str, outcome: Outcome) -> RankRecord:
+def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
+    """What a signature covers: every file of a whole pulled release by its path, the manifest's own bytes `data` among them."""
+    return {**{file.path: file.sha256 for file in manifest.all_files()}, MANIFEST: digest_bytes(data)}
+
+
+def _publish_rank(store: Store, prefix: str, folder: str, plan: Plan, outcome: Outcome) -> RankRecord:
     (output,) = outcome.outputs
     key = folder + output.name
     store.copy(output.key, prefix + key)
-    options = BuildOptions.model_validate(outcome.facts["options"])
     file = FileRecord(
-        path=output.name, key=key, role="engine", media_type=_ENGINE_TYPE, num_bytes=output.num_bytes, sha256=output.sha256
+        path=output.name,
+        key=key,
+        role="engine",
+        media_type=_ENGINE_TYPE,
+        num_bytes=output.num_bytes,
+        sha256=output.sha256,
+        chunks=Chunks(sha256=output.chunks or _read_chunks(store, output)),
     )
-    return RankRecord(
-        rank=options.rank,
-        tp_rank=options.tp_rank,
-        pp_rank=options.stage.pp_rank,
-        first_layer=options.stage.first_layer,
-        num_layers=options.stage.num_layers,
-        engine=EngineRecord.model_validate(outcome.facts["engine"]),
-        files=(file,),
-    )
+    return describe_rank(plan, outcome, file)
+
+
+def _read_chunks(store: Store, output: Output) -> tuple[str, ...]:
+    """Of an engine that was built before chunks were hashed on the way."""
+    hasher = ChunkHasher()
+    for begin in range(0, output.num_bytes, _BLOCK_BYTES):
+        hasher.update(store.get_range(output.key, begin, min(begin + _BLOCK_BYTES, output.num_bytes)))
+    return hasher.digests()
 
 
 def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[FileRecord]:
@@ -145,27 +149,11 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
 def _put(store: Store, prefix: str, folder: str, path: str, role: Role, media_type: str, data: bytes) -> FileRecord:
     store.put(prefix + folder + path, data)
     return FileRecord(
-        path=path, key=folder + path, role=role, media_type=media_type, num_bytes=len(data), sha256=digest_bytes(data)
+        path=path,
+        key=folder + path,
+        role=role,
+        media_type=media_type,
+        num_bytes=len(data),
+        sha256=digest_bytes(data),
+        chunks=Chunks(sha256=chunk_digests(data)),
     )
-
-
-def _verification(plan: Plan, outcomes: Mapping[str, Outcome]) -> Verification | None:
-    for step in plan.of_kind(Kind.VERIFY):
-        numbers = outcomes[step.digest].facts.get("verification")
-        if numbers:
-            return Verification.model_validate(numbers)
-    return None
-
-
-def _tools(outcomes: Iterable[Outcome]) -> dict[str, str]:
-    tools = {"trt-orchestrator": _own_version()}
-    for outcome in outcomes:
-        tools.update(outcome.tools)
-    return dict(sorted(tools.items()))
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("trt-orchestrator")
-    except importlib.metadata.PackageNotFoundError:
-        return "uninstalled"

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from orchestrator.core.digest import canonical_json
+from orchestrator.core import manifest as manifest_module
+from orchestrator.core.digest import CHUNK_BYTES, canonical_json
 from orchestrator.core.errors import DigestError, SchemaVersionError
 from orchestrator.core.manifest import (
     SCHEMA_VERSION,
@@ -15,10 +17,23 @@ from orchestrator.core.manifest import (
     FileRecord,
     Manifest,
     RankRecord,
+    Selectors,
     SourceFileRecord,
     TensorRange,
     Verification,
+    manifest_schema,
     parse_manifest,
+    seal,
+)
+from orchestrator.core.memory import memory_needed
+from orchestrator.core.provenance import (
+    BuildDefinition,
+    Builder,
+    BuildMetadata,
+    Provenance,
+    RunDetails,
+    identified,
+    public_uri,
 )
 from tests.models.synthetic import model_config
 
@@ -27,7 +42,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "manifest_tiny.json"
 
 def _file(path: str, role: str, num_bytes: int) -> FileRecord:
     plain = {"path": path, "key": f"0123456789ab/{path}", "role": role, "media_type": "application/octet-stream"}
-    return FileRecord.model_validate({**plain, "num_bytes": num_bytes, "sha256": "ab" * 32})
+    return FileRecord.model_validate({**plain, "num_bytes": num_bytes, "sha256": "ab" * 32, "chunks": {"sha256": ["ab" * 32]}})
 
 
 def _rank(rank: int) -> RankRecord:
@@ -38,18 +53,29 @@ def _rank(rank: int) -> RankRecord:
         shape=("batch", "tokens"),
         profiles={"prefill": {"min": (1, 1), "opt": (1, 8), "max": (2, 16)}},
     )
+    past = TensorRange(
+        name="past_key_values.0.key",
+        dtype="bfloat16",
+        mode="input",
+        shape=("batch", 1, 64, 4),
+        profiles={"prefill": {"min": (1, 1, 64, 4), "opt": (1, 1, 64, 4), "max": (2, 1, 64, 4)}},
+    )
     cache = TensorRange(
         name="present.0.key", dtype="bfloat16", mode="output", shape=("batch", 1, 64, 4), aliases="past_key_values.0.key"
     )
     engine = EngineRecord(
         backend="tensorrt_rtx",
         tensorrt_version="1.7.1.116",
+        cuda_version="13",
         compute_capabilities=("8.9", "12.0"),
         profiles=("prefill", "decode"),
-        tensors=(ids, cache),
+        tensors=(ids, past, cache),
+        weights_bytes=900,
+        context_bytes=500,
     )
     files = (_file(f"rank{rank}.engine", "engine", 1000 + rank),)
-    return RankRecord(rank=rank, tp_rank=rank, pp_rank=0, first_layer=0, num_layers=3, engine=engine, files=files)
+    memory = memory_needed(engine, files[0].num_bytes)
+    return RankRecord(rank=rank, tp_rank=rank, pp_rank=0, first_layer=0, num_layers=3, engine=engine, memory=memory, files=files)
 
 
 MANIFEST = Manifest(
@@ -59,6 +85,7 @@ MANIFEST = Manifest(
     created_at="2026-01-01T00:00:00+00:00",
     source=(SourceFileRecord(path="model.safetensors", num_bytes=5, identity="mtime:1"),),
     model=model_config(rotary_scaling={"rope_type": "llama3", "factor": 8.0}),
+    selectors=Selectors(backend="tensorrt_rtx", precision="bfloat16", tp=2, pp=1, gpu="8.9,12.0"),
     tp=2,
     pp=1,
     ranks=(_rank(0), _rank(1)),
@@ -69,6 +96,15 @@ MANIFEST = Manifest(
     ),
     tools={"trt-orchestrator": "0.1.0", "tensorrt_rtx": "1.7.1.116"},
     steps={"build/rank0": "ef" * 32},
+    provenance=Provenance(
+        buildDefinition=BuildDefinition(
+            externalParameters={"dtype": "auto"}, resolvedDependencies=(identified("model.safetensors", "sha256:" + "12" * 32),)
+        ),
+        runDetails=RunDetails(
+            builder=Builder(version={"trt-orchestrator": "0.1.0"}),
+            metadata=BuildMetadata(invocationId="1", finishedOn="2026-01-01T00:00:00+00:00"),
+        ),
+    ),
 )  # fmt: skip
 
 
@@ -78,7 +114,7 @@ def plain() -> dict[str, Any]:
 
 
 def parsed(changed: dict[str, Any]) -> Manifest:
-    return parse_manifest(json.dumps(changed).encode(), "s3://bucket/manifest.json")
+    return parse_manifest(seal(changed), "s3://bucket/manifest.json")
 
 
 def test_to_json_manifest_is_as_the_golden_file_says() -> None:
@@ -97,9 +133,19 @@ def test_to_json_text_is_canonical_and_survives_parsing() -> None:
     assert parse_manifest(data, "here").to_json() == data
 
 
-def test_parse_manifest_of_any_layout_gives_the_canonical_text() -> None:
+def test_parse_manifest_in_another_layout_than_the_canonical_is_refused() -> None:
     shuffled = json.dumps(dict(reversed(plain().items())), indent=3).encode()
-    assert parse_manifest(shuffled, "here").to_json() == MANIFEST.to_json()
+    with pytest.raises(DigestError, match="changed after it was written"):
+        parse_manifest(shuffled, "here")
+
+
+def test_parse_manifest_every_flipped_bit_is_found() -> None:
+    data = MANIFEST.to_json()
+    for place in range(0, len(data), 7):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 8)
+        with pytest.raises((DigestError, SchemaVersionError)):
+            parse_manifest(bytes(changed), "here")
 
 
 def test_parse_manifest_newer_schema_is_refused_by_number() -> None:
@@ -116,13 +162,56 @@ def test_parse_manifest_newer_schema_is_refused_before_its_fields_are_read() -> 
         parsed({"schema_version": SCHEMA_VERSION + 1, "layout": "unknown"})
 
 
-def test_parse_manifest_fields_added_within_the_version_are_passed_over() -> None:
+def test_parse_manifest_fields_added_within_the_version_are_kept() -> None:
     changed = plain()
     changed["signature"] = "new"
     changed["ranks"][0]["numa"] = 1
     changed["ranks"][0]["engine"]["driver"] = "600"
     changed["shared"][0]["compression"] = "none"
-    assert parsed(changed) == MANIFEST
+    changed["provenance"]["runDetails"]["byproducts"] = []
+    assert parsed(changed).to_json() == seal(changed)
+
+
+def test_parse_manifest_chunks_that_do_not_cover_their_file_are_refused() -> None:
+    changed = plain()
+    changed["ranks"][0]["files"][0]["num_bytes"] = CHUNK_BYTES + 1
+    with pytest.raises(DigestError, match="and 1 chunks"):
+        parsed(changed)
+
+
+def test_memory_needed_counts_plan_cache_other_inputs_and_context() -> None:
+    need = MANIFEST.ranks[0].memory
+    assert need.kv_cache_bytes == 2 * 1 * 64 * 4 * 2
+    assert need.io_bytes == 2 * 16 * 8
+    assert need.total_bytes == 1000 + need.kv_cache_bytes + need.io_bytes + 500
+
+
+def test_schema_published_file_is_that_of_the_code() -> None:
+    path = Path(manifest_module.__file__).with_name("manifest.schema.json")
+    text = json.dumps(manifest_schema(), indent=1) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, "run: orchestrator schema manifest > orchestrator/core/manifest.schema.json"
+
+
+def test_schema_accepts_the_golden_manifest_and_refuses_a_spoilt_one() -> None:
+    schema = manifest_schema()
+    jsonschema.validate(json.loads(GOLDEN.read_bytes()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**plain(), "ranks": "all"}, schema)
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("s3://key:secret@bucket/models/a?token=secret#secret", "s3://bucket/models/a"),
+        ("https://secret@host/a", "https://host/a"),
+        ("/home/someone/models/a/", "file:a"),
+        ("file:///srv/a", "file:a"),
+    ],
+)
+def test_public_uri_of_a_place_has_no_secrets(place: str, shown: str) -> None:
+    assert public_uri(place) == shown
 
 
 def test_parse_manifest_model_field_added_within_the_version_is_passed_over() -> None:

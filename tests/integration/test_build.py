@@ -17,6 +17,7 @@ from orchestrator import verbs
 from orchestrator.core.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind
+from orchestrator.releases import pull
 from orchestrator.work.context import file_sha256
 from tests.conftest import SpecMaker
 
@@ -107,7 +108,7 @@ def test_build_under_a_published_version_is_refused(published: verbs.Build) -> N
 
 
 def test_pull_of_a_rank_fetches_what_it_needs(published: verbs.Build, tmp_path: Path) -> None:
-    paths = verbs.pull(published.address, [2], tmp_path)
+    paths = pull(published.address, tmp_path, ranks=[2], check=False)
     names = {path.relative_to(tmp_path).as_posix() for path in paths}
     assert "rank2.engine" in names
     assert "config.json" in names
@@ -126,13 +127,13 @@ def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: verbs
     data[len(data) // 2] ^= 1
     engine.write_bytes(data)
     with pytest.raises(DigestError):
-        verbs.pull(copy.as_uri(), [1], tmp_path / "out")
+        pull(copy.as_uri(), tmp_path / "out", ranks=[1], check=False)
     assert not (tmp_path / "out" / "rank1.engine").exists()
 
 
 def test_pull_of_an_unknown_rank_is_refused(published: verbs.Build, tmp_path: Path) -> None:
     with pytest.raises(ReleaseMissingError, match="no rank 9"):
-        verbs.pull(published.address, [9], tmp_path)
+        pull(published.address, tmp_path, ranks=[9], check=False)
 
 
 def test_build_above_tolerance_publishes_nothing(tiny_llama: Path, store_url: str, make_spec: SpecMaker) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.core import errors
-from orchestrator.work.publish import MANIFEST
+from orchestrator.core.manifest import MANIFEST
 
 
 class Workplace:

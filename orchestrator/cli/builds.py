@@ -1,87 +1,34 @@
-"""The command line: decodes, joins spec, store and cluster, maps errors to exit codes. The only importer of actors."""
+"""Commands that make things: plan, build, convert, build-engine; inspect, compare and schema. The only importer of actors."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
-from rich.table import Table
 
-from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+from orchestrator.cli.console import ClusterFile, Json, PublicKey, Ranks, exit_codes, out, parse_ranks, plain, show
+from orchestrator.core.errors import SpecError
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
 
 if TYPE_CHECKING:
     from orchestrator.clusters import Cluster
     from orchestrator.report import Listener
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
-)
+app = typer.Typer()
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints themselves.")
 app.add_typer(checkpoint_app, name="checkpoint")
-_WIDTH = None if sys.stdout.isatty() else 160
-_out = Console(highlight=False, width=_WIDTH)
-_err = Console(stderr=True, highlight=False, width=_WIDTH)
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
-ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: processes of this machine.")]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
-Ranks = Annotated[str, typer.Option("--rank", help="A rank, a list such as 0,1, or all.")]
-
-
-@contextmanager
-def _exit_codes(as_json: bool = False) -> Iterator[None]:
-    """Every error of a user's situation in a few lines, with its own exit code. SIGTERM ends as cleanly as Ctrl-C."""
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    try:
-        yield
-    except OrchestratorError as error:
-        _fail(error, as_json)
-    except KeyboardInterrupt:
-        _fail(CancelledError("stopped"), as_json)
-
-
-def _raise_interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
-    if as_json:
-        fields = {"event": "error", "error": type(error).__name__, "message": error.message, "advice": error.advice}
-        print(json.dumps({**fields, "exit_code": error.exit_code}), flush=True)
-    else:
-        _err.print(f"[bold red]error:[/] {_plain(error.message)}")
-        if error.advice:
-            _err.print(f"  {_plain(error.advice)}")
-    raise typer.Exit(error.exit_code)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
-def _show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    for table in tables:
-        _out.print(table)
-        _out.print()
 
 
 def _listener(as_json: bool) -> Listener:
     from orchestrator.report import ConsoleListener, JsonListener
 
-    return JsonListener() if as_json else ConsoleListener(_out)
+    return JsonListener() if as_json else ConsoleListener(out)
 
 
 def _place(cluster: Path | None, store: str | None) -> ClusterSpec:
@@ -110,37 +57,43 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
 @app.command()
 def plan(spec: SpecFile, as_json: Json = False) -> None:
     """Print stages, steps and bytes, from the checkpoint's headers alone."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import verbs
         from orchestrator.loading import load_spec
         from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
 
         made = verbs.plan(load_spec(spec))
         facts = describe_plan(made)
-        _show(facts, [stage_table(made), plan_table(made)], as_json)
+        show(facts, [stage_table(made), plan_table(made)], as_json)
         if not as_json:
-            _out.print(
+            out.print(
                 f"{made.inputs.config.architecture}, {made.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
                 f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {made.build_key[:16]}."
             )
             for name, reason in facts["ignored"]:
-                _out.print(f"left out: {name} ({reason})")
+                out.print(f"left out: {name} ({reason})")
             for note in facts["notes"]:
-                _out.print(f"note: {_plain(note)}", soft_wrap=True)
+                out.print(f"note: {plain(note)}", soft_wrap=True)
             for warning in facts["warnings"]:
-                _out.print(f"[yellow]warning:[/] {_plain(warning)}", soft_wrap=True)
+                out.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
 
 
 @app.command()
-def build(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None, as_json: Json = False) -> None:
+def build(
+    spec: SpecFile,
+    cluster: ClusterFile = None,
+    store: StoreUrl = None,
+    sign_key: Annotated[Path | None, typer.Option("--sign-key", help="PEM, P-256: sign the release with this private key.")] = None,
+    as_json: Json = False,
+) -> None:
     """Build, verify and publish. Run it again after any interruption: committed steps are not repeated."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import verbs
         from orchestrator.loading import load_spec
 
         wanted = load_spec(spec)
         place = _place(cluster, store)
-        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json))
+        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json), sign_key=sign_key)
         _report_build(made, as_json)
 
 
@@ -154,54 +107,31 @@ def _report_build(made: Any, as_json: bool) -> None:
         return
     if manifest.verification:
         found = manifest.verification
-        _out.print(
+        out.print(
             f"verified on {found.num_positions} positions: max absolute error {found.max_absolute_error:.2e}, max relative error "
             f"{found.max_relative_error:.2e}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
         )
     else:
-        _out.print("[yellow]verification was switched off in the spec[/]")
+        out.print("[yellow]verification was switched off in the spec[/]")
     from orchestrator.report import format_bytes
 
     engines = [file for record in manifest.ranks for file in record.files]
-    _out.print(f"{len(engines)} engines, {format_bytes(sum(file.num_bytes for file in engines))}")
-    _out.print(f"published: {address}", soft_wrap=True)
+    out.print(f"{len(engines)} engines, {format_bytes(sum(file.num_bytes for file in engines))}")
+    out.print(f"published: {address}", soft_wrap=True)
 
 
 @app.command()
-def inspect(url: Annotated[str, typer.Argument(help="URL or folder of a release or a checkpoint.")], as_json: Json = False) -> None:
+def inspect(
+    url: Annotated[str, typer.Argument(help="URL or folder of a release or a checkpoint.")],
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
     """Print a release or a checkpoint as a table."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import inspection
 
-        facts, tables = inspection.inspect(url)
-        _show(facts, tables, as_json)
-
-
-@app.command()
-def pull(
-    url: Annotated[str, typer.Argument(help="URL of a release.")],
-    rank: Ranks = "all",
-    output: Annotated[Path, typer.Option("--output", help="Folder to write to.")] = Path("engines"),
-) -> None:
-    """Fetch what a rank needs; every digest is checked."""
-    with _exit_codes():
-        from orchestrator import verbs
-        from orchestrator.loading import resolve_store
-
-        address = resolve_store(url, Path.cwd())
-        paths = verbs.pull(address, _parse_ranks(rank), output, lambda file: _out.print(f"  {file.sha256[:16]}  {file.path}"))
-        _out.print(f"{len(paths)} files in {output}, every digest right")
-
-
-def _parse_ranks(text: str) -> list[int] | None:
-    if text == "all":
-        return None
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise SpecError(
-            f"--rank {text!r} is neither a number, a list of numbers, nor all", "E.g. --rank 0 or --rank 0,1."
-        ) from None
+        facts, tables = inspection.inspect(url, public_key)
+        show(facts, tables, as_json)
 
 
 @app.command()
@@ -216,7 +146,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a TensorRT-LLM checkpoint, as convert_checkpoint.py did."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import verbs
         from orchestrator.loading import resolve_source
 
@@ -235,7 +165,7 @@ def convert(
         made = verbs.convert(spec, output, _listener(as_json))
         if not as_json:
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
-            _out.print(f"{made.topology.world_size} ranks{shared} in {output}")
+            out.print(f"{made.topology.world_size} ranks{shared} in {output}")
 
 
 @app.command()
@@ -295,7 +225,7 @@ def build_engine(
     gather_logits: Annotated[bool, typer.Option("--gather-logits/--local-logits", help="Whole vocabulary on every rank.")] = True,
 ) -> None:
     """Compile ranks of a checkpoint, as trtllm-build did. No verification, no publishing: `build` does those."""
-    with _exit_codes():
+    with exit_codes():
         from orchestrator import verbs
         from orchestrator.report import format_bytes
 
@@ -304,14 +234,14 @@ def build_engine(
             "max_seq_len": max_seq_len, "gather_logits": gather_logits,
         }  # fmt: skip
         engine = decode(BuildConfig, fields, "command line")
-        with _out.status("compiling") as status:
+        with out.status("compiling") as status:
             ranks = verbs.build_engine(
-                checkpoint, _parse_ranks(rank), output, engine,
+                checkpoint, parse_ranks(rank), output, engine,
                 lambda number, phase, done, total: status.update(f"rank {number}: {phase} {done}/{total}"),
             )  # fmt: skip
         for number in ranks:
             path = output / f"rank{number}.engine"
-            _out.print(f"{path}  {format_bytes(path.stat().st_size)}")
+            out.print(f"{path}  {format_bytes(path.stat().st_size)}")
 
 
 @checkpoint_app.command()
@@ -325,7 +255,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor. Ends with exit code 0 when they are the same, 1 when they differ."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import comparison
         from orchestrator.loading import resolve_source
 
@@ -334,7 +264,7 @@ def compare(
             print(json.dumps(found.to_plain(), indent=1))
         else:
             for line in found.lines():
-                _out.print(_plain(line), soft_wrap=True)
+                out.print(plain(line), soft_wrap=True)
     if not found.same:
         raise typer.Exit(1)
 
@@ -342,11 +272,7 @@ def compare(
 @app.command()
 def schema(what: Annotated[Literal["build", "cluster", "manifest"], typer.Argument(help="Which file.")]) -> None:
     """Print the JSON Schema of a build spec, a cluster file or a manifest."""
-    from orchestrator.core.manifest import Manifest
+    from orchestrator.core.manifest import manifest_schema
 
-    models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec, "manifest": Manifest}
-    print(json.dumps(models[what].model_json_schema(), indent=1))
-
-
-if __name__ == "__main__":
-    app()
+    models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec}
+    print(json.dumps(models[what].model_json_schema() if what in models else manifest_schema(), indent=1))

@@ -1,0 +1,13 @@
+"""The command line: decodes, joins spec, store and cluster, maps errors to exit codes."""
+
+from __future__ import annotations
+
+import typer
+
+from orchestrator.cli import builds, releases
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
+)
+app.add_typer(builds.app)
+app.add_typer(releases.app)

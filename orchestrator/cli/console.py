@@ -1,0 +1,82 @@
+"""What every command shares: how it prints, in words or JSON, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+
+_WIDTH = None if sys.stdout.isatty() else 160
+out = Console(highlight=False, width=_WIDTH)
+_err = Console(stderr=True, highlight=False, width=_WIDTH)
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+Ranks = Annotated[str, typer.Option("--rank", help="A rank, a list such as 0,1, or all.")]
+ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: processes of this machine.")]
+PublicKey = Annotated[
+    Path | None, typer.Option("--public-key", help="PEM, P-256: refuse a release that is not signed with this key.")
+]
+
+
+@contextmanager
+def exit_codes(as_json: bool = False) -> Iterator[None]:
+    """Every error of a user's situation in a few lines, with its own exit code. SIGTERM ends as cleanly as Ctrl-C."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        yield
+    except OrchestratorError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        _fail(CancelledError("stopped"), as_json)
+
+
+def _raise_interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
+    if as_json:
+        fields = {"event": "error", "error": type(error).__name__, "message": error.message, "advice": error.advice}
+        print(json.dumps({**fields, "exit_code": error.exit_code}), flush=True)
+    else:
+        _err.print(f"[bold red]error:[/] {plain(error.message)}")
+        if error.advice:
+            _err.print(f"  {plain(error.advice)}")
+    raise typer.Exit(error.exit_code)
+
+
+def plain(text: str) -> str:
+    """`text` without what rich takes for markup."""
+    return text.replace("[", "\\[")
+
+
+def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
+    """Print facts for machines or tables for people."""
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for table in tables:
+        out.print(table)
+        out.print()
+
+
+def parse_ranks(text: str) -> list[int] | None:
+    """The value of --rank; None for all. Raises SpecError."""
+    if text == "all":
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise SpecError(
+            f"--rank {text!r} is neither a number, a list of numbers, nor all", "E.g. --rank 0 or --rank 0,1."
+        ) from None

@@ -1,0 +1,32 @@
+"""Releases from the side of those who use them: read, pull, verify, tag, list, collect.
+
+    from orchestrator.releases import pull
+
+    pull("s3://bucket/engines/releases/llama/1", Path("/models/llama"), node=0, public_key=Path("pub.pem"))
+
+Needs a store and a manifest; never Ray, torch, ONNX or TensorRT. Every digest is checked before a file gets its name.
+"""
+
+from __future__ import annotations
+
+from orchestrator.releases.collecting import Collected, collect
+from orchestrator.releases.listing import Listed, list_releases
+from orchestrator.releases.pulling import pull
+from orchestrator.releases.reading import Release, open_release, read_release
+from orchestrator.releases.tags import Tag, tag
+from orchestrator.releases.verifying import Verified, verify
+
+__all__ = [
+    "Collected",
+    "Listed",
+    "Release",
+    "Tag",
+    "Verified",
+    "collect",
+    "list_releases",
+    "open_release",
+    "pull",
+    "read_release",
+    "tag",
+    "verify",
+]

@@ -1,0 +1,196 @@
+"""Remove what nobody needs from a store: outcomes and outputs that no release was made of, objects of no manifest, dead uploads.
+
+Kept for ever: what a manifest names, the outcomes of its steps, what a kept outcome names, and tags. Kept while it runs: what a
+live build has announced (cache.in_use). Anything else is removed when it was found unneeded twice, at least the grace period
+apart. Ages count from the first of these looks, remembered in collect/seen.json: a store's own dates mean little, since a copy or
+a hard link that a build has just made may carry the date of its source.
+
+A build may begin at any moment. It announces itself before it looks up outcomes, and this module deletes outcomes first, reads
+the announcements again, puts back the outcomes that a new build may have seen, and only then deletes outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from orchestrator.cache import LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
+from orchestrator.core.digest import digest_bytes
+from orchestrator.core.errors import DigestError, SchemaVersionError
+from orchestrator.core.manifest import MANIFEST, Manifest, parse_manifest, signature_key
+from orchestrator.core.spec import StoreOptions
+from orchestrator.core.step import Outcome
+from orchestrator.releases.listing import RELEASES
+from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store, Upload, open_store
+
+GRACE = datetime.timedelta(days=7)
+"""Longer than the longest build."""
+SEEN = "collect/seen.json"
+
+
+@dataclass
+class Collected:
+    """What a look at a store found."""
+
+    due: dict[str, int] = field(default_factory=dict)
+    """Keys to delete, or deleted, with their bytes."""
+    waiting: dict[str, int] = field(default_factory=dict)
+    """Unneeded, but not for long enough."""
+    uploads: list[Upload] = field(default_factory=list)
+    """Begun longer ago than the grace period and never ended."""
+    deleted: bool = False
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """What must stay."""
+
+    digests: frozenset[str]
+    """Of steps: their outcomes."""
+    keys: frozenset[str]
+    """Objects of releases."""
+    releases: tuple[str, ...]
+    """Key prefixes under which a live build is going to publish, or whose manifest cannot be read."""
+
+
+def collect(
+    url: str,
+    grace: datetime.timedelta = GRACE,
+    *,
+    delete: bool = False,
+    options: StoreOptions | None = None,
+    now: datetime.datetime | None = None,
+) -> Collected:
+    """Look for what the store at `url` does not need; delete what is due only with `delete`.
+
+    A live build that announced itself longer ago than `grace` counts as dead, so `grace` must be longer than the longest build.
+    `now` is UTC. Raises StoreError.
+    """
+    store = open_store(url, options)
+    moment = now or datetime.datetime.now(datetime.UTC)
+    found = Collected(deleted=delete)
+    present = {info.key: info.num_bytes for top in (OUTCOMES, STEPS, RELEASES, LIVE) for info in store.list(top)}
+    live = _live(store, moment - grace)
+    outcomes = _outcomes(store, present)
+    needed = _needed(present, outcomes, _roots(store, present, live.values()), live)
+    seen = _read_seen(store)
+    first_seen = {key: seen.get(key, moment) for key in present if key not in needed}
+    for key, since in sorted(first_seen.items()):
+        (found.due if since <= moment - grace else found.waiting)[key] = present[key]
+    found.uploads = [upload for upload in store.list_uploads("") if upload.started_at <= moment - grace]
+    if delete:
+        _delete(store, found, outcomes, moment - grace)
+        first_seen = {key: since for key, since in first_seen.items() if key not in found.due}
+    store.put(SEEN, json.dumps({key: since.isoformat() for key, since in first_seen.items()}).encode())
+    return found
+
+
+def _needed(present: Iterable[str], outcomes: dict[str, Outcome], roots: _Roots, live: dict[str, LiveBuild]) -> set[str]:
+    """Keys that stay."""
+    needed = set(roots.keys) | set(live)
+    for digest in roots.digests & outcomes.keys():
+        needed |= _of_outcome(outcomes[digest])
+    running = {digest for build in live.values() for digest in build.steps}
+    for key in present:
+        # An attempt of a live build's step writes outputs before any outcome names them.
+        in_attempt = key.startswith(STEPS) and key.split("/")[1] in running
+        if in_attempt or key.startswith(roots.releases):
+            needed.add(key)
+    return needed
+
+
+def _of_outcome(outcome: Outcome) -> set[str]:
+    return {outcome_key(outcome.digest), *(output.key for output in outcome.outputs), *([outcome.log] if outcome.log else [])}
+
+
+def _delete(store: Store, found: Collected, outcomes: dict[str, Outcome], oldest: datetime.datetime) -> None:
+    """Delete what is due; what a build needs that began meanwhile leaves `found.due`."""
+    removed = {key: store.get(key) for key in found.due if key.startswith(OUTCOMES)}
+    for key in removed:
+        store.delete(key)
+    live = _live(store, oldest).values()
+    for build in live:
+        for digest in build.steps:
+            if outcome_key(digest) in removed:
+                _put_back(store, outcome_key(digest), removed[outcome_key(digest)])
+            spared = _of_outcome(outcomes[digest]) if digest in outcomes else {outcome_key(digest)}
+            found.due = {key: size for key, size in found.due.items() if key not in spared and f"/{digest}/" not in key}
+        found.due = {key: size for key, size in found.due.items() if not key.startswith(build.release)}
+    for key in found.due:
+        store.delete(key)
+    for upload in found.uploads:
+        store.abort_upload(upload)
+
+
+def _put_back(store: Store, key: str, data: bytes) -> None:
+    with contextlib.suppress(ObjectExistsError):  # the build did the step again, and its outcome counts
+        store.put(key, data, create=True)
+
+
+def _live(store: Store, oldest: datetime.datetime) -> dict[str, LiveBuild]:
+    """Builds that have announced themselves since `oldest`, by key."""
+    found = {}
+    for info in list(store.list(LIVE)):
+        try:
+            build = LiveBuild.model_validate_json(store.get(info.key))
+        except (ObjectMissingError, ValidationError):
+            continue
+        if build.started_at > oldest:
+            found[info.key] = build
+    return found
+
+
+def _outcomes(store: Store, present: Iterable[str]) -> dict[str, Outcome]:
+    """By digest; what cannot be read names nothing."""
+    found = {}
+    for key in present:
+        if key.startswith(OUTCOMES):
+            try:
+                outcome = Outcome.model_validate_json(store.get(key))
+            except (ObjectMissingError, ValidationError):
+                continue
+            if key == outcome_key(outcome.digest):
+                found[outcome.digest] = outcome
+    return found
+
+
+def _roots(store: Store, present: Iterable[str], live: Iterable[LiveBuild]) -> _Roots:
+    digests: set[str] = set()
+    keys: set[str] = set()
+    releases: list[str] = []
+    for build in live:
+        digests.update(build.steps)
+        releases.append(build.release)
+    for key in present:
+        if not (key.startswith(RELEASES) and key.endswith("/" + MANIFEST) and key.count("/") == 3):
+            continue
+        folder = key.removesuffix(MANIFEST)
+        manifest, digest = _manifest(store, key)
+        if manifest is None:
+            releases.append(folder)  # nobody knows what a newer or damaged manifest needs
+            continue
+        digests.update(manifest.steps.values())
+        keys.update([key, folder + signature_key(digest), *(folder + file.key for file in manifest.all_files())])
+    return _Roots(frozenset(digests), frozenset(keys), tuple(releases))
+
+
+def _manifest(store: Store, key: str) -> tuple[Manifest | None, str]:
+    try:
+        data = store.get(key)
+        return parse_manifest(data, key), digest_bytes(data)
+    except (ObjectMissingError, DigestError, SchemaVersionError):
+        return None, ""
+
+
+def _read_seen(store: Store) -> dict[str, datetime.datetime]:
+    """Key to the moment when it was first found unneeded; nothing when the record is missing or damaged."""
+    try:
+        plain = json.loads(store.get(SEEN))
+        return {str(key): datetime.datetime.fromisoformat(since) for key, since in plain.items()}
+    except (ObjectMissingError, ValueError, TypeError, AttributeError):
+        return {}

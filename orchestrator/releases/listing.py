@@ -1,0 +1,68 @@
+"""What a store has: its releases, with their tags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.core.errors import DigestError, SchemaVersionError, SpecError
+from orchestrator.core.manifest import MANIFEST, Manifest
+from orchestrator.core.spec import StoreOptions
+from orchestrator.releases.reading import open_release
+from orchestrator.releases.tags import current_tags
+from orchestrator.stores import Store, open_store
+
+RELEASES = "releases/"
+SELECTORS = ("backend", "precision", "tp", "pp", "gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One release of a store."""
+
+    folder: str
+    """In the store, e.g. releases/llama/1."""
+    manifest: Manifest | None
+    """None: it cannot be read."""
+    problem: str = ""
+    """Why."""
+    is_signed: bool = False
+    tags: tuple[str, ...] = ()
+
+
+def list_releases(url: str, selectors: Mapping[str, str] | None = None, options: StoreOptions | None = None) -> list[Listed]:
+    """The releases of the store at `url`, by name and version; with `selectors`, those whose manifests have these values.
+
+    A release that cannot be read is listed with the reason, unless selectors are given.
+    Raises SpecError for an unknown selector, DigestError for a damaged tag, StoreError.
+    """
+    wanted = dict(selectors or {})
+    unknown = sorted(set(wanted) - set(SELECTORS))
+    if unknown:
+        raise SpecError(f"there is no selector {unknown[0]!r}", f"Selectors: {', '.join(SELECTORS)}.")
+    store = open_store(url, options)
+    tags: dict[str, list[str]] = {}
+    for tag in current_tags(store):
+        tags.setdefault(tag.release, []).append(tag.name)
+    found = [_listed(store, folder, tuple(tags.get(folder, ())), options) for folder in release_folders(store)]
+    return [item for item in found if _matches(item, wanted)]
+
+
+def release_folders(store: Store) -> list[str]:
+    """releases/<name>/<version> of everything that has a manifest."""
+    keys = (info.key for info in store.list(RELEASES))
+    return sorted(key.removesuffix("/" + MANIFEST) for key in keys if key.count("/") == 3 and key.endswith("/" + MANIFEST))
+
+
+def _listed(store: Store, folder: str, tags: tuple[str, ...], options: StoreOptions | None) -> Listed:
+    try:
+        release = open_release(f"{store.url}/{folder}", options=options)
+    except (DigestError, SchemaVersionError) as error:
+        return Listed(folder, None, error.message, tags=tags)
+    return Listed(folder, release.manifest, is_signed=release.signature() is not None, tags=tags)
+
+
+def _matches(item: Listed, wanted: Mapping[str, str]) -> bool:
+    if not wanted:
+        return True
+    return item.manifest is not None and all(str(getattr(item.manifest.selectors, name)) == value for name, value in wanted.items())

@@ -1,0 +1,71 @@
+"""Whether a machine can run the engines of a release, and if not, why. Asks packages and the driver; loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.core.errors import MachineError
+from orchestrator.core.manifest import Manifest, RankRecord
+from orchestrator.engines import BACKENDS, installed_version
+from orchestrator.engines.device import Gpu, visible_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What engines need of a machine."""
+
+    gpus: tuple[Gpu, ...]
+    """One for each rank, in the order of the ranks."""
+    tensorrt: Mapping[str, str] = field(default_factory=dict)
+    """Installed version by backend."""
+
+
+def this_machine() -> Machine:
+    """The one that this process runs on."""
+    versions = {name: version for name in BACKENDS if (version := installed_version(name)) is not None}
+    return Machine(visible_gpus(), versions)
+
+
+def check_machine(manifest: Manifest, ranks: Sequence[int], machine: Machine) -> None:
+    """Raises MachineError with every reason why `machine` cannot run these ranks, one GPU each."""
+    found = problems(manifest, ranks, machine)
+    if found:
+        raise MachineError(f"this machine cannot run {manifest.name} {manifest.version}: " + "; ".join(found))
+
+
+def problems(manifest: Manifest, ranks: Sequence[int], machine: Machine) -> list[str]:
+    """Every reason; empty when it can."""
+    records = [manifest.rank(rank) for rank in ranks]
+    found = list(dict.fromkeys(_version_problems(records, machine)))
+    if not machine.gpus:
+        return [*found, "it has no NVIDIA GPU, or no driver for it"]
+    if len(machine.gpus) < len(records):
+        found.append(f"it has {len(machine.gpus)} GPUs, {len(records)} ranks were asked for, each needs one")
+    for record, gpu in zip(records, machine.gpus, strict=False):
+        found.extend(_gpu_problems(record, gpu))
+    return found
+
+
+def _version_problems(records: Sequence[RankRecord], machine: Machine) -> Iterator[str]:
+    for engine in (record.engine for record in records):
+        installed = machine.tensorrt.get(engine.backend)
+        if installed is None:
+            yield f"{engine.backend} {engine.tensorrt_version} is not installed"
+        elif installed != engine.tensorrt_version:
+            yield f"it has {engine.backend} {installed}, the engines were built with {engine.tensorrt_version} and load in no other"
+
+
+def _gpu_problems(record: RankRecord, gpu: Gpu) -> Iterator[str]:
+    targets = record.engine.compute_capabilities
+    if targets and gpu.compute_capability not in targets:
+        built = f" ({record.engine.gpu_name})" if record.engine.gpu_name else ""
+        yield (
+            f"rank {record.rank} was built for compute capability {', '.join(targets)}{built}, "
+            f"{gpu.name} has {gpu.compute_capability}"
+        )
+    if record.memory.total_bytes > gpu.memory_bytes:
+        yield (
+            f"rank {record.rank} needs {record.memory.total_bytes:,} bytes of GPU memory at its largest batch and sequence, "
+            f"{gpu.name} has {gpu.memory_bytes:,}"
+        )

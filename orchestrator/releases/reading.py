@@ -1,0 +1,121 @@
+"""Find a release by its URL or by a tag, and decide whether to believe its manifest.
+
+    <store>/releases/<name>/<version>        a release (the URL that `build` prints; /manifest.json may follow)
+    <store>/tags/<name>                      what the tag stands for now
+    a folder that was pulled                 whose files stand under their paths
+
+A manifest that is not as it was written is refused here, before anything that it says is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from orchestrator.core.digest import digest_bytes
+from orchestrator.core.errors import DigestError, ReleaseMissingError, SignatureError
+from orchestrator.core.manifest import MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
+from orchestrator.core.spec import StoreOptions
+from orchestrator.releases import tags
+from orchestrator.stores import ObjectMissingError, Store, open_store
+
+_MANIFEST_LIMIT_BYTES = 64 * 2**20
+"""More than any manifest has; a larger object is none."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release whose manifest was read; `store` stands in its folder."""
+
+    store: Store
+    data: bytes
+    """The manifest as it is stored: what the signature covers, fields of newer programs included."""
+    manifest: Manifest = field(repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_bytes(self.data)
+
+    @property
+    def title(self) -> str:
+        return f"{self.manifest.name} {self.manifest.version}"
+
+    def signature(self) -> bytes | None:
+        """The signature that belongs to this very manifest; None when it is not signed."""
+        for key in (signature_key(self.digest), SIGNATURE):
+            try:
+                return self.store.get(key)
+            except ObjectMissingError:
+                continue
+        return None
+
+    def signed_digests(self) -> dict[str, str]:
+        """What a signature of it covers: every file of a whole pulled release by its path, the manifest among them."""
+        return {**{file.path: file.sha256 for file in self.manifest.all_files()}, MANIFEST: self.digest}
+
+    def files_of(self, ranks: set[int]) -> list[FileRecord]:
+        """What these ranks need, each path once: their own files, then the shared ones."""
+        own = [file for record in self.manifest.ranks if record.rank in ranks for file in record.files]
+        return list({file.path: file for file in [*own, *self.manifest.shared]}.values())
+
+
+def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:
+    """Read the release at `url`, which may be a tag's.
+
+    With `public_key` (PEM, P-256) its signature is checked too. Raises ReleaseMissingError, SchemaVersionError, DigestError for a
+    damaged manifest, SignatureError when it is not signed with that key, StoreError.
+    """
+    address = url.removesuffix("/" + MANIFEST).rstrip("/")
+    release = _read(address, options) or _tagged(address, options)
+    if release is None:
+        raise ReleaseMissingError(
+            f"there is no release at {address}", "Give the URL that `orchestrator build` printed, or that of a tag."
+        )
+    if public_key is not None:
+        check_signature(release, public_key)
+    return release
+
+
+def read_release(url: str) -> tuple[Store, Manifest]:
+    """The store and the manifest of the release at `url`; raises as `open_release`."""
+    release = open_release(url)
+    return release.store, release.manifest
+
+
+def check_signature(release: Release, public_key: Path) -> None:
+    """Raises SignatureError unless the owner of `public_key` has signed this very manifest and every file that it names."""
+    from orchestrator.signing import signed_files
+
+    signature = release.signature()
+    if signature is None:
+        raise SignatureError(f"{release.title} at {release.store.url} has no signature for its manifest")
+    signed, stated = signed_files(signature, public_key), release.signed_digests()
+    wrong = sorted(path for path in signed.keys() | stated.keys() if signed.get(path) != stated.get(path))
+    if wrong:
+        raise SignatureError(f"the signature of {release.title} at {release.store.url} is of other files: {', '.join(wrong[:5])}")
+
+
+def _read(address: str, options: StoreOptions | None) -> Release | None:
+    store = open_store(address, options)
+    size = store.size(MANIFEST)
+    if size is None:
+        return None
+    if size > _MANIFEST_LIMIT_BYTES:
+        raise DigestError(f"{address}/{MANIFEST} has {size:,} bytes: it is no manifest")
+    data = store.get(MANIFEST)
+    return Release(store, data, parse_manifest(data, f"{address}/{MANIFEST}"))
+
+
+def _tagged(address: str, options: StoreOptions | None) -> Release | None:
+    """What a tag stands for, if `address` is one's. Raises DigestError when the release is not the one that was tagged."""
+    root, marked, name = address.rpartition("/" + tags.TAGS)
+    found = tags.current(open_store(root, options), name) if marked and tags.is_name(name) else None
+    if found is None:
+        return None
+    release = _read(f"{root}/{found.release}", options)
+    if release is None:
+        raise ReleaseMissingError(f"tag {name} stands for {found.release}, which is gone from {root}", "Set the tag anew.")
+    if release.digest != found.manifest_sha256:
+        raise DigestError(f"tag {name} stands for another manifest than the one that lies at {root}/{found.release} now")
+    return release
