@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def _stored_digest(descriptor: int, file: FileRecord, number: int) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """A small file of our own, whole or not at all. Raises StoreError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

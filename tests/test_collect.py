@@ -1,0 +1,186 @@
+"""Collecting: what is needed stays, whatever there is; what is not goes, when it has been so for long enough."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import tarfile
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator import cache, verbs
+from orchestrator.core.manifest import MANIFEST
+from orchestrator.core.spec import ClusterSpec
+from orchestrator.core.step import Kind, Outcome, Output
+from orchestrator.releases import collect, collecting, open_release, tag, verify
+from orchestrator.stores import Store, open_store
+from tests.models.releases import Published, flip, publish_tiny
+
+GRACE = datetime.timedelta(days=7)
+START = datetime.datetime.now(datetime.UTC)
+
+
+def _later(days: float) -> datetime.datetime:
+    return START + datetime.timedelta(days=days)
+
+
+def _keys(store: Store) -> set[str]:
+    return {info.key for info in store.list("")} - {collecting.SEEN}
+
+
+def _stray(store: Store, digest: str, committed: bool) -> set[str]:
+    """A step that no release was made of, committed or broken off."""
+    key = cache.attempt_prefix(digest, "attempt") + "out"
+    store.put(key, b"bytes")
+    if committed:
+        output = Output(name="out", key=key, num_bytes=5, sha256="00" * 32)
+        cache.commit(store, Outcome(digest=digest, name="stray", kind=Kind.CONVERT, outputs=(output,)))
+        return {key, cache.outcome_key(digest)}
+    return {key}
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Published:
+    return publish_tiny(tmp_path)
+
+
+def test_collect_by_default_deletes_nothing_and_tells_what_waits(published: Published) -> None:
+    strays = _stray(published.store, "ab" * 32, committed=True)
+    before = _keys(published.store)
+    first = collect(published.store.url, GRACE, now=START)
+    assert (first.due, set(first.waiting)) == ({}, strays)
+    second = collect(published.store.url, GRACE, now=_later(8))
+    assert (set(second.due), second.waiting) == (strays, {})
+    assert _keys(published.store) == before
+
+
+def test_collect_deletes_what_was_unneeded_for_the_grace_period_and_no_more(published: Published) -> None:
+    needed = _keys(published.store)
+    old = _stray(published.store, "ab" * 32, committed=True) | _stray(published.store, "cd" * 32, committed=False)
+    published.store.put("releases/tiny/2/0123456789ab-00000000/rank0.engine", b"of a dead publish")
+    published.store.put("releases/tiny/1/signatures/feed.sig", b"of a loser")
+    collect(published.store.url, GRACE, delete=True, now=START)
+    young = _stray(published.store, "ef" * 32, committed=True)
+    found = collect(published.store.url, GRACE, delete=True, now=_later(7))
+    assert old < set(found.due)
+    assert _keys(published.store) == needed | young
+    verify(published.url)
+
+
+def test_collect_keeps_the_cache_of_a_release(published: Published) -> None:
+    for day in (0, 10, 20):
+        collect(published.store.url, GRACE, delete=True, now=_later(day))
+    spec = published.plan.spec
+    again = spec.model_copy(update={"release": spec.release.model_copy(update={"version": "2"})})
+    done = verbs.build(again, ClusterSpec(store=published.store.url))
+    assert done.result is not None
+    assert done.result.ran == frozenset()
+
+
+def test_collect_keeps_what_a_running_build_counts_on(published: Published) -> None:
+    digest = "ab" * 32
+    strays = _stray(published.store, digest, committed=True)
+    collect(published.store.url, GRACE, now=START)
+    with cache.in_use(published.store, [digest], "releases/tiny/2/"):
+        published.store.put("releases/tiny/2/new/rank0.engine", b"just copied")
+        collect(published.store.url, GRACE, delete=True, now=START + GRACE - datetime.timedelta(seconds=1))
+        found = collect(published.store.url, datetime.timedelta(minutes=5), delete=True)
+        assert found.due == {}
+        assert strays < _keys(published.store)
+
+
+def test_collect_a_build_that_died_is_not_believed_for_ever(published: Published) -> None:
+    digest = "ab" * 32
+    strays = _stray(published.store, digest, committed=True)
+    live = cache.LiveBuild(started_at=START, steps=(digest,), release="releases/tiny/2/")
+    published.store.put("live/dead.json", live.model_dump_json().encode())
+    collect(published.store.url, GRACE, delete=True, now=_later(1))
+    assert strays < _keys(published.store)
+    collect(published.store.url, GRACE, delete=True, now=_later(8))
+    collect(published.store.url, GRACE, delete=True, now=_later(16))
+    assert not (strays | {"live/dead.json"}) & _keys(published.store)
+
+
+def test_collect_puts_back_what_a_build_that_began_meanwhile_has_seen(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = "ab" * 32
+    strays = _stray(published.store, digest, committed=True)
+    collect(published.store.url, GRACE, now=START)
+    announced = cache.in_use(published.store, [digest], "releases/tiny/2/")
+    original, looks = collecting._live, []
+
+    def live(store: Store, oldest: datetime.datetime) -> dict[str, cache.LiveBuild]:
+        looks.append(cache.lookup(published.store, digest) is not None)
+        if len(looks) == 2:  # after the outcomes were deleted: a build announced itself just before that
+            announced.__enter__()
+        return original(store, START - GRACE)
+
+    monkeypatch.setattr(collecting, "_live", live)
+    found = collect(published.store.url, GRACE, delete=True, now=_later(8))
+    announced.__exit__(None, None, None)
+    assert looks == [True, False]
+    assert not strays & set(found.due)
+    assert cache.lookup(published.store, digest) is not None
+
+
+def test_collect_leaves_a_release_whose_manifest_it_cannot_read(published: Published) -> None:
+    flip(published.folder / MANIFEST, 200)
+    before = {key for key in _keys(published.store) if key.startswith("releases/")}
+    for day in (0, 10, 20):
+        collect(published.store.url, GRACE, delete=True, now=_later(day))
+    assert before <= _keys(published.store)
+
+
+DIGEST = st.integers(0, 5).map(lambda number: f"{number:02x}" * 32)
+ACTION = st.one_of(
+    st.tuples(st.just("stray"), DIGEST, st.booleans()),
+    st.tuples(st.just("collect"), st.floats(0, 12), st.booleans()),
+    st.tuples(st.just("announce"), DIGEST, st.booleans()),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=st.lists(ACTION, max_size=10))
+def test_collect_never_removes_what_a_manifest_or_a_running_build_needs(
+    tmp_path_factory: pytest.TempPathFactory, store_archive: bytes, actions: list[tuple[str, object, bool]]
+) -> None:
+    folder = tmp_path_factory.mktemp("property") / uuid.uuid4().hex
+    with tarfile.open(fileobj=io.BytesIO(store_archive)) as archive:
+        archive.extractall(folder, filter="data")
+    store = open_store(folder.as_uri())
+    needed = _keys(store)
+    announced: set[str] = set()
+    day = 0.0
+    for what, value, flag in actions:
+        if what == "stray":
+            added = _stray(store, str(value), flag)
+            if value in announced:
+                needed |= {key for key in added if cache.lookup(store, str(value)) or key.startswith("steps/")}
+        elif what == "announce":
+            announced.add(str(value))
+            live = cache.LiveBuild(started_at=_later(1000), steps=(str(value),), release="releases/x/1/")
+            store.put(f"live/{value}.json", live.model_dump_json().encode())
+            needed |= {key for key in _keys(store) if str(value) in key}
+        else:
+            assert isinstance(value, float)
+            day += value
+            collect(store.url, GRACE, delete=flag, now=_later(day))
+        assert needed <= _keys(store)
+    verify(f"{store.url}/releases/tiny/1")
+    assert open_release(f"{store.url}/tags/prod").manifest.name == "tiny"
+
+
+@pytest.fixture(scope="module")
+def store_archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("base")
+    published = publish_tiny(folder, topology={"tp": 1})
+    tag(published.url, "prod")
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        archive.add(folder / "store", ".")
+    return data.getvalue()
