@@ -10,6 +10,7 @@ from orchestrator.core.spec import BuildConfig
 from orchestrator.core.topology import Topology
 from orchestrator.engines import EngineRequest, backend
 from orchestrator.engines.profiles import max_seq_len
+from orchestrator.engines.tensorrt import Reported
 from tests.contracts.engine_contract import EngineContract
 
 
@@ -46,3 +47,17 @@ def test_max_seq_len_shorter_than_the_input_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(SpecError, match="max_input_len 1024 is greater than the 64 positions"):
         max_seq_len(model, BuildConfig())
+
+
+def test_reported_memory_is_that_of_the_most_demanding_profile() -> None:
+    reported = Reported()
+    for line in (
+        "Total Device Persistent Memory: 100 bytes",
+        "Total Activation Memory: 8000 bytes",
+        "Total Device Persistent Memory: 0 bytes",
+        "Total Activation Memory: 7000 bytes",
+        "Total Weights Memory: 282880 bytes",
+        "Total Host Persistent Memory: 999999 bytes",
+    ):
+        reported.read(line)
+    assert (reported.context_bytes, reported.weights_bytes) == (8100, 282880)

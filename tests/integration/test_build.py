@@ -63,6 +63,12 @@ def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) 
     assert first.tensors[0].profiles["decode"]["max"] == (2, 1)
     logits = next(tensor for tensor in last.tensors if tensor.name == "logits")
     assert (logits.dtype, logits.shape[-1]) == ("float", 131)
+    assert (last.cuda_version, last.gpu_name) == ("13", None)
+    assert (last.context_bytes or 0) > 0
+    assert (last.weights_bytes or 0) > 0
+    memory = manifest.ranks[3].memory
+    assert memory.kv_cache_bytes == 2 * 2 * (2 * 1 * 64 * 16) * 2  # layers, keys and values, [batch, head, slot, size], bfloat16
+    assert memory.total_bytes > memory.engine_bytes + memory.kv_cache_bytes
     present = next(tensor for tensor in last.tensors if tensor.name == "present_key_values.0.key")
     assert present.aliases == "past_key_values.0.key"
 

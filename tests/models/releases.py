@@ -79,12 +79,12 @@ def _facts(step: Step) -> dict[str, Any]:
     return {"engine": engine, "options": step.options}
 
 
-def publish_tiny(folder: Path, sign_key: Path | None = None, **sections: Any) -> Published:
-    """Four ranks, built from nothing, in the store `folder`/store."""
+def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = None, **sections: Any) -> Published:
+    """Four ranks, built from nothing, in the store at `url`, or `folder`/store."""
     source = folder / "source"
     if not source.exists():
         tiny_source(source)
-    store = open_store((folder / "store").as_uri())
+    store = open_store(url or (folder / "store").as_uri())
     spec = release_spec(source, **sections)
     pretend_to_run(verbs.plan(spec), store)
     done = verbs.build(spec, ClusterSpec(store=store.url), sign_key=sign_key)
