@@ -34,8 +34,8 @@ class LiveBuild(BaseModel):
     """UTC."""
     steps: tuple[str, ...]
     """Digests: their outcomes and outputs are in use."""
-    release: str
-    """Key prefix that it is going to publish under."""
+    release: str | None = None
+    """Key prefix that it is going to publish under; None: it publishes nothing."""
 
 
 def outcome_key(digest: str) -> str:
@@ -80,7 +80,7 @@ def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
 
 
 @contextlib.contextmanager
-def in_use(store: Store, digests: Iterable[str], release: str) -> Iterator[None]:
+def in_use(store: Store, digests: Iterable[str], release: str | None = None) -> Iterator[None]:
     """Announce a build as long as the block runs. A killed one stays announced until `collect` finds it too old to be true."""
     key = f"{LIVE}{uuid.uuid4().hex}.json"
     live = LiveBuild(started_at=datetime.datetime.now(datetime.UTC), steps=tuple(digests), release=release)

@@ -38,12 +38,14 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
     if isinstance(place, LocalPlace):
         place = LocalPlace(place.folder.resolve())
         address = place.folder.as_uri()
-    if public_key is not None or f"/{TAGS}" in address:
+    if public_key is not None:
         return _release(open_release(address, public_key), public_key)
     names = _top_names(place, address)
     if _MANIFEST in names:
         return _release(open_release(address))
     known = next((name for name in FORMATS if format_named(name).matches(names)), None)
+    if known is None and f"/{TAGS}" in address:
+        return _release(open_release(address))
     if known is None:
         raise SourceMissingError(
             f"{place.url} is neither a release nor a checkpoint",

@@ -161,12 +161,13 @@ def _only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
 
 
 def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
-    store = open_store(place.store)
+    store = open_store(place.store, place.store_options)
     check_writable(store)
-    committed = cache.committed(store, (step.digest for step in made.steps))
-    made = replace(made, warnings=made.warnings + check_steps(made, committed, place, store))
-    listener.on_plan(made, committed, already_published=False)
-    result = run(made, committed, place, open_cluster, listener)
+    with cache.in_use(store, [step.digest for step in made.steps]):
+        committed = cache.committed(store, (step.digest for step in made.steps))
+        made = replace(made, warnings=made.warnings + check_steps(made, committed, place, store))
+        listener.on_plan(made, committed, already_published=False)
+        result = run(made, committed, place, open_cluster, listener)
     result.raise_failures(made)
     return result
 

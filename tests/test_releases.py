@@ -200,6 +200,14 @@ def test_verify_a_whole_signed_release_is_passed(signed: Published, keys: tuple[
     assert (found.num_files, found.is_signed) == (len(signed.manifest.all_files()), True)
 
 
+def test_verify_a_pulled_folder_finds_damage_of_the_disk(signed: Published, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    pull(signed.url, tmp_path / "out", check=False)
+    assert verify((tmp_path / "out").as_uri(), keys[1]).is_signed
+    flip(tmp_path / "out" / "rank2.engine", 1000)
+    with pytest.raises(DigestError, match=r"rank2\.engine has sha256"):
+        verify((tmp_path / "out").as_uri())
+
+
 def test_verify_names_every_damaged_file(signed: Published) -> None:
     flip(signed.path(0), 9)
     signed.path(3).unlink()
@@ -324,6 +332,7 @@ def test_commands_pull_verify_tag_releases_inspect_speak_and_end_with_their_code
     assert done.exit_code == 0, done.output
     assert json.loads(run("verify", signed.url, *key, "--json").stdout)["files"] == len(signed.manifest.all_files())
     assert json.loads(run("releases", signed.store.url, "--json").stdout)["releases"][0]["tags"] == ["prod"]
+    assert "tiny 1" in run("inspect", f"{signed.store.url}/tags/prod").stdout
     assert "of " + str(keys[1]) in " ".join(run("inspect", signed.url, *key).stdout.split())
     flip(signed.path(0), 5)
     assert run("verify", signed.url).exit_code == DigestError.exit_code

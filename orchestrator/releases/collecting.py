@@ -120,7 +120,8 @@ def _delete(store: Store, found: Collected, outcomes: dict[str, Outcome], oldest
                 _put_back(store, outcome_key(digest), removed[outcome_key(digest)])
             spared = _of_outcome(outcomes[digest]) if digest in outcomes else {outcome_key(digest)}
             found.due = {key: size for key, size in found.due.items() if key not in spared and f"/{digest}/" not in key}
-        found.due = {key: size for key, size in found.due.items() if not key.startswith(build.release)}
+        if build.release:
+            found.due = {key: size for key, size in found.due.items() if not key.startswith(build.release)}
     for key in found.due:
         store.delete(key)
     for upload in found.uploads:
@@ -165,7 +166,7 @@ def _roots(store: Store, present: Iterable[str], live: Iterable[LiveBuild]) -> _
     releases: list[str] = []
     for build in live:
         digests.update(build.steps)
-        releases.append(build.release)
+        releases.extend([build.release] if build.release else [])
     for key in present:
         if not (key.startswith(RELEASES) and key.endswith("/" + MANIFEST) and key.count("/") == 3):
             continue

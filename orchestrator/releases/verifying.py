@@ -37,7 +37,7 @@ def verify(
 ) -> Verified:
     """Check the release or tag at `url`: the manifest, its signature where `public_key` is given, every file and every chunk.
 
-    Raises DigestError that names every damaged file, and as `open_release`.
+    A folder that a whole release was pulled to, flat, is checked the same way. Raises DigestError that names every damaged file, and as `open_release`.
     """
     release = open_release(url, public_key, options)
     files = list({file.key: file for file in release.manifest.all_files()}.values())
@@ -56,7 +56,7 @@ def _problem(store: Store, file: FileRecord) -> str:
     """What is wrong with a file; empty when nothing is."""
     whole, chunks, size = hashlib.sha256(), ChunkHasher(file.chunks.num_bytes), 0
     try:
-        for block in store.blocks(file.key):
+        for block in store.blocks(file.key if store.size(file.key) is not None else file.path):
             whole.update(block)
             chunks.update(block)
             size += len(block)
