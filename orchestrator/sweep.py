@@ -194,7 +194,7 @@ def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, ou
     """One scales file of all parts, and each part's recipe."""
     from safetensors.numpy import load, save_file
 
-    store = open_store(place.store)
+    store = open_store(place.store, place.store_options)
     output.mkdir(parents=True, exist_ok=True)
     merged, written = {}, []
     for name, outcome in named:

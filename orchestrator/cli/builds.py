@@ -182,7 +182,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Calibrate for itself, compare algorithms, or search formats per layer."""
-    with _exit_codes(as_json):
+    with exit_codes(as_json):
         from orchestrator import sweep as sweeping
         from orchestrator.loading import load_spec
         from orchestrator.report import sweep_table
@@ -196,21 +196,21 @@ def quantize(
             }
             counts["unquantized"] = sum(fmt is None for fmt in chosen.values())
             facts: dict[str, Any] = {"quant_cfg": str(target), "linears": counts}
-            _show(facts, [], as_json)
+            show(facts, [], as_json)
             if not as_json:
-                _out.print(f"{target}: " + ", ".join(f"{count} linears {name}" for name, count in counts.items()))
+                out.print(f"{target}: " + ", ".join(f"{count} linears {name}" for name, count in counts.items()))
         elif sweep:
             algorithms = sweeping.all_algorithms() if sweep == "all" else sweep.split(",")
             rows = sweeping.sweep(
                 wanted, algorithms, _place(cluster, store), open_cluster=_open_cluster, listener=_listener(as_json)
             )
-            _show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
+            show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
         else:
             if output is None:
                 raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
             place = _place(cluster, store)
             written = sweeping.calibrate(wanted, output, place, open_cluster=_open_cluster, listener=_listener(as_json))
-            _show({"files": [str(path) for path in written]}, [], as_json)
+            show({"files": [str(path) for path in written]}, [], as_json)
 
 
 @app.command("build-engine")

@@ -37,7 +37,8 @@ def verify(
 ) -> Verified:
     """Check the release or tag at `url`: the manifest, its signature where `public_key` is given, every file and every chunk.
 
-    A folder that a whole release was pulled to, flat, is checked the same way. Raises DigestError that names every damaged file, and as `open_release`.
+    A folder that a whole release was pulled to, flat, is checked the same way. Raises DigestError that names every damaged file,
+    and as `open_release`.
     """
     release = open_release(url, public_key, options)
     files = list({file.key: file for file in release.manifest.all_files()}.values())
