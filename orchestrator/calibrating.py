@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from orchestrator import work
 from orchestrator.core.digest import digest_of
-from orchestrator.core.errors import QuantizationError, SpecError
+from orchestrator.core.errors import SpecError
 from orchestrator.core.plan import Inputs, calibrate_steps
-from orchestrator.core.step import Outcome, Step, Task
+from orchestrator.core.step import Failure, Outcome, Step, Task
 from orchestrator.core.topology import Topology
 from orchestrator.stores import Store, open_store
 from orchestrator.work.scales import SCALES, Scales
@@ -39,12 +39,19 @@ def prepared(prepare: Callable[[], Inputs], topology: Topology) -> tuple[Inputs,
         return inputs, calibrate_steps(inputs, topology)
 
     inputs, steps = _everywhere(both)
-    quantization = inputs.quantization
-    asked = [*(step.digest for step in steps), quantization.scales_sha256 if quantization else None]
     comm = _world()
-    if comm is not None and len(set(comm.allgather(digest_of(asked)))) > 1:
+    if comm is not None and len(set(comm.allgather(_asked(inputs, steps)))) > 1:
         raise SpecError("the ranks of this MPI program ask for different quantizations", "Call quantize() with the same arguments.")
     return inputs, steps
+
+
+def _asked(inputs: Inputs, steps: Sequence[Step]) -> str:
+    """What has to be the same on every rank. Not the identity of the source's files: each node may have a copy of its own."""
+    files = [(file.name, file.num_bytes) for file in inputs.index.files]
+    options = [{name: value for name, value in step.options.items() if name != "files"} for step in steps]
+    model, quantization = inputs.model_quantization, inputs.quantization
+    stored = [model.model_dump(mode="json") if model else None, quantization.scales_sha256 if quantization else None]
+    return digest_of([inputs.config.model_dump(mode="json"), stored, options, files])
 
 
 def scales_for_all(inputs: Inputs, steps: Sequence[Step]) -> Scales | None:
@@ -98,12 +105,12 @@ def _everywhere(compute: Callable[[], _T]) -> _T:
         value, error = compute(), None
     except Exception as raised:
         value, error = None, raised
-    failed = {rank: said for rank, said in enumerate(comm.allgather(None if error is None else str(error))) if said is not None}
+    failures = comm.allgather(None if error is None else Failure.of(error))
     if error is not None:
         raise error
-    if failed:
-        rank, said = next(iter(failed.items()))
-        raise QuantizationError(f"rank {rank} failed: {said}")
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise failure.to_error(f"rank {rank}")
     assert value is not None
     return value
 
@@ -122,10 +129,10 @@ def _on_first(compute: Callable[[], bytes]) -> bytes:
     finished = comm.Ibarrier()
     while not finished.Test():
         time.sleep(_POLL_SECONDS)
-    said = comm.bcast(None if error is None else str(error))
+    failure = comm.bcast(None if error is None else Failure.of(error))
     if error is not None:
         raise error
-    if said is not None:
-        raise QuantizationError(f"rank 0 failed: {said}")
+    if failure is not None:
+        raise failure.to_error("rank 0")
     received: bytes = comm.bcast(data)
     return received

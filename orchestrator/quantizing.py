@@ -59,19 +59,18 @@ def _no_data(spec: CalibrationSpec) -> CalibrationData:
 
 
 def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
-    """The identity of the data, and the place of a local file. Raises SourceMissingError."""
+    """The identity of the data, and the place of a local file. Raises SourceMissingError, QuantizationError."""
+    from orchestrator.work.calibration_data import DEFAULT, check_data, default_digest
+
     path = Path(spec.dataset)
     is_file = path.suffix in DATA_SUFFIXES
     if is_file and not path.is_file():
         raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
     if is_file:
-        from orchestrator.work.calibration_data import check_data
-
         check_data(path)
-    data = _no_data(spec).model_copy(
-        update={"dataset": path.name if is_file else spec.dataset, "digest": _sha256(path) if is_file else None}
-    )
-    return data, str(path.resolve()) if is_file else ""
+        return _no_data(spec).model_copy(update={"dataset": path.name, "digest": _sha256(path)}), str(path.resolve())
+    digest = default_digest() if spec.dataset == DEFAULT else None
+    return _no_data(spec).model_copy(update={"dataset": spec.dataset, "digest": digest}), ""
 
 
 def _scales_sha256(folder: Path) -> str:

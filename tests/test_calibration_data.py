@@ -22,7 +22,9 @@ from orchestrator.work.calibration_data import DEFAULT, Tokens, calibration_toke
 
 BOS, CHAT, UNKNOWN = 0, 1, 2
 FIRST_WORD = 3
-TEMPLATE = "{% for message in messages %}<chat> {{ message['content'] }} {% endfor %}"
+TEMPLATE = """{% for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif -%}
+<chat> {{ message['content'] }} {% endfor %}"""
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,29 @@ def test_a_hugging_face_dataset_that_cannot_be_reached_is_refused_with_advice(
     with pytest.raises(QuantizationError, match="no network") as refused:
         calibration_tokens(data("some/dataset"), "", tokenizer, 300)
     assert ".jsonl" in refused.value.advice
+
+
+def test_messages_that_the_chat_template_refuses_are_named(tokenizer: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", {"messages": [{"role": "system", "content": "w1"}]})
+    with pytest.raises(QuantizationError, match=r"chat template refuses messages of .*chat\.jsonl: no system role"):
+        read(path, tokenizer)
+
+
+def test_the_packages_text_is_part_of_the_identity_and_the_same_on_every_node(tokenizer: Path) -> None:
+    planned = resolve(QuantizationSpec(algorithm="FP8"), 2).data
+    assert planned.digest is not None
+    calibration_tokens(planned, "", tokenizer, 300)
+    with pytest.raises(DigestError, match="another calibration text"):
+        calibration_tokens(planned.model_copy(update={"digest": "0" * 64}), "", tokenizer, 300)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: Path) -> None:
+    with pytest.raises(QuantizationError, match=r"another model's: it gives id 2, the vocabulary has 2"):
+        calibration_tokens(data(DEFAULT), "", tokenizer, 2)
+
+
+def test_data_that_a_model_without_a_tokenizer_cannot_read_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(words(range(50)))
+    with pytest.raises(QuantizationError, match=r"no tokenizer to read text\.txt with"):
+        read(path, tmp_path)

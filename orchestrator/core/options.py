@@ -87,7 +87,7 @@ class CalibrationData(_Options):
     dataset: str
     """default, the name of a Hugging Face dataset, or a local file's name without its folder."""
     digest: str | None
-    """sha256 of a local file."""
+    """sha256 of a local file, or of the text that comes with the package."""
     num_samples: int
     max_length: int
     batch_size: int

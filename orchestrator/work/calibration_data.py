@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import DigestError, QuantizationError, SourceMissingError
 from orchestrator.core.options import CalibrationData
 
@@ -38,6 +39,11 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
     """
     generator = np.random.default_rng(data.seed)
     if not has_tokenizer(tokenizer_folder):
+        if data.dataset != DEFAULT:
+            raise QuantizationError(
+                f"the model has no tokenizer to read {data.dataset} with",
+                f"Put one of {', '.join(_TOKENIZER_FILES)} beside the model, or use dataset: {DEFAULT} (random ids then).",
+            )
         return generator.integers(0, vocab_size, (data.num_samples, data.max_length), dtype=np.int64)
     tokenizer = _tokenizer(tokenizer_folder)
     needed = data.num_samples * data.max_length
@@ -48,10 +54,21 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
             f"the calibration data {data.dataset} has {len(ids)} tokens, {data.num_samples} samples of {length} are asked for",
             f"Give more text, or set quantization.calibration.num_samples to {max(len(ids) // length, 1)} at most.",
         )
+    if ids and max(ids) >= vocab_size:
+        raise QuantizationError(f"the tokenizer is another model's: it gives id {max(ids)}, the vocabulary has {vocab_size}")
     length = min(length, len(ids))
     rows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
     chosen = generator.permutation(len(rows))[: data.num_samples]
     return rows[np.sort(chosen)]
+
+
+def default_digest() -> str:
+    """sha256 of the text that comes with the package."""
+    return digest_bytes(_default_text())
+
+
+def _default_text() -> bytes:
+    return importlib.resources.files("orchestrator.work").joinpath(_TEXT_FILE).read_bytes()
 
 
 def check_data(path: Path) -> None:
@@ -92,8 +109,11 @@ def _first_ids(tokenizer: Any, texts: Iterable[_Text], limit: int) -> list[int]:
 
 def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Text]:
     if data.dataset == DEFAULT:
-        text = importlib.resources.files("orchestrator.work").joinpath(_TEXT_FILE).read_text()
-        return (_Text(paragraph) for paragraph in _paragraphs(text.partition("-->")[2].splitlines(keepends=True)))
+        text = _default_text()
+        if data.digest is not None and digest_bytes(text) != data.digest:
+            raise DigestError("this node's package holds another calibration text", "Install one version on every node.")
+        lines = text.decode().partition("-->")[2].splitlines(keepends=True)
+        return (_Text(paragraph) for paragraph in _paragraphs(lines))
     if dataset:
         path = Path(dataset)
         _check_same(path, data)
@@ -186,4 +206,7 @@ def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
         return _Text(entry["text"])
     if not getattr(tokenizer, "chat_template", None):
         raise QuantizationError(f"{origin} holds messages, the model's tokenizer has no chat template", "Give a text field.")
-    return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)
+    try:
+        return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)
+    except Exception as error:  # whatever the template, which came with the model, raises
+        raise QuantizationError(f"the model's chat template refuses messages of {origin}: {error}") from error

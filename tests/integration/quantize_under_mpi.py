@@ -6,6 +6,7 @@ mpiexec -n 4 python -m tests.integration.quantize_under_mpi source output
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(source: str, output: str) -> None:
         return calibrate(*args)
 
     modelopt.calibrate = recorded
-    model = LLaMAForCausalLM.from_hugging_face(source, dtype="bfloat16", mapping=Mapping(tp_size=2, pp_size=2, rank=rank))
+    copy = shutil.copytree(source, folder / f"source{rank}", copy_function=shutil.copyfile)  # each node's own, of another time
+    model = LLaMAForCausalLM.from_hugging_face(copy, dtype="bfloat16", mapping=Mapping(tp_size=2, pp_size=2, rank=rank))
     others = SPEC.model_copy(update={"kv_cache": None, "algorithm": "W4A8_AWQ", "group_size": 16})
     with refused(folder / f"different{rank}"):
         model.quantize(SPEC if rank else others)

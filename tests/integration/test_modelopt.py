@@ -216,3 +216,19 @@ def test_calibration_on_a_gpu_that_is_not_there_is_refused_before_any_work(sourc
     wanted = spec(source, 1, 1, algorithm="FP8", calibration={"device": "cuda"})
     with pytest.raises(ToolError, match="sees no GPU"):
         run_here(verbs.plan(wanted), tmp_path, [Kind.CALIBRATE])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
+def test_calibration_of_a_family_part_by_part_finds_what_modelopt_finds_in_the_whole(
+    family: str, store: Path, tmp_path: Path
+) -> None:
+    folder = write_tiny(family, tmp_path / family)
+    expected = {
+        f"{path}.{quantity}": quantizer.amax.float().item()
+        for path, module in modelopt.calibrated(folder, "FP8", "FP8").named_modules()
+        for name, quantity in (("input", "input_amax"), ("weight", "weight_amax"), ("k_bmm", "k_amax"), ("v_bmm", "v_amax"))
+        if (quantizer := getattr(module, f"{name}_quantizer", None)) is not None and quantizer.is_enabled
+    }
+    parts = run_here(verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": 2})), store, [Kind.CALIBRATE])
+    found = {name: value.item() for part in parts.values() for name, value in scales_of(part, store).items()}
+    assert found == expected
