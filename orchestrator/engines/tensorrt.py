@@ -205,7 +205,8 @@ def _record(trt: Any, network: Any, request: EngineRequest) -> EngineRecord:
     ]
     for tensor in outputs:
         source = tensor.name.replace("present_", "past_", 1)
-        aliases = source if tensor.name.startswith("present_") and source in past else None
+        in_place = tensor.name.startswith("present_") and source in past and tensor.dtype in _updated_in_place(trt)
+        aliases = source if in_place else None
         tensors.append(
             TensorRange(name=tensor.name, dtype=tensor.dtype.name.lower(), mode="output", shape=_shape(tensor), aliases=aliases)
         )
@@ -216,6 +217,11 @@ def _record(trt: Any, network: Any, request: EngineRequest) -> EngineRecord:
         profiles=tuple(profile.name for profile in request.profiles),
         tensors=tuple(tensors),
     )
+
+
+def _updated_in_place(trt: Any) -> set[Any]:
+    """Dtypes of caches that TensorRT's cache update takes; those of any other are read and written as a whole."""
+    return {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
 
 
 def _shape(tensor: Any) -> tuple[int | str, ...]:
