@@ -26,6 +26,8 @@ from orchestrator.clusters import admission
 from orchestrator.core.errors import ClusterError, LfsPointerError, QuantizationError, StoreError, TopologyError
 from orchestrator.core.spec import ClusterSpec, PoolSpec
 from orchestrator.core.step import Kind
+from orchestrator.models import DecoderModelForCausalLM
+from orchestrator.models import build as build_in_process
 from orchestrator.report import ConsoleListener, JsonListener
 from orchestrator.stores import open_store
 from tests.models.meta import write_bin, write_meta
@@ -190,6 +192,9 @@ def test_build_for_gpus_without_the_number_format_is_refused_before_the_cluster_
     with pytest.raises(QuantizationError, match=r"engine\.compute_capabilities has 8\.6"):
         verbs.build_engine(tmp_path / "checkpoint", None, tmp_path / "engines", spec.engine, lambda *_: None)
     assert not (tmp_path / "engines").exists()
+    model = DecoderModelForCausalLM.from_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(QuantizationError, match=r"MXFP8 needs compute capability 8\.9"):
+        build_in_process(model, spec.engine)
 
 
 def test_build_that_copies_its_source_to_a_small_scratch_is_refused(
