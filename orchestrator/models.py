@@ -23,6 +23,7 @@ import numpy as np
 from orchestrator.checkpoints import read_source
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.core.compute_capability import check_target
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
@@ -299,8 +300,12 @@ class Engine:
 
 
 def build(model: PretrainedModel, config: BuildConfig) -> Engine:
-    """Compile `model`'s rank in this process. Raises EngineBuildError, ToolError, SpecError, TopologyError."""
+    """Compile `model`'s rank in this process.
+
+    Raises EngineBuildError, ToolError, SpecError, TopologyError, QuantizationError for GPUs that lack a number format.
+    """
     topologies.check_engines(model.mapping.topology)
+    check_target(model.quantization, config.compute_capabilities)
     max_seq_len(model.config, config)
     options = BuildOptions(stage=model.stage, tp_rank=model.mapping.tp_rank, engine=config, tensorrt_version=None)
     chunks: list[bytes] = []

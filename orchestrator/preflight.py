@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.checkpoints.places import is_url
+from orchestrator.core.compute_capability import check_target
 from orchestrator.core.errors import ClusterError, StoreError
 from orchestrator.core.plan import Plan, unplaceable
 from orchestrator.core.spec import ClusterSpec
@@ -24,11 +25,12 @@ _READ_AS_THEY_ARE = {"huggingface", "bin"}
 def check_build(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
     """Check a build at a place; returns warnings.
 
-    Raises ArchitectureError, ClusterError, ToolError, StoreError.
+    Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
     """
     from orchestrator.networks import check_supported
 
     check_supported(made.inputs.config)
+    check_target(made.inputs.model_quantization, made.spec.engine.compute_capabilities)
     warnings = check_steps(made, committed, place, store)
     pending = made.pending(committed)
     if place.kind == "local":

@@ -15,6 +15,7 @@ from orchestrator.checkpoints import read_source
 from orchestrator.clusters import Cluster
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
+from orchestrator.core.compute_capability import check_target
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
@@ -241,7 +242,7 @@ def build_engine(
     """Compile ranks of a TensorRT-LLM checkpoint folder into rank{N}.engine files, with config.json beside them.
 
     `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
-    EngineBuildError.
+    QuantizationError for GPUs that lack a number format, EngineBuildError.
     """
     from orchestrator.quantizing import read_checkpoint_quantization
     from orchestrator.stores.file import FileStore
@@ -252,6 +253,7 @@ def build_engine(
     quantization = read_checkpoint_quantization(checkpoint)
     topologies.check(topology, config.limits())
     topologies.check_engines(topology)
+    check_target(quantization, engine.compute_capabilities)
     wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
     places = [topology.coordinates(rank) for rank in wanted]
     store = FileStore(output.resolve().as_uri())

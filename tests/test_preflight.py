@@ -26,6 +26,8 @@ from orchestrator.clusters import admission
 from orchestrator.core.errors import ClusterError, LfsPointerError, QuantizationError, StoreError, TopologyError
 from orchestrator.core.spec import ClusterSpec, PoolSpec
 from orchestrator.core.step import Kind
+from orchestrator.models import DecoderModelForCausalLM
+from orchestrator.models import build as build_in_process
 from orchestrator.report import ConsoleListener, JsonListener
 from orchestrator.stores import open_store
 from tests.models.meta import write_bin, write_meta
@@ -177,6 +179,22 @@ def upload(folder: Path, url: str) -> str:
     for path in folder.iterdir():
         fsspec.filesystem("memory").pipe_file(f"/{url.removeprefix('memory://')}/{path.name}", path.read_bytes())
     return url
+
+
+def test_build_for_gpus_without_the_number_format_is_refused_before_the_cluster_opens(tmp_path: Path) -> None:
+    config = model_config(hidden_size=64, head_size=16, intermediate_size=64)
+    folder = write_source(tmp_path / "wide", config, random_arrays(config))
+    engine = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64, "compute_capabilities": ["8.6"]}
+    spec = build_spec(folder, quantization={"algorithm": "MXFP8"}, engine=engine)
+    with pytest.raises(QuantizationError, match=r"MXFP8 needs compute capability 8\.9 or newer"):
+        verbs.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=never)
+    verbs.convert(spec, tmp_path / "checkpoint")
+    with pytest.raises(QuantizationError, match=r"engine\.compute_capabilities has 8\.6"):
+        verbs.build_engine(tmp_path / "checkpoint", None, tmp_path / "engines", spec.engine, lambda *_: None)
+    assert not (tmp_path / "engines").exists()
+    model = DecoderModelForCausalLM.from_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(QuantizationError, match=r"MXFP8 needs compute capability 8\.9"):
+        build_in_process(model, spec.engine)
 
 
 def test_build_that_copies_its_source_to_a_small_scratch_is_refused(

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+from onnx.reference import ReferenceEvaluator
 
 from orchestrator.core.options import StageOptions
 from orchestrator.core.quantization import ActivationFormat, LinearFormat, ModelQuantization, WeightFormat, packed, scale_tensors
@@ -253,3 +254,25 @@ def stored_cache(values: torch.Tensor, scale: float, kv_cache: str) -> torch.Ten
     if kv_cache == "INT8":
         return (values / scale).round().clamp(-128, 127).to(torch.int8)
     return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_quantized_weight_nvfp4_as_tensorrt_gets_it_is_the_weight_that_was_packed(experts: int) -> None:
+    """ONNX Runtime has no FP4, so the portable graph binds these weights dequantized; ONNX's reference runs the compiled form."""
+    fmt = FORMATS["W4A16_NVFP4"]
+    one, two = Packed(fmt, 1), Packed(fmt, 2)
+    tensors = {name: _stacked(name, one.tensors[name], two.tensors[name]) for name in one.tensors} if experts else one.tensors
+    graph = GraphWriter("weight")
+    name = quantized_weight(graph, RankShape(stage(fmt), "float32"), PREFIX, (OUT, IN), fmt, experts)
+    graph.node("Identity", [name], "y")
+    graph.output("y", "float32", [2, OUT, IN] if experts else [OUT, IN])
+    network = Network(graph.model(), {}, graph.unpacked_weights)
+    bound = bind(network, tensors, "float32")
+    for tensor in network.model.graph.initializer:
+        if tensor.name in bound:
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = bound[tensor.name].tobytes()
+    found = ReferenceEvaluator(network.model).run(None, {})[0]
+    expected = torch.stack([one.values, two.values]).numpy() if experts else one.values.numpy()
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()

@@ -70,7 +70,8 @@ class TensorRange(_Record):
     profiles: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
     """Inputs only: profile -> min, opt, max."""
     aliases: str | None = None
-    """Outputs only: the input whose memory must be bound here too (KV cache)."""
+    """Outputs only: the input whose memory must be bound here too (KV cache). A quantized cache (INT8, FP8) has none: it needs
+    two buffers, to be swapped after each call."""
 
 
 class EngineRecord(_Record):

@@ -233,7 +233,8 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
     ]
     for tensor in outputs:
         source = tensor.name.replace("present_", "past_", 1)
-        aliases = source if tensor.name.startswith("present_") and source in past else None
+        in_place = tensor.name.startswith("present_") and source in past and tensor.dtype in _updated_in_place(trt)
+        aliases = source if in_place else None
         tensors.append(
             TensorRange(name=tensor.name, dtype=tensor.dtype.name.lower(), mode="output", shape=_shape(tensor), aliases=aliases)
         )
@@ -249,6 +250,11 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
         weights_bytes=reported.weights_bytes,
         context_bytes=reported.context_bytes,
     )
+
+
+def _updated_in_place(trt: Any) -> set[Any]:
+    """Dtypes of caches that TensorRT's cache update takes; those of any other are read and written as a whole."""
+    return {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
 
 
 def _shape(tensor: Any) -> tuple[int | str, ...]:

@@ -9,7 +9,8 @@ Inputs, with B sequences, S tokens each, C cache slots:
     past_key_values.L.key / .value         [B, kv_heads, C, head_size], L counts within the stage
 
 Outputs: `hidden_states_out` [B, S, hidden], or `logits` float32 [B, N, vocabulary] on the last stage, and
-`present_key_values.L.key / .value`, which share memory with the inputs of the same name.
+`present_key_values.L.key / .value`, which share memory with the inputs of the same name unless the cache is quantized (INT8
+or FP8): then every call writes the whole cache anew.
 """
 
 from __future__ import annotations
