@@ -231,9 +231,17 @@ def _check_room(files: list[Wanted]) -> None:
     if not missing:
         return
     present = next(parent for parent in missing[0].target.resolve().parents if parent.exists())
-    begun = sum(part.stat().st_blocks * 512 for item in missing for part in item.target.parent.glob(".*.part"))
+    begun = sum(_blocks_bytes(part) for item in missing for part in item.target.parent.glob(".*.part"))
     free = shutil.disk_usage(present).free + begun
     if needed > free:
         raise StoreError(
             f"{present} has {free:,} bytes free, the files need {needed:,}", "Choose another --output, or fewer ranks."
         )
+
+
+def _blocks_bytes(path: Path) -> int:
+    """What a file takes on the disk; nothing once another pull has finished it and given it its name."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
