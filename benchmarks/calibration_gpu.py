@@ -2,6 +2,7 @@
 
     python -m benchmarks.calibration_gpu                 a seeded Llama of 8 billion parameters
     python -m benchmarks.calibration_gpu --tiny          a few layers, on whatever there is
+    python -m benchmarks.calibration_gpu --two-gpus      a sweep in two parts on two GPUs at once, against one GPU
 
 Prints seconds from the start of loading to the end of calibration, their ratio, peak GPU memory of both, and whether the
 scales are equal. The model is written to --folder first (16 GB) and read by both in turn.
@@ -49,6 +50,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     samples, length, batch = DATA[arguments.tiny]
     print(f"{device}; torch {torch.__version__}; {samples} samples of {length} tokens, batches of {batch}", flush=True)
+    if arguments.two_gpus:
+        _two_gpus(folder, source, arguments.algorithms.split(","), arguments.tiny, device)
+        return
     for algorithm in arguments.algorithms.split(","):
         ratios = [_round(folder, source, algorithm, arguments.tiny, device) for _ in range(arguments.rounds)]
         print(f"{algorithm:10} median ratio {statistics.median(ratios):.2f} of {len(ratios)} rounds", flush=True)
@@ -63,7 +67,7 @@ def _round(folder: Path, source: Path, algorithm: str, tiny: bool, device: str) 
     same, count = _compare(folder, algorithm, ours["scales"])
     ratio: float = ours["seconds"] / theirs["seconds"]
     print(
-        f"{algorithm:10} ours {ours['seconds']:7.1f} s, {ours['gpu'] / 1e9:6.2f} GB   "
+        f"{algorithm:10} ours {ours['seconds']:7.1f} s ({ours['load']:.1f} loading), {ours['gpu'] / 1e9:6.2f} GB   "
         f"plain {theirs['seconds']:7.1f} s, {theirs['gpu'] / 1e9:6.2f} GB   "
         f"ratio {ratio:.2f}   {same} of {count} scales equal",
         flush=True,
@@ -85,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--algorithms", default="FP8,NVFP4,W4A16_AWQ")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--two-gpus", action="store_true")
     parser.add_argument("--plain", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -181,17 +186,39 @@ def _plain(folder: Path, wanted: str, tiny: bool) -> None:
 def _run_ours(folder: Path, source: Path, algorithm: str, tiny: bool, *, gpu: bool) -> dict[str, Any]:
     """The calibrate step of a build, in its Ray actor."""
     import shutil
-    import tempfile
 
     from actors import RayCluster
     from orchestrator import cache, verbs
-    from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
     from orchestrator.core.step import Kind
     from orchestrator.stores import open_store
     from orchestrator.sweep import calibrate
 
+    spec, place = _asked(folder, source, algorithm, tiny, num_gpus=int(gpu))
+    output = folder / f"ours-{algorithm}"
+    shutil.rmtree(output, ignore_errors=True)
+    (step,) = verbs.plan(spec).of_kind(Kind.CALIBRATE)
+    calibrate(spec, output, place, open_cluster=RayCluster)
+    outcome = cache.lookup(open_store(place.store), step.digest)
+    assert outcome is not None
+    return {
+        "seconds": outcome.seconds,
+        "load": outcome.facts["load_seconds"],
+        "gpu": outcome.facts["peak_gpu_memory_bytes"],
+        "scales": output / "scales.safetensors",
+    }
+
+
+def _asked(folder: Path, source: Path, algorithm: str, tiny: bool, *, num_gpus: int, num_stages: int = 1) -> tuple[Any, Any]:
+    """Spec and cluster of a calibration, with a store of its own: a step that is committed already would not be run again."""
+    import tempfile
+
+    from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+
     samples, length, batch = DATA[tiny]
-    data = {"num_samples": samples, "max_length": length, "batch_size": batch, "device": "cuda" if gpu else "cpu"}
+    data = {
+        "num_samples": samples, "max_length": length, "batch_size": batch, "device": "cuda" if num_gpus else "cpu",
+        "num_stages": num_stages,
+    }  # fmt: skip
     spec = decode(
         BuildSpec,
         {
@@ -202,21 +229,53 @@ def _run_ours(folder: Path, source: Path, algorithm: str, tiny: bool, *, gpu: bo
         },
         "benchmark",
     )
-    # A store of its own: a step that is committed already would not be run again.
     store = Path(tempfile.mkdtemp(prefix="store-", dir=folder)).as_uri()
-    pools = {"gpu": {"gpus": 1 if gpu else 0}}
-    place = decode(ClusterSpec, {"kind": "ray", "store": store, "pools": pools, "threads_per_step": 8}, "benchmark")
-    output = folder / f"ours-{algorithm}"
-    shutil.rmtree(output, ignore_errors=True)
-    (step,) = verbs.plan(spec).of_kind(Kind.CALIBRATE)
-    calibrate(spec, output, place, open_cluster=RayCluster)
-    outcome = cache.lookup(open_store(store), step.digest)
-    assert outcome is not None
-    return {
-        "seconds": outcome.seconds,
-        "gpu": outcome.facts["peak_gpu_memory_bytes"],
-        "scales": output / "scales.safetensors",
-    }
+    place = {"kind": "ray", "store": store, "pools": {"gpu": {"gpus": num_gpus}}, "threads_per_step": 8}
+    return spec, decode(ClusterSpec, place, "benchmark")
+
+
+def _two_gpus(folder: Path, source: Path, algorithms: list[str], tiny: bool, device: str) -> None:
+    """Every algorithm in two parts, a part an actor of its own: on one GPU after the other, then on both at once."""
+    seconds = {}
+    for num_gpus in (0, 0) if device == "cpu" else (1, 2):
+        drop_page_cache(source)
+        seconds[num_gpus], steps = _parts(folder, source, algorithms, tiny, num_gpus)
+        print(f"{num_gpus} GPUs: {seconds[num_gpus]:.1f} s, at most {_most_at_once(steps)} actors at once", flush=True)
+        for name, (began, ended, node) in sorted(steps.items(), key=lambda item: item[1]):
+            print(f"    {began:6.1f} .. {ended:6.1f} s  {name:32} {node}", flush=True)
+    print(f"ratio {seconds[max(seconds)] / seconds[min(seconds)]:.2f}", flush=True)
+
+
+def _parts(
+    folder: Path, source: Path, algorithms: list[str], tiny: bool, num_gpus: int
+) -> tuple[float, dict[str, tuple[float, float, str]]]:
+    """Seconds of the whole, and of every step its begin, end and node."""
+    from actors import RayCluster
+    from orchestrator import verbs
+    from orchestrator.core.step import Kind
+    from orchestrator.report import SilentListener
+    from orchestrator.sweep import only, union
+
+    began = time.monotonic()
+    asked = [_asked(folder, source, algorithm, tiny, num_gpus=num_gpus, num_stages=2) for algorithm in algorithms]
+    made = union([only(verbs.plan(spec), (Kind.CALIBRATE,)) for spec, _ in asked], algorithms)
+    spans: dict[str, tuple[float, float, str]] = {}
+
+    class Clock(SilentListener):
+        def on_event(self, event: Any) -> None:
+            name, now = made.step(event.digest).name, time.monotonic() - began
+            if event.type == "started":
+                spans[name] = (now, now, event.node)
+            elif event.type == "succeeded":
+                spans[name] = (spans[name][0], now, spans[name][2])
+
+    result = verbs.run(made, {}, asked[0][1], RayCluster, Clock())
+    result.raise_failures(made)
+    return time.monotonic() - began, spans
+
+
+def _most_at_once(steps: dict[str, tuple[float, float, str]]) -> int:
+    return max(sum(begin <= moment < end for begin, end, _ in steps.values()) for moment, _, _ in steps.values())
 
 
 def _compare(folder: Path, algorithm: str, ours: Path) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class SweepRow:
     """The linear with the largest weight error; empty: none is quantized."""
     worst_error: float
     num_steps_run: int
-    """Steps that were not there yet."""
+    """Steps that were not there yet; one that several algorithms share counts for the first."""
 
     def facts(self) -> dict[str, Any]:
         """As plain data."""
@@ -62,14 +62,35 @@ def sweep(
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
 ) -> list[SweepRow]:
-    """Calibrate, convert and verify `spec` under each algorithm (`none`: as it is). Raises QuantizationError before any work."""
+    """Calibrate, convert and verify `spec` under each algorithm (`none`: as it is), all of them at once.
+
+    Steps that algorithms share run once. Raises QuantizationError before any work.
+    """
     specs = [_under(spec, algorithm) for algorithm in algorithms]
-    plans = [_only(plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
-    rows = []
+    plans = [only(plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
+    result = _run(union(plans, algorithms), place, open_cluster, listener or SilentListener())
+    rows, counted = [], set[str]()
     for algorithm, made in zip(algorithms, plans, strict=True):
-        result = _run(made, place, open_cluster, listener or SilentListener())
-        rows.append(_row(algorithm, made, result))
+        own = {step.digest for step in made.steps} - counted
+        counted |= own
+        rows.append(_row(algorithm, made, result, len(own & result.ran)))
     return rows
+
+
+def union(plans: Sequence[Plan], labels: Sequence[str]) -> Plan:
+    """One plan with the steps of all, each once; a step that only some need carries their label in its name."""
+    owners: dict[str, list[str]] = {}
+    for label, made in zip(labels, plans, strict=True):
+        for step in made.steps:
+            owners.setdefault(step.digest, []).append(label)
+    steps = {step.digest: step for made in plans for step in made.steps}
+    named = [
+        step
+        if len(owners[digest]) == len(plans)
+        else step.model_copy(update={"name": f"{step.name} ({', '.join(owners[digest])})"})
+        for digest, step in steps.items()
+    ]
+    return replace(plans[0], steps=tuple(named))
 
 
 def calibrate(
@@ -86,7 +107,7 @@ def calibrate(
     """
     if (output / "scales.safetensors").exists():
         raise StoreError(f"{output} already holds a calibration artifact", "Choose another --output, or remove it.")
-    made = _only(plan(spec), (Kind.CALIBRATE,))
+    made = only(plan(spec), (Kind.CALIBRATE,))
     if not made.steps:
         raise QuantizationError("this spec calibrates nothing", "Choose a calibrated algorithm or a kv_cache format.")
     result = _run(made, place, open_cluster, listener or SilentListener())
@@ -156,7 +177,8 @@ def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
     return spec.model_copy(update={"quantization": quantization, "verification": verification})
 
 
-def _only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
+def only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
+    """The plan's steps of some kinds."""
     return replace(made, steps=tuple(step for step in made.steps if step.kind in kinds))
 
 
@@ -172,7 +194,7 @@ def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Li
     return result
 
 
-def _row(algorithm: str, made: Plan, result: Result) -> SweepRow:
+def _row(algorithm: str, made: Plan, result: Result, num_steps_run: int) -> SweepRow:
     converts = [result.outcomes[step.digest] for step in made.of_kind(Kind.CONVERT)]
     errors = {name: error for outcome in converts for name, error in outcome.facts.get("quantization_errors", {}).items()}
     worst = max(errors, key=lambda name: errors[name], default="")
@@ -186,7 +208,7 @@ def _row(algorithm: str, made: Plan, result: Result) -> SweepRow:
         verification=Verification.model_validate(found),
         worst_linear=worst,
         worst_error=errors.get(worst, 0.0),
-        num_steps_run=len(result.ran),
+        num_steps_run=num_steps_run,
     )
 
 

@@ -138,7 +138,7 @@ class LocalPlace:
 
 
 class FileSource:
-    """Files of this machine, opened on first use and closed together.
+    """Files of this machine, opened on first use and closed together. Several threads may read at once.
 
     preadv into reused buffers: memory-mapped slices read up to 8 times the bytes when the page cache is cold, and map
     badly over network file systems. Large ranges that are not in the page cache are read past it: each byte is read once, and
@@ -149,6 +149,7 @@ class FileSource:
         self._place, self._files = place, files
         self._descriptors: dict[int, int] = {}
         self._direct = _DirectReader()
+        self._lock = threading.Lock()
         self.bytes_read = 0
 
     def __enter__(self) -> Self:
@@ -170,15 +171,17 @@ class FileSource:
             if count == 0:
                 raise SourceCorruptError(f"{self._place.folder / self._files[file].name} ended at byte {offset + done}")
             done += count
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
 
     def _open(self, file: int) -> int:
         """Open a file, once, if it still is what the plan was made from."""
-        if file not in self._descriptors:
-            planned = self._files[file]
-            check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
-            self._descriptors[file] = os.open(self._place.folder / planned.name, os.O_RDONLY)
-        return self._descriptors[file]
+        with self._lock:
+            if file not in self._descriptors:
+                planned = self._files[file]
+                check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
+                self._descriptors[file] = os.open(self._place.folder / planned.name, os.O_RDONLY)
+            return self._descriptors[file]
 
 
 _DIRECT_BYTES = 2**20
@@ -186,11 +189,14 @@ _DIRECT_BUFFER_BYTES = 8 * 2**20
 
 
 class _DirectReader:
-    """O_DIRECT reads: straight into the caller's buffer where it and the tensor begin on pages, else through one that does."""
+    """O_DIRECT reads: straight into the caller's buffer where it and the tensor begin on pages, else through one that does.
+
+    Each thread has a buffer of its own: nothing is read ahead past the page cache, so only reads side by side keep a disk busy.
+    """
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
-        self._buffer: memoryview | None = None
+        self._own = threading.local()
         self._lock = threading.Lock()
         self._works = hasattr(os, "O_DIRECT")
 
@@ -198,37 +204,42 @@ class _DirectReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        self._buffer = None
+        self._own = threading.local()
 
     def read_into(self, descriptor: int, offset: int, out: memoryview) -> int:
         """Fill `out` from its start; returns the bytes filled, fewer at the file's end or where O_DIRECT does not work."""
         done = 0
-        with self._lock:
-            while self._works and done < len(out):
-                try:
-                    count = self._read_block(descriptor, offset + done, out[done:])
-                except OSError:  # file systems may refuse it at open, or only when reading; a lasting error shows again without it
-                    self._works = False
-                    break
-                if count <= 0:
-                    break
-                done += count
+        while self._works and done < len(out):
+            try:
+                count = self._read_block(descriptor, offset + done, out[done:])
+            except OSError:  # file systems may refuse it at open, or only when reading; a lasting error shows again without it
+                self._works = False
+                break
+            if count <= 0:
+                break
+            done += count
         return done
 
     def _read_block(self, descriptor: int, offset: int, out: memoryview) -> int:
-        if descriptor not in self._descriptors:  # by way of /proc: surely the same file, whatever its name has become
-            self._descriptors[descriptor] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
+        direct = self._reopened(descriptor)
         skip = offset % PAGE_BYTES
         if skip == 0 and len(out) >= PAGE_BYTES and is_on_page(out):
-            return os.preadv(self._descriptors[descriptor], [out[: len(out) // PAGE_BYTES * PAGE_BYTES]], offset)
-        if self._buffer is None:
-            self._buffer = page_buffer(_DIRECT_BUFFER_BYTES)
+            return os.preadv(direct, [out[: len(out) // PAGE_BYTES * PAGE_BYTES]], offset)
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = page_buffer(_DIRECT_BUFFER_BYTES)
+        buffer: memoryview = self._own.buffer
         size = min(-(-(skip + len(out)) // PAGE_BYTES) * PAGE_BYTES, _DIRECT_BUFFER_BYTES)
-        count = os.preadv(self._descriptors[descriptor], [self._buffer[:size]], offset - skip)
+        count = os.preadv(direct, [buffer[:size]], offset - skip)
         found = min(count - skip, len(out))
         if found > 0:
-            out[:found] = self._buffer[skip : skip + found]
+            out[:found] = buffer[skip : skip + found]
         return found
+
+    def _reopened(self, descriptor: int) -> int:
+        with self._lock:
+            if descriptor not in self._descriptors:  # by way of /proc: surely the same file, whatever its name has become
+                self._descriptors[descriptor] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
+            return self._descriptors[descriptor]
 
 
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:

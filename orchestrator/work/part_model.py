@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from orchestrator.work.presenting import loadable_config
 _EMBEDDING = "model.embed_tokens.weight"
 _TINY_VOCABULARY = 8
 """Of a part that embeds nothing."""
+_READ_THREADS = 8
 
 
 @dataclass
@@ -155,19 +157,23 @@ def _local_name(name: str, options: CalibrateOptions) -> str:
 
 
 def _read(source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], options: CalibrateOptions) -> dict[str, Any]:
-    """Every tensor in the model's dtype."""
+    """Every tensor in the model's dtype; several are read at once."""
     import torch
 
     read_rows = format_named(index.format).read_rows
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    found: dict[str, Any] = {}
-    with open_place(source).open(index.files, planned_ranges(tensors.values())) as opened:
-        for name, tensor in tensors.items():
+    dtype = getattr(torch, options.config.dtype)
+    with (
+        open_place(source).open(index.files, planned_ranges(tensors.values())) as opened,
+        ThreadPoolExecutor(_READ_THREADS, "read") as pool,
+    ):
+
+        def read(tensor: TensorInfo) -> Any:
             raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes, np.uint8)
             read_rows(opened, tensor, 0, tensor.shape[0] if tensor.shape else 1, raw.data)
-            typed = torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape(tensor.shape)
-            found[name] = typed.to(getattr(torch, options.config.dtype))
-    return found
+            return torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape(tensor.shape).to(dtype)
+
+        return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
 
 
 @contextmanager

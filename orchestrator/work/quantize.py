@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import resource
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -51,7 +52,10 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
+    began = time.monotonic()
     part = load_part(task.step.places["source"], options, device)
+    load_seconds = round(time.monotonic() - began, 3)
+    context.log(f"calibrate: layers on {device} after {load_seconds} s")
     reader = _Reader(part, options, inputs, device, context)
     artifact = _run(part, options, reader, task, context)
     unseen = part.unseen()
@@ -68,6 +72,7 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
         "unseen": sorted(unseen),
         "input_amax": _summary(artifact),
         "device": device,
+        "load_seconds": load_seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
     }
