@@ -102,7 +102,7 @@ def test_simulated_events_name_their_node() -> None:
 def begun(admission: Admission, *tasks: Task) -> list[str]:
     for item in tasks:
         admission.add(item)
-    return [item.step.name for item in admission.begin()]
+    return [placed.task.step.name for placed in admission.begin()]
 
 
 def test_admission_small_task_may_pass_one_that_does_not_fit() -> None:

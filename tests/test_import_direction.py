@@ -73,6 +73,8 @@ TABLE: dict[str, Row] = {
     ),
     "orchestrator.clusters": Row(_own("core", "clusters")),
     "orchestrator.clusters.local": Row(_own("core", "clusters", "work")),
+    "orchestrator.clusters.processes": Row(_own("core", "clusters", "work")),
+    "orchestrator.clusters.mpi": Row(_own("core", "clusters", "engines", "work"), inside=frozenset({"mpi4py"})),
     "orchestrator.driver": _DRIVING,
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.verbs": _DRIVING,

@@ -1,11 +1,13 @@
-"""Which waiting tasks may begin: CPU slots, GPUs and memory of the pools of one machine."""
+"""Which waiting tasks may begin, and on which node: CPU slots, GPUs and memory of the nodes of every pool."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.clusters.labels import selects
+from orchestrator.core.errors import ClusterError
 from orchestrator.core.spec import ClusterSpec, PoolSpec
 from orchestrator.core.step import Resources, Task
 
@@ -15,14 +17,43 @@ def machine_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def machine_cpus() -> int:
+    """Cores that this process may use: a launcher may have bound it to some of the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine, or a share of one, that runs steps."""
+
+    name: str
+    capacity: Resources
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A task that may begin now, and where."""
+
+    task: Task
+    pool: str
+    node: str
+    gpus: tuple[int, ...]
+    """Devices of the node that are the step's alone."""
+
+
 @dataclass
-class _Pool:
+class _Share:
+    """What a pool may use of a node. Pools of one node do not see each other's cores and memory, but never share a GPU."""
+
+    pool: str
     spec: PoolSpec
+    node: Node
     capacity: Resources
     used: dict[str, Resources] = field(default_factory=dict)
 
     def admits(self, wanted: Resources) -> bool:
-        """Whether there is room. A step that asks for more than the whole pool has may run alone."""
+        """Whether there is room. A step that asks for more than the whole share has may run alone."""
         if not self.used:
             return wanted.gpus <= self.capacity.gpus
         taken = self.used.values()
@@ -32,34 +63,85 @@ class _Pool:
             and sum(item.memory_bytes for item in taken) + wanted.memory_bytes <= self.capacity.memory_bytes
         )
 
+    @property
+    def memory_bytes(self) -> int:
+        return sum(item.memory_bytes for item in self.used.values())
+
 
 class Admission:
     """A queue in order of arrival in which a task that fits may pass one that does not."""
 
-    def __init__(self, cluster: ClusterSpec) -> None:
+    def __init__(self, cluster: ClusterSpec, nodes: Sequence[Node] | None = None) -> None:
+        """Without `nodes`, each pool is a share of this machine. Raises ClusterError when a pool has no node."""
         self._waiting: list[Task] = []
-        self._pools = [_Pool(spec, _capacity(spec)) for spec in cluster.pools.values()]
+        self._devices: dict[str, dict[int, str]] = {}
+        """By node: which step holds a device."""
+        self._shares: list[_Share] = []
+        for name, spec in cluster.pools.items():
+            mine = [node for node in nodes if selects(spec.labels, node.labels)] if nodes is not None else [_here(spec)]
+            if not mine:
+                raise ClusterError(
+                    f"no node carries the labels of pool {name}: {dict(spec.labels)}",
+                    "The nodes have: " + "; ".join(f"{node.name} {dict(node.labels)}" for node in nodes or ()) + ".",
+                )
+            self._shares.extend(_Share(name, spec, node, _capacity(spec, node)) for node in mine)
 
     def add(self, task: Task) -> None:
         self._waiting.append(task)
 
-    def begin(self) -> Iterator[Task]:
-        """Take out every task that may begin now; its room is held until `end`."""
+    def begin(self) -> Iterator[Placement]:
+        """Take out every task that may begin now; its room is held until `end`. Among nodes with room, that with most to spare."""
         for task in list(self._waiting):
-            pool = next((pool for pool in self._pools if task.step.kind.value in pool.spec.steps), None)
-            if pool is not None and pool.admits(task.step.resources):
-                pool.used[task.step.digest] = task.step.resources
-                self._waiting.remove(task)
-                yield task
+            step = task.step
+            pool = next((share.pool for share in self._shares if step.kind.value in share.spec.steps), None)
+            room = [share for share in self._shares if share.pool == pool and share.admits(step.resources)]
+            if not room:
+                continue
+            share = min(room, key=lambda share: (len(share.used) / share.capacity.cpus, share.memory_bytes))
+            share.used[step.digest] = step.resources
+            self._waiting.remove(task)
+            yield Placement(task, share.pool, share.node.name, self._take_devices(share, task))
 
     def end(self, digest: str) -> None:
-        for pool in self._pools:
-            pool.used.pop(digest, None)
+        for share in self._shares:
+            share.used.pop(digest, None)
+        for held in self._devices.values():
+            for device in [device for device, holder in held.items() if holder == digest]:
+                del held[device]
 
     def clear(self) -> None:
         self._waiting.clear()
 
+    def memory_bytes(self) -> dict[tuple[str, str], int]:
+        """Reserved now, by pool and node."""
+        return {(share.pool, share.node.name): share.memory_bytes for share in self._shares}
 
-def _capacity(spec: PoolSpec) -> Resources:
-    cpus, memory = spec.cpus or os.cpu_count() or 1, spec.memory or machine_memory_bytes()
-    return Resources(cpus=cpus, gpus=spec.gpus, memory_bytes=memory)
+    def slots(self) -> dict[str, int]:
+        """CPU slots of all nodes, by pool."""
+        found: dict[str, int] = {}
+        for share in self._shares:
+            found[share.pool] = found.get(share.pool, 0) + share.capacity.cpus
+        return found
+
+    def _take_devices(self, share: _Share, task: Task) -> tuple[int, ...]:
+        held = self._devices.setdefault(share.node.name, {})
+        taken: list[int] = []
+        device = 0
+        while len(taken) < task.step.resources.gpus:
+            if device not in held:
+                held[device] = task.step.digest
+                taken.append(device)
+            device += 1
+        return tuple(taken)
+
+
+def _here(spec: PoolSpec) -> Node:
+    return Node("", Resources(cpus=machine_cpus(), gpus=spec.gpus, memory_bytes=machine_memory_bytes()))
+
+
+def _capacity(spec: PoolSpec, node: Node) -> Resources:
+    return Resources(
+        cpus=spec.cpus or node.capacity.cpus,
+        gpus=min(spec.gpus, node.capacity.gpus),
+        memory_bytes=spec.memory or node.capacity.memory_bytes,
+    )

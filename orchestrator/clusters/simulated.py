@@ -48,7 +48,8 @@ class SimulatedCluster:
         self._ending.clear()
 
     def _begin(self) -> None:
-        for task in self._admission.begin():
+        for placed in self._admission.begin():
+            task = placed.task
             self._sequence += 1
             heapq.heappush(self._ending, (self._clock + task.step.estimate.seconds, self._sequence, task))
             self._events.append(StepStarted(digest=task.step.digest, node=NODE, attempt=task.attempt))

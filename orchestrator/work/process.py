@@ -1,12 +1,14 @@
-"""Child processes that end with their parent."""
+"""Child processes that end with their parent, and know nothing of the launcher that started it."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
+from collections.abc import Mapping
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
+_LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "PRTE_", "SLURM_", "HYDRA_", "HYDI_")
 
 
 def die_with_parent() -> None:
@@ -15,3 +17,8 @@ def die_with_parent() -> None:
     The child stays in its parent's process group: Ray cleans that group up, a session of its own would survive.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what MPI and Slurm told this process: a child is no rank of that job, and may start one of its own."""
+    return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}

@@ -24,13 +24,12 @@ from orchestrator.core.step import Kind, Output, Task
 from orchestrator.work import compare
 from orchestrator.work.calls import positions_of
 from orchestrator.work.context import Context
-from orchestrator.work.process import die_with_parent
+from orchestrator.work.process import die_with_parent, without_launcher
 from orchestrator.work.reference import OUTPUT as REFERENCE
 from orchestrator.work.shards import rank_shards
 
 HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
-_LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "SLURM_", "HYDRA_", "HYDI_")
 _STDERR_LINES = 20
 
 
@@ -127,8 +126,7 @@ def find_mpiexec() -> str:
 
 def rank_environment() -> dict[str, str]:
     """This process's environment without another launcher's variables, one thread per rank."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
-    return {**kept, "OMP_NUM_THREADS": "1"}
+    return {**without_launcher(os.environ), "OMP_NUM_THREADS": "1"}
 
 
 def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> Verification:

@@ -86,7 +86,7 @@ class Killer(SilentListener):
             self.kill(event.digest)
 
     def kill(self, digest: str) -> None:
-        os.kill(self.cluster._processes[digest].pid, signal.SIGKILL)
+        os.kill(self.cluster.processes.pid(digest), signal.SIGKILL)
 
 
 class ActorKiller(Killer):

@@ -1,0 +1,108 @@
+"""Steps as processes of this machine: every attempt is a fresh `python -m orchestrator.work`.
+
+The task goes in on stdin, events come out on a pipe as JSON lines. A process of its own gives each step its own memory and
+lets a crash of native code be one step's failure. Children stay in our process group, so that they end with us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import IO
+
+from orchestrator.clusters import AnyEvent, worker_environment
+from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
+from orchestrator.core.step import Failure, FailureKind, Task
+from orchestrator.work.process import die_with_parent, without_launcher
+
+_TAIL_BYTES = 4000
+
+
+class StepProcesses:
+    """The running steps of one machine. `report` is called from threads of their own."""
+
+    def __init__(self, threads_per_step: int, report: Callable[[AnyEvent], None]) -> None:
+        self._threads_per_step = threads_per_step
+        self._report = report
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._followers: list[threading.Thread] = []
+        self._closed = False
+
+    def start(self, task: Task, gpus: tuple[int, ...]) -> None:
+        """Begin an attempt. `gpus` are numbers among the devices that this process sees."""
+        process, log = self._spawn(gpus)
+        self._processes[task.step.digest] = process
+        follower = threading.Thread(target=self._follow, args=(task, process, log), daemon=True)
+        follower.start()
+        self._followers = [thread for thread in self._followers if thread.is_alive()] + [follower]
+
+    def forget(self, digest: str) -> None:
+        """Its final event was seen."""
+        self._processes.pop(digest, None)
+
+    def pid(self, digest: str) -> int:
+        """Of a running step. Raises KeyError."""
+        return self._processes[digest].pid
+
+    def close(self) -> None:
+        """End every step; nothing is reported any more. Idempotent."""
+        self._closed = True
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+        for follower in self._followers:
+            follower.join()
+        self._processes.clear()
+
+    def _spawn(self, gpus: tuple[int, ...]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        environment = {**without_launcher(os.environ), **worker_environment(self._threads_per_step, gpu=bool(gpus))}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = _devices(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        log = tempfile.TemporaryFile()  # noqa: SIM115  # _follow closes it when the process has ended
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.work"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            preexec_fn=die_with_parent,
+        )
+        return process, log
+
+    def _follow(self, task: Task, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        final = False
+        with log, process.stdout:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(task.model_dump_json().encode())
+            for line in process.stdout:
+                event = EVENT.validate_json(line)
+                final = final or isinstance(event, (StepSucceeded, StepFailed))
+                self._report(event)
+            code = process.wait()
+            if not final and not self._closed:
+                self._report(StepFailed(digest=task.step.digest, failure=_crash(code, log)))
+
+
+def _devices(gpus: tuple[int, ...], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a step that gets the devices number `gpus` of those visible to us."""
+    names = visible.split(",") if visible else []
+    return ",".join(names[number].strip() if number < len(names) else str(number) for number in gpus)
+
+
+def _crash(code: int, log: IO[bytes]) -> Failure:
+    """A process that ended without a final event: killed, or crashed in native code."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(size - _TAIL_BYTES, 0))
+    tail = log.read().decode(errors="replace")
+    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=platform.node(), log_tail=tail)
