@@ -170,12 +170,14 @@ class JsonListener:
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
+        self._plan: Plan | None = None
 
     def _say(self, what: str, **fields: Any) -> None:
         self._stream.write(json.dumps({"event": what, **fields}) + "\n")
         self._stream.flush()
 
     def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None:
+        self._plan = plan
         pending = [] if already_published else [step.name for step in plan.pending(committed)]
         self._say(
             "plan", steps=len(plan.steps), pending=pending, build_key=plan.build_key, already_published=already_published,
@@ -183,10 +185,17 @@ class JsonListener:
         )  # fmt: skip
 
     def on_event(self, event: AnyEvent) -> None:
-        self._say(event.type, **event.model_dump(mode="json", exclude={"type"}))
+        step = self._plan.step(event.digest).name if self._plan else ""
+        self._say(event.type, step=step, **event.model_dump(mode="json", exclude={"type"}))
 
     def on_retry(self, command: Start) -> None:
-        self._say("retry", digest=command.step.digest, attempt=command.attempt, delay_seconds=command.delay_seconds)
+        self._say(
+            "retry",
+            step=command.step.name,
+            digest=command.step.digest,
+            attempt=command.attempt,
+            delay_seconds=command.delay_seconds,
+        )
 
     def on_finish(self, plan: Plan, result: Finished) -> None:
         self._say("finish", ran=sorted(plan.step(digest).name for digest in result.ran))

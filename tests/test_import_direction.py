@@ -77,6 +77,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.clusters.mpi": Row(_own("core", "clusters", "engines", "work"), inside=frozenset({"mpi4py"})),
     "orchestrator.driver": _DRIVING,
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
+    "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
     "orchestrator.verbs": _DRIVING,
     "orchestrator.preflight": _DRIVING,
     "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),

@@ -178,6 +178,38 @@ class UnsafePickleError(OrchestratorError):
     default_advice = "Convert the checkpoint to safetensors in a sandbox, and only when you trust its author."
 
 
+class UnreachableError(OrchestratorError):
+    """The API of a cluster that builds are submitted to does not answer."""
+
+    exit_code = 40
+    default_advice = "Check the address, and that this machine can reach it (port forwarding, VPN, proxy variables)."
+
+
+class AuthenticationError(OrchestratorError):
+    """The cluster does not know who asks, forbids it, or would be asked over an open connection."""
+
+    exit_code = 41
+
+
+class UnknownSubmissionError(OrchestratorError):
+    """The cluster knows no submitted build of this id."""
+
+    exit_code = 42
+
+
+class DriverLostError(OrchestratorError):
+    """The driver of a submitted build ended without saying what came of it: killed, crashed, or never able to run."""
+
+    exit_code = 43
+    default_advice = "Submit it again: committed steps are not repeated."
+
+
+class NotStartedError(OrchestratorError):
+    """A submitted build did not start in time."""
+
+    exit_code = 44
+
+
 class CancelledError(OrchestratorError):
     """The build was told to stop."""
 
