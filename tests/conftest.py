@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.core.spec import BuildSpec, decode
+from tests.models.ray_nodes import RayNodes, skip_reason
+from tests.models.ray_nodes import ray_nodes as make_ray_nodes
 from tests.models.seaweed import Seaweed, find_weed, run_seaweed
 from tests.models.tiny import write_tiny_llama
 
@@ -70,3 +72,20 @@ def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed
     for name, value in seaweed.environment().items():
         monkeypatch.setenv(name, value)
     return seaweed
+
+
+@pytest.fixture(scope="session")
+def ray_bed() -> Iterator[RayNodes]:
+    """Three real Ray nodes in namespaces, started by the first test that asks for them."""
+    reason = skip_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    with make_ray_nodes() as bed:
+        yield bed
+
+
+@pytest.fixture
+def ray_nodes(ray_bed: RayNodes) -> RayNodes:
+    """The nodes, with those back that an earlier test did away with."""
+    ray_bed.restore()
+    return ray_bed
