@@ -87,7 +87,7 @@ def convert(step: Step, store: Path) -> Measured:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.work"],
+        [sys.executable, "-m", "orchestrator.work", "here"],
         input=task.model_dump_json().encode(),
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

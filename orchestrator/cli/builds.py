@@ -49,6 +49,10 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
         from actors import RayCluster
 
         return RayCluster(place)
+    if place.kind == "mpi":
+        from orchestrator.clusters.mpi import MpiCluster
+
+        return MpiCluster(place)
     from orchestrator.verbs import local_cluster
 
     return local_cluster(place)

@@ -84,6 +84,12 @@ class Admission:
                     f"no node carries the labels of pool {name}: {dict(spec.labels)}",
                     "The nodes have: " + "; ".join(f"{node.name} {dict(node.labels)}" for node in nodes or ()) + ".",
                 )
+            for node in mine:
+                if node.capacity.gpus < spec.gpus:
+                    raise ClusterError(
+                        f"node {node.name} has {node.capacity.gpus} GPUs, and pool {name} says {spec.gpus}",
+                        "Correct gpus or labels of the pool, or ask the launcher for GPUs.",
+                    )
             self._shares.extend(_Share(name, spec, node, _capacity(spec, node)) for node in mine)
 
     def add(self, task: Task) -> None:
@@ -142,6 +148,6 @@ def _here(spec: PoolSpec) -> Node:
 def _capacity(spec: PoolSpec, node: Node) -> Resources:
     return Resources(
         cpus=spec.cpus or node.capacity.cpus,
-        gpus=min(spec.gpus, node.capacity.gpus),
+        gpus=spec.gpus,
         memory_bytes=spec.memory or node.capacity.memory_bytes,
     )

@@ -35,11 +35,12 @@ class StepProcesses:
         self._followers: list[threading.Thread] = []
         self._closed = False
 
-    def start(self, task: Task, gpus: tuple[int, ...]) -> None:
-        """Begin an attempt. `gpus` are numbers among the devices that this process sees."""
-        process, log = self._spawn(gpus)
+    def start(self, task: Task, gpus: tuple[int, ...], node: str = "") -> None:
+        """Begin an attempt. `gpus` are numbers among the devices that this process sees; `node` is what the machine is called."""
+        node = node or platform.node()
+        process, log = self._spawn(node, gpus)
         self._processes[task.step.digest] = process
-        follower = threading.Thread(target=self._follow, args=(task, process, log), daemon=True)
+        follower = threading.Thread(target=self._follow, args=(task, node, process, log), daemon=True)
         follower.start()
         self._followers = [thread for thread in self._followers if thread.is_alive()] + [follower]
 
@@ -62,13 +63,13 @@ class StepProcesses:
             follower.join()
         self._processes.clear()
 
-    def _spawn(self, gpus: tuple[int, ...]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    def _spawn(self, node: str, gpus: tuple[int, ...]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         environment = {**without_launcher(os.environ), **worker_environment(self._threads_per_step, gpu=bool(gpus))}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = _devices(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         log = tempfile.TemporaryFile()  # noqa: SIM115  # _follow closes it when the process has ended
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.work"],
+            [sys.executable, "-m", "orchestrator.work", node],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -77,7 +78,7 @@ class StepProcesses:
         )
         return process, log
 
-    def _follow(self, task: Task, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    def _follow(self, task: Task, node: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         final = False
@@ -90,7 +91,7 @@ class StepProcesses:
                 self._report(event)
             code = process.wait()
             if not final and not self._closed:
-                self._report(StepFailed(digest=task.step.digest, failure=_crash(code, log)))
+                self._report(StepFailed(digest=task.step.digest, failure=_crash(code, node, log)))
 
 
 def _devices(gpus: tuple[int, ...], visible: str | None) -> str:
@@ -99,10 +100,10 @@ def _devices(gpus: tuple[int, ...], visible: str | None) -> str:
     return ",".join(names[number].strip() if number < len(names) else str(number) for number in gpus)
 
 
-def _crash(code: int, log: IO[bytes]) -> Failure:
+def _crash(code: int, node: str, log: IO[bytes]) -> Failure:
     """A process that ended without a final event: killed, or crashed in native code."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(size - _TAIL_BYTES, 0))
     tail = log.read().decode(errors="replace")
     reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=platform.node(), log_tail=tail)
+    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=node, log_tail=tail)

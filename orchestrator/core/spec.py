@@ -286,8 +286,8 @@ def holds_secret(url: str) -> bool:
 class ClusterSpec(Frozen):
     """What there is to build with."""
 
-    kind: Literal["local", "ray"] = "local"
-    """local: processes of this machine; ray: actors of a Ray cluster."""
+    kind: Literal["local", "ray", "mpi"] = "local"
+    """local: processes of this machine; ray: actors of a Ray cluster; mpi: the ranks of an MPI job, for Slurm sites without Ray."""
     address: str | None = None
     """Of the Ray cluster; absent: start one on this machine."""
     store: str

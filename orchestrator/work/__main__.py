@@ -1,9 +1,11 @@
-"""The worker process: a task as JSON on stdin, events as JSON lines on stdout, everything that libraries print on stderr."""
+"""The worker process, `python -m orchestrator.work NODE`.
+
+A task as JSON on stdin, events as JSON lines on stdout, everything that libraries print on stderr.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
 import sys
 
 from orchestrator.core.step import Task
@@ -16,7 +18,7 @@ def main() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as pipe:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         task = Task.model_validate_json(sys.stdin.read())
-        for event in stream(task, platform.node()):
+        for event in stream(task, sys.argv[1]):
             pipe.write(event.model_dump_json() + "\n")
 
 

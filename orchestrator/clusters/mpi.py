@@ -1,0 +1,270 @@
+"""The ranks of an MPI job, for Slurm sites without Ray: `mpiexec -n N+1 python -m mpi4py.futures -m orchestrator.cli build ...`.
+
+Rank 0 drives. Every other rank is one node: it gets a single task of mpi4py's pool, which serves until the build is over. It starts
+steps as processes, as many at once as its pools have room for, so that native code that crashes is a failed step and not the end
+of the MPI job. Tasks, events and signs of life travel as MPI messages of a few kilobytes; nothing needs a shared folder.
+
+MPI does not survive the loss of a process. Most launchers end the whole job when one dies; where they do not, a node that shows no
+sign of life ends the build with an error. Either way the same command, run again, goes on from the committed steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import re
+import threading
+import time
+from typing import Any
+
+from orchestrator.clusters import AnyEvent
+from orchestrator.clusters.admission import Admission, Node, machine_cpus, machine_memory_bytes
+from orchestrator.clusters.processes import StepProcesses
+from orchestrator.core.errors import ClusterError
+from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
+from orchestrator.core.spec import ClusterSpec
+from orchestrator.core.step import Resources, Task
+
+LABELS_VARIABLE = "ORCHESTRATOR_NODE_LABELS"
+"""Labels of a node beyond those it finds itself: name=value, separated by commas."""
+_LAUNCH = "Start it as: mpiexec -n N+1 python -m mpi4py.futures -m orchestrator.cli build ..., one process per node and one more."
+_TAG_HELLO, _TAG_COMMAND, _TAG_EVENT, _TAG_ALIVE, _TAG_BYE = range(701, 706)
+_LOST_SECONDS = 60.0
+_ALIVE_SECONDS = 2.0
+_POLL_SECONDS = 0.01
+_CLOSE_SECONDS = 30.0
+"""How long a node has to end its steps and say goodbye."""
+_ABORT_SECONDS = 3.0
+"""Between the error of a lost node and the end of the job: time to print it."""
+
+
+class MpiCluster:
+    """See Cluster."""
+
+    def __init__(self, spec: ClusterSpec, *, lost_seconds: float = _LOST_SECONDS) -> None:
+        """Make every other rank of this MPI job a node. Raises ClusterError when this is none, or a pool finds no node."""
+        self._lost_seconds = lost_seconds
+        self._comm, self._executor = _open_pool()
+        ranks = range(1, self._comm.Get_size())
+        self._served = [self._executor.submit(serve, spec.threads_per_step) for _ in ranks]
+        self._ended: set[int] = set()
+        self._seen = dict.fromkeys(ranks, time.monotonic())
+        self._sending: list[Any] = []
+        """Commands on their way: a blocking send could wait for a node that waits for us."""
+        self._broken = False
+        self._closed = False
+        self.pids: dict[int, int] = {}
+        """By rank: of the nodes' own processes, each on its host."""
+        self._placed: dict[str, int] = {}
+        """By digest: the rank that runs a step."""
+        try:
+            self._nodes = self._greet()
+            self._admission = Admission(spec, list(self._nodes.values()))
+        except BaseException:
+            self.close()
+            raise
+        self._rank_of = {node.name: rank for rank, node in self._nodes.items()}
+
+    def start(self, task: Task) -> None:
+        self._admission.add(task)
+        self._begin()
+
+    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+        """As Cluster says. Raises ClusterError when a node was lost: MPI cannot go on without it."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while not self._closed:
+            found = self._receive()
+            if found:
+                self._begin()
+                return found
+            self._check_alive()
+            if deadline is not None and time.monotonic() >= deadline:
+                return []
+            time.sleep(_POLL_SECONDS)
+        return []
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def rank_of(self, digest: str) -> int:
+        """The rank that runs a step. Raises KeyError."""
+        return self._placed[digest]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._broken:
+            self._abort_soon()
+            return
+        for rank in self._seen:
+            self._send(rank, None)
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self._ended != set(self._seen):
+            # What nodes still have to say is taken in, or their messages would never leave them.
+            self._receive()
+            if time.monotonic() >= deadline:
+                self._abort_soon()
+                return
+            time.sleep(_POLL_SECONDS)
+        self._executor.shutdown()
+
+    def _greet(self) -> dict[int, Node]:
+        """What every node says of itself. Several ranks of one host are told apart by their number."""
+        found: dict[int, dict[str, Any]] = {}
+        while len(found) < len(self._seen):
+            rank, said = self._next(_TAG_HELLO)
+            if rank:
+                found[rank] = said
+                self.pids[rank] = said["pid"]
+                continue
+            self._check_alive()
+            time.sleep(_POLL_SECONDS)
+        hosts = [said["host"] for said in found.values()]
+        nodes = {}
+        for rank, said in found.items():
+            name = said["host"] if hosts.count(said["host"]) == 1 else f"{said['host']}/{rank}"
+            nodes[rank] = Node(name, Resources.model_validate(said["capacity"]), said["labels"])
+        return nodes
+
+    def _begin(self) -> None:
+        if self._closed:
+            return
+        for placed in self._admission.begin():
+            rank = self._rank_of[placed.node]
+            self._placed[placed.task.step.digest] = rank
+            self._send(rank, {"task": placed.task.model_dump_json(), "gpus": placed.gpus, "node": placed.node})
+
+    def _send(self, rank: int, command: dict[str, Any] | None) -> None:
+        self._sending = [request for request in self._sending if not request.Test()]
+        self._sending.append(self._comm.isend(command, dest=rank, tag=_TAG_COMMAND))
+
+    def _receive(self) -> list[AnyEvent]:
+        """Take in what has arrived; final events free their room."""
+        while (rank := self._next(_TAG_ALIVE)[0]) or (rank := self._next(_TAG_BYE)[0]):
+            self._seen[rank] = time.monotonic()
+        events: list[AnyEvent] = []
+        while (received := self._next(_TAG_EVENT))[0]:
+            event = EVENT.validate_json(received[1])
+            if isinstance(event, (StepSucceeded, StepFailed)):
+                self._placed.pop(event.digest, None)
+                self._admission.end(event.digest)
+            events.append(event)
+        return events
+
+    def _next(self, tag: int) -> tuple[int, Any]:
+        """One message and the rank that sent it; rank 0 when there is none."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        if not self._comm.iprobe(source=MPI.ANY_SOURCE, tag=tag, status=status):
+            return 0, None
+        rank = status.Get_source()
+        if tag == _TAG_BYE:
+            self._ended.add(rank)
+        return rank, self._comm.recv(source=rank, tag=tag)
+
+    def _check_alive(self) -> None:
+        """Raises ClusterError when a node failed or has been silent for too long."""
+        problem = next((str(future.exception()) for future in self._served if future.done() and future.exception()), "")
+        now = time.monotonic()
+        silent = [rank for rank, seen in self._seen.items() if now - seen > self._lost_seconds]
+        if silent:
+            problem = ", ".join(self._name(rank) for rank in silent) + f" silent for more than {self._lost_seconds:.0f} s"
+        if problem:
+            self._broken = True
+            raise ClusterError(
+                f"a node of the MPI job was lost: {problem}",
+                "An MPI job cannot go on without one. Run the same command again: committed steps are not repeated.",
+            )
+
+    def _name(self, rank: int) -> str:
+        node = getattr(self, "_nodes", {}).get(rank)
+        return f"rank {rank}" + (f" ({node.name})" if node else "")
+
+    def _abort_soon(self) -> None:
+        """MPI would wait for ever for a node that is gone: end the job once this process had time to say why."""
+        timer = threading.Timer(_ABORT_SECONDS, self._comm.Abort, [ClusterError.exit_code])
+        timer.daemon = True
+        timer.start()
+
+
+def _open_pool() -> tuple[Any, Any]:
+    """The communicator of the job, and its pool of workers. Raises ClusterError when this process was not started as it must be."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPIPoolExecutor, _core
+
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() < 2:
+        raise ClusterError("kind: mpi needs an MPI job of at least two processes, and this is none", _LAUNCH)
+    if getattr(_core, "SharedPool", None) is None:
+        raise ClusterError("this MPI job has no pool of workers: every process runs the build", _LAUNCH)
+    executor = MPIPoolExecutor(main=False)
+    executor.bootup()
+    return comm, executor
+
+
+def serve(threads_per_step: int) -> None:
+    """Be a node until the driver says that the build is over. Runs in every rank but 0."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    events: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+    processes = StepProcesses(threads_per_step, events.put)
+    comm.send(describe_node(), dest=0, tag=_TAG_HELLO)
+    try:
+        _serve(comm, processes, events)
+    finally:
+        processes.close()
+    comm.send(None, dest=0, tag=_TAG_BYE)
+
+
+def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEvent]) -> None:
+    alive = time.monotonic()
+    while True:
+        while comm.iprobe(source=0, tag=_TAG_COMMAND):
+            command = comm.recv(source=0, tag=_TAG_COMMAND)
+            if command is None:
+                return
+            processes.start(Task.model_validate_json(command["task"]), tuple(command["gpus"]), command["node"])
+        with contextlib.suppress(queue.Empty):
+            event = events.get(timeout=_POLL_SECONDS)
+            while True:
+                if isinstance(event, (StepSucceeded, StepFailed)):
+                    processes.forget(event.digest)
+                comm.send(event.model_dump_json(), dest=0, tag=_TAG_EVENT)
+                event = events.get_nowait()
+        if time.monotonic() - alive >= _ALIVE_SECONDS:
+            alive = time.monotonic()
+            comm.send(os.getpid(), dest=0, tag=_TAG_ALIVE)
+
+
+def describe_node() -> dict[str, Any]:
+    """What this rank offers: host, capacity, and labels by the names that Ray gives them, so that one cluster file serves both."""
+    from orchestrator.engines.device import visible_gpus
+
+    gpus = visible_gpus()
+    labels = {"host": platform.node()}
+    if gpus:
+        labels["ray.io/accelerator-type"] = accelerator_type(gpus[0].name)
+    for item in filter(None, os.environ.get(LABELS_VARIABLE, "").split(",")):
+        name, _, value = item.partition("=")
+        labels[name.strip()] = value.strip()
+    capacity = Resources(cpus=machine_cpus(), gpus=len(gpus), memory_bytes=machine_memory_bytes())
+    return {"host": platform.node(), "pid": os.getpid(), "capacity": capacity.model_dump(), "labels": labels}
+
+
+def accelerator_type(name: str) -> str:
+    """Ray's name of a GPU model: NVIDIA H100 80GB HBM3 -> H100, Tesla V100-SXM2-16GB -> V100, NVIDIA GeForce RTX 4090 ->
+    GeForce-RTX-4090."""
+    kept: list[str] = []
+    for word in name.split()[1:]:
+        head = word.partition("-")[0]
+        if not re.fullmatch(r"[A-Z0-9]+", head):
+            break
+        kept.append(head)
+        if any(character.isdigit() for character in head):
+            return "-".join(kept)
+    return name.removeprefix("NVIDIA ").replace(" ", "-")

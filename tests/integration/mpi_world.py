@@ -1,0 +1,94 @@
+"""What rank 0 of an MPI job sees: test_mpi_cluster.py starts pytest on this file under mpiexec. Its name is no test's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.clusters import AnyEvent, Cluster
+from orchestrator.clusters.mpi import MpiCluster
+from orchestrator.core.errors import ClusterError
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
+from orchestrator.core.step import FailureKind
+from orchestrator.driver import drive
+from orchestrator.report import SilentListener
+from tests.contracts.cluster_contract import ClusterContract
+from tests.integration.test_real_clusters import conversion, tasks
+
+__all__ = ["conversion", "tasks"]
+
+
+def place(store: str, **pools: PoolSpec) -> ClusterSpec:
+    return ClusterSpec(
+        kind="mpi", store=store, pools=pools or {"default": PoolSpec(cpus=1)}, retries=RetrySpec(backoff_seconds=0.05)
+    )
+
+
+class TestMpiCluster(ClusterContract):
+    @pytest.fixture
+    def cluster(self, store_url: str) -> Iterator[Cluster]:
+        opened = MpiCluster(ClusterSpec(kind="mpi", store=store_url))
+        yield opened
+        opened.close()
+
+
+class Watcher(SilentListener):
+    """Remembers events; kills the process of the first step that starts, when it is told to."""
+
+    def __init__(self, cluster: MpiCluster, *, kill: bool = False) -> None:
+        self.cluster = cluster
+        self.kill = kill
+        self.events: list[AnyEvent] = []
+
+    def on_event(self, event: AnyEvent) -> None:
+        self.events.append(event)
+        if self.kill and event.type == "started":
+            self.kill = False
+            node = self.cluster.pids[self.cluster.rank_of(event.digest)]
+            (step,) = Path(f"/proc/{node}/task/{node}/children").read_text().split()
+            os.kill(int(step), signal.SIGKILL)
+
+
+def test_step_process_killed_fails_alone_and_is_started_again(conversion: Plan, store_url: str) -> None:
+    spec = place(store_url)
+    cluster = MpiCluster(spec)
+    try:
+        watcher = Watcher(cluster, kill=True)
+        result = drive(conversion, {}, cluster, spec, watcher)
+    finally:
+        cluster.close()
+    assert not result.failures
+    assert set(result.outcomes) == {step.digest for step in conversion.steps}
+    (failed,) = [event.failure for event in watcher.events if event.type == "failed"]
+    assert failed.kind is FailureKind.INFRASTRUCTURE
+    assert "SIGKILL" in failed.message
+    started = [event for event in watcher.events if event.type == "started"]
+    assert len(started) == len(conversion.steps) + 1
+    assert len({event.node for event in started}) == 2, "two nodes, and only one was used"
+    assert failed.node in {event.node for event in started}
+
+
+def test_pool_that_no_node_belongs_to_is_refused(store_url: str) -> None:
+    with pytest.raises(ClusterError, match="no node carries the labels of pool gpu"):
+        MpiCluster(place(store_url, gpu=PoolSpec(labels={"ray.io/accelerator-type": "H100"})))
+
+
+def test_pool_with_more_gpus_than_its_nodes_is_refused(store_url: str) -> None:
+    with pytest.raises(ClusterError, match="has 0 GPUs, and pool gpu says 8"):
+        MpiCluster(place(store_url, gpu=PoolSpec(gpus=8)))
+
+
+def test_pool_of_a_label_from_the_environment_gets_that_node_alone(conversion: Plan, store_url: str) -> None:
+    spec = place(store_url, second=PoolSpec(cpus=2, labels={"role": "second"}))
+    cluster = MpiCluster(spec)
+    try:
+        watcher = Watcher(cluster)
+        drive(conversion, {}, cluster, spec, watcher)
+    finally:
+        cluster.close()
+    assert {event.node.rpartition("/")[2] for event in watcher.events if event.type == "started"} == {"2"}
