@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,31 @@ class Group(Subject):
 class Pod(Subject):
     """The spec of a pod or of a template of pods."""
 
+    @property
+    def containers(self) -> list[tuple[str, Fields]]:
+        """Path and fields of every container, whichever list holds it."""
+        return [
+            (f"{key}[{number}]", container)
+            for key in ("initContainers", "containers", "ephemeralContainers")
+            for number, container in enumerate(self.get(key, []) or [])
+        ]
 
-class Container(Subject):
-    """A container of a pod, whichever of its lists holds it."""
+
+class Bundle(Subject):
+    """A RayJob with the files that its entry point finds: the ConfigMap at its working directory."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        return self.get("data", {}) or {}
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(self.owner, "spec.rayClusterSpec", at(self.object, "spec.rayClusterSpec", {}) or {}, self.object)
+
+
+def environment(container: Fields) -> dict[str, Fields]:
+    """The entries of a container's env by name."""
+    return {str(entry.get("name")): entry for entry in container.get("env") or []}
 
 
 def at(fields: Any, path: str, default: Any = None) -> Any:
@@ -119,24 +141,47 @@ def at(fields: Any, path: str, default: Any = None) -> Any:
     return fields
 
 
-def subjects(obj: Fields) -> Iterator[Subject]:
-    """The object and every part of it that a rule may look at."""
-    owner = f"{obj.get('kind', '?')}/{at(obj, 'metadata.name', '?')}"
+def subjects(objects: Sequence[Fields]) -> Iterator[Subject]:
+    """Every object, and every part of one that a rule may look at."""
+    for obj in objects:
+        yield from _parts(obj)
+        if _is_ray(obj, "RayJob"):
+            yield from _bundles(obj, objects)
+
+
+def _parts(obj: Fields) -> Iterator[Subject]:
+    owner, spec = _name(obj), obj.get("spec") or {}
     yield Object(owner, "", obj, obj)
-    spec = obj.get("spec") or {}
     if _is_ray(obj, "RayJob"):
         yield Job(owner, "spec", spec, obj)
         if isinstance(spec.get("rayClusterSpec"), dict):
             yield from _cluster(Cluster(owner, "spec.rayClusterSpec", spec["rayClusterSpec"], obj))
         submitter = at(spec, "submitterPodTemplate.spec")
         if isinstance(submitter, dict):
-            yield from _pod(Pod(owner, "spec.submitterPodTemplate.spec", submitter, obj))
+            yield Pod(owner, "spec.submitterPodTemplate.spec", submitter, obj)
     elif _is_ray(obj, "RayCluster"):
         yield from _cluster(Cluster(owner, "spec", spec, obj))
     elif obj.get("kind") == "Pod":
-        yield from _pod(Pod(owner, "spec", spec, obj))
+        yield Pod(owner, "spec", spec, obj)
     elif isinstance(at(spec, "template.spec.containers"), list):
-        yield from _pod(Pod(owner, "spec.template.spec", spec["template"]["spec"], obj))
+        yield Pod(owner, "spec.template.spec", spec["template"]["spec"], obj)
+
+
+def _bundles(job: Fields, objects: Sequence[Fields]) -> Iterator[Bundle]:
+    """The ConfigMap that the head mounts at its working directory, when it is among the objects."""
+    pod = at(job, "spec.rayClusterSpec.headGroupSpec.template.spec", {}) or {}
+    container = (pod.get("containers") or [{}])[0]
+    mounted = {
+        mount.get("name") for mount in container.get("volumeMounts") or [] if mount.get("mountPath") == container.get("workingDir")
+    }
+    names = {at(volume, "configMap.name") for volume in pod.get("volumes") or [] if volume.get("name") in mounted}
+    for obj in objects:
+        if obj.get("kind") == "ConfigMap" and at(obj, "metadata.name") in names:
+            yield Bundle(_name(job), f"(its ConfigMap {at(obj, 'metadata.name')})", obj, job)
+
+
+def _name(obj: Fields) -> str:
+    return f"{obj.get('kind', '?')}/{at(obj, 'metadata.name', '?')}"
 
 
 def _is_ray(obj: Fields, kind: str) -> bool:
@@ -149,14 +194,7 @@ def _cluster(cluster: Cluster) -> Iterator[Subject]:
         yield group
         spec = group.get("template.spec")
         if isinstance(spec, dict):
-            yield from _pod(Pod(group.owner, _join(group.path, "template.spec"), spec, group.object))
-
-
-def _pod(pod: Pod) -> Iterator[Subject]:
-    yield pod
-    for key in ("initContainers", "containers", "ephemeralContainers"):
-        for number, container in enumerate(pod.get(key, []) or []):
-            yield Container(pod.owner, _join(pod.path, f"{key}[{number}]"), container, pod.object)
+            yield Pod(group.owner, _join(group.path, "template.spec"), spec, group.object)
 
 
 def _join(path: str, part: str) -> str:

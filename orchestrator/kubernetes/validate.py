@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from orchestrator.core.errors import ManifestError
 from orchestrator.kubernetes.manifests import Fields, subjects
 from orchestrator.kubernetes.rules import RULES, Problem
 
 
-def problems(objects: Iterable[Fields]) -> list[Problem]:
+def problems(objects: Sequence[Fields]) -> list[Problem]:
     """Every rule that an object breaks, in the objects' order."""
-    return [problem for obj in objects for subject in subjects(obj) for checked in RULES for problem in checked.problems(subject)]
+    return [problem for subject in subjects(objects) for checked in RULES for problem in checked.problems(subject)]
 
 
-def validate(objects: Iterable[Fields]) -> None:
+def validate(objects: Sequence[Fields]) -> None:
     """Raises ManifestError that names every broken rule with its advice."""
     found = problems(objects)
     if found:

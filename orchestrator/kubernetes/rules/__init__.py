@@ -1,13 +1,33 @@
 """What must hold of manifests before they go to a cluster: one file per matter, one small rule per thing, the table here.
 
-Ids are stable. RJ and RC are the operator's own rules for RayJobs and RayClusters, which it tells only after a manifest was taken.
+Ids are stable. The operator tells its own rules (RN, RJ, RC, FT, RA) only after a manifest was taken, and then nothing starts.
 """
 
 from __future__ import annotations
 
-from orchestrator.kubernetes.rules import ray_job
+from orchestrator.kubernetes.rules import (
+    build,
+    bundle,
+    fault_tolerance,
+    kueue,
+    naming,
+    pod_security,
+    protection,
+    ray_cluster,
+    ray_job,
+)
 from orchestrator.kubernetes.rules.rule import AnyRule, Problem
 
-RULES: tuple[AnyRule, ...] = ray_job.RULES
+RULES: tuple[AnyRule, ...] = (
+    *naming.RULES,
+    *ray_job.RULES,
+    *ray_cluster.RULES,
+    *fault_tolerance.RULES,
+    *protection.RULES,
+    *kueue.RULES,
+    *pod_security.RULES,
+    *build.RULES,
+    *bundle.RULES,
+)
 
 __all__ = ["RULES", "AnyRule", "Problem"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -10,6 +10,7 @@ import yaml
 from orchestrator.kubernetes.manifests import Job
 from orchestrator.kubernetes.rules.rule import AnyRule, Found, rule
 
+SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
 _DELETES_CLUSTER = frozenset({"DeleteCluster", "DeleteWorkers"})
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 
@@ -96,7 +97,7 @@ def deletion_rules_are_ordered(job: Job) -> Found:
         times.setdefault((status, policy), condition.get("ttlSeconds") or 0)
     for status in {status for status, _ in times}:
         given = [(policy, times[status, policy]) for policy in _DELETION_ORDER if (status, policy) in times]
-        for (first, early), (second, late) in itertools.pairwise(given):
+        for (first, early), (second, late) in pairwise(given):
             if late < early:
                 yield (
                     "deletionStrategy.deletionRules",
@@ -187,6 +188,20 @@ def deadlines_are_positive(job: Job) -> Found:
         yield "backoffLimit", f"{job.get('backoffLimit')} is negative"
 
 
+@rule("RJ17", Job, f"Use one of {', '.join(SUBMISSION_MODES)}.")
+def submission_mode_is_known(job: Job) -> Found:
+    """submissionMode is one that the operator knows; the schema takes any text, and the job never starts."""
+    if job.get("submissionMode", "K8sJobMode") not in SUBMISSION_MODES:
+        yield "submissionMode", f"{job.get('submissionMode')!r} is unknown"
+
+
+@rule("RJ18", Job, "Leave upgradeStrategy out: the cluster of a job lives as long as the job.")
+def job_cluster_is_not_upgraded(job: Job) -> Found:
+    """The cluster of a RayJob has no upgradeStrategy."""
+    if job.get("rayClusterSpec.upgradeStrategy.type") is not None:
+        yield "rayClusterSpec.upgradeStrategy.type", f"is {job.get('rayClusterSpec.upgradeStrategy.type')}"
+
+
 def _policies(job: Job) -> list[tuple[str, str, dict[str, Any]]]:
     """Path, policy and condition of everything that a deletion strategy deletes; the old fields have no condition."""
     rules = job.get("deletionStrategy.deletionRules", []) or []
@@ -203,4 +218,5 @@ RULES: tuple[AnyRule, ...] = (
     deletion_conditions_are_single, deleted_workers_are_not_scaled, selected_cluster_is_kept, deletion_rules_are_ordered,
     kept_cluster_is_not_shut_down, cluster_is_given_or_selected, selected_cluster_is_not_remade, interactive_is_not_retried,
     sidecar_submits_by_itself, job_has_no_kubernetes_token, runtime_environment_is_yaml, deadlines_are_positive,
+    submission_mode_is_known, job_cluster_is_not_upgraded,
 )  # fmt: skip
