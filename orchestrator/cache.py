@@ -72,6 +72,14 @@ def lookup(store: Store, digest: str) -> Outcome | None:
     return outcome if intact else None
 
 
+def find(store: Store, digest: str) -> Outcome | None:
+    """As `lookup`; None also while the store cannot be reached."""
+    try:
+        return lookup(store, digest)
+    except StoreError:
+        return None
+
+
 def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
     """The committed outcomes among `digests`."""
     with ThreadPoolExecutor(_LOOKUP_THREADS) as pool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.clusters import AnyEvent, Cluster
 from orchestrator.core.errors import StepFailedError
 from orchestrator.core.plan import Plan
+from orchestrator.core.progress import StepSucceeded
 from orchestrator.core.schedule import Schedule, Start
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Failure, Outcome, Task
@@ -24,6 +25,8 @@ class Result:
     ran: frozenset[str]
     """Digests that ran in this build."""
     failures: Mapping[str, Failure] = field(default_factory=dict)
+    lost: Mapping[str, list[Failure]] = field(default_factory=dict)
+    """Attempts that came to nothing before the last one, by digest."""
 
     def raise_failures(self, plan: Plan) -> None:
         """Raise the first failure as the error that it was; others are counted in the message."""
@@ -37,50 +40,77 @@ class Result:
         raise error
 
 
-def drive(plan: Plan, committed: Mapping[str, Outcome], cluster: Cluster, spec: ClusterSpec, listener: Listener) -> Result:
-    """Run what is pending until everything is committed or a step has failed for good."""
-    schedule = Schedule(plan, committed, spec.retries)
-    delayed: list[tuple[float, int, Start]] = []
-    ran: set[str] = set()
-    counter = 0
+Lookup = Callable[[str], Outcome | None]
 
-    def launch(commands: list[Start]) -> None:
-        nonlocal counter
+
+def drive(
+    plan: Plan,
+    committed: Mapping[str, Outcome],
+    cluster: Cluster,
+    spec: ClusterSpec,
+    listener: Listener,
+    lookup: Lookup = lambda digest: None,
+) -> Result:
+    """Run what is pending until everything is committed or a step has failed for good.
+
+    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
+    """
+    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup).run()
+
+
+@dataclass
+class _Drive:
+    schedule: Schedule
+    cluster: Cluster
+    spec: ClusterSpec
+    listener: Listener
+    lookup: Lookup
+    delayed: list[tuple[float, int, Start]] = field(default_factory=list)
+    """Commands by the time that they are due, then by the order in which they were given."""
+    ran: set[str] = field(default_factory=set)
+    count: int = 0
+
+    def run(self) -> Result:
+        schedule = self.schedule
+        self.launch(schedule.start())
+        while not schedule.done:
+            wait = max(self.delayed[0][0] - self.cluster.now(), 0.0) if self.delayed else None
+            commands = [command for event in self.cluster.events(wait) for command in self.take(event)]
+            self.launch(commands)
+            if schedule.num_running == 0 and not self.delayed and not schedule.done:
+                raise StepFailedError("the plan cannot go on: nothing runs and something is pending", "This is a bug: report it.")
+        return Result(schedule.outcomes, frozenset(self.ran), schedule.failures, schedule.lost)
+
+    def take(self, event: AnyEvent) -> list[Start]:
+        self.listener.on_event(event)
+        if event.type == "succeeded":
+            self.ran.add(event.digest)
+        return self.schedule.handle(event)
+
+    def launch(self, commands: list[Start]) -> None:
         for command in commands:
-            counter += 1
-            heapq.heappush(delayed, (cluster.now() + command.delay_seconds, counter, command))
+            self.count += 1
+            heapq.heappush(self.delayed, (self.cluster.now() + command.delay_seconds, self.count, command))
             if command.attempt > 1:
-                listener.on_retry(command)
-        while delayed and delayed[0][0] <= cluster.now():
-            due = heapq.heappop(delayed)[2]
-            if schedule.begin(due):
-                _start(due, schedule, cluster, spec)
+                self.listener.on_retry(command)
+        while self.delayed and self.delayed[0][0] <= self.cluster.now():
+            self.begin(heapq.heappop(self.delayed)[2])
 
-    launch(schedule.start())
-    while not schedule.done:
-        wait = max(delayed[0][0] - cluster.now(), 0.0) if delayed else None
-        events: list[AnyEvent] = cluster.events(wait)
-        commands: list[Start] = []
-        for event in events:
-            listener.on_event(event)
-            if event.type == "succeeded":
-                ran.add(event.digest)
-            commands.extend(schedule.handle(event))
-        launch(commands)
-        if schedule.num_running == 0 and not delayed and not schedule.done:
-            raise StepFailedError("the plan cannot go on: nothing runs and something is pending", "This is a bug: report it.")
-    return Result(schedule.outcomes, frozenset(ran), schedule.failures)
-
-
-def _start(command: Start, schedule: Schedule, cluster: Cluster, spec: ClusterSpec) -> None:
-    step = command.step
-    cluster.start(
-        Task(
-            step=step,
-            inputs={need: schedule.outcomes[need] for need in step.needs},
-            attempt=command.attempt,
-            store=spec.store,
-            store_options=spec.store_options,
-            scratch=spec.scratch,
+    def begin(self, due: Start) -> None:
+        if not self.schedule.begin(due):
+            return
+        step = due.step
+        known = self.lookup(step.digest) if due.attempt > 1 else None
+        if known is not None:
+            self.launch(self.take(StepSucceeded(digest=step.digest, outcome=known)))
+            return
+        self.cluster.start(
+            Task(
+                step=step,
+                inputs={need: self.schedule.outcomes[need] for need in step.needs},
+                attempt=due.attempt,
+                store=self.spec.store,
+                store_options=self.spec.store_options,
+                scratch=self.spec.scratch,
+            )
         )
-    )

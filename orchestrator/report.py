@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from orchestrator.clusters import AnyEvent
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.plan import Plan
 from orchestrator.core.schedule import Start
-from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.step import FailureKind, Kind, Outcome
 
 if TYPE_CHECKING:
     from orchestrator.sweep import SweepRow
@@ -37,6 +38,10 @@ class Listener(Protocol):
 
     def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None: ...
 
+    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
+        """What the nodes have, before the first step; a cluster that is this machine alone says nothing."""
+        ...
+
     def on_event(self, event: AnyEvent) -> None: ...
 
     def on_retry(self, command: Start) -> None: ...
@@ -48,6 +53,9 @@ class SilentListener:
     """Says nothing."""
 
     def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None:
+        pass
+
+    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
         pass
 
     def on_event(self, event: AnyEvent) -> None:
@@ -102,6 +110,14 @@ class ConsoleListener:
         if pending:
             self._progress.start()
 
+    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
+        devices = counted(device.name for node in nodes for device in node.devices)
+        cpus = sum(node.cpus for node in nodes)
+        what = [f"{cpus:.0f} CPU slots", *(f"{count} {name}" for name, count in devices.items())]
+        self._progress.console.print(f"{len(nodes)} nodes: {', '.join(what)}", highlight=False)
+        for warning in warnings:
+            self._progress.console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
     def on_event(self, event: AnyEvent) -> None:
         if self._plan is None:
             return
@@ -124,8 +140,10 @@ class ConsoleListener:
                 self._console.print(f"{event.outcome.name}: {event.outcome.seconds:.1f} s on {event.outcome.node}")
         elif event.type == "failed":
             self._done.pop(event.digest, None)
+            moved = event.failure.kind is FailureKind.HANDED_OVER
+            word = "[yellow]moves[/]" if moved else "[red]failed[/]"
             self._progress.console.print(
-                f"[red]{self._plan.step(event.digest).name} failed[/]: {event.failure.message}", highlight=False
+                f"{self._plan.step(event.digest).name} {word}: {escape(event.failure.message)}", highlight=False
             )
         self._draw(kind, bar)
 
@@ -183,6 +201,9 @@ class JsonListener:
             "plan", steps=len(plan.steps), pending=pending, build_key=plan.build_key, already_published=already_published,
             warnings=list(plan.warnings), notes=list(plan.notes),
         )  # fmt: skip
+
+    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
+        self._say("nodes", nodes=[node.model_dump(mode="json") for node in nodes], warnings=list(warnings))
 
     def on_event(self, event: AnyEvent) -> None:
         step = self._plan.step(event.digest).name if self._plan else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator import cache
 from orchestrator.checkpoints import read_source
-from orchestrator.clusters import Cluster
+from orchestrator.clusters import Cluster, Probing
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
 from orchestrator.core.compute_capability import check_target
@@ -36,6 +36,7 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
+from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
 from orchestrator.report import Listener, SilentListener
 from orchestrator.stores import check_writable, open_store
@@ -188,7 +189,11 @@ def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_clus
     else:
         cluster = open_cluster(place)
         try:
-            result = drive(made, committed, cluster, place, listener)
+            if isinstance(cluster, Probing):
+                nodes = cluster.probe(read_places(made, committed))
+                listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
+            target = open_store(place.store, place.store_options)
+            result = drive(made, committed, cluster, place, listener, functools.partial(cache.find, target))
         finally:
             cluster.close()
     listener.on_finish(made, result)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from orchestrator.clusters import AnyEvent
 from orchestrator.clusters.simulated import SimulatedCluster
 from orchestrator.core.errors import DtypeError, StepFailedError
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.plan import Plan
 from orchestrator.core.schedule import Start
 from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
@@ -34,6 +35,9 @@ class Recorder:
 
     def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None:
         raise AssertionError("the driver does not announce plans")
+
+    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
+        raise AssertionError("the driver asks no nodes")
 
     def on_event(self, event: AnyEvent) -> None:
         self.events.append(event)
@@ -187,3 +191,19 @@ def test_drive_cancelled_step_is_not_tried_again() -> None:
     done = run(CHAIN, {("a", 1): Failure(kind=FailureKind.CANCELLED, message="stopped")})
     assert len(done.started) == 1
     assert done.names(done.result.failures, CHAIN) == {"a"}
+
+
+def test_drive_outcome_committed_by_a_lost_worker_is_found_before_the_retry() -> None:
+    lost = named(CHAIN, "b")
+    cluster, recorder = Spy(SPEC, {("b", 1): LOST}), Recorder()
+    asked: list[str] = []
+
+    def lookup(digest: str) -> Outcome | None:
+        asked.append(digest)
+        return outcome_of(lost)
+
+    result = drive(CHAIN, {}, cluster, SPEC, recorder, lookup)
+    assert asked == [lost.digest]
+    assert [(task.step.name, task.attempt) for task in cluster.tasks] == [("a", 1), ("b", 1), ("c", 1)]
+    assert set(result.outcomes) == {step.digest for step in CHAIN.steps}
+    assert [failure.message for failure in result.lost[lost.digest]] == ["node lost"]

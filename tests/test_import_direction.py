@@ -81,6 +81,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.kubernetes": Row(_own("core", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes"})),
     "orchestrator.verbs": _DRIVING,
     "orchestrator.preflight": _DRIVING,
+    "orchestrator.node_checks": _DRIVING,
     "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),
     "orchestrator.calibrating": Row(EVERYTHING, PLAIN, frozenset({"mpi4py", "safetensors"}), never=_own("cli")),
     "orchestrator.rank_source": Row(EVERYTHING, frozenset({"numpy"}), frozenset({"safetensors"}), never=_own("cli")),

@@ -6,8 +6,10 @@ and reports each attempt with exactly one final event.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.step import Task
 
@@ -31,6 +33,15 @@ class Cluster(Protocol):
 
     def close(self) -> None:
         """Stop what still runs and let go of everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """What a cluster of other machines can do besides: ask them."""
+
+    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
+        """What every node has, one answer per node that is alive. `places` are folders and files that steps will read."""
         ...
 
 

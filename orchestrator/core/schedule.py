@@ -13,7 +13,7 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.retry import Retry, decide
 from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Failure, Outcome, Step
+from orchestrator.core.step import Failure, FailureKind, Outcome, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class Schedule:
         self.failures: dict[str, Failure] = {}
         self.retried: dict[str, int] = {}
         """Attempts beyond the first, by digest."""
+        self.lost: dict[str, list[Failure]] = {}
+        """Why earlier attempts came to nothing, by digest; those that were handed over too."""
         self._priority = plan.critical_seconds()
 
     @property
@@ -73,13 +75,17 @@ class Schedule:
         return []
 
     def _failed(self, digest: str, failure: Failure) -> list[Start]:
-        attempt = self._running[digest]
-        decision = decide(self._retries, failure, attempt)
+        step, attempt = self._plan.step(digest), self._running[digest]
+        failure = failure.model_copy(update={"attempt": attempt, "rank": step.rank})
+        earlier = self.lost.setdefault(digest, [])
+        counted = 1 + sum(other.kind is not FailureKind.HANDED_OVER for other in earlier)
+        decision = decide(self._retries, failure, counted)
         if isinstance(decision, Retry) and not self.failures:
+            earlier.append(failure)
             self._running[digest] = attempt + 1
             self._waiting[digest] = failure
             self.retried[digest] = attempt
-            return [Start(self._plan.step(digest), attempt + 1, decision.delay_seconds)]
+            return [Start(step, attempt + 1, decision.delay_seconds)]
         self._give_up(digest, failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason}))
         for waiting, reason in list(self._waiting.items()):
             self._give_up(waiting, reason)

@@ -231,6 +231,10 @@ class PoolSpec(Frozen):
     """Memory that steps may reserve; absent: that of the machine."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that select the pool's nodes, e.g. ray.io/accelerator-type: H100."""
+    fallback: tuple[dict[str, str], ...] = ()
+    """Other labels, in order, for steps that no node with `labels` has room for."""
+    scratch: NumBytes | None = None
+    """Room in each node's scratch folder that steps may reserve; absent: what the nodes have free."""
     steps: tuple[Literal["reference", "calibrate", "convert", "build", "verify"], ...] = (
         "reference", "calibrate", "convert", "build", "verify",
     )  # fmt: skip
@@ -299,6 +303,10 @@ class ClusterSpec(Frozen):
     retries: RetrySpec = RetrySpec()
     threads_per_step: int = Field(default=1, ge=1)
     """OMP_NUM_THREADS of every step."""
+    schedule_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long a step may wait for a node that could take it (ray only): then the build ends and says what was missing."""
+    probe_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long a node may take to say what it has, before the first step (ray only)."""
 
     @field_validator("store")
     @classmethod

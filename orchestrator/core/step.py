@@ -34,6 +34,8 @@ class Resources(_Value):
     cpus: int = 1
     gpus: int = 0
     memory_bytes: int = 0
+    scratch_bytes: int = 0
+    """Copied to the node's scratch folder where the store is not a folder of the node."""
 
 
 class Estimate(_Value):
@@ -61,6 +63,12 @@ class Step(_Value):
     """Where inputs are found; not identity."""
     resources: Resources = Resources()
     estimate: Estimate = Estimate()
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that a build step compiles; None for steps of a stage or of the whole model."""
+        number = self.name.removeprefix("build/rank")
+        return int(number) if number.isdigit() else None
 
     @cached_property
     def digest(self) -> str:
@@ -120,6 +128,26 @@ class FailureKind(StrEnum):
     APPLICATION = "application"
     """The step's own error: it would happen again."""
     CANCELLED = "cancelled"
+    HANDED_OVER = "handed_over"
+    """Its node is being taken back: the step goes elsewhere, and this was no failed attempt."""
+
+
+class Cause(StrEnum):
+    """What the machinery lost or lacked."""
+
+    UNKNOWN = ""
+    NODE = "node"
+    """Died, or was cut off."""
+    WORKER = "worker"
+    """The process that ran the step."""
+    MEMORY = "memory"
+    DISK = "disk"
+    STORE = "store"
+    """Could not be reached."""
+    DRAIN = "drain"
+    """The node is being taken back."""
+    PLACE = "place"
+    """No node could take the step."""
 
 
 class Failure(_Value):
@@ -130,8 +158,18 @@ class Failure(_Value):
     error: str = ""
     """Class name of the OrchestratorError that it was, if it was one."""
     advice: str = ""
+    cause: Cause = Cause.UNKNOWN
     node: str = ""
+    rank: int | None = None
+    """Of a build step."""
+    attempt: int = 0
     log_tail: str = ""
+    """The end of the step's own log."""
+    traceback: str = ""
+    worker_log: str = ""
+    """The end of what the worker's process wrote to stderr."""
+    kernel: str = ""
+    """What the kernel said of a process that it killed for memory."""
 
     @staticmethod
     def of(error: BaseException, node: str = "", log_tail: str = "") -> Failure:

@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Iterator
 
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.step import Failure, Task
+from orchestrator.core.step import Task
 from orchestrator.work import log_of, run
+from orchestrator.work.failures import failure_of
 
 Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 
@@ -23,8 +24,7 @@ def stream(task: Task, node: str) -> Iterator[Event]:
             outcome = run(task, events.put, node)
         except BaseException as error:  # even SystemExit of a library must reach the driver as an event
             text = "".join(traceback.format_exception(error))
-            log = "\n".join(part for part in (log_of(error), text) if part)
-            events.put(StepFailed(digest=task.step.digest, failure=Failure.of(error, node, log)))
+            events.put(StepFailed(digest=task.step.digest, failure=failure_of(error, node, log_of(error), text)))
         else:
             events.put(StepSucceeded(digest=task.step.digest, outcome=outcome))
 

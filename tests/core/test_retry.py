@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.retry import GiveUp, Retry, decide
+from orchestrator.core.retry import GiveUp, Retry, decide, leaves_drained_node
 from orchestrator.core.spec import RetrySpec
 from orchestrator.core.step import Failure, FailureKind
 from tests.models.plans import LOST, WRONG
@@ -44,3 +44,18 @@ def test_decide_tries_at_most_max_attempts_and_never_waits_longer_than_the_limit
     assert len(delays) == (attempts - 1 if failure is LOST else 0)
     assert all(0 <= delay <= limit for delay in delays)
     assert delays == sorted(delays)
+
+
+def test_decide_step_handed_over_goes_elsewhere_at_once_however_often() -> None:
+    moved = Failure(kind=FailureKind.HANDED_OVER, message="node is taken back")
+    assert decide(RetrySpec(max_attempts=1), moved, 7) == Retry(0.0)
+
+
+@pytest.mark.parametrize(
+    ("left", "elapsed", "estimated", "leaves"),
+    [(30, 0, 50, False), (30, 0, 61, True), (30, 40, 80, False), (0, 5, 4, False), (0, 3, 4, True)],
+)
+def test_leaves_drained_node_only_when_half_of_what_is_left_is_too_long(
+    left: float, elapsed: float, estimated: float, leaves: bool
+) -> None:
+    assert leaves_drained_node(left, elapsed, estimated) is leaves

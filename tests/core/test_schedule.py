@@ -100,7 +100,7 @@ def test_handle_own_error_stops_new_starts_and_waits_for_what_runs() -> None:
     assert schedule.handle(succeeded(named(plan, "good"))) == []
     assert schedule.done
     assert named(plan, "good").digest in schedule.outcomes
-    assert schedule.failures == {named(plan, "bad").digest: WRONG}
+    assert schedule.failures == {named(plan, "bad").digest: WRONG.model_copy(update={"attempt": 1})}
 
 
 def test_handle_lost_machine_after_another_failure_is_not_retried() -> None:
@@ -110,7 +110,7 @@ def test_handle_lost_machine_after_another_failure_is_not_retried() -> None:
     schedule.handle(failed(named(plan, "bad"), WRONG))
     assert schedule.handle(failed(named(plan, "lost"), LOST)) == []
     assert schedule.done
-    assert schedule.failures[named(plan, "lost").digest] == LOST
+    assert schedule.failures[named(plan, "lost").digest] == LOST.model_copy(update={"attempt": 1})
 
 
 def test_handle_late_events_change_nothing() -> None:
@@ -245,3 +245,18 @@ def test_handle_retry_policy_is_the_clusters(policy: RetrySpec) -> None:
     while not schedule.done:
         attempts += len(schedule.handle(failed(named(plan, "a"), LOST)))
     assert attempts == policy.max_attempts
+
+
+def test_handle_handed_over_step_does_not_use_up_its_attempts() -> None:
+    plan = fake_plan({"a": []})
+    step, moved = named(plan, "a"), Failure(kind=FailureKind.HANDED_OVER, message="node is taken back")
+    schedule = schedule_of(plan)
+    schedule.start()
+    assert schedule.handle(failed(step, moved)) == [Start(step, 2, 0.0)]
+    assert schedule.handle(failed(step, moved)) == [Start(step, 3, 0.0)]
+    assert schedule.handle(failed(step, LOST)) == [Start(step, 4, 2.0)]
+    assert schedule.handle(failed(step, LOST)) == [Start(step, 5, 3.0)]
+    assert schedule.handle(failed(step, LOST)) == []
+    assert schedule.failures[step.digest].message == "node lost (attempt 3 of 3)"
+    handed, lost = FailureKind.HANDED_OVER, FailureKind.INFRASTRUCTURE
+    assert [(each.kind, each.attempt) for each in schedule.lost[step.digest]] == [(handed, 1), (handed, 2), (lost, 3), (lost, 4)]

@@ -1,0 +1,121 @@
+"""The nodes' answers against the plan and the cluster file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import verbs
+from orchestrator.core.errors import ClusterError, OrchestratorError, SourceMissingError, StoreError, ToolError
+from orchestrator.core.nodes import GpuFacts, NodeFacts
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import ClusterSpec, PoolSpec
+from orchestrator.node_checks import check_nodes, read_places
+
+H100 = PoolSpec(labels={"ray.io/accelerator-type": "H100"})
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path) -> Plan:
+    from orchestrator.core.spec import BuildSpec, decode
+
+    plain = {
+        "source": {"path": str(tiny_llama)},
+        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+        "release": {"name": "tiny", "version": "1"},
+    }
+    return verbs.plan(decode(BuildSpec, plain, "test"))
+
+
+def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:
+    version = made.inputs.tensorrt_version or ""
+    facts = {
+        "node": name, "cpus": 8, "memory_bytes": 10**12, "shm_free_bytes": 10**9, "mpiexec": True,
+        "places": dict.fromkeys(read_places(made, {}), True), "versions": {"tensorrt_rtx": version},
+        **changes,
+    }  # fmt: skip
+    return NodeFacts(**facts)
+
+
+def place(**pools: PoolSpec) -> ClusterSpec:
+    return ClusterSpec(kind="ray", store="file:///store", pools=pools or {"default": PoolSpec()})
+
+
+def own(warnings: tuple[str, ...]) -> list[str]:
+    """Without those of the package's version, which depends on how the tests were installed."""
+    return [warning for warning in warnings if not warning.startswith("trt-orchestrator differs")]
+
+
+def test_read_places_are_the_folders_that_steps_read(made: Plan) -> None:
+    assert read_places(made, {}) == [made.inputs.source]
+
+
+def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
+    assert own(check_nodes(made, {}, place(), [node(made), node(made, "b")])) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"error": "gave no answer in 60 s"}, ClusterError, "no node of the cluster answers: a gave no answer"),
+        ({"cpus": 0}, ClusterError, "no node for reference steps"),
+        ({"store_error": "cannot reach the store"}, StoreError, "no node can reach the store .*a: cannot reach the store"),
+        ({"places": None}, SourceMissingError, "no node can see the files of reference steps: a: .* is not there"),
+        ({"versions": {}}, ToolError, "a: tensorrt-rtx is not installed"),
+        ({"versions": {"tensorrt_rtx": "0.1"}}, ToolError, "a: tensorrt-rtx 0.1, planned with"),
+        ({"mpiexec": False}, ToolError, "no node can run verify steps: a: no mpiexec"),
+    ],
+)
+def test_check_nodes_what_no_node_has_is_an_error_with_its_name(
+    made: Plan, changes: dict[str, Any], error: type[OrchestratorError], words: str
+) -> None:
+    if "places" in changes:
+        changes = {"places": {made.inputs.source: False}}
+    with pytest.raises(error, match=words):
+        check_nodes(made, {}, place(), [node(made, **changes)])
+    if error is not ClusterError:
+        warnings = own(check_nodes(made, {}, place(), [node(made, **changes), node(made, "b")]))
+        assert warnings
+        assert all("a" in warning and "left out" in warning for warning in warnings)
+
+
+def test_check_nodes_labels_that_no_node_carries_are_named(made: Plan) -> None:
+    with pytest.raises(ClusterError, match=r"none with CPUs carries the labels .*H100.*; the nodes: a .*L40S"):
+        check_nodes(made, {}, place(default=H100), [node(made, labels={"ray.io/accelerator-type": "L40S"})])
+
+
+def test_check_nodes_fallback_labels_count(made: Plan) -> None:
+    pool = H100.model_copy(update={"fallback": ({"ray.io/accelerator-type": "L40S"},)})
+    assert own(check_nodes(made, {}, place(default=pool), [node(made, labels={"ray.io/accelerator-type": "L40S"})])) == []
+
+
+def gpu_plan(made: Plan) -> Plan:
+    """As if it were built with the backend that needs a GPU."""
+    steps = [
+        step.model_copy(update={"resources": step.resources.model_copy(update={"gpus": 1})}) if step.rank is not None else step
+        for step in made.steps
+    ]
+    return Plan(made.spec, made.inputs, tuple(steps))
+
+
+def test_check_nodes_gpus_that_are_not_there_are_an_error(made: Plan) -> None:
+    wanted = gpu_plan(made)
+    with pytest.raises(ClusterError, match="needs 1 GPU: none of a offers one"):
+        check_nodes(wanted, {}, place(), [node(made)])
+    with pytest.raises(ClusterError, match="no driver finds a GPU on a"):
+        check_nodes(wanted, {}, place(), [node(made, gpus=1)])
+
+
+def test_check_nodes_gpus_of_two_kinds_are_a_warning(made: Plan) -> None:
+    kinds = [GpuFacts(name="H100", memory_bytes=1, compute_capability="9.0"), GpuFacts(name="L40S", memory_bytes=1)]
+    nodes = [node(made, name, gpus=1, devices=(kind,)) for name, kind in zip("ab", kinds, strict=True)]
+    (warning,) = own(check_nodes(gpu_plan(made), {}, place(), nodes))
+    assert "may run on different GPUs (H100, L40S)" in warning
+
+
+def test_check_nodes_versions_that_differ_are_a_warning(made: Plan) -> None:
+    version = made.inputs.tensorrt_version or ""
+    nodes = [node(made, name, versions={"ray": name, "tensorrt_rtx": version}) for name in "ab"]
+    assert "ray differs: a on a; b on b" in check_nodes(made, {}, place(), nodes)
