@@ -23,7 +23,8 @@ from pathlib import Path
 from orchestrator.core.spec import StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.work.context import HashingWriter, download
-from tests.models.seaweed import BUCKET, Seaweed, run_seaweed
+from tests.models.s3_server import BUCKET, S3Server
+from tests.models.seaweed import run_seaweed
 
 GB = 10**9
 PIECE_BYTES = 16 * 2**20
@@ -63,7 +64,7 @@ def main() -> None:
         compare(server, Path(folder), int(arguments.gigabytes * GB), arguments.rounds)
 
 
-def compare(server: Seaweed, folder: Path, num_bytes: int, rounds: int) -> None:
+def compare(server: S3Server, folder: Path, num_bytes: int, rounds: int) -> None:
     """Every client in turn, `rounds` times; prints the table."""
     source = folder / "source"
     write_random(source, num_bytes)
@@ -100,7 +101,7 @@ def show(found: dict[tuple[str, str], list[Measured]], num_bytes: int) -> None:
         print(f"{way:4} goal ({RATIO_GOAL} or more, {MEMORY_LIMIT_BYTES / 1e6:.0f} MB or less): {'met' if met else 'MISSED'}")
 
 
-def measure(server: Seaweed, client: str, way: str, key: str, file: Path) -> Measured:
+def measure(server: S3Server, client: str, way: str, key: str, file: Path) -> Measured:
     """One transfer in a process of its own."""
     environment = {**os.environ, "AWS_REGION": "us-east-1"}
     words = [sys.executable, "-m", "benchmarks.stores", "--one", client, way, key, str(file)]

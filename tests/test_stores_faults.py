@@ -23,7 +23,7 @@ from orchestrator.stores.s3_client import S3Client
 from orchestrator.work.context import download
 from tests.contracts.store_contract import listed, write_half_and_fail
 from tests.models.fault_proxy import Fault, FaultProxy, run_fault_proxy
-from tests.models.seaweed import Seaweed
+from tests.models.s3_server import S3Server
 
 PART_BYTES = 5 * 2**20
 READ_TIMEOUT_SECONDS = 1.5
@@ -37,7 +37,7 @@ both = pytest.mark.parametrize("transfer", ["s3fs", "obstore"])
 class Workbench:
     """Stores behind a proxy, and what they slept."""
 
-    def __init__(self, server: Seaweed, proxy: FaultProxy) -> None:
+    def __init__(self, server: S3Server, proxy: FaultProxy) -> None:
         self.server, self.proxy = server, proxy
         self.url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
         self.slept: list[float] = []
@@ -55,13 +55,13 @@ class Workbench:
 
 
 @pytest.fixture(scope="module")
-def proxy_of_module(seaweed: Seaweed) -> Iterator[FaultProxy]:
-    with run_fault_proxy(seaweed.endpoint) as proxy:
+def proxy_of_module(s3_server: S3Server) -> Iterator[FaultProxy]:
+    with run_fault_proxy(s3_server) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def bench(s3_environment: Seaweed, proxy_of_module: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Workbench:
+def bench(s3_environment: S3Server, proxy_of_module: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Workbench:
     for module in (s3, s3_client):
         monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
     proxy = proxy_of_module

@@ -34,7 +34,7 @@ from orchestrator.stores.s3 import S3Store
 from orchestrator.stores.s3_client import NoSuchUploadError, S3Client, part_bytes, refusal
 from tests.conftest import SpecMaker
 from tests.contracts.store_contract import NUM_RACERS, StoreContract
-from tests.models.seaweed import SECRET, Seaweed
+from tests.models.s3_server import SECRET, S3Server
 
 PART_BYTES = 5 * 2**20
 """The least that S3 takes for a part that is not the last."""
@@ -42,13 +42,13 @@ AT_ONCE = Backoff(first_seconds=0.001, max_seconds=0.002, sleep=lambda _: None)
 
 
 @pytest.fixture(scope="module")
-def clients(seaweed: Seaweed) -> dict[str, S3Client]:
+def clients(s3_server: S3Server) -> dict[str, S3Client]:
     """One connection for all the tests of a member: making one takes longer than most tests."""
-    return {name: S3Client(seaweed.bucket, StoreOptions(transfer=name)) for name in ("s3fs", "obstore")}
+    return {name: S3Client(s3_server.bucket, StoreOptions(transfer=name)) for name in ("s3fs", "obstore")}
 
 
 @pytest.fixture
-def url(s3_environment: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A corner of the bucket for each test; small parts, for a server on two cores."""
     for module in (s3, s3_client):
         monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
@@ -131,7 +131,7 @@ def test_wrong_secret_is_refused_at_once_with_advice(url: str, monkeypatch: pyte
     assert slept == []
 
 
-def test_no_credentials_at_all_is_said(s3_environment: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_credentials_at_all_is_said(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):

@@ -264,7 +264,8 @@ class StoreOptions(Frozen):
     """auto: virtual on AWS, path elsewhere."""
     checksums: Literal["auto", "when_supported", "when_required"] = "auto"
     """Checksums that botocore adds to uploads. auto: when_supported on AWS, when_required elsewhere: older servers refuse its
-    trailers, and get Content-MD5. obstore sends SHA-256 of each part, unless when_required is written here: faster, unchecked."""
+    trailers, and get Content-MD5. obstore sends the CRC64NVME of each part, which servers that do not know it ignore or refuse;
+    with when_required it signs the part's SHA-256 over http, and leaves it to TLS over https."""
     transfer: Literal["auto", "s3fs", "obstore"] = "auto"
     """What carries large objects. auto: obstore where it is installed."""
     max_attempts: int = Field(default=10, ge=1)

@@ -1,4 +1,4 @@
-"""A source in a real object store: SeaweedFS on loopback, Credentials come from the environment only."""
+"""A source in a real object store: a server on loopback. Credentials come from the environment only."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.report import SilentListener
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
-from tests.models.seaweed import BUCKET, SECRET, Seaweed
+from tests.models.s3_server import BUCKET, SECRET, S3Server
 
 
 @pytest.fixture
-def s3(s3_environment: Seaweed) -> Any:
-    """A client; the environment names the server and the credentials for everyone."""
-    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+def s3(s3_environment: S3Server) -> Any:
+    """A client; the environment names the server and the credentials for everyone. Ceph over https refuses botocore's trailers."""
+    config = {"request_checksum_calculation": "when_required"}
+    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
 
 
 def upload(fs: Any, folder: Path, prefix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.models.s3_server import S3Server
 
 
 class Fault(Enum):
@@ -56,7 +59,7 @@ class FaultProxy:
     """What the proxy does, and what it has seen. Requests that no rule names pass."""
 
     url: str
-    upstream: str
+    upstream: S3Server
     script: list[tuple[str, Fault]] = field(default_factory=list)
     """Method and fault: the first entry of a request's method is used up by it."""
     always: dict[str, Fault] = field(default_factory=dict)
@@ -90,20 +93,20 @@ class FaultProxy:
 
 
 @contextmanager
-def run_fault_proxy(upstream: str) -> Iterator[FaultProxy]:
-    """A proxy before the server at `upstream`, on a free port of loopback."""
+def run_fault_proxy(server: S3Server) -> Iterator[FaultProxy]:
+    """A proxy before the server, on a free port of loopback; plain http, whatever the server speaks."""
 
     class Handler(_Handler):
         pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Handler.proxy = FaultProxy(f"http://127.0.0.1:{server.server_address[1]}", upstream)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
+        Handler.proxy = FaultProxy(f"http://127.0.0.1:{proxy.server_address[1]}", server)
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield Handler.proxy
         finally:
-            server.shutdown()
+            proxy.shutdown()
             thread.join()
 
 
@@ -168,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         left_out = {"expect", "connection"}
-        server = http.client.HTTPConnection(urlsplit(self.proxy.upstream).netloc, timeout=60)
+        server = self._connection()
         try:
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
@@ -183,6 +186,13 @@ class _Handler(BaseHTTPRequestHandler):
             return response.status, headers, answer
         finally:
             server.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        upstream = self.proxy.upstream
+        place = urlsplit(upstream.endpoint).netloc
+        if upstream.ca_bundle is None:
+            return http.client.HTTPConnection(place, timeout=60)
+        return http.client.HTTPSConnection(place, timeout=60, context=ssl.create_default_context(cafile=str(upstream.ca_bundle)))
 
     def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
