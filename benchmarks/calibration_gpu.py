@@ -235,9 +235,9 @@ def _asked(folder: Path, source: Path, algorithm: str, tiny: bool, *, num_gpus: 
 
 
 def _two_gpus(folder: Path, source: Path, algorithms: list[str], tiny: bool, device: str) -> None:
-    """Every algorithm in two parts, a part an actor of its own: on one GPU after the other, then on both at once."""
+    """Every algorithm in two parts, a part an actor of its own: on two GPUs at once, then on one."""
     seconds = {}
-    for num_gpus in (0, 0) if device == "cpu" else (1, 2):
+    for num_gpus in (0,) if device == "cpu" else (2, 1):
         drop_page_cache(source)
         seconds[num_gpus], steps = _parts(folder, source, algorithms, tiny, num_gpus)
         print(f"{num_gpus} GPUs: {seconds[num_gpus]:.1f} s, at most {_most_at_once(steps)} actors at once", flush=True)
