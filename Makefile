@@ -28,6 +28,7 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.convert_vs_usual
 	$(BIN)/python -m benchmarks.plan_scale
+	$(BIN)/python -m benchmarks.simulate_scale
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
 

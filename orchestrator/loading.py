@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.checkpoints.places import is_url
 from orchestrator.core.errors import SpecError
+from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
 
 
@@ -29,6 +30,11 @@ def load_cluster(path: Path) -> ClusterSpec:
     """Read a cluster file. Raises SpecError naming every wrong field."""
     spec = decode(ClusterSpec, _read(path), str(path))
     return spec.model_copy(update={"store": resolve_store(spec.store, path.parent)})
+
+
+def load_rates(path: Path) -> RatesSpec:
+    """Read a rates file. Raises SpecError naming every wrong field."""
+    return decode(RatesSpec, _read(path), str(path))
 
 
 def resolve_store(store: str, base: Path) -> str:

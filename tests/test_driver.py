@@ -78,7 +78,8 @@ def run(
 ) -> Run:
     cluster, recorder = Spy(spec, failures or {}), Recorder()
     result = drive(plan, committed or {}, cluster, spec, recorder)
-    return Run(result, cluster.history, recorder, cluster.tasks)
+    history = [(span.start, span.end, span.name) for span in cluster.spans]
+    return Run(result, history, recorder, cluster.tasks)
 
 
 CHAIN = fake_plan({"a": [], "b": ["a"], "c": ["b"]}, {"a": 10.0, "b": 5.0, "c": 1.0})

@@ -80,6 +80,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
     "orchestrator.kubernetes": Row(_own("core", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes"})),
     "orchestrator.verbs": _DRIVING,
+    "orchestrator.simulation": _DRIVING,
     "orchestrator.preflight": _DRIVING,
     "orchestrator.node_checks": _DRIVING,
     "orchestrator.sweep": Row(EVERYTHING, PLAIN, frozenset({"safetensors"}), never=_own("cli")),
@@ -87,7 +88,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.rank_source": Row(EVERYTHING, frozenset({"numpy"}), frozenset({"safetensors"}), never=_own("cli")),
     "orchestrator.models": Row(EVERYTHING, frozenset({"numpy"}), HEAVY, never=_own("cli")),
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
-    "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"})),
+    "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"}), frozenset({"yaml"})),
     "actors": Row(
         ("actors", *_own("core", "work", "stores", "clusters")),
         frozenset({"ray"}),

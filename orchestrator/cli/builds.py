@@ -1,4 +1,4 @@
-"""Commands that make things: plan, build, convert, build-engine; inspect, compare and schema. The only importer of actors."""
+"""Commands that make things: build, convert, quantize, build-engine; inspect, compare and schema. The only importer of actors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import BaseModel
 
-from orchestrator.cli.console import ClusterFile, Json, PublicKey, Ranks, exit_codes, out, parse_ranks, plain, show
+from orchestrator.cli.console import (
+    ClusterFile,
+    Json,
+    PublicKey,
+    Ranks,
+    SpecFile,
+    StoreUrl,
+    exit_codes,
+    out,
+    parse_ranks,
+    place_of,
+    plain,
+    show,
+)  # fmt: skip
 from orchestrator.core.errors import SpecError
+from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
 
 if TYPE_CHECKING:
@@ -21,27 +35,11 @@ app = typer.Typer()
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints themselves.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
-StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
-
 
 def _listener(as_json: bool) -> Listener:
     from orchestrator.report import ConsoleListener, JsonListener
 
     return JsonListener() if as_json else ConsoleListener(out)
-
-
-def _place(cluster: Path | None, store: str | None) -> ClusterSpec:
-    """The cluster file, with --store in place of its own; without a file: this machine."""
-    from orchestrator.loading import load_cluster, resolve_store
-
-    url = resolve_store(store, Path.cwd()) if store else None
-    if cluster is not None:
-        spec = load_cluster(cluster)
-        return spec.model_copy(update={"store": url}) if url else spec
-    if url is None:
-        raise SpecError("neither --cluster nor --store was given", "Pass --store FOLDER to build with this machine's processes.")
-    return ClusterSpec(store=url)
 
 
 def _open_cluster(place: ClusterSpec) -> Cluster:
@@ -59,30 +57,6 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
 
 
 @app.command()
-def plan(spec: SpecFile, as_json: Json = False) -> None:
-    """Print stages, steps and bytes, from the checkpoint's headers alone."""
-    with exit_codes(as_json):
-        from orchestrator import verbs
-        from orchestrator.loading import load_spec
-        from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
-
-        made = verbs.plan(load_spec(spec))
-        facts = describe_plan(made)
-        show(facts, [stage_table(made), plan_table(made)], as_json)
-        if not as_json:
-            out.print(
-                f"{made.inputs.config.architecture}, {made.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
-                f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {made.build_key[:16]}."
-            )
-            for name, reason in facts["ignored"]:
-                out.print(f"left out: {name} ({reason})")
-            for note in facts["notes"]:
-                out.print(f"note: {plain(note)}", soft_wrap=True)
-            for warning in facts["warnings"]:
-                out.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
-
-
-@app.command()
 def build(
     spec: SpecFile,
     cluster: ClusterFile = None,
@@ -96,7 +70,7 @@ def build(
         from orchestrator.loading import load_spec
 
         wanted = load_spec(spec)
-        place = _place(cluster, store)
+        place = place_of(cluster, store)
         made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json), sign_key=sign_key)
         _report_build(made, as_json)
 
@@ -206,13 +180,13 @@ def quantize(
         elif sweep:
             algorithms = sweeping.all_algorithms() if sweep == "all" else sweep.split(",")
             rows = sweeping.sweep(
-                wanted, algorithms, _place(cluster, store), open_cluster=_open_cluster, listener=_listener(as_json)
+                wanted, algorithms, place_of(cluster, store), open_cluster=_open_cluster, listener=_listener(as_json)
             )
             show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
         else:
             if output is None:
                 raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
-            place = _place(cluster, store)
+            place = place_of(cluster, store)
             written = sweeping.calibrate(wanted, output, place, open_cluster=_open_cluster, listener=_listener(as_json))
             show({"files": [str(path) for path in written]}, [], as_json)
 
@@ -274,9 +248,9 @@ def compare(
 
 
 @app.command()
-def schema(what: Annotated[Literal["build", "cluster", "manifest"], typer.Argument(help="Which file.")]) -> None:
-    """Print the JSON Schema of a build spec, a cluster file or a manifest."""
+def schema(what: Annotated[Literal["build", "cluster", "rates", "manifest"], typer.Argument(help="Which file.")]) -> None:
+    """Print the JSON Schema of a build spec, a cluster file, a rates file or a manifest."""
     from orchestrator.core.manifest import manifest_schema
 
-    models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec}
+    models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec, "rates": RatesSpec}
     print(json.dumps(models[what].model_json_schema() if what in models else manifest_schema(), indent=1))

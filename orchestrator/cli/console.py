@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+from orchestrator.core.spec import ClusterSpec
 
 _WIDTH = None if sys.stdout.isatty() else 160
 out = Console(highlight=False, width=_WIDTH)
 _err = Console(stderr=True, highlight=False, width=_WIDTH)
 
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
+StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
 Ranks = Annotated[str, typer.Option("--rank", help="A rank, a list such as 0,1, or all.")]
 ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: processes of this machine.")]
@@ -53,6 +56,19 @@ def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
         if error.advice:
             _err.print(f"  {plain(error.advice)}")
     raise typer.Exit(error.exit_code)
+
+
+def place_of(cluster: Path | None, store: str | None) -> ClusterSpec:
+    """The cluster file, with --store in place of its own; without a file: this machine. Raises SpecError."""
+    from orchestrator.loading import load_cluster, resolve_store
+
+    url = resolve_store(store, Path.cwd()) if store else None
+    if cluster is not None:
+        spec = load_cluster(cluster)
+        return spec.model_copy(update={"store": url}) if url else spec
+    if url is None:
+        raise SpecError("neither --cluster nor --store was given", "Pass --store FOLDER to build with this machine's processes.")
+    return ClusterSpec(store=url)
 
 
 def plain(text: str) -> str:

@@ -71,19 +71,14 @@ class _Share:
 class Admission:
     """A queue in order of arrival in which a task that fits may pass one that does not."""
 
-    def __init__(self, cluster: ClusterSpec, nodes: Sequence[Node] | None = None) -> None:
-        """Without `nodes`, each pool is a share of this machine. Raises ClusterError when a pool has no node."""
+    def __init__(self, cluster: ClusterSpec, nodes: Mapping[str, Sequence[Node]] | None = None) -> None:
+        """`nodes` by pool; without them, each pool is a share of this machine. Raises ClusterError when a node lacks GPUs."""
         self._waiting: list[Task] = []
         self._devices: dict[str, dict[int, str]] = {}
         """By node: which step holds a device."""
         self._shares: list[_Share] = []
         for name, spec in cluster.pools.items():
-            mine = [node for node in nodes if selects(spec.labels, node.labels)] if nodes is not None else [_here(spec)]
-            if not mine:
-                raise ClusterError(
-                    f"no node carries the labels of pool {name}: {dict(spec.labels)}",
-                    "The nodes have: " + "; ".join(f"{node.name} {dict(node.labels)}" for node in nodes or ()) + ".",
-                )
+            mine = nodes[name] if nodes is not None else [_here(spec)]
             for node in mine:
                 if node.capacity.gpus < spec.gpus:
                     raise ClusterError(
@@ -139,6 +134,19 @@ class Admission:
                 taken.append(device)
             device += 1
         return tuple(taken)
+
+
+def by_pool(cluster: ClusterSpec, nodes: Sequence[Node]) -> dict[str, list[Node]]:
+    """The nodes that each pool's labels select. Raises ClusterError when there is none."""
+    found: dict[str, list[Node]] = {}
+    for name, spec in cluster.pools.items():
+        found[name] = [node for node in nodes if selects(spec.labels, node.labels)]
+        if not found[name]:
+            raise ClusterError(
+                f"no node carries the labels of pool {name}: {dict(spec.labels)}",
+                "The nodes have: " + "; ".join(f"{node.name} {dict(node.labels)}" for node in nodes) + ".",
+            )
+    return found
 
 
 def _here(spec: PoolSpec) -> Node:

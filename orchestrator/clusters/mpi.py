@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 from orchestrator.clusters import AnyEvent
-from orchestrator.clusters.admission import Admission, Node, machine_cpus, machine_memory_bytes
+from orchestrator.clusters.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
 from orchestrator.clusters.processes import StepProcesses
 from orchestrator.core.errors import ClusterError
 from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
@@ -61,7 +61,7 @@ class MpiCluster:
         """By digest: the rank that runs a step."""
         try:
             self._nodes = self._greet()
-            self._admission = Admission(spec, list(self._nodes.values()))
+            self._admission = Admission(spec, by_pool(spec, list(self._nodes.values())))
         except BaseException:
             self.close()
             raise

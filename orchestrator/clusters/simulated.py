@@ -1,42 +1,87 @@
-"""A cluster that runs nothing: steps take their estimated seconds on a clock that jumps, failures follow a script.
+"""A cluster that runs nothing: steps take the seconds that rates give them on a clock that jumps, failures follow a script.
 
-The real schedule and the real driver run against it, so what it shows of order, retries and makespan is what they do.
+The real schedule and the real driver run against it, so what it shows of order, retries and makespan is what they do. A step reads
+from the store, computes, writes to the store; transfers share links, computing has its CPU slot to itself.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from orchestrator.clusters import AnyEvent
-from orchestrator.clusters.admission import Admission
+from orchestrator.clusters.admission import Admission, Node, Placement, machine_cpus, machine_memory_bytes
+from orchestrator.clusters.links import Links
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
+from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Failure, Outcome, Task
+from orchestrator.core.step import Failure, Kind, Outcome, Resources, Step, Task
 
-NODE = "simulated"
+STORE_READ, STORE_WRITE = "store/read", "store/write"
+
+
+def node_links(node: str) -> tuple[str, str, str]:
+    """Names of a node's links: network in, network out, disk."""
+    return f"{node}/in", f"{node}/out", f"{node}/disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One attempt of a step."""
+
+    start: float
+    end: float
+    name: str
+    kind: Kind
+    digest: str
+    attempt: int
+    pool: str
+    node: str
+    failed: bool
+
+
+@dataclass
+class _Attempt:
+    placed: Placement
+    start: float
+    phases: Iterator[None]
 
 
 class SimulatedCluster:
-    """`failures` maps (step name, attempt) to the failure that this attempt ends with."""
+    """See Cluster. `failures` maps (step name, attempt) to the failure that this attempt ends with, when it would begin to write.
 
-    def __init__(self, spec: ClusterSpec, failures: Mapping[tuple[str, int], Failure] | None = None) -> None:
-        self._admission = Admission(spec)
+    Without `rates`, a step takes its estimated seconds and transfers take none. What the pools leave open (CPU slots, memory) is as
+    on this machine.
+    """
+
+    def __init__(
+        self, spec: ClusterSpec, failures: Mapping[tuple[str, int], Failure] | None = None, rates: RatesSpec | None = None
+    ) -> None:
+        self._rates = rates
+        self.nodes = {name: _nodes(spec, name) for name in spec.pools}
+        self.admission = Admission(spec, self.nodes)
+        self.links = Links(_limits(self.nodes, rates or RatesSpec()))
         self._failures = dict(failures or {})
-        self._ending: list[tuple[float, int, Task]] = []
+        self._attempts: dict[str, _Attempt] = {}
+        self._computing: list[tuple[float, int, str]] = []
         self._events: list[AnyEvent] = []
         self._clock = 0.0
         self._sequence = 0
-        self.history: list[tuple[float, float, str]] = []
-        """(start, end, step name) of every attempt, in order of its end."""
+        self.spans: list[Span] = []
+        """Every attempt, in order of its end."""
+        self.peak_memory_bytes: dict[str, int] = {}
+        """By pool: the most that steps reserved on one of its nodes."""
 
     def start(self, task: Task) -> None:
-        self._admission.add(task)
+        self.admission.add(task)
         self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
-        if not self._events:
-            self._advance(timeout_seconds)
+        limit = math.inf if timeout_seconds is None else self._clock + timeout_seconds
+        while not self._events and self._advance(limit):
+            pass
         found, self._events = self._events, []
         return found
 
@@ -44,31 +89,94 @@ class SimulatedCluster:
         return self._clock
 
     def close(self) -> None:
-        self._admission.clear()
-        self._ending.clear()
+        self.admission.clear()
+        self._attempts.clear()
+        self._computing.clear()
 
     def _begin(self) -> None:
-        for placed in self._admission.begin():
+        for placed in self.admission.begin():
             task = placed.task
-            self._sequence += 1
-            heapq.heappush(self._ending, (self._clock + task.step.estimate.seconds, self._sequence, task))
-            self._events.append(StepStarted(digest=task.step.digest, node=NODE, attempt=task.attempt))
+            self._events.append(StepStarted(digest=task.step.digest, node=placed.node, attempt=task.attempt))
+            attempt = _Attempt(placed, self._clock, self._phases(placed))
+            self._attempts[task.step.digest] = attempt
+            for (pool, _), held in self.admission.memory_bytes().items():
+                self.peak_memory_bytes[pool] = max(self.peak_memory_bytes.get(pool, 0), held)
+            self._next(task.step.digest)
 
-    def _advance(self, timeout_seconds: float | None) -> None:
-        limit = float("inf") if timeout_seconds is None else self._clock + timeout_seconds
-        if not self._ending or self._ending[0][0] > limit:
-            self._clock = limit if limit != float("inf") else self._clock
-            return
-        self._clock, _, task = heapq.heappop(self._ending)
+    def _phases(self, placed: Placement) -> Iterator[None]:
+        """The life of an attempt: each turn begins a phase, and the next turn comes when that is over."""
+        step, digest = placed.task.step, placed.task.step.digest
+        inward, outward, disk = node_links(placed.node)
+        if self._rates is not None and step.estimate.read_bytes:
+            self.links.begin(digest, (STORE_READ, inward, disk), step.estimate.read_bytes)
+            yield
+        self._sequence += 1
+        heapq.heappush(self._computing, (self._clock + self._compute_seconds(step, placed.pool), self._sequence, digest))
+        yield
+        failed = (step.name, placed.task.attempt) in self._failures
+        if self._rates is not None and step.estimate.write_bytes and not failed:
+            self.links.begin(digest, (disk, outward, STORE_WRITE), step.estimate.write_bytes)
+            yield
+
+    def _compute_seconds(self, step: Step, pool: str) -> float:
+        if self._rates is None:
+            return step.estimate.seconds
+        return self._rates.compute_seconds(step.kind.value, step.estimate.work_bytes, pool)
+
+    def _next(self, digest: str) -> None:
+        try:
+            next(self._attempts[digest].phases)
+        except StopIteration:
+            self._end(self._attempts.pop(digest))
+
+    def _advance(self, limit: float) -> bool:
+        """Jump to the next end of a phase, or to `limit`; whether there may be more before it."""
+        transfer = self.links.next_end()
+        compute = self._computing[0][0] if self._computing else math.inf
+        at = min(self._clock + transfer, compute)
+        if at > limit or at == math.inf:
+            if limit != math.inf:
+                self.links.advance(limit - self._clock)
+                self._clock = limit
+            return False
+        ended = self.links.advance(transfer if self._clock + transfer <= compute else compute - self._clock)
+        self._clock = at
+        while self._computing and self._computing[0][0] <= at:
+            ended.append(heapq.heappop(self._computing)[2])
+        for digest in ended:
+            self._next(digest)
+        self._begin()
+        return True
+
+    def _end(self, attempt: _Attempt) -> None:
+        placed, task = attempt.placed, attempt.placed.task
         step = task.step
-        self.history.append((self._clock - step.estimate.seconds, self._clock, step.name))
-        self._admission.end(step.digest)
         failure = self._failures.get((step.name, task.attempt))
+        span = Span(
+            attempt.start, self._clock, step.name, step.kind, step.digest, task.attempt, placed.pool, placed.node,
+            failed=failure is not None,
+        )  # fmt: skip
+        self.spans.append(span)
+        self.admission.end(step.digest)
         if failure is not None:
             self._events.append(StepFailed(digest=step.digest, failure=failure))
-        else:
-            outcome = Outcome(
-                digest=step.digest, name=step.name, kind=step.kind, outputs=(), node=NODE, seconds=step.estimate.seconds
-            )
-            self._events.append(StepSucceeded(digest=step.digest, outcome=outcome))
-        self._begin()
+            return
+        outcome = Outcome(
+            digest=step.digest, name=step.name, kind=step.kind, outputs=(), node=placed.node, seconds=span.end - span.start
+        )
+        self._events.append(StepSucceeded(digest=step.digest, outcome=outcome))
+
+
+def _nodes(spec: ClusterSpec, pool: str) -> list[Node]:
+    found = spec.pools[pool]
+    capacity = Resources(cpus=found.cpus or machine_cpus(), gpus=found.gpus, memory_bytes=found.memory or machine_memory_bytes())
+    return [Node(f"{pool}/{number}", capacity) for number in range(found.nodes)]
+
+
+def _limits(nodes: Mapping[str, list[Node]], rates: RatesSpec) -> dict[str, float | None]:
+    limits: dict[str, float | None] = {STORE_READ: rates.store_read, STORE_WRITE: rates.store_write}
+    for pool, members in nodes.items():
+        for node in members:
+            inward, outward, disk = node_links(node.name)
+            limits |= {inward: rates.pool(pool).network, outward: rates.pool(pool).network, disk: rates.pool(pool).disk}
+    return limits

@@ -21,6 +21,7 @@ from orchestrator.core.options import (
     VerifyOptions,
 )
 from orchestrator.core.quantization import ModelQuantization
+from orchestrator.core.rates import STEP_RATES
 from orchestrator.core.spec import BuildSpec, ClusterSpec, ToleranceSpec
 from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
@@ -158,7 +159,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         options=options.model_dump(mode="json"),
         places={"source": inputs.source},
         resources=Resources(memory_bytes=float32_bytes * 2 + _GB),
-        estimate=Estimate(read_bytes=source_bytes, seconds=10 + 10 * source_bytes / _GB),
+        estimate=_estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
     )
 
 
@@ -196,8 +197,11 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         resources=Resources(
             gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=2 * part_bytes + 2 * hidden_bytes + 2 * _GB
         ),
-        estimate=Estimate(
-            read_bytes=part_bytes, write_bytes=0 if options.is_last else hidden_bytes, seconds=15 + 20 * passes * part_bytes / _GB
+        estimate=_estimate(
+            Kind.CALIBRATE,
+            read_bytes=part_bytes,
+            write_bytes=0 if options.is_last else hidden_bytes,
+            work_bytes=passes * part_bytes,
         ),
     )
 
@@ -221,7 +225,7 @@ def _convert(
         needs=tuple(needs),
         places={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
         resources=Resources(memory_bytes=2 * largest + 300_000_000),
-        estimate=Estimate(read_bytes=read_bytes, write_bytes=write_bytes, seconds=0.5 + 2 * write_bytes / _GB),
+        estimate=_estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )
 
 
@@ -239,7 +243,7 @@ def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, c
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in converts),
         resources=Resources(gpus=1 if spec.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB),
-        estimate=Estimate(read_bytes=rank_bytes, write_bytes=rank_bytes, seconds=4 + 20 * rank_bytes / _GB),
+        estimate=_estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
     )
 
 
@@ -267,8 +271,13 @@ def _verify(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         resources=Resources(memory_bytes=stage.tp * (3 * float32_bytes + 400_000_000)),
-        estimate=Estimate(read_bytes=rank_bytes * stage.tp, seconds=5 + 10 * rank_bytes * stage.tp / _GB),
+        estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
+
+
+def _estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int = 0) -> Estimate:
+    seconds = STEP_RATES[kind.value].of(work_bytes)
+    return Estimate(read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=work_bytes, seconds=seconds)
 
 
 def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:

@@ -224,11 +224,14 @@ class BuildSpec(Frozen):
 class PoolSpec(Frozen):
     """Machines of one kind."""
 
+    nodes: int = Field(default=1, ge=1)
+    """How many there are, for the simulation; a build takes those that it finds."""
     cpus: int | None = Field(default=None, ge=1)
-    """CPU slots, one per running step; absent: those of the machine."""
+    """CPU slots of each node, one per running step; absent: those of the machine."""
     gpus: int = Field(default=0, ge=0)
+    """Of each node."""
     memory: NumBytes | None = None
-    """Memory that steps may reserve; absent: that of the machine."""
+    """Memory of each node that steps may reserve; absent: that of the machine."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that select the pool's nodes, e.g. ray.io/accelerator-type: H100."""
     fallback: tuple[dict[str, str], ...] = ()

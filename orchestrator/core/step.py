@@ -43,6 +43,8 @@ class Estimate(_Value):
 
     read_bytes: int = 0
     write_bytes: int = 0
+    work_bytes: int = 0
+    """What the step's time grows with; see core/rates.py."""
     seconds: float = 0.0
     """On one ordinary core; orders the schedule and drives the simulation, nothing depends on it being right."""
 

@@ -1,0 +1,140 @@
+"""Commands that build nothing: plan, with what a build would take, and the rates that a build has shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from orchestrator.cli.console import ClusterFile, Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show
+from orchestrator.core.errors import SpecError
+from orchestrator.core.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from orchestrator.core.plan import Plan
+    from orchestrator.simulation import Simulation
+
+app = typer.Typer()
+
+_COLUMNS = 60
+"""Of the timeline."""
+
+
+@app.command()
+def plan(
+    spec: SpecFile,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Say what the build would take.")] = False,
+    cluster: ClusterFile = None,
+    rates: Annotated[
+        Path | None, typer.Option("--rates", help="Speeds and prices, YAML; absent: defaults. `orchestrator rates` prints yours.")
+    ] = None,
+    fail: Annotated[
+        list[str] | None, typer.Option("--fail", help="STEP:ATTEMPT[:KIND] fails, e.g. build/rank3:1. May be given several times.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print stages, steps and bytes, from the checkpoint's headers alone; with --simulate, makespan, use and cost of a build."""
+    with exit_codes(as_json):
+        from orchestrator import verbs
+        from orchestrator.loading import load_spec
+
+        if not simulate and (cluster or rates or fail):
+            raise SpecError("--cluster, --rates and --fail say how to simulate", "Add --simulate.")
+        made = verbs.plan(load_spec(spec))
+        if simulate:
+            _simulate(made, cluster, rates, fail or [], as_json)
+        else:
+            _print(made, as_json)
+
+
+def _print(made: Plan, as_json: bool) -> None:
+    from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
+
+    facts = describe_plan(made)
+    show(facts, [stage_table(made), plan_table(made)], as_json)
+    if as_json:
+        return
+    out.print(
+        f"{made.inputs.config.architecture}, {made.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
+        f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {made.build_key[:16]}."
+    )
+    for name, reason in facts["ignored"]:
+        out.print(f"left out: {name} ({reason})")
+    for note in facts["notes"]:
+        out.print(f"note: {plain(note)}", soft_wrap=True)
+    for warning in facts["warnings"]:
+        out.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
+
+
+def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[str], as_json: bool) -> None:
+    from orchestrator import simulation
+    from orchestrator.core.rates import RatesSpec
+    from orchestrator.loading import load_cluster, load_rates
+    from orchestrator.report import format_bytes
+
+    place = load_cluster(cluster) if cluster else ClusterSpec(store="memory://simulation")
+    speeds = load_rates(rates) if rates else RatesSpec()
+    found = simulation.simulate(made, place, speeds, simulation.parse_failures(fail, made))
+    show(found.facts(), [_timeline(found), _pools(found)], as_json)
+    if as_json:
+        return
+    out.print(
+        f"makespan {found.makespan_seconds:,.1f} s; the critical path alone takes {found.critical_seconds:,.1f} s: "
+        + " -> ".join(found.critical_path),
+        soft_wrap=True,
+    )
+    for name, link in found.links.items():
+        full = f", {link.utilization:.0%} of its limit" if link.utilization is not None else ""
+        out.print(f"{name}: {format_bytes(link.num_bytes)}{full}")
+    out.print(f"attempts beyond the first: {found.retries}; cost: {found.cost:,.2f}")
+    for name, reason in found.failures.items():
+        out.print(f"[red]the build would fail:[/] {name}: {plain(reason)}", soft_wrap=True)
+
+
+def _timeline(found: Simulation) -> Table:
+    from orchestrator.simulation import timeline
+
+    table = Table("pool", "kind", f"0 to {found.makespan_seconds:,.1f} s", "at once", box=None, pad_edge=False)
+    for pool, kind, bars, most in timeline(found.spans, found.makespan_seconds, _COLUMNS):
+        table.add_row(pool, kind.value, bars, str(most))
+    return table
+
+
+def _pools(found: Simulation) -> Table:
+    from orchestrator.report import format_bytes
+
+    table = Table(
+        "pool", "nodes", "slots", "slots busy", "memory per node", "from store", "to store", "cost", box=None, pad_edge=False
+    )
+    for name, use in found.pools.items():
+        table.add_row(
+            name, str(use.nodes), str(use.slots), f"{use.busy_seconds:,.1f} s, {use.utilization:.0%}",
+            format_bytes(use.peak_memory_bytes), format_bytes(use.read_bytes), format_bytes(use.write_bytes), f"{use.cost:,.2f}",
+        )  # fmt: skip
+    return table
+
+
+@app.command()
+def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -> None:
+    """Print the step rates that a finished build of SPEC shows, as a file for `plan --simulate --rates`.
+
+    A step's seconds hold its transfers: give `network`, `disk` or `store_read` beside these rates only for what a place adds to
+    where they were measured.
+    """
+    with exit_codes():
+        import yaml
+
+        from orchestrator import cache, simulation, verbs
+        from orchestrator.loading import load_spec
+        from orchestrator.stores import open_store
+
+        place = place_of(cluster, store)
+        made = verbs.plan(load_spec(spec))
+        committed = cache.committed(open_store(place.store, place.store_options), (step.digest for step in made.steps))
+        found = simulation.measured(made, committed)
+        if not found:
+            raise SpecError(f"{place.store} holds no finished step of this plan", "Build it there first.")
+        print(f"# {len(committed)} of {len(made.steps)} steps of {made.build_key[:16]}, seen in {place.store}")
+        print(yaml.safe_dump({"steps": {kind: rate.model_dump() for kind, rate in found.items()}}, sort_keys=False), end="")
