@@ -2,8 +2,8 @@
 
     python -m benchmarks.simulate_scale [--folder DIR] [--rounds N]
 
-Planned from headers with a conversion task per layer, driven by the real driver: four CPU nodes convert and verify, 32 GPUs of four nodes build, one build is
-lost once. The figures of the build itself follow from the rates below, which are stated, not measured.
+Planned from headers with a conversion task per layer, driven by the real driver: four CPU nodes convert and verify, 32 GPUs of
+four nodes build, one build is lost once. The figures of the build itself follow from the rates below: stated, not measured.
 """
 
 from __future__ import annotations
