@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +24,8 @@ from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 
 OUTCOMES, STEPS, LIVE = "outcomes/", "steps/", "live/"
 _LOOKUP_THREADS = 16
+_LOOKS, _DYING_SECONDS = 3, 0.5
+"""What a killed worker may take to be dead, and a store to show the upload that it began last."""
 
 
 class LiveBuild(BaseModel):
@@ -98,3 +101,32 @@ def in_use(store: Store, digests: Iterable[str], release: str | None = None) -> 
     finally:
         with contextlib.suppress(StoreError):  # what the build came to matters more
             store.delete(key)
+
+
+@contextlib.contextmanager
+def nothing_left_begun(store: Store, build_id: str) -> Iterator[None]:
+    """When the block ends by an exception, Ctrl-C too, remove the unfinished uploads of attempts whose names begin with `build_id`.
+
+    The workers of such a block were killed and could not. Around the block that closes the cluster, never inside it.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):  # why the block ended matters more
+            abort_attempts(store, build_id)
+        raise
+
+
+def abort_attempts(store: Store, build_id: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Remove the unfinished uploads of one run of a build. Looks more than once: a killed worker may just be dying."""
+    for look in range(_LOOKS):
+        if look:
+            sleep(_DYING_SECONDS)
+        begun = [upload for upload in store.list_uploads(STEPS) if _attempt_of(upload.key).startswith(build_id)]
+        for upload in begun:
+            store.abort_upload(upload)
+
+
+def _attempt_of(key: str) -> str:
+    parts = key.split("/")
+    return parts[2] if len(parts) > 3 else ""

@@ -50,12 +50,14 @@ def drive(
     spec: ClusterSpec,
     listener: Listener,
     lookup: Lookup = lambda digest: None,
+    build_id: str = "",
 ) -> Result:
     """Run what is pending until everything is committed or a step has failed for good.
 
-    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
+    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew. `build_id` begins the names
+    of this run's attempts.
     """
-    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup).run()
+    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id).run()
 
 
 @dataclass
@@ -65,6 +67,7 @@ class _Drive:
     spec: ClusterSpec
     listener: Listener
     lookup: Lookup
+    build_id: str
     delayed: list[tuple[float, int, Start]] = field(default_factory=list)
     """Commands by the time that they are due, then by the order in which they were given."""
     ran: set[str] = field(default_factory=set)
@@ -112,5 +115,6 @@ class _Drive:
                 store=self.spec.store,
                 store_options=self.spec.store_options,
                 scratch=self.spec.scratch,
+                build_id=self.build_id,
             )
         )

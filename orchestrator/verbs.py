@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,6 +136,7 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
     return "float16" if name == "float32" else name
 
 
+_BUILD_ID_DIGITS = 8
 OpenCluster = Callable[[ClusterSpec], Cluster]
 
 
@@ -187,15 +189,16 @@ def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_clus
     if not made.pending(committed):
         result = Result(committed, frozenset())
     else:
-        cluster = open_cluster(place)
-        try:
-            if isinstance(cluster, Probing):
-                nodes = cluster.probe(read_places(made, committed))
-                listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
-            target = open_store(place.store, place.store_options)
-            result = drive(made, committed, cluster, place, listener, functools.partial(cache.find, target))
-        finally:
-            cluster.close()
+        cluster, build_id = open_cluster(place), uuid.uuid4().hex[:_BUILD_ID_DIGITS]
+        target = open_store(place.store, place.store_options)
+        with cache.nothing_left_begun(target, build_id):
+            try:
+                if isinstance(cluster, Probing):
+                    nodes = cluster.probe(read_places(made, committed))
+                    listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
+                result = drive(made, committed, cluster, place, listener, functools.partial(cache.find, target), build_id)
+            finally:
+                cluster.close()
     listener.on_finish(made, result)
     return result
 

@@ -107,3 +107,22 @@ def test_committed_finds_those_that_are_there(store: Store) -> None:
 
 def test_committed_of_nothing_is_empty(store: Store) -> None:
     assert cache.committed(store, []) == {}
+
+
+def test_block_that_is_interrupted_leaves_no_upload_of_its_own_attempts(store: Store) -> None:
+    ours, theirs = (cache.attempt_prefix(DIGEST, attempt) + "rank0.safetensors" for attempt in ("0123abcd5", "9999abcd5"))
+    with store.writer(theirs) as other:  # another build's attempt of the same step
+        other.write(b"weights")
+        with pytest.raises(KeyboardInterrupt), cache.nothing_left_begun(store, "0123"):
+            store.writer(ours).__enter__().write(b"weights")  # its process is killed: nobody ends it
+            assert len(list(store.list_uploads(cache.STEPS))) == 2
+            raise KeyboardInterrupt
+        (left,) = store.list_uploads(cache.STEPS)
+        assert "/9999abcd5/" in left.key
+    assert store.size(theirs) == 7
+
+
+def test_block_that_ends_well_looks_for_no_upload(store: Store) -> None:
+    with cache.nothing_left_begun(store, "0123"):
+        store.writer(cache.attempt_prefix(DIGEST, "0123abcd5") + "rank0.safetensors").__enter__().write(b"weights")
+    assert len(list(store.list_uploads(cache.STEPS))) == 1

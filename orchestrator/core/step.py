@@ -200,3 +200,5 @@ class Task(_Value):
     store_options: StoreOptions = StoreOptions()
     """How to reach it; no part of any identity."""
     scratch: str | None = None
+    build_id: str = ""
+    """Begins the name of every attempt of one run of a build, so that what its killed attempts left can be told from others'."""

@@ -52,7 +52,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     scratch = Path(tempfile.mkdtemp(prefix="step-", dir=task.scratch))
     context = Context(
         store=store,
-        prefix=cache.attempt_prefix(digest, uuid.uuid4().hex[:12]),
+        prefix=cache.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),
         scratch=scratch,
         report=_throttled(digest, emit),
         log=lines.append,
