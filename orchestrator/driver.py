@@ -54,8 +54,8 @@ def drive(
 ) -> Result:
     """Run what is pending until everything is committed or a step has failed for good.
 
-    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew. `build_id` begins the names
-    of this run's attempts.
+    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
+    `build_id` begins the names of this run's attempts.
     """
     return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id).run()
 

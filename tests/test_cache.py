@@ -113,9 +113,9 @@ def test_block_that_is_interrupted_leaves_no_upload_of_its_own_attempts(store: S
     ours, theirs = (cache.attempt_prefix(DIGEST, attempt) + "rank0.safetensors" for attempt in ("0123abcd5", "9999abcd5"))
     with store.writer(theirs) as other:  # another build's attempt of the same step
         other.write(b"weights")
+        store.writer(ours).__enter__().write(b"weights")  # its process is killed: nobody ends it
+        assert len(list(store.list_uploads(cache.STEPS))) == 2
         with pytest.raises(KeyboardInterrupt), cache.nothing_left_begun(store, "0123"):
-            store.writer(ours).__enter__().write(b"weights")  # its process is killed: nobody ends it
-            assert len(list(store.list_uploads(cache.STEPS))) == 2
             raise KeyboardInterrupt
         (left,) = store.list_uploads(cache.STEPS)
         assert "/9999abcd5/" in left.key

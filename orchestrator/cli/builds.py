@@ -17,12 +17,13 @@ from orchestrator.cli.console import (
     SpecFile,
     StoreUrl,
     exit_codes,
+    interrupt_on_sigterm,
     out,
     parse_ranks,
     place_of,
     plain,
     show,
-)  # fmt: skip
+)
 from orchestrator.core.errors import SpecError
 from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
@@ -46,7 +47,9 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
     if place.kind == "ray":
         from actors import RayCluster
 
-        return RayCluster(place)
+        opened = RayCluster(place)
+        interrupt_on_sigterm()
+        return opened
     if place.kind == "mpi":
         from orchestrator.clusters.mpi import MpiCluster
 

@@ -34,7 +34,7 @@ PublicKey = Annotated[
 @contextmanager
 def exit_codes(as_json: bool = False) -> Iterator[None]:
     """Every error of a user's situation in a few lines, with its own exit code. SIGTERM ends as cleanly as Ctrl-C."""
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    interrupt_on_sigterm()
     try:
         yield
     except OrchestratorError as error:
@@ -43,7 +43,13 @@ def exit_codes(as_json: bool = False) -> Iterator[None]:
         _fail(CancelledError("stopped"), as_json)
 
 
-def _raise_interrupt(_number: int, _frame: object) -> NoReturn:
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does, once: a second one must not end the cleaning up. Ray, when it starts, takes it away."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+
+
+def _raise_interrupt(number: int, _frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

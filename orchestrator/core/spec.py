@@ -291,6 +291,21 @@ def holds_secret(url: str) -> bool:
     return ":" in user or keyed
 
 
+class DriverSpec(Frozen):
+    """Where the driver of a submitted build runs. Nothing given: on the head, with which it ends."""
+
+    cpus: float = Field(default=0.0, ge=0)
+    """CPU slots that it holds; a little, such as 0.1, lets it run on any node that has some."""
+    memory: NumBytes = 0
+    """Memory that it reserves."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels that select its node."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources that it holds, e.g. driver: 1."""
+    stop_seconds: int = Field(default=30, ge=1)
+    """How long it may clean up after `orchestrator stop`, before it is killed."""
+
+
 class ClusterSpec(Frozen):
     """What there is to build with."""
 
@@ -304,6 +319,7 @@ class ClusterSpec(Frozen):
     scratch: str | None = None
     """Folder for temporary files on every node; absent: the system's."""
     pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
+    driver: DriverSpec = DriverSpec()
     retries: RetrySpec = RetrySpec()
     threads_per_step: int = Field(default=1, ge=1)
     """OMP_NUM_THREADS of every step."""
