@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench apiserver clean
 
 # Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
 demo: $(STAMP) $(MODEL)/config.json
@@ -31,6 +31,12 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.simulate_scale
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
+
+# A real Kubernetes API server for tests/integration/test_kubernetes_api.py: root on Debian bookworm, 6 to 15 minutes, once.
+apiserver: .cache/kube-apiserver
+
+.cache/kube-apiserver:
+	tests/tools/build_kube_apiserver.sh .cache
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -26,10 +26,13 @@ def bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
 
 
 def submission_id(spec: BuildSpec, place: ClusterSpec) -> str:
-    """The same build at the same store has the same id, so that a second submission finds the first. Also a DNS label."""
+    """The same build at the same store has the same id, so that a second submission finds the first.
+
+    Also a DNS label, short enough for a RayJob of Kubernetes (47 characters).
+    """
     wanted = {"spec": spec.model_dump(mode="json"), "store": place.store}
     name = "".join(character if character.isalnum() else "-" for character in spec.release.name.lower()).strip("-")
-    return f"build-{name[:32].rstrip('-')}-{digest_of(wanted)[:12]}"
+    return f"build-{name[:28].rstrip('-')}-{digest_of(wanted)[:12]}"
 
 
 def is_local(path: str) -> bool:

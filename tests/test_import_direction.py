@@ -78,7 +78,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.driver": _DRIVING,
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
-    "orchestrator.kubernetes": Row(_own("core", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes"})),
+    "orchestrator.kubernetes": Row(
+        _own("core", "following", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes", "urllib3"})
+    ),
     "orchestrator.verbs": _DRIVING,
     "orchestrator.simulation": _DRIVING,
     "orchestrator.preflight": _DRIVING,

@@ -210,6 +210,13 @@ class NotStartedError(OrchestratorError):
     exit_code = 44
 
 
+class DeadlineError(OrchestratorError):
+    """A submitted build ran out of the time that it was given."""
+
+    exit_code = 45
+    default_advice = "Submit it again: committed steps are not repeated."
+
+
 class ManifestError(OrchestratorError):
     """A manifest of Kubernetes breaks a rule, or is none."""
 

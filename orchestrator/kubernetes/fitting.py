@@ -1,0 +1,139 @@
+"""Whether the pods of a RayJob can run a build: every kind of step finds its pool, every pool a worker group, every path a volume.
+
+The driver would find most of it out, but only once machines are running and paid for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.core.errors import ClusterError
+from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec
+from orchestrator.kubernetes.manifests import Cluster, Fields, Group, at
+from orchestrator.submission import is_local
+
+GPU = "nvidia.com/gpu"
+_LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
+"""Volumes that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "m": 1e-3}
+
+
+def check_fit(spec: BuildSpec, place: ClusterSpec, job: Fields) -> None:
+    """Raises ClusterError that says everything that keeps this build from running in the RayJob's pods."""
+    cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
+    if place.kind != "ray" or place.address not in (None, "auto"):
+        raise ClusterError(
+            f"the cluster file says kind {place.kind}, address {place.address}: the driver runs inside its Ray cluster",
+            "Write kind: ray and address: auto, or leave --cluster out: the overlay has a cluster file of its own.",
+        )
+    problems = [*_unreachable(spec, place, cluster), *_misfits(spec, place, cluster)]
+    if problems:
+        raise ClusterError(
+            "the overlay's pods cannot run this build: " + "; ".join(problems),
+            "Choose an overlay with such machines (`orchestrator k8s overlays`), or one of your own; places must be URLs of object "
+            "storage, or below the mountPath of a volume that every group mounts.",
+        )
+
+
+def quantity(value: Any) -> float:
+    """A quantity of Kubernetes such as 8Gi, 500m or 2, as a number; 0 for none. Raises ClusterError."""
+    match = re.fullmatch(r"([0-9.]+)([kMGTm]?i?)", str(value or 0))
+    if match is None or match.group(2) not in _SUFFIXES:
+        raise ClusterError(f"{value!r} is not a quantity such as 8Gi or 500m", "Correct the overlay's resources.")
+    return float(match.group(1)) * _SUFFIXES[match.group(2)]
+
+
+def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[str]:
+    """Places on somebody's own disk that a pod would look for in vain."""
+    for field, path in _local_places(spec, place):
+        for group in [cluster.head, *cluster.workers]:
+            needs = not group.is_head
+            if needs and not any(_is_below(path, mount) for mount in _lasting_mounts(group)):
+                yield f"{field} is {path}, and group {group.name} mounts no volume there"
+                break
+
+
+def _local_places(spec: BuildSpec, place: ClusterSpec) -> Iterator[tuple[str, str]]:
+    quantization = spec.quantization
+    places = {"source.path": spec.source.path, "store": place.store.removeprefix("file://")}
+    if quantization is not None:
+        dataset = quantization.calibration.dataset
+        places |= {
+            "quantization.quant_cfg": quantization.quant_cfg or "",
+            "quantization.scales": quantization.scales or "",
+            "quantization.calibration.dataset": dataset if dataset.endswith((".txt", ".jsonl", ".parquet")) else "",
+        }
+    yield from ((field, path) for field, path in places.items() if path and is_local(path))
+
+
+def _lasting_mounts(group: Group) -> Iterator[str]:
+    lasting = {
+        volume.get("name") for volume in group.get("template.spec.volumes", []) or [] if any(key in volume for key in _LASTING)
+    }
+    yield from (str(mount["mountPath"]) for mount in group.ray.get("volumeMounts") or [] if mount.get("name") in lasting)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _misfits(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[str]:
+    told = set()
+    for kind, gpus in _kinds(spec).items():
+        pool = place.pool_for(kind)
+        name = next((name for name, found in place.pools.items() if found is pool), "")
+        if pool is None:
+            yield f"no pool of the cluster file runs {kind} steps"
+        elif pool.gpus < gpus:
+            yield f"{kind} steps need a GPU, and pool {name} has none"
+        elif name not in told:
+            told.add(name)
+            yield from _pool_misfits(name, pool, cluster)
+
+
+def _kinds(spec: BuildSpec) -> dict[str, int]:
+    """Kinds of step that this build surely has, and the GPUs that one such step takes."""
+    kinds = {"convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
+    if spec.verification.enabled:
+        kinds |= {"reference": 0, "verify": 0}
+    if spec.quantization is not None and spec.quantization.calibration.device == "cuda":
+        kinds["calibrate"] = 1
+    return kinds
+
+
+def _pool_misfits(name: str, pool: PoolSpec, cluster: Cluster) -> Iterator[str]:
+    groups = [group for group in cluster.workers if _selects(pool.labels, group)]
+    if not groups:
+        yield f"pool {name} selects {pool.labels}, and no worker group has these labels"
+        return
+    wanted = {"gpus": pool.gpus, "cpus": pool.cpus or 0, "memory": pool.memory or 0}
+    most = {what: max(_capacity(group)[what] for group in groups) for what in wanted}
+    for what, amount in wanted.items():
+        if most[what] < amount:
+            yield f"pool {name} promises {amount:,} {what}, and its largest pod has {most[what]:,.0f}"
+
+
+def _selects(labels: dict[str, str], group: Group) -> bool:
+    """Whether Ray's selectors (value, !value, in(a,b), !in(a,b)) take a group's nodes."""
+    own = {"ray.io/node-group": group.name, **(group.get("labels", {}) or {})}
+    return all(_matches(str(own.get(key, "")), wanted) for key, wanted in labels.items())
+
+
+def _matches(value: str, wanted: str) -> bool:
+    is_not, plain = wanted.startswith("!"), wanted.removeprefix("!")
+    listed = re.fullmatch(r"in\((.*)\)", plain)
+    values = [item.strip() for item in listed.group(1).split(",")] if listed else [plain]
+    return (value in values) != is_not
+
+
+def _capacity(group: Group) -> dict[str, float]:
+    """What Ray offers on one pod of a group: its own resources, else the start parameters, else the container's limits."""
+    own, params = group.get("resources", {}) or {}, group.get("rayStartParams", {}) or {}
+    limits = at(group.ray, "resources.limits", {}) or {}
+    return {
+        "gpus": quantity(own.get("GPU", params.get("num-gpus", limits.get(GPU)))),
+        "cpus": quantity(own.get("CPU", params.get("num-cpus", limits.get("cpu")))),
+        "memory": quantity(own.get("memory", params.get("memory", limits.get("memory")))),
+    }
