@@ -1,6 +1,7 @@
-"""Whether the pods of a RayJob can run a build: every kind of step finds its pool, every pool a worker group, every path a volume.
+"""Whether the pods of a RayJob can run a build: every step a pool, every pool pods large enough, every path a volume that lasts.
 
-The driver would find most of it out, but only once machines are running and paid for.
+The driver would find most of it out, but only once machines are running and paid for. The rules BU01 to BU04 look at the same
+files as manifests; here is what needs the meaning of the spec.
 """
 
 from __future__ import annotations
@@ -23,11 +24,6 @@ _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10
 def check_fit(spec: BuildSpec, place: ClusterSpec, job: Fields) -> None:
     """Raises ClusterError that says everything that keeps this build from running in the RayJob's pods."""
     cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
-    if place.kind != "ray" or place.address not in (None, "auto"):
-        raise ClusterError(
-            f"the cluster file says kind {place.kind}, address {place.address}: the driver runs inside its Ray cluster",
-            "Write kind: ray and address: auto, or leave --cluster out: the overlay has a cluster file of its own.",
-        )
     problems = [*_unreachable(spec, place, cluster), *_misfits(spec, place, cluster)]
     if problems:
         raise ClusterError(
@@ -48,11 +44,9 @@ def quantity(value: Any) -> float:
 def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[str]:
     """Places on somebody's own disk that a pod would look for in vain."""
     for field, path in _local_places(spec, place):
-        for group in [cluster.head, *cluster.workers]:
-            needs = not group.is_head
-            if needs and not any(_is_below(path, mount) for mount in _lasting_mounts(group)):
-                yield f"{field} is {path}, and group {group.name} mounts no volume there"
-                break
+        without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in _lasting_mounts(group))]
+        if without:
+            yield f"{field} is {path}, and group {without[0]} mounts no volume there that outlives its pods"
 
 
 def _local_places(spec: BuildSpec, place: ClusterSpec) -> Iterator[tuple[str, str]]:
@@ -104,28 +98,14 @@ def _kinds(spec: BuildSpec) -> dict[str, int]:
 
 
 def _pool_misfits(name: str, pool: PoolSpec, cluster: Cluster) -> Iterator[str]:
-    groups = [group for group in cluster.workers if _selects(pool.labels, group)]
+    groups = [group for group in cluster.workers if pool.labels.items() <= (group.get("labels") or {}).items()]
     if not groups:
-        yield f"pool {name} selects {pool.labels}, and no worker group has these labels"
-        return
+        return  # rule BU03 tells
     wanted = {"gpus": pool.gpus, "cpus": pool.cpus or 0, "memory": pool.memory or 0}
     most = {what: max(_capacity(group)[what] for group in groups) for what in wanted}
     for what, amount in wanted.items():
         if most[what] < amount:
             yield f"pool {name} promises {amount:,} {what}, and its largest pod has {most[what]:,.0f}"
-
-
-def _selects(labels: dict[str, str], group: Group) -> bool:
-    """Whether Ray's selectors (value, !value, in(a,b), !in(a,b)) take a group's nodes."""
-    own = {"ray.io/node-group": group.name, **(group.get("labels", {}) or {})}
-    return all(_matches(str(own.get(key, "")), wanted) for key, wanted in labels.items())
-
-
-def _matches(value: str, wanted: str) -> bool:
-    is_not, plain = wanted.startswith("!"), wanted.removeprefix("!")
-    listed = re.fullmatch(r"in\((.*)\)", plain)
-    values = [item.strip() for item in listed.group(1).split(",")] if listed else [plain]
-    return (value in values) != is_not
 
 
 def _capacity(group: Group) -> dict[str, float]:

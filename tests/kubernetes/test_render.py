@@ -15,7 +15,7 @@ from orchestrator.cli import app
 from orchestrator.core.errors import ClusterError, ManifestError, OrchestratorError, SpecError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
 from orchestrator.kubernetes.fitting import quantity
-from orchestrator.kubernetes.manifests import Fields, at
+from orchestrator.kubernetes.manifests import Fields
 from orchestrator.kubernetes.overlays import OWN, load_overlay, overlay_names
 from orchestrator.kubernetes.render import Rendered, overlay_cluster, refuse_placeholder_images, render
 from orchestrator.loading import load_cluster, load_spec
@@ -49,10 +49,6 @@ def with_job(overlay: list[Fields], change: Any) -> list[Fields]:
     made = copy.deepcopy(overlay)
     change(next(obj for obj in made if obj["kind"] == "RayJob"))
     return made
-
-
-def builders(job: Fields) -> Fields:
-    return next(group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] != "driver")
 
 
 def test_render_job_runs_the_command_of_every_submission(rendered: Rendered) -> None:
@@ -140,11 +136,8 @@ def test_render_store_of_the_examples_is_refused(overlay: list[Fields]) -> None:
         ({"engine": {"backend": "tensorrt"}}, {}, "build steps need a GPU"),
         ({"quantization": {"algorithm": "FP8", "calibration": {"device": "cuda"}}}, {}, "calibrate steps need a GPU"),
         ({}, {"pools": {"a": {"steps": ["convert", "build"]}}}, "no pool of the cluster file runs reference steps"),
-        ({}, {"pools": {"a": {"labels": {"pool": "h100"}}}}, "pool a selects {'pool': 'h100'}, and no worker group has these"),
         ({}, {"pools": {"a": {"labels": {"pool": "cpu"}, "memory": "1TB"}}}, "pool a promises 1,000,000,000,000 memory"),
         ({}, {"pools": {"a": {"labels": {"pool": "cpu"}, "gpus": 1}}}, "pool a promises 1 gpus, and its largest pod has 0"),
-        ({}, {"kind": "local"}, "kind local"),
-        ({}, {"address": "ray://head:10001"}, "address ray://head:10001"),
     ],
 )  # fmt: skip
 def test_render_build_that_the_pods_cannot_run_is_refused(
@@ -174,15 +167,27 @@ def test_render_local_source_below_a_claim_of_every_group_is_taken(overlay: list
         render(spec_of(source={"path": "/modelsX"}), place, with_job(overlay, mount))
 
 
-def test_render_gpu_build_on_groups_with_gpus_is_taken(overlay: list[Fields], place: ClusterSpec) -> None:
-    def add_gpus(job: Fields) -> None:
-        builders(job)["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = "4"
+@pytest.mark.parametrize("name", ["h100", "l40s-mixed", "kueue"])
+def test_render_gpu_build_with_an_overlay_of_gpus_is_taken(name: str) -> None:
+    objects = load_overlay(name)
+    made = render(spec_of(engine={"backend": "tensorrt"}), overlay_cluster(objects).model_copy(update={"store": STORE}), objects)
+    assert "nvidia.com/gpu" in made.to_yaml()
 
-    there = ClusterSpec.model_validate(
-        {**place.model_dump(exclude_unset=True), "pools": {"a": {"labels": {"pool": "in(cpu, x)"}, "gpus": 4}}}
-    )
-    made = render(spec_of(engine={"backend": "tensorrt"}), there, with_job(overlay, add_gpus))
-    assert at(builders(made.job), "template.spec.containers")[0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
+
+@pytest.mark.parametrize(
+    "changes", [{"kind": "local"}, {"address": "ray://head:10001"}, {"pools": {"a": {"labels": {"pool": "h100"}}}}]
+)
+def test_render_cluster_file_that_breaks_a_rule_of_the_bundle_is_refused(
+    overlay: list[Fields], place: ClusterSpec, changes: Fields
+) -> None:
+    there = ClusterSpec.model_validate({**place.model_dump(exclude_unset=True), **changes})
+    with pytest.raises(ManifestError, match=r"BU0[23]"):
+        render(spec_of(), there, overlay)
+
+
+def test_render_source_on_a_volume_that_is_empty_in_every_pod_is_refused(overlay: list[Fields], place: ClusterSpec) -> None:
+    with pytest.raises(ClusterError, match="outlives"):
+        render(spec_of(source={"path": "/tmp/llama"}), place, overlay)
 
 
 def test_render_spec_too_large_for_a_config_map_is_refused(overlay: list[Fields], place: ClusterSpec) -> None:
@@ -206,6 +211,8 @@ def test_render_overlay_that_is_no_build_is_refused(overlay: list[Fields], place
 def test_render_result_that_breaks_a_rule_is_refused(overlay: list[Fields], place: ClusterSpec) -> None:
     with pytest.raises(ManifestError, match="broken rules"):
         render(spec_of(), place, with_job(overlay, lambda job: job["spec"].update(submissionMode="InteractiveMode")))
+    with pytest.raises(ManifestError, match="RN01"):
+        render(spec_of(), place, overlay, name="Not-A-Name")
 
 
 @pytest.mark.parametrize(("text", "number"), [("8Gi", 8 * 2**30), ("500m", 0.5), (2, 2), ("1.5", 1.5), ("3G", 3e9), (None, 0)])
@@ -225,7 +232,7 @@ def test_load_overlay_unknown_name_lists_the_known() -> None:
 
 
 def test_overlays_of_the_package_are_those_of_the_repository_and_travel_in_the_wheel() -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     assert OWN.resolve() == root / "deploy/kuberay"
     assert "cpu-aot" in overlay_names()
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["orchestrator"]
