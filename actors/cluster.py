@@ -1,4 +1,4 @@
-"""The Cluster protocol on Ray: one actor per attempt, placed by resources and labels, events streamed back.
+"""The Cluster protocol on Ray: each attempt in an actor on the node that Placement chose, its events streamed back.
 
 Retries are the driver's: actors have none of Ray's own. Ray's would be used up before a lost node is known to be lost. No
 placement group: ranks are built independently. Only JSON of a few kilobytes travels through Ray.
@@ -6,36 +6,54 @@ placement group: ranks are built independently. Only JSON of a few kilobytes tra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
-from actors.convert_actor import ConvertActor
-from actors.engine_actor import EngineActor
-from actors.quantize_actor import QuantizeActor
-from actors.step_actor import StepActor
-from actors.verify_actor import VerifyActor
+from actors.failures import failure_of
+from actors.node_watch import NodeWatch
+from actors.placement import Placed, Placement
+from actors.postmortem import Evidence, WorkerFacts, examine
+from actors.probe import probe_here
+from actors.workers import Worker, Workers
 from orchestrator.clusters import AnyEvent, worker_environment
 from orchestrator.core.errors import ClusterError
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Failure, FailureKind, Task
-
-ACTORS: dict[str, type[StepActor]] = {
-    kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds
-}
-"""Which actor runs a kind of step."""
+from orchestrator.core.retry import leaves_drained_node
+from orchestrator.core.spec import ClusterSpec
+from orchestrator.core.step import Cause, Failure, FailureKind, Task
 
 _OBJECT_STORE_BYTES = 200 * 10**6
-_WAIT_SECONDS = 1.0
-"""One look at the streams; an interrupt is answered between two."""
+_WAIT_SECONDS = 0.5
+"""One look at the streams; an interrupt is answered between two, and new nodes are seen."""
+_PATIENCE_SECONDS = 60.0
+"""A worker that has not begun by then is tried on another node."""
+_EVIDENCE_SECONDS = 5.0
+"""How long the report of a dead worker waits for what its node knows of it."""
+_DEMAND_SECONDS = 5.0
+
+
+@dataclass
+class _Attempt:
+    placed: Placed
+    worker: Worker
+    since: float
+    began: float | None = None
+    """When the worker said its first word."""
+    facts: WorkerFacts | None = None
+    reported: bool = False
+    """Its final event is out; what remains is the worker's rest."""
 
 
 class RayCluster:
-    """See orchestrator.clusters.Cluster."""
+    """See orchestrator.clusters.Cluster, and Probing."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         """Connect to spec.address, or start Ray on this machine. Raises ClusterError."""
@@ -43,21 +61,27 @@ class RayCluster:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _connect(spec)
-        self._node_memory = max((int(node["Resources"].get("memory", 0)) for node in ray.nodes()), default=0)
-        self._streams: dict[Any, tuple[Task, Any]] = {}
-        """Ray's generator of a running attempt -> its task and actor."""
+        self._watch = NodeWatch()
+        self._placement = Placement(spec)
+        self._workers = Workers(spec.threads_per_step)
+        self._attempts: dict[Any, _Attempt] = {}
+        """By Ray's generator of the attempt."""
+        self._inquests: dict[Any, tuple[StepFailed, float]] = {}
+        """By the reference of a task that looks for evidence: the event that waits for it, and until when."""
+        self._asked_at = 0.0
+        self._asked: list[dict[str, float]] = []
+        self._closed = False
 
     def start(self, task: Task) -> None:
-        pool = self._spec.pool_for(task.step.kind.value) or PoolSpec()
-        actor = ray.remote(ACTORS[task.step.kind.value]).options(**self._options(task, pool)).remote()
-        stream = actor.run.options(num_returns="streaming").remote(task.model_dump_json())
-        self._streams[stream] = (task, actor)
+        self._placement.add(task, self.now())
+        self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             left = _WAIT_SECONDS if deadline is None else min(max(deadline - time.monotonic(), 0.0), _WAIT_SECONDS)
-            found = self._poll(left)
+            found = [*self._look_after(), *self._poll(left)]
+            self._begin()
             if found or (deadline is not None and time.monotonic() >= deadline):
                 return found
 
@@ -65,47 +89,202 @@ class RayCluster:
         return time.monotonic()
 
     def close(self) -> None:
-        for _, actor in self._streams.values():
-            ray.kill(actor, no_restart=True)
-        self._streams.clear()
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.close()
+        self._attempts.clear()
+        self._inquests.clear()
+        with contextlib.suppress(RayError):
+            self._workers.close()
+            if self._asked:
+                _demand([])
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
 
-    def _options(self, task: Task, pool: PoolSpec) -> dict[str, Any]:
-        resources = task.step.resources
-        return {
-            "num_cpus": resources.cpus,
-            "num_gpus": resources.gpus,
-            # A step that asks for more than any node has gets a whole one instead of waiting for ever.
-            "memory": min(resources.memory_bytes, self._node_memory),
-            "label_selector": dict(pool.labels),
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": worker_environment(self._spec.threads_per_step, gpu=resources.gpus > 0)},
-        }
+    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
+        """Ask every node in a small task of its own. A node that is silent too long is one with an error."""
+        environment = {"env_vars": worker_environment(1, gpu=False)}
+        asked = {}
+        for node in self._watch.nodes:
+            remote = ray.remote(probe_here).options(
+                num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": node.node_id}, runtime_env=environment
+            )
+            spec = self._spec
+            asked[remote.remote(spec.store, spec.store_options.model_dump_json(), spec.scratch, list(places))] = node
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._spec.probe_timeout_seconds) if asked else ([], [])
+        found = []
+        for reference, node in asked.items():
+            if reference not in ready:
+                ray.cancel(reference, force=True)
+            offer = {
+                "node": node.name, "node_id": node.node_id, "labels": dict(node.labels), "cpus": node.capacity.cpus,
+                "gpus": node.capacity.gpus, "memory_bytes": node.capacity.memory_bytes,
+            }  # fmt: skip
+            found.append(self._answer(reference if reference in ready else None).model_copy(update=offer))
+        self._placement.learn(found)
+        return found
+
+    def _answer(self, reference: Any) -> NodeFacts:
+        if reference is None:
+            return NodeFacts(node="", error=f"silent for {self._spec.probe_timeout_seconds:.0f} s")
+        try:
+            return NodeFacts.model_validate_json(ray.get(reference))
+        except RayError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            return NodeFacts(node="", error=lines[-1].strip() if lines else type(error).__name__)
+
+    def _begin(self) -> None:
+        """Place what may begin now."""
+        if self._closed or not self._placement.num_waiting:
+            return
+        self._placement.update(self._watch.nodes)
+        now = self.now()
+        for placed in self._placement.begin(now):
+            worker = self._workers.take(placed)
+            stream = worker.actor.run.options(num_returns="streaming").remote(placed.task.model_dump_json())
+            self._attempts[stream] = _Attempt(placed, worker, now)
+
+    def _look_after(self) -> list[AnyEvent]:
+        """What time and the nodes have decided: steps that leave a node, that wait for nothing, evidence that does not come."""
+        now, nodes = self.now(), {node.node_id: node for node in self._watch.nodes}
+        self._placement.update(nodes.values())
+        self._workers.sweep(now, {node.node_id for node in nodes.values() if node.leaves_at is not None})
+        found: list[AnyEvent] = []
+        for stream, attempt in list(self._attempts.items()):
+            node = nodes.get(attempt.placed.node.node_id)
+            leaves_at = node.leaves_at if node is not None else 0.0
+            if attempt.began is None and not attempt.reported:
+                found.extend(self._look_after_waiting(stream, attempt, now, stays=leaves_at is None))
+            elif node is not None and leaves_at is not None and not attempt.reported:
+                found.extend(self._look_after_leaving(stream, attempt, now, leaves_at - time.time()))
+        for task, reason in self._placement.overdue(now):
+            failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=reason)
+            found.append(StepFailed(digest=task.step.digest, failure=failure))
+        for reference, (event, until) in list(self._inquests.items()):
+            if now >= until:
+                del self._inquests[reference]
+                found.append(event)
+        self._ask_for_nodes(now)
+        return found
+
+    def _look_after_waiting(self, stream: Any, attempt: _Attempt, now: float, *, stays: bool) -> list[AnyEvent]:
+        """A worker that has not begun: its node may have gone, or other people's work may fill it."""
+        step, waited = attempt.placed.task.step, now - attempt.since
+        other = waited > _PATIENCE_SECONDS and self._placement.has_other(step, attempt.placed.node.node_id)
+        if not stays or other:
+            self._drop(stream)
+            self._placement.put_back(step.digest, now, avoid=stays)
+        elif waited > self._spec.schedule_timeout_seconds:
+            self._drop(stream)
+            message = f"did not begin on {attempt.placed.node.name} for {waited:.0f} s: other work holds what it needs"
+            failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=message)
+            self._placement.end(step.digest, now, failure)
+            return [StepFailed(digest=step.digest, failure=failure)]
+        return []
+
+    def _look_after_leaving(self, stream: Any, attempt: _Attempt, now: float, left: float) -> list[AnyEvent]:
+        step, node = attempt.placed.task.step, attempt.placed.node
+        elapsed = now - (attempt.began or now)
+        if not leaves_drained_node(left, elapsed, step.estimate.seconds) or not self._placement.has_other(step, node.node_id):
+            return []
+        self._drop(stream)
+        message = f"{node.name} is taken back in {left:.0f} s, too soon for this step"
+        failure = Failure(kind=FailureKind.HANDED_OVER, cause=Cause.DRAIN, message=message, node=node.name)
+        self._placement.end(step.digest, now, failure)
+        return [StepFailed(digest=step.digest, failure=failure)]
 
     def _poll(self, timeout_seconds: float) -> list[AnyEvent]:
-        if not self._streams:
+        pending = [*self._attempts, *self._inquests]
+        if not pending:
             time.sleep(timeout_seconds)
             return []
-        ready, _ = ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
-        if not ready:
-            ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=timeout_seconds)
-        return [event for stream in ready if (event := self._next(stream)) is not None]
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+        if not ready and timeout_seconds > 0:
+            ready, _ = ray.wait(pending, num_returns=1, timeout=timeout_seconds, fetch_local=False)
+        found = []
+        for item in ready:
+            event = self._next(item) if item in self._attempts else self._conclude(item)
+            if event is not None:
+                found.append(event)
+        return found
 
     def _next(self, stream: Any) -> AnyEvent | None:
-        task, actor = self._streams[stream]
-        event: AnyEvent
+        """Take in the next word of a worker."""
+        attempt = self._attempts[stream]
         try:
-            event = EVENT.validate_json(ray.get(next(stream)))
+            what, text = ray.get(next(stream))
         except GetTimeoutError:
             return None
         except (StopIteration, RayError) as error:
-            event = StepFailed(digest=task.step.digest, failure=_failure(error))
-        if isinstance(event, (StepSucceeded, StepFailed)):
-            del self._streams[stream]
-            ray.kill(actor, no_restart=True)
+            return self._broken(stream, attempt, error)
+        if what == "worker":
+            attempt.began, attempt.facts = self.now(), WorkerFacts.model_validate_json(text)
+            return None
+        if what == "rest":
+            self._finish(stream, int(text))
+            return None
+        event: AnyEvent = EVENT.validate_json(text)
+        if isinstance(event, StepSucceeded):
+            attempt.reported = True
+        elif isinstance(event, StepFailed):
+            self._drop(stream)
+            self._placement.end(event.digest, self.now(), event.failure)
         return event
+
+    def _finish(self, stream: Any, resting_bytes: int) -> None:
+        attempt = self._attempts.pop(stream)
+        self._workers.give_back(attempt.worker, resting_bytes, self.now())
+        self._placement.end(attempt.placed.task.step.digest, self.now())
+
+    def _drop(self, stream: Any) -> None:
+        """End the worker of an attempt; nothing more is heard of it."""
+        self._workers.end(self._attempts.pop(stream).worker)
+
+    def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> AnyEvent | None:
+        """The stream ended without a final event, or the worker was lost while it came to rest."""
+        digest, node = attempt.placed.task.step.digest, attempt.placed.node
+        self._drop(stream)
+        if attempt.reported:
+            self._placement.end(digest, self.now())
+            return None
+        alive = any(other.node_id == node.node_id for other in self._watch.nodes)
+        failure = failure_of(error, node, alive=alive, drained=node.node_id in self._watch.drained)
+        self._placement.end(digest, self.now(), failure)
+        event = StepFailed(digest=digest, failure=failure)
+        if not alive or attempt.facts is None or failure.cause not in (Cause.WORKER, Cause.MEMORY):
+            return event
+        looking = ray.remote(examine).options(num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": node.node_id})
+        self._inquests[looking.remote(attempt.facts)] = (event, self.now() + _EVIDENCE_SECONDS)
+        return None
+
+    def _conclude(self, reference: Any) -> StepFailed:
+        """The failure with what its node knows of the worker."""
+        event, _ = self._inquests.pop(reference)
+        try:
+            evidence: Evidence = ray.get(reference)
+        except RayError:
+            return event
+        cause = Cause.MEMORY if evidence.kernel else event.failure.cause
+        update = {"worker_log": evidence.worker_log, "kernel": evidence.kernel, "cause": cause}
+        return event.model_copy(update={"failure": event.failure.model_copy(update=update)})
+
+    def _ask_for_nodes(self, now: float) -> None:
+        """Tell an autoscaler what steps wait for; without one it is told to nobody."""
+        if now - self._asked_at < _DEMAND_SECONDS:
+            return
+        self._asked_at = now
+        wanted = self._placement.bundles() if self._placement.num_waiting else []
+        if wanted != self._asked:
+            self._asked = wanted
+            _demand(wanted)
+
+
+def _demand(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    with contextlib.suppress(Exception):  # a hint: the build goes on without
+        request_resources(bundles=bundles)
 
 
 def _connect(spec: ClusterSpec) -> None:
@@ -131,13 +310,3 @@ def _connect(spec: ClusterSpec) -> None:
             f"cannot connect to Ray at {options.get('address', 'this machine')}: {error}",
             "Check the address in the cluster file, and RAY_AUTH_MODE on both sides.",
         ) from None
-
-
-def _failure(error: BaseException) -> Failure:
-    """Lost actors, nodes and memory are the machinery's failures; an exception in our own code is not."""
-    if isinstance(error, RayTaskError):
-        return Failure(kind=FailureKind.APPLICATION, message=str(error.cause), log_tail=str(error))
-    if isinstance(error, StopIteration):
-        return Failure(kind=FailureKind.INFRASTRUCTURE, message="the actor ended without a final event")
-    first = str(error).splitlines()[0] if str(error) else ""
-    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"{type(error).__name__}: {first}", log_tail=str(error))

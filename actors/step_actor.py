@@ -1,18 +1,23 @@
-"""What every actor is: a process on some node that runs one step and streams its events."""
+"""What every actor is: a process on some node that runs steps, one after the other, and streams their events."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
-import platform
 from collections.abc import Iterator
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
+from actors.node_watch import node_name
+from actors.postmortem import facts_here
 from orchestrator.core.errors import ToolError
 from orchestrator.core.step import Kind, Task
+from orchestrator.work.process import without_launcher
 from orchestrator.work.streaming import stream
 
-_LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")
-"""A cluster started under MPI or Slurm must not make a step believe that it is a rank of that job."""
+Message = tuple[Literal["worker", "event", "rest"], str]
+"""worker: WorkerFacts, first of all. event: a step's event, as JSON. rest: bytes that the process still holds, last of all."""
 
 
 class StepActor:
@@ -20,19 +25,37 @@ class StepActor:
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
 
-    def run(self, task_json: str) -> Iterator[str]:
-        """Run the task; yields events as JSON, the last one final. The step's own errors are events, not exceptions."""
+    def run(self, task_json: str) -> Iterator[Message]:
+        """Run the task; one event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
         if task.step.kind not in self.kinds:
             raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps")
-        for name in [name for name in os.environ if name.startswith(_LAUNCHER_PREFIXES)]:
-            del os.environ[name]
-        for event in stream(task, self.node()):
-            yield event.model_dump_json()
+        forget_launcher()
+        host, node_id = self.node()
+        yield "worker", facts_here(node_id).model_dump_json()
+        for event in stream(task, node_name(host, node_id)):
+            yield "event", event.model_dump_json()
+        yield "rest", str(resting_bytes())
 
     @staticmethod
-    def node() -> str:
-        """The host's name and the start of Ray's node id, which tells apart nodes of one host."""
+    def node() -> tuple[str, str]:
+        """The host's name and Ray's node id."""
+        import platform
+
         import ray
 
-        return f"{platform.node()}/{ray.get_runtime_context().get_node_id()[:6]}"
+        return platform.node(), ray.get_runtime_context().get_node_id()
+
+
+def forget_launcher() -> None:
+    """Drop what MPI or Slurm told the process that started the cluster here: a step is no rank of that job."""
+    kept = without_launcher(os.environ)
+    for name in [name for name in os.environ if name not in kept]:
+        del os.environ[name]
+
+
+def resting_bytes() -> int:
+    """Memory that this process still holds after it gave back what it could."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

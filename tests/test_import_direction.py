@@ -92,9 +92,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"}), frozenset({"yaml"})),
     "actors": Row(
-        ("actors", *_own("core", "work", "stores", "clusters")),
-        frozenset({"ray"}),
-        frozenset({"ray"}),
+        ("actors", *_own("core", "work", "stores", "clusters", "engines")),
+        frozenset({"ray", "pydantic"}),
+        frozenset({"ray", "pynvml"}),
         never=_own("core.plan", "core.schedule", "driver", "verbs", "cli"),
     ),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.core.step import Kind, Step
+
 
 class GpuFacts(BaseModel):
     """A device, as its driver describes it."""
@@ -47,3 +49,22 @@ class NodeFacts(BaseModel):
     mpiexec: bool = False
     error: str = ""
     """Why the node gave no answer."""
+
+
+def unfit(node: NodeFacts, step: Step) -> str:
+    """Why a step must not run on a node that answered so; empty: it may."""
+    if node.error or node.store_error:
+        return node.error or node.store_error
+    unseen = [place for place in step.places.values() if not node.places.get(place, True)]
+    if unseen:
+        return f"{unseen[0]} is not there"
+    if step.kind is Kind.VERIFY and not node.mpiexec:
+        return "no mpiexec"
+    if step.kind is Kind.BUILD:
+        backend = step.options.get("engine", {}).get("backend", "")
+        wanted = step.options.get("tensorrt_version")
+        if wanted and node.versions.get(backend) != wanted:
+            return f"{backend} {node.versions.get(backend, 'is not installed')}, not {wanted}"
+    if step.resources.gpus > len(node.devices):
+        return "no driver finds the GPU"
+    return ""

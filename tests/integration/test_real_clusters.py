@@ -91,8 +91,8 @@ class Killer(SilentListener):
 
 class ActorKiller(Killer):
     def kill(self, digest: str) -> None:
-        actor = next(actor for task, actor in self.cluster._streams.values() if task.step.digest == digest)
-        ray.kill(actor)
+        attempts = self.cluster._attempts.values()
+        ray.kill(next(attempt.worker.actor for attempt in attempts if attempt.placed.task.step.digest == digest))
 
 
 def drive_with(killer: Killer, plan: Plan, store: str) -> None:

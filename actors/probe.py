@@ -1,0 +1,115 @@
+"""What a node has, found out on the node: devices, tools, room, and whether the store answers."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.nodes import GpuFacts, NodeFacts
+from orchestrator.core.spec import StoreOptions
+
+_PACKAGES = {
+    "trt-orchestrator": "trt-orchestrator", "ray": "ray", "torch": "torch", "onnxruntime": "onnxruntime",
+    "nvidia-modelopt": "nvidia-modelopt", "mpi4py": "mpi4py",
+}  # fmt: skip
+
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # looked at only
+
+
+def probe_here(store: str, options_json: str, scratch: str | None, places: Iterable[str]) -> str:
+    """NodeFacts of this machine as JSON; whoever knows the cluster adds the node's name, labels and offer."""
+    folder = scratch or tempfile.gettempdir()
+    devices, driver = _devices()
+    error, seconds = _try_store(store, StoreOptions.model_validate_json(options_json))
+    facts = NodeFacts(
+        node=platform.node(),
+        devices=devices,
+        driver=driver,
+        scratch=folder,
+        scratch_free_bytes=_free(folder),
+        shm_free_bytes=_free(_SHARED_MEMORY),
+        store_error=error,
+        store_seconds=round(seconds, 3),
+        places={place: Path(place).exists() for place in places},
+        versions=_versions(),
+        mpiexec=_has_mpiexec(),
+    )
+    return facts.model_dump_json()
+
+
+def _devices() -> tuple[tuple[GpuFacts, ...], str]:
+    """GPUs and driver through NVML; none without it. CUDA_VISIBLE_DEVICES does not hide them from NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:
+        return (), ""
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(_device(pynvml, handle) for handle in handles), str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _device(pynvml, handle) -> GpuFacts:  # type: ignore[no-untyped-def]
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    return GpuFacts(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(memory), compute_capability=f"{major}.{minor}")
+
+
+def _try_store(url: str, options: StoreOptions) -> tuple[str, float]:
+    """Write, read and remove a tiny object: the error's words (empty when all went well), and seconds."""
+    from orchestrator.stores import open_store
+
+    began = time.monotonic()
+    key, data = f"probe/{uuid.uuid4().hex}", b"probe"
+    try:
+        store = open_store(url, options)
+        store.put(key, data)
+        same = store.get(key) == data
+        store.delete(key)
+    except OrchestratorError as error:
+        return error.message, time.monotonic() - began
+    except Exception as error:  # a library that a store needs may fail in its own ways
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return "" if same else "what was read is not what was written", time.monotonic() - began
+
+
+def _versions() -> dict[str, str]:
+    from orchestrator.engines import installed_version
+
+    found = {"python": platform.python_version()}
+    for name, package in _PACKAGES.items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(package)
+    for backend in ("tensorrt", "tensorrt_rtx"):
+        with contextlib.suppress(Exception):
+            version = installed_version(backend)
+            if version is not None:
+                found[backend] = version
+    return found
+
+
+def _has_mpiexec() -> bool:
+    from orchestrator.work.verify import find_mpiexec
+
+    try:
+        return bool(find_mpiexec())
+    except OrchestratorError:
+        return False
+
+
+def _free(folder: str) -> int:
+    try:
+        return shutil.disk_usage(folder).free if Path(folder).is_dir() else 0
+    except OSError:
+        return 0

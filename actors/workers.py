@@ -1,0 +1,123 @@
+"""The actor processes of a build: made for a step on a node, kept for the next one of its kind there, ended when unwanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.convert_actor import ConvertActor
+from actors.engine_actor import EngineActor
+from actors.placement import Node, Placed
+from actors.quantize_actor import QuantizeActor
+from actors.step_actor import StepActor
+from actors.verify_actor import VerifyActor
+from orchestrator.clusters import worker_environment
+from orchestrator.core.step import Resources
+
+ACTORS: dict[str, type[StepActor]] = {
+    kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds
+}
+"""Which actor runs a kind of step."""
+
+_KEPT_BYTES = 600 * 10**6
+"""A process that holds more than this while it rests is replaced: libraries do not return everything."""
+_IDLE_SECONDS = 5.0
+"""An idle process keeps its share of the node from others for so long."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """An actor and what it holds of its node in Ray's books."""
+
+    actor: Any
+    kind: type[StepActor]
+    node: Node
+    held: Resources
+    idle_since: float | None = None
+
+    def fits(self, kind: type[StepActor], placed: Placed) -> bool:
+        """Whether it may run the step instead of a new process, without keeping much more than the step needs."""
+        mine, wanted = self.held, placed.held
+        return (
+            self.kind is kind
+            and self.node.node_id == placed.node.node_id
+            and (mine.cpus, mine.gpus) == (wanted.cpus, wanted.gpus)
+            and wanted.memory_bytes <= mine.memory_bytes <= 2 * wanted.memory_bytes
+        )
+
+
+class Workers:
+    """All of them. Not one has restarts or retries of Ray's own."""
+
+    def __init__(self, threads_per_step: int) -> None:
+        self._threads = threads_per_step
+        self._all: list[Worker] = []
+
+    def take(self, placed: Placed) -> Worker:
+        """A worker for the step: an idle one, or a new one that begins when Ray has started it."""
+        kind = ACTORS[placed.task.step.kind.value]
+        for worker in self._idle():
+            if worker.fits(kind, placed):
+                worker.idle_since = None
+                return worker
+        self._make_room(placed)
+        worker = Worker(self._actor(kind, placed), kind, placed.node, placed.held)
+        self._all.append(worker)
+        return worker
+
+    def give_back(self, worker: Worker, resting_bytes: int, now: float) -> None:
+        """The step has ended well."""
+        if resting_bytes > _KEPT_BYTES or worker.held.gpus:
+            self.end(worker)
+        else:
+            worker.idle_since = now
+
+    def end(self, worker: Worker) -> None:
+        ray.kill(worker.actor, no_restart=True)
+        self._all.remove(worker)
+
+    def sweep(self, now: float, gone: set[str]) -> None:
+        """End workers that have idled too long, or idle on nodes of `gone`."""
+        for worker in list(self._idle()):
+            if worker.node.node_id in gone or (worker.idle_since is not None and now - worker.idle_since > _IDLE_SECONDS):
+                self.end(worker)
+
+    def close(self) -> None:
+        for worker in list(self._all):
+            self.end(worker)
+
+    def _idle(self) -> Iterator[Worker]:
+        return (worker for worker in self._all if worker.idle_since is not None)
+
+    def _make_room(self, placed: Placed) -> None:
+        """End idle workers of the node, the longest idle first, until the step fits beside the others in Ray's books."""
+        for worker in sorted(self._idle(), key=lambda worker: worker.idle_since or 0.0):
+            if self._fits_beside(placed):
+                return
+            if worker.node.node_id == placed.node.node_id:
+                self.end(worker)
+
+    def _fits_beside(self, placed: Placed) -> bool:
+        there = [worker.held for worker in self._all if worker.node.node_id == placed.node.node_id] + [placed.held]
+        limit = placed.node.capacity
+        return (
+            sum(held.cpus for held in there) <= limit.cpus
+            and sum(held.gpus for held in there) <= limit.gpus
+            and sum(held.memory_bytes for held in there) <= limit.memory_bytes
+        )
+
+    def _actor(self, kind: type[StepActor], placed: Placed) -> Any:
+        gpus = placed.held.gpus
+        options: dict[str, Any] = {
+            "num_cpus": placed.held.cpus,
+            "num_gpus": gpus,
+            "memory": placed.held.memory_bytes,
+            "label_selector": {"ray.io/node-id": placed.node.node_id},
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": worker_environment(self._threads, gpu=gpus > 0)},
+        }
+        return ray.remote(kind).options(**options).remote()

@@ -1,0 +1,221 @@
+"""Which step begins where: decisions without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.placement import Node, Placement
+from orchestrator.core.nodes import GpuFacts, NodeFacts
+from orchestrator.core.spec import ClusterSpec, PoolSpec
+from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Resources, Step, Task
+
+GB = 10**9
+
+
+def spec(store: str = "file:///store", **pools: PoolSpec) -> ClusterSpec:
+    return ClusterSpec(kind="ray", store=store, pools=pools or {"default": PoolSpec()}, schedule_timeout_seconds=100.0)
+
+
+def task(name: str, kind: Kind = Kind.CONVERT, places: dict[str, str] | None = None, **resources: int) -> Task:
+    wanted = Resources(**resources)  # type: ignore[arg-type]
+    step = Step(kind=kind, version=1, name=name, options={"name": name}, places=places or {}, resources=wanted)
+    return Task(step=step, inputs={}, attempt=1, store="file:///store")
+
+
+def node(name: str, cpus: int = 2, gpus: int = 0, memory: int = 10 * GB, **rest: Any) -> Node:
+    return Node(name, name, Resources(cpus=cpus, gpus=gpus, memory_bytes=memory), **rest)
+
+
+def placement(nodes: list[Node], tasks: list[Task], place: ClusterSpec | None = None) -> Placement:
+    made = Placement(place or spec())
+    made.update(nodes)
+    for each in tasks:
+        made.add(each, 0.0)
+    return made
+
+
+def begun(made: Placement, now: float = 0.0) -> list[tuple[str, str]]:
+    return [(placed.task.step.name, placed.node.name) for placed in made.begin(now)]
+
+
+def lost(cause: Cause) -> Failure:
+    return Failure(kind=FailureKind.INFRASTRUCTURE, cause=cause, message="lost")
+
+
+def test_begin_spreads_steps_over_the_nodes_in_order_of_arrival() -> None:
+    made = placement([node("a"), node("b")], [task(f"c{number}") for number in range(5)])
+    assert begun(made) == [("c0", "a"), ("c1", "b"), ("c2", "a"), ("c3", "b")]
+    assert begun(made) == []
+    made.end(task("c2").step.digest, 1.0)
+    assert begun(made) == [("c4", "a")]
+
+
+def test_begin_labels_choose_the_nodes_and_fallback_labels_when_those_are_full() -> None:
+    pool = PoolSpec(labels={"gpu": "H100"}, fallback=({"gpu": "L40S"},))
+    nodes = [node("plain"), node("large", cpus=1, labels={"gpu": "H100"}), node("small", cpus=1, labels={"gpu": "L40S"})]
+    made = placement(nodes, [task("x"), task("y"), task("z")], spec(default=pool))
+    assert begun(made) == [("x", "large"), ("y", "small")]
+
+
+def test_begin_a_step_that_fits_passes_one_that_does_not() -> None:
+    made = placement([node("a", gpus=1)], [task("one", gpus=1), task("two", gpus=1), task("cpu")])
+    assert begun(made) == [("one", "a"), ("cpu", "a")]
+
+
+def test_begin_memory_is_reserved_and_more_than_a_node_has_means_the_whole_node() -> None:
+    tasks = [task("huge", memory_bytes=99 * GB), task("next", memory_bytes=GB)]
+    made = placement([node("a")], tasks)
+    assert begun(made) == [("huge", "a")]
+    made.end(tasks[0].step.digest, 1.0)
+    assert begun(made) == [("next", "a")]
+
+
+def test_begin_ranks_of_a_stage_hold_their_cores_on_one_node() -> None:
+    verify = task("verify", Kind.VERIFY, cpus=3)
+    made = placement([node("a", cpus=2), node("b", cpus=4)], [task("x"), verify, task("y"), task("z")])
+    assert dict(begun(made))["verify"] == "b"
+    assert made.num_waiting == 0
+
+
+def facts(name: str, **rest: Any) -> NodeFacts:
+    return NodeFacts(node=name, node_id=name, mpiexec=True, **rest)
+
+
+def test_begin_scratch_is_reserved_where_the_store_is_remote() -> None:
+    tasks = [task("one", Kind.BUILD, scratch_bytes=6 * GB), task("two", Kind.BUILD, scratch_bytes=6 * GB)]
+    for store, expected in (("s3://bucket", 1), ("file:///store", 2)):
+        made = placement([node("a")], tasks, spec(store))
+        made.learn([facts("a", scratch_free_bytes=10 * GB)])
+        assert len(begun(made)) == expected
+
+
+def test_begin_goes_where_the_source_is() -> None:
+    made = placement([node("a"), node("b")], [task(name, places={"source": "/models"}) for name in ("x", "y", "z")])
+    made.learn([facts("a", places={"/models": False}), facts("b", places={"/models": True})])
+    assert begun(made) == [("x", "b"), ("y", "b")]
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "resources"),
+    [
+        ({"error": "silent"}, Kind.CONVERT, {}),
+        ({"store_error": "refused"}, Kind.CONVERT, {}),
+        ({"devices": ()}, Kind.BUILD, {"gpus": 1}),
+    ],
+)
+def test_begin_a_node_that_cannot_is_left_out(what: dict[str, Any], kind: Kind, resources: dict[str, int]) -> None:
+    made = placement([node("a", gpus=1), node("b", gpus=1)], [task("x", kind, **resources)])
+    device = (GpuFacts(name="H100", memory_bytes=1),)
+    made.learn([facts("a", **what), facts("b", devices=device)])
+    assert begun(made) == [("x", "b")]
+
+
+def test_begin_a_draining_node_gets_nothing_new() -> None:
+    made = placement([node("a", leaves_at=1e9), node("b", cpus=1)], [task("x"), task("y")])
+    assert begun(made) == [("x", "b")]
+    assert not made.has_other(task("x").step, "b")
+    assert made.has_other(task("x").step, "a")
+
+
+def test_end_a_lost_node_is_avoided_by_the_step_and_suspected_for_others() -> None:
+    tasks = [task("x"), task("y")]
+    made = placement([node("a"), node("b")], tasks[:1])
+    assert begun(made) == [("x", "a")]
+    made.end(tasks[0].step.digest, 10.0, lost(Cause.NODE))
+    made.add(tasks[1], 10.0)
+    made.add(tasks[0], 10.0)
+    assert begun(made, 11.0) == [("y", "b"), ("x", "b")]
+    for each in tasks:
+        made.end(each.step.digest, 50.0)
+        made.add(each, 50.0)
+    assert begun(made, 50.0) == [("x", "b"), ("y", "a")]
+
+
+def test_end_a_step_that_failed_everywhere_may_go_anywhere() -> None:
+    made = placement([node("a")], [task("x")])
+    begun(made)
+    made.end(task("x").step.digest, 1.0, lost(Cause.DISK))
+    made.add(task("x"), 1.0)
+    assert begun(made, 2.0) == [("x", "a")]
+
+
+def test_end_out_of_memory_lets_fewer_run_at_once_on_that_node() -> None:
+    tasks = [task(f"t{number}") for number in range(8)]
+    made = placement([node("a", cpus=4)], tasks)
+    assert len(begun(made)) == 4
+    made.end(tasks[0].step.digest, 1.0, lost(Cause.MEMORY))
+    assert begun(made, 1.0) == []
+    made.end(tasks[1].step.digest, 2.0, lost(Cause.MEMORY))
+    assert begun(made, 2.0) == []
+    made.end(tasks[2].step.digest, 3.0)
+    assert [name for name, _ in begun(made, 3.0)] == ["t4"]
+    for each in tasks[3:5]:
+        made.end(each.step.digest, 4.0)
+    assert len(begun(made, 4.0)) == 2
+
+
+def test_end_out_of_memory_of_one_alone_still_lets_one_run() -> None:
+    made = placement([node("a")], [task("x")])
+    begun(made)
+    made.end(task("x").step.digest, 1.0, lost(Cause.MEMORY))
+    made.add(task("x"), 1.0)
+    made.add(task("y"), 1.0)
+    assert begun(made, 2.0) == [("x", "a")]
+
+
+def test_overdue_work_that_nobody_can_take_ends_with_what_it_asks_for_and_what_there_is() -> None:
+    pool = PoolSpec(labels={"gpu": "H100"})
+    made = placement([node("a", labels={"gpu": "L40S"})], [task("x", gpus=1)], spec(default=pool))
+    assert begun(made) == []
+    assert made.overdue(99.0) == []
+    ((given_up, reason),) = made.overdue(100.0)
+    assert given_up.step.name == "x"
+    asked, have = "1 CPU, 1 GPU with labels {'gpu': 'H100'}", "a: labels {'gpu': 'L40S'}"
+    assert reason == f"no node could take it for 100 s: it asks for {asked}; the nodes: {have}"
+    assert made.num_waiting == 0
+
+
+def test_overdue_work_that_waits_for_others_to_end_never_is() -> None:
+    made = placement([node("a", cpus=1)], [task("x"), task("y")])
+    begun(made)
+    assert made.overdue(1e6) == []
+    made.update([])
+    assert made.overdue(1e6 + 99.0) == []
+    ((given_up, reason),) = made.overdue(1e6 + 100.0)
+    assert (given_up.step.name, reason.rpartition("; ")[2]) == ("y", "the nodes: none is alive")
+
+
+def test_put_back_a_step_that_did_not_begin_waits_again_for_another_node() -> None:
+    made = placement([node("a"), node("b")], [task("x")])
+    assert begun(made) == [("x", "a")]
+    made.put_back(task("x").step.digest, 5.0, avoid=True)
+    assert begun(made, 5.0) == [("x", "b")]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(0, 8)), max_size=30),
+    nodes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(1, 8)), min_size=1, max_size=4),
+)
+def test_begin_never_promises_more_than_a_node_has(sizes: list[tuple[int, int, int]], nodes: list[tuple[int, int, int]]) -> None:
+    there = [node(str(number), cpus, gpus, memory) for number, (cpus, gpus, memory) in enumerate(nodes)]
+    tasks = [task(str(number), cpus=cpus, gpus=gpus, memory_bytes=memory) for number, (cpus, gpus, memory) in enumerate(sizes)]
+    made = placement(there, tasks)
+    ended = 0
+    while True:
+        placed = list(made.begin(0.0))
+        for each in there:
+            held = [one.held for one in placed if one.node == each]
+            assert sum(one.cpus for one in held) <= each.capacity.cpus
+            assert sum(one.gpus for one in held) <= each.capacity.gpus
+            assert sum(one.memory_bytes for one in held) <= each.capacity.memory_bytes
+        for one in placed:
+            made.end(one.task.step.digest, 0.0)
+        ended += len(placed)
+        if not placed:
+            break
+    possible = [size for size in sizes if size[1] <= max(gpus for _, gpus, _ in nodes)]
+    assert ended == len(possible)
