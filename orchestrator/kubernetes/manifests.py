@@ -142,11 +142,18 @@ def at(fields: Any, path: str, default: Any = None) -> Any:
 
 
 def subjects(objects: Sequence[Fields]) -> Iterator[Subject]:
-    """Every object, and every part of one that a rule may look at."""
+    """Every object, and every part of one that a rule may look at. A null is no value, as for the API server."""
+    objects = [_without_nulls(obj) for obj in objects]
     for obj in objects:
         yield from _parts(obj)
         if _is_ray(obj, "RayJob"):
             yield from _bundles(obj, objects)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parts(obj: Fields) -> Iterator[Subject]:

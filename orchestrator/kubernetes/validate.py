@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 from orchestrator.core.errors import ManifestError
 from orchestrator.kubernetes.manifests import Fields, subjects
-from orchestrator.kubernetes.rules import RULES, Problem
+from orchestrator.kubernetes.rules import RULES, TYPES, Problem
 
 
 def problems(objects: Sequence[Fields]) -> list[Problem]:
-    """Every rule that an object breaks, in the objects' order."""
-    return [problem for subject in subjects(objects) for checked in RULES for problem in checked.problems(subject)]
+    """Every rule that an object breaks, in the objects' order. Raises ManifestError for what has no shape of Kubernetes' at all."""
+    try:
+        parts = list(subjects(objects))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ManifestError(f"a field is of another type than Kubernetes has there: {error}", TYPES) from None
+    return [problem for part in parts for checked in RULES for problem in checked.problems(part)]
 
 
 def validate(objects: Sequence[Fields]) -> None:

@@ -16,7 +16,7 @@ from orchestrator.kubernetes.rules import (
     ray_cluster,
     ray_job,
 )
-from orchestrator.kubernetes.rules.rule import AnyRule, Problem
+from orchestrator.kubernetes.rules.rule import TYPES, AnyRule, Problem
 
 RULES: tuple[AnyRule, ...] = (
     *naming.RULES,
@@ -30,4 +30,4 @@ RULES: tuple[AnyRule, ...] = (
     *bundle.RULES,
 )
 
-__all__ = ["RULES", "AnyRule", "Problem"]
+__all__ = ["RULES", "TYPES", "AnyRule", "Problem"]

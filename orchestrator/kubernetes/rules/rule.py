@@ -13,6 +13,9 @@ Found = Iterator[tuple[str, str]]
 """Pairs of a path within the subject, "" for itself, and what is wrong there."""
 
 
+TYPES = "Compare with `kubectl explain`: a text where a mapping or list belongs, or a number in quotes."
+
+
 @dataclass(frozen=True)
 class Problem:
     """A rule that a manifest breaks."""
@@ -41,9 +44,14 @@ class Rule(Generic[S]):
 
     def problems(self, subject: Subject) -> Iterator[Problem]:
         """What this rule finds wrong with a subject; nothing when it is of another kind."""
-        if isinstance(subject, self.subject):
+        if not isinstance(subject, self.subject):
+            return
+        try:
             for path, message in self.check(subject):
                 yield Problem(self.id, subject.where(path), message, self.advice)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # Rules read fields as the schema has them; whether they are so, the API server checks.
+            yield Problem(self.id, subject.where(), f"a field is of another type than Kubernetes has there ({error})", TYPES)
 
 
 def rule(id: str, subject: type[S], advice: str) -> Callable[[Callable[[S], Found]], Rule[S]]:  # noqa: A002
