@@ -75,6 +75,8 @@ TABLE: dict[str, Row] = {
     "orchestrator.clusters.local": Row(_own("core", "clusters", "work")),
     "orchestrator.clusters.processes": Row(_own("core", "clusters", "work")),
     "orchestrator.clusters.mpi": Row(_own("core", "clusters", "engines", "work"), inside=frozenset({"mpi4py"})),
+    "orchestrator.report": Row(_own("core", "clusters", "report"), frozenset({"rich"})),
+    "orchestrator.report.tables": Row(_own("core", "report", "sweep"), frozenset({"rich"})),
     "orchestrator.driver": _DRIVING,
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),

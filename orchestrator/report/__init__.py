@@ -1,0 +1,13 @@
+"""What a build says while it runs and when it ends: listeners for people and for machines, and tables."""
+
+from __future__ import annotations
+
+from orchestrator.report.console import ConsoleListener
+from orchestrator.report.lines import JsonListener
+from orchestrator.report.listener import Finished, Listener, Listeners, SilentListener
+from orchestrator.report.tables import counted, describe_plan, format_bytes, plan_table, stage_table, step_table, sweep_table
+
+__all__ = [
+    "ConsoleListener", "Finished", "JsonListener", "Listener", "Listeners", "SilentListener",
+    "counted", "describe_plan", "format_bytes", "plan_table", "stage_table", "step_table", "sweep_table",
+]  # fmt: skip

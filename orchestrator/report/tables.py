@@ -1,0 +1,120 @@
+"""Plans, steps and sweeps as tables for people, and as plain facts for machines."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from orchestrator.core.plan import Plan
+from orchestrator.core.step import Kind
+from orchestrator.report.listener import Finished
+
+if TYPE_CHECKING:
+    from orchestrator.sweep import SweepRow
+
+
+def format_bytes(count: float) -> str:
+    """1.5 GB, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def step_table(plan: Plan, result: Finished) -> Table:
+    """Step, node, seconds, bytes written, digest, and whether it was run, cached, or not needed."""
+    table = Table("step", "node", "seconds", "written", "digest", "", box=None, pad_edge=False)
+    for step in plan.steps:
+        outcome = result.outcomes.get(step.digest)
+        if outcome is None:
+            table.add_row(step.name, "", "", "", step.digest[:12], "not run")
+            continue
+        written = format_bytes(sum(output.num_bytes for output in outcome.outputs))
+        state = "run" if step.digest in result.ran else "cached"
+        table.add_row(step.name, outcome.node, f"{outcome.seconds:.1f}", written, step.digest[:12], state)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for people: what each step reads, writes and reserves."""
+    table = Table("step", "reads", "writes", "memory", "digest", "after", box=None, pad_edge=False)
+    for step in plan.steps:
+        needs = ", ".join(plan.step(need).name for need in step.needs)
+        table.add_row(
+            step.name,
+            format_bytes(step.estimate.read_bytes),
+            format_bytes(step.estimate.write_bytes),
+            format_bytes(step.resources.memory_bytes),
+            step.digest[:12],
+            needs,
+        )
+    return table
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> Table:
+    """Algorithms side by side: size, how far from the unquantized model, the worst linear."""
+    table = Table("algorithm", "checkpoint", "perplexity", "KL", "top-1", "worst linear", "its error", box=None, pad_edge=False)
+    for row in rows:
+        found = row.verification
+        table.add_row(
+            row.algorithm,
+            format_bytes(row.checkpoint_bytes),
+            "" if found.perplexity_ratio is None else f"x {found.perplexity_ratio:.3f}",
+            f"{found.mean_kl:.2e}",
+            f"{found.top1_agreement:.3f}",
+            row.worst_linear,
+            f"{row.worst_error:.3f}" if row.worst_linear else "",
+        )
+    return table
+
+
+def stage_table(plan: Plan) -> Table:
+    """The pipeline stages: layers, ranks, bytes per rank, conversion tasks."""
+    table = Table("stage", "layers", "ranks", "bytes per rank", "shards", box=None, pad_edge=False)
+    topology = plan.topology
+    for pp_rank, layers in enumerate(topology.stages(plan.inputs.config.num_hidden_layers)):
+        groups = plan.inputs.weights.stage(pp_rank)
+        ranks = f"{topology.rank(0, pp_rank)}-{topology.rank(topology.tp - 1, pp_rank, topology.cp - 1)}"
+        size = format_bytes(sum(group.shard_bytes for group in groups))
+        table.add_row(str(pp_rank), f"{layers.start}-{layers.stop - 1}", ranks, size, str(len(groups)))
+    return table
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan for machines, and for golden files: everything but places."""
+    read = sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT))
+    return {
+        "build_key": plan.build_key,
+        "architecture": plan.inputs.config.architecture,
+        "dtype": plan.inputs.config.dtype,
+        "topology": {"tp": plan.topology.tp, "pp": plan.topology.pp},
+        "stages": [[layers.start, layers.stop] for layers in plan.topology.stages(plan.inputs.config.num_hidden_layers)],
+        "source_bytes": plan.inputs.index.num_bytes,
+        "convert_read_bytes": read,
+        "ignored": [list(item) for item in plan.inputs.weights.ignored],
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+        "steps": [
+            {
+                "name": step.name,
+                "kind": step.kind.value,
+                "digest": step.digest,
+                "needs": [plan.step(need).name for need in step.needs],
+                "read_bytes": step.estimate.read_bytes,
+                "write_bytes": step.estimate.write_bytes,
+            }
+            for step in plan.steps
+        ],
+    }
+
+
+def counted(items: Iterable[str]) -> dict[str, int]:
+    """How often each item occurs, in order of first occurrence."""
+    counts: dict[str, int] = defaultdict(int)
+    for item in items:
+        counts[item] += 1
+    return dict(counts)
