@@ -6,5 +6,6 @@ The only code that imports ray.
 from __future__ import annotations
 
 from actors.cluster import RayCluster
+from actors.jobs import Client, Submission
 
-__all__ = ["RayCluster"]
+__all__ = ["Client", "RayCluster", "Submission"]

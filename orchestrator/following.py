@@ -66,8 +66,8 @@ class Published:
 
     manifest: str
     """URL of the release's manifest.json."""
-    steps_run: int
-    """Steps that this driver ran; others were committed before."""
+    steps_run: int | None
+    """Steps that this driver ran; others were committed before. None: not known, its log is lost."""
     verification: dict[str, Any] | None
     """The numbers of the manifest; None: switched off in the spec."""
 

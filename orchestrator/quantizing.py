@@ -6,14 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-from orchestrator.core.calibration import MAX, Quantization
+from orchestrator.core.calibration import DATA_SUFFIXES, MAX, Quantization
 from orchestrator.core.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
 from orchestrator.core.options import CalibrationData
 from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.spec import CalibrationSpec, QuantizationSpec
 from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
 
-DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
 SCALES = "scales.safetensors"
 
 

@@ -6,10 +6,17 @@ that holds them. Spec and cluster file are decoded here first, so that a mistake
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from orchestrator.checkpoints.places import is_url
+from orchestrator.core.calibration import DATA_SUFFIXES
 from orchestrator.core.digest import digest_of
+from orchestrator.core.errors import SourceMissingError, SpecError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
 
 SPEC_FILE, CLUSTER_FILE = "spec.yaml", "cluster.yaml"
@@ -33,6 +40,82 @@ def submission_id(spec: BuildSpec, place: ClusterSpec) -> str:
     wanted = {"spec": spec.model_dump(mode="json"), "store": place.store}
     name = "".join(character if character.isalnum() else "-" for character in spec.release.name.lower()).strip("-")
     return f"build-{name[:28].rstrip('-')}-{digest_of(wanted)[:12]}"
+
+
+_FILES = "files"
+_MAX_FILE_BYTES = 100 * 10**6
+"""Of all files together: they pass through the cluster's head to every node."""
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A spec whose local files travel with it."""
+
+    spec: BuildSpec
+    """Names them by their paths in the bundle, which begin with their digest: other content is another build."""
+    files: dict[str, Path]
+    """Path in the bundle -> the file here."""
+
+
+def pack(spec: BuildSpec) -> Packed:
+    """Let quant_cfg, scales and calibration data that lie on this machine travel in the bundle.
+
+    A path that is not here is taken for one that every node has when it is absolute. Raises SourceMissingError for a relative
+    one, SpecError for files that are too large to travel.
+    """
+    wanted = spec.quantization
+    if wanted is None:
+        return Packed(spec, {})
+    files: dict[str, Path] = {}
+    update: dict[str, Any] = {
+        name: _pack(place, files) for name in ("quant_cfg", "scales") if (place := getattr(wanted, name)) is not None
+    }
+    calibration = wanted.calibration
+    if Path(calibration.dataset).suffix in DATA_SUFFIXES:
+        dataset = _pack(calibration.dataset, files)
+        update["calibration"] = calibration.model_copy(update={"dataset": dataset})
+    size = sum(path.stat().st_size for path in files.values())
+    if size > _MAX_FILE_BYTES:
+        raise SpecError(
+            f"the files that the spec names have {size:,} bytes: more than {_MAX_FILE_BYTES:,} do not travel with a build",
+            "Put them on every node, or on a shared folder, and name them by that absolute path.",
+        )
+    return Packed(spec.model_copy(update={"quantization": wanted.model_copy(update=update)}), files)
+
+
+def _pack(place: str, files: dict[str, Path]) -> str:
+    path = Path(place).expanduser()
+    found = {path.name: path} if path.is_file() else _files_below(path)
+    if not found:
+        if path.is_absolute():
+            return place
+        raise SourceMissingError(f"there is no {place}, which the spec names", "A relative path counts from this folder.")
+    hasher = hashlib.sha256()
+    for name, file in found.items():
+        with file.open("rb") as opened:
+            hasher.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    folder = f"{_FILES}/{hasher.hexdigest()[:_DIGITS]}"
+    files |= {f"{folder}/{name}": file for name, file in found.items()}
+    return f"{folder}/{path.name}"
+
+
+def _files_below(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
+
+
+def expected_on_nodes(spec: BuildSpec, place: ClusterSpec) -> tuple[str, ...]:
+    """What does not travel and must be there: sentences for people who submit from another machine."""
+    found = []
+    if place.store.startswith("file:"):
+        found.append(f"the store {place.store} must be one folder that all nodes share")
+    if is_local(spec.source.path):
+        found.append(f"every node must have the source {spec.source.path} under this path")
+    wanted = spec.quantization
+    named = [wanted.quant_cfg, wanted.scales, wanted.calibration.dataset] if wanted else []
+    found += [f"every node must have {path}" for path in named if path is not None and Path(path).is_absolute()]
+    return tuple(found)
 
 
 def is_local(path: str) -> bool:

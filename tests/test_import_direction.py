@@ -94,9 +94,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.comparison": Row(_own("core", "checkpoints"), frozenset({"numpy"}), HEAVY),
     "orchestrator.cli": Row((*EVERYTHING, "actors"), frozenset({"typer", "rich", "pydantic"}), frozenset({"yaml"})),
     "actors": Row(
-        ("actors", *_own("core", "work", "stores", "clusters", "engines")),
+        ("actors", *_own("core", "work", "stores", "clusters", "engines", "following", "submission")),
         frozenset({"ray", "pydantic"}),
-        frozenset({"ray", "pynvml"}),
+        frozenset({"ray", "pynvml", "requests"}),
         never=_own("core.plan", "core.schedule", "driver", "verbs", "cli"),
     ),
 }

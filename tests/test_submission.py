@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.spec import BuildSpec, ClusterSpec
+from orchestrator.core.errors import SourceMissingError, SpecError
+from orchestrator.core.spec import BuildSpec, ClusterSpec, SourceSpec, decode
 from orchestrator.loading import load_cluster, load_spec
-from orchestrator.submission import ENTRYPOINT, bundle, submission_id
+from orchestrator.submission import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
 
 
 @pytest.fixture
@@ -45,3 +46,56 @@ def test_submission_id_of_another_store_or_spec_differs(spec: BuildSpec) -> None
         submission_id(other, ClusterSpec(store="s3://a")),
     }
     assert len(ids) == 3
+
+
+def quantized(spec: BuildSpec, **fields: object) -> BuildSpec:
+    return decode(BuildSpec, {**spec.model_dump(mode="json", exclude_unset=True), "quantization": fields}, "test")
+
+
+def test_pack_local_files_travel_under_names_of_their_content(spec: BuildSpec, tmp_path: Path) -> None:
+    data, scales = tmp_path / "chats.jsonl", tmp_path / "scales"
+    data.write_text('{"text": "one"}')
+    scales.mkdir()
+    (scales / "scales.safetensors").write_bytes(b"\0\1")
+    wanted = quantized(spec, algorithm="FP8", scales=str(scales), calibration={"dataset": str(data)})
+    packed = pack(wanted)
+    assert packed.spec.quantization is not None
+    dataset, folder = packed.spec.quantization.calibration.dataset, packed.spec.quantization.scales
+    assert folder is not None
+    assert packed.files == {dataset: data, f"{folder}/scales.safetensors": scales / "scales.safetensors"}
+    assert (Path(dataset).name, Path(folder).name) == ("chats.jsonl", "scales")
+    place = ClusterSpec(store="s3://bucket")
+    before = submission_id(packed.spec, place)
+    assert submission_id(pack(wanted).spec, place) == before
+    data.write_text('{"text": "two"}')
+    assert submission_id(pack(wanted).spec, place) != before
+
+
+def test_pack_relative_file_that_is_not_here_is_refused(spec: BuildSpec) -> None:
+    with pytest.raises(SourceMissingError, match=r"nowhere\.json"):
+        pack(quantized(spec, algorithm="MIXED_PRECISION", quant_cfg="nowhere.json"))
+
+
+def test_pack_absolute_file_that_is_not_here_is_expected_on_the_nodes(spec: BuildSpec) -> None:
+    wanted = quantized(spec, algorithm="FP8", calibration={"dataset": "/data/chats.jsonl"})
+    assert pack(wanted) == Packed(wanted, {})
+    assert any("/data/chats.jsonl" in line for line in expected_on_nodes(wanted, ClusterSpec(store="s3://bucket")))
+
+
+def test_pack_name_of_a_data_set_stays_a_name(spec: BuildSpec) -> None:
+    wanted = quantized(spec, algorithm="FP8", calibration={"dataset": "cnn_dailymail"})
+    assert pack(wanted) == Packed(wanted, {})
+
+
+def test_pack_files_too_large_to_travel_are_refused(spec: BuildSpec, tmp_path: Path) -> None:
+    large = tmp_path / "chats.txt"
+    with large.open("wb") as file:
+        file.truncate(100 * 10**6 + 1)
+    with pytest.raises(SpecError, match="100,000,001 bytes"):
+        pack(quantized(spec, algorithm="FP8", calibration={"dataset": str(large)}))
+
+
+def test_expected_on_nodes_names_folders_and_no_urls(spec: BuildSpec) -> None:
+    remote = spec.model_copy(update={"source": SourceSpec(path="s3://bucket/llama")})
+    assert expected_on_nodes(remote, ClusterSpec(store="s3://bucket")) == ()
+    assert len(expected_on_nodes(spec, ClusterSpec(store="file:///shared"))) == 2

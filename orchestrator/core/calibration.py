@@ -19,6 +19,8 @@ from orchestrator.core.targets import Target
 from orchestrator.core.weight_map import WeightMap
 
 MAX = CalibrationMethod(method="max")
+DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""Of files with calibration texts."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

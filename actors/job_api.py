@@ -1,0 +1,285 @@
+"""Ray's job API as the few calls that submissions need, each request with a time limit and each failure an error of ours.
+
+The only place that knows Ray's SDK for jobs. It polls; Ray's own way of following a log ends builds that are well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import ray
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray.dashboard.utils import get_address_for_submission_client
+from ray.job_submission import JobSubmissionClient
+
+from orchestrator.clusters.labels import selects
+from orchestrator.core.errors import AuthenticationError, ClusterError, UnknownSubmissionError, UnreachableError
+from orchestrator.core.spec import DriverSpec
+
+_REQUEST_SECONDS = 30.0
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubernetes forward that port first."
+
+
+class DuplicateJobError(ClusterError):
+    """A job of this id exists: somebody else submitted it in this moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What Ray knows of a submitted job."""
+
+    id: str
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str = ""
+    """Ray's own words; for a failed one with the end of its log."""
+    error_type: str = ""
+    exit_code: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    submitted_at: float | None = None
+    """Unix seconds, by the cluster's clock."""
+    ended_at: float | None = None
+    node: str = ""
+    """Ray's id of the driver's node."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in ("PENDING", "RUNNING")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOffer:
+    """What a node has in all, held or free."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+
+class JobApi(Protocol):
+    """What submissions ask of a cluster. Raises UnreachableError, AuthenticationError, UnknownSubmissionError."""
+
+    @property
+    def address(self) -> str: ...
+
+    def submit(
+        self, job_id: str, entrypoint: str, folder: Path, driver: DriverSpec, metadata: Mapping[str, str], env: Mapping[str, str]
+    ) -> None:
+        """Upload `folder` as the working directory and submit. Raises DuplicateJobError."""
+        ...
+
+    def jobs(self) -> list[Job]: ...
+
+    def job(self, job_id: str) -> Job: ...
+
+    def log(self, job_id: str) -> str:
+        """All that the job has printed so far."""
+        ...
+
+    def stop(self, job_id: str) -> bool:
+        """Ask it to end; False: it had ended. A pending one ends when it starts."""
+        ...
+
+    def nodes(self) -> list[NodeOffer]: ...
+
+
+class RayJobApi:
+    """See JobApi."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """Connect. `address`: http(s)://HOST:PORT of the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+
+        The token is taken from RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names. Raises UnreachableError, and
+        AuthenticationError, also when it would have to be asked without a token over the open internet.
+        """
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # they tell of every upload
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self.address = _url_of(address)
+        token = _token()
+        check_open(self.address, token is not None)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        with _errors(self.address):
+            self._client: Any = _Client(self.address, headers)
+
+    def submit(
+        self, job_id: str, entrypoint: str, folder: Path, driver: DriverSpec, metadata: Mapping[str, str], env: Mapping[str, str]
+    ) -> None:
+        try:
+            with _errors(self.address):
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env={"working_dir": str(folder), "env_vars": dict(env)},
+                    metadata=dict(metadata),
+                    entrypoint_num_cpus=driver.cpus or None,
+                    entrypoint_memory=driver.memory or None,
+                    entrypoint_resources=dict(driver.resources) or None,
+                    entrypoint_label_selector=dict(driver.labels) or None,
+                )
+        except ClusterError as error:
+            if "already exists" in error.message:
+                raise DuplicateJobError(f"a job {job_id} exists") from None
+            raise
+
+    def jobs(self) -> list[Job]:
+        with _errors(self.address):
+            return [_job(details) for details in self._client.list_jobs() if details.submission_id]
+
+    def job(self, job_id: str) -> Job:
+        with _errors(self.address, job_id):
+            return _job(self._client.get_job_info(job_id))
+
+    def log(self, job_id: str) -> str:
+        with _errors(self.address, job_id):
+            return str(self._client.get_job_logs(job_id))
+
+    def stop(self, job_id: str) -> bool:
+        with _errors(self.address, job_id):
+            return bool(self._client.stop_job(job_id))
+
+    def nodes(self) -> list[NodeOffer]:
+        with _errors(self.address):
+            return [
+                NodeOffer(node.get("resources_total") or {}, node.get("labels") or {})
+                for node in self._client.list_nodes()
+                if node.get("state") == "ALIVE"
+            ]
+
+
+class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
+    """Ray's, but every request has a time limit, and the address that was given is the address."""
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        SubmissionClient.__init__(self, address=url, headers=headers)  # the SDK's own lets RAY_ADDRESS win over its argument
+        self._client_ray_version = ray.__version__
+        self._check_connection_and_version(min_version="2.52")
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        options.setdefault("timeout", _REQUEST_SECONDS)
+        return super()._do_request(method, endpoint, **options)
+
+    def list_nodes(self) -> list[dict[str, Any]]:
+        answer = self._do_request("GET", "/api/v0/nodes?detail=1&limit=1000")
+        if answer.status_code != 200:
+            self._raise_error(answer)
+        return list(answer.json()["data"]["result"]["result"])
+
+
+def _job(details: Any) -> Job:
+    return Job(
+        id=details.submission_id,
+        state=str(details.status.value),
+        message=details.message or "",
+        error_type=str(details.error_type or ""),
+        exit_code=details.driver_exit_code,
+        metadata=details.metadata or {},
+        submitted_at=details.start_time / 1000 if details.start_time else None,
+        ended_at=details.end_time / 1000 if details.end_time else None,
+        node=details.driver_node_id or "",
+    )
+
+
+@contextlib.contextmanager
+def _errors(address: str, job_id: str = "") -> Iterator[None]:
+    """What requests and the SDK raise, as errors of ours."""
+    import requests
+    from ray.exceptions import AuthenticationError as RayAuthenticationError
+
+    try:
+        yield
+    except RayAuthenticationError as error:
+        raise AuthenticationError(
+            f"{address} refuses: {str(error).splitlines()[0]}",
+            "Set RAY_AUTH_TOKEN to the cluster's token in this shell (or RAY_AUTH_TOKEN_PATH to a file with it).",
+        ) from None
+    except (requests.exceptions.RequestException, OSError) as error:
+        raise UnreachableError(f"no answer from {address}: {_reason(error)}", _ADVICE) from None
+    except RuntimeError as error:
+        raise _refusal(address, job_id, str(error)) from None
+
+
+def _refusal(address: str, job_id: str, text: str) -> Exception:
+    status, _, said = text.removeprefix("Request failed with status code ").partition(": ")
+    said = said.strip().splitlines()[-1] if said.strip() else text
+    if status == "404" and job_id:
+        return UnknownSubmissionError(f"{address} knows no job {job_id}", "`orchestrator list` names those that it knows.")
+    if status.startswith("5") and "already exists" not in text:
+        return UnreachableError(f"{address} failed to answer ({status}): {said}")
+    return ClusterError(f"{address} refused: {said}")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if text.startswith("Failed to connect"):  # the SDK's own words, which say the address again
+        return "no connection"
+    return next((known for known in ("Connection refused", "timed out", "Name or service not known") if known in text), text)
+
+
+def _token() -> str | None:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    if path and Path(path).is_file():
+        return Path(path).read_text().strip()
+    return None
+
+
+def _url_of(address: str | None) -> str:
+    """The URL of the job API. Raises UnreachableError."""
+    given = address or next((value for name in _ADDRESS_VARIABLES if (value := os.environ.get(name))), None)
+    if given is None:
+        raise UnreachableError("no cluster was named", f"Pass --address, or set {' or '.join(_ADDRESS_VARIABLES)}. {_ADVICE}")
+    if given.startswith(("http://", "https://")):
+        return given.rstrip("/")
+    if address is not None and "://" not in address and address != "auto":
+        return f"http://{address}".rstrip("/")
+    try:  # the address of the cluster itself, as inside a job: Ray knows where its dashboard is
+        return str(get_address_for_submission_client(given))
+    except Exception as error:
+        raise UnreachableError(f"no Ray cluster answers at {given}: {_reason(error)}", _ADVICE) from None
+
+
+def check_open(url: str, has_token: bool) -> None:
+    """Refuse what would let anybody on the way run code on the cluster. Raises AuthenticationError, UnreachableError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or has_token or parts.hostname is None:
+        return
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise UnreachableError(f"{parts.hostname} has no address: {error.strerror}", _ADVICE) from None
+    public = [text for text in found if ipaddress.ip_address(str(text).partition("%")[0]).is_global]
+    if public:
+        raise AuthenticationError(
+            f"{url} is a public address ({public[0]}), and there is no token: whoever reaches it can run code there",
+            "Start the cluster with RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN here; better, close the port and go through ssh -L.",
+        )
+
+
+def is_here(url: str) -> bool:
+    """Whether the address is of this machine's loopback; what lies on this machine then lies on the head."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def unmet(driver: DriverSpec, nodes: list[NodeOffer]) -> str:
+    """Why a driver waits: what no node has, or that those which could take it are busy."""
+    wanted = {"CPU": driver.cpus, "memory": float(driver.memory), **driver.resources}
+    asked = [f"{amount:g} {name}" for name, amount in wanted.items() if amount]
+    asked += [f"{name}: {value}" for name, value in driver.labels.items()]
+    for node in nodes:
+        if selects(driver.labels, node.labels) and all(node.resources.get(name, 0) >= amount for name, amount in wanted.items()):
+            return f"a node has what the driver asks for ({', '.join(asked) or 'nothing'}), but others hold it"
+    return f"none of {len(nodes)} nodes has what the driver asks for: {', '.join(asked)}"

@@ -1,0 +1,323 @@
+"""Builds on a Ray cluster, handed over: submit, follow, stop, find again.
+
+    from actors import Client
+
+    submission = Client("http://head:8265").submit(spec, place)
+    for event in submission.events(): ...
+    print(submission.result().manifest)
+
+A build has one id. A second submission of it attaches to the job that runs or has succeeded; after one that failed or was stopped
+it gets a job of its own, `<id>-2` and so on: Ray takes no id twice, says that ids of deleted jobs must not be used again, and a
+failed job's log is worth keeping. Nothing secret travels: the driver finds its credentials on its node.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from actors.job_api import DuplicateJobError, Job, JobApi, RayJobApi, is_here, unmet
+from orchestrator.core.errors import (
+    ClusterError,
+    DriverLostError,
+    NotStartedError,
+    OrchestratorError,
+    SpecError,
+    UnknownSubmissionError,
+    UnreachableError,
+)
+from orchestrator.core.manifest import MANIFEST, release_prefix
+from orchestrator.core.spec import BuildSpec, ClusterSpec, DriverSpec
+from orchestrator.following import BuildEvent, Errored, LogReader, Published, conclude
+from orchestrator.submission import ENTRYPOINT, bundle, expected_on_nodes, pack, submission_id
+
+T = TypeVar("T")
+START_SECONDS = 900.0
+"""How long a job may be pending; an autoscaler needs minutes."""
+_PATIENCE_SECONDS = 600.0
+"""How long a cluster may not answer before following it is given up; the build itself goes on."""
+_POLL_SECONDS = 1.0
+_POLL_SHARE = 10
+"""A poll brings the whole log: it is asked for again after so many times what it took."""
+_LOG_TRIES = 5
+_MARK, _DRIVER = "trt-orchestrator", "driver"
+_NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time, for tests to replace."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a submission does about the jobs that the cluster knows."""
+
+    job_id: str
+    attach: bool
+    """The job is there; False: it is to be submitted."""
+    withdraw: str = ""
+    """A pending job that waits for another place than is asked for now."""
+
+
+def choose(build: str, driver: DriverSpec, jobs: Sequence[Job]) -> Choice:
+    """Attach to the build's last job where it runs, waits or has succeeded; else the next number."""
+    pattern = re.compile(rf"{re.escape(build)}(?:-([0-9]+))?")
+    known = {int(match[1] or 1): job for job in jobs if (match := pattern.fullmatch(job.id))}
+    if not known:
+        return Choice(build, attach=False)
+    number = max(known)
+    last = known[number]
+    following = f"{build}-{number + 1}"
+    if last.state == "PENDING" and last.metadata.get(_DRIVER, "") != _place_of(driver):
+        return Choice(following, attach=False, withdraw=last.id)
+    if last.state in ("FAILED", "STOPPED"):
+        return Choice(following, attach=False)
+    return Choice(last.id, attach=True)
+
+
+def _place_of(driver: DriverSpec) -> str:
+    return json.dumps(driver.model_dump(mode="json", exclude={"stop_seconds"}), sort_keys=True)
+
+
+class Client:
+    """A cluster that builds are handed over to."""
+
+    def __init__(self, address: str | None = None, *, api: JobApi | None = None, clock: Clock | None = None) -> None:
+        """Connect to the head's dashboard; see RayJobApi for `address` and errors. `api` and `clock`: for tests."""
+        self._api = api or RayJobApi(address)
+        self._clock = clock or Clock()
+
+    @property
+    def address(self) -> str:
+        return self._api.address
+
+    def submit(
+        self, spec: BuildSpec, place: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS
+    ) -> Submission:
+        """Hand a build over, or attach to the job that it has already.
+
+        `driver` replaces that of the cluster file. Raises SpecError for a cluster file that is not of Ray, SourceMissingError for
+        a named file that is not here, UnreachableError, AuthenticationError, ClusterError.
+        """
+        if place.kind != "ray":
+            raise SpecError(f"the cluster file is of kind {place.kind}, and this is a Ray cluster", "Write kind: ray in it.")
+        where = driver or place.driver
+        packed = pack(spec)
+        build = submission_id(packed.spec, place)
+        for _ in range(3):  # others may submit the same build in this moment
+            choice = choose(build, where, self._api.jobs())
+            if choice.withdraw:
+                self._api.stop(choice.withdraw)
+            try:
+                if not choice.attach:
+                    self._send(choice.job_id, packed.spec, packed.files, place, where)
+            except DuplicateJobError:
+                continue
+            return Submission(
+                self._api, choice.job_id, self._clock, start_seconds, where,
+                attached=choice.attach, warnings=self._warnings(packed.spec, place),
+            )  # fmt: skip
+        raise ClusterError(f"others submit {build} again and again", "Look at `orchestrator list`.")
+
+    def attach(self, job_id: str, *, start_seconds: float = START_SECONDS) -> Submission:
+        """A submission by its id, from any machine. Raises UnknownSubmissionError."""
+        job = self._api.job(job_id)
+        driver = DriverSpec.model_validate_json(job.metadata.get(_DRIVER, "{}"))
+        return Submission(self._api, job_id, self._clock, start_seconds, driver, attached=True)
+
+    def list(self) -> list[Job]:
+        """The builds that were handed over to this cluster, oldest first."""
+        found = [job for job in self._api.jobs() if _MARK in job.metadata]
+        return sorted(found, key=lambda job: job.submitted_at or 0.0)
+
+    def _send(self, job_id: str, spec: BuildSpec, files: dict[str, Path], place: ClusterSpec, driver: DriverSpec) -> None:
+        inside = place.model_copy(update={"address": "auto"})  # the driver belongs to the cluster that runs it
+        release = release_prefix(spec.release.name, spec.release.version)
+        metadata = {
+            _MARK: importlib.metadata.version(_MARK),
+            "release": f"{spec.release.name} {spec.release.version}",
+            "manifest": f"{place.store.rstrip('/')}/{release.rstrip('/')}/{MANIFEST}",
+            _DRIVER: _place_of(driver),
+        }
+        env = {"RAY_JOB_STOP_WAIT_TIME_S": str(driver.stop_seconds)}
+        with tempfile.TemporaryDirectory(prefix="submit-") as temporary:
+            folder = Path(temporary)
+            for name, text in bundle(spec, inside).items():
+                (folder / name).write_text(text)
+            for name, path in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+            self._api.submit(job_id, ENTRYPOINT, folder, driver, metadata, env)
+
+    def _warnings(self, spec: BuildSpec, place: ClusterSpec) -> tuple[str, ...]:
+        return () if is_here(self.address) else expected_on_nodes(spec, place)
+
+
+class Submission:
+    """A build that was handed over. Following it is looking on: it runs whether or not anyone does."""
+
+    def __init__(
+        self, api: JobApi, job_id: str, clock: Clock, start_seconds: float, driver: DriverSpec,
+        *, attached: bool, warnings: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.id = job_id
+        self.attached = attached
+        """The job was there already."""
+        self.warnings = warnings
+        self._api, self._clock, self._start_seconds, self._driver = api, clock, start_seconds, driver
+        self._reader = LogReader()
+
+    def status(self) -> Job:
+        """What Ray says of the job now."""
+        return self._api.job(self.id)
+
+    def logs(self) -> str:
+        """All that the driver has printed so far."""
+        return self._api.log(self.id)
+
+    @property
+    def last_word(self) -> Published | Errored | None:
+        """The build's result or error, once `events` or `lines` has passed it."""
+        return self._reader.last_word
+
+    def events(self, timeout_seconds: float | None = None) -> Iterator[BuildEvent]:
+        """The build's own events from its beginning to its end, as they come. Polls that fail are made again for minutes.
+
+        Raises NotStartedError when the job is pending for too long, UnreachableError when the cluster does not answer for minutes,
+        DriverLostError when it has forgotten the job, TimeoutError after `timeout_seconds`.
+        """
+        self._reader = LogReader()
+        for piece in self._pieces(timeout_seconds):
+            yield from self._reader.feed(piece)
+        yield from self._reader.close()
+
+    def lines(self, timeout_seconds: float | None = None) -> Iterator[str]:
+        """All lines of the log, as they come; else as `events`."""
+        self._reader = LogReader()
+        begun = ""
+        for piece in self._pieces(timeout_seconds):
+            self._reader.feed(piece)
+            *whole, begun = (begun + piece).split("\n")
+            yield from whole
+        self._reader.close()
+        if begun:
+            yield begun
+
+    def _pieces(self, timeout_seconds: float | None) -> Iterator[str]:
+        """What the log gains from poll to poll, until the job has ended."""
+        began, read, patience = self._clock.now(), 0, _Patience(self._clock)
+        while True:
+            asked = self._clock.now()
+            job = patience.take(self._look)
+            if job is not None:
+                text = patience.take(self.logs)
+                if text is None and job.ended:
+                    text = self._last_log(job)
+                if text is not None and len(text) > read:
+                    yield text[read:]
+                    read = len(text)
+                if job.ended:
+                    return
+                self._check_started(job, began)
+            if timeout_seconds is not None and self._clock.now() - began >= timeout_seconds:
+                raise TimeoutError(f"{self.id} has not ended in {timeout_seconds:g} s")
+            self._clock.sleep(max(_POLL_SECONDS, _POLL_SHARE * (self._clock.now() - asked)))
+
+    def result(self, timeout_seconds: float | None = None) -> Published:
+        """Wait for the end: the release's manifest and verification.
+
+        Raises the build's own error, of its own class; CancelledError when it was stopped; DriverLostError; as `events`.
+        """
+        for _ in self.events(timeout_seconds):
+            pass
+        return self.conclusion()
+
+    def conclusion(self) -> Published:
+        """What the events, once they have ended, come to. Raises as `result`."""
+        job, said = self.status(), self._reader.last_word
+        if said is None and job.state == "SUCCEEDED":
+            return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, the release is not
+        if said is None and job.error_type in _NEVER_STARTED:
+            raise NotStartedError(f"{self.id} could not start: {_first_line(job.message)}")
+        reason = self._reader.tail or _first_line(job.message)
+        if job.exit_code is not None:
+            reason = f"exit code {job.exit_code}; {reason}"
+        return conclude(said, stopped=job.state == "STOPPED", where=self.id, reason=reason)
+
+    def cancel(self, wait_seconds: float | None = None) -> Job:
+        """Ask the driver to end cleanly and wait until it has; what is committed stays. Returns what Ray says then.
+
+        A job that is still pending afterwards is withdrawn: it ends as soon as it is started.
+        """
+        self._api.stop(self.id)
+        end = self._clock.now() + (self._driver.stop_seconds + 15.0 if wait_seconds is None else wait_seconds)
+        while not (job := self.status()).ended and self._clock.now() < end:
+            self._clock.sleep(_POLL_SECONDS)
+        return job
+
+    def _look(self) -> Job:
+        try:
+            return self.status()
+        except UnknownSubmissionError:
+            raise DriverLostError(f"{self._api.address} has forgotten {self.id}: its head was replaced") from None
+
+    def _last_log(self, job: Job) -> str:
+        """The log of a job that has ended, when it could not be had at once; where it cannot at all, what Ray kept of it."""
+        for _ in range(_LOG_TRIES):
+            self._clock.sleep(_POLL_SECONDS)
+            try:
+                return self.logs()
+            except UnreachableError:
+                continue
+        return job.message
+
+    def _check_started(self, job: Job, began: float) -> None:
+        if job.state != "PENDING" or self._clock.now() - began < self._start_seconds:
+            return
+        try:
+            reason = unmet(self._driver, self._api.nodes())
+        except OrchestratorError:
+            reason = job.message
+        raise NotStartedError(
+            f"{self.id} has not started in {self._start_seconds:g} s: {reason}",
+            "It still waits, and starts when it can. `orchestrator stop` withdraws it; submit again with another `driver:` in the "
+            "cluster file to place it elsewhere.",
+        )
+
+
+@dataclass
+class _Patience:
+    """Lets requests fail for a while."""
+
+    clock: Clock
+    since: float | None = None
+
+    def take(self, ask: Callable[[], T]) -> T | None:
+        """The answer; None when there was none this time. Raises UnreachableError when there was none for too long."""
+        try:
+            answer = ask()
+        except UnreachableError as error:
+            self.since = self.clock.now() if self.since is None else self.since
+            if self.clock.now() - self.since >= _PATIENCE_SECONDS:
+                raise UnreachableError(
+                    f"{error.message}, for {_PATIENCE_SECONDS:g} s", "The build may run on: try again."
+                ) from None
+            return None
+        self.since = None
+        return answer
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "nothing is known of it"

@@ -1,0 +1,203 @@
+"""Commands for builds on a Ray cluster that goes on without this machine: submit, status, logs, stop, list."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.console import Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show
+
+if TYPE_CHECKING:
+    from actors import Client, Submission
+    from actors.job_api import Job
+    from orchestrator.following import Published
+
+app = typer.Typer()
+
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="http://HOST:8265, the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS."),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As `submit` said, or `list`.")]
+StartSeconds = Annotated[float, typer.Option("--start-seconds", min=1, help="How long the job may wait for a place to run.")]
+_START_SECONDS = 900.0
+
+
+@app.command()
+def submit(
+    spec: SpecFile,
+    cluster: Annotated[Path, typer.Option("--cluster", help="Cluster file, YAML, of kind ray.")],
+    address: Address = None,
+    store: StoreUrl = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the build and end with its exit code; Ctrl-C only looks away.")
+    ] = False,
+    start_seconds: StartSeconds = _START_SECONDS,
+    as_json: Json = False,
+) -> None:
+    """Hand a build over to a Ray cluster. The same build again attaches to its job; a failed one goes on where it was."""
+    with exit_codes(as_json):
+        from orchestrator.loading import load_spec
+
+        wanted, place = load_spec(spec), place_of(cluster, store)
+        client = _client(address)
+        submission = client.submit(wanted, place, start_seconds=start_seconds)
+        _announce(client, submission, as_json)
+        if follow:
+            _follow(client, submission, as_json)
+
+
+@app.command()
+def status(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Say what became of a submitted build."""
+    with exit_codes(as_json):
+        job = _client(address).attach(job_id).status()
+        if as_json:
+            print(json.dumps(_facts(job), indent=1))
+            return
+        for name, value in _facts(job).items():
+            if value not in (None, ""):
+                out.print(f"{name:<10} {plain(str(value))}", soft_wrap=True)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the build ends, then end with its exit code.")] = False,
+) -> None:
+    """Print what a submitted build's driver printed: JSON lines."""
+    with exit_codes():
+        client = _client(address)
+        submission = client.attach(job_id)
+        if not follow:
+            print(submission.logs(), end="")
+            return
+        try:
+            for line in submission.lines():
+                print(line, flush=True)
+            submission.conclusion()
+        except KeyboardInterrupt:
+            _look_away(client, submission, as_json=False)
+
+
+@app.command()
+def stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
+    """End a submitted build cleanly; what is committed stays, and a new submission goes on from there."""
+    with exit_codes(as_json):
+        submission = _client(address).attach(job_id)
+        if not as_json:
+            out.print(f"{job_id} is asked to end")
+        job = submission.cancel()
+        if as_json:
+            print(json.dumps(_facts(job), indent=1))
+        elif job.ended:
+            out.print(f"{job_id}: {job.state}")
+        else:
+            out.print(f"{job_id} is still {job.state}; a pending job ends as soon as it is started")
+
+
+@app.command("list")
+def list_(address: Address = None, as_json: Json = False) -> None:
+    """List the builds that were submitted to a cluster, oldest first."""
+    with exit_codes(as_json):
+        from rich.table import Table
+
+        facts = [_facts(job) for job in _client(address).list()]
+        table = Table("id", "state", "submitted", "release", "exit code", box=None, pad_edge=False)
+        for fact in facts:
+            code = "" if fact["exit_code"] is None else str(fact["exit_code"])
+            table.add_row(fact["id"], fact["state"], fact["submitted"], fact["release"], code)
+        show({"jobs": facts}, [table], as_json)
+
+
+def _client(address: str | None) -> Client:
+    from actors import Client
+
+    return Client(address)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """Of a job, for people and machines."""
+    message = job.message.strip().splitlines()
+    return {
+        "id": job.id,
+        "state": job.state,
+        "submitted": _time(job.submitted_at),
+        "ended": _time(job.ended_at),
+        "exit_code": job.exit_code,
+        "release": job.metadata.get("release", ""),
+        "manifest": job.metadata.get("manifest", "") if job.state == "SUCCEEDED" else "",
+        "node": job.node,
+        "message": message[0] if message else "",
+    }
+
+
+def _time(seconds: float | None) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds") if seconds else ""
+
+
+def _announce(client: Client, submission: Submission, as_json: bool) -> None:
+    if as_json:
+        facts = {"id": submission.id, "address": client.address, "attached": submission.attached, "warnings": submission.warnings}
+        print(json.dumps({"event": "submitted", **facts}), flush=True)
+        return
+    for warning in submission.warnings:
+        out.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
+    out.print(f"{submission.id} {'was submitted before: attached to it' if submission.attached else 'submitted'}", soft_wrap=True)
+
+
+def _follow(client: Client, submission: Submission, as_json: bool) -> None:
+    from orchestrator.cli.live import LiveView
+
+    if as_json:
+        _follow_as_json(client, submission)
+        return
+    view = LiveView(out)
+    try:
+        for event in submission.events():
+            view.on(event)
+    except KeyboardInterrupt:
+        view.close()
+        _look_away(client, submission, as_json)
+    finally:
+        view.close()
+    _published(submission.conclusion())
+
+
+def _follow_as_json(client: Client, submission: Submission) -> None:
+    """The driver's own lines, the last of them its result or error; then its exit code."""
+    from orchestrator.following import Errored
+
+    try:
+        for line in submission.lines():
+            if line.startswith('{"event"'):
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        _look_away(client, submission, as_json=True)
+    if isinstance(submission.last_word, Errored):  # its line has been printed
+        raise typer.Exit(submission.last_word.exit_code)
+    submission.conclusion()
+
+
+def _look_away(client: Client, submission: Submission, as_json: bool) -> None:
+    """Ctrl-C: the build goes on. Ends with exit code 130."""
+    if not as_json:
+        out.print(f"Looked away; {submission.id} goes on.")
+        out.print(f"  orchestrator logs {submission.id} --follow --address {client.address}", soft_wrap=True)
+        out.print(f"  orchestrator stop {submission.id} --address {client.address}", soft_wrap=True)
+    raise typer.Exit(130)
+
+
+def _published(made: Published) -> None:
+    found = made.verification
+    if found:
+        out.print(
+            f"verified on {found['num_positions']} positions: max relative error {found['max_relative_error']:.2e}, "
+            f"top-1 agreement {found['top1_agreement']:.3f}"
+        )
+    out.print(f"published: {made.manifest}", soft_wrap=True)
