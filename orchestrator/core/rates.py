@@ -30,9 +30,9 @@ class StepRate(Frozen):
 
 
 STEP_RATES: dict[str, StepRate] = {
-    "reference": StepRate(seconds=10.0, seconds_per_gb=10.0),
+    "reference": StepRate(seconds=10.0, seconds_per_gb=7.0),
     "calibrate": StepRate(seconds=15.0, seconds_per_gb=20.0),
-    "convert": StepRate(seconds=0.5, seconds_per_gb=2.0),
+    "convert": StepRate(seconds=0.5, seconds_per_gb=1.0),
     "build": StepRate(seconds=4.0, seconds_per_gb=20.0),
     "verify": StepRate(seconds=5.0, seconds_per_gb=10.0),
 }
