@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.core.errors import (
@@ -23,6 +22,8 @@ from orchestrator.kubernetes.manifests import Fields, at
 
 _TIMEOUT_SECONDS = (5.0, 30.0)
 """To connect, and between two bytes of an answer."""
+_NO_CACHE = "/dev/null/none"
+"""The library would keep what a cluster knows in a file that outlives the cluster's changes; that it cannot be made is no error."""
 FIELD_MANAGER = "trt-orchestrator"
 
 
@@ -89,10 +90,8 @@ class KubernetesApi:
             ) from None
         client = _client(context)
         self.host = str(client.configuration.host)
-        # The library's own cache is a file of the machine that outlives changes of the cluster.
-        self._folder = tempfile.TemporaryDirectory(prefix="k8s-")
         with self._explained("reach", "the API server"):
-            self._client = DynamicClient(client, cache_file=str(Path(self._folder.name) / "discovery.json"))
+            self._client = DynamicClient(client, cache_file=_NO_CACHE)
 
     def get(self, kind: Kind, namespace: str, name: str) -> Fields | None:
         from kubernetes.dynamic.exceptions import NotFoundError
@@ -252,7 +251,7 @@ def _client(context: str | None) -> Any:
 
     settings = Configuration()
     try:
-        config.load_kube_config(context=context, client_configuration=settings)
+        config.load_kube_config(os.environ.get("KUBECONFIG") or None, context, settings)
     except (config.ConfigException, OSError) as error:
         if context is not None:
             raise UnreachableError(

@@ -199,12 +199,12 @@ class _Watched:
 
 
 def pod_troubles(api: Api, namespace: str, state: State) -> list[str]:
-    """Why the build's pods do not run; nothing for who may not list pods."""
+    """Why the build's pods do not run; nothing for who may not list pods, or while nobody answers."""
     if not state.ray_cluster:
         return []
     try:
         return troubles(api.list(POD, namespace, f"ray.io/cluster={state.ray_cluster}"))
-    except AuthenticationError:
+    except (AuthenticationError, UnreachableError):
         return []
 
 

@@ -168,7 +168,7 @@ def _by_exit_code(state: State) -> OrchestratorError:
     found = re.search(r"exit code (-?[0-9]+)", state.message)
     code = int(found.group(1)) if found else None
     reader = LogReader()
-    reader.feed(state.message + "\n")
+    reader.feed(re.sub(r"^Job entrypoint command failed with [^\n]*", "", state.message) + "\n")  # Ray's words before the log
     tail = f"\n{reader.tail}" if reader.tail else ""
     cls = next((cls for cls in error_classes().values() if cls.exit_code == code and code != 1), DriverLostError)
     if cls is DriverLostError:

@@ -1,0 +1,253 @@
+"""`orchestrator k8s` against a real Kubernetes API server on loopback; a small controller plays KubeRay's operator.
+
+Needs the binary (`make apiserver`) and etcd; skipped without.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError
+from orchestrator.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
+from orchestrator.kubernetes.builds import Timing, list_builds, stop
+from orchestrator.kubernetes.manifests import Fields, at, load_manifests
+from orchestrator.kubernetes.states import Phase
+from tests.contracts.kubernetes_contract import Bed, KubernetesContract, Recorder
+from tests.models.fake_kubernetes import FakeKubernetes
+from tests.models.kube_apiserver import ROOT, KubeApiserver, definition, for_1_20, run_apiserver, skip_reason
+from tests.models.kuberay_operator import Driver, Operator, OperatorThread
+
+_REASON = skip_reason()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+TIMING = Timing(window=2.0, patience=20.0, backoff=0.1)
+CRD = Kind("apiextensions.k8s.io/v1", "CustomResourceDefinition")
+_NUMBERS = itertools.count()
+
+
+class ServerAdmin:
+    """See tests.models.kuberay_operator.Admin: an administrator of the server, in one namespace."""
+
+    def __init__(self, kubeconfig: Path, namespace: str) -> None:
+        from kubernetes import config
+        from kubernetes.dynamic import DynamicClient
+
+        client = config.new_client_from_config(str(kubeconfig))
+        client.configuration.retries = False
+        self._client = DynamicClient(client, cache_file="/dev/null/none")
+        self._namespace = namespace
+
+    def jobs(self) -> list[Fields]:
+        return self._list("ray.io/v1", "RayJob")
+
+    def owned(self) -> list[Fields]:
+        found = [*self._list("v1", "ConfigMap"), *self._list("policy/v1beta1", "PodDisruptionBudget")]
+        return [obj for obj in found if at(obj, "metadata.ownerReferences")]
+
+    def set_status(self, job: Fields, status: Fields) -> None:
+        resource = self._client.resources.get(api_version=job["apiVersion"], kind=job["kind"])
+        self._patch(resource.subresources["status"], job, {"status": status})
+
+    def set_finalizers(self, job: Fields, finalizers: list[str]) -> None:
+        resource = self._client.resources.get(api_version=job["apiVersion"], kind=job["kind"])
+        self._patch(resource, job, {"metadata": {"finalizers": finalizers}})
+
+    def remove(self, obj: Fields) -> None:
+        resource = self._client.resources.get(api_version=obj["apiVersion"], kind=obj["kind"])
+        resource.delete(name=obj["metadata"]["name"], namespace=self._namespace, _request_timeout=5)
+
+    def _list(self, api_version: str, kind: str) -> list[Fields]:
+        found = self._client.resources.get(api_version=api_version, kind=kind).get(namespace=self._namespace, _request_timeout=5)
+        return [{"apiVersion": api_version, "kind": kind, **item} for item in found.to_dict()["items"]]
+
+    def _patch(self, resource: Any, obj: Fields, body: Fields) -> None:
+        resource.patch(
+            body=body, name=obj["metadata"]["name"], namespace=self._namespace,
+            content_type="application/merge-patch+json", _request_timeout=5,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiserver]:
+    with run_apiserver(tmp_path_factory.mktemp("kube")) as found:
+        yield found
+
+
+def test_submit_without_the_operators_definitions_says_what_to_install(server: KubeApiserver) -> None:
+    """The first test: the fixtures of the others install them."""
+    fresh = Bed(api_of(server, "admin"), Operator(FakeKubernetes()), TIMING, "default", for_1_20)
+    with pytest.raises(ClusterError, match=r"knows no RayJob of ray\.io/v1") as error:
+        fresh.submit(fresh.render())
+    assert "KubeRay operator" in error.value.advice
+
+
+@pytest.fixture(scope="module")
+def kuberay(server: KubeApiserver) -> KubeApiserver:
+    """The server, with RayJobs."""
+    admin = api_of(server, "admin")
+    admin.create(definition("RayJob", "rayjobs"))
+    _wait(lambda: _is_served(admin))
+    return server
+
+
+def _is_served(admin: KubernetesApi) -> bool:
+    found = admin.get(CRD, "", "rayjobs.ray.io")
+    conditions = at(found, "status.conditions", []) or []
+    return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def api_of(server: KubeApiserver, user: str) -> KubernetesApi:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(server.kubeconfig(user)))
+        return KubernetesApi()
+
+
+@pytest.fixture
+def namespace(kuberay: KubeApiserver) -> str:
+    """A new one, with the rights that deploy/kuberay/namespace gives to those who submit builds."""
+    name = f"builds-{next(_NUMBERS)}"
+    admin = api_of(kuberay, "admin")
+    for obj in load_manifests(ROOT / "deploy/kuberay/namespace"):
+        if obj["kind"] == "Namespace":
+            obj["metadata"]["name"] = name
+        else:
+            obj["metadata"]["namespace"] = name
+        admin.create(obj)
+    return name
+
+
+@pytest.fixture
+def bed(server: KubeApiserver, namespace: str) -> Iterator[Bed]:
+    """What a user with no more than the Role of the namespace has to do with."""
+    operator = Operator(ServerAdmin(server.kubeconfig("admin"), namespace))
+    with OperatorThread(operator):
+        yield Bed(api_of(server, "submitter"), operator, TIMING, namespace, for_1_20)
+
+
+class TestApiServer(KubernetesContract):
+    """The contract, with the rights of a submitter."""
+
+    @staticmethod
+    def add_pod(bed: Bed, cluster: str, message: str) -> None:
+        assert isinstance(bed.operator.admin, ServerAdmin)
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": f"{cluster}-head", "namespace": bed.namespace, "labels": {"ray.io/cluster": cluster}},
+            "spec": {"containers": [{"name": "ray", "image": "image"}]},
+        }
+        client = bed.operator.admin._client
+        client.resources.get(api_version="v1", kind="Pod").create(body=pod, namespace=bed.namespace)
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+        bed.operator.admin.set_status(pod, {"phase": "Pending", "conditions": [condition]})
+
+
+def test_submit_twice_at_the_same_moment_makes_one_build(bed: Bed) -> None:
+    made, attached = bed.render(), []
+    together = threading.Barrier(2)
+
+    def run() -> None:
+        together.wait()
+        attached.append(bed.submit(made))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(attached) == [False, True]
+    assert bed.follow(made).phase is Phase.SUCCEEDED
+    assert len(bed.owners(made)) == 1
+
+
+@dataclass
+class Restarting(Recorder):
+    """Starts the server again when it hears that it is away."""
+
+    server: KubeApiserver | None = None
+
+    def on_trouble(self, lines: list[str]) -> None:
+        super().on_trouble(lines)
+        if self.server is not None:
+            self.server.start()
+            self.server = None
+
+
+def test_follow_server_that_is_killed_and_comes_back_is_waited_for(bed: Bed, server: KubeApiserver) -> None:
+    made = bed.render()
+    bed.submit(made, Driver("runs"))
+    old = bed.job(made)["metadata"]["resourceVersion"]
+
+    def kill() -> None:
+        server.kill()
+        bed.operator.drivers[made.name] = Driver()
+
+    seen = Restarting({Phase.RUNNING: kill}, server=server)
+    assert bed.follow(made, seen).phase is Phase.SUCCEEDED
+    assert seen.server is None
+    assert "does not answer" in seen.troubles[0]
+    with pytest.raises(ExpiredError):  # it knows nothing of the time before it was started
+        list(bed.api.watch(RAY_JOB, bed.namespace, made.name, str(int(old) - 1), 1.0))
+
+
+def test_submit_without_rights_says_which_are_missing(bed: Bed, server: KubeApiserver) -> None:
+    bed.api = api_of(server, "outsider")
+    with pytest.raises(AuthenticationError, match="may not patch ServiceAccount/trt-orchestrator") as error:
+        bed.submit(bed.render())
+    assert f"Role in {bed.namespace}" in error.value.advice
+    assert 'resources: ["serviceaccounts"], verbs: ["patch"]' in error.value.advice
+    with pytest.raises(AuthenticationError) as error:
+        list_builds(bed.api, bed.namespace)
+    assert 'apiGroups: ["ray.io"], resources: ["rayjobs"], verbs: ["list"]' in error.value.advice
+
+
+def test_submit_with_an_unknown_token_is_refused(server: KubeApiserver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(server.tokens, "submitter", "wrong")
+    with pytest.raises(AuthenticationError, match="does not know who asks"):
+        api_of(server, "submitter")
+
+
+def test_submit_into_a_namespace_that_is_not_there_says_so(bed: Bed, server: KubeApiserver) -> None:
+    bed.api, bed.namespace = api_of(server, "admin"), "nowhere"
+    with pytest.raises(ClusterError, match="there is no namespace nowhere"):
+        bed.submit(bed.render())
+
+
+def test_submit_job_that_the_schema_refuses_names_the_field(bed: Bed) -> None:
+    with pytest.raises(ManifestError, match=r"spec\.backoffLimit"):
+        bed.submit(bed.render(backoffLimit="many"))
+
+
+def test_api_kind_that_is_not_installed_names_its_operator(bed: Bed) -> None:
+    with pytest.raises(ClusterError, match="knows no LocalQueue") as error:
+        bed.api.get(Kind("kueue.x-k8s.io/v1beta2", "LocalQueue"), bed.namespace, "q")
+    assert "Kueue" in error.value.advice
+
+
+def test_api_without_a_server_says_where_it_looked(server: KubeApiserver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ports", [*server.ports[:2], 9])
+    with pytest.raises(UnreachableError, match=r"https://127\.0\.0\.1:9 does not answer: .*refused"):
+        api_of(server, "submitter")
+
+
+def test_stop_takes_the_last_of_a_build_away(bed: Bed) -> None:
+    made = bed.render()
+    bed.submit(made)
+    bed.follow(made)
+    assert stop(bed.api, bed.namespace, made.name, bed.timing).phase is Phase.SUCCEEDED
+    _wait(lambda: bed.owners(made) == set())
