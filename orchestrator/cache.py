@@ -3,6 +3,7 @@
     steps/<digest>/<attempt>/<name>     outputs; the attempt's random name keeps a lost worker's late writes apart
     outcomes/<digest>.json              the commit: written last, put-if-absent, names the outputs
     live/<id>.json                      a build that runs: what it counts on, so that nothing of it is collected
+    events/<build key>/<run>/...        what a run of a build has said: report/journal.py
 
 There is no state file and no lock: a committed outcome under a digest is never computed again.
 """
@@ -22,7 +23,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.step import Outcome
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 
-OUTCOMES, STEPS, LIVE = "outcomes/", "steps/", "live/"
+OUTCOMES, STEPS, LIVE, EVENTS = "outcomes/", "steps/", "live/", "events/"
 _LOOKUP_THREADS = 16
 _LOOKS, _DYING_SECONDS = 3, 0.5
 """What a killed worker may take to be dead, and a store to show the upload that it began last."""
@@ -39,6 +40,8 @@ class LiveBuild(BaseModel):
     """Digests: their outcomes and outputs are in use."""
     release: str | None = None
     """Key prefix that it is going to publish under; None: it publishes nothing."""
+    build_key: str | None = None
+    """Its events are being written."""
 
 
 def outcome_key(digest: str) -> str:
@@ -91,10 +94,11 @@ def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
 
 
 @contextlib.contextmanager
-def in_use(store: Store, digests: Iterable[str], release: str | None = None) -> Iterator[None]:
+def in_use(store: Store, digests: Iterable[str], release: str | None = None, build_key: str | None = None) -> Iterator[None]:
     """Announce a build as long as the block runs. A killed one stays announced until `collect` finds it too old to be true."""
     key = f"{LIVE}{uuid.uuid4().hex}.json"
-    live = LiveBuild(started_at=datetime.datetime.now(datetime.UTC), steps=tuple(digests), release=release)
+    began = datetime.datetime.now(datetime.UTC)
+    live = LiveBuild(started_at=began, steps=tuple(digests), release=release, build_key=build_key)
     store.put(key, live.model_dump_json().encode())
     try:
         yield

@@ -1,23 +1,32 @@
-"""A build that runs elsewhere, read from what its driver prints: JSON lines become events, a result, or its own error again.
+"""What a driver says of its build: events, as values here, as JSON lines to anywhere else, and read back there.
 
-Knows the lines of `orchestrator build --json` and nothing of how they came here: a job's log, a pod's, or a file. Other lines
-(libraries' warnings, tracebacks) are passed over; so are events of a newer driver.
+Knows the lines of `orchestrator build --json` and nothing of how they came here: a job's log, a pod's, objects of a store, or a
+file. Other lines (libraries' warnings, tracebacks) are passed over; so are events of a newer driver. Every line has its time, and
+that of a step its kind, its rank or stage, and the node and number of its attempt.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.clusters import AnyEvent
 from orchestrator.core.errors import CancelledError, DriverLostError, OrchestratorError, StepFailedError, error_classes
-from orchestrator.core.progress import EVENT
+from orchestrator.core.nodes import NodeFacts
+from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
 
 _TAIL_LINES, _TAIL_CHARACTERS = 20, 2000
+
+
+def _at() -> float:
+    """Seconds since 1970; 0: not known. It says nothing of what happened, so two events that differ in it are equal."""
+    return field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,20 @@ class Planned:
     already_published: bool
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    estimates: tuple[float, ...] = ()
+    """Seconds of each pending step as the plan guesses them; empty: a driver that does not say."""
+    release: str = ""
+    """Name and version that it is going to publish, with a '/' between."""
+    at: float = _at()
+
+
+@dataclass(frozen=True, slots=True)
+class NodesSeen:
+    """What the nodes have, before the first step; a cluster that is one machine alone says nothing."""
+
+    nodes: tuple[NodeFacts, ...]
+    warnings: tuple[str, ...] = ()
+    at: float = _at()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +63,10 @@ class Stepped:
     step: str
     """Its name; its digest where the driver says none."""
     event: AnyEvent
+    node: str = field(default="", compare=False)
+    """Of the attempt."""
+    attempt: int = field(default=0, compare=False)
+    at: float = _at()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +77,7 @@ class Retrying:
     digest: str
     attempt: int
     delay_seconds: float
+    at: float = _at()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +86,14 @@ class Finished:
 
     ran: tuple[str, ...]
     """Names of the steps that ran in this build."""
+    at: float = _at()
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The driver has nothing to say, and is there."""
+
+    at: float = _at()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +106,7 @@ class Published:
     """Steps that this driver ran; others were committed before. None: not known, its log is lost."""
     verification: dict[str, Any] | None
     """The numbers of the manifest; None: switched off in the spec."""
+    at: float = _at()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +118,11 @@ class Errored:
     message: str
     advice: str
     exit_code: int
+    at: float = _at()
+
+    @staticmethod
+    def of(error: OrchestratorError, at: float = 0.0) -> Errored:
+        return Errored(type(error).__name__, error.message, error.advice, error.exit_code, at)
 
     def to_error(self) -> OrchestratorError:
         """The error as the driver raised it; of a class that is not known here, one with its exit code."""
@@ -92,7 +134,42 @@ class Errored:
         return made
 
 
-BuildEvent = Planned | Stepped | Retrying | Finished | Published | Errored
+BuildEvent = Planned | NodesSeen | Stepped | Retrying | Finished | Alive | Published | Errored
+
+
+def place_of(step: str) -> dict[str, Any]:
+    """Kind, rank and stage of a step, from its name, e.g. build/rank3 or convert/stage0/group1; None where it has none."""
+    rank, stage = re.search(r"/rank(\d+)", step), re.search(r"/(?:stage|part)(\d+)", step)
+    return {
+        "kind": step.partition("/")[0],
+        "rank": int(rank.group(1)) if rank else None,
+        "stage": int(stage.group(1)) if stage else None,
+    }
+
+
+def encode_line(event: BuildEvent) -> str:
+    """One line of JSON, without its newline; `decode_line` reads it back."""
+    plain = {name: value for name, value in asdict(event).items() if name not in ("at", "event")}
+    if isinstance(event, Stepped):
+        plain |= {**place_of(event.step), **event.event.model_dump(mode="json", exclude={"type"})}
+    elif isinstance(event, Retrying):
+        plain |= place_of(event.step)
+    elif isinstance(event, NodesSeen):
+        plain["nodes"] = [node.model_dump(mode="json") for node in event.nodes]
+    elif isinstance(event, Planned):
+        plain["steps"] = plain.pop("num_steps")
+    name = event.event.type if isinstance(event, Stepped) else _NAMES[type(event)]
+    return json.dumps({"event": name, "time": _time(event.at), **plain})
+
+
+_NAMES: dict[type, str] = {
+    Planned: "plan", NodesSeen: "nodes", Retrying: "retry", Finished: "finish", Alive: "alive", Published: "published",
+    Errored: "error",
+}  # fmt: skip
+
+
+def _time(at: float) -> str:
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def decode_line(line: str) -> BuildEvent | None:
@@ -102,7 +179,11 @@ def decode_line(line: str) -> BuildEvent | None:
     try:
         fields = json.loads(line)
         decoder = _DECODERS.get(fields.pop("event"))
-        return decoder(fields) if decoder else None
+        if decoder is None:
+            return None
+        time = fields.pop("time", None)
+        fields["at"] = datetime.datetime.fromisoformat(time).timestamp() if time else 0.0
+        return decoder(fields)
     except (ValueError, KeyError, TypeError, ValidationError):
         return None
 
@@ -110,32 +191,50 @@ def decode_line(line: str) -> BuildEvent | None:
 def _planned(fields: dict[str, Any]) -> Planned:
     return Planned(
         fields["steps"], tuple(fields["pending"]), fields["build_key"], fields["already_published"],
-        tuple(fields.get("warnings", ())), tuple(fields.get("notes", ())),
+        tuple(fields.get("warnings", ())), tuple(fields.get("notes", ())), tuple(fields.get("estimates", ())),
+        fields.get("release", ""), fields["at"],
     )  # fmt: skip
 
 
-def _stepped(kind: str) -> Callable[[dict[str, Any]], Stepped]:
+def _stepped(kind: str, model: type[AnyEvent]) -> Callable[[dict[str, Any]], Stepped]:
     def decode(fields: dict[str, Any]) -> Stepped:
-        name = fields.pop("step", None) or fields["digest"]
-        return Stepped(name, EVENT.validate_python({"type": kind, **fields}))
+        own = {name: fields[name] for name in model.model_fields if name in fields}
+        name = fields.get("step") or fields["digest"]
+        event = EVENT.validate_python({**own, "type": kind})
+        return Stepped(name, event, fields.get("node", ""), fields.get("attempt", 0), fields["at"])
 
     return decode
 
 
 def _retrying(fields: dict[str, Any]) -> Retrying:
-    return Retrying(fields.get("step") or fields["digest"], fields["digest"], fields["attempt"], fields["delay_seconds"])
+    name = fields.get("step") or fields["digest"]
+    return Retrying(name, fields["digest"], fields["attempt"], fields["delay_seconds"], fields["at"])
+
+
+def _nodes(fields: dict[str, Any]) -> NodesSeen:
+    nodes = tuple(NodeFacts.model_validate(node) for node in fields["nodes"])
+    return NodesSeen(nodes, tuple(fields.get("warnings", ())), fields["at"])
+
+
+def _published(fields: dict[str, Any]) -> Published:
+    return Published(fields["manifest"], fields["steps_run"], fields.get("verification"), fields["at"])
 
 
 def _errored(fields: dict[str, Any]) -> Errored:
-    return Errored(fields["error"], fields["message"], fields.get("advice", ""), fields["exit_code"])
+    return Errored(fields["error"], fields["message"], fields.get("advice", ""), fields["exit_code"], fields["at"])
 
 
+_STEP_EVENTS: dict[str, type[AnyEvent]] = {
+    "started": StepStarted, "progress": StepProgress, "succeeded": StepSucceeded, "failed": StepFailed,
+}  # fmt: skip
 _DECODERS: dict[str, Callable[[dict[str, Any]], BuildEvent]] = {
     "plan": _planned,
-    **{kind: _stepped(kind) for kind in ("started", "progress", "succeeded", "failed")},
+    "nodes": _nodes,
+    **{kind: _stepped(kind, model) for kind, model in _STEP_EVENTS.items()},
     "retry": _retrying,
-    "finish": lambda fields: Finished(tuple(fields["ran"])),
-    "published": lambda fields: Published(fields["manifest"], fields["steps_run"], fields.get("verification")),
+    "finish": lambda fields: Finished(tuple(fields["ran"]), fields["at"]),
+    "alive": lambda fields: Alive(fields["at"]),
+    "published": _published,
     "error": _errored,
 }
 

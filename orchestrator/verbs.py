@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from orchestrator.core.errors import (
     StoreError,
     TopologyError,
 )
-from orchestrator.core.manifest import Manifest, release_prefix
+from orchestrator.core.manifest import MANIFEST, Manifest, release_prefix
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.options import BuildOptions, StageOptions
 from orchestrator.core.plan import Inputs, Plan, make_plan
@@ -37,9 +38,11 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
+from orchestrator.following import Published
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
-from orchestrator.report import Listener, SilentListener
+from orchestrator.report import EventListener, Listener, Listeners, SilentListener
+from orchestrator.report.journal import Journal
 from orchestrator.stores import check_writable, open_store
 
 
@@ -175,13 +178,21 @@ def build(
     if existing is not None:
         reports.on_plan(made, {}, already_published=True)
         return Build(made, existing, address, None)
-    with cache.in_use(target, [step.digest for step in made.steps], release_prefix(spec.release.name, spec.release.version)):
+    prefix = release_prefix(spec.release.name, spec.release.version)
+    with (
+        cache.in_use(target, [step.digest for step in made.steps], prefix, made.build_key),
+        Journal(target, made.build_key) as journal,
+    ):
+        reports = Listeners(reports, EventListener(journal.tell))
         committed = cache.committed(target, (step.digest for step in made.steps))
         made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
         reports.on_plan(made, committed, already_published=False)
         result = run(made, committed, place, open_cluster, reports)
         result.raise_failures(made)
-        return Build(made, publish(target, made, result.outcomes, sign_key), address, result)
+        manifest = publish(target, made, result.outcomes, sign_key)
+        numbers = manifest.verification.model_dump() if manifest.verification else None
+        journal.tell(Published(f"{address}/{MANIFEST}", len(result.ran), numbers, time.time()))
+        return Build(made, manifest, address, result)
 
 
 def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:

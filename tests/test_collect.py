@@ -29,7 +29,8 @@ def _later(days: float) -> datetime.datetime:
 
 
 def _keys(store: Store) -> set[str]:
-    return {info.key for info in store.list("")} - {collecting.SEEN}
+    """Without those of what builds have said: they are no part of a release."""
+    return {info.key for info in store.list("") if not info.key.startswith(cache.EVENTS)} - {collecting.SEEN}
 
 
 def _stray(store: Store, digest: str, committed: bool) -> set[str]:
@@ -49,7 +50,8 @@ def published(tmp_path: Path) -> Published:
 
 
 def test_collect_by_default_deletes_nothing_and_tells_what_waits(published: Published) -> None:
-    strays = _stray(published.store, "ab" * 32, committed=True)
+    said = {info.key for info in published.store.list(cache.EVENTS)}
+    strays = _stray(published.store, "ab" * 32, committed=True) | said
     before = _keys(published.store)
     first = collect(published.store.url, GRACE, now=START)
     assert (first.due, set(first.waiting)) == ({}, strays)
@@ -184,3 +186,16 @@ def store_archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with tarfile.open(fileobj=data, mode="w") as archive:
         archive.add(folder / "store", ".")
     return data.getvalue()
+
+
+def test_collect_removes_the_events_of_ended_builds_and_keeps_those_of_live_ones(published: Published) -> None:
+    events = {info.key for info in published.store.list(cache.EVENTS)}
+    assert events
+    collect(published.store.url, GRACE, delete=True, now=START)
+    live = cache.LiveBuild(started_at=_later(7), steps=(), build_key=published.plan.build_key)
+    published.store.put("live/now.json", live.model_dump_json().encode())
+    assert not events & collect(published.store.url, GRACE, delete=True, now=_later(7)).due.keys()
+    published.store.delete("live/now.json")
+    assert not events & collect(published.store.url, GRACE, delete=True, now=_later(8)).due.keys()  # unneeded since now
+    assert events <= collect(published.store.url, GRACE, delete=True, now=_later(16)).due.keys()
+    assert list(published.store.list(cache.EVENTS)) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import builds, jobs, kubernetes, plans, releases
+from orchestrator.cli import builds, jobs, kubernetes, plans, releases, watch
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
@@ -13,4 +13,5 @@ app.add_typer(plans.app)
 app.add_typer(builds.app)
 app.add_typer(jobs.app)
 app.add_typer(releases.app)
+app.add_typer(watch.app)
 app.add_typer(kubernetes.app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,9 +83,11 @@ def _report_build(made: Any, as_json: bool) -> None:
     manifest = made.manifest
     address = f"{made.address}/manifest.json"
     if as_json:
+        from orchestrator.following import Published, encode_line
+
         ran = 0 if made.result is None else len(made.result.ran)
         verification = manifest.verification.model_dump() if manifest.verification else None
-        print(json.dumps({"event": "published", "manifest": address, "steps_run": ran, "verification": verification}))
+        print(encode_line(Published(address, ran, verification, time.time())), flush=True)
         return
     if manifest.verification:
         found = manifest.verification

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.table import Table
 
 from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
 from orchestrator.core.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from orchestrator.following import Published
 
 _WIDTH = None if sys.stdout.isatty() else 160
 out = Console(highlight=False, width=_WIDTH)
@@ -55,8 +59,9 @@ def _raise_interrupt(number: int, _frame: object) -> NoReturn:
 
 def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
     if as_json:
-        fields = {"event": "error", "error": type(error).__name__, "message": error.message, "advice": error.advice}
-        print(json.dumps({**fields, "exit_code": error.exit_code}), flush=True)
+        from orchestrator.following import Errored, encode_line
+
+        print(encode_line(Errored.of(error, time.time())), flush=True)
     else:
         _err.print(f"[bold red]error:[/] {plain(error.message)}")
         if error.advice:
@@ -90,6 +95,17 @@ def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
     for table in tables:
         out.print(table)
         out.print()
+
+
+def show_published(made: Published) -> None:
+    """The last lines of a build that ran elsewhere."""
+    found = made.verification
+    if found:
+        out.print(
+            f"verified on {found['num_positions']} positions: max relative error {found['max_relative_error']:.2e}, "
+            f"top-1 agreement {found['top1_agreement']:.3f}"
+        )
+    out.print(f"published: {made.manifest}", soft_wrap=True)
 
 
 def parse_ranks(text: str) -> list[int] | None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.console import Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show
+from orchestrator.cli.console import Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show, show_published
 
 if TYPE_CHECKING:
     from actors import Client, Submission
     from actors.job_api import Job
-    from orchestrator.following import Published
 
 app = typer.Typer()
 
@@ -152,7 +151,7 @@ def _announce(client: Client, submission: Submission, as_json: bool) -> None:
 
 
 def _follow(client: Client, submission: Submission, as_json: bool) -> None:
-    from orchestrator.cli.live import LiveView
+    from orchestrator.report import LiveView
 
     if as_json:
         _follow_as_json(client, submission)
@@ -166,7 +165,7 @@ def _follow(client: Client, submission: Submission, as_json: bool) -> None:
         _look_away(client, submission, as_json)
     finally:
         view.close()
-    _published(submission.conclusion())
+    show_published(submission.conclusion())
 
 
 def _follow_as_json(client: Client, submission: Submission) -> None:
@@ -191,13 +190,3 @@ def _look_away(client: Client, submission: Submission, as_json: bool) -> None:
         out.print(f"  orchestrator logs {submission.id} --follow --address {client.address}", soft_wrap=True)
         out.print(f"  orchestrator stop {submission.id} --address {client.address}", soft_wrap=True)
     raise typer.Exit(130)
-
-
-def _published(made: Published) -> None:
-    found = made.verification
-    if found:
-        out.print(
-            f"verified on {found['num_positions']} positions: max relative error {found['max_relative_error']:.2e}, "
-            f"top-1 agreement {found['top1_agreement']:.3f}"
-        )
-    out.print(f"published: {made.manifest}", soft_wrap=True)

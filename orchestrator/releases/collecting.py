@@ -1,9 +1,9 @@
 """Remove what nobody needs from a store: outcomes and outputs that no release was made of, objects of no manifest, dead uploads.
 
 Kept for ever: what a manifest names, the outcomes of its steps, what a kept outcome names, and tags. Kept while it runs: what a
-live build has announced (cache.in_use). Anything else is removed when it was found unneeded twice, at least the grace period
-apart. Ages count from the first of these looks, remembered in collect/seen.json: a store's own dates mean little, since a copy or
-a hard link that a build has just made may carry the date of its source.
+live build has announced (cache.in_use). Anything else, the events of ended builds too, is removed when it was found unneeded
+twice, at least the grace period apart. Ages count from the first of these looks, remembered in collect/seen.json: a store's own
+dates mean little, since a copy or a hard link that a build has just made may carry the date of its source.
 
 A build may begin at any moment. It announces itself before it looks up outcomes, and this module deletes outcomes first, reads
 the announcements again, puts back the outcomes that a new build may have seen, and only then deletes outputs.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from orchestrator.cache import LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
+from orchestrator.cache import EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
 from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import DigestError, SchemaVersionError
 from orchestrator.core.manifest import MANIFEST, Manifest, parse_manifest, signature_key
@@ -74,7 +74,7 @@ def collect(
     store = open_store(url, options)
     moment = now or datetime.datetime.now(datetime.UTC)
     found = Collected(deleted=delete)
-    present = {info.key: info.num_bytes for top in (OUTCOMES, STEPS, RELEASES, LIVE) for info in store.list(top)}
+    present = {info.key: info.num_bytes for top in (OUTCOMES, STEPS, RELEASES, LIVE, EVENTS) for info in store.list(top)}
     live = _live(store, moment - grace)
     outcomes = _outcomes(store, present)
     needed = _needed(present, outcomes, _roots(store, present, live.values()), live)
@@ -99,7 +99,8 @@ def _needed(present: Iterable[str], outcomes: dict[str, Outcome], roots: _Roots,
     for key in present:
         # An attempt of a live build's step writes outputs before any outcome names them.
         in_attempt = key.startswith(STEPS) and key.split("/")[1] in running
-        if in_attempt or key.startswith(roots.releases):
+        in_run = key.startswith(EVENTS) and key.split("/")[1] in {build.build_key for build in live.values()}
+        if in_attempt or in_run or key.startswith(roots.releases):
             needed.add(key)
     return needed
 

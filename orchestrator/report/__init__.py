@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from orchestrator.report.console import ConsoleListener
-from orchestrator.report.lines import JsonListener
+from orchestrator.report.lines import EventListener, JsonListener
 from orchestrator.report.listener import Finished, Listener, Listeners, SilentListener
-from orchestrator.report.tables import counted, describe_plan, format_bytes, plan_table, stage_table, step_table, sweep_table
+from orchestrator.report.tables import (
+    counted,
+    describe_plan,
+    format_bytes,
+    format_seconds,
+    plan_table,
+    stage_table,
+    step_table,
+    sweep_table,
+)
+from orchestrator.report.view import LiveView
 
 __all__ = [
-    "ConsoleListener", "Finished", "JsonListener", "Listener", "Listeners", "SilentListener",
-    "counted", "describe_plan", "format_bytes", "plan_table", "stage_table", "step_table", "sweep_table",
+    "ConsoleListener", "EventListener", "Finished", "JsonListener", "Listener", "Listeners", "LiveView", "SilentListener",
+    "counted", "describe_plan", "format_bytes", "format_seconds", "plan_table", "stage_table", "step_table", "sweep_table",
 ]  # fmt: skip

@@ -25,6 +25,18 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def format_seconds(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 2 * 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def step_table(plan: Plan, result: Finished) -> Table:
     """Step, node, seconds, bytes written, digest, and whether it was run, cached, or not needed."""
     table = Table("step", "node", "seconds", "written", "digest", "", box=None, pad_edge=False)

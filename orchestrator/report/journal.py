@@ -1,0 +1,122 @@
+"""A build's events as JSON lines in its store while it runs, so that it can be watched from anywhere.
+
+    events/<build key>/<run>/<number>.jsonl     number from 000000; run begins with the time, so the last one is the newest
+
+Objects cannot be appended to, so every second or so what is new becomes the next numbered object. A long build writes them less
+often. A store that does not answer costs the build nothing: lines wait, and of a step's progress only the newest does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import threading
+import time
+import uuid
+from types import TracebackType
+from typing import Self
+
+from orchestrator.cache import EVENTS
+from orchestrator.core.errors import CancelledError, OrchestratorError, StepFailedError
+from orchestrator.following import Alive, BuildEvent, Errored, Published, Stepped, encode_line
+from orchestrator.report.lines import Clock
+from orchestrator.stores import Store
+
+ALIVE_SECONDS = 30.0
+"""So often a driver that has nothing to say says that it is there."""
+_LEAST_SECONDS, _MOST_SECONDS, _SEGMENTS = 1.0, 15.0, 300
+"""Between two objects: the time since the build began / _SEGMENTS, within these limits."""
+_MAX_LINES = 20_000
+_CLOSE_SECONDS = 15.0
+
+
+def new_run(build_key: str, at: float) -> str:
+    """Key prefix of a run's events; ends with '/'."""
+    began = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    return f"{EVENTS}{build_key}/{began:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}/"
+
+
+def segment_key(run: str, number: int) -> str:
+    """Where a piece of a run stands."""
+    return f"{run}{number:06d}.jsonl"
+
+
+class Journal:
+    """Of one run. As a context manager it writes the last word: the error that ended the block, if `tell` was not told one."""
+
+    def __init__(self, store: Store, build_key: str, clock: Clock = time.time) -> None:
+        self.run = new_run(build_key, clock())
+        self._store = store
+        self._clock = clock
+        self._began = self._written = clock()
+        self._lines: dict[object, str] = {}
+        """In order; of each step's progress the newest only."""
+        self._count = itertools.count()
+        self._number = 0
+        self._pending: bytes | None = None
+        """The next object, until the store has taken it: a reader may have seen it already, so it never changes."""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._ended = False
+        self._writer = threading.Thread(target=self._work, name="journal", daemon=True)
+
+    def tell(self, event: BuildEvent) -> None:
+        """Take an event; returns at once."""
+        line = encode_line(event)
+        progress = isinstance(event, Stepped) and event.event.type == "progress"
+        key: object = ("progress", event.step) if progress and isinstance(event, Stepped) else next(self._count)
+        with self._lock:
+            self._ended = self._ended or isinstance(event, Published | Errored)
+            self._lines.pop(key, None)
+            self._lines[key] = line
+            if len(self._lines) > _MAX_LINES:
+                del self._lines[next(iter(self._lines))]
+
+    def __enter__(self) -> Self:
+        self._writer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is not None and not self._ended:
+            self.tell(Errored.of(_as_ours(error), self._clock()))
+        self._closed = True
+        self._wake.set()
+        self._writer.join(_CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        while not self._closed:
+            self._wake.wait(min(max(_LEAST_SECONDS, (self._clock() - self._began) / _SEGMENTS), _MOST_SECONDS))
+            self.flush()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is new. What the store refuses is tried again by the next call."""
+        if self._pending is not None and not self._put():
+            return
+        with self._lock:
+            lines, self._lines = list(self._lines.values()), {}
+        if not lines and self._clock() - self._written >= ALIVE_SECONDS:
+            lines = [encode_line(Alive(self._clock()))]
+        if lines:
+            self._pending = ("\n".join(lines) + "\n").encode()
+            self._put()
+
+    def _put(self) -> bool:
+        assert self._pending is not None
+        try:
+            self._store.put(segment_key(self.run, self._number), self._pending)
+        except Exception:  # of whatever library: who watches may wait, the build may not fail for him
+            return False
+        self._pending, self._written = None, self._clock()
+        self._number += 1
+        return True
+
+
+def _as_ours(error: BaseException) -> OrchestratorError:
+    """What the command line makes of the error."""
+    if isinstance(error, OrchestratorError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return CancelledError("stopped")
+    return StepFailedError(f"{type(error).__name__}: {error}", "This is a bug: report it.")

@@ -1,0 +1,153 @@
+"""How a build looks on a terminal: a bar per kind of step and the time that is left, told by events, its own or replayed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.core.step import FailureKind, Outcome
+from orchestrator.following import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
+from orchestrator.report.remaining import Remaining
+from orchestrator.report.tables import counted, format_bytes, format_seconds
+
+
+class LiveView:
+    """Takes events in order; `close` before anything else is printed."""
+
+    def __init__(self, console: Console, *, table: bool = True) -> None:
+        """With `table`, the steps of each node are printed at the end."""
+        self._console = console
+        self._with_table = table
+        self._remaining = Remaining()
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[note]:<40}"), TimeElapsedColumn(),
+            console=console, transient=not console.is_terminal,
+        )  # fmt: skip
+        self._bars: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
+        self._done: dict[str, float] = {}
+        """Part of each step that is done, by its name."""
+        self._bytes: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        """When the first step of each kind began, on the events' own clock."""
+        self._left: TaskID | None = None
+        self._outcomes: list[Outcome] = []
+
+    def on(self, event: BuildEvent) -> None:
+        """Show one event."""
+        if isinstance(event, Planned):
+            self._planned(event)
+        elif isinstance(event, Stepped):
+            self._stepped(event)
+        elif isinstance(event, NodesSeen):
+            self._nodes(event)
+        elif isinstance(event, Retrying):
+            self._print(f"[yellow]{escape(event.step)}: attempt {event.attempt} in {event.delay_seconds:.0f} s[/]")
+        elif isinstance(event, Finished):
+            self.close()
+            if self._outcomes and self._with_table:
+                self._console.print(self._table())
+
+    def close(self) -> None:
+        """Leave the terminal as it is now."""
+        self._progress.stop()
+
+    def _planned(self, event: Planned) -> None:
+        if event.already_published:
+            self._print("This build is published already: 0 steps to run.")
+            return
+        for warning in event.warnings:
+            self._print(f"[yellow]warning:[/] {escape(warning)}")
+        kept = event.num_steps - len(event.pending)
+        self._print(f"{event.num_steps} steps, {kept} committed or not needed, {len(event.pending)} to run.")
+        for name in event.pending:
+            self._totals[_kind(name)] = self._totals.get(_kind(name), 0) + 1
+        for kind, total in self._totals.items():
+            self._bars[kind] = self._progress.add_task(kind, total=total, note=f"0/{total}", start=False)
+        self._remaining.plan(dict(zip(event.pending, event.estimates, strict=False)))
+        if event.pending:
+            self._left = self._progress.add_task("all", total=len(event.pending), note="", start=False)
+            self._progress.start()
+
+    def _nodes(self, event: NodesSeen) -> None:
+        devices = counted(device.name for node in event.nodes for device in node.devices)
+        cpus = sum(node.cpus for node in event.nodes)
+        what = [f"{cpus:.0f} CPU slots", *(f"{count} {name}" for name, count in devices.items())]
+        self._print(f"{len(event.nodes)} nodes: {escape(', '.join(what))}")
+        for warning in event.warnings:
+            self._print(f"[yellow]warning:[/] {escape(warning)}")
+
+    def _stepped(self, event: Stepped) -> None:
+        handle: dict[type, Callable[[Stepped, Any], None]] = {
+            StepStarted: self._started, StepProgress: self._came_on, StepSucceeded: self._succeeded, StepFailed: self._failed,
+        }  # fmt: skip
+        handle[type(event.event)](event, event.event)
+        if _kind(event.step) in self._bars:
+            self._draw(_kind(event.step), event.at)
+
+    def _draw(self, kind: str, at: float) -> None:
+        parts = [part for name, part in self._done.items() if _kind(name) == kind]
+        note = f"{sum(part == 1.0 for part in parts)}/{self._totals[kind]}"
+        moved = sum(count for name, count in self._bytes.items() if _kind(name) == kind)
+        if moved:
+            elapsed = max(at - self._began.get(kind, at), 1e-3)
+            note += f"  {format_bytes(moved)}  {format_bytes(moved / elapsed)}/s"
+        self._progress.update(self._bars[kind], completed=sum(parts), note=note)
+        if self._left is not None:
+            seconds = self._remaining.seconds(at, self._done)
+            left = "" if seconds is None else f"about {format_seconds(seconds)} left"
+            self._progress.update(self._left, completed=sum(self._done.values()), note=left)
+
+    def _started(self, told: Stepped, event: StepStarted) -> None:
+        kind = _kind(told.step)
+        if kind in self._bars:
+            self._progress.start_task(self._bars[kind])
+        if self._left is not None:
+            self._progress.start_task(self._left)
+        self._began.setdefault(kind, told.at)
+        self._remaining.start(told.step, told.at)
+        self._done[told.step] = 0.0
+
+    def _came_on(self, told: Stepped, event: StepProgress) -> None:
+        self._done[told.step] = min(event.done / max(event.total, 1), 0.99)
+        if event.unit == "bytes":
+            self._bytes[told.step] = event.done
+
+    def _succeeded(self, told: Stepped, event: StepSucceeded) -> None:
+        self._done[told.step] = 1.0
+        self._remaining.end(told.step, told.at)
+        self._outcomes.append(event.outcome)
+        for name in event.outcome.facts.get("not_finite", []):
+            self._print(f"[yellow]warning: {escape(str(name))} holds NaN or infinity[/]")
+        if not self._console.is_terminal:  # a log file sees no bars
+            self._print(f"{escape(told.step)}: {event.outcome.seconds:.1f} s on {escape(event.outcome.node)}")
+
+    def _failed(self, told: Stepped, event: StepFailed) -> None:
+        self._done.pop(told.step, None)
+        self._remaining.drop(told.step)
+        moved = event.failure.kind is FailureKind.HANDED_OVER
+        word = "[yellow]moves[/]" if moved else "[red]failed[/]"
+        self._print(f"{escape(told.step)} {word}: {escape(event.failure.message)}")
+
+    def _table(self) -> Table:
+        """Steps that ran, node by node."""
+        table = Table("node", "steps", "seconds", "written", box=None, pad_edge=False)
+        for node in sorted({outcome.node for outcome in self._outcomes}):
+            mine = [outcome for outcome in self._outcomes if outcome.node == node]
+            written = sum(output.num_bytes for outcome in mine for output in outcome.outputs)
+            names = ", ".join(outcome.name for outcome in mine)
+            table.add_row(node, names, f"{sum(outcome.seconds for outcome in mine):.1f}", format_bytes(written))
+        return table
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _kind(step: str) -> str:
+    return step.partition("/")[0]

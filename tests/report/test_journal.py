@@ -1,0 +1,184 @@
+"""Events in the store: written while a build runs, whatever the store does, and read back by whoever watches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator import cache, verbs
+from orchestrator.cli import app
+from orchestrator.core.errors import CancelledError, DriverLostError, ReleaseMissingError, StoreError, VerificationError
+from orchestrator.core.progress import StepProgress, StepStarted
+from orchestrator.core.spec import ClusterSpec
+from orchestrator.following import Alive, Errored, Finished, Planned, Published, Stepped
+from orchestrator.report.journal import ALIVE_SECONDS, Journal, segment_key
+from orchestrator.stores import Store, open_store
+from orchestrator.watching import PATIENCE_SECONDS, Run, Watch, find_run, list_runs
+from tests.models.releases import pretend_to_run, release_spec, tiny_source
+
+KEY = "k" * 64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Flaky:
+    """A store whose next writes fail."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.failures = 0
+
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("unreachable")
+        self._store.put(key, data, create=create)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store((tmp_path / "store").as_uri())
+
+
+def progress(done: int, clock: Clock) -> Stepped:
+    return Stepped("convert/stage0/group0", StepProgress(digest="d", phase="convert", done=done, total=9, unit="bytes"), at=clock())
+
+
+def watched(store: Store, journal: Journal, clock: Clock) -> Watch:
+    return Watch(store, Run(journal.run, KEY), clock, clock.sleep)
+
+
+def test_journal_keeps_the_newest_progress_of_a_step_and_everything_else(store: Store, clock: Clock) -> None:
+    journal = Journal(store, KEY, clock)
+    started = Stepped("convert/stage0/group0", StepStarted(digest="d", node="n", attempt=1), "n", 1, clock())
+    for event in (started, progress(1, clock), progress(2, clock), progress(3, clock), Finished(())):
+        journal.tell(event)
+    journal.flush()
+    lines = [json.loads(line) for line in store.get(segment_key(journal.run, 0)).splitlines()]
+    assert [line["event"] for line in lines] == ["started", "progress", "finish"]
+    assert lines[1]["done"] == 3
+    assert {"time", "step", "kind", "rank", "stage", "node", "attempt"} <= lines[0].keys()
+    assert (lines[0]["stage"], lines[0]["rank"], lines[0]["node"], lines[0]["attempt"]) == (0, None, "n", 1)
+
+
+def test_journal_of_a_store_that_fails_for_a_while_loses_and_repeats_nothing(store: Store, clock: Clock) -> None:
+    flaky = Flaky(store)
+    journal = Journal(flaky, KEY, clock)  # type: ignore[arg-type]  # only put is called
+    journal.tell(Finished(("a",)))
+    flaky.failures = 2
+    for name in ("b", "c", "d"):
+        journal.flush()
+        journal.tell(Finished((name,)))
+    journal.flush()
+    journal.flush()
+    journal.tell(Published("m", 0, None))
+    journal.flush()
+    told = list(watched(store, journal, clock).events())
+    assert [event.ran[0] for event in told if isinstance(event, Finished)] == ["a", "b", "c", "d"]
+
+
+def test_journal_with_nothing_to_say_says_that_it_is_alive(store: Store, clock: Clock) -> None:
+    journal = Journal(store, KEY, clock)
+    journal.flush()
+    clock.now += ALIVE_SECONDS
+    journal.flush()
+    journal.flush()
+    journal.tell(Published("m", 0, None))
+    journal.flush()
+    assert [type(event) for event in watched(store, journal, clock).events()] == [Alive, Published]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(VerificationError("differs", "look"), VerificationError), (KeyboardInterrupt(), CancelledError)],
+    ids=["failed", "stopped"],
+)
+def test_watch_of_a_build_that_ended_badly_raises_its_own_error(
+    store: Store, clock: Clock, error: BaseException, raised: type[Exception]
+) -> None:
+    with pytest.raises(type(error)), Journal(store, KEY, clock) as journal:
+        raise error
+    watch = watched(store, journal, clock)
+    assert [type(event) for event in watch.events()] == [Errored]
+    with pytest.raises(raised):
+        watch.conclusion()
+
+
+def test_watch_of_a_driver_that_died_waits_and_then_says_so(store: Store, clock: Clock) -> None:
+    journal = Journal(store, KEY, clock)
+    journal.tell(Finished((), clock()))
+    journal.flush()
+    began = clock.now
+    watch = watched(store, journal, clock)
+    assert len(list(watch.events())) == 1
+    assert PATIENCE_SECONDS <= clock.now - began < PATIENCE_SECONDS + 5
+    with pytest.raises(DriverLostError, match="nothing was heard"):
+        watch.conclusion()
+
+
+def test_watch_of_a_live_build_shows_what_comes_later(store: Store, clock: Clock) -> None:
+    journal = Journal(store, KEY, clock)
+    journal.tell(Finished(("first",)))
+    journal.flush()
+
+    def sleep(seconds: float) -> None:
+        journal.tell(Published("s3://m", 1, None))
+        journal.flush()
+
+    watch = Watch(store, Run(journal.run, KEY), clock, sleep)
+    assert [type(event) for event in watch.events()] == [Finished, Published]
+    assert watch.conclusion().manifest == "s3://m"
+
+
+def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    spec = release_spec(tiny_source(tmp_path / "source"))
+    plan = verbs.plan(spec)
+    pretend_to_run(plan, store)
+    done = verbs.build(spec, ClusterSpec(store=store.url))
+    (run,) = list_runs(store)
+    assert run == find_run(store, "tiny/1") == find_run(store, "tiny") == find_run(store, build=plan.build_key[:8])
+    planned, finished, published = Watch(store, run).events()
+    assert isinstance(planned, Planned)
+    assert planned.release == "tiny/1"
+    assert isinstance(finished, Finished)
+    assert published == Published(f"{done.address}/manifest.json", 0, None)
+    for url in (store.url, done.address, f"{done.address}/manifest.json", str(tmp_path / "store")):
+        shown = CliRunner().invoke(app, ["watch", url])
+        assert shown.exit_code == 0, shown.output
+        assert "published: " in shown.output
+    with pytest.raises(ReleaseMissingError, match="no events of a build of other"):
+        find_run(store, "other")
+    lines = CliRunner().invoke(app, ["watch", store.url, "--json"]).stdout.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["plan", "finish", "published"]
+
+
+def test_build_that_fails_leaves_its_error_to_those_who_watch(tmp_path: Path) -> None:
+    spec = release_spec(tiny_source(tmp_path / "source"))
+    place = ClusterSpec(store=(tmp_path / "store").as_uri())
+
+    def no_cluster(spec: ClusterSpec) -> object:
+        raise VerificationError("rank 1 differs", "compare")
+
+    with pytest.raises(VerificationError):
+        verbs.build(spec, place, open_cluster=no_cluster)  # type: ignore[arg-type]
+    result = CliRunner().invoke(app, ["watch", place.store])
+    assert (result.exit_code, "rank 1 differs" in result.output) == (VerificationError.exit_code, True)
+    assert list(open_store(place.store).list(cache.LIVE)) == []
