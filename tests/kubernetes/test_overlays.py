@@ -150,8 +150,10 @@ def test_interactive_cluster_is_that_of_a_build() -> None:
 
 
 def test_namespace_admits_restricted_pods_only() -> None:
-    (namespace,) = rendered(KUBERAY / "namespace")
-    kubernetes_validate.validate(namespace, KUBERNETES_VERSIONS[-1], strict=True)
+    objects = rendered(KUBERAY / "namespace")
+    for obj in objects:
+        kubernetes_validate.validate(obj, KUBERNETES_VERSIONS[-1], strict=True)
+    namespace = of_kind(objects, "Namespace")
     assert namespace["metadata"]["name"] == "trt-builds"
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
