@@ -18,7 +18,7 @@ from orchestrator.following import BuildEvent, Errored, Published
 from orchestrator.kubernetes.api import POD, RAY_JOB, Api, ConflictError, ExpiredError, Kind
 from orchestrator.kubernetes.manifests import Fields, at
 from orchestrator.kubernetes.render import MANAGER, PART_OF, RELEASE, SUBMISSION, Rendered
-from orchestrator.kubernetes.states import Phase, State, failure, on_submit, state_of, troubles, unchanging
+from orchestrator.kubernetes.states import State, failure, on_submit, state_of, troubles, unchanging
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,7 @@ def status(api: Api, namespace: str, name: str) -> Status:
 
 
 def release_of(job: Fields) -> str:
+    """Where a build's release is, or is going to be; "" for a RayJob that was not made here."""
     return str((at(job, "metadata.annotations", {}) or {}).get(RELEASE, ""))
 
 
@@ -299,6 +300,3 @@ def _wait_until_gone(api: Api, namespace: str, name: str, timing: Timing) -> Non
                 return
         except ExpiredError:
             continue
-
-
-__all__ = ["Listener", "Phase", "Progress", "Status", "Submitted", "Timing", "follow", "list_builds", "status", "stop", "submit"]

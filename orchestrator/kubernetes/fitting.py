@@ -7,7 +7,7 @@ files as manifests; here is what needs the meaning of the spec.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from orchestrator.core.errors import ClusterError
@@ -21,10 +21,13 @@ _LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "m": 1e-3}
 
 
-def check_fit(spec: BuildSpec, place: ClusterSpec, job: Fields) -> None:
-    """Raises ClusterError that says everything that keeps this build from running in the RayJob's pods."""
+def check_fit(spec: BuildSpec, place: ClusterSpec, job: Fields, files: Collection[str] = ()) -> None:
+    """Whether it runs in the RayJob's pods; `files` are paths that travel with the spec.
+
+    Raises ClusterError that says everything that is in the way.
+    """
     cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
-    problems = [*_unreachable(spec, place, cluster), *_misfits(spec, place, cluster)]
+    problems = [*_unreachable(spec, place, cluster, files), *_misfits(spec, place, cluster)]
     if problems:
         raise ClusterError(
             "the overlay's pods cannot run this build: " + "; ".join(problems),
@@ -41,9 +44,11 @@ def quantity(value: Any) -> float:
     return float(match.group(1)) * _SUFFIXES[match.group(2)]
 
 
-def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[str]:
+def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster, files: Collection[str]) -> Iterator[str]:
     """Places on somebody's own disk that a pod would look for in vain."""
     for field, path in _local_places(spec, place):
+        if any(_is_below(file, path) for file in files):
+            continue
         without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in _lasting_mounts(group))]
         if without:
             yield f"{field} is {path}, and group {without[0]} mounts no volume there that outlives its pods"

@@ -6,6 +6,7 @@ select its pods) gets the build's own; what does not (service account, network p
 
 from __future__ import annotations
 
+import base64
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,21 +83,24 @@ def render(
     name: str | None = None,
     namespace: str | None = None,
     images: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Rendered:
     """The manifests of one build; `name` is submission_id's when absent, `namespace` the overlay's.
 
-    `images` replaces images by the last part of their name (trt-orchestrator-gpu), "" replaces all others.
-    Raises ManifestError when the overlay holds no build or the result breaks a rule, ClusterError when its pods cannot run this
-    one, SpecError when a placeholder was left or the files do not fit into a ConfigMap.
+    `files` travel with the spec, which names them by these paths (submission.pack). `images` replaces images by the last part of
+    their name (trt-orchestrator-gpu); "" replaces all others. Raises ManifestError when the overlay holds no build or the result
+    breaks a rule, ClusterError when its pods cannot run this one, SpecError when a placeholder was left or the files do not fit.
     """
     made = copy.deepcopy(objects)
     job, config = _job(made), _config_map(made)
-    check_fit(spec, place, job)
+    check_fit(spec, place, job, files or {})
     _refuse_placeholder(place.store, "the store", "Name yours with --store, or in a cluster file with --cluster.")
     name = name or submission_id(spec, place)
-    config["data"] = _bundle(spec, place)
+    _fill(config, bundle(spec, place), files or {})
     _set_images(made, images or {})
     _rename(made, name)
+    if files:
+        _place_files(made, name, config["data"], files)
     for obj in made:
         if namespace is not None and "namespace" in obj.get("metadata", {}):
             obj["metadata"]["namespace"] = namespace
@@ -150,15 +154,31 @@ def _config_map(objects: list[Fields]) -> Fields:
     return found[0]
 
 
-def _bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
-    files = bundle(spec, place)
-    size = sum(len(name) + len(text.encode()) for name, text in files.items())
+def _fill(config: Fields, texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
+    """Put the bundle into its ConfigMap. Raises SpecError when it is too large for one."""
+    size = sum(len(name) + len(text.encode()) for name, text in texts.items()) + sum(len(data) for data in files.values())
     if size >= MAX_CONFIG_MAP_BYTES:
         raise SpecError(
-            f"spec and cluster file are {size:,} bytes, a ConfigMap holds {MAX_CONFIG_MAP_BYTES:,}",
-            "Shorten what is long in the spec (verification.prompts, quantization.exclude).",
+            f"the spec and the files that it names are {size:,} bytes, a ConfigMap holds {MAX_CONFIG_MAP_BYTES:,}",
+            "Put large files on a volume that every group mounts; shorten what is long in the spec (verification.prompts).",
         )
-    return files
+    config["data"] = dict(texts)
+    if files:
+        config["binaryData"] = {_key(number): base64.b64encode(data).decode() for number, data in enumerate(files.values())}
+
+
+def _key(number: int) -> str:
+    return f"file-{number}"
+
+
+def _place_files(objects: list[Fields], name: str, texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
+    """Where the volumes of the bundle have its files: keys of a ConfigMap hold no '/'."""
+    items = [{"key": path, "path": path} for path in texts]
+    items += [{"key": _key(number), "path": path} for number, path in enumerate(files)]
+    for found in _mappings(objects):
+        volume = found.get("configMap")
+        if isinstance(volume, dict) and volume.get("name") == name:
+            volume["items"] = items
 
 
 def _is_own(name: str, base: str) -> bool:

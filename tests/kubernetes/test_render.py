@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import tomllib
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_render_store_of_the_examples_is_refused(overlay: list[Fields]) -> None:
         ({"source": {"path": "/models/llama"}}, {}, "source.path is /models/llama, and group"),
         ({}, {"store": "file:///builds"}, "store is /builds, and group"),
         ({"quantization": {"algorithm": "MIXED_PRECISION", "quant_cfg": "/q.json"}}, {}, "quantization.quant_cfg is /q.json"),
-        ({"quantization": {"algorithm": "FP8", "calibration": {"dataset": "texts.jsonl"}}}, {}, "dataset is texts.jsonl"),
+        ({"quantization": {"algorithm": "FP8", "calibration": {"dataset": "/texts.jsonl"}}}, {}, "dataset is /texts.jsonl"),
         ({"engine": {"backend": "tensorrt"}}, {}, "build steps need a GPU"),
         ({"quantization": {"algorithm": "FP8", "calibration": {"device": "cuda"}}}, {}, "calibrate steps need a GPU"),
         ({}, {"pools": {"a": {"steps": ["convert", "build"]}}}, "no pool of the cluster file runs reference steps"),
@@ -223,6 +224,25 @@ def test_quantity_is_read_as_kubernetes_reads_it(text: Any, number: float) -> No
 def test_quantity_that_is_none_is_an_error() -> None:
     with pytest.raises(ClusterError, match="not a quantity"):
         quantity("much")
+
+
+def test_render_files_that_the_spec_names_travel_in_the_config_map(overlay: list[Fields], place: ClusterSpec) -> None:
+    files = {"files/0123/scales/rank0.json": b"{}", "files/0123/scales/blob.bin": bytes(range(256))}
+    spec = spec_of(quantization={"algorithm": "FP8", "scales": "files/0123/scales"})
+    made = render(spec, place, overlay, files=files)
+    config = next(obj for obj in made.owned if obj["kind"] == "ConfigMap")
+    (volume, *_) = [
+        volume["configMap"]
+        for volume in made.job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["volumes"]
+        if "configMap" in volume
+    ]
+    found = {
+        item["path"]: base64.b64decode(config["binaryData"][item["key"]])
+        for item in volume["items"]
+        if item["key"] in config["binaryData"]
+    }
+    assert found == files
+    assert {item["path"] for item in volume["items"]} == {*files, "spec.yaml", "cluster.yaml"}
 
 
 def test_load_overlay_unknown_name_lists_the_known() -> None:

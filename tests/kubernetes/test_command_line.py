@@ -1,0 +1,124 @@
+"""`orchestrator k8s` on the command line, with an API server in memory: words for people, JSON for machines, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.core.errors import CancelledError, SpecError, UnknownSubmissionError, VerificationError
+from orchestrator.kubernetes import builds
+from tests.contracts.kubernetes_contract import SPEC
+from tests.models.fake_kubernetes import FakeKubernetes
+from tests.models.kuberay_operator import Driver, Operator, error_line, ray_failure
+
+NAME = ("--name", "mine")
+
+
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
+    """A cluster that the commands find, whose operator acts while they wait."""
+    fake = FakeKubernetes()
+    operator = Operator(fake, fake.now)
+    fake.idle = operator.step
+    monkeypatch.setattr("orchestrator.kubernetes.api.KubernetesApi", lambda context: fake)
+    monkeypatch.setattr(builds, "Timing", lambda: builds_timing(fake))
+    return operator
+
+
+_Timing = builds.Timing
+
+
+def builds_timing(fake: FakeKubernetes) -> builds.Timing:
+    return _Timing(now=fake.now, sleep=fake.sleep)
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> list[str]:
+    """The words of a submission."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(SPEC))
+    return ["submit", str(spec), "--overlay", "cpu-aot", "--store", "s3://mine/builds", "--image", "registry.test/x:1", *NAME]
+
+
+def run(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["k8s", *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_submit_build_that_succeeds_ends_with_its_release(operator: Operator, submission: list[str]) -> None:
+    code, text = run(*submission)
+    assert code == 0
+    assert text.splitlines()[0] == "mine submitted, namespace trt-builds"
+    assert text.splitlines()[-1] == "published: s3://mine/builds/releases/llama/1/manifest.json"
+    assert "mine: running (mine-0)" in text
+
+
+def test_submit_again_says_that_it_attached(operator: Operator, submission: list[str]) -> None:
+    run(*submission)
+    code, text = run(*submission)
+    assert code == 0
+    assert text.startswith("mine was submitted before: attached to it")
+
+
+def test_submit_build_that_fails_ends_with_its_exit_code(operator: Operator, submission: list[str]) -> None:
+    operator.drivers["mine"] = Driver("fails", ray_failure(24, error_line("VerificationError", 24, "rank 1 is wrong")))
+    code, text = run(*submission)
+    assert code == VerificationError.exit_code
+    assert "error: rank 1 is wrong" in text
+    assert "mine: waiting, attempt 3" in text
+
+
+def test_submit_as_json_says_states_and_the_error(operator: Operator, submission: list[str]) -> None:
+    operator.drivers["mine"] = Driver("fails", ray_failure(24, error_line("VerificationError", 24)))
+    code, text = run(*submission, "--json")
+    events = [json.loads(line) for line in text.splitlines()]
+    assert code == 24
+    assert events[0] == {"event": "submitted", "name": "mine", "namespace": "trt-builds", "attached": False}
+    assert [event["state"] for event in events if event["event"] == "state"][-1] == "failed"
+    assert (events[-1]["event"], events[-1]["exit_code"]) == ("error", 24)
+
+
+def test_submit_detached_status_list_and_stop(operator: Operator, submission: list[str]) -> None:
+    operator.drivers["mine"] = Driver("runs")
+    assert run(*submission, "--detach") == (0, "mine submitted, namespace trt-builds\n")
+    for _ in range(5):
+        operator.step()
+    code, text = run("status", "mine")
+    assert code == 0
+    assert "state        running" in text
+    code, text = run("list", "--json")
+    (build,) = json.loads(text)["builds"]
+    assert (build["name"], build["state"], build["release"]) == ("mine", "running", "s3://mine/builds/releases/llama/1")
+    assert run("stop", "mine") == (0, "mine is asked to end\nmine is gone; it was running\n")
+    assert run("status", "mine")[0] == UnknownSubmissionError.exit_code
+
+
+def test_submit_image_of_the_examples_is_refused_before_anything_is_made(operator: Operator, submission: list[str]) -> None:
+    words = submission[: submission.index("--image")]
+    code, text = run(*words)
+    assert code == SpecError.exit_code
+    assert "--image" in text
+    assert operator.admin.jobs() == []
+
+
+def test_submit_interrupted_only_looks_away(operator: Operator, submission: list[str]) -> None:
+    operator.drivers["mine"] = Driver("runs")
+    fake = operator.admin
+    assert isinstance(fake, FakeKubernetes)
+
+    def interrupt() -> None:
+        operator.step()
+        if fake.now() > 5:
+            raise KeyboardInterrupt
+
+    fake.idle = interrupt
+    code, text = run(*submission)
+    assert code == CancelledError.exit_code
+    assert "orchestrator k8s stop mine -n trt-builds" in text
+    assert len(operator.admin.jobs()) == 1
