@@ -82,7 +82,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
     "orchestrator.kubernetes": Row(
-        _own("core", "following", "submission", "kubernetes"), frozenset({"yaml"}), frozenset({"kubernetes", "urllib3"})
+        _own("core", "following", "submission", "stores", "watching", "report", "kubernetes"),
+        frozenset({"yaml"}),
+        frozenset({"kubernetes", "urllib3"}),
     ),
     "orchestrator.verbs": _DRIVING,
     "orchestrator.simulation": _DRIVING,

@@ -12,12 +12,13 @@ import typer
 from orchestrator.cli.console import Json, SpecFile, exit_codes, out, plain, show
 
 if TYPE_CHECKING:
-    from orchestrator.cli.live import LiveView
     from orchestrator.following import BuildEvent
     from orchestrator.kubernetes.api import KubernetesApi
     from orchestrator.kubernetes.builds import Status
+    from orchestrator.kubernetes.progress import StoreProgress
     from orchestrator.kubernetes.render import Rendered
     from orchestrator.kubernetes.states import State
+    from orchestrator.report import LiveView
 
 app = typer.Typer()
 
@@ -219,11 +220,14 @@ class _Told:
         out.print(f"{state.name}: {state.phase.value}{attempt}{where}", soft_wrap=True)
 
     def on_event(self, event: BuildEvent) -> None:
-        from orchestrator.cli.live import LiveView
+        from orchestrator.following import Errored, Published, encode_line
+        from orchestrator.report import LiveView
 
         if not self._as_json:
             self._view = self._view or LiveView(out)
             self._view.on(event)
+        elif not isinstance(event, (Published, Errored)):  # the last word is that of this command
+            print(encode_line(event), flush=True)
 
     def on_trouble(self, lines: list[str]) -> None:
         for line in lines:
@@ -237,13 +241,54 @@ class _Told:
             self._view.close()
 
 
+def _progress(api: KubernetesApi, namespace: str, name: str, told: _Told) -> StoreProgress | None:
+    from orchestrator.core.errors import AuthenticationError, SpecError, StoreError, ToolError
+    from orchestrator.kubernetes.progress import progress_of
+
+    try:
+        return progress_of(api, namespace, name)
+    except (AuthenticationError, SpecError, StoreError, ToolError) as error:
+        told.on_trouble([f"the driver's events are not seen from here: {error.message}"])
+        return None
+
+
+@app.command("logs")
+def logs_command(
+    name: BuildName,
+    namespace: Namespace = _NAMESPACE,
+    context: Context = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the build ends, then end with its exit code.")] = False,
+) -> None:
+    """Print the driver's events, JSON lines of the store; of a driver that failed, the end of its log too."""
+    with exit_codes():
+        from orchestrator.core.errors import StoreError
+        from orchestrator.following import encode_line
+        from orchestrator.kubernetes.api import KubernetesApi
+        from orchestrator.kubernetes.builds import status
+        from orchestrator.kubernetes.progress import progress_of
+
+        api = KubernetesApi(context)
+        if follow:
+            _follow(api, namespace, name, as_json=True)
+            return
+        state = status(api, namespace, name).state
+        progress = progress_of(api, namespace, name)
+        if progress is None:
+            raise StoreError(f"the bundle of {name} is gone, which says where its store is", "orchestrator watch STORE shows it.")
+        for event in progress.poll(state):
+            print(encode_line(event))
+        if state.message and state.phase.is_over:
+            print(state.message)
+
+
 def _follow(api: KubernetesApi, namespace: str, name: str, as_json: bool) -> None:
     """To the end of the build: its release, or its own error and exit code."""
-    from orchestrator.kubernetes.builds import follow, status
+    from orchestrator.kubernetes.builds import status
+    from orchestrator.kubernetes.follow import follow
 
     told = _Told(as_json)
     try:
-        follow(api, namespace, name, told)
+        follow(api, namespace, name, told, _progress(api, namespace, name, told))
     except KeyboardInterrupt:
         told.close()
         if not as_json:

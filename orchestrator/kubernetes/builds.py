@@ -1,59 +1,34 @@
-"""A build on Kubernetes from the outside: bring it there, follow it to its end, look, stop. The API is passed in."""
+"""A build on Kubernetes from the outside: bring it there, look, stop. The API is passed in."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from orchestrator.core.errors import (
     AuthenticationError,
-    CancelledError,
     ClusterError,
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.following import BuildEvent, Errored, Published
 from orchestrator.kubernetes.api import POD, RAY_JOB, Api, ConflictError, ExpiredError, Kind
 from orchestrator.kubernetes.manifests import Fields, at
 from orchestrator.kubernetes.render import MANAGER, PART_OF, RELEASE, SUBMISSION, Rendered
-from orchestrator.kubernetes.states import State, failure, on_submit, state_of, troubles, unchanging
+from orchestrator.kubernetes.states import State, on_submit, state_of, troubles
 
 
 @dataclass(frozen=True)
 class Timing:
     """How long to wait for what, in seconds, and the clock: tests have one that jumps."""
 
-    window: float = 10.0
+    window: float = 4.0
     """One watch; between two, the driver's events are fetched."""
     patience: float = 300.0
     """With an API server that does not answer, an operator that does nothing, or an object that is being deleted."""
     backoff: float = 2.0
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-
-
-class Progress(Protocol):
-    """Where the driver's own events come from."""
-
-    def poll(self) -> list[BuildEvent]:
-        """Those that are new."""
-        ...
-
-
-class Listener(Protocol):
-    """Told of everything that is seen, in order."""
-
-    def on_state(self, state: State) -> None:
-        """Its phase, attempt or message changed."""
-        ...
-
-    def on_event(self, event: BuildEvent) -> None: ...
-
-    def on_trouble(self, lines: list[str]) -> None:
-        """Why pods do not run, or the API server does not answer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -132,72 +107,6 @@ def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
             continue  # a submission beside this one made it
 
 
-def follow(
-    api: Api, namespace: str, name: str, listener: Listener, progress: Progress | None = None, timing: Timing | None = None
-) -> State:
-    """Watch a build to its end; returns its last state.
-
-    Raises the build's own error, CancelledError when it is stopped or deleted meanwhile, NotStartedError, DeadlineError,
-    DriverLostError, UnknownSubmissionError, and the errors of Api when they last longer than the patience.
-    """
-    timing = timing or Timing()
-    heard = _Heard(listener, progress)
-    watched = _Watched(api, namespace, listener, timing.now())
-    for state in _states(api, namespace, name, listener, timing):
-        heard.listen()
-        if state is None:
-            raise CancelledError(f"{name} was deleted while it ran")
-        watched.see(state)
-        if state.phase.is_over:
-            heard.listen()
-            error = failure(state, heard.last_word)
-            if error is not None:
-                raise error
-            return state
-        neglected = unchanging(state, timing.now() - watched.began, timing.patience)
-        if neglected is not None:
-            raise neglected
-    raise AssertionError("states end with an end")
-
-
-@dataclass
-class _Heard:
-    """The driver's events so far."""
-
-    listener: Listener
-    progress: Progress | None
-    last_word: Published | Errored | None = None
-
-    def listen(self) -> None:
-        for event in self.progress.poll() if self.progress is not None else []:
-            if isinstance(event, (Published, Errored)):
-                self.last_word = event
-            self.listener.on_event(event)
-
-
-@dataclass
-class _Watched:
-    """What was told of a build so far: nothing is told twice."""
-
-    api: Api
-    namespace: str
-    listener: Listener
-    began: float
-    told: tuple[object, ...] = ()
-    troubles: list[str] = field(default_factory=list)
-
-    def see(self, state: State) -> None:
-        seen = (state.phase, state.attempt, state.reason, state.deleting)
-        if seen != self.told:
-            self.told = seen
-            self.listener.on_state(state)
-        found = pod_troubles(self.api, self.namespace, state) if not state.phase.is_over else []
-        if found != self.troubles:
-            self.troubles = found
-            if found:
-                self.listener.on_trouble(found)
-
-
 def pod_troubles(api: Api, namespace: str, state: State) -> list[str]:
     """Why the build's pods do not run; nothing for who may not list pods, or while nobody answers."""
     if not state.ray_cluster:
@@ -206,36 +115,6 @@ def pod_troubles(api: Api, namespace: str, state: State) -> list[str]:
         return troubles(api.list(POD, namespace, f"ray.io/cluster={state.ray_cluster}"))
     except (AuthenticationError, UnreachableError):
         return []
-
-
-def _states(api: Api, namespace: str, name: str, listener: Listener, timing: Timing) -> Iterator[State | None]:
-    """The states of a RayJob, the same again at least once in each window; None at last when it is deleted."""
-    lost_at, known = None, False
-    while True:
-        try:
-            job = api.get(RAY_JOB, namespace, name)
-            if job is None and not known:
-                raise UnknownSubmissionError(
-                    f"there is no RayJob {name} in namespace {namespace}", "`orchestrator k8s list` shows those that are there."
-                )
-            lost_at, known = None, True
-            while job is not None:
-                yield state_of(job)
-                version = str(at(job, "metadata.resourceVersion"))
-                for job in api.watch(RAY_JOB, namespace, name, version, timing.window):
-                    if job is None:
-                        break
-                    yield state_of(job)
-            yield None
-            return
-        except ExpiredError:
-            continue
-        except UnreachableError as error:
-            lost_at = timing.now() if lost_at is None else lost_at
-            if timing.now() - lost_at >= timing.patience:
-                raise
-            listener.on_trouble([error.message])
-            timing.sleep(timing.backoff)
 
 
 @dataclass(frozen=True)
@@ -252,11 +131,16 @@ def status(api: Api, namespace: str, name: str) -> Status:
     """Raises UnknownSubmissionError and the errors of Api."""
     job = api.get(RAY_JOB, namespace, name)
     if job is None:
-        raise UnknownSubmissionError(
-            f"there is no RayJob {name} in namespace {namespace}", "`orchestrator k8s list` shows those that are there."
-        )
+        raise unknown(namespace, name)
     state = state_of(job)
     return Status(state, release_of(job), [] if state.phase.is_over else pod_troubles(api, namespace, state))
+
+
+def unknown(namespace: str, name: str) -> UnknownSubmissionError:
+    """The error of a build that is not there."""
+    return UnknownSubmissionError(
+        f"there is no RayJob {name} in namespace {namespace}", "`orchestrator k8s list -n NAMESPACE` shows those that are there."
+    )
 
 
 def release_of(job: Fields) -> str:

@@ -26,7 +26,8 @@ from orchestrator.core.errors import (
 from orchestrator.core.spec import BuildSpec
 from orchestrator.following import BuildEvent, Errored, Published
 from orchestrator.kubernetes.api import RAY_JOB, Api, Kind
-from orchestrator.kubernetes.builds import Timing, follow, list_builds, status, stop, submit
+from orchestrator.kubernetes.builds import Timing, list_builds, status, stop, submit
+from orchestrator.kubernetes.follow import follow
 from orchestrator.kubernetes.manifests import Fields
 from orchestrator.kubernetes.render import Rendered, overlay_cluster, render
 from orchestrator.kubernetes.states import Phase, State
@@ -109,7 +110,7 @@ class Script:
 
     events: list[BuildEvent]
 
-    def poll(self) -> list[BuildEvent]:
+    def poll(self, state: State) -> list[BuildEvent]:
         found, self.events = self.events, []
         return found
 

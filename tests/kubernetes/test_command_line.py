@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -10,31 +11,54 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.core.errors import CancelledError, SpecError, UnknownSubmissionError, VerificationError
-from orchestrator.kubernetes import builds
+from orchestrator.core.errors import (
+    CancelledError,
+    DriverLostError,
+    SpecError,
+    StoreError,
+    UnknownSubmissionError,
+    VerificationError,
+)
+from orchestrator.following import BuildEvent, Errored, Planned
+from orchestrator.kubernetes.builds import Timing
+from orchestrator.report.journal import Journal
+from orchestrator.stores import Store, open_store
 from tests.contracts.kubernetes_contract import SPEC
 from tests.models.fake_kubernetes import FakeKubernetes
 from tests.models.kuberay_operator import Driver, Operator, error_line, ray_failure
 
 NAME = ("--name", "mine")
+BEFORE, AFTER = datetime.datetime(2025, 12, 31, tzinfo=datetime.UTC), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+"""The RayJobs of the fake are made on the day between."""
 
 
 @pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """What stands for the builds' store."""
+    found = open_store((tmp_path / "store").as_uri())
+    monkeypatch.setattr("orchestrator.kubernetes.progress.open_store", lambda url, options: found)
+    return found
+
+
+@pytest.fixture
+def operator(store: Store, monkeypatch: pytest.MonkeyPatch) -> Operator:
     """A cluster that the commands find, whose operator acts while they wait."""
     fake = FakeKubernetes()
     operator = Operator(fake, fake.now)
     fake.idle = operator.step
+    timing = Timing(now=fake.now, sleep=fake.sleep)
     monkeypatch.setattr("orchestrator.kubernetes.api.KubernetesApi", lambda context: fake)
-    monkeypatch.setattr(builds, "Timing", lambda: builds_timing(fake))
+    for module in ("builds", "follow"):
+        monkeypatch.setattr(f"orchestrator.kubernetes.{module}.Timing", lambda: timing)
     return operator
 
 
-_Timing = builds.Timing
-
-
-def builds_timing(fake: FakeKubernetes) -> builds.Timing:
-    return _Timing(now=fake.now, sleep=fake.sleep)
+def write_run(store: Store, at: datetime.datetime, *events: BuildEvent, release: str = "llama/1") -> None:
+    """What a driver that began at a moment wrote to the store."""
+    journal = Journal(store, "0" * 64, at.timestamp)
+    for event in (Planned(2, ("convert/stage0/group0",), "0" * 64, False, release=release), *events):
+        journal.tell(event)
+    journal.flush()
 
 
 @pytest.fixture
@@ -122,3 +146,52 @@ def test_submit_interrupted_only_looks_away(operator: Operator, submission: list
     assert code == CancelledError.exit_code
     assert "orchestrator k8s stop mine -n trt-builds" in text
     assert len(operator.admin.jobs()) == 1
+
+
+def test_submit_shows_the_events_of_its_own_driver(operator: Operator, submission: list[str], store: Store) -> None:
+    write_run(store, BEFORE, Errored("StoreError", "of an older run", "", 17))
+    write_run(store, AFTER, release="other/1")
+    write_run(store, AFTER)
+    code, text = run(*submission)
+    assert code == 0
+    assert text.count("2 steps, 1 committed or not needed, 1 to run.") == 1
+    assert "older run" not in text
+
+
+def test_submit_last_word_in_the_store_is_the_builds_error(operator: Operator, submission: list[str], store: Store) -> None:
+    operator.drivers["mine"] = Driver("fails", "the pod was gone before anyone could read its log")
+    write_run(store, AFTER, Errored("VerificationError", "rank 1 is wrong", "look", 24))
+    code, text = run(*submission)
+    assert code == VerificationError.exit_code
+    assert "error: rank 1 is wrong" in text
+
+
+def test_submit_as_json_passes_the_drivers_events_on(operator: Operator, submission: list[str], store: Store) -> None:
+    write_run(store, AFTER)
+    _, text = run(*submission, "--json")
+    events = [json.loads(line)["event"] for line in text.splitlines()]
+    assert {"submitted", "state", "plan", "published"} == set(events)
+    assert events[-1] == "published"
+
+
+def test_submit_store_that_cannot_be_read_from_here_is_told_once(
+    operator: Operator, submission: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("no credentials")
+
+    monkeypatch.setattr("orchestrator.kubernetes.progress.find_run", refuse)
+    code, text = run(*submission)
+    assert code == 0
+    assert text.count("the driver's events are not seen from here: no credentials") == 1
+
+
+def test_logs_prints_the_drivers_events_and_the_end_of_its_log(operator: Operator, submission: list[str], store: Store) -> None:
+    operator.drivers["mine"] = Driver("fails", ray_failure(1, "Traceback: a bug"))
+    write_run(store, AFTER)
+    run(*submission)
+    code, text = run("logs", "mine")
+    assert code == 0
+    assert json.loads(text.splitlines()[0])["event"] == "plan"
+    assert text.splitlines()[-1] == "Traceback: a bug"
+    assert run("logs", "mine", "--follow")[0] == DriverLostError.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from collections.abc import Callable, Iterator
 
 from orchestrator.core.errors import OrchestratorError
@@ -58,7 +59,7 @@ class FakeKubernetes:
         if key in self.objects:
             raise ConflictError
         made = copy.deepcopy(obj)
-        made["metadata"] |= {"uid": f"uid-{self._version}", "creationTimestamp": f"2026-01-01T00:00:00Z+{self._version:06}"}
+        made["metadata"] |= {"uid": f"uid-{self._version}", "creationTimestamp": self._stamp()}
         return copy.deepcopy(self._put(key, made))
 
     def apply(self, obj: Fields) -> None:
@@ -122,6 +123,11 @@ class FakeKubernetes:
     @staticmethod
     def _key(obj: Fields) -> Key:
         return str(obj["kind"]), str(at(obj, "metadata.namespace", "")), str(obj["metadata"]["name"])
+
+    def _stamp(self) -> str:
+        """The moment of its clock, in whole seconds as Kubernetes has them."""
+        moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=self.seconds)
+        return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
     def _put(self, key: Key, obj: Fields) -> Fields:
         self._version += 1
