@@ -20,7 +20,6 @@ from actors.failures import failure_of
 from actors.node_watch import NodeWatch
 from actors.placement import Placed, Placement
 from actors.postmortem import Evidence, WorkerFacts, examine
-from actors.probe import probe_here
 from actors.workers import Worker, Workers
 from orchestrator.clusters import AnyEvent, worker_environment
 from orchestrator.core.errors import ClusterError
@@ -29,6 +28,7 @@ from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
 from orchestrator.core.retry import leaves_drained_node
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Cause, Failure, FailureKind, Task
+from orchestrator.work.probe import probe_here
 
 _OBJECT_STORE_BYTES = 200 * 10**6
 _WAIT_SECONDS = 0.5

@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 
 from orchestrator.clusters import Cluster
-from orchestrator.clusters.admission import Admission
+from orchestrator.clusters.admission import Admission, Node, by_pool
+from orchestrator.clusters.labels import selects
+from orchestrator.clusters.processes import devices
 from orchestrator.clusters.simulated import SimulatedCluster
+from orchestrator.core.errors import ClusterError
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
 from orchestrator.core.spec import ClusterSpec, PoolSpec
 from orchestrator.core.step import Estimate, Kind, Resources, Step, Task
@@ -144,3 +148,69 @@ def test_admission_cleared_queue_begins_nothing() -> None:
     admission.add(task("a"))
     admission.clear()
     assert begun(admission) == []
+
+
+def node(name: str, **labels: str) -> Node:
+    return Node(name, Resources(cpus=2, gpus=2, memory_bytes=8 * GB), labels)
+
+
+def placed(admission: Admission, *tasks: Task) -> list[tuple[str, str, tuple[int, ...]]]:
+    for item in tasks:
+        admission.add(item)
+    return [(placement.task.step.name, placement.node, placement.gpus) for placement in admission.begin()]
+
+
+def test_admission_steps_spread_over_the_nodes_of_their_pool() -> None:
+    cluster = spec(default=PoolSpec(cpus=2))
+    admission = Admission(cluster, by_pool(cluster, [node("a"), node("b")]))
+    found = placed(admission, *[task(str(number)) for number in range(5)])
+    assert [where for _, where, _ in found] == ["a", "b", "a", "b"]
+
+
+def test_admission_steps_of_a_node_get_different_gpus_and_give_them_back() -> None:
+    cluster = spec(default=PoolSpec(cpus=8, gpus=2), other=PoolSpec(cpus=8, gpus=2, steps=("calibrate",)))
+    admission = Admission(cluster, by_pool(cluster, [node("a")]))
+    tasks = [task(f"build{number}", kind=Kind.BUILD, gpus=1) for number in range(3)]
+    assert placed(admission, *tasks) == [("build0", "a", (0,)), ("build1", "a", (1,))]
+    admission.end(tasks[0].step.digest)
+    assert placed(admission) == [("build2", "a", (0,))]
+
+
+def test_admission_fallback_nodes_are_used_when_the_pools_own_are_full() -> None:
+    pool = PoolSpec(cpus=1, labels={"gpu": "L40S"}, fallback=({"gpu": "H100"},))
+    cluster = spec(default=pool)
+    admission = Admission(cluster, by_pool(cluster, [node("big", gpu="H100"), node("own", gpu="L40S"), node("none")]))
+    found = placed(admission, *[task(str(number)) for number in range(3)])
+    assert [where for _, where, _ in found] == ["own", "big"]
+
+
+def test_admission_node_that_does_not_see_the_source_is_left_out() -> None:
+    cluster = spec(default=PoolSpec(cpus=2))
+    admission = Admission(cluster, by_pool(cluster, [node("a"), node("b")]))
+    admission.learn([NodeFacts(node="a", places={"/source": False}), NodeFacts(node="b", places={"/source": True})])
+    reading = [task(str(number)) for number in range(3)]
+    reading = [item.model_copy(update={"step": item.step.model_copy(update={"places": {"source": "/source"}})}) for item in reading]
+    assert [where for _, where, _ in placed(admission, *reading)] == ["b", "b"]
+
+
+def test_by_pool_labels_of_no_node_are_refused_with_what_the_nodes_have() -> None:
+    with pytest.raises(ClusterError, match="no node carries the labels of pool gpu") as caught:
+        by_pool(spec(gpu=PoolSpec(labels={"gpu": "H100"})), [node("a", gpu="L40S")])
+    assert "a {'gpu': 'L40S'}" in caught.value.advice
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "expected"),
+    [("H100", "H100", True), ("H100", "L40S", False), ("H100", None, False), ("!H100", "L40S", True), ("!H100", None, True),
+     ("in(H100, L40S)", "L40S", True), ("in(H100,L40S)", "A100", False), ("!in(H100,L40S)", "A100", True),
+     ("!in(H100)", None, True)],
+)  # fmt: skip
+def test_selects_as_rays_label_selectors_do(condition: str, value: str | None, expected: bool) -> None:
+    assert selects({"gpu": condition}, {} if value is None else {"gpu": value}) is expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"), [((1,), None, "1"), ((0, 2), "4,5,6", "4,6"), ((1,), "GPU-a, GPU-b", "GPU-b"), ((0,), "", "0")]
+)
+def test_devices_are_numbers_among_those_that_this_process_sees(gpus: tuple[int, ...], visible: str | None, expected: str) -> None:
+    assert devices(gpus, visible) == expected

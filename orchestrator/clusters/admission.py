@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from orchestrator.clusters.labels import selects
 from orchestrator.core.errors import ClusterError
+from orchestrator.core.nodes import NodeFacts, unfit
 from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Resources, Task
+from orchestrator.core.step import Resources, Step, Task
 
 
 def machine_memory_bytes() -> int:
@@ -29,6 +30,8 @@ class Node:
     name: str
     capacity: Resources
     labels: Mapping[str, str] = field(default_factory=dict)
+    choice: int = 0
+    """Which of a pool's labels selected it: 0 for the pool's own, then its fallbacks in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Admission:
         self._waiting: list[Task] = []
         self._devices: dict[str, dict[int, str]] = {}
         """By node: which step holds a device."""
+        self._facts: dict[str, NodeFacts] = {}
         self._shares: list[_Share] = []
         for name, spec in cluster.pools.items():
             mine = nodes[name] if nodes is not None else [_here(spec)]
@@ -90,18 +94,30 @@ class Admission:
     def add(self, task: Task) -> None:
         self._waiting.append(task)
 
+    def learn(self, facts: Iterable[NodeFacts]) -> None:
+        """What nodes said of themselves: steps that cannot run on one are kept from it, where another can run them."""
+        self._facts = {node.node: node for node in facts}
+
     def begin(self) -> Iterator[Placement]:
-        """Take out every task that may begin now; its room is held until `end`. Among nodes with room, that with most to spare."""
+        """Take out every task that may begin now; its room is held until `end`.
+
+        Among nodes with room, the pool's own come before its fallbacks, and those with most to spare before others.
+        """
         for task in list(self._waiting):
             step = task.step
-            pool = next((share.pool for share in self._shares if step.kind.value in share.spec.steps), None)
-            room = [share for share in self._shares if share.pool == pool and share.admits(step.resources)]
+            room = [share for share in self._candidates(step) if share.admits(step.resources)]
             if not room:
                 continue
-            share = min(room, key=lambda share: (len(share.used) / share.capacity.cpus, share.memory_bytes))
+            share = min(room, key=lambda share: (share.node.choice, len(share.used) / share.capacity.cpus, share.memory_bytes))
             share.used[step.digest] = step.resources
             self._waiting.remove(task)
             yield Placement(task, share.pool, share.node.name, self._take_devices(share, task))
+
+    def _candidates(self, step: Step) -> list[_Share]:
+        pool = next((share.pool for share in self._shares if step.kind.value in share.spec.steps), None)
+        mine = [share for share in self._shares if share.pool == pool]
+        fit = [share for share in mine if share.node.name not in self._facts or not unfit(self._facts[share.node.name], step)]
+        return fit or mine
 
     def end(self, digest: str) -> None:
         for share in self._shares:
@@ -137,10 +153,15 @@ class Admission:
 
 
 def by_pool(cluster: ClusterSpec, nodes: Sequence[Node]) -> dict[str, list[Node]]:
-    """The nodes that each pool's labels select. Raises ClusterError when there is none."""
+    """The nodes that each pool's labels or fallbacks select. Raises ClusterError when there is none."""
     found: dict[str, list[Node]] = {}
     for name, spec in cluster.pools.items():
-        found[name] = [node for node in nodes if selects(spec.labels, node.labels)]
+        choices = [spec.labels, *spec.fallback]
+        found[name] = [
+            replace(node, choice=choice)
+            for node in nodes
+            if (choice := next((i for i, labels in enumerate(choices) if selects(labels, node.labels)), -1)) >= 0
+        ]
         if not found[name]:
             raise ClusterError(
                 f"no node carries the labels of pool {name}: {dict(spec.labels)}",

@@ -17,20 +17,23 @@ import queue
 import re
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from orchestrator.clusters import AnyEvent
 from orchestrator.clusters.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
 from orchestrator.clusters.processes import StepProcesses
 from orchestrator.core.errors import ClusterError
+from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Resources, Task
+from orchestrator.work.probe import probe_here
 
 LABELS_VARIABLE = "ORCHESTRATOR_NODE_LABELS"
 """Labels of a node beyond those it finds itself: name=value, separated by commas."""
 _LAUNCH = "Start it as: mpiexec -n N+1 python -m mpi4py.futures -m orchestrator.cli build ..., one process per node and one more."
-_TAG_HELLO, _TAG_COMMAND, _TAG_EVENT, _TAG_ALIVE, _TAG_BYE = range(701, 706)
+_TAG_HELLO, _TAG_COMMAND, _TAG_EVENT, _TAG_ALIVE, _TAG_BYE, _TAG_FACTS = range(701, 707)
 _LOST_SECONDS = 60.0
 _ALIVE_SECONDS = 2.0
 _POLL_SECONDS = 0.01
@@ -41,10 +44,11 @@ _ABORT_SECONDS = 3.0
 
 
 class MpiCluster:
-    """See Cluster."""
+    """See Cluster, and Probing."""
 
     def __init__(self, spec: ClusterSpec, *, lost_seconds: float = _LOST_SECONDS) -> None:
         """Make every other rank of this MPI job a node. Raises ClusterError when this is none, or a pool finds no node."""
+        self._spec = spec
         self._lost_seconds = lost_seconds
         self._comm, self._executor = _open_pool()
         ranks = range(1, self._comm.Get_size())
@@ -87,6 +91,27 @@ class MpiCluster:
 
     def now(self) -> float:
         return time.monotonic()
+
+    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
+        """Ask every node. One that is silent too long is one with an error. Raises ClusterError when one was lost."""
+        spec = self._spec
+        question = [spec.store, spec.store_options.model_dump_json(), spec.scratch, list(places)]
+        for rank in self._nodes:
+            self._send(rank, {"probe": question})
+        answers: dict[int, NodeFacts] = {}
+        deadline = time.monotonic() + spec.probe_timeout_seconds
+        while len(answers) < len(self._nodes) and time.monotonic() < deadline:
+            self._receive()
+            rank, said = self._next(_TAG_FACTS)
+            if rank:
+                answers[rank] = NodeFacts.model_validate_json(said)
+                continue
+            self._check_alive()
+            time.sleep(_POLL_SECONDS)
+        silent = NodeFacts(node="", error=f"silent for {spec.probe_timeout_seconds:.0f} s")
+        found = [answers.get(rank, silent).model_copy(update=_offer(node)) for rank, node in self._nodes.items()]
+        self._admission.learn(found)
+        return found
 
     def rank_of(self, digest: str) -> int:
         """The rank that runs a step. Raises KeyError."""
@@ -206,6 +231,14 @@ def _open_pool() -> tuple[Any, Any]:
     return comm, executor
 
 
+def _offer(node: Node) -> dict[str, Any]:
+    capacity = node.capacity
+    return {
+        "node": node.name, "labels": dict(node.labels), "cpus": capacity.cpus, "gpus": capacity.gpus,
+        "memory_bytes": capacity.memory_bytes,
+    }  # fmt: skip
+
+
 def serve(threads_per_step: int) -> None:
     """Be a node until the driver says that the build is over. Runs in every rank but 0."""
     from mpi4py import MPI
@@ -222,13 +255,20 @@ def serve(threads_per_step: int) -> None:
 
 
 def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEvent]) -> None:
+    facts: queue.SimpleQueue[str] = queue.SimpleQueue()
     alive = time.monotonic()
     while True:
         while comm.iprobe(source=0, tag=_TAG_COMMAND):
             command = comm.recv(source=0, tag=_TAG_COMMAND)
             if command is None:
                 return
-            processes.start(Task.model_validate_json(command["task"]), tuple(command["gpus"]), command["node"])
+            if "probe" in command:
+                # A store that does not answer may take its time; this rank still shows that it lives.
+                threading.Thread(target=lambda asked: facts.put(probe_here(*asked)), args=(command["probe"],), daemon=True).start()
+            else:
+                processes.start(Task.model_validate_json(command["task"]), tuple(command["gpus"]), command["node"])
+        with contextlib.suppress(queue.Empty):
+            comm.send(facts.get_nowait(), dest=0, tag=_TAG_FACTS)
         with contextlib.suppress(queue.Empty):
             event = events.get(timeout=_POLL_SECONDS)
             while True:
@@ -238,7 +278,7 @@ def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEve
                 event = events.get_nowait()
         if time.monotonic() - alive >= _ALIVE_SECONDS:
             alive = time.monotonic()
-            comm.send(os.getpid(), dest=0, tag=_TAG_ALIVE)
+            comm.send(None, dest=0, tag=_TAG_ALIVE)
 
 
 def describe_node() -> dict[str, Any]:

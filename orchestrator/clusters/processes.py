@@ -66,7 +66,7 @@ class StepProcesses:
     def _spawn(self, node: str, gpus: tuple[int, ...]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         environment = {**without_launcher(os.environ), **worker_environment(self._threads_per_step, gpu=bool(gpus))}
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _devices(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            environment["CUDA_VISIBLE_DEVICES"] = devices(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         log = tempfile.TemporaryFile()  # noqa: SIM115  # _follow closes it when the process has ended
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.work", node],
@@ -94,7 +94,7 @@ class StepProcesses:
                 self._report(StepFailed(digest=task.step.digest, failure=_crash(code, node, log)))
 
 
-def _devices(gpus: tuple[int, ...], visible: str | None) -> str:
+def devices(gpus: tuple[int, ...], visible: str | None) -> str:
     """CUDA_VISIBLE_DEVICES of a step that gets the devices number `gpus` of those visible to us."""
     names = visible.split(",") if visible else []
     return ",".join(names[number].strip() if number < len(names) else str(number) for number in gpus)

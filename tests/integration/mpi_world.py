@@ -83,6 +83,22 @@ def test_pool_with_more_gpus_than_its_nodes_is_refused(store_url: str) -> None:
         MpiCluster(place(store_url, gpu=PoolSpec(gpus=8)))
 
 
+def test_probe_every_node_answers_for_itself(store_url: str, tmp_path: Path) -> None:
+    cluster = MpiCluster(place(store_url))
+    try:
+        facts = cluster.probe([str(tmp_path), str(tmp_path / "nowhere")])
+    finally:
+        cluster.close()
+    assert len({node.node for node in facts}) == 2
+    assert sorted(node.labels.get("role", "") for node in facts) == ["", "second"]
+    for node in facts:
+        assert (node.error, node.store_error) == ("", "")
+        assert node.places == {str(tmp_path): True, str(tmp_path / "nowhere"): False}
+        assert node.cpus >= 1
+        assert node.mpiexec
+        assert node.versions["mpi4py"]
+
+
 def test_pool_of_a_label_from_the_environment_gets_that_node_alone(conversion: Plan, store_url: str) -> None:
     spec = place(store_url, second=PoolSpec(cpus=2, labels={"role": "second"}))
     cluster = MpiCluster(spec)
