@@ -35,7 +35,12 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print stages, steps and bytes, from the checkpoint's headers alone; with --simulate, makespan, use and cost of a build."""
+    """Print stages, steps and bytes, from the checkpoint's headers alone.
+
+    With --simulate, drive the plan on a simulated cluster and print makespan, timeline, use, bytes and cost. Nodes and their CPUs,
+    GPUs and memory stand in the cluster file (pools.NAME.nodes); speeds and prices in the rates file. To measure the rates of
+    your machines, build a model there and run `orchestrator rates SPEC --store STORE`.
+    """
     with exit_codes(as_json):
         from orchestrator import verbs
         from orchestrator.loading import load_spec
@@ -80,6 +85,9 @@ def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[s
     show(found.facts(), [_timeline(found), _pools(found)], as_json)
     if as_json:
         return
+    vague = [name for name, pool in place.pools.items() if pool.cpus is None or pool.memory is None]
+    if vague:
+        out.print(f"note: CPUs or memory of {', '.join(vague)} are not in the cluster file: taken to be this machine's")
     out.print(
         f"makespan {found.makespan_seconds:,.1f} s; the critical path alone takes {found.critical_seconds:,.1f} s: "
         + " -> ".join(found.critical_path),
