@@ -175,7 +175,7 @@ def stop_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Co
         state = stop(KubernetesApi(context), namespace, name)
         show({"name": name, "was": state.phase.value}, [], as_json)
         if not as_json:
-            out.print(f"{name} is gone; it was {state.phase.value}")
+            out.print(f"{name} is gone (was: {state.phase.value})")
 
 
 def _facts(found: Status) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Needs the binary (`make apiserver`) and etcd; skipped without.
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from orchestrator.core.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError
+from orchestrator.cli import app
+from orchestrator.core.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
 from orchestrator.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
 from orchestrator.kubernetes.builds import Timing, list_builds, stop
 from orchestrator.kubernetes.manifests import Fields, at, load_manifests
 from orchestrator.kubernetes.states import Phase
-from tests.contracts.kubernetes_contract import Bed, KubernetesContract, Recorder
+from orchestrator.stores import open_store
+from tests.contracts.kubernetes_contract import SPEC, Bed, KubernetesContract, Recorder
 from tests.models.fake_kubernetes import FakeKubernetes
 from tests.models.kube_apiserver import ROOT, KubeApiserver, definition, for_1_20, run_apiserver, skip_reason
-from tests.models.kuberay_operator import Driver, Operator, OperatorThread
+from tests.models.kuberay_operator import Driver, Operator, OperatorThread, error_line, ray_failure
 
 _REASON = skip_reason()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -251,3 +257,58 @@ def test_stop_takes_the_last_of_a_build_away(bed: Bed) -> None:
     bed.follow(made)
     assert stop(bed.api, bed.namespace, made.name, bed.timing).phase is Phase.SUCCEEDED
     _wait(lambda: bed.owners(made) == set())
+
+
+@pytest.fixture
+def submission(kuberay: KubeApiserver, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`orchestrator k8s submit` as a submitter types it, with an overlay of his own that Kubernetes 1.20 takes."""
+    store = open_store((tmp_path / "store").as_uri())
+    monkeypatch.setattr("orchestrator.kubernetes.progress.open_store", lambda url, options: store)
+    monkeypatch.setenv("KUBECONFIG", str(kuberay.kubeconfig("submitter")))
+    ports = [
+        {"op": "remove", "path": f"/spec/{way}/0/ports/{number}/endPort"} for way in ("ingress", "egress") for number in (0, 3)
+    ]
+    delete = "$patch: delete\napiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: NAME}\n"
+    own = {
+        "resources": [os.path.relpath(ROOT / "deploy/kuberay/overlays/cpu-aot", tmp_path)],
+        "patches": [
+            {"target": {"kind": "NetworkPolicy", "name": "ray"}, "patch": json.dumps(ports)},
+            *({"patch": delete.replace("NAME", name)} for name in ("build-head", "build-driver")),
+        ],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC, "release": {"name": "llama", "version": namespace}}))
+    return [
+        "submit", str(tmp_path / "spec.yaml"), "--overlay", str(tmp_path), "--store", "s3://mine/builds", "--name", "mine",
+        "--namespace", namespace, "--image", "registry.test/orchestrator@sha256:" + "0" * 64,
+    ]  # fmt: skip
+
+
+def run(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["k8s", *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    print(f"$ orchestrator k8s {' '.join(words)}\n{done.output}exit code {done.exit_code}")
+    return done.exit_code, done.output
+
+
+def test_command_line_from_submission_to_the_end(bed: Bed, submission: list[str]) -> None:
+    namespace = bed.namespace
+    code, text = run(*submission)
+    assert (code, text.splitlines()[0]) == (0, f"mine submitted, namespace {namespace}")
+    assert text.splitlines()[-1] == f"published: s3://mine/builds/releases/llama/{namespace}/manifest.json"
+    code, text = run(*submission, "--detach")
+    assert (code, text) == (0, f"mine was submitted before: attached to it, namespace {namespace}\n")
+    code, text = run("status", "mine", "-n", namespace)
+    assert code == 0
+    assert "state        succeeded" in text
+    code, text = run("list", "-n", namespace)
+    assert "mine  succeeded" in text
+    assert run("stop", "mine", "-n", namespace) == (0, "mine is asked to end\nmine is gone (was: succeeded)\n")
+
+    bed.operator.drivers["mine"] = Driver("fails", ray_failure(24, error_line("VerificationError", 24, "rank 1 is wrong")))
+    code, text = run(*submission)
+    assert code == VerificationError.exit_code
+    assert "error: rank 1 is wrong" in text
+    code, text = run("logs", "mine", "-n", namespace)
+    assert code == 0
+    assert json.loads(text.splitlines()[-1])["error"] == "VerificationError"
