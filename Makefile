@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench apiserver clean
+.PHONY: demo test lint bench storage ceph apiserver clean
 
 # Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
 demo: $(STAMP) $(MODEL)/config.json
@@ -31,6 +31,18 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.simulate_scale
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
+
+# Outside of CI: the whole demo on a real S3 server, builds through a proxy that hurts requests, two builds at once.
+storage: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.storage --server seaweed
+	$(BIN)/python -m benchmarks.storage_faults
+	$(BIN)/python -m benchmarks.storage_race
+
+# Outside of CI, root on Debian bookworm: stores and the whole demo on Ceph RGW over https.
+ceph: $(STAMP) $(MODEL)/config.json
+	apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd
+	S3_SERVER=ceph $(BIN)/python -m pytest tests/test_stores_s3.py tests/test_stores_faults.py tests/integration/test_remote_source.py
+	$(BIN)/python -m benchmarks.storage --server ceph
 
 # A real Kubernetes API server for tests/integration/test_kubernetes_api.py: root on Debian bookworm, 6 to 15 minutes, once.
 apiserver: .cache/kube-apiserver

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.models.ceph import PACKAGES, missing_programs, run_ceph
 from tests.models.demo import Demo
-from tests.models.s3_server import SECRET, in_environment
+from tests.models.s3_server import SECRET, S3Server, in_environment
 from tests.models.seaweed import run_seaweed
 
 SPEC = {
@@ -54,15 +54,15 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def store(server: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and URL of a store that is there as long as the block runs."""
+def store(server: str, folder: Path) -> Iterator[tuple[S3Server | None, str]]:
+    """A server, None for a folder, and the URL of a store; there as long as the block runs."""
     if server == "file":
-        yield "file", (folder / "store").as_uri()
+        yield None, (folder / "store").as_uri()
         return
     data = folder / "server"
     data.mkdir()
     with (run_ceph if server == "ceph" else run_seaweed)(data) as running, in_environment(running):
-        yield f"{running.name}, {running.endpoint}", f"s3://{running.bucket}/demo"
+        yield running, f"s3://{running.bucket}/demo"
 
 
 def ray_logs(since: float) -> Iterator[Path]:

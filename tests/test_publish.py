@@ -1,25 +1,17 @@
-"""Publishing: what the manifest says, that it says no secrets, and two builds at once."""
+"""Publishing: what the manifest says, and that it says no secrets. Two builds at once: tests/integration/test_race.py."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orchestrator import cache, verbs
-from orchestrator.core.errors import OrchestratorError, ReleaseExistsError
-from orchestrator.core.manifest import MANIFEST, Manifest
-from orchestrator.core.spec import BuildSpec, ClusterSpec
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.releases import list_releases, verify
+from orchestrator.core.manifest import MANIFEST
+from orchestrator.core.step import Kind
 from orchestrator.stores import open_store
-from orchestrator.work import publish as publishing
 from orchestrator.work.describing import describe
 from tests.models.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
-
-ROUNDS = 20
 
 
 def test_manifest_of_a_build_says_what_an_engines_user_needs(tmp_path: Path) -> None:
@@ -80,64 +72,3 @@ def test_describe_source_with_credentials_in_its_url_shows_none(tmp_path: Path) 
     data = describe(changed, outcomes, published.manifest.ranks, published.manifest.shared).to_json()
     assert b"s3://bucket/models/tiny" in data
     assert b"planted" not in data
-
-
-def _race(specs: list[BuildSpec], store: str, key: Path | None) -> tuple[list[Manifest], list[OrchestratorError]]:
-    done: list[Manifest] = []
-    failed: list[OrchestratorError] = []
-    barrier = threading.Barrier(len(specs))
-
-    def run(spec: BuildSpec) -> None:
-        barrier.wait()
-        try:
-            done.append(verbs.build(spec, ClusterSpec(store=store), sign_key=key).manifest)
-        except OrchestratorError as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=(spec,)) for spec in specs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return done, failed
-
-
-def _intact(store: str, outcomes: dict[str, Outcome], public: Path | None) -> None:
-    opened = open_store(store)
-    assert cache.committed(opened, outcomes).keys() == outcomes.keys()
-    assert list(opened.list(cache.LIVE)) == []
-    for item in list_releases(store):
-        verify(f"{store}/{item.folder}", public)
-
-
-@pytest.mark.parametrize("is_same", [False, True], ids=["different", "same"])
-def test_build_two_at_once_publish_one_manifest_and_harm_nothing(
-    tmp_path: Path, is_same: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    together = threading.Barrier(2, timeout=60)
-
-    def describe_together(*arguments: Any) -> Manifest:
-        together.wait()  # both have found the version free and copied their objects
-        return describe(*arguments)
-
-    monkeypatch.setattr(publishing, "describe", describe_together)
-    source = tiny_source(tmp_path / "source")
-    engines = [{"max_batch_size": size, "max_input_len": 16, "max_seq_len": 64} for size in ((2, 2) if is_same else (2, 3))]
-    private, public = make_keys(tmp_path / "keys")
-    store = (tmp_path / "store").as_uri()
-    outcomes: dict[str, Outcome] = {}
-    for number in range(ROUNDS):
-        release = {"name": "tiny", "version": str(number)}
-        specs = [release_spec(source, engine=engine, release=release, topology={"tp": 1}) for engine in engines]
-        if not number:
-            for spec in specs:
-                outcomes |= pretend_to_run(verbs.plan(spec), open_store(store))
-        done, failed = _race(specs, store, private)
-        if is_same:
-            assert failed == []
-            assert done[0] == done[1]
-        else:
-            assert [(type(error), error.exit_code) for error in failed] == [(ReleaseExistsError, 18)]
-            assert len(done) == 1
-    assert len(list_releases(store)) == ROUNDS
-    _intact(store, outcomes, public)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import shutil
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,10 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.manifest import MANIFEST
 from orchestrator.engines.device import Gpu, parse_smi, select
-from orchestrator.releases import collect, list_releases, open_release, pull, reading, tag, verify
+from orchestrator.releases import list_releases, open_release, pull, reading, tag, verify
 from orchestrator.releases.machine import Machine, check_machine, problems
 from orchestrator.stores import open_store
 from tests.models.releases import Published, cut_small, files_below, flip, make_keys, publish_tiny
-from tests.models.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")
@@ -341,35 +337,6 @@ def test_commands_pull_verify_tag_releases_inspect_speak_and_end_with_their_code
     assert run("inspect", signed.url, *key).exit_code == SignatureError.exit_code
     assert run("pull", signed.url, "--output", out, *key).exit_code == SignatureError.exit_code
     assert run("collect", signed.store.url).exit_code == 0
-
-
-def test_release_in_object_storage_is_signed_pulled_verified_tagged_and_collected(
-    s3_environment: S3Server, keys: tuple[Path, Path], tmp_path: Path
-) -> None:
-    url = f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
-    published = publish_tiny(tmp_path, keys[0], url)
-    tag(published.url, "prod")
-    pull(f"{url}/tags/prod", tmp_path / "out", public_key=keys[1], check=False)
-    verify_folder(published, tmp_path / "out")
-    published.store.put("steps/" + "ab" * 32 + "/attempt/out", b"stray")
-    needed = {info.key for info in published.store.list("releases/")}
-    begun = published.store.writer("steps/upload")
-    begun.__enter__()
-    begun.write(bytes(9 * 2**20))
-    for days in (0.0, 8.0):
-        found = collect(url, delete=True, now=datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days))
-    assert list(found.due) == ["steps/" + "ab" * 32 + "/attempt/out"]
-    assert list(published.store.list_uploads("")) == []
-    assert {info.key for info in published.store.list("releases/")} == needed
-    with contextlib.suppress(StoreError):
-        begun.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert verify(published.url, keys[1]).is_signed
-    damaged = published.manifest.ranks[2].files[0].key
-    data = bytearray(published.store.get("releases/tiny/1/" + damaged))
-    data[1234] ^= 4
-    published.store.put("releases/tiny/1/" + damaged, bytes(data))
-    with pytest.raises(DigestError, match=r"rank2\.engine has sha256"):
-        verify(published.url)
 
 
 _PROBE = """

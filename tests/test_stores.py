@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,3 +220,25 @@ def test_open_store_of_a_wrong_url_says_what_to_write(url: str, words: str) -> N
     with pytest.raises(StoreError, match=words) as caught:
         open_store(url)
     assert caught.value.advice
+
+
+@pytest.mark.parametrize(("url", "package"), [("gs://bucket/x", "gcsfs"), ("az://container/x", "adlfs"), ("abfs://c@a/x", "adlfs")])
+def test_open_store_whose_package_is_missing_names_it(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed, where it is
+    with pytest.raises(StoreError, match=package) as caught:
+        open_store(url)
+    assert f"pip install {package}" in caught.value.advice
+
+
+def test_file_store_disk_that_fills_up_is_an_error_and_leaves_nothing(file_store: Store, folder: Path) -> None:
+    file_store.put("before", b"1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        for num_bytes in (None, 300_000):
+            with pytest.raises(StoreError, match="cannot write") as caught, file_store.writer("a/large", num_bytes) as writer:
+                writer.write(bytes(300_000))
+            assert caught.value.advice
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files_below(folder) == ["before"]

@@ -40,14 +40,20 @@ class FsspecStore:
     """Objects below an fsspec URL. The client is made by the first request of a process, and never pickled."""
 
     def __init__(self, url: str) -> None:
-        from fsspec.registry import get_filesystem_class
+        from fsspec.registry import get_filesystem_class, known_implementations
         from fsspec.utils import get_protocol
 
         self.url = url.rstrip("/")
         try:
             get_filesystem_class(get_protocol(url))
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"cannot open the store {url!r}: {error}", "Install the fsspec package of this scheme.") from None
+        except ImportError as error:
+            package = known_implementations[get_protocol(url)]["class"].partition(".")[0]
+            raise StoreError(f"cannot open the store {url!r}: {error}", f"On every node: pip install {package}.") from None
+        except ValueError as error:
+            raise StoreError(
+                f"cannot open the store {url!r}: {error}",
+                "Schemes: file, s3, memory; gs and az with their packages; and those of fsspec packages that are installed.",
+            ) from None
         self.commits = not url.startswith("memory:")
         """Whether autocommit=False keeps a file back until it is committed."""
         self._opened: tuple[int, Any, str] = (0, None, "")

@@ -1,17 +1,10 @@
-"""Whole builds of a tiny model on this machine's processes, with real engines."""
+"""Whole builds of a tiny model on this machine's processes, with real engines. A killed one that resumes: test_demo.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from orchestrator import verbs
 from orchestrator.core.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
@@ -147,46 +140,3 @@ def test_build_above_tolerance_publishes_nothing(tiny_llama: Path, store_url: st
     with pytest.raises(VerificationError, match="relative error"):
         build(make_spec(tiny_llama, verification=verification), store_url)
     assert not list(Path(store_url.removeprefix("file://")).glob("releases/**/manifest.json"))
-
-
-def _spec_file(tmp_path: Path, source: Path) -> Path:
-    path = tmp_path / "spec.yaml"
-    plain: dict[str, Any] = {
-        "source": {"path": str(source)}, "topology": {"tp": 2, "pp": 2}, "engine": ENGINE,
-        "verification": {"max_tokens": 12, "decode_steps": 3}, "release": {"name": "tiny", "version": "1"},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(plain))
-    return path
-
-
-def test_build_after_its_driver_was_killed_repeats_no_committed_step(tiny_llama: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "orchestrator.cli",
-        "build",
-        str(_spec_file(tmp_path, tiny_llama)),
-        "--store",
-        str(tmp_path / "store"),
-        "--json",
-    ]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    first: set[str] = set()
-    for line in driver.stdout:
-        event = json.loads(line)
-        if event["event"] == "succeeded":
-            first.add(event["outcome"]["name"])
-            if event["outcome"]["kind"] == Kind.BUILD:
-                os.kill(driver.pid, signal.SIGKILL)
-                break
-    driver.stdout.close()
-    assert driver.wait() == -signal.SIGKILL
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    plan = next(event for event in events if event["event"] == "plan")
-    second = {event["outcome"]["name"] for event in events if event["event"] == "succeeded"}
-    assert any(name.startswith("build/") for name in first)
-    assert not first & second
-    assert not first & set(plan["pending"])
-    assert events[-1]["event"] == "published"

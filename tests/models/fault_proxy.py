@@ -66,6 +66,8 @@ class FaultProxy:
     """By method."""
     seen: list[tuple[str, str]] = field(default_factory=list)
     """Method and path with query of every request."""
+    hurt: int = 0
+    """Requests of a storm that were hurt."""
     rate: float = 0.0
     kinds: tuple[Fault, ...] = ()
     generator: random.Random = field(default_factory=lambda: random.Random(0))
@@ -89,7 +91,10 @@ class FaultProxy:
                     return entry[1]
             if method in self.always:
                 return self.always[method]
-            return self.generator.choice(self.kinds) if self.generator.random() < self.rate else None
+            if self.generator.random() >= self.rate:
+                return None
+            self.hurt += 1
+            return self.generator.choice(self.kinds)
 
 
 @contextmanager
