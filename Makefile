@@ -31,6 +31,7 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.simulate_scale
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
+	$(BIN)/python -m benchmarks.overhead
 
 # Outside of CI: the whole demo on a real S3 server, builds through a proxy that hurts requests, two builds at once.
 storage: $(STAMP) $(MODEL)/config.json
@@ -49,6 +50,10 @@ apiserver: .cache/kube-apiserver
 
 .cache/kube-apiserver:
 	tests/tools/build_kube_apiserver.sh .cache
+
+# Thirty builds on three real Ray nodes (namespaces of this machine, needs root), each with a fault at a random moment.
+faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

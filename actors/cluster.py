@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ from actors.failures import failure_of
 from actors.node_watch import NodeWatch
 from actors.placement import Placed, Placement
 from actors.postmortem import Evidence, WorkerFacts, examine
+from actors.step_actor import Message
 from actors.workers import Worker, Workers
 from orchestrator.clusters import AnyEvent, worker_environment
 from orchestrator.core.errors import ClusterError
 from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
+from orchestrator.core.progress import EVENT, StepFailed
 from orchestrator.core.retry import leaves_drained_node
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Cause, Failure, FailureKind, Task
@@ -37,6 +38,8 @@ _PATIENCE_SECONDS = 60.0
 """A worker that has not begun by then is tried on another node."""
 _EVIDENCE_SECONDS = 5.0
 """How long the report of a dead worker waits for what its node knows of it."""
+_LOOK_SECONDS = 0.25
+"""Between two looks at what time and nodes decide."""
 _DEMAND_SECONDS = 5.0
 
 
@@ -48,8 +51,6 @@ class _Attempt:
     began: float | None = None
     """When the worker said its first word."""
     facts: WorkerFacts | None = None
-    reported: bool = False
-    """Its final event is out; what remains is the worker's rest."""
 
 
 class RayCluster:
@@ -68,6 +69,8 @@ class RayCluster:
         """By Ray's generator of the attempt."""
         self._inquests: dict[Any, tuple[StepFailed, float]] = {}
         """By the reference of a task that looks for evidence: the event that waits for it, and until when."""
+        self._looked_at = 0.0
+        self._known: Set[str] = set()
         self._asked_at = 0.0
         self._asked: list[dict[str, float]] = []
         self._closed = False
@@ -151,12 +154,15 @@ class RayCluster:
         self._placement.update(nodes.values())
         self._workers.sweep(now, {node.node_id for node in nodes.values() if node.leaves_at is not None})
         found: list[AnyEvent] = []
+        if now < self._looked_at + _LOOK_SECONDS and nodes.keys() == self._known:
+            return found
+        self._looked_at, self._known = now, nodes.keys()
         for stream, attempt in list(self._attempts.items()):
             node = nodes.get(attempt.placed.node.node_id)
             leaves_at = node.leaves_at if node is not None else 0.0
-            if attempt.began is None and not attempt.reported:
+            if attempt.began is None:
                 found.extend(self._look_after_waiting(stream, attempt, now, stays=leaves_at is None))
-            elif node is not None and leaves_at is not None and not attempt.reported:
+            elif node is not None and leaves_at is not None:
                 found.extend(self._look_after_leaving(stream, attempt, now, leaves_at - time.time()))
         for task, reason in self._placement.overdue(now):
             failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=reason)
@@ -202,61 +208,54 @@ class RayCluster:
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
         if not ready and timeout_seconds > 0:
             ready, _ = ray.wait(pending, num_returns=1, timeout=timeout_seconds, fetch_local=False)
-        found = []
-        for item in ready:
-            event = self._next(item) if item in self._attempts else self._conclude(item)
-            if event is not None:
-                found.append(event)
-        return found
+        return [event for item in ready for event in (self._next(item) if item in self._attempts else [self._conclude(item)])]
 
-    def _next(self, stream: Any) -> AnyEvent | None:
-        """Take in the next word of a worker."""
+    def _next(self, stream: Any) -> list[AnyEvent]:
+        """Take in what a worker says next."""
         attempt = self._attempts[stream]
         try:
-            what, text = ray.get(next(stream))
+            messages: list[Message] = ray.get(next(stream))
         except GetTimeoutError:
-            return None
+            return []
         except (StopIteration, RayError) as error:
             return self._broken(stream, attempt, error)
-        if what == "worker":
-            attempt.began, attempt.facts = self.now(), WorkerFacts.model_validate_json(text)
-            return None
-        if what == "rest":
-            self._finish(stream, int(text))
-            return None
-        event: AnyEvent = EVENT.validate_json(text)
-        if isinstance(event, StepSucceeded):
-            attempt.reported = True
-        elif isinstance(event, StepFailed):
-            self._drop(stream)
-            self._placement.end(event.digest, self.now(), event.failure)
-        return event
+        found = []
+        for what, text in messages:
+            if what == "worker":
+                attempt.began, attempt.facts = self.now(), WorkerFacts.model_validate_json(text)
+            elif what == "event":
+                found.append(EVENT.validate_json(text))
+            else:
+                self._finish(stream, found[-1], int(text))
+        return found
 
-    def _finish(self, stream: Any, resting_bytes: int) -> None:
-        attempt = self._attempts.pop(stream)
-        self._workers.give_back(attempt.worker, resting_bytes, self.now())
-        self._placement.end(attempt.placed.task.step.digest, self.now())
+    def _finish(self, stream: Any, event: AnyEvent, resting_bytes: int) -> None:
+        """The step has ended; a worker where it failed is not used again."""
+        failure = event.failure if isinstance(event, StepFailed) else None
+        worker = self._attempts.pop(stream).worker
+        if failure is None:
+            self._workers.give_back(worker, resting_bytes, self.now())
+        else:
+            self._workers.end(worker)
+        self._placement.end(event.digest, self.now(), failure)
 
     def _drop(self, stream: Any) -> None:
         """End the worker of an attempt; nothing more is heard of it."""
         self._workers.end(self._attempts.pop(stream).worker)
 
-    def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> AnyEvent | None:
-        """The stream ended without a final event, or the worker was lost while it came to rest."""
+    def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> list[AnyEvent]:
+        """The stream ended without a final event."""
         digest, node = attempt.placed.task.step.digest, attempt.placed.node
         self._drop(stream)
-        if attempt.reported:
-            self._placement.end(digest, self.now())
-            return None
         alive = any(other.node_id == node.node_id for other in self._watch.nodes)
         failure = failure_of(error, node, alive=alive, drained=node.node_id in self._watch.drained)
         self._placement.end(digest, self.now(), failure)
         event = StepFailed(digest=digest, failure=failure)
         if not alive or attempt.facts is None or failure.cause not in (Cause.WORKER, Cause.MEMORY):
-            return event
+            return [event]
         looking = ray.remote(examine).options(num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": node.node_id})
         self._inquests[looking.remote(attempt.facts)] = (event, self.now() + _EVIDENCE_SECONDS)
-        return None
+        return []
 
     def _conclude(self, reference: Any) -> StepFailed:
         """The failure with what its node knows of the worker."""

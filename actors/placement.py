@@ -42,6 +42,8 @@ class Placed:
 @dataclass
 class _Waiting:
     task: Task
+    alike: str
+    """The same for steps that fit wherever one of them fits."""
     since: float
     """When it was added, or when it could last have been placed on an empty node."""
 
@@ -68,7 +70,9 @@ class Placement:
         return len(self._waiting)
 
     def add(self, task: Task, now: float) -> None:
-        self._waiting[task.step.digest] = _Waiting(task, now)
+        step = task.step
+        alike = f"{step.kind} {step.resources} {step.places} {step.options.get('engine')}"
+        self._waiting[step.digest] = _Waiting(task, alike, now)
 
     def update(self, nodes: Iterable[Node]) -> None:
         """The nodes that are alive now."""
@@ -80,15 +84,14 @@ class Placement:
 
     def begin(self, now: float) -> Iterator[Placed]:
         """Take out every step that may begin now; what it holds is held until `end`."""
-        full: set[tuple[object, ...]] = set()
+        full: set[str] = set()
         for digest, waiting in list(self._waiting.items()):
-            step = waiting.task.step
-            alike = (step.kind, step.resources, tuple(step.places.items()))
-            if alike in full:
+            if waiting.alike in full:
                 continue
+            step = waiting.task.step
             node = self._choose(step, now)
             if node is None:
-                full.add(alike)
+                full.add(waiting.alike)
                 continue
             del self._waiting[digest]
             placed = Placed(waiting.task, node, self._wanted(step, node))
@@ -119,8 +122,11 @@ class Placement:
     def overdue(self, now: float) -> list[tuple[Task, str]]:
         """Take out steps that no node could have taken for schedule_timeout_seconds, even an empty one; each with the reason."""
         found = []
+        able: dict[str, bool] = {}
         for digest, waiting in list(self._waiting.items()):
-            if any(True for _ in self._able(waiting.task.step)):
+            if waiting.alike not in able:
+                able[waiting.alike] = any(True for _ in self._able(waiting.task.step))
+            if able[waiting.alike]:
                 waiting.since = now
             elif now - waiting.since >= self._spec.schedule_timeout_seconds:
                 del self._waiting[digest]

@@ -19,23 +19,29 @@ from orchestrator.work.streaming import stream
 Message = tuple[Literal["worker", "event", "rest"], str]
 """worker: WorkerFacts, first of all. event: a step's event, as JSON. rest: bytes that the process still holds, last of all."""
 
+KEPT_BYTES = 600 * 10**6
+"""A process that holds more than this after its step is replaced: libraries do not return everything."""
+
 
 class StepActor:
     """Base of the actors; wrapped for Ray where it is created, so that it stays an ordinary class."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
 
-    def run(self, task_json: str) -> Iterator[Message]:
-        """Run the task; one event is final. The step's own errors are events, not exceptions."""
+    def run(self, task_json: str) -> Iterator[list[Message]]:
+        """Run the task; its last event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
         if task.step.kind not in self.kinds:
             raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps")
         forget_launcher()
         host, node_id = self.node()
-        yield "worker", facts_here(node_id).model_dump_json()
+        held: list[Message] = [("worker", facts_here(node_id).model_dump_json())]
         for event in stream(task, node_name(host, node_id)):
-            yield "event", event.model_dump_json()
-        yield "rest", str(resting_bytes())
+            held.append(("event", event.model_dump_json()))
+            if event.type in ("succeeded", "failed"):
+                held.append(("rest", str(resting_bytes())))
+            yield held
+            held = []
 
     @staticmethod
     def node() -> tuple[str, str]:
@@ -55,7 +61,12 @@ def forget_launcher() -> None:
 
 
 def resting_bytes() -> int:
-    """Memory that this process still holds after it gave back what it could."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    """Memory that this process holds after its step, once it has given back what it can if that is much."""
+    if _resident_bytes() > KEPT_BYTES:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    return _resident_bytes()
+
+
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

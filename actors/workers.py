@@ -12,7 +12,7 @@ from actors.convert_actor import ConvertActor
 from actors.engine_actor import EngineActor
 from actors.placement import Node, Placed
 from actors.quantize_actor import QuantizeActor
-from actors.step_actor import StepActor
+from actors.step_actor import KEPT_BYTES, StepActor
 from actors.verify_actor import VerifyActor
 from orchestrator.clusters import worker_environment
 from orchestrator.core.step import Resources
@@ -22,8 +22,6 @@ ACTORS: dict[str, type[StepActor]] = {
 }
 """Which actor runs a kind of step."""
 
-_KEPT_BYTES = 600 * 10**6
-"""A process that holds more than this while it rests is replaced: libraries do not return everything."""
 _IDLE_SECONDS = 5.0
 """An idle process keeps its share of the node from others for so long."""
 
@@ -70,7 +68,7 @@ class Workers:
 
     def give_back(self, worker: Worker, resting_bytes: int, now: float) -> None:
         """The step has ended well."""
-        if resting_bytes > _KEPT_BYTES or worker.held.gpus:
+        if resting_bytes > KEPT_BYTES or worker.held.gpus:
             self.end(worker)
         else:
             worker.idle_since = now

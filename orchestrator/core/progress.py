@@ -22,6 +22,8 @@ class StepStarted(_Event):
     type: Literal["started"] = "started"
     node: str
     attempt: int
+    at: str = ""
+    """When, on the node's clock: ISO 8601, UTC."""
 
 
 class StepProgress(_Event):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import queue
 import threading
 import traceback
@@ -28,7 +29,8 @@ def stream(task: Task, node: str) -> Iterator[Event]:
         else:
             events.put(StepSucceeded(digest=task.step.digest, outcome=outcome))
 
-    yield StepStarted(digest=task.step.digest, node=node, attempt=task.attempt)
+    at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    yield StepStarted(digest=task.step.digest, node=node, attempt=task.attempt, at=at)
     thread = threading.Thread(target=work, name=task.step.name, daemon=True)
     thread.start()
     while True:

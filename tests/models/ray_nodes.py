@@ -154,23 +154,29 @@ class RayNodes:
 
     def restore(self) -> None:
         """Bring back whatever is missing: links, nodes, room in scratch."""
-        for node in list(self._cut):
+        for node in list(self._cut):  # a worker that was cut off ends itself sooner or later
             self.connect(node)
+            if node != HEAD:
+                self.kill(node)
+        if HEAD not in self._processes:
+            self.start(HEAD)
+        self.wait(lambda: self._head_answers(), "the head's port")
+        self.wait(lambda: bool(self.alive()), "the head's state")
         for node in self.nodes:
-            if node in self._processes and self._processes[node].poll() is not None:
-                self._processes.pop(node)
+            if node in self._processes and node not in self.alive():
+                self.kill(node)  # it lives, and the cluster has given it up
             if node not in self._processes:
                 self.start(node)
-        self.wait(lambda: self._head_answers(), "the head's port")
         self.wait_alive(*self.nodes)
         for node in self.nodes:
             self.free_scratch(node)
 
     def down(self) -> None:
         """End every process and remove everything. Idempotent."""
-        for process in self._beside:
+        for process in list(self._beside):
+            self.kill_process(process)
+        for process in self._processes.values():
             process.kill()
-            process.wait()
         for node in list(self._processes):
             self.kill(node)
         _remove_network(self._number)
@@ -230,6 +236,15 @@ class RayNodes:
         process = subprocess.Popen([*target, "--wd=" + str(_ROOT), *words], env=environment, preexec_fn=die_with_parent, **options)
         self._beside.append(process)
         return process
+
+    def kill_process(self, process: subprocess.Popen[Any]) -> None:
+        """SIGKILL to a program of `popen`, which is the child of the one that entered the node's namespaces."""
+        for child in _children(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        process.wait()
+        if process in self._beside:
+            self._beside.remove(process)
 
     def run(self, node: int, *words: str, timeout_seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run a program in a node to its end."""
