@@ -20,8 +20,12 @@ from orchestrator.core.errors import SourceMissingError, SpecError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
 
 SPEC_FILE, CLUSTER_FILE = "spec.yaml", "cluster.yaml"
-ENTRYPOINT = f"python -m orchestrator.cli build {SPEC_FILE} --cluster {CLUSTER_FILE} --json"
-"""Says its events as JSON lines; ends with the build's own exit code."""
+ENTRYPOINT = f"exec python -m orchestrator.cli build {SPEC_FILE} --cluster {CLUSTER_FILE} --json"
+"""Says its events as JSON lines; ends with the build's own exit code.
+
+`exec`: Ray runs it through a shell, and on stop ends the shell first. A driver left behind by it would belong to the container's
+first process, and where that waits for no orphans, Ray would take the driver that has ended for one that does not end.
+"""
 
 
 def bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
