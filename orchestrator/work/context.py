@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,7 @@ from orchestrator.core.digest import ChunkHasher
 from orchestrator.core.errors import DigestError, StoreError
 from orchestrator.core.step import Output
 from orchestrator.stores import Store, Writer
+from orchestrator.stores.file import FileStore
 
 Unit = Literal["bytes", "steps"]
 
@@ -140,43 +139,33 @@ class HashingWriter:
 def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) -> None:
     """Copy an object to `target`, verified while writing; the name appears only when every byte is right and on disk.
 
-    Bytes damaged on their way are read once more. Raises DigestError, StoreError, and leaves nothing.
+    Large ones bypass the page cache, as a file store's writer does. Bytes damaged on their way are read once more. Raises
+    DigestError, StoreError, and leaves nothing.
     """
-    part = target.with_name(f"{target.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        found = ""
-        for _ in range(_DOWNLOADS):
-            found, written = _download_once(store, key, part, num_bytes)
-            if (found, written) == (sha256, num_bytes):
-                part.replace(target)
-                return
-        raise DigestError(f"{key} in {store.url} is not what was written: sha256 {found}, expected {sha256}")
-    except OSError as error:
-        raise StoreError(f"cannot write {target}: {error.strerror}", "Free space there, or choose another folder.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    folder = FileStore(target.parent.resolve().as_uri())
+    for last in (False, True):
+        try:
+            _download_once(store, key, num_bytes, sha256, folder.writer(target.name, num_bytes))
+        except DigestError:
+            if last:
+                raise
+        else:
+            return
 
 
-_DOWNLOADS = 2
-
-
-def _download_once(store: Store, key: str, part: Path, num_bytes: int) -> tuple[str, int]:
-    """Write the object to `part`; returns its sha256 and size."""
+def _download_once(store: Store, key: str, num_bytes: int, sha256: str, writer: Writer) -> None:
     hasher = hashlib.sha256()
     written = 0
-    with part.open("wb", buffering=0) as file:
-        if num_bytes:
-            with suppress(OSError):  # no fallocate here: the file grows as it is written
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
+    with writer:
         for block in store.blocks(key):
             hasher.update(block)
-            view = memoryview(block)
-            while len(view):
-                view = view[file.write(view) :]
+            try:
+                writer.write(block)
+            except StoreError as error:
+                raise StoreError(error.message, "Free space there, or choose another folder.") from error
             written += len(block)
-        file.truncate()
-        os.fsync(file.fileno())
-    return hasher.hexdigest(), written
+        if (hasher.hexdigest(), written) != (sha256, num_bytes):
+            raise DigestError(f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {sha256}")
 
 
 def file_sha256(path: Path) -> str:
