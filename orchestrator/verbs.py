@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -38,11 +37,10 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
-from orchestrator.following import Published
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
-from orchestrator.report import EventListener, Listener, Listeners, SilentListener
-from orchestrator.report.journal import Journal
+from orchestrator.recording import Recording, fetch_report
+from orchestrator.report import Listener, Listeners, SilentListener
 from orchestrator.stores import check_writable, open_store
 
 
@@ -157,12 +155,14 @@ def build(
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
     sign_key: Path | None = None,
+    report: Path | None = None,
 ) -> Build:
     """Build, verify and publish `spec` at `place`, on the cluster that `open_cluster` opens there.
 
     The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
     release that this very build has published already is returned as it is. With `sign_key`, a PEM file with a P-256 private
-    key of this machine, the release is signed. Raises an OrchestratorError of the situation.
+    key of this machine, the release is signed. The report of the build, of a failed one too, is written to `report`.
+    Raises an OrchestratorError of the situation.
     """
     from orchestrator.signing import check_sign_key
     from orchestrator.work.publish import check_free, publish
@@ -177,21 +177,23 @@ def build(
     existing = check_free(target, spec.release, made.build_key, sign_key)
     if existing is not None:
         reports.on_plan(made, {}, already_published=True)
+        if report is not None:
+            fetch_report(target, release_prefix(spec.release.name, spec.release.version), existing, report)
         return Build(made, existing, address, None)
     prefix = release_prefix(spec.release.name, spec.release.version)
     with (
         cache.in_use(target, [step.digest for step in made.steps], prefix, made.build_key),
-        Journal(target, made.build_key) as journal,
+        Recording(target, made, report) as recording,
     ):
-        reports = Listeners(reports, EventListener(journal.tell))
+        reports = Listeners(reports, recording.listener)
         committed = cache.committed(target, (step.digest for step in made.steps))
         made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
         reports.on_plan(made, committed, already_published=False)
         result = run(made, committed, place, open_cluster, reports)
+        recording.ended(result)
         result.raise_failures(made)
-        manifest = publish(target, made, result.outcomes, sign_key)
-        numbers = manifest.verification.model_dump() if manifest.verification else None
-        journal.tell(Published(f"{address}/{MANIFEST}", len(result.ran), numbers, time.time()))
+        manifest = publish(target, made, result.outcomes, sign_key, recording.page)
+        recording.published(f"{address}/{MANIFEST}", manifest)
         return Build(made, manifest, address, result)
 
 

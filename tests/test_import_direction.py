@@ -75,7 +75,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.clusters.local": Row(_own("core", "clusters", "work")),
     "orchestrator.clusters.processes": Row(_own("core", "clusters", "work")),
     "orchestrator.clusters.mpi": Row(_own("core", "clusters", "engines", "work"), inside=frozenset({"mpi4py"})),
-    "orchestrator.report": Row(_own("core", "clusters", "following", "stores", "cache", "report"), frozenset({"rich"})),
+    "orchestrator.report": Row(
+        _own("core", "clusters", "following", "stores", "cache", "report"), frozenset({"rich"}), frozenset({"jinja2"})
+    ),
     "orchestrator.report.tables": Row(_own("core", "report", "sweep"), frozenset({"rich"})),
     "orchestrator.watching": Row(_own("core", "cache", "following", "stores", "report")),
     "orchestrator.driver": _DRIVING,
@@ -87,6 +89,7 @@ TABLE: dict[str, Row] = {
         frozenset({"kubernetes", "urllib3"}),
     ),
     "orchestrator.verbs": _DRIVING,
+    "orchestrator.recording": _DRIVING,
     "orchestrator.simulation": _DRIVING,
     "orchestrator.preflight": _DRIVING,
     "orchestrator.node_checks": _DRIVING,

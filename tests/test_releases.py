@@ -115,7 +115,7 @@ def test_pull_after_a_break_fetches_only_the_chunks_that_are_missing(
     second = _through(monkeypatch, 1000)
     pull(signed.url, tmp_path / "out", check=False)
     assert not set(first[0].keys) & set(second[0].keys)
-    assert len(second[0].keys) == 4 * 4 + len(signed.manifest.shared) - reads
+    assert len(second[0].keys) == 4 * 4 + len(signed.manifest.shared) + len(signed.manifest.documents) - reads
     assert not list((tmp_path / "out").rglob("*.part"))
     verify_folder(signed, tmp_path / "out")
 

@@ -66,6 +66,9 @@ def build(
     cluster: ClusterFile = None,
     store: StoreUrl = None,
     sign_key: Annotated[Path | None, typer.Option("--sign-key", help="PEM, P-256: sign the release with this private key.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write the report of the build here too, HTML; of a failed one only here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build, verify and publish. Run it again after any interruption: committed steps are not repeated."""
@@ -75,7 +78,7 @@ def build(
 
         wanted = load_spec(spec)
         place = place_of(cluster, store)
-        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json), sign_key=sign_key)
+        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json), sign_key=sign_key, report=report)
         _report_build(made, as_json)
 
 

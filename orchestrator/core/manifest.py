@@ -24,7 +24,7 @@ SIGNATURE = "model.sig"
 """Name of a release's signature in a pulled folder."""
 _SEAL = "digest"
 
-Role = Literal["engine", "tokenizer", "config"]
+Role = Literal["engine", "tokenizer", "config", "report"]
 
 
 class _Record(BaseModel):
@@ -196,6 +196,8 @@ class Manifest(_Record):
     ranks: tuple[RankRecord, ...]
     shared: tuple[FileRecord, ...]
     """What every rank needs: tokenizer and config."""
+    documents: tuple[FileRecord, ...] = ()
+    """For people: the report of the build."""
     engine_config: dict[str, Any]
     """How TensorRT was asked to compile: BuildConfig of core/spec.py."""
     quantization: QuantizationRecord | None = None
@@ -211,7 +213,7 @@ class Manifest(_Record):
         return seal(self.model_dump(mode="json"))
 
     def all_files(self) -> list[FileRecord]:
-        return [file for rank in self.ranks for file in rank.files] + list(self.shared)
+        return [file for rank in self.ranks for file in rank.files] + [*self.shared, *self.documents]
 
     @property
     def num_bytes(self) -> int:

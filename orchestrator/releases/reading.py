@@ -55,9 +55,9 @@ class Release:
         return {**{file.path: file.sha256 for file in self.manifest.all_files()}, MANIFEST: self.digest}
 
     def files_of(self, ranks: set[int]) -> list[FileRecord]:
-        """What these ranks need, each path once: their own files, then the shared ones."""
+        """What these ranks need, each path once: their own files, then the shared ones and the documents."""
         own = [file for record in self.manifest.ranks if record.rank in ranks for file in record.files]
-        return list({file.path: file for file in [*own, *self.manifest.shared]}.values())
+        return list({file.path: file for file in [*own, *self.manifest.shared, *self.manifest.documents]}.values())
 
 
 def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:

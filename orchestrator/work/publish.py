@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator import signing
@@ -76,9 +76,16 @@ def _is_signed(store: Store, prefix: str, manifest: bytes, sign_key: Path) -> bo
     return signing.is_signed_by(signature, sign_key)
 
 
-def publish(store: Store, plan: Plan, outcomes: Mapping[str, Outcome], sign_key: Path | None = None) -> Manifest:
+def publish(
+    store: Store,
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    sign_key: Path | None = None,
+    report: Callable[[Manifest], bytes] | None = None,
+) -> Manifest:
     """Copy engines and small files into the release, sign, then commit the manifest.
 
+    `report` makes the page that is published with the release, from the manifest that does not name it yet.
     Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
     ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
     """
@@ -88,6 +95,9 @@ def publish(store: Store, plan: Plan, outcomes: Mapping[str, Outcome], sign_key:
     ranks = tuple(_publish_rank(store, prefix, folder, plan, outcomes[step.digest]) for step in plan.of_kind(Kind.BUILD))
     shared = tuple(_publish_shared(store, prefix, folder, plan))
     manifest = describe(plan, outcomes, ranks, shared)
+    if report is not None:
+        page = _put(store, prefix, folder, "report.html", "report", "text/html", report(manifest))
+        manifest = manifest.model_copy(update={"documents": (page,)})
     data = manifest.to_json()
     if sign_key is not None:
         digests = signed_digests(manifest, data)

@@ -1,0 +1,93 @@
+"""What is kept of a build besides its release: its events in the store while it runs, and the report of it at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from orchestrator.core.errors import OrchestratorError, StoreError
+from orchestrator.core.manifest import Manifest
+from orchestrator.core.plan import Plan
+from orchestrator.driver import Result
+from orchestrator.following import BuildEvent, Published
+from orchestrator.report import EventListener
+from orchestrator.report.html import REPORT, Told, render
+from orchestrator.report.journal import Journal
+from orchestrator.report.lines import Clock
+from orchestrator.report.story import Story
+from orchestrator.stores import ObjectMissingError, Store
+
+
+class Recording:
+    """Of one run. A build that raises inside the block leaves its error to those who watch, and a report at `report` if given."""
+
+    def __init__(self, store: Store, plan: Plan, report: Path | None, clock: Clock = time.time) -> None:
+        self.listener = EventListener(self._tell, clock)
+        self._plan = plan
+        self._report = report
+        self._clock = clock
+        self._story = Story()
+        self._journal = Journal(store, plan.build_key, clock)
+        self._result: Result | None = None
+
+    def ended(self, result: Result) -> None:
+        """No step is left to run."""
+        self._result = result
+
+    def page(self, manifest: Manifest) -> bytes:
+        """The report of a build that is going to be published with this manifest and the report itself."""
+        data = render(self._told(manifest))
+        if self._report is not None:
+            write_report(self._report, data)
+        return data
+
+    def published(self, address: str, manifest: Manifest) -> None:
+        """The last word."""
+        numbers = manifest.verification.model_dump() if manifest.verification else None
+        self._journal.tell(Published(address, len(self._result.ran) if self._result else 0, numbers, self._clock()))
+
+    def __enter__(self) -> Self:
+        self._journal.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._journal.__exit__(kind, error, traceback)
+        if error is not None and self._report is not None:
+            write_report(self._report, render(self._told(None, error)))
+
+    def _told(self, manifest: Manifest | None, error: BaseException | None = None) -> Told:
+        problem = error.message if isinstance(error, OrchestratorError) else type(error).__name__ if error else ""
+        result = self._result
+        if result is None:
+            return Told(self._plan, {}, frozenset(), self._story, manifest, problem=problem)
+        return Told(
+            self._plan, result.outcomes, result.ran, self._story, manifest, result.failures, result.lost, problem
+        )  # fmt: skip
+
+    def _tell(self, event: BuildEvent) -> None:
+        self._story.tell(event)
+        self._journal.tell(event)
+
+
+def write_report(path: Path, data: bytes) -> None:
+    """Raises StoreError when it cannot be written there."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the report to {path}: {error.strerror}", "Give --report a file in a folder that exists."
+        ) from None
+
+
+def fetch_report(store: Store, prefix: str, manifest: Manifest, path: Path) -> None:
+    """The published report of an earlier build. Raises StoreError when it has none."""
+    for file in manifest.documents:
+        if file.path == REPORT:
+            try:
+                write_report(path, store.get(prefix + file.key))
+            except ObjectMissingError:
+                break
+            return
+    raise StoreError(f"{manifest.name} {manifest.version} was published without a report")
