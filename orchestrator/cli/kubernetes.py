@@ -18,7 +18,9 @@ app.add_typer(k8s_app, name="k8s")
 
 @k8s_app.command("validate")
 def validate(
-    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="Manifests, or a folder with a kustomization.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE|FOLDER|-", help="Manifests, a folder of them or with a kustomization, or stdin.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Check manifests against the operator's rules, pod security and this program's needs, without a cluster."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,7 @@ def _join(path: str, part: str) -> str:
 
 
 def load_manifests(path: Path) -> list[Fields]:
-    """Every object of a file, of a folder's YAML files, or of what `kubectl kustomize` makes of a folder with a kustomization.
+    """Every object of a file, of stdin (-), of a folder's YAML files, or of what `kubectl kustomize` makes of a kustomization.
 
     Raises ManifestError and ToolError.
     """
@@ -218,6 +219,8 @@ def load_manifests(path: Path) -> list[Fields]:
             return parse_manifests(kustomize(path), str(path))
         files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
         return [obj for file in files for obj in load_manifests(file)]
+    if path == Path("-"):
+        return parse_manifests(sys.stdin.read(), "stdin")
     try:
         text = path.read_text()
     except OSError as error:

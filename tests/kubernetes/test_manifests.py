@@ -66,6 +66,12 @@ def test_validate_command_good_overlay_exits_zero() -> None:
     assert done.stdout.strip() == f"{len(overlay('h100'))} objects, {len(RULES)} rules, no problem"
 
 
+def test_validate_command_stdin_is_read() -> None:
+    done = CliRunner().invoke(app, ["k8s", "validate", "-"], input=yaml.safe_dump_all(overlay("cpu-aot")))
+    assert done.exit_code == 0
+    assert done.stdout.startswith("10 objects")
+
+
 def test_validate_command_broken_file_exits_with_the_code_of_manifests_and_says_all(tmp_path: Path) -> None:
     objects = overlay("cpu-aot")
     next(obj for obj in objects if obj["kind"] == "RayJob")["spec"]["submissionMode"] = "SidecarMode"
