@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench storage ceph apiserver clean
+.PHONY: demo test lint bench storage ceph apiserver faults slurm clean
 
 # Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
 demo: $(STAMP) $(MODEL)/config.json
@@ -54,6 +54,10 @@ apiserver: .cache/kube-apiserver
 # Thirty builds on three real Ray nodes (namespaces of this machine, needs root), each with a fault at a random moment.
 faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults
+
+# The job scripts of cluster_configs/ under a real Slurm on this machine; says which Debian packages it needs.
+slurm: $(STAMP)
+	$(BIN)/python -m benchmarks.slurm
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
