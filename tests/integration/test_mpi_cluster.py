@@ -22,7 +22,7 @@ from orchestrator.core.spec import ClusterSpec
 from orchestrator.work.process import without_launcher
 from orchestrator.work.verify import find_mpiexec
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 400.0
 ROOT = Path(__file__).resolve().parents[2]
 POOL = [sys.executable, "-m", "mpi4py.futures"]
 
