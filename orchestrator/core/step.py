@@ -96,6 +96,22 @@ class Output(_Value):
     """sha256 of every CHUNK_BYTES, for what is going to be published; else empty."""
 
 
+class Usage(_Value):
+    """What an attempt took of its node, sampled once a second or so: peaks between two samples are missed."""
+
+    peak_memory_bytes: int = 0
+    """Resident, of the worker and the processes that it started."""
+    cpu_seconds: float = 0.0
+    """Of the same; children count when they have ended."""
+    host_cpu: float | None = None
+    """Mean over the attempt of the share of all cores that were busy, with whatever else ran there; 0 to 1."""
+    gpu_utilization: float | None = None
+    """Mean over samples and the step's devices, as NVML says it; 0 to 1. None: no device, or no NVML."""
+    peak_gpu_memory_bytes: int | None = None
+    """The most that was in use on one of the step's devices, by anyone."""
+    num_samples: int = 0
+
+
 class Outcome(_Value):
     """What happened: the outputs of a step and how it went. Committed under the step's digest."""
 
@@ -110,6 +126,7 @@ class Outcome(_Value):
     """ISO 8601, UTC."""
     seconds: float = 0.0
     tools: dict[str, str] = Field(default_factory=dict)
+    usage: Usage | None = None
     log: str = ""
     """Key of the whole log; empty when the step said nothing."""
     log_tail: str = ""

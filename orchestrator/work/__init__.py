@@ -20,6 +20,7 @@ from orchestrator.core.progress import StepProgress
 from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import open_store
 from orchestrator.work.context import Context, Unit
+from orchestrator.work.usage import Sampler
 
 FUNCTIONS: dict[Kind, str] = {
     Kind.REFERENCE: "orchestrator.work.reference:reference",
@@ -59,8 +60,10 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     )
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     began = time.monotonic()
+    sampler = Sampler()
     try:
-        facts = function(task, context)
+        with sampler:
+            facts = function(task, context)
     except BaseException as error:
         _attach_log(error, lines)
         raise
@@ -78,6 +81,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         started_at=started_at,
         seconds=round(time.monotonic() - began, 3),
         tools=context.tools,
+        usage=sampler.usage(),
         log=context.prefix + LOG if lines else "",
         log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
     )

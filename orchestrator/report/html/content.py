@@ -113,18 +113,26 @@ def _rates(told: Told) -> list[dict[str, Any]]:
             "read": format_bytes(read), "written": format_bytes(written),
             "rate": f"{format_bytes((read + written) / seconds)}/s" if seconds else "",
             "memory": format_bytes(max(peaks)) if peaks else "",
-            "gpu": _gpu([outcome for _, outcome in known]),
+            "cpu": _cpu([outcome for _, outcome in known]), "gpu": _gpu([outcome for _, outcome in known]),
         })  # fmt: skip
     return rows
 
 
 def _peak(outcome: Outcome) -> int:
+    if outcome.usage is not None:
+        return outcome.usage.peak_memory_bytes
     return int(outcome.facts.get("peak_memory_bytes") or 0)
 
 
 def _gpu(outcomes: Sequence[Outcome]) -> str:
-    peak = max((int(outcome.facts.get("peak_gpu_memory_bytes") or 0) for outcome in outcomes), default=0)
-    return format_bytes(peak) if peak else ""
+    peak = max((outcome.usage.peak_gpu_memory_bytes or 0 for outcome in outcomes if outcome.usage), default=0)
+    busy = [outcome.usage.gpu_utilization for outcome in outcomes if outcome.usage and outcome.usage.gpu_utilization is not None]
+    return format_bytes(peak) + (f", {statistics.mean(busy):.0%} busy" if busy else "") if peak else ""
+
+
+def _cpu(outcomes: Sequence[Outcome]) -> str:
+    spent = [outcome.usage.cpu_seconds for outcome in outcomes if outcome.usage]
+    return format_seconds(sum(spent)) if spent else ""
 
 
 def _steps(told: Told) -> list[dict[str, Any]]:

@@ -31,7 +31,9 @@ def errors_picture(errors: Mapping[str, float]) -> str:
         return ""
     layers = sorted({layer for values in series.values() for layer in values})
     worst = {layer: max(values.get(layer, 0.0) for values in series.values()) for layer in layers}
-    most = max(worst.values()) * 1.08 or 1.0
+    top, bottom = max(worst.values()), min(error for values in series.values() for error in values.values())
+    base = 0.0 if bottom < 0.6 * top else max(bottom - 2 * (top - bottom), 0.6 * top, 0.0)
+    most = top + (top - base) * 0.08 or 1.0
     width = min(max(_LEAST_WIDTH, _LEFT + _RIGHT + _PER_LAYER * len(layers)), _MOST_WIDTH)
     inner = width - _LEFT - _RIGHT
 
@@ -39,22 +41,31 @@ def errors_picture(errors: Mapping[str, float]) -> str:
         return _LEFT + (layer - layers[0] + 0.5) / (layers[-1] - layers[0] + 1) * inner
 
     def y(error: float) -> float:
-        return _TOP + (1 - error / most) * _HEIGHT
+        return _TOP + (1 - (error - base) / (most - base)) * _HEIGHT
 
     content = []
-    for tick in ticks(most, 5):
+    for tick in (base + step for step in ticks(most - base, 5)):
         content.append(element("line", x1=_LEFT, x2=width - _RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
         content.append(text(f"{tick:.3g}", _LEFT - 8, y(tick) + 4, "small", "end"))
     every = max(1, -(-len(layers) // 16))
     content += [text(str(layer), x(layer), _TOP + _HEIGHT + 18, "small", "middle") for layer in layers[::every]]
-    content.append(text("layer", _LEFT + inner / 2, _TOP + _HEIGHT + 36, "small", "middle"))
+    content.append(
+        text(
+            "layer" if base == 0 else f"layer (the scale begins at {base:.3g})",
+            _LEFT + inner / 2,
+            _TOP + _HEIGHT + 36,
+            "small",
+            "middle",
+        )
+    )
     line = "L".join(f"{x(layer):.1f} {y(worst[layer]):.1f}" for layer in layers)
     content.append(element("path", d=f"M{line}", class_="worst"))
     for number, (name, values) in enumerate(series.items()):
+        aside = (number - (len(series) - 1) / 2) / len(series) * 0.6 * inner / (layers[-1] - layers[0] + 1)
         for layer, error in values.items():
             told = f"layer {layer}, {name}: {error:.3g}"
             content.append(
-                element("circle", title(told), cx=x(layer), cy=y(error), r=4, class_=f"series s{min(number, _SERIES - 1)}")
+                element("circle", title(told), cx=x(layer) + aside, cy=y(error), r=4, class_=f"series s{min(number, _SERIES - 1)}")
             )
     told = f"Relative error of {len(errors)} linears in {len(layers)} layers; the largest is {max(worst.values()):.3g}."
     return picture(width, _TOP + _HEIGHT + _BOTTOM, "Quantization error by layer", told, content)

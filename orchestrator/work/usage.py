@@ -1,0 +1,157 @@
+"""What a step takes of its node while it runs: memory and CPU from /proc, GPUs from NVML where there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from orchestrator.core.step import Usage
+
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was in use at a moment."""
+
+    memory_bytes: int
+    gpu_utilizations: tuple[float, ...] = ()
+    """By device, 0 to 1."""
+    gpu_memory_bytes: tuple[int, ...] = ()
+
+
+class Reader(Protocol):
+    """Where samples come from."""
+
+    def sample(self) -> Sample: ...
+
+    def cpu_seconds(self) -> float:
+        """Spent so far by this process and its ended children."""
+        ...
+
+    def host_ticks(self) -> tuple[int, int]:
+        """Busy and all, of all cores since the machine began."""
+        ...
+
+
+class Sampler:
+    """Samples from a thread of its own as long as the block runs; never fails the step."""
+
+    def __init__(self, reader: Reader | None = None, seconds: float = _SECONDS) -> None:
+        self._reader = reader or MachineReader()
+        self._seconds = seconds
+        self._samples: list[Sample] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="usage", daemon=True)
+        self._cpu = 0.0
+        self._host: tuple[int, int] = (0, 0)
+
+    def __enter__(self) -> Self:
+        self._cpu, self._host = self._reader.cpu_seconds(), self._reader.host_ticks()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(_SECONDS)
+        self._take()
+        self._cpu = self._reader.cpu_seconds() - self._cpu
+        busy, every = self._reader.host_ticks()
+        self._host = (busy - self._host[0], every - self._host[1])
+
+    def usage(self) -> Usage:
+        """Of the block, when it has ended."""
+        samples, (busy, every) = list(self._samples), self._host
+        utilizations = [share for sample in samples for share in sample.gpu_utilizations]
+        return Usage(
+            peak_memory_bytes=max((sample.memory_bytes for sample in samples), default=0),
+            cpu_seconds=round(self._cpu, 3),
+            host_cpu=round(busy / every, 4) if every else None,
+            gpu_utilization=round(sum(utilizations) / len(utilizations), 4) if utilizations else None,
+            peak_gpu_memory_bytes=max((count for sample in samples for count in sample.gpu_memory_bytes), default=None),
+            num_samples=len(samples),
+        )
+
+    def _work(self) -> None:
+        self._take()
+        while not self._stop.wait(self._seconds):
+            self._take()
+
+    def _take(self) -> None:
+        with contextlib.suppress(Exception):  # a missing sample harms nobody
+            self._samples.append(self._reader.sample())
+
+
+class MachineReader:
+    """This process and its children, and the GPUs that it sees."""
+
+    def __init__(self, load_nvml: Callable[[], Any] | None = None) -> None:
+        self._nvml, self._devices = _open_nvml(load_nvml or _import_nvml)
+
+    def sample(self) -> Sample:
+        utilizations, memory = [], []
+        for device in self._devices:
+            utilizations.append(self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
+            memory.append(int(self._nvml.nvmlDeviceGetMemoryInfo(device).used))
+        return Sample(sum(map(_resident_bytes, _family(os.getpid()))), tuple(utilizations), tuple(memory))
+
+    def cpu_seconds(self) -> float:
+        spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+    def host_ticks(self) -> tuple[int, int]:
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except (OSError, ValueError):
+            return 0, 0
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def _import_nvml() -> Any:
+    import pynvml
+
+    return pynvml
+
+
+def _open_nvml(load: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """NVML and the devices of CUDA_VISIBLE_DEVICES; none where there is no GPU, no driver, or no package."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return None, []
+    try:
+        nvml = load()
+        nvml.nvmlInit()
+        names = [name.strip() for name in visible.split(",")] if visible else map(str, range(nvml.nvmlDeviceGetCount()))
+        return nvml, [_device(nvml, name) for name in names]
+    except Exception:  # of NVML, whose classes are not known where it is absent
+        return None, []
+
+
+def _device(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _family(process: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield process
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            children = listed.read_text().split()
+        except OSError:  # it has just ended
+            continue
+        for child in children:
+            yield from _family(int(child))
+
+
+def _resident_bytes(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
