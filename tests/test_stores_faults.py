@@ -303,6 +303,15 @@ def test_check_writable_server_without_put_if_absent_is_refused(bench: Workbench
     assert listed(bench.truth()) == {}
 
 
+@both
+def test_check_writable_server_without_multipart_uploads_says_so(bench: Workbench, transfer: Transfer) -> None:
+    bench.proxy.always["POST"] = Fault.NOT_IMPLEMENTED
+    with pytest.raises(StoreError, match="multipart uploads fail") as caught:
+        check_writable(bench.store(transfer))
+    assert "checksums: when_required" in caught.value.advice
+    assert listed(bench.truth()) == {}
+
+
 def test_copy_of_a_large_object_is_made_in_parts(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "COPY_BYTES", PART_BYTES)
     monkeypatch.setattr(s3, "COPY_PART_BYTES", PART_BYTES)

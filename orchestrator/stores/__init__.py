@@ -122,6 +122,10 @@ class Store(Protocol):
         """Remove what an upload has stored; none there is no error. Its writer, if it still runs, fails."""
         ...
 
+    def check_uploads(self, key: str) -> None:
+        """Write a few bytes to `key` the way that large objects are. Raises StoreError that says what the server cannot do."""
+        ...
+
     def local_path(self, key: str) -> Path | None:
         """The object as a file of this machine, where it is one."""
         ...
@@ -175,6 +179,7 @@ def check_writable(store: Store) -> None:
             )
         _check_create_is_refused(store, key)
         store.copy(key, copy)
+        store.check_uploads(copy)
     finally:
         store.delete(key)
         store.delete(copy)

@@ -163,6 +163,9 @@ class FsspecStore:
     def abort_upload(self, upload: Upload) -> None:
         self.delete(upload.upload_id)
 
+    def check_uploads(self, key: str) -> None:
+        """Large objects need nothing that small ones do not."""
+
     def local_path(self, key: str) -> Path | None:
         return None
 

@@ -104,6 +104,13 @@ class ObstoreBulk:
             raise TransientError(f"the body of {path!r} ended after {len(found.data)} of {expected} bytes")
         return found
 
+    def upload_one_part(self, path: str, data: bytes) -> None:
+        """A multipart upload whose only part is `data`. Raises as S3Client.call."""
+        import obstore
+
+        with _told_apart():
+            obstore.put(self._once, path, data, use_multipart=True)
+
     def open_upload(self, path: str, part_bytes: int, parallel: int, metadata: dict[str, str]) -> Any:
         """obstore's own multipart upload: a context manager with `write`, which aborts when its block raises."""
         import obstore

@@ -192,6 +192,22 @@ class S3Store:
                 lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id),
             )
 
+    def check_uploads(self, key: str) -> None:
+        data = b"an upload of one part"
+        bulk = self.bulk()
+        try:
+            if bulk is not None:
+                self.retried(f"write {key!r}", lambda: bulk.upload_one_part(self.path(key), data))
+            else:
+                with UploadWriter(self, key, len(data), len(data), self._slots) as writer:
+                    writer.write(data)
+        except StoreError as error:
+            raise StoreError(
+                f"multipart uploads fail where single ones do not: {error.message}",
+                "If the server does not know CRC64NVME, set store_options.checksums: when_required in the cluster file; "
+                "otherwise use a server that has multipart uploads, and see that the bucket's policy allows them.",
+            ) from error
+
     def local_path(self, key: str) -> Path | None:
         return None
 
