@@ -118,7 +118,9 @@ def _show_listed(found: list[Listed], as_json: bool) -> None:
             f"{choice.tp} x {choice.pp}", f"{choice.backend}, {choice.gpu}", format_bytes(manifest.num_bytes),
             "yes" if item.is_signed else "no", ", ".join(item.tags),
         )  # fmt: skip
-    show({"releases": facts}, [table], as_json)
+    show({"releases": facts}, [table] if found else [], as_json)
+    if not found and not as_json:
+        out.print("No release is there, or none that was selected: without --select all are listed, each with its precision.")
 
 
 @app.command()
@@ -165,7 +167,8 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
         out.print(f"  {format_bytes(size):>10}  {plain(key)}", soft_wrap=True)
     for key in uploads:
         out.print(f"  unfinished upload of {plain(key)}", soft_wrap=True)
-    verb = "deleted" if found.deleted else "to delete (run again with --delete)"
+    nothing = not found.due and not uploads
+    verb = "deleted" if found.deleted else "to delete" if nothing else "to delete (run again with --delete)"
     out.print(f"{len(found.due)} objects, {format_bytes(sum(found.due.values()))}, and {len(uploads)} unfinished uploads {verb}")
     if found.waiting:
         total = format_bytes(sum(found.waiting.values()))

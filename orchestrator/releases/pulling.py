@@ -61,7 +61,7 @@ def wanted_ranks(manifest: Manifest, ranks: Iterable[int] | None, node: int | No
         if not found:
             raise ReleaseMissingError(
                 f"{manifest.name} {manifest.version} has nothing for node {node} of {gpus_per_node} GPUs",
-                f"It has ranks 0 to {len(present) - 1}: nodes 0 to {(len(present) - 1) // gpus_per_node}.",
+                f"Its {len(present)} ranks are on {_nodes((len(present) - 1) // gpus_per_node)}.",
             )
         return found
     wanted = sorted(set(present if ranks is None else ranks))
@@ -71,6 +71,10 @@ def wanted_ranks(manifest: Manifest, ranks: Iterable[int] | None, node: int | No
             f"{manifest.name} {manifest.version} has no rank {unknown[0]}", f"It has ranks 0 to {len(present) - 1}."
         )
     return wanted
+
+
+def _nodes(last: int) -> str:
+    return f"nodes 0 to {last}" if last else "node 0 alone"
 
 
 def _bring(
