@@ -44,6 +44,16 @@ def _listener(as_json: bool) -> Listener:
     return JsonListener() if as_json else ConsoleListener(out)
 
 
+def _listener_at(place: ClusterSpec, as_json: bool) -> Listener:
+    """On Ray, metrics too: Ray exports them with its own."""
+    if place.kind != "ray":
+        return _listener(as_json)
+    from actors.metrics import Metrics
+    from orchestrator.report import EventListener, Listeners
+
+    return Listeners(_listener(as_json), EventListener(Metrics().tell))
+
+
 def _open_cluster(place: ClusterSpec) -> Cluster:
     if place.kind == "ray":
         from actors import RayCluster
@@ -78,7 +88,9 @@ def build(
 
         wanted = load_spec(spec)
         place = place_of(cluster, store)
-        made = verbs.build(wanted, place, open_cluster=_open_cluster, listener=_listener(as_json), sign_key=sign_key, report=report)
+        made = verbs.build(
+            wanted, place, open_cluster=_open_cluster, listener=_listener_at(place, as_json), sign_key=sign_key, report=report
+        )
         _report_build(made, as_json)
 
 
