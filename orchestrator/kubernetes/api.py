@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Api(Protocol):
         ...
 
     def apply(self, obj: Fields) -> None:
-        """Make it, or change the fields that `obj` names (server-side apply)."""
+        """Make it, or change the fields that `obj` names (server-side apply). Raises ConflictError when others own one of them."""
         ...
 
     def delete(self, kind: Kind, namespace: str, name: str) -> bool:
@@ -90,6 +91,7 @@ class KubernetesApi:
             ) from None
         client = _client(context)
         self.host = str(client.configuration.host)
+        weakref.finalize(self, client.rest_client.pool_manager.clear)  # its connections would be left to the garbage collector
         with self._explained("reach", "the API server"):
             self._client = DynamicClient(client, cache_file=_NO_CACHE)
 
@@ -121,12 +123,16 @@ class KubernetesApi:
             return self._plain(made)
 
     def apply(self, obj: Fields) -> None:
+        from kubernetes.dynamic.exceptions import ConflictError as Conflict
+
         kind = Kind.of(obj)
         with self._explained("patch", f"{kind.kind}/{at(obj, 'metadata.name')}"):
-            self._resource(kind).server_side_apply(
-                body=obj, field_manager=FIELD_MANAGER, force_conflicts=True,
-                **self._in(kind, str(at(obj, "metadata.namespace", ""))),
-            )  # fmt: skip
+            try:
+                self._resource(kind).server_side_apply(
+                    body=obj, field_manager=FIELD_MANAGER, **self._in(kind, str(at(obj, "metadata.namespace", "")))
+                )
+            except Conflict:
+                raise ConflictError from None
 
     def delete(self, kind: Kind, namespace: str, name: str) -> bool:
         from kubernetes.dynamic.exceptions import NotFoundError

@@ -76,9 +76,11 @@ def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> Submit
 
 
 def _share(api: Api, obj: Fields) -> None:
-    """What all builds of a namespace share; whoever may not make it needs it to be there."""
+    """What all builds of a namespace share: what an administrator has changed stays, and who may not make it needs it there."""
     try:
         api.apply(obj)
+    except ConflictError:
+        return
     except AuthenticationError:
         if _find(api, obj) is None:
             raise

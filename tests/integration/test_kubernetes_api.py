@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ServerAdmin:
         from kubernetes.dynamic import DynamicClient
 
         client = config.new_client_from_config(str(kubeconfig))
-        client.configuration.retries = False
+        weakref.finalize(self, client.rest_client.pool_manager.clear)
         self._client = DynamicClient(client, cache_file="/dev/null/none")
         self._namespace = namespace
 
@@ -220,6 +221,20 @@ def test_submit_without_rights_says_which_are_missing(bed: Bed, server: KubeApis
     with pytest.raises(AuthenticationError) as error:
         list_builds(bed.api, bed.namespace)
     assert 'apiGroups: ["ray.io"], resources: ["rayjobs"], verbs: ["list"]' in error.value.advice
+
+
+def test_submit_what_an_administrator_has_changed_stays_as_it_is(bed: Bed, server: KubeApiserver) -> None:
+    policy = Kind("networking.k8s.io/v1", "NetworkPolicy")
+    bed.submit(bed.render())
+    changed = bed.api.get(policy, bed.namespace, "store")
+    assert changed is not None
+    changed["spec"]["egress"][0]["ports"][0]["port"] = 9000
+    client = api_of(server, "admin")._client
+    client.resources.get(api_version=policy.api_version, kind=policy.kind).replace(body=changed, field_manager="somebody")
+    assert not bed.submit(bed.render({"dtype": "float16"}))
+    kept = bed.api.get(policy, bed.namespace, "store")
+    assert kept is not None
+    assert kept["spec"]["egress"][0]["ports"][0]["port"] == 9000
 
 
 def test_submit_with_an_unknown_token_is_refused(server: KubeApiserver, monkeypatch: pytest.MonkeyPatch) -> None:

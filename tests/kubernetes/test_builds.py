@@ -93,6 +93,13 @@ def test_submit_whoever_may_not_make_shared_objects_needs_them_to_be_there(bed: 
     assert not bed.submit(bed.render({"dtype": "float16"}))
 
 
+def test_submit_what_an_administrator_has_changed_stays(bed: Bed, fake: FakeKubernetes) -> None:
+    fake.refuse[("patch", "NetworkPolicy")] = ConflictError()
+    made = bed.render()
+    assert not bed.submit(made)
+    assert bed.follow(made).phase is Phase.SUCCEEDED
+
+
 def test_follow_whoever_may_not_list_pods_hears_nothing_of_them(bed: Bed, fake: FakeKubernetes) -> None:
     fake.refuse[("list", "Pod")] = FORBIDDEN
     made, seen = bed.render(), Recorder()

@@ -168,6 +168,20 @@ def test_render_local_source_below_a_claim_of_every_group_is_taken(overlay: list
         render(spec_of(source={"path": "/modelsX"}), place, with_job(overlay, mount))
 
 
+@pytest.mark.parametrize("name", [name for name in overlay_names() if name != "interactive"])
+def test_render_every_overlay_of_jobs_gives_the_build_its_name(name: str) -> None:
+    objects = load_overlay(name)
+    made = render(spec_of(), overlay_cluster(objects).model_copy(update={"store": STORE}), objects, namespace="mine")
+    assert {obj["metadata"]["name"].removesuffix("-head").removesuffix("-driver") for obj in made.owned} == {made.name}
+    assert "namespace: trt-builds" not in made.to_yaml()
+
+
+def test_render_overlay_of_a_cluster_that_stays_is_refused() -> None:
+    with pytest.raises(ManifestError, match="holds 0 RayJobs") as error:
+        render(spec_of(), ClusterSpec(kind="ray", store=STORE), load_overlay("interactive"))
+    assert "orchestrator submit" in error.value.advice
+
+
 @pytest.mark.parametrize("name", ["h100", "l40s-mixed", "kueue"])
 def test_render_gpu_build_with_an_overlay_of_gpus_is_taken(name: str) -> None:
     objects = load_overlay(name)

@@ -6,7 +6,6 @@ import copy
 import datetime
 from collections.abc import Callable, Iterator
 
-from orchestrator.core.errors import OrchestratorError
 from orchestrator.kubernetes.api import ConflictError, ExpiredError, Kind
 from orchestrator.kubernetes.manifests import Fields, at
 
@@ -20,7 +19,7 @@ class FakeKubernetes:
         self.seconds = 0.0
         self.idle: Callable[[], None] = lambda: None
         """Called while a watch waits: what others do meanwhile."""
-        self.refuse: dict[tuple[str, str], OrchestratorError] = {}
+        self.refuse: dict[tuple[str, str], Exception] = {}
         """Error of (method, kind); of a watch when it is begun."""
         self.objects: dict[Key, Fields] = {}
         self._version = 0
