@@ -9,12 +9,16 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench storage ceph apiserver faults slurm clean
+.PHONY: demo demo-cluster test lint bench storage ceph apiserver faults slurm clean
 
 # Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/orchestrator plan cluster_configs/jobs/smollm2.yaml
 	$(BIN)/orchestrator build cluster_configs/jobs/smollm2.yaml --cluster cluster_configs/local-ray.yaml
+
+# Outside of CI, root: the same handed over with `orchestrator submit` to three Ray nodes in namespaces of this machine.
+demo-cluster: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.three_nodes
 
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pytest

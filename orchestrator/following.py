@@ -182,7 +182,7 @@ def decode_line(line: str) -> BuildEvent | None:
         if decoder is None:
             return None
         time = fields.pop("time", None)
-        fields["at"] = datetime.datetime.fromisoformat(time).timestamp() if time else 0.0
+        fields["told_at"] = datetime.datetime.fromisoformat(time).timestamp() if time else 0.0
         return decoder(fields)
     except (ValueError, KeyError, TypeError, ValidationError):
         return None
@@ -192,7 +192,7 @@ def _planned(fields: dict[str, Any]) -> Planned:
     return Planned(
         fields["steps"], tuple(fields["pending"]), fields["build_key"], fields["already_published"],
         tuple(fields.get("warnings", ())), tuple(fields.get("notes", ())), tuple(fields.get("estimates", ())),
-        fields.get("release", ""), fields["at"],
+        fields.get("release", ""), fields["told_at"],
     )  # fmt: skip
 
 
@@ -201,27 +201,27 @@ def _stepped(kind: str, model: type[AnyEvent]) -> Callable[[dict[str, Any]], Ste
         own = {name: fields[name] for name in model.model_fields if name in fields}
         name = fields.get("step") or fields["digest"]
         event = EVENT.validate_python({**own, "type": kind})
-        return Stepped(name, event, fields.get("node", ""), fields.get("attempt", 0), fields["at"])
+        return Stepped(name, event, fields.get("node", ""), fields.get("attempt", 0), fields["told_at"])
 
     return decode
 
 
 def _retrying(fields: dict[str, Any]) -> Retrying:
     name = fields.get("step") or fields["digest"]
-    return Retrying(name, fields["digest"], fields["attempt"], fields["delay_seconds"], fields["at"])
+    return Retrying(name, fields["digest"], fields["attempt"], fields["delay_seconds"], fields["told_at"])
 
 
 def _nodes(fields: dict[str, Any]) -> NodesSeen:
     nodes = tuple(NodeFacts.model_validate(node) for node in fields["nodes"])
-    return NodesSeen(nodes, tuple(fields.get("warnings", ())), fields["at"])
+    return NodesSeen(nodes, tuple(fields.get("warnings", ())), fields["told_at"])
 
 
 def _published(fields: dict[str, Any]) -> Published:
-    return Published(fields["manifest"], fields["steps_run"], fields.get("verification"), fields["at"])
+    return Published(fields["manifest"], fields["steps_run"], fields.get("verification"), fields["told_at"])
 
 
 def _errored(fields: dict[str, Any]) -> Errored:
-    return Errored(fields["error"], fields["message"], fields.get("advice", ""), fields["exit_code"], fields["at"])
+    return Errored(fields["error"], fields["message"], fields.get("advice", ""), fields["exit_code"], fields["told_at"])
 
 
 _STEP_EVENTS: dict[str, type[AnyEvent]] = {
@@ -232,8 +232,8 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], BuildEvent]] = {
     "nodes": _nodes,
     **{kind: _stepped(kind, model) for kind, model in _STEP_EVENTS.items()},
     "retry": _retrying,
-    "finish": lambda fields: Finished(tuple(fields["ran"]), fields["at"]),
-    "alive": lambda fields: Alive(fields["at"]),
+    "finish": lambda fields: Finished(tuple(fields["ran"]), fields["told_at"]),
+    "alive": lambda fields: Alive(fields["told_at"]),
     "published": _published,
     "error": _errored,
 }
