@@ -45,7 +45,7 @@ storage: $(STAMP) $(MODEL)/config.json
 
 # Outside of CI, root on Debian bookworm: stores and the whole demo on Ceph RGW over https.
 ceph: $(STAMP) $(MODEL)/config.json
-	apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd
+	command -v ceph-osd || (apt-get update -qq && apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd)
 	S3_SERVER=ceph $(BIN)/python -m pytest tests/test_stores_s3.py tests/test_stores_faults.py tests/integration/test_remote_source.py
 	$(BIN)/python -m benchmarks.storage --server ceph
 
