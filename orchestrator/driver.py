@@ -107,6 +107,7 @@ class _Drive:
         if known is not None:
             self.launch(self.take(StepSucceeded(digest=step.digest, outcome=known)))
             return
+        profile = self.spec.profile
         self.cluster.start(
             Task(
                 step=step,
@@ -116,5 +117,7 @@ class _Drive:
                 store_options=self.spec.store_options,
                 scratch=self.spec.scratch,
                 build_id=self.build_id,
+                profile=profile.nsys if profile and step.kind.value in profile.steps else None,
+                log_format=self.spec.log_format,
             )
         )

@@ -69,7 +69,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.work": Row(
         _own("core", "quantizers", "networks", "engines", "checkpoints", "stores", "cache", "signing", "work"),
         frozenset({"numpy", "onnx", "pydantic"}),
-        HEAVY | {"pynvml"},
+        HEAVY | {"nvtx", "pynvml"},
     ),
     "orchestrator.clusters": Row(_own("core", "clusters")),
     "orchestrator.clusters.local": Row(_own("core", "clusters", "work")),

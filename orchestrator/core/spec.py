@@ -306,6 +306,14 @@ class DriverSpec(Frozen):
     """How long it may clean up after `orchestrator stop`, before it is killed."""
 
 
+class ProfileSpec(Frozen):
+    """Which steps run under Nsight Systems. Their traces are put into the store, and the last event of each names its own."""
+
+    steps: tuple[Literal["reference", "calibrate", "convert", "build", "verify"], ...] = ("build",)
+    nsys: tuple[str, ...] = ("--trace=cuda,nvtx,osrt",)
+    """Options of `nsys profile`."""
+
+
 class ClusterSpec(Frozen):
     """What there is to build with."""
 
@@ -321,6 +329,9 @@ class ClusterSpec(Frozen):
     pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
     driver: DriverSpec = DriverSpec()
     retries: RetrySpec = RetrySpec()
+    profile: ProfileSpec | None = None
+    log_format: Literal["text", "json"] = "text"
+    """Of the log that each step leaves in the store. json: every line has step, kind, rank or stage, attempt and node."""
     threads_per_step: int = Field(default=1, ge=1)
     """OMP_NUM_THREADS of every step."""
     schedule_timeout_seconds: float = Field(default=600.0, gt=0)

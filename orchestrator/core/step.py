@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -219,3 +219,7 @@ class Task(_Value):
     scratch: str | None = None
     build_id: str = ""
     """Begins the name of every attempt of one run of a build, so that what its killed attempts left can be told from others'."""
+    profile: tuple[str, ...] | None = None
+    """Run under `nsys profile` with these options; None: not."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the step's log."""

@@ -20,6 +20,8 @@ from orchestrator.core.progress import StepProgress
 from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import open_store
 from orchestrator.work.context import Context, Unit
+from orchestrator.work.logs import StepLog
+from orchestrator.work.ranges import Ranges, find_marker
 from orchestrator.work.usage import Sampler
 
 FUNCTIONS: dict[Kind, str] = {
@@ -49,20 +51,22 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         return known
     module, _, name = FUNCTIONS[task.step.kind].partition(":")
     function = getattr(importlib.import_module(module), name)
-    lines: list[str] = []
+    name_of_node = node or platform.node()
+    log, ranges = StepLog(task, name_of_node), Ranges(task.step.name, find_marker())
+    lines = log.lines
     scratch = Path(tempfile.mkdtemp(prefix="step-", dir=task.scratch))
     context = Context(
         store=store,
         prefix=cache.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),
         scratch=scratch,
-        report=_throttled(digest, emit),
-        log=lines.append,
+        report=_throttled(digest, emit, ranges),
+        log=log.write,
     )
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     began = time.monotonic()
     sampler = Sampler()
     try:
-        with sampler:
+        with log, ranges, sampler:
             facts = function(task, context)
     except BaseException as error:
         _attach_log(error, lines)
@@ -77,7 +81,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         kind=task.step.kind,
         outputs=tuple(sorted(context.outputs, key=lambda output: output.name)),
         facts=facts,
-        node=node or platform.node(),
+        node=name_of_node,
         started_at=started_at,
         seconds=round(time.monotonic() - began, 3),
         tools=context.tools,
@@ -100,12 +104,13 @@ def _attach_log(error: BaseException, lines: list[str]) -> None:
     error._step_log = "\n".join(lines[-_LOG_TAIL_LINES:])  # type: ignore[attr-defined]
 
 
-def _throttled(digest: str, emit: Callable[[StepProgress], None]) -> Callable[[str, int, int, Unit], None]:
+def _throttled(digest: str, emit: Callable[[StepProgress], None], ranges: Ranges) -> Callable[[str, int, int, Unit], None]:
     """Progress at most a few times a second; the last of a phase always."""
     last = 0.0
 
     def report(phase: str, done: int, total: int, unit: Unit) -> None:
         nonlocal last
+        ranges.phase(phase)
         now = time.monotonic()
         if now - last >= _REPORT_SECONDS or done >= total:
             last = now

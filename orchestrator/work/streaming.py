@@ -12,12 +12,16 @@ from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, St
 from orchestrator.core.step import Task
 from orchestrator.work import log_of, run
 from orchestrator.work.failures import failure_of
+from orchestrator.work.profiling import stream_profiled
 
 Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 
 
 def stream(task: Task, node: str) -> Iterator[Event]:
     """Run the task in a thread of its own; yields its start, its progress, and exactly one final event."""
+    if task.profile is not None:
+        yield from stream_profiled(task, node)
+        return
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def work() -> None:

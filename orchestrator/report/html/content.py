@@ -80,9 +80,14 @@ def content_of(told: Told) -> dict[str, Any]:
 def _cards(told: Told, cached: int) -> list[tuple[str, str, str]]:
     """Name, value and a word about it."""
     topology, story = told.plan.topology, told.story
+    architecture = told.plan.inputs.config.architecture
     took = story.last - story.began if story.began is not None else 0.0
     found = [
-        ("Model", told.plan.inputs.config.architecture, f"{told.plan.inputs.config.dtype}, tp {topology.tp}, pp {topology.pp}"),
+        (
+            "Model",
+            architecture.removesuffix("ForCausalLM"),
+            f"{architecture}, {told.plan.inputs.config.dtype}, tp {topology.tp}, pp {topology.pp}",
+        ),
         ("Steps", f"{len(told.ran)} run", f"{cached} cached of {len(told.plan.steps)}"),
         ("Time", format_seconds(took), f"{format_seconds(sum(told.outcomes[digest].seconds for digest in told.ran))} of work"),
     ]

@@ -11,7 +11,7 @@ from orchestrator.following import place_of
 from orchestrator.report.html.svg import element, picture, shorten, text, title
 from orchestrator.report.tables import format_bytes, format_seconds
 
-_COLUMNS = {Kind.REFERENCE: 0, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
+_COLUMNS = {Kind.REFERENCE: 1, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
 _RELEASE = 3
 _WIDTH, _GAP, _ROW_GAP = 210, 62, 18
 _SQUARE, _SQUARES, _MOST_SQUARES = 13, 14, 42

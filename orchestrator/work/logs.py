@@ -1,0 +1,49 @@
+"""A step's log: what it says and what libraries warn of, as text or as JSON lines that tell step, rank, attempt and node."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from orchestrator.core.step import Task
+
+
+class StepLog(logging.Handler):
+    """Collects lines; as a context manager, the warnings of every library's logger in this process too."""
+
+    def __init__(self, task: Task, node: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(logging.WARNING)
+        stage = re.search(r"/(?:stage|part)(\d+)", task.step.name)
+        self._where = {
+            "step": task.step.name, "kind": task.step.kind.value, "rank": task.step.rank,
+            "stage": int(stage.group(1)) if stage else None, "attempt": task.attempt, "node": node,
+        }  # fmt: skip
+        self._as_json = task.log_format == "json"
+        self._clock = clock
+        self.lines: list[str] = []
+
+    def write(self, message: str) -> None:
+        """A line of the step's own."""
+        self._add("info", message)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._add(record.levelname.lower(), record.getMessage(), logger=record.name)
+
+    def __enter__(self) -> Self:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        logging.getLogger().removeHandler(self)
+
+    def _add(self, level: str, message: str, **more: Any) -> None:
+        if self._as_json:
+            at = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC).isoformat(timespec="milliseconds")
+            message = json.dumps({"time": at, "level": level, **self._where, **more, "message": message})
+        self.lines.append(message)

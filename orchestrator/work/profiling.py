@@ -1,0 +1,74 @@
+"""A step under Nsight Systems: its process is started by `nsys profile`, wherever steps run, and the trace goes to the store."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator import cache
+from orchestrator.core.errors import ToolError
+from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.core.step import Failure, FailureKind, Task
+from orchestrator.stores import open_store
+from orchestrator.work.process import die_with_parent
+
+Event = StepStarted | StepProgress | StepSucceeded | StepFailed
+_TRACE = "trace.nsys-rep"
+_TAIL = 4000
+
+
+def trace_key(task: Task) -> str:
+    """Where the trace of a step stands in the store; `collect` removes it with what no release needs."""
+    return cache.attempt_prefix(task.step.digest, f"{task.build_id}profile{task.attempt}") + _TRACE
+
+
+def stream_profiled(task: Task, node: str) -> Iterator[Event]:
+    """As `stream`. The last event's outcome names the trace among its facts; the committed one does not: it is of no identity."""
+    nsys = shutil.which("nsys")
+    if nsys is None:
+        yield StepStarted(digest=task.step.digest, node=node, attempt=task.attempt)
+        error = ToolError(f"there is no nsys on {node}", "Install Nsight Systems there, or take `profile` out of the cluster file.")
+        yield StepFailed(digest=task.step.digest, failure=Failure.of(error, node))
+        return
+    with tempfile.TemporaryDirectory(prefix="nsys-", dir=task.scratch) as folder:
+        trace = Path(folder) / _TRACE
+        options = ["--force-overwrite=true", f"--output={trace}", *(task.profile or ())]
+        command = [nsys, "profile", *options, sys.executable, "-m", "orchestrator.work", node]
+        final: Event | None = None
+        with (
+            open(Path(folder) / "stderr", "w+b") as errors,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, preexec_fn=die_with_parent
+            ) as process,
+        ):
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdin:
+                process.stdin.write(task.model_copy(update={"profile": None}).model_dump_json().encode())
+            for line in process.stdout:
+                if not line.startswith(b"{"):  # nsys speaks too
+                    continue
+                event = EVENT.validate_json(line)
+                if isinstance(event, (StepSucceeded, StepFailed)):
+                    final = event
+                else:
+                    yield event
+            code = process.wait()
+            errors.seek(0)
+            said = errors.read()[-_TAIL:].decode(errors="replace")
+        yield _concluded(task, node, final, trace, f"nsys ended with exit code {code} before the step did", said)
+
+
+def _concluded(task: Task, node: str, final: Event | None, trace: Path, problem: str, said: str) -> Event:
+    if final is None:
+        failure = Failure(kind=FailureKind.INFRASTRUCTURE, message=problem, node=node, log_tail=said)
+        return StepFailed(digest=task.step.digest, failure=failure)
+    if isinstance(final, StepSucceeded) and trace.exists():
+        open_store(task.store, task.store_options).put(trace_key(task), trace.read_bytes())
+        facts = {**final.outcome.facts, "profile": trace_key(task)}
+        return final.model_copy(update={"outcome": final.outcome.model_copy(update={"facts": facts})})
+    return final
