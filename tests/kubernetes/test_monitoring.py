@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kubernetes.overlays import of_kind, overlay
+from tests.kubernetes.overlays import KUBERAY, of_kind, overlay
 
 CASES = Path(__file__).resolve().parents[1] / "data" / "kubernetes" / "alerts.yaml"
 RULES: list[dict[str, Any]] = of_kind(overlay("monitoring"), "PrometheusRule")["spec"]["groups"]
-ALERTS = [rule for group in RULES for rule in group["rules"]]
+OF_PODS, OF_BUILDS = RULES
+ALERTS = OF_PODS["rules"]
+MONITORING = KUBERAY.parent / "monitoring"
 
 
 def ray_gauges() -> set[str]:
@@ -39,6 +42,16 @@ def test_alert_is_of_metrics_that_ray_has_and_says_what_to_do(alert: dict[str, A
 def test_alerts_there_is_a_case_of_every_one() -> None:
     said = {item["alertname"] for case in yaml.safe_load(CASES.read_text())["tests"] for item in case["alert_rule_test"]}
     assert said == {alert["alert"] for alert in ALERTS}
+
+
+def test_alerts_of_builds_are_those_for_any_prometheus() -> None:
+    assert yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"] == [OF_BUILDS]
+
+
+def test_dashboard_is_where_grafana_looks_for_it() -> None:
+    (config,) = [obj for obj in overlay("monitoring") if obj["kind"] == "ConfigMap" and "dashboard" in obj["metadata"]["name"]]
+    assert config["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert json.loads(config["data"]["dashboard.json"]) == json.loads((MONITORING / "dashboard.json").read_text())
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")

@@ -77,7 +77,8 @@ def test_overlay_every_object_is_in_one_namespace_and_none_is_a_secret(name: str
 @pytest.mark.parametrize("name", sorted(ISSUE - {"interactive"}))
 def test_overlay_runs_the_command_of_submit_in_the_folder_of_its_bundle(name: str) -> None:
     objects = overlay(name)
-    job, bundle = of_kind(objects, "RayJob"), of_kind(objects, "ConfigMap")
+    job = of_kind(objects, "RayJob")
+    bundle = next(obj for obj in objects if obj["kind"] == "ConfigMap" and obj["metadata"]["name"] == "build")
     assert job["spec"]["entrypoint"] == ENTRYPOINT
     decode(BuildSpec, yaml.safe_load(bundle["data"]["spec.yaml"]), "spec.yaml")
     decode(ClusterSpec, yaml.safe_load(bundle["data"]["cluster.yaml"]), "cluster.yaml")
