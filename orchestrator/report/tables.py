@@ -32,9 +32,10 @@ def format_seconds(seconds: float) -> str:
     whole = round(seconds)
     if whole < 120:
         return f"{whole} s"
-    if whole < 2 * 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    first, second = (
+        (f"{whole // 60} min", f"{whole % 60} s") if whole < 7200 else (f"{whole // 3600} h", f"{whole % 3600 // 60} min")
+    )
+    return first if second.startswith("0 ") else f"{first} {second}"
 
 
 def step_table(plan: Plan, result: Finished) -> Table:

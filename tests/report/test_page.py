@@ -21,6 +21,7 @@ from orchestrator.following import NodesSeen, Planned, Stepped
 from orchestrator.report.html import REPORT, Told, render
 from orchestrator.report.html.errors_plot import by_layer
 from orchestrator.report.html.svg import ticks
+from orchestrator.report.html.timeline import time_ticks
 from orchestrator.report.story import Story
 from tests.models.releases import Published, publish_tiny, release_spec, tiny_source
 from tests.report.browser import find_chromium, measure, screenshot
@@ -204,6 +205,13 @@ def test_ticks_are_few_and_within(most: float) -> None:
     assert found[0] == 0
     assert found[-1] <= most
     assert 1 <= len(found) <= 8
+
+
+@pytest.mark.parametrize("span", [0.05, 1.0, 59.0, 3600.0, 86400.0, 3e6])
+def test_time_ticks_are_few_and_within(span: float) -> None:
+    found = time_ticks(span)
+    assert (found[0], found[-1] <= span) == (0, True)
+    assert 2 <= len(found) <= 9 or span < 0.1
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed (Debian package chromium)")

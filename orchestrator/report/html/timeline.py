@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from orchestrator.report.html.svg import element, picture, shorten, text, ticks, title
+from orchestrator.report.html.svg import element, picture, shorten, text, title
 from orchestrator.report.story import Attempt
 from orchestrator.report.tables import format_seconds
 
@@ -12,6 +12,10 @@ _WIDTH, _LEFT, _RIGHT, _TOP = 1080, 150, 12, 30
 _LANE, _BAR, _NODE_GAP = 22, 17, 10
 _MOST_BARS, _MOST_NODES = 600, 40
 _BINS, _AREA = 180, 30
+_STEPS = [
+    *(0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30), *(60 * minutes for minutes in (1, 2, 5, 10, 15, 30)),
+    *(3600 * hours for hours in (1, 2, 3, 6, 12, 24, 48, 120)),
+]  # fmt: skip
 _WORDS = {"succeeded": "ran", "failed": "failed", "moved": "went to another node", "running": "did not end"}
 
 
@@ -39,8 +43,14 @@ def _x(seconds: float, span: float) -> float:
     return _LEFT + seconds / span * (_WIDTH - _LEFT - _RIGHT)
 
 
+def time_ticks(span: float) -> list[float]:
+    """At most nine times that people count in, from 0 to `span` seconds."""
+    step = next((step for step in _STEPS if span / step <= 8), span / 8)
+    return [number * step for number in range(int(span / step) + 1)]
+
+
 def _axis(span: float, height: float) -> Iterator[str]:
-    for tick in ticks(span, 8):
+    for tick in time_ticks(span):
         x = _x(tick, span)
         yield element("line", x1=x, x2=x, y1=_TOP - 6, y2=height, class_="grid")
         yield text(format_seconds(tick) if tick else "0", x, _TOP - 12, "small", "middle" if tick else "start")
