@@ -50,8 +50,8 @@ def follow(
     for state in _states(api, namespace, name, listener, timing):
         if state is None:
             raise CancelledError(f"{name} was deleted while it ran")
+        heard.listen(state)  # before the end is told
         watched.see(state)
-        heard.listen(state)
         if state.phase.is_over:
             error = failure(state, heard.last_word)
             if error is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ from orchestrator.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesA
 from orchestrator.kubernetes.builds import Timing, list_builds, stop
 from orchestrator.kubernetes.manifests import Fields, at, load_manifests
 from orchestrator.kubernetes.states import Phase
+from orchestrator.releases import read_release
 from orchestrator.stores import open_store
 from tests.contracts.kubernetes_contract import SPEC, Bed, KubernetesContract, Recorder
+from tests.integration.test_kubernetes_entrypoint import lay_out
 from tests.models.fake_kubernetes import FakeKubernetes
 from tests.models.kube_apiserver import ROOT, KubeApiserver, definition, for_1_20, run_apiserver, skip_reason
 from tests.models.kuberay_operator import Driver, Operator, OperatorThread, error_line, ray_failure
+from tests.models.ray_nodes import RayNodes
+from tests.models.ray_nodes import skip_reason as ray_skip_reason
 
 _REASON = skip_reason()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -274,24 +279,30 @@ def test_stop_takes_the_last_of_a_build_away(bed: Bed) -> None:
     _wait(lambda: bed.owners(made) == set())
 
 
+def write_overlay(folder: Path, *more: Fields) -> None:
+    """A kustomization of the CPU overlay that Kubernetes 1.20 takes, with more patches."""
+    ports = [
+        {"op": "remove", "path": f"/spec/{way}/0/ports/{number}/endPort"} for way in ("ingress", "egress") for number in (0, 3)
+    ]
+    delete = "$patch: delete\napiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: NAME}\n"
+    own = {
+        "resources": [os.path.relpath(ROOT / "deploy/kuberay/overlays/cpu-aot", folder)],
+        "patches": [
+            {"target": {"kind": "NetworkPolicy", "name": "ray"}, "patch": json.dumps(ports)},
+            *more,
+            *({"patch": delete.replace("NAME", name)} for name in ("build-head", "build-driver")),
+        ],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(own))
+
+
 @pytest.fixture
 def submission(kuberay: KubeApiserver, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`orchestrator k8s submit` as a submitter types it, with an overlay of his own that Kubernetes 1.20 takes."""
     store = open_store((tmp_path / "store").as_uri())
     monkeypatch.setattr("orchestrator.kubernetes.progress.open_store", lambda url, options: store)
     monkeypatch.setenv("KUBECONFIG", str(kuberay.kubeconfig("submitter")))
-    ports = [
-        {"op": "remove", "path": f"/spec/{way}/0/ports/{number}/endPort"} for way in ("ingress", "egress") for number in (0, 3)
-    ]
-    delete = "$patch: delete\napiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: NAME}\n"
-    own = {
-        "resources": [os.path.relpath(ROOT / "deploy/kuberay/overlays/cpu-aot", tmp_path)],
-        "patches": [
-            {"target": {"kind": "NetworkPolicy", "name": "ray"}, "patch": json.dumps(ports)},
-            *({"patch": delete.replace("NAME", name)} for name in ("build-head", "build-driver")),
-        ],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    write_overlay(tmp_path)
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC, "release": {"name": "llama", "version": namespace}}))
     return [
         "submit", str(tmp_path / "spec.yaml"), "--overlay", str(tmp_path), "--store", "s3://mine/builds", "--name", "mine",
@@ -327,3 +338,58 @@ def test_command_line_from_submission_to_the_end(bed: Bed, submission: list[str]
     code, text = run("logs", "mine", "-n", namespace)
     assert code == 0
     assert json.loads(text.splitlines()[-1])["error"] == "VerificationError"
+
+
+class RunningOperator(Operator):
+    """Runs the entry point of a RayJob on a node of a real Ray cluster, in a folder that holds what its ConfigMap holds."""
+
+    def __init__(self, admin: ServerAdmin, nodes: RayNodes, folder: Path) -> None:
+        super().__init__(admin)
+        self._nodes, self._folder, self._threads = nodes, folder, ThreadPoolExecutor(1)
+        self._runs: dict[str, Future[Any]] = {}
+
+    def _next(self, job: Fields, status: Fields) -> Fields | None:
+        name = str(job["metadata"]["name"])
+        if status.get("jobStatus") == "RUNNING":
+            run = self._runs.get(name) or self._runs.setdefault(name, self._threads.submit(self._run, job))
+            if not run.done():
+                return None
+            code, lines = run.result()
+            self.drivers[name] = Driver("fails", ray_failure(code, *lines[-10:])) if code else Driver()
+        return super()._next(job, status)
+
+    def _run(self, job: Fields) -> tuple[int, list[str]]:
+        (config,) = [obj for obj in self.admin.owned() if obj["kind"] == "ConfigMap"]
+        folder = self._folder / str(job["metadata"]["uid"])
+        lay_out(job, config, folder)
+        done = self._nodes.run(2, "bash", "-c", f"cd {folder} && {job['spec']['entrypoint']}")
+        return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.skipif(ray_skip_reason() is not None, reason=str(ray_skip_reason()))
+def test_command_line_submits_a_build_that_real_ray_nodes_run(
+    kuberay: KubeApiserver, namespace: str, ray_nodes: RayNodes, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(kuberay.kubeconfig("submitter")))
+    place = {"kind": "ray", "address": "auto", "store": ray_nodes.store_url, "pools": {"all": {}}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(place))
+    engine = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
+    spec = {"source": {"path": str(tiny_llama)}, "engine": engine, "verification": {"enabled": False}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**spec, "release": {"name": "onkube", "version": "1"}}))
+    pods = [f"/spec/rayClusterSpec/workerGroupSpecs/{group}/template/spec" for group in (0, 1)]
+    volume = {"name": "all", "persistentVolumeClaim": {"claimName": "all"}}
+    mounts = [{"name": "all", "mountPath": str(path)} for path in (tiny_llama, ray_nodes.folder)]
+    claim = [{"op": "add", "path": f"{pod}/volumes/-", "value": volume} for pod in pods]
+    claim += [{"op": "add", "path": f"{pod}/containers/0/volumeMounts/-", "value": mount} for pod in pods for mount in mounts]
+    write_overlay(tmp_path, {"target": {"kind": "RayJob"}, "patch": json.dumps(claim)})
+    operator = RunningOperator(ServerAdmin(kuberay.kubeconfig("admin"), namespace), ray_nodes, tmp_path)
+    with OperatorThread(operator):
+        code, text = run(
+            "submit", str(tmp_path / "spec.yaml"), "--overlay", str(tmp_path), "--cluster", str(tmp_path / "cluster.yaml"),
+            "--namespace", namespace, "--image", "registry.test/orchestrator@sha256:" + "0" * 64,
+        )  # fmt: skip
+    assert code == 0
+    assert "steps, 0 committed or not needed" in text
+    manifest = f"{ray_nodes.store_url}/releases/onkube/1/manifest.json"
+    assert text.splitlines()[-1] == f"published: {manifest}"
+    assert read_release(manifest)[1].name == "onkube"

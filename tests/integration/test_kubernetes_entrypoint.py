@@ -13,7 +13,7 @@ import pytest
 from orchestrator.core.spec import PoolSpec
 from orchestrator.kubernetes.manifests import Fields
 from orchestrator.kubernetes.overlays import load_overlay
-from orchestrator.kubernetes.render import Rendered, overlay_cluster, render
+from orchestrator.kubernetes.render import overlay_cluster, render
 from orchestrator.releases import read_release
 from orchestrator.submission import ENTRYPOINT, pack
 from tests.conftest import SpecMaker
@@ -33,10 +33,9 @@ def overlay_with_claim(*paths: str) -> list[Fields]:
     return objects
 
 
-def lay_out(made: Rendered, folder: Path) -> None:
+def lay_out(job: Fields, config: Fields, folder: Path) -> None:
     """As the kubelet fills the volume of the bundle."""
-    (config,) = [obj for obj in made.owned if obj["kind"] == "ConfigMap"]
-    pod = made.job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    pod = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
     (volume,) = [volume["configMap"] for volume in pod["volumes"] if "configMap" in volume]
     assert volume["name"] == config["metadata"]["name"]
     data = {key: text.encode() for key, text in config["data"].items()}
@@ -66,7 +65,8 @@ def test_entrypoint_of_a_rendered_job_builds_and_publishes_on_a_ray_cluster(
         update={"store": ray_nodes.store_url, "scratch": None, "pools": {"all": PoolSpec()}}
     )
     made = render(packed.spec, place, objects, files={path: file.read_bytes() for path, file in packed.files.items()})
-    lay_out(made, tmp_path / "bundle")
+    (config,) = [obj for obj in made.owned if obj["kind"] == "ConfigMap"]
+    lay_out(made.job, config, tmp_path / "bundle")
 
     entrypoint = made.job["spec"]["entrypoint"]
     assert entrypoint == ENTRYPOINT
