@@ -71,6 +71,12 @@ class Recording:
         self._journal.tell(event)
 
 
+def check_report(path: Path) -> None:
+    """Raises StoreError when no report can be written there: before the build, not after it."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise StoreError(f"cannot write the report to {path}", "Give --report a file in a folder that exists.")
+
+
 def write_report(path: Path, data: bytes) -> None:
     """Raises StoreError when it cannot be written there."""
     try:

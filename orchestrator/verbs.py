@@ -39,7 +39,7 @@ from orchestrator.driver import Result, drive
 from orchestrator.families import family_for, family_named
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
-from orchestrator.recording import Recording, fetch_report
+from orchestrator.recording import Recording, check_report, fetch_report
 from orchestrator.report import Listener, Listeners, SilentListener
 from orchestrator.stores import check_writable, open_store
 
@@ -170,6 +170,8 @@ def build(
     reports = listener or SilentListener()
     if sign_key is not None:
         check_sign_key(sign_key)
+    if report is not None:
+        check_report(report)
     made = plan(spec)
     target = open_store(place.store, place.store_options)
     address = f"{target.url}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/")

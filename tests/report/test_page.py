@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import verbs
-from orchestrator.core.errors import StepFailedError
+from orchestrator.core.errors import StepFailedError, StoreError
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
@@ -146,6 +146,14 @@ def test_build_that_fails_writes_its_report_and_publishes_none(tmp_path: Path) -
     text = (tmp_path / "r.html").read_text()
     assert "no &lt;cluster&gt; today" in text
     assert "verified and published" not in text
+
+
+def test_build_whose_report_cannot_be_written_is_refused_before_it_begins(tmp_path: Path) -> None:
+    spec, place = release_spec(tiny_source(tmp_path / "source")), ClusterSpec(store=(tmp_path / "store").as_uri())
+    for path in (tmp_path, tmp_path / "nowhere" / "r.html"):
+        with pytest.raises(StoreError, match="cannot write the report"):
+            verbs.build(spec, place, report=path)
+    assert not (tmp_path / "store").exists()
 
 
 def test_page_of_a_failed_build_has_the_failure_record_escaped(published: Published) -> None:
