@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
@@ -21,9 +20,9 @@ from orchestrator.core.step import Kind
 from orchestrator.following import Errored, Finished, Planned, Published, Stepped
 from orchestrator.releases import read_release
 from orchestrator.stores import open_store
-from orchestrator.submission import ENTRYPOINT, bundle
+from orchestrator.submission import bundle
 from tests.conftest import SpecMaker
-from tests.models.ray_nodes import BedOptions, RayNodes, ray_nodes, skip_reason
+from tests.models.ray_nodes import RayNodes, skip_reason
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,10 +38,9 @@ SECRETS = {
 WORKER = DriverSpec(cpus=0.1, labels={"role": "worker"})
 
 
-@pytest.fixture(scope="module")
-def bed() -> Iterator[RayNodes]:
-    with ray_nodes(BedOptions(num_nodes=2)) as made:
-        yield made
+@pytest.fixture
+def bed(ray_nodes: RayNodes) -> RayNodes:
+    return ray_nodes
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def client(bed: RayNodes, monkeypatch: pytest.MonkeyPatch) -> Client:
 
 @pytest.fixture
 def place(bed: RayNodes) -> ClusterSpec:
-    return ClusterSpec(kind="ray", store=bed.store_url, scratch=str(bed.scratch), driver=WORKER)
+    return ClusterSpec(kind="ray", store=f"{bed.store_url}/jobs", scratch=str(bed.scratch), driver=WORKER)
 
 
 def tiny(make_spec: SpecMaker, source: Path, version: str, **sections: Any) -> BuildSpec:
@@ -102,7 +100,7 @@ def test_submitted_build_runs_on_a_worker_is_published_and_found_again(
     again = client.submit(spec, place)
     assert (again.attached, again.id) == (True, job.id)
     assert again.result(timeout_seconds=60) == published
-    assert [found.id for found in client.list()] == [job.id]
+    assert job.id in [found.id for found in client.list()]
     nodes = {
         node["node_id"]: node["labels"] for node in json.loads(asked(bed, "/api/v0/nodes?detail=1"))["data"]["result"]["result"]
     }
@@ -171,24 +169,12 @@ def _stop_while_it_compiles(job: Submission) -> set[str]:
     return committed
 
 
-def test_entrypoint_run_as_it_is_in_a_folder_of_the_bundle_builds_on_the_cluster(
-    bed: RayNodes, place: ClusterSpec, make_spec: SpecMaker, tiny_llama: Path, tmp_path: Path
-) -> None:
-    spec = tiny(make_spec, tiny_llama, "3")
-    for name, text in bundle(spec, place.model_copy(update={"address": "auto"})).items():
-        (tmp_path / name).write_text(text)
-    done = bed.run(2, "bash", "-c", f"cd {tmp_path} && {ENTRYPOINT}")
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert (last["event"], last["manifest"]) == ("published", f"{bed.store_url}/releases/jobs/3/manifest.json")
-
-
 def test_driver_that_no_node_can_hold_is_told_and_withdrawn(
     client: Client, place: ClusterSpec, make_spec: SpecMaker, tiny_llama: Path
 ) -> None:
     spec = tiny(make_spec, tiny_llama, "4")
     waiting = client.submit(spec, place, driver=DriverSpec(resources={"licence": 1}), start_seconds=2)
-    with pytest.raises(NotStartedError, match="none of 2 nodes has what the driver asks for: 1 licence"):
+    with pytest.raises(NotStartedError, match=r"none of [0-9] nodes has what the driver asks for: 1 licence"):
         waiting.result()
     assert waiting.status().state == "PENDING"
     assert waiting.cancel(wait_seconds=0).state == "PENDING"
