@@ -25,9 +25,11 @@ _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (
     (exceptions.RuntimeEnvSetupError, Cause.WORKER),
     (exceptions.ObjectLostError, Cause.WORKER),
     (exceptions.RpcError, Cause.NODE),
+    (exceptions.ActorUnavailableError, Cause.NODE),  # it does not answer: its node may be dead before the cluster knows
     (exceptions.RayActorError, Cause.WORKER),
 )
-_MEMORY_WORDS = ("running low on memory", "out-of-memory", "OOM")
+_MEMORY_WORDS = ("running low on memory",)
+"""Of Ray's memory monitor. Of every killed worker it is said that the kernel's OOM killer may have done it."""
 _NODE_WORDS = ("node has died", "node died", "node was terminated", "node failure", "marked dead", "expected termination: node")
 
 

@@ -20,6 +20,11 @@ def raised(error: Exception) -> exceptions.RayTaskError:
     return exceptions.RayTaskError("run", "a traceback", error)
 
 
+def died(words: str) -> exceptions.ActorDiedError:
+    """As Ray says it, with words of the cause."""
+    return exceptions.ActorDiedError(exceptions.RayTaskError("run", words, ValueError()))
+
+
 @pytest.mark.parametrize(
     ("error", "alive", "kind", "cause"),
     [
@@ -31,7 +36,9 @@ def raised(error: Exception) -> exceptions.RayTaskError:
         (exceptions.ActorUnschedulableError("no"), True, FailureKind.INFRASTRUCTURE, Cause.PLACE),
         (exceptions.ActorDiedError(), True, FailureKind.INFRASTRUCTURE, Cause.WORKER),
         (exceptions.ActorDiedError(), False, FailureKind.INFRASTRUCTURE, Cause.NODE),
-        (exceptions.ActorUnavailableError("connection refused", b"0" * 16), False, FailureKind.INFRASTRUCTURE, Cause.NODE),
+        (died("(1) The process is killed by SIGKILL by OOM killer"), True, FailureKind.INFRASTRUCTURE, Cause.WORKER),
+        (died("killed due to the node running low on memory"), True, FailureKind.INFRASTRUCTURE, Cause.MEMORY),
+        (exceptions.ActorUnavailableError("connection refused", b"0" * 16), True, FailureKind.INFRASTRUCTURE, Cause.NODE),
         (StopIteration(), True, FailureKind.INFRASTRUCTURE, Cause.WORKER),
         (exceptions.TaskCancelledError(), True, FailureKind.CANCELLED, Cause.UNKNOWN),
         (raised(DtypeError("no")), True, FailureKind.APPLICATION, Cause.UNKNOWN),

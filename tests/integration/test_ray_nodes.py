@@ -1,11 +1,49 @@
-"""Three real Ray nodes: what the bed itself promises, then what a build on it survives."""
+"""Three real Ray nodes: what the bed itself promises, then what a build on it survives. The driver runs on node 2."""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.models.bed_build import BedBuild
-from tests.models.ray_nodes import RayNodes
+import pytest
+
+from tests.models.bed_build import BedBuild, Line, is_start_of, published, started_again
+from tests.models.bed_faults import actors, step_processes
+from tests.models.ray_nodes import HEAD, RayNodes
+
+UNPROVEN: dict[str, Any] = {"topology": {"tp": 2, "pp": 1}, "verification": {"enabled": False}}
+"""Two engines, and nothing executed: faults in converts and engine builds are seen in a few seconds."""
+
+
+WORKERS = {"default": {"labels": {"role": "worker"}}}
+"""Nodes 2 and 3: of two engines one is built on each."""
+
+
+def fresh(bed: RayNodes, source: Path, version: str, pools: Any = None, **sections: Any) -> BedBuild:
+    """A build with a store of its own: every step runs."""
+    return BedBuild(bed, source, version, f"file://{bed.folder}/stores/{version}", pools, **{**UNPROVEN, **sections})
+
+
+def number(line: Line) -> int:
+    """Of the node that a line names."""
+    return int(line["node"].partition("/")[0].removeprefix("node"))
+
+
+def begins_away(kind: str) -> Callable[[Line], bool]:
+    """Whether a line says that a step of a kind began on node 3."""
+    return lambda line: is_start_of(kind)(line) and number(line) == 3
+
+
+def ends_well(build: BedBuild) -> None:
+    assert build.wait() == 0, build.explain()
+    assert started_again(build) == []
+
+
+def causes(build: BedBuild) -> set[tuple[str, str]]:
+    return {(line["failure"]["kind"], line["failure"]["cause"]) for line in build.of("failed")}
 
 
 def test_ray_nodes_killed_and_restored_are_seen_by_the_cluster(ray_nodes: RayNodes) -> None:
@@ -19,12 +57,86 @@ def test_ray_nodes_killed_and_restored_are_seen_by_the_cluster(ray_nodes: RayNod
     assert ray_nodes.alive() == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_build_on_three_nodes_converts_on_several_and_publishes(ray_nodes: RayNodes, tiny_llama: Path) -> None:
-    build = BedBuild(ray_nodes, tiny_llama, "quiet")
+    build = fresh(ray_nodes, tiny_llama, "quiet", verification={"max_tokens": 8, "decode_steps": 2})
     build.start(2)
-    assert build.wait() == 0, build.explain()
+    ends_well(build)
     assert len(build.nodes_of("convert")) >= 2
     assert build.of("failed") == []
+    assert published(build) == ""
     (nodes,) = build.of("nodes")
     assert {node["node"].partition("/")[0] for node in nodes["nodes"]} == {"node1", "node2", "node3"}
     assert all(node["store_error"] == "" and node["mpiexec"] for node in nodes["nodes"])
+
+
+@pytest.mark.slow
+def test_build_killed_actor_then_killed_driver_go_on_where_they_were(ray_nodes: RayNodes, tiny_llama: Path) -> None:
+    build = fresh(ray_nodes, tiny_llama, "killed", WORKERS)
+    build.start(2)
+    assert build.until(begins_away("build")), build.explain()
+    for actor in actors(ray_nodes, 3):
+        os.kill(actor, signal.SIGKILL)
+    lost = build.until(lambda line: line["event"] == "failed")
+    assert lost is not None, build.explain()
+    failure = lost["failure"]
+    assert (failure["kind"], failure["cause"], failure["node"].partition("/")[0]) == ("infrastructure", "worker", "node3")
+    assert "ActorDiedError" in failure["traceback"]
+    build.kill()
+    ray_nodes.wait(lambda: not any(step_processes(ray_nodes, node) for node in ray_nodes.nodes), "orphans to end")
+    committed = {line["step"] for line in build.of("succeeded")}
+    build.start(3)
+    ends_well(build)
+    again = build.of("plan")[1]["pending"]
+    assert committed
+    assert committed.isdisjoint(again)
+
+
+@pytest.mark.slow
+def test_build_node_killed_with_head_in_the_middle_of_an_engine_ends_published(ray_nodes: RayNodes, tiny_llama: Path) -> None:
+    build = fresh(ray_nodes, tiny_llama, "lost", WORKERS)
+    build.start(2)
+    assert build.until(begins_away("build")), build.explain()
+    ray_nodes.kill(3)
+    ray_nodes.kill(HEAD)
+    ray_nodes.start(HEAD)
+    ends_well(build)
+    assert ("infrastructure", "node") in causes(build)
+    assert {number(line) for line in build.of("started") if line["attempt"] > 1} == {2}
+
+
+@pytest.mark.slow
+def test_build_node_cut_off_in_the_middle_of_an_engine_ends_published_elsewhere(ray_nodes: RayNodes, tiny_llama: Path) -> None:
+    build = fresh(ray_nodes, tiny_llama, "cut", WORKERS)
+    build.start(2)
+    assert build.until(begins_away("build")), build.explain()
+    ray_nodes.cut(3)
+    ends_well(build)
+    assert {kind for kind, _ in causes(build)} == {"infrastructure"}
+    # The folder that is the store is not cut off: what the lost worker commits late is taken instead of a second attempt.
+    assert {number(line) for line in build.of("started") if line["attempt"] > 1} <= {2}
+
+
+@pytest.mark.slow
+def test_build_node_drained_in_the_middle_of_an_engine_ends_without_a_failed_step(ray_nodes: RayNodes, tiny_llama: Path) -> None:
+    build = fresh(ray_nodes, tiny_llama, "drained", WORKERS)
+    build.start(2)
+    assert build.until(begins_away("build")), build.explain()
+    ray_nodes.terminate(3)
+    ends_well(build)
+    ray_nodes.wait_ended(3)
+    assert build.of("failed") == []
+    assert build.of("retry") == []
+    assert "node3" in build.nodes_of("build")
+
+
+@pytest.mark.slow
+def test_build_node_that_is_going_to_be_taken_back_gets_no_engine(ray_nodes: RayNodes, tiny_llama: Path) -> None:
+    build = fresh(ray_nodes, tiny_llama, "handed")
+    build.start(2)
+    began = build.until(is_start_of("convert"))
+    assert began is not None, build.explain()
+    ray_nodes.drain(3, 1)
+    ends_well(build)
+    assert causes(build) <= {("handed_over", "drain")}
+    assert "node3" not in build.nodes_of("build")

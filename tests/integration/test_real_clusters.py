@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import ray
 
 from actors import RayCluster
 from actors.convert_actor import ConvertActor
+from actors.placement import Node
 from orchestrator import verbs
 from orchestrator.clusters import AnyEvent, Cluster
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.errors import ToolError
+from orchestrator.core.errors import ClusterError, ToolError
 from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, RetrySpec
-from orchestrator.core.step import Kind, Task
+from orchestrator.core.progress import StepFailed, StepSucceeded
+from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
+from orchestrator.core.step import Cause, FailureKind, Kind, Resources, Task
 from orchestrator.driver import drive
 from orchestrator.report import SilentListener
 from tests.conftest import SpecMaker
@@ -118,6 +123,75 @@ def test_ray_actor_killed_is_started_again(conversion: Plan, store_url: str) -> 
         drive_with(ActorKiller(cluster), conversion, store_url)
     finally:
         cluster.close()
+
+
+class Leaving:
+    """Stands for NodeWatch: the one real node is being taken back, and there is said to be another."""
+
+    def __init__(self, node: Node) -> None:
+        other = replace(node, node_id="f" * len(node.node_id), name="other")
+        self.nodes = (replace(node, leaves_at=time.time()), other)
+        self.drained = {node.node_id}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_step_on_a_node_that_leaves_too_soon_is_handed_over(
+    tiny_llama: Path, make_spec: SpecMaker, store_url: str, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    step = next(verbs.plan(make_spec(source)).of_kind(Kind.CONVERT))
+    (source / "model.safetensors").unlink()
+    os.mkfifo(source / "model.safetensors")  # whoever opens it waits
+    cluster = RayCluster(ClusterSpec(kind="ray", store=store_url))
+    try:
+        cluster.start(Task(step=step, inputs={}, attempt=1, store=store_url))
+        events = [*cluster.events(30.0)]
+        assert [event.type for event in events] == ["started"]
+        (node,) = cluster._watch.nodes
+        cluster._watch.close()
+        cluster._watch = Leaving(node)  # type: ignore[assignment]
+        (event,) = cluster.events(30.0)
+    finally:
+        cluster.close()
+    assert isinstance(event, StepFailed)
+    assert (event.failure.kind, event.failure.cause) == (FailureKind.HANDED_OVER, Cause.DRAIN)
+    assert "too soon for this step" in event.failure.message
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_step_for_a_gpu_that_nobody_has_ends_with_the_reason(conversion: Plan, store_url: str) -> None:
+    wanted = conversion.steps[0].model_copy(update={"resources": Resources(gpus=1)})
+    cluster = RayCluster(ClusterSpec(kind="ray", store=store_url, schedule_timeout_seconds=0.5))
+    try:
+        cluster.start(Task(step=wanted, inputs={}, attempt=1, store=store_url))
+        (event,) = cluster.events(30.0)
+    finally:
+        cluster.close()
+    assert isinstance(event, StepFailed)
+    assert event.failure.kind is FailureKind.APPLICATION
+    assert isinstance(event.failure.to_error("convert"), ClusterError)
+    assert "it asks for 1 CPU, 1 GPU; the nodes: " in event.failure.message
+    assert "has 0 GPUs" in event.failure.message
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_idle_worker_takes_the_next_step_of_its_kind(conversion: Plan, store_url: str) -> None:
+    cluster = RayCluster(ClusterSpec(kind="ray", store=store_url, pools={"default": PoolSpec(cpus=1)}))
+    seen = set()
+    try:
+        for step in conversion.steps[:3]:
+            alike = step.model_copy(update={"resources": Resources()})
+            cluster.start(Task(step=alike, inputs={}, attempt=1, store=store_url))
+            while not any(isinstance(event, StepSucceeded) for event in cluster.events(30.0)):
+                pass
+            (worker,) = cluster._workers._all
+            seen.add(worker.actor)
+    finally:
+        cluster.close()
+    assert len(seen) == 1
 
 
 def test_actor_given_another_kind_of_step_refuses_it(conversion: Plan, store_url: str) -> None:

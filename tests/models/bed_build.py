@@ -22,7 +22,9 @@ _POLL_SECONDS = 0.02
 class BedBuild:
     """One release, built by as many drivers as it takes. `read_at` in a line: when, seconds since 1970."""
 
-    def __init__(self, bed: RayNodes, source: Path, version: str, store: str | None = None, **sections: Any) -> None:
+    def __init__(
+        self, bed: RayNodes, source: Path, version: str, store: str | None = None, pools: Any = None, **sections: Any
+    ) -> None:
         self.bed = bed
         self.folder = bed.folder / "builds" / version
         self.folder.mkdir(parents=True)
@@ -42,6 +44,8 @@ class BedBuild:
             "retries": {"max_attempts": 8, "backoff_seconds": 0.5, "max_backoff_seconds": 4},
             "schedule_timeout_seconds": 90, "probe_timeout_seconds": 60,
         }  # fmt: skip
+        if pools is not None:
+            cluster["pools"] = pools
         (self.folder / "spec.yaml").write_text(yaml.safe_dump(spec))
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
         self.lines: list[Line] = []

@@ -83,6 +83,7 @@ class RayNodes:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._beside: list[subprocess.Popen[Any]] = []
         self._cut: set[int] = set()
+        """Nodes that were cut off or are being drained: they do not come back by themselves."""
         self._token = secrets.token_hex(32)
 
     # Addresses and environment
@@ -129,7 +130,7 @@ class RayNodes:
         self.wait(lambda: self._head_answers(), "the head's port")
         for node in self.nodes[1:]:
             self.start(node)
-        self.wait_alive(*self.nodes)
+        self._wait_all()
 
     @property
     def nodes(self) -> list[int]:
@@ -167,7 +168,7 @@ class RayNodes:
                 self.kill(node)  # it lives, and the cluster has given it up
             if node not in self._processes:
                 self.start(node)
-        self.wait_alive(*self.nodes)
+        self._wait_all()
         for node in self.nodes:
             self.free_scratch(node)
 
@@ -195,6 +196,18 @@ class RayNodes:
     def terminate(self, node: int) -> None:
         """The machine is taken back: work that runs may finish within drain_seconds. Returns at once."""
         os.kill(self.first_process(node), signal.SIGTERM)
+
+    def drain(self, node: int, seconds: int) -> None:
+        """The cluster is told that the node will be taken back in so many seconds; nobody takes it."""
+        words = [
+            "drain-node",
+            f"--address={self.address}",
+            f"--node-id={self.node_id(node)}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+        ]
+        done = self.run(node, str(_BIN / "ray"), *words, "--reason-message=test", f"--deadline-remaining-seconds={seconds}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        self._cut.add(node)
 
     def wait_ended(self, node: int) -> None:
         """Wait for a node that was terminated."""
@@ -255,12 +268,19 @@ class RayNodes:
 
     def alive(self) -> set[int]:
         """Nodes that the cluster holds for alive; empty while the head does not answer."""
+        return set(self._node_ids())
+
+    def node_id(self, node: int) -> str:
+        """Ray's id of a node that is alive."""
+        return self._node_ids()[node]
+
+    def _node_ids(self) -> dict[int, str]:
         query = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
         try:
             found = self._get(f"/api/v0/nodes?{query}")["data"]["result"]["result"]
         except (OSError, ValueError, TypeError, KeyError):
-            return set()
-        return {int(node["node_ip"].rpartition(".")[2]) for node in found}
+            return {}
+        return {int(node["node_ip"].rpartition(".")[2]): node["node_id"] for node in found}
 
     def wait_alive(self, *nodes: int) -> None:
         """Wait until exactly these nodes are alive in the cluster's eyes."""
@@ -275,6 +295,18 @@ class RayNodes:
             time.sleep(_POLL_SECONDS)
 
     # Inside
+
+    def _wait_all(self) -> None:
+        """Wait for every node; one that gives up on a busy machine before the others answer is started again."""
+
+        def ready() -> bool:
+            for node, process in list(self._processes.items()):
+                if process.poll() is not None:
+                    self._processes.pop(node)
+                    self.start(node)
+            return self.alive() == set(self.nodes)
+
+        self.wait(ready, "all nodes", 2 * _READY_SECONDS)
 
     @property
     def _bridge(self) -> str:
