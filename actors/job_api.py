@@ -30,8 +30,8 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubernetes forward that port first."
 
 
-class DuplicateJobError(ClusterError):
-    """A job of this id exists: somebody else submitted it in this moment."""
+class DuplicateJobError(Exception):
+    """A job of this id exists: somebody else submitted it in this moment. The client attaches; no user ever sees it."""
 
 
 @dataclass(frozen=True, slots=True)
