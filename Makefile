@@ -36,6 +36,7 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.pipelining
 
 # Outside of CI: the whole demo on a real S3 server, builds through a proxy that hurts requests, two builds at once.
 storage: $(STAMP) $(MODEL)/config.json

@@ -242,7 +242,9 @@ def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, c
         name=f"build/rank{options.rank}",
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in converts),
-        resources=Resources(gpus=1 if spec.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB),
+        resources=Resources(
+            gpus=1 if spec.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB, scratch_bytes=rank_bytes
+        ),
         estimate=_estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
     )
 
@@ -270,7 +272,11 @@ def _verify(
         name=f"verify/stage{stage.pp_rank}",
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
-        resources=Resources(memory_bytes=stage.tp * (3 * float32_bytes + 400_000_000)),
+        resources=Resources(
+            cpus=stage.tp,  # one process per rank, all on one node
+            memory_bytes=stage.tp * (3 * float32_bytes + 400_000_000),
+            scratch_bytes=stage.tp * rank_bytes,
+        ),
         estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
 

@@ -1,0 +1,80 @@
+"""Whether steps overlap as the plan allows: the demo's model, several converts per stage, on a Ray cluster of this machine.
+
+    python -m benchmarks.pipelining [--source DIR] [--cpus N]
+
+Prints when the first engine began and when the last convert ended, and the makespan beside what no schedule can go below: the
+longest chain of steps, and all work shared evenly by the slots. Seconds are those that the steps took in this very build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from actors import RayCluster
+from orchestrator import verbs
+from orchestrator.clusters import AnyEvent
+from orchestrator.core.plan import Plan
+from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec, decode
+from orchestrator.core.step import Kind
+from orchestrator.report import SilentListener
+
+_SECTIONS = {
+    "topology": {"tp": 3, "pp": 2},
+    "conversion": {"max_shard_bytes": "10MB"},
+    "engine": {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 1024},
+    "release": {"name": "pipelining", "version": "1"},
+}
+
+
+class Clock(SilentListener):
+    """When steps began and ended, here."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+
+    def on_event(self, event: AnyEvent) -> None:
+        """Take the time of a start or an end."""
+        if event.type == "started":
+            self.began.setdefault(event.digest, time.monotonic())
+        elif event.type == "succeeded":
+            self.ended[event.digest] = time.monotonic()
+
+
+def longest_chain(plan: Plan, seconds: dict[str, float]) -> float:
+    """Of steps that need each other."""
+    until: dict[str, float] = {}
+    for step in plan.steps:
+        until[step.digest] = max((until[need] for need in step.needs), default=0.0) + seconds[step.digest]
+    return max(until.values())
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path(".cache/smollm2-135m-instruct"))
+    parser.add_argument("--cpus", type=int, default=2)
+    options = parser.parse_args()
+    spec = decode(BuildSpec, {"source": {"path": str(options.source.resolve())}, **_SECTIONS}, "benchmark")
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        place = ClusterSpec(kind="ray", store=Path(folder).as_uri(), pools={"default": PoolSpec(cpus=options.cpus)})
+        plan = verbs.build(spec, place, open_cluster=RayCluster, listener=clock).plan
+    seconds = {digest: clock.ended[digest] - clock.began[digest] for digest in clock.ended}
+    cores = {step.digest: min(step.resources.cpus, options.cpus) for step in plan.steps}
+    zero = min(clock.began.values())
+    first_engine = min(clock.began[step.digest] for step in plan.of_kind(Kind.BUILD)) - zero
+    last_convert = max(clock.ended[step.digest] for step in plan.of_kind(Kind.CONVERT)) - zero
+    makespan = max(clock.ended.values()) - zero
+    chain, share = longest_chain(plan, seconds), sum(seconds[digest] * cores[digest] for digest in seconds) / options.cpus
+    bound = max(chain, share)
+    print(f"{len(plan.steps)} steps, {sum(1 for _ in plan.of_kind(Kind.CONVERT))} of them converts, {options.cpus} slots")
+    print(f"  first engine began at {first_engine:.1f} s, last convert ended at {last_convert:.1f} s")
+    print(f"  makespan {makespan:.1f} s: {makespan / bound:.2f} of max(longest chain {chain:.1f} s, work per slot {share:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
