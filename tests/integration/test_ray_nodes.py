@@ -81,7 +81,8 @@ def test_build_killed_actor_then_killed_driver_go_on_where_they_were(ray_nodes: 
     assert lost is not None, build.explain()
     failure = lost["failure"]
     assert (failure["kind"], failure["cause"], failure["node"].partition("/")[0]) == ("infrastructure", "worker", "node3")
-    assert "ActorDiedError" in failure["traceback"]
+    assert "ActorDiedError" in failure["message"]
+    assert "class_name: EngineActor" in failure["traceback"]
     build.kill()
     ray_nodes.wait(lambda: not any(step_processes(ray_nodes, node) for node in ray_nodes.nodes), "orphans to end")
     committed = {line["step"] for line in build.of("succeeded")}
@@ -128,15 +129,3 @@ def test_build_node_drained_in_the_middle_of_an_engine_ends_without_a_failed_ste
     assert build.of("failed") == []
     assert build.of("retry") == []
     assert "node3" in build.nodes_of("build")
-
-
-@pytest.mark.slow
-def test_build_node_that_is_going_to_be_taken_back_gets_no_engine(ray_nodes: RayNodes, tiny_llama: Path) -> None:
-    build = fresh(ray_nodes, tiny_llama, "handed")
-    build.start(2)
-    began = build.until(is_start_of("convert"))
-    assert began is not None, build.explain()
-    ray_nodes.drain(3, 1)
-    ends_well(build)
-    assert causes(build) <= {("handed_over", "drain")}
-    assert "node3" not in build.nodes_of("build")

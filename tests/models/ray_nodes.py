@@ -83,7 +83,6 @@ class RayNodes:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._beside: list[subprocess.Popen[Any]] = []
         self._cut: set[int] = set()
-        """Nodes that were cut off or are being drained: they do not come back by themselves."""
         self._token = secrets.token_hex(32)
 
     # Addresses and environment
@@ -197,18 +196,6 @@ class RayNodes:
         """The machine is taken back: work that runs may finish within drain_seconds. Returns at once."""
         os.kill(self.first_process(node), signal.SIGTERM)
 
-    def drain(self, node: int, seconds: int) -> None:
-        """The cluster is told that the node will be taken back in so many seconds; nobody takes it."""
-        words = [
-            "drain-node",
-            f"--address={self.address}",
-            f"--node-id={self.node_id(node)}",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION",
-        ]
-        done = self.run(node, str(_BIN / "ray"), *words, "--reason-message=test", f"--deadline-remaining-seconds={seconds}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        self._cut.add(node)
-
     def wait_ended(self, node: int) -> None:
         """Wait for a node that was terminated."""
         process = self._processes[node]
@@ -268,19 +255,12 @@ class RayNodes:
 
     def alive(self) -> set[int]:
         """Nodes that the cluster holds for alive; empty while the head does not answer."""
-        return set(self._node_ids())
-
-    def node_id(self, node: int) -> str:
-        """Ray's id of a node that is alive."""
-        return self._node_ids()[node]
-
-    def _node_ids(self) -> dict[int, str]:
         query = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
         try:
             found = self._get(f"/api/v0/nodes?{query}")["data"]["result"]["result"]
         except (OSError, ValueError, TypeError, KeyError):
-            return {}
-        return {int(node["node_ip"].rpartition(".")[2]): node["node_id"] for node in found}
+            return set()
+        return {int(node["node_ip"].rpartition(".")[2]) for node in found}
 
     def wait_alive(self, *nodes: int) -> None:
         """Wait until exactly these nodes are alive in the cluster's eyes."""
