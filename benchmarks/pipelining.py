@@ -1,6 +1,6 @@
 """Whether steps overlap as the plan allows: the demo's model, several converts per stage, on a Ray cluster of this machine.
 
-    python -m benchmarks.pipelining [--source DIR] [--cpus N]
+    python -m benchmarks.pipelining [--source DIR] [--cpus N] [--algorithm FP8]
 
 Prints when the first engine began and when the last convert ended, and the makespan beside what no schedule can go below: the
 longest chain of steps, and all work shared evenly by the slots. Seconds are those that the steps took in this very build.
@@ -57,8 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path(".cache/smollm2-135m-instruct"))
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument(
+        "--algorithm", help="Quantize: the stages' converts then wait for calibrations that go one after the other."
+    )
     options = parser.parse_args()
-    spec = decode(BuildSpec, {"source": {"path": str(options.source.resolve())}, **_SECTIONS}, "benchmark")
+    quantization = {"quantization": {"algorithm": options.algorithm}} if options.algorithm else {}
+    spec = decode(BuildSpec, {"source": {"path": str(options.source.resolve())}, **_SECTIONS, **quantization}, "benchmark")
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         place = ClusterSpec(kind="ray", store=Path(folder).as_uri(), pools={"default": PoolSpec(cpus=options.cpus)})
