@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,13 +157,14 @@ def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) 
 def _download_once(store: Store, key: str, num_bytes: int, sha256: str, writer: Writer) -> None:
     hasher = hashlib.sha256()
     written = 0
-    with writer:
+    with writer, ThreadPoolExecutor(1, "hash") as pool:
         for block in store.blocks(key):
-            hasher.update(block)
+            hashed = pool.submit(hasher.update, block)  # beside the write: each takes about as long as the other
             try:
                 writer.write(block)
             except StoreError as error:
                 raise StoreError(error.message, "Free space there, or choose another folder.") from error
+            hashed.result()
             written += len(block)
         if (hasher.hexdigest(), written) != (sha256, num_bytes):
             raise DigestError(f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {sha256}")
