@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import time
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,7 +40,7 @@ class Recording:
 
     def page(self, manifest: Manifest) -> bytes:
         """The report of a build that is going to be published with this manifest and the report itself."""
-        data = render(self._told(manifest))
+        data = drawn(self._told(manifest))
         if self._report is not None:
             write_report(self._report, data)
         return data
@@ -52,10 +54,10 @@ class Recording:
         self._journal.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._journal.__exit__(kind, error, traceback)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._journal.__exit__(kind, error, trace)
         if error is not None and self._report is not None:
-            write_report(self._report, render(self._told(None, error)))
+            write_report(self._report, drawn(self._told(None, error)))
 
     def _told(self, manifest: Manifest | None, error: BaseException | None = None) -> Told:
         problem = error.message if isinstance(error, OrchestratorError) else type(error).__name__ if error else ""
@@ -69,6 +71,18 @@ class Recording:
     def _tell(self, event: BuildEvent) -> None:
         self._story.tell(event)
         self._journal.tell(event)
+
+
+def drawn(told: Told) -> bytes:
+    """The report. Should it fail to draw, a page that says so: engines that took hours are not to be lost for a picture."""
+    try:
+        return render(told)
+    except Exception:
+        words = html.escape(traceback.format_exc())
+        page = (
+            f"<!DOCTYPE html><title>Build report</title><p>The report could not be drawn. Please report this bug:<pre>{words}</pre>"
+        )
+        return page.encode()
 
 
 def check_report(path: Path) -> None:

@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator import verbs
+from orchestrator import recording, verbs
 from orchestrator.core.errors import StepFailedError, StoreError
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.plan import Plan
@@ -19,7 +21,7 @@ from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
 from orchestrator.following import NodesSeen, Planned, Stepped
 from orchestrator.report.html import REPORT, Told, render
-from orchestrator.report.html.errors_plot import by_layer
+from orchestrator.report.html.errors_plot import by_layer, errors_picture
 from orchestrator.report.html.svg import ticks
 from orchestrator.report.html.timeline import time_ticks
 from orchestrator.report.story import Story
@@ -244,3 +246,23 @@ def test_page_in_a_browser_fits_its_window_and_draws_its_pictures(published: Pub
         shot = screenshot(page, SCREENSHOTS / f"report-{case}-{width}.png", width, min(found["height"], 6000))
         assert shot.stat().st_size > 20_000
     print(f"screenshots: {SCREENSHOTS}")
+
+
+@given(st.dictionaries(st.sampled_from(range(5)), st.just(0.0) | st.floats(1e-9, 10), min_size=1))
+def test_errors_picture_of_any_errors_is_drawn(errors: dict[int, float]) -> None:
+    named = {f"transformer.layers.{layer}.mlp.fc": error for layer, error in errors.items()}
+    assert errors_picture(named).count("<circle") == len(named)
+
+
+def test_errors_picture_of_errors_that_are_all_the_same_is_drawn() -> None:
+    assert "<circle" in errors_picture({"transformer.layers.0.mlp.fc": 0.00403, "transformer.layers.1.mlp.fc": 0.00403})
+
+
+def test_drawn_report_that_cannot_be_drawn_is_a_page_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(told: object) -> bytes:
+        raise ZeroDivisionError("a <picture>")
+
+    monkeypatch.setattr(recording, "render", broken)
+    page = recording.drawn(None).decode()  # type: ignore[arg-type]
+    assert "could not be drawn" in page
+    assert "a &lt;picture&gt;" in page

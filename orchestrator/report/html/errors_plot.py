@@ -24,6 +24,12 @@ def by_layer(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
     return dict(sorted(found.items(), key=lambda item: -max(item[1].values())))
 
 
+def _scale(top: float, bottom: float) -> tuple[float, float]:
+    """Where the axis begins and ends: at zero, or near the values where they are large beside their differences."""
+    base = 0.0 if bottom < 0.6 * top or bottom == top else max(bottom - 2 * (top - bottom), 0.6 * top, 0.0)
+    return base, top + (top - base) * 0.08 or 1.0
+
+
 def errors_picture(errors: Mapping[str, float]) -> str:
     """Empty when no linear belongs to a layer."""
     series = by_layer(errors)
@@ -31,9 +37,7 @@ def errors_picture(errors: Mapping[str, float]) -> str:
         return ""
     layers = sorted({layer for values in series.values() for layer in values})
     worst = {layer: max(values.get(layer, 0.0) for values in series.values()) for layer in layers}
-    top, bottom = max(worst.values()), min(error for values in series.values() for error in values.values())
-    base = 0.0 if bottom < 0.6 * top else max(bottom - 2 * (top - bottom), 0.6 * top, 0.0)
-    most = top + (top - base) * 0.08 or 1.0
+    base, most = _scale(max(worst.values()), min(error for values in series.values() for error in values.values()))
     width = min(max(_LEAST_WIDTH, _LEFT + _RIGHT + _PER_LAYER * len(layers)), _MOST_WIDTH)
     inner = width - _LEFT - _RIGHT
 
