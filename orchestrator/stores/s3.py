@@ -45,7 +45,7 @@ T = TypeVar("T")
 WRITE_ID = "write-id"
 PARALLEL = 4
 """Parts in flight."""
-BLOCKS_AHEAD = 3
+BLOCKS_AHEAD = 2
 """Blocks in flight of one reader; obstore holds each twice while it joins the pieces that came."""
 COPY_BYTES = 2**30
 """Larger objects are copied in parts: S3 copies 5 GiB at once at most, and parts go side by side."""
