@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.core.spec import StoreOptions
+from orchestrator.programs import find_program
 from orchestrator.stores import open_store
 from orchestrator.work.context import HashingWriter, download
 from tests.models.s3_server import BUCKET, S3Server
@@ -108,7 +108,7 @@ def measure(server: S3Server, client: str, way: str, key: str, file: Path) -> Me
     if client == "s5cmd":
         url = f"s3://{BUCKET}/{key}"
         words = [
-            shutil.which("s5cmd") or "s5cmd",
+            find_program("s5cmd") or "s5cmd",
             "--endpoint-url",
             server.endpoint,
             "cp",
@@ -116,7 +116,7 @@ def measure(server: S3Server, client: str, way: str, key: str, file: Path) -> Me
         ]
     os.sync()  # what the last one left in the page cache
     began = time.monotonic()
-    process_id = os.posix_spawn(shutil.which(words[0]) or words[0], words, environment)
+    process_id = os.posix_spawn(find_program(words[0]) or words[0], words, environment)
     _, status, usage = os.wait4(process_id, 0)
     if way == "down" and not status:
         with file.open("rb") as written:
@@ -132,7 +132,7 @@ def installed() -> Iterator[str]:
     yield "obstore"
     if importlib.util.find_spec("boto3"):
         yield "boto3"
-    if shutil.which("s5cmd"):
+    if find_program("s5cmd"):
         yield "s5cmd"
 
 

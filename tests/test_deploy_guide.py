@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_guide_has_offline_commands_and_names_every_overlay() -> None:
 
 @pytest.mark.parametrize("text", OFFLINE[:1] + OFFLINE[-1:])
 def test_guide_offline_command_of_others_works(text: str) -> None:
-    assert subprocess.run(text, shell=True, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(text, shell=True, cwd=ROOT, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_guide_offline_commands_of_ours_work_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from orchestrator.programs import find_program
 from tests.kubernetes.overlays import cluster_spec, overlay
 
+HADOLINT = find_program("hadolint") or "hadolint"
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "deploy" / "images"
 EXTRAS = {"cpu": {"obstore", "signing"}, "gpu": {"obstore", "signing", "tensorrt"}}
@@ -54,12 +56,12 @@ def test_images_there_is_one_of_every_role() -> None:
 
 @by_role
 def test_image_hadolint_finds_nothing(role: str) -> None:
-    done = subprocess.run(["hadolint", "--no-color", str(path(role))], capture_output=True, text=True, check=False)
+    done = subprocess.run([HADOLINT, "--no-color", str(path(role))], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_hadolint_finds_what_is_wrong() -> None:
-    done = subprocess.run(["hadolint", "-"], input="FROM debian\nADD http://x/y /y\n", capture_output=True, text=True, check=False)
+    done = subprocess.run([HADOLINT, "-"], input="FROM debian\nADD http://x/y /y\n", capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "DL3006" in done.stdout
 

@@ -67,7 +67,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.layouts": Row(_own("core", "layouts")),
     "orchestrator.releases": Row(_own("core", "stores", "cache", "engines", "layouts", "signing", "releases"), PLAIN),
     "orchestrator.work": Row(
-        _own("core", "quantizers", "networks", "engines", "checkpoints", "stores", "cache", "signing", "work"),
+        _own("core", "quantizers", "networks", "engines", "checkpoints", "stores", "cache", "programs", "signing", "work"),
         frozenset({"numpy", "onnx", "pydantic"}),
         HEAVY | {"nvtx", "pynvml"},
     ),
@@ -81,10 +81,11 @@ TABLE: dict[str, Row] = {
     "orchestrator.report.tables": Row(_own("core", "report", "sweep"), frozenset({"rich"})),
     "orchestrator.watching": Row(_own("core", "cache", "following", "stores", "report")),
     "orchestrator.driver": _DRIVING,
+    "orchestrator.programs": Row(()),
     "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
     "orchestrator.kubernetes": Row(
-        _own("core", "following", "submission", "stores", "watching", "report", "kubernetes"),
+        _own("core", "following", "submission", "stores", "watching", "report", "programs", "kubernetes"),
         frozenset({"yaml"}),
         frozenset({"kubernetes", "urllib3"}),
     ),

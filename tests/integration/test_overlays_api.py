@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.programs import find_program
 from tests.kubernetes.overlays import CORE_GROUPS, KUBERAY, OVERLAYS, overlay, pods, rendered
 from tests.models.kube_apiserver import definition, for_1_20, run_apiserver, skip_reason
+
+KUBECTL = find_program("kubectl") or "kubectl"
 
 _REASON = skip_reason()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -31,7 +34,7 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         done = kubectl(path, rendered(KUBERAY / "namespace"), "create")
         assert done.returncode == 0, done.stderr
         done = subprocess.run(
-            ["kubectl", f"--kubeconfig={path}", "wait", "--for=condition=Established", "crd", "--all"],
+            [KUBECTL, f"--kubeconfig={path}", "wait", "--for=condition=Established", "crd", "--all"],
             capture_output=True,
             text=True,
         )
@@ -40,7 +43,7 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def kubectl(kubeconfig: Path, objects: list[dict[str, Any]], *words: str) -> subprocess.CompletedProcess[str]:
-    command = ["kubectl", f"--kubeconfig={kubeconfig}", *words, "-f", "-"]
+    command = [KUBECTL, f"--kubeconfig={kubeconfig}", *words, "-f", "-"]
     environment = {**os.environ, "HOME": str(kubeconfig.parent)}
     return subprocess.run(command, input=yaml.safe_dump_all(objects), capture_output=True, text=True, env=environment)
 

