@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from actors.node_watch import node_name
@@ -15,6 +14,7 @@ from orchestrator.core.errors import ToolError
 from orchestrator.core.step import Kind, Task
 from orchestrator.work.process import without_launcher
 from orchestrator.work.streaming import stream
+from orchestrator.work.usage import resident_bytes
 
 Message = tuple[Literal["worker", "event", "rest"], str]
 """worker: WorkerFacts, first of all. event: a step's event, as JSON. rest: bytes that the process still holds, last of all."""
@@ -62,11 +62,7 @@ def forget_launcher() -> None:
 
 def resting_bytes() -> int:
     """Memory that this process holds after its step, once it has given back what it can if that is much."""
-    if _resident_bytes() > KEPT_BYTES:
+    if resident_bytes(os.getpid()) > KEPT_BYTES:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-    return _resident_bytes()
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes(os.getpid())

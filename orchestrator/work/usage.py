@@ -100,7 +100,7 @@ class MachineReader:
         for device in self._devices:
             utilizations.append(self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
             memory.append(int(self._nvml.nvmlDeviceGetMemoryInfo(device).used))
-        return Sample(sum(map(_resident_bytes, _family(os.getpid()))), tuple(utilizations), tuple(memory))
+        return Sample(sum(map(resident_bytes, _family(os.getpid()))), tuple(utilizations), tuple(memory))
 
     def cpu_seconds(self) -> float:
         spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -150,7 +150,8 @@ def _family(process: int) -> Iterator[int]:
             yield from _family(int(child))
 
 
-def _resident_bytes(process: int) -> int:
+def resident_bytes(process: int) -> int:
+    """Memory of a process that is in RAM; 0 when it has ended."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
