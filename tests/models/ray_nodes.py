@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.work.process import die_with_parent
+from tests.models.memory_groups import MemoryGroup, place_for_groups
 
 HEAD = 1
 _ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,8 @@ mount -t tmpfs -o size="$4" tmpfs "$3"
 shift 4; exec "$@"
 """
 """What the first process of a node does; then it becomes `ray start`."""
+_ENTER = 'echo $$ > "$1"; shift; exec "$@"'
+"""Before it has namespaces of its own: into the node's control group."""
 
 
 def skip_reason() -> str | None:
@@ -83,6 +86,7 @@ class RayNodes:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._beside: list[subprocess.Popen[Any]] = []
         self._cut: set[int] = set()
+        self._groups: dict[int, MemoryGroup] = {}
         self._token = secrets.token_hex(32)
 
     # Addresses and environment
@@ -125,6 +129,8 @@ class RayNodes:
         _sh("ip", "link", "set", self._bridge, "up")
         for node in self.nodes:
             self._plug(node)
+            if place_for_groups() is not None:
+                self._groups[node] = MemoryGroup(f"{self._bridge}-{node}")
         self.start(HEAD)
         self.wait(lambda: self._head_answers(), "the head's port")
         for node in self.nodes[1:]:
@@ -147,6 +153,8 @@ class RayNodes:
             str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--node-ip-address={self.ip(node)}",
             *self._ray_options(node),
         ]  # fmt: skip
+        if node in self._groups:
+            words = ["bash", "-c", _ENTER, "enter", str(self._groups[node].entrance), *words]
         with self.log(node).open("ab") as log:
             self._processes[node] = subprocess.Popen(
                 words, env=self._node_environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
@@ -154,6 +162,8 @@ class RayNodes:
 
     def restore(self) -> None:
         """Bring back whatever is missing: links, nodes, room in scratch."""
+        for group in self._groups.values():
+            group.limit(None)
         for node in list(self._cut):  # a worker that was cut off ends itself sooner or later
             self.connect(node)
             if node != HEAD:
@@ -179,6 +189,8 @@ class RayNodes:
             process.kill()
         for node in list(self._processes):
             self.kill(node)
+        for group in self._groups.values():
+            group.remove()
         _remove_network(self._number)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -217,6 +229,19 @@ class RayNodes:
 
     def free_scratch(self, node: int) -> None:
         self.run(node, "rm", "-f", f"{self.scratch}/fill")
+
+    def limit_memory(self, node: int, more_bytes: int) -> None:
+        """All processes of a node together may hold so much more than they hold now: the kernel kills one if they try to.
+
+        Raises KeyError where there are no control groups; programs of `popen` and `run` are outside of it.
+        """
+        group = self._groups[node]
+        group.limit(group.used_bytes + more_bytes)
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether limit_memory works here."""
+        return bool(self._groups)
 
     # Looking and running
 
