@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.failures import failure_of
+from actors.failures import failure_of, with_evidence
 from actors.node_watch import NodeWatch
 from actors.placement import Placed, Placement
 from actors.postmortem import Evidence, WorkerFacts, examine
@@ -170,7 +170,7 @@ class RayCluster:
         for reference, (event, until) in list(self._inquests.items()):
             if now >= until:
                 del self._inquests[reference]
-                found.append(event)
+                found.append(self._ended(event))
         self._ask_for_nodes(now)
         return found
 
@@ -249,10 +249,9 @@ class RayCluster:
         self._drop(stream)
         alive = any(other.node_id == node.node_id for other in self._watch.nodes)
         failure = failure_of(error, node, alive=alive, drained=node.node_id in self._watch.drained)
-        self._placement.end(digest, self.now(), failure)
         event = StepFailed(digest=digest, failure=failure)
         if not alive or attempt.facts is None or failure.cause not in (Cause.WORKER, Cause.MEMORY):
-            return [event]
+            return [self._ended(event)]
         looking = ray.remote(examine).options(num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": node.node_id})
         self._inquests[looking.remote(attempt.facts)] = (event, self.now() + _EVIDENCE_SECONDS)
         return []
@@ -263,10 +262,13 @@ class RayCluster:
         try:
             evidence: Evidence = ray.get(reference)
         except RayError:
-            return event
-        cause = Cause.MEMORY if evidence.kernel else event.failure.cause
-        update = {"worker_log": evidence.worker_log, "kernel": evidence.kernel, "cause": cause}
-        return event.model_copy(update={"failure": event.failure.model_copy(update=update)})
+            return self._ended(event)
+        return self._ended(event.model_copy(update={"failure": with_evidence(event.failure, evidence)}))
+
+    def _ended(self, event: StepFailed) -> StepFailed:
+        """A lost worker's room is free from here on: what it was lost for decides how many may run on its node."""
+        self._placement.end(event.digest, self.now(), event.failure)
+        return event
 
     def _ask_for_nodes(self, now: float) -> None:
         """Tell an autoscaler what steps wait for; without one it is told to nobody."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ray import exceptions
 
 from actors.placement import Node
+from actors.postmortem import Evidence
 from orchestrator.core.step import Cause, Failure, FailureKind
 from orchestrator.work.failures import cause_of
 
@@ -49,6 +50,15 @@ def failure_of(error: BaseException, node: Node, *, alive: bool, drained: bool) 
     return Failure(
         kind=FailureKind.INFRASTRUCTURE, cause=cause, message=_message(error, cause, node), node=node.name, traceback=text
     )
+
+
+def with_evidence(failure: Failure, evidence: Evidence) -> Failure:
+    """The record of a lost worker with what its node knows of it: Ray does not tell a worker killed for memory from another."""
+    update: dict[str, object] = {"worker_log": evidence.worker_log, "kernel": evidence.kernel}
+    if evidence.kernel and failure.cause is not Cause.MEMORY:
+        killed = f"the worker on {failure.node} was killed for memory by the kernel"
+        update |= {"cause": Cause.MEMORY, "message": failure.message.replace(f"the worker on {failure.node} was lost", killed, 1)}
+    return failure.model_copy(update=update)
 
 
 def _own(error: exceptions.RayTaskError, node: Node) -> Failure:

@@ -1,4 +1,8 @@
-"""What a node still knows of a worker that died there: the end of its stderr, and the kernel's word if it was killed for memory."""
+"""What a node still knows of a worker that died there: the end of its stderr, and the kernel's word if it was killed for memory.
+
+The kernel's log is the whole machine's, and names processes by their ids there: a worker in a container has another id, and other
+people's processes are killed beside it. So a worker outside of any container is known by its id, one inside by its control group.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,20 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 _TAIL_BYTES = 4000
-_KERNEL_WORDS = re.compile(r"Out of memory|out of memory|oom-kill|oom_reaper|Killed process")
 _RECORD_BYTES = 8192
+_FIRST_PID_SPACE = "pid:[4026531836]"
+"""Of the machine itself: its number is fixed in the kernel."""
+_VICTIM = re.compile(r"oom-kill:.*task_memcg=(?P<group>[^,]*),.*\bpid=(?P<id>\d+)")
+_KILLED = re.compile(r"(?:Killed|reaped) process (?P<id>\d+)")
+_RECENT_SECONDS = 60.0
+"""Who has just died was not killed before that."""
+_COUNTS = (
+    "/sys/fs/cgroup{group}/memory.events",
+    "/sys/fs/cgroup/memory{group}/memory.oom_control",
+    "/sys/fs/cgroup/memory.events",
+    "/sys/fs/cgroup/memory/memory.oom_control",
+)
+"""Where a group's count of killed processes may be: cgroup v2, v1, and both as a container sees its own."""
 
 
 class WorkerFacts(BaseModel):
@@ -22,12 +38,22 @@ class WorkerFacts(BaseModel):
 
     node_id: str
     process_id: int
+    contained: bool
+    """Its process id is not the one that the kernel's log would name."""
+    group: str
+    """Path of its control group for memory; "/" in a container that sees no further."""
     log: str
     """Path of its stderr; empty when it is no file."""
     oom_kills: int
     """Of its control group so far."""
     boot_seconds: float
     """On the node's clock since boot."""
+
+    def was(self, process_id: int, group: str) -> bool:
+        """Whether a process that the kernel killed may have been this one."""
+        if not self.contained:
+            return process_id == self.process_id
+        return group == self.group
 
 
 class Evidence(BaseModel):
@@ -42,34 +68,50 @@ class Evidence(BaseModel):
 def facts_here(node_id: str) -> WorkerFacts:
     """Of this process."""
     target = str(Path("/proc/self/fd/2").readlink())
+    group = memory_group(Path("/proc/self/cgroup").read_text())
     return WorkerFacts(
         node_id=node_id,
         process_id=os.getpid(),
+        contained=str(Path("/proc/self/ns/pid").readlink()) != _FIRST_PID_SPACE,
+        group=group,
         log=target if Path(target).is_file() else "",
-        oom_kills=_oom_kills(),
-        boot_seconds=time.clock_gettime(time.CLOCK_BOOTTIME),
+        oom_kills=_oom_kills(group),
+        boot_seconds=_boot_seconds(),
     )
 
 
 def examine(facts: WorkerFacts) -> Evidence:
     """Look for traces of a worker on the node where it ran."""
-    kernel = "\n".join(kernel_lines(_kernel_records(), facts.boot_seconds)[-5:])
-    kills = _oom_kills()
+    kernel = "\n".join(kernel_lines(_kernel_records(), facts, _boot_seconds()))
+    kills = _oom_kills(facts.group)
     if not kernel and kills > facts.oom_kills:
-        kernel = f"memory.events: oom_kill {facts.oom_kills} -> {kills}"
+        kernel = f"the kernel's count of processes killed for memory in this control group: {facts.oom_kills} -> {kills}"
     return Evidence(worker_log=_tail(facts.log), kernel=kernel)
 
 
-def kernel_lines(records: Iterable[str], since_seconds: float) -> list[str]:
-    """Lines on memory among the kernel's records (priority,sequence,microseconds,...;text) after a time since boot."""
-    found = []
-    for record in records:
-        head, _, text = record.partition(";")
-        parts = head.split(",")
-        late = len(parts) > 2 and parts[2].isdigit() and int(parts[2]) / 1e6 >= since_seconds
-        if late and _KERNEL_WORDS.search(text):
-            found.append(text.splitlines()[0])
-    return found
+def kernel_lines(records: Iterable[str], facts: WorkerFacts, now_seconds: float) -> list[str]:
+    """What the kernel's records (priority,sequence,microseconds,...;text) say of the end of a worker; times since boot."""
+    since = max(facts.boot_seconds, now_seconds - _RECENT_SECONDS)
+    texts = [text for seconds, text in map(_parted, records) if seconds >= since]
+    victims = [(match["id"], match["group"]) for match in map(_VICTIM.search, texts) if match]
+    mine = {victim for victim, group in victims if facts.was(int(victim), group)}
+    return [text for text in texts if any(match and match["id"] in mine for match in (_VICTIM.search(text), _KILLED.search(text)))]
+
+
+def memory_group(text: str) -> str:
+    """The control group for memory that /proc/PID/cgroup names; "" when it names none."""
+    lines = [line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2]
+    first = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
+    unified = [path for number, controllers, path in lines if (number, controllers) == ("0", "")]
+    return next(iter([*first, *unified]), "")
+
+
+def _parted(record: str) -> tuple[float, str]:
+    """Seconds since boot, and the first line of what is said."""
+    head, _, text = record.partition(";")
+    parts = head.split(",")
+    seconds = int(parts[2]) / 1e6 if len(parts) > 2 and parts[2].isdigit() else -1.0
+    return seconds, text.partition("\n")[0]
 
 
 def _kernel_records() -> list[str]:
@@ -81,20 +123,30 @@ def _kernel_records() -> list[str]:
         return records
     try:
         while True:
-            records.append(os.read(handle, _RECORD_BYTES).decode(errors="replace"))
+            try:
+                records.append(os.read(handle, _RECORD_BYTES).decode(errors="replace"))
+            except BrokenPipeError:  # it was overwritten meanwhile; the next one is there
+                continue
     except OSError:  # the end
         return records
     finally:
         os.close(handle)
 
 
-def _oom_kills() -> int:
-    """Processes of this control group that the kernel killed; 0 where it does not say."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-    except (OSError, ValueError):
-        return 0
+def _boot_seconds() -> float:
+    """Now, as the kernel's records count."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def _oom_kills(group: str) -> int:
+    """Processes of a control group that the kernel killed; 0 where it does not say."""
+    for place in _COUNTS:
+        try:
+            lines = Path(place.format(group=group.rstrip("/"))).read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        except (OSError, ValueError, StopIteration):
+            continue
+    return 0
 
 
 def _tail(path: str) -> str:

@@ -7,9 +7,9 @@ import errno
 import pytest
 from ray import exceptions
 
-from actors.failures import failure_of
+from actors.failures import failure_of, with_evidence
 from actors.placement import Node
-from actors.postmortem import facts_here, kernel_lines
+from actors.postmortem import Evidence, WorkerFacts, facts_here, kernel_lines, memory_group
 from orchestrator.core.errors import DtypeError
 from orchestrator.core.step import Cause, FailureKind, Resources
 
@@ -64,20 +64,55 @@ def test_failure_of_anything_on_a_drained_node_is_a_hand_over() -> None:
     assert own.kind is FailureKind.APPLICATION
 
 
-def test_kernel_lines_are_those_on_memory_since_the_worker_began() -> None:
-    records = [
-        "6,1,1000000,-;Out of memory: Killed process 1 (old)",
-        "6,2,5000000,-;eth0: link up",
-        "4,3,6000000,-;python invoked oom-killer: gfp_mask=0x0\n SUBSYSTEM=x",
-        "3,4,6100000,-;oom-kill:constraint=CONSTRAINT_MEMCG,task=python,pid=77",
-        "3,5,6200000,-;Memory cgroup out of memory: Killed process 77 (python) total-vm:1kB",
-        "garbage",
-    ]
-    assert kernel_lines(records, 4.0) == [
-        "python invoked oom-killer: gfp_mask=0x0",
-        "oom-kill:constraint=CONSTRAINT_MEMCG,task=python,pid=77",
-        "Memory cgroup out of memory: Killed process 77 (python) total-vm:1kB",
-    ]
+RECORDS = [
+    "6,1,1000000,-;Out of memory: Killed process 77 (old)",
+    "6,2,5000000,-;eth0: link up",
+    "4,3,6000000,-;ray::EngineActo invoked oom-killer: gfp_mask=0x0\n SUBSYSTEM=x",
+    "3,4,6100000,-;oom-kill:constraint=CONSTRAINT_MEMCG,oom_memcg=/pod,task_memcg=/pod/mine,task=ray::EngineActo,pid=77,uid=0",
+    "3,5,6200000,-;Memory cgroup out of memory: Killed process 77 (ray::EngineActo) total-vm:1kB",
+    "3,6,6300000,-;oom-kill:constraint=CONSTRAINT_NONE,task_memcg=/pod/other,task=python,pid=78,uid=0",
+    "3,7,6400000,-;Out of memory: Killed process 78 (python) total-vm:1kB",
+    "garbage",
+]
+"""Of a machine where a worker and somebody else's process were killed."""
+
+
+def facts(**changes: object) -> WorkerFacts:
+    known = {"node_id": "id", "process_id": 77, "contained": False, "group": "/", "log": "", "oom_kills": 0, "boot_seconds": 4.0}
+    return WorkerFacts.model_validate({**known, **changes})
+
+
+@pytest.mark.parametrize(
+    ("whose", "killed"),
+    [
+        (facts(), "77"),
+        (facts(process_id=78), "78"),
+        (facts(process_id=79), None),
+        (facts(process_id=5, contained=True, group="/pod/mine"), "77"),
+        (facts(process_id=77, contained=True, group="/pod/third"), None),
+        (facts(process_id=77, contained=True), None),
+        (facts(boot_seconds=7.0), None),
+    ],
+)
+def test_kernel_lines_are_those_on_the_worker_and_nobody_else(whose: WorkerFacts, killed: str | None) -> None:
+    found = kernel_lines(RECORDS, whose, 10.0)
+    assert len(found) == (2 if killed else 0)
+    assert all(f"pid={killed}," in line or f"Killed process {killed} " in line for line in found)
+    assert kernel_lines(RECORDS, whose, 100.0) == []  # whoever died then was not killed so long ago
+
+
+def test_memory_group_is_that_of_version_one_else_the_only_one() -> None:
+    assert memory_group("9:name=systemd:/a\n4:memory:/b/c\n0::/\n") == "/b/c"
+    assert memory_group("0::/kubepods/d\n") == "/kubepods/d"
+    assert memory_group("1:cpu:/\n") == ""
+
+
+def test_with_evidence_a_worker_that_the_kernel_killed_was_lost_to_memory() -> None:
+    lost = failure_of(died("(1) The process is killed by SIGKILL by OOM killer"), NODE, alive=True, drained=False)
+    found = with_evidence(lost, Evidence(worker_log="last words", kernel="Killed process 77"))
+    assert (found.cause, found.kernel, found.worker_log) == (Cause.MEMORY, "Killed process 77", "last words")
+    assert found.message.startswith("the worker on host/id was killed for memory by the kernel (ActorDiedError")
+    assert with_evidence(lost, Evidence(worker_log="x")).cause is Cause.WORKER
 
 
 def test_facts_here_are_of_this_process() -> None:
