@@ -47,7 +47,7 @@ class BedBuild:
         if pools is not None:
             cluster["pools"] = pools
         (self.folder / "spec.yaml").write_text(yaml.safe_dump(spec))
-        (self.folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+        (self.folder / "cluster.yaml").write_text(yaml.safe_dump(cluster, sort_keys=False))
         self.lines: list[Line] = []
         """Of all drivers so far."""
         self.process: subprocess.Popen[Any] | None = None
