@@ -13,6 +13,7 @@ import pytest
 from tests.models.bed_build import BedBuild, Line, is_start_of, published, started_again
 from tests.models.bed_faults import actors, step_processes
 from tests.models.ray_nodes import HEAD, RayNodes
+from tests.models.tiny import write_tiny_llama
 
 UNPROVEN: dict[str, Any] = {"topology": {"tp": 2, "pp": 1}, "verification": {"enabled": False}}
 """Two engines, and nothing executed: faults in converts and engine builds are seen in a few seconds."""
@@ -20,6 +21,15 @@ UNPROVEN: dict[str, Any] = {"topology": {"tp": 2, "pp": 1}, "verification": {"en
 
 WORKERS = {"default": {"labels": {"role": "worker"}}}
 """Nodes 2 and 3: of two engines one is built on each."""
+
+ENGINES_AWAY = {
+    "engines": {"steps": ["build"], "labels": {"index": "3"}},
+    "default": {"labels": {"index": "2"}},
+}
+"""Both engines on node 3, at once, and nothing else there."""
+WIDE = {"num_hidden_layers": 1, "hidden_size": 256, "vocab_size": 300_000}
+WIDE_BYTES = 800 * 10**6
+"""An engine of such a model takes 670 MB while it is built: room for one, not for two."""
 
 
 def fresh(bed: RayNodes, source: Path, version: str, pools: Any = None, **sections: Any) -> BedBuild:
@@ -40,6 +50,18 @@ def begins_away(kind: str) -> Callable[[Line], bool]:
 def ends_well(build: BedBuild) -> None:
     assert build.wait() == 0, build.explain()
     assert started_again(build) == []
+
+
+def at_once(build: BedBuild, node: int, after: str = "") -> int:
+    """Most attempts that ran at a time on a node, of those that the driver saw begin after a time."""
+    running, most = set[str](), 0
+    for line in build.lines:
+        if line["event"] == "started" and number(line) == node and line["time"] > after:
+            running.add(line["step"])
+        elif line["event"] in ("succeeded", "failed"):
+            running.discard(line["step"])
+        most = max(most, len(running))
+    return most
 
 
 def causes(build: BedBuild) -> set[tuple[str, str]]:
@@ -129,3 +151,20 @@ def test_build_node_drained_in_the_middle_of_an_engine_ends_without_a_failed_ste
     assert build.of("failed") == []
     assert build.of("retry") == []
     assert "node3" in build.nodes_of("build")
+
+
+@pytest.mark.slow
+def test_build_killed_for_memory_by_the_kernel_goes_on_with_fewer_at_once(ray_nodes: RayNodes, tmp_path: Path) -> None:
+    if not ray_nodes.limits_memory:
+        pytest.skip("no control group for memory can be made here")
+    build = fresh(ray_nodes, write_tiny_llama(tmp_path / "wide", **WIDE), "memory", ENGINES_AWAY)
+    ray_nodes.limit_memory(3, WIDE_BYTES)
+    build.start(2)
+    ends_well(build)
+    assert causes(build) == {("infrastructure", "memory")}
+    for line in build.of("failed"):
+        assert "was killed for memory by the kernel" in line["failure"]["message"]
+        assert "Killed process" in line["failure"]["kernel"]
+        assert "ray::EngineActo" in line["failure"]["kernel"]
+    assert at_once(build, 3) == 2
+    assert at_once(build, 3, after=build.of("retry")[-1]["time"]) == 1
