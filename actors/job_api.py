@@ -204,14 +204,21 @@ def _errors(address: str, job_id: str = "") -> Iterator[None]:
     except (requests.exceptions.RequestException, OSError) as error:
         raise UnreachableError(f"no answer from {address}: {_reason(error)}", _ADVICE) from None
     except RuntimeError as error:
-        raise _refusal(address, job_id, str(error)) from None
+        raise refusal(address, job_id, str(error)) from None
 
 
-def _refusal(address: str, job_id: str, text: str) -> Exception:
+def refusal(address: str, job_id: str, text: str) -> Exception:
+    """What an answer of Ray that is no success means."""
     status, _, said = text.removeprefix("Request failed with status code ").partition(": ")
     said = said.strip().splitlines()[-1] if said.strip() else text
     if status == "404" and job_id:
         return UnknownSubmissionError(f"{address} knows no job {job_id}", "`orchestrator list` names those that it knows.")
+    if "No available agent" in text:
+        return UnreachableError(
+            f"{address} answers, but no node's agent takes the job",
+            "Where Ray has just started, try again. Else dashboard_agent.log in Ray's log folder says why; a second Ray on a "
+            "machine needs a --dashboard-agent-listen-port of its own.",
+        )
     if status.startswith("5") and "already exists" not in text:
         return UnreachableError(f"{address} failed to answer ({status}): {said}")
     return ClusterError(f"{address} refused: {said}")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from actors.job_api import DuplicateJobError, Job, NodeOffer, check_open, unmet
+from actors.job_api import DuplicateJobError, Job, NodeOffer, check_open, refusal, unmet
 from actors.jobs import Client, Clock, Submission, choose
 from orchestrator.cli import app
 from orchestrator.core.errors import (
@@ -36,6 +36,14 @@ LOG = [
     "a library speaks",
     '{"event": "finish", "ran": []}',
 ]
+
+
+def test_refusal_of_a_cluster_whose_agents_are_away_does_not_blame_the_address() -> None:
+    said = 'Request failed with status code 500: {"msg": "No available agent to submit job, please try again later."}'
+    error = refusal("http://head:8265", "", said)
+    assert isinstance(error, UnreachableError)
+    assert error.message == "http://head:8265 answers, but no node's agent takes the job"
+    assert "dashboard_agent.log" in error.advice
 
 
 @pytest.fixture

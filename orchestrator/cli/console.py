@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from orchestrator.following import Published
 
 _WIDTH = None if sys.stdout.isatty() else 160
-out = Console(highlight=False, width=_WIDTH)
-_err = Console(stderr=True, highlight=False, width=_WIDTH)
+# Without emoji codes: build/rank3:x: is a step and an attempt.
+out = Console(highlight=False, emoji=False, width=_WIDTH)
+_err = Console(stderr=True, highlight=False, emoji=False, width=_WIDTH)
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]

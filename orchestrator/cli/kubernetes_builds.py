@@ -170,9 +170,10 @@ def stop_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Co
         from orchestrator.kubernetes.api import KubernetesApi
         from orchestrator.kubernetes.builds import stop
 
+        api = KubernetesApi(context)
         if not as_json:
             out.print(f"{name} is asked to end")
-        state = stop(KubernetesApi(context), namespace, name)
+        state = stop(api, namespace, name)
         show({"name": name, "was": state.phase.value}, [], as_json)
         if not as_json:
             out.print(f"{name} is gone (was: {state.phase.value})")

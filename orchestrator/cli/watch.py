@@ -44,8 +44,11 @@ def _print_lines(watched: Watch) -> None:
     from orchestrator.following import Errored, encode_line
 
     last = None
-    for last in watched.events():
-        print(encode_line(last), flush=True)
+    try:
+        for last in watched.events():
+            print(encode_line(last), flush=True)
+    except KeyboardInterrupt:  # nothing is said: the last line is the build's own
+        raise typer.Exit(130) from None
     if isinstance(last, Errored):  # its line has been printed
         raise typer.Exit(last.exit_code)
     watched.conclusion()

@@ -22,7 +22,7 @@ from orchestrator.core.options import (
 )
 from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.rates import STEP_RATES
-from orchestrator.core.spec import BuildSpec, ClusterSpec, ToleranceSpec
+from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec, ToleranceSpec
 from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
@@ -287,14 +287,23 @@ def _estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int 
 
 
 def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
-    """Steps that no pool of `cluster` can ever hold, each with the reason; empty when all fit."""
-    found = []
+    """Steps that no pool of `cluster` can ever hold, those with the same reason together; empty when all fit."""
+    found: dict[str, list[str]] = {}
     for step in plan.steps:
-        pool = cluster.pool_for(step.kind.value)
-        if pool is None:
-            found.append(f"{step.name}: no pool runs {step.kind.value} steps")
-        elif pool.gpus < step.resources.gpus:
-            found.append(f"{step.name}: needs {step.resources.gpus} GPU, its pool has too few")
-        elif pool.memory is not None and pool.memory < step.resources.memory_bytes:
-            found.append(f"{step.name}: needs about {step.resources.memory_bytes:,} bytes of memory, its pool has {pool.memory:,}")
-    return found
+        if reason := _why_unplaceable(step, cluster.pool_for(step.kind.value)):
+            found.setdefault(reason, []).append(step.name)
+    return [f"{_shortened(names)}: {reason}" for reason, names in found.items()]
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _why_unplaceable(step: Step, pool: PoolSpec | None) -> str:
+    if pool is None:
+        return f"no pool runs {step.kind.value} steps"
+    if pool.gpus < step.resources.gpus:
+        return f"needs {step.resources.gpus} GPU, its pool has too few"
+    if pool.memory is not None and pool.memory < step.resources.memory_bytes:
+        return f"needs about {step.resources.memory_bytes:,} bytes of memory, its pool has {pool.memory:,}"
+    return ""

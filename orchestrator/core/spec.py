@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -357,22 +358,25 @@ T = TypeVar("T", bound=Frozen)
 def decode(model: type[T], data: Any, origin: str) -> T:
     """Decode plain data (from YAML or JSON) into `model`. Raises SpecError that names every wrong path of `origin`."""
     if not isinstance(data, dict):
-        raise SpecError(f"{origin}: expected a mapping of fields, got {type(data).__name__}")
+        got = "nothing" if data is None else f"a {type(data).__name__}"
+        raise SpecError(f"{origin}: expected a mapping of fields, got {got}")
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_line(model, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors()]
+        lines = [_line(model, entry) for entry in error.errors()]
         raise SpecError(f"{origin}: " + "; ".join(lines)) from None
 
 
-def _line(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str) -> str:
+def _line(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
+    loc, kind = entry["loc"], entry["type"]
     path = ".".join(str(part) for part in loc) or "(top)"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), _field_names(model, loc[:-1]), n=1)
         return f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else "")
     if kind == "missing":
         return f"missing key {path}"
-    return f"{path}: {message.removeprefix('Value error, ')}"
+    given = f", not {entry['input']!r}" if kind == "literal_error" else ""
+    return f"{path}: {entry['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _field_names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

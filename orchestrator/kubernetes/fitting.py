@@ -16,8 +16,6 @@ from orchestrator.kubernetes.manifests import Cluster, Fields, Group, at
 from orchestrator.submission import is_local
 
 GPU = "nvidia.com/gpu"
-_LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
-"""Volumes that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "m": 1e-3}
 
 
@@ -49,7 +47,7 @@ def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster, files: C
     for field, path in _local_places(spec, place):
         if any(_is_below(file, path) for file in files):
             continue
-        without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in _lasting_mounts(group))]
+        without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in group.lasting_mounts)]
         if without:
             yield f"{field} is {path}, and group {without[0]} mounts no volume there that outlives its pods"
 
@@ -65,13 +63,6 @@ def _local_places(spec: BuildSpec, place: ClusterSpec) -> Iterator[tuple[str, st
             "quantization.calibration.dataset": dataset if dataset.endswith((".txt", ".jsonl", ".parquet")) else "",
         }
     yield from ((field, path) for field, path in places.items() if path and is_local(path))
-
-
-def _lasting_mounts(group: Group) -> Iterator[str]:
-    lasting = {
-        volume.get("name") for volume in group.get("template.spec.volumes", []) or [] if any(key in volume for key in _LASTING)
-    }
-    yield from (str(mount["mountPath"]) for mount in group.ray.get("volumeMounts") or [] if mount.get("name") in lasting)
 
 
 def _is_below(path: str, folder: str) -> bool:

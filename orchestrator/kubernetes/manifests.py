@@ -18,6 +18,8 @@ from orchestrator.core.errors import ManifestError, ToolError
 from orchestrator.programs import find_program
 
 Fields = dict[str, Any]
+_LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
+"""Volumes that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ class Group(Subject):
     def ray(self) -> Fields:
         """The container that Ray runs in: the first."""
         return self.containers[0] if self.containers else {}
+
+    @property
+    def lasting_mounts(self) -> list[str]:
+        """Where Ray's container mounts volumes that may hold something when the pod starts, and keep it when the pod ends."""
+        volumes = self.get("template.spec.volumes", []) or []
+        lasting = {volume.get("name") for volume in volumes if any(key in volume for key in _LASTING)}
+        return [str(mount.get("mountPath")) for mount in self.ray.get("volumeMounts") or [] if mount.get("name") in lasting]
 
 
 class Pod(Subject):

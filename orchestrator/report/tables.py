@@ -25,6 +25,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def format_count(count: int, what: str) -> str:
+    """1 node, 2 nodes."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def format_seconds(seconds: float) -> str:
     """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 10:

@@ -14,7 +14,7 @@ from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, St
 from orchestrator.core.step import FailureKind, Outcome
 from orchestrator.following import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
 from orchestrator.report.remaining import Remaining
-from orchestrator.report.tables import counted, format_bytes, format_seconds
+from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds
 
 
 class LiveView:
@@ -65,7 +65,7 @@ class LiveView:
         for warning in event.warnings:
             self._print(f"[yellow]warning:[/] {escape(warning)}")
         kept = event.num_steps - len(event.pending)
-        self._print(f"{event.num_steps} steps, {kept} committed or not needed, {len(event.pending)} to run.")
+        self._print(f"{format_count(event.num_steps, 'step')}, {kept} committed or not needed, {len(event.pending)} to run.")
         for name in event.pending:
             self._totals[_kind(name)] = self._totals.get(_kind(name), 0) + 1
         for kind, total in self._totals.items():
@@ -79,7 +79,7 @@ class LiveView:
         devices = counted(device.name for node in event.nodes for device in node.devices)
         cpus = sum(node.cpus for node in event.nodes)
         what = [f"{cpus:.0f} CPU slots", *(f"{count} {name}" for name, count in devices.items())]
-        self._print(f"{len(event.nodes)} nodes: {escape(', '.join(what))}")
+        self._print(f"{format_count(len(event.nodes), 'node')}: {escape(', '.join(what))}")
         for warning in event.warnings:
             self._print(f"[yellow]warning:[/] {escape(warning)}")
 

@@ -262,6 +262,12 @@ def test_unplaceable_kind_that_no_pool_runs_is_named() -> None:
     assert found == ["build/rank0: no pool runs build steps"]
 
 
+def test_unplaceable_steps_of_the_same_reason_are_told_together() -> None:
+    pool = PoolSpec(steps=("reference", "convert", "verify"))
+    found = unplaceable(plan_of(topology={"tp": 2, "pp": 2}), cluster("ray", cpu=pool))
+    assert found == ["build/rank0 and 3 more: no pool runs build steps"]
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -289,4 +295,6 @@ def test_unplaceable_pools_that_hold_everything_name_nothing() -> None:
 
 def test_unplaceable_step_larger_than_its_pools_memory_is_named() -> None:
     found = unplaceable(plan_of(), cluster("local", default=PoolSpec(memory=10**6)))
-    assert any(line.startswith("build/rank0: needs about ") and line.endswith("its pool has 1,000,000") for line in found)
+    first = next(line for line in found if "build/rank0" in line)
+    assert first.startswith("reference, build/rank0: needs about ")
+    assert first.endswith("its pool has 1,000,000")

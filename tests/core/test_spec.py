@@ -99,6 +99,15 @@ def test_decode_no_mapping_is_refused(data: Any) -> None:
     assert "expected a mapping" in _message(BuildSpec, data)
 
 
+def test_decode_an_empty_file_says_that_there_is_nothing() -> None:
+    assert "expected a mapping of fields, got nothing" in _message(ClusterSpec, None)
+
+
+def test_decode_unknown_word_is_told_with_the_known_ones() -> None:
+    message = _message(ClusterSpec, {"store": "s3://b", "pools": {"gpu": {"steps": ["bild"]}}})
+    assert "pools.gpu.steps.0: Input should be 'reference', 'calibrate', 'convert', 'build' or 'verify', not 'bild'" in message
+
+
 @pytest.mark.parametrize(
     ("section", "reason"),
     [

@@ -87,6 +87,12 @@ def test_simulate_of_a_step_that_is_not_there_is_refused(workplace: Workplace) -
     assert "the plan has no step 'build/rank9'" in done.output
 
 
+def test_simulate_of_a_failure_that_is_none_is_said_letter_by_letter(workplace: Workplace) -> None:
+    done = workplace.simulate("--fail", "build/rank0:x")
+    assert done.exit_code == errors.SpecError.exit_code
+    assert "--fail build/rank0:x: expected STEP:ATTEMPT" in done.output
+
+
 def test_simulation_options_without_simulate_are_refused(workplace: Workplace) -> None:
     words = ["plan", str(workplace.folder / "spec.yaml"), "--fail", "build/rank0:1"]
     assert CliRunner().invoke(app, words).exit_code == errors.SpecError.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from orchestrator.cli import app
 from orchestrator.core.errors import CancelledError, DriverLostError, ReleaseMissingError, StoreError, VerificationError
 from orchestrator.core.progress import StepProgress, StepStarted
 from orchestrator.core.spec import ClusterSpec
-from orchestrator.following import Alive, Errored, Finished, Planned, Published, Stepped
+from orchestrator.following import Alive, BuildEvent, Errored, Finished, Planned, Published, Stepped
 from orchestrator.report.journal import ALIVE_SECONDS, Journal, segment_key
 from orchestrator.stores import Store, open_store
 from orchestrator.watching import PATIENCE_SECONDS, Run, Watch, find_run, list_runs
@@ -168,6 +169,23 @@ def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
         find_run(store, "other")
     lines = CliRunner().invoke(app, ["watch", store.url, "--json"]).stdout.splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["plan", "finish", "published"]
+
+
+@pytest.mark.parametrize(("options", "said"), [([], "Looked away; the build goes on.\n"), (["--json"], "")])
+def test_watch_that_is_interrupted_says_nothing_of_the_builds_end(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    journal = Journal(store, KEY, clock)
+    journal.tell(Alive(clock()))
+    journal.flush()
+
+    def interrupted(watch: Watch) -> Iterator[BuildEvent]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Watch, "events", interrupted)
+    result = CliRunner().invoke(app, ["watch", store.url, *options])
+    assert (result.exit_code, result.stdout.strip()) == (130, said.strip())
 
 
 def test_build_that_fails_leaves_its_error_to_those_who_watch(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def files_decode(bundle: Bundle) -> Found:
 @rule(
     "BU02",
     Bundle,
-    "Set kind: ray and address: auto, a store such as s3://BUCKET/builds, and the source beside it or on a mounted volume.",
+    "Set kind: ray and address: auto, a store such as s3://BUCKET/builds, and the source beside it or on a volume that outlives "
+    "the pods.",
 )
 def places_are_reached_from_pods(bundle: Bundle) -> Found:
     """The driver joins the Ray cluster that it runs in, and every pod reaches source and store."""
@@ -38,13 +39,13 @@ def places_are_reached_from_pods(bundle: Bundle) -> Found:
         if place.kind != "ray" or place.address not in {None, "auto"}:
             yield f"{CLUSTER_FILE}: address", f"is {place.address} of kind {place.kind}"
         if place.store.startswith("memory://") or (
-            is_local(place.store.removeprefix("file://")) and not _is_mounted(bundle, place.store)
+            is_local(place.store.removeprefix("file://")) and not _lasts(bundle, place.store)
         ):
-            yield f"{CLUSTER_FILE}: store", f"{place.store} is on no volume that all builders mount"
+            yield f"{CLUSTER_FILE}: store", f"{place.store} is on no volume that outlives the pods and that all workers mount"
         if place.scratch is not None and not _is_mounted(bundle, place.scratch):
             yield f"{CLUSTER_FILE}: scratch", f"{place.scratch} is on no volume that all builders mount"
-    if spec is not None and is_local(spec.source.path) and not _is_mounted(bundle, spec.source.path):
-        yield f"{SPEC_FILE}: source.path", f"{spec.source.path} is on no volume that all builders mount"
+    if spec is not None and is_local(spec.source.path) and not _lasts(bundle, spec.source.path):
+        yield f"{SPEC_FILE}: source.path", f"{spec.source.path} is on no volume that outlives the pods and that all workers mount"
 
 
 @rule("BU03", Bundle, "Give the pool the labels of a worker group, or the worker group those of the pool.")
@@ -97,11 +98,21 @@ def _working(bundle: Bundle) -> list[Group]:
 
 
 def _is_mounted(bundle: Bundle, place: str) -> bool:
+    """Whether it lies on a volume of whatever kind in every group that takes work."""
+    mounts = [[str(mount.get("mountPath")) for mount in group.ray.get("volumeMounts") or []] for group in _working(bundle)]
+    return _is_in_all(place, mounts)
+
+
+def _lasts(bundle: Bundle, place: str) -> bool:
+    """Whether it lies on a volume that outlives its pods in every group of workers, the driver's among them."""
+    return _is_in_all(place, [group.lasting_mounts for group in bundle.cluster.workers])
+
+
+def _is_in_all(place: str, groups: list[list[str]]) -> bool:
     path = place.removeprefix("file://")
-    mounts = [
-        {str(mount.get("mountPath")).rstrip("/") for mount in group.ray.get("volumeMounts") or []} for group in _working(bundle)
-    ]
-    return bool(mounts) and all(any(path == mount or path.startswith(mount + "/") for mount in group) for group in mounts)
+    return bool(groups) and all(
+        any(path == mount.rstrip("/") or path.startswith(mount.rstrip("/") + "/") for mount in mounts) for mounts in groups
+    )
 
 
 RULES: tuple[AnyRule, ...] = (files_decode, places_are_reached_from_pods, pools_select_groups, engines_are_built_on_their_gpu)
