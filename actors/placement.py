@@ -49,7 +49,7 @@ class _Waiting:
 
 
 class Placement:
-    """A queue in order of arrival in which a step that fits may pass one that does not."""
+    """A queue in the order that tasks state, then of arrival, in which a step that fits may pass one that does not."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._spec = spec
@@ -72,7 +72,10 @@ class Placement:
     def add(self, task: Task, now: float) -> None:
         step = task.step
         alike = f"{step.kind} {step.resources} {step.places} {step.options.get('engine')}"
+        last = next(reversed(self._waiting.values()), None)
         self._waiting[step.digest] = _Waiting(task, alike, now)
+        if last is not None and task.order < last.task.order:
+            self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].task.order))
 
     def update(self, nodes: Iterable[Node]) -> None:
         """The nodes that are alive now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from actors.node_watch import node_name
@@ -27,6 +27,14 @@ class StepActor:
     """Base of the actors; wrapped for Ray where it is created, so that it stays an ordinary class."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is set before a step's libraries are loaded, which read it once.
+
+        Not in the actor's runtime_env: Ray would start a process for every other environment, more slowly, and its pool of
+        started ones would be of no use.
+        """
+        os.environ.update(environment or {})
 
     def run(self, task_json: str) -> Iterator[list[Message]]:
         """Run the task; its last event is final. The step's own errors are events, not exceptions."""

@@ -116,6 +116,5 @@ class Workers:
             "label_selector": {"ray.io/node-id": placed.node.node_id},
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": worker_environment(self._threads, gpu=gpus > 0)},
         }
-        return ray.remote(kind).options(**options).remote()
+        return ray.remote(kind).options(**options).remote(worker_environment(self._threads, gpu=gpus > 0))

@@ -11,14 +11,18 @@ The names below are the public ones; everything heavy is imported when it is use
 
 from __future__ import annotations
 
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.core.manifest import Manifest
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
-from orchestrator.core.topology import Topology
-from orchestrator.loading import load_cluster, load_spec
-from orchestrator.releases import pull, read_release
-from orchestrator.verbs import Build, build, convert, plan
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.core.errors import OrchestratorError
+    from orchestrator.core.manifest import Manifest
+    from orchestrator.core.plan import Plan
+    from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
+    from orchestrator.core.topology import Topology
+    from orchestrator.loading import load_cluster, load_spec
+    from orchestrator.releases import pull, read_release
+    from orchestrator.verbs import Build, build, convert, plan
 
 __all__ = [
     "Build",
@@ -37,3 +41,26 @@ __all__ = [
     "pull",
     "read_release",
 ]
+
+_PLACES = {
+    "core.errors": ("OrchestratorError",),
+    "core.manifest": ("Manifest",),
+    "core.plan": ("Plan",),
+    "core.spec": ("BuildConfig", "BuildSpec", "ClusterSpec"),
+    "core.topology": ("Topology",),
+    "loading": ("load_cluster", "load_spec"),
+    "releases": ("pull", "read_release"),
+    "verbs": ("Build", "build", "convert", "plan"),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: a worker that runs one kind of step needs few of them (PEP 562)."""
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

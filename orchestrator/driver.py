@@ -113,6 +113,7 @@ class _Drive:
                 step=step,
                 inputs={need: self.schedule.outcomes[need] for need in step.needs},
                 attempt=due.attempt,
+                order=self.schedule.order[step.digest],
                 store=self.spec.store,
                 store_options=self.spec.store_options,
                 scratch=self.spec.scratch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class _Share:
 
 
 class Admission:
-    """A queue in order of arrival in which a task that fits may pass one that does not."""
+    """A queue in the order that tasks state, then of arrival, in which a task that fits may pass one that does not."""
 
     def __init__(self, cluster: ClusterSpec, nodes: Mapping[str, Sequence[Node]] | None = None) -> None:
         """`nodes` by pool; without them, each pool is a share of this machine. Raises ClusterError when a node lacks GPUs."""
@@ -92,7 +93,7 @@ class Admission:
             self._shares.extend(_Share(name, spec, node, _capacity(spec, node)) for node in mine)
 
     def add(self, task: Task) -> None:
-        self._waiting.append(task)
+        bisect.insort(self._waiting, task, key=lambda waiting: waiting.order)
 
     def learn(self, facts: Iterable[NodeFacts]) -> None:
         """What nodes said of themselves: steps that cannot run on one are kept from it, where another can run them."""

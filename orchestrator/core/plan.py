@@ -103,15 +103,11 @@ class Plan:
             frontier.extend(self.step(digest).needs)
         return [step for step in self.steps if step.digest in wanted]
 
-    def critical_seconds(self) -> dict[str, float]:
-        """By digest: the estimated seconds from a step's start to the end of the longest chain behind it."""
-        behind: dict[str, float] = {step.digest: 0.0 for step in self.steps}
-        total: dict[str, float] = {}
-        for step in reversed(self.steps):
-            total[step.digest] = behind[step.digest] + step.estimate.seconds
-            for need in step.needs:
-                behind[need] = max(behind[need], total[step.digest])
-        return total
+    def order(self) -> dict[str, int]:
+        """By digest: what goes first among steps that could start. As the plan lists them, stage by stage: the first engine begins
+        while later stages are still converted, and shows early what TensorRT thinks of the network.
+        """
+        return {step.digest: number for number, step in enumerate(self.steps)}
 
 
 def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:

@@ -42,7 +42,8 @@ class Schedule:
         """Attempts beyond the first, by digest."""
         self.lost: dict[str, list[Failure]] = {}
         """Why earlier attempts came to nothing, by digest; those that were handed over too."""
-        self._priority = plan.critical_seconds()
+        self.order = plan.order()
+        """What goes first among steps that could start: the smallest, by digest."""
 
     @property
     def done(self) -> bool:
@@ -100,7 +101,7 @@ class Schedule:
         if self.failures:
             return []
         ready = [step for step in self._pending.values() if all(need in self.outcomes for need in step.needs)]
-        ready.sort(key=lambda step: (-self._priority[step.digest], step.name))
+        ready.sort(key=lambda step: self.order[step.digest])
         for step in ready:
             del self._pending[step.digest]
             self._running[step.digest] = 1

@@ -212,6 +212,8 @@ class Task(_Value):
     inputs: dict[str, Outcome]
     """Outcome of every need, by digest."""
     attempt: int
+    order: int = 0
+    """Among tasks that wait for room the smallest goes first; those with the same one in order of arrival."""
     store: str
     """URL."""
     store_options: StoreOptions = StoreOptions()

@@ -54,6 +54,12 @@ def test_begin_spreads_steps_over_the_nodes_in_order_of_arrival() -> None:
     assert begun(made) == [("c4", "a")]
 
 
+def test_begin_a_task_of_smaller_order_passes_those_that_came_before() -> None:
+    late, first = (task(name).model_copy(update={"order": order}) for name, order in (("late", 7), ("first", 3)))
+    made = placement([node("a", cpus=1)], [late, first])
+    assert begun(made) == [("first", "a")]
+
+
 def test_begin_labels_choose_the_nodes_and_fallback_labels_when_those_are_full() -> None:
     pool = PoolSpec(labels={"gpu": "H100"}, fallback=({"gpu": "L40S"},))
     nodes = [node("plain"), node("large", cpus=1, labels={"gpu": "H100"}), node("small", cpus=1, labels={"gpu": "L40S"})]

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from orchestrator.checkpoints import companions, huggingface
 from orchestrator.checkpoints.places import LocalPlace
@@ -22,7 +20,7 @@ from orchestrator.core.weight_map import weight_map
 from orchestrator.families.llama import LLAMA
 from orchestrator.quantizing import resolve
 from orchestrator.report import describe_plan
-from tests.models.plans import fake_plan, named, outcome_of
+from tests.models.plans import named, outcome_of
 from tests.models.synthetic import build_spec, model_config, random_arrays, synthetic_index, write_source
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "plan_tiny.json"
@@ -233,21 +231,6 @@ def test_pending_last_verify_hides_the_reference_and_earlier_stages() -> None:
     plan = plan_of(topology={"pp": 2})
     left = {step.name for step in plan.pending(commit(plan, "verify/stage1"))}
     assert left == {"convert/stage0/group0", "convert/stage1/group0", "build/rank0", "build/rank1"}
-
-
-@given(
-    needs=st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=1, max_size=8),
-    seconds=st.lists(st.integers(0, 9), min_size=8, max_size=8),
-)
-def test_critical_seconds_are_those_of_the_longest_chain(needs: list[set[int]], seconds: list[int]) -> None:
-    graph = {str(number): [str(need) for need in wanted if need < number] for number, wanted in enumerate(needs)}
-    plan = fake_plan(graph, {name: float(seconds[int(name)]) for name in graph})
-    found = plan.critical_seconds()
-
-    def longest(name: str) -> float:
-        return seconds[int(name)] + max((longest(other) for other, wanted in graph.items() if name in wanted), default=0.0)
-
-    assert {step.name: found[step.digest] for step in plan.steps} == {name: longest(name) for name in graph}
 
 
 TENSORRT = {"backend": "tensorrt", "max_input_len": 16, "max_seq_len": 64}

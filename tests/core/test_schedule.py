@@ -44,7 +44,7 @@ def test_start_only_steps_without_needs_begin() -> None:
 def test_handle_step_starts_as_soon_as_its_own_needs_are_there() -> None:
     schedule = schedule_of(DIAMOND)
     schedule.start()
-    assert names(schedule.handle(succeeded(named(DIAMOND, "a")))) == ["c", "b"]
+    assert names(schedule.handle(succeeded(named(DIAMOND, "a")))) == ["b", "c"]
     assert schedule.handle(succeeded(named(DIAMOND, "b"))) == []
     assert names(schedule.handle(succeeded(named(DIAMOND, "c")))) == ["d"]
     assert not schedule.done
@@ -53,9 +53,9 @@ def test_handle_step_starts_as_soon_as_its_own_needs_are_there() -> None:
     assert set(schedule.outcomes) == {step.digest for step in DIAMOND.steps}
 
 
-def test_start_longest_chain_goes_first_then_the_name_decides() -> None:
+def test_start_steps_go_in_the_order_of_the_plan() -> None:
     plan = fake_plan({"late": [], "x": [], "chain": [], "behind": ["chain"]}, {"late": 2.0, "x": 2.0, "chain": 1.0, "behind": 9.0})
-    assert names(schedule_of(plan).start()) == ["chain", "late", "x"]
+    assert names(schedule_of(plan).start()) == ["late", "x", "chain"]
 
 
 def test_start_everything_committed_is_done_at_once() -> None:
