@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from orchestrator.work.probe import probe_here
 _OBJECT_STORE_BYTES = 200 * 10**6
 _WAIT_SECONDS = 0.5
 """One look at the streams; an interrupt is answered between two, and new nodes are seen."""
+_ANSWER_SECONDS = 10.0
+"""How long the head may take to accept a connection."""
 _PATIENCE_SECONDS = 60.0
 """A worker that has not begun by then is tried on another node."""
 _EVIDENCE_SECONDS = 5.0
@@ -288,6 +291,21 @@ def _demand(bundles: list[dict[str, float]]) -> None:
         request_resources(bundles=bundles)
 
 
+def _check_answers(address: str) -> None:
+    """Refuse at once what Ray would try for minutes. Raises ClusterError."""
+    given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = given.rpartition(":")
+    if "/" in given or not host or not port.isdecimal():
+        return  # a URL, or nothing: Ray looks for itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {given}: {error}",
+            "Check the address in the cluster file, or RAY_ADDRESS: the head's HOST:6379, not its dashboard's.",
+        ) from None
+
+
 def _connect(spec: ClusterSpec) -> None:
     # Ray 2.60 decides by itself when this is unset, and then differs between nodes.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -295,6 +313,7 @@ def _connect(spec: ClusterSpec) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if spec.address is not None or os.environ.get("RAY_ADDRESS"):
         options["address"] = spec.address or "auto"
+        _check_answers(options["address"])
     else:
         pools = spec.pools.values()
         cpus = [pool.cpus for pool in pools if pool.cpus]

@@ -112,10 +112,10 @@ def _report_build(made: Any, as_json: bool) -> None:
         )
     else:
         out.print("[yellow]verification was switched off in the spec[/]")
-    from orchestrator.report import format_bytes
+    from orchestrator.report import format_bytes, format_count
 
     engines = [file for record in manifest.ranks for file in record.files]
-    out.print(f"{len(engines)} engines, {format_bytes(sum(file.num_bytes for file in engines))}")
+    out.print(f"{format_count(len(engines), 'engine')}, {format_bytes(sum(file.num_bytes for file in engines))}")
     out.print(f"published: {address}", soft_wrap=True)
 
 
@@ -161,10 +161,12 @@ def convert(
             },
             "command line",
         )
+        from orchestrator.report import format_count
+
         made = verbs.convert(spec, output, _listener(as_json))
         if not as_json:
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
-            out.print(f"{made.topology.world_size} ranks{shared} in {output}")
+            out.print(f"{format_count(made.topology.world_size, 'rank')}{shared} in {output}")
 
 
 @app.command()
@@ -210,6 +212,8 @@ def quantize(
             place = place_of(cluster, store)
             written = sweeping.calibrate(wanted, output, place, open_cluster=_open_cluster, listener=_listener(as_json))
             show({"files": [str(path) for path in written]}, [], as_json)
+            if not as_json:
+                out.print(f"{', '.join(path.name for path in written)} in {output}", soft_wrap=True)
 
 
 @app.command("build-engine")

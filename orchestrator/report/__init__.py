@@ -9,6 +9,7 @@ from orchestrator.report.tables import (
     counted,
     describe_plan,
     format_bytes,
+    format_count,
     format_seconds,
     plan_table,
     stage_table,
@@ -19,5 +20,6 @@ from orchestrator.report.view import LiveView
 
 __all__ = [
     "ConsoleListener", "EventListener", "Finished", "JsonListener", "Listener", "Listeners", "LiveView", "SilentListener",
-    "counted", "describe_plan", "format_bytes", "format_seconds", "plan_table", "stage_table", "step_table", "sweep_table",
+    "counted", "describe_plan", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
+    "sweep_table",
 ]  # fmt: skip

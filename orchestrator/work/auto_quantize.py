@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def choose_formats(
     tokens = torch.from_numpy(calibration_tokens(data, dataset, folder, model.config.vocab_size))
     batches = [tokens[begin : begin + data.batch_size] for begin in range(0, len(tokens), data.batch_size)]
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+    with _budget_refused(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, _ = mtq.auto_quantize(
             model,
@@ -65,6 +65,20 @@ def choose_formats(
         log(line)
     modules = dict(model.named_modules())
     return {linear: _format_of(modules[sources[0]], formats) for linear, sources in linears.items()}
+
+
+@contextlib.contextmanager
+def _budget_refused() -> Iterator[None]:
+    """Model Optimizer finds out before it calibrates that no mixture is as small as was asked."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        if not any(word in str(error) for word in ("infeasible", "cannot be lower")):
+            raise
+        raise QuantizationError(
+            f"no mixture of these formats meets the budget: {error}",
+            "Allow more bits, or give --formats with fewer; what the formats cannot hold keeps the model's precision.",
+        ) from None
 
 
 def _check(linears: dict[str, tuple[str, ...]], formats: Sequence[LinearFormat], device: str) -> None:

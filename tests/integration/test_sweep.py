@@ -96,6 +96,13 @@ def test_choose_spends_a_larger_budget_and_its_mixture_is_built_from(source: Pat
     assert set(outcomes["convert/stage0/group0"].facts["quantization_errors"]) == set(listed)
 
 
+@pytest.mark.parametrize("bits", [6.0, 8.0000001])
+def test_choose_within_a_budget_that_no_mixture_meets_is_refused(source: Path, tmp_path: Path, bits: float) -> None:
+    with pytest.raises(QuantizationError, match="no mixture of these formats meets the budget: "):
+        sweep.choose(spec(source, algorithm="FP8"), ["FP8"], bits, tmp_path / "quant_cfg.json")
+    assert not (tmp_path / "quant_cfg.json").exists()
+
+
 def test_choose_format_that_this_machine_cannot_execute_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="NVFP4 needs a GPU"):
         sweep.choose(spec(source, algorithm="FP8"), ["NVFP4"], 4.5, tmp_path / "quant_cfg.json")
