@@ -7,16 +7,30 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.checkpoints.places import is_url
+from orchestrator.core.calibration import DATA_SUFFIXES
 from orchestrator.core.errors import SpecError
 from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator.core.spec import BuildSpec, ClusterSpec, QuantizationSpec, decode
 
 
 def load_spec(path: Path) -> BuildSpec:
     """Read a build spec. Raises SpecError naming every wrong field."""
     spec = decode(BuildSpec, _read(path), str(path))
     source = resolve_source(spec.source.path, path.parent)
-    return spec.model_copy(update={"source": spec.source.model_copy(update={"path": source})})
+    found = {"source": spec.source.model_copy(update={"path": source})}
+    return spec.model_copy(update={**found, "quantization": _resolve_files(spec.quantization, path.parent)})
+
+
+def _resolve_files(asked: QuantizationSpec | None, base: Path) -> QuantizationSpec | None:
+    if asked is None:
+        return None
+    found: dict[str, Any] = {
+        name: resolve_source(value, base) for name in ("quant_cfg", "scales") if (value := getattr(asked, name)) is not None
+    }
+    dataset = asked.calibration.dataset
+    if dataset.endswith(DATA_SUFFIXES):
+        found["calibration"] = asked.calibration.model_copy(update={"dataset": resolve_source(dataset, base)})
+    return asked.model_copy(update=found)
 
 
 def resolve_source(source: str, base: Path) -> str:
