@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from orchestrator.cache import OUTCOMES, outcome_key
+from orchestrator.core.spec import StoreOptions
+from orchestrator.stores import open_store
 from tests.models.ray_nodes import RayNodes
 
 Line = dict[str, Any]
@@ -23,9 +26,18 @@ class BedBuild:
     """One release, built by as many drivers as it takes. `read_at` in a line: when, seconds since 1970."""
 
     def __init__(
-        self, bed: RayNodes, source: Path, version: str, store: str | None = None, pools: Any = None, **sections: Any
+        self,
+        bed: RayNodes,
+        source: Path,
+        version: str,
+        store: str | None = None,
+        pools: Any = None,
+        options: StoreOptions | None = None,
+        **sections: Any,
     ) -> None:
+        """`options`: of the store. `sections`: of the spec, instead of those of a tiny build."""
         self.bed = bed
+        self.options = options
         self.folder = bed.folder / "builds" / version
         self.folder.mkdir(parents=True)
         self.version = version
@@ -44,6 +56,8 @@ class BedBuild:
             "retries": {"max_attempts": 8, "backoff_seconds": 0.5, "max_backoff_seconds": 4},
             "schedule_timeout_seconds": 90, "probe_timeout_seconds": 60,
         }  # fmt: skip
+        if options is not None:
+            cluster["store_options"] = options.model_dump(mode="json", exclude_unset=True)
         if pools is not None:
             cluster["pools"] = pools
         (self.folder / "spec.yaml").write_text(yaml.safe_dump(spec))
@@ -62,17 +76,14 @@ class BedBuild:
         with self._output.open("ab") as out, (self.folder / "driver.log").open("ab") as err:
             self.process = self.bed.popen(node, *words, stdout=out, stderr=err)
 
-    @property
-    def store_folder(self) -> Path:
-        return Path(self.store.removeprefix("file://"))
-
     def kill(self) -> None:
         """SIGKILL to the driver."""
         assert self.process is not None
         self.bed.kill_process(self.process)
 
     @property
-    def running(self) -> bool:
+    def alive(self) -> bool:
+        """Whether the driver is."""
         assert self.process is not None
         return self.process.poll() is None
 
@@ -91,7 +102,7 @@ class BedBuild:
         """The first line from now on that meets the condition; None when the driver ended before."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            ended = not self.running
+            ended = not self.alive
             for line in self.read():
                 if condition(line):
                     return line
@@ -110,6 +121,16 @@ class BedBuild:
         return [
             line for line in self.lines if line["event"] == event and all(line.get(key) == value for key, value in fields.items())
         ]
+
+    def running(self) -> dict[str, Line]:
+        """Starts of the steps that run, as far as has been read, by name of the step."""
+        found: dict[str, Line] = {}
+        for line in self.lines:
+            if line["event"] == "started":
+                found[line["step"]] = line
+            elif line["event"] in ("succeeded", "failed"):
+                found.pop(line["step"], None)
+        return found
 
     def nodes_of(self, kind: str) -> set[str]:
         """Names of the nodes where steps of a kind ran to their end."""
@@ -132,16 +153,32 @@ def started_again(build: BedBuild) -> list[str]:
     """Steps that began (on their node's clock, which is ours) after their outcome had been committed."""
     found = []
     for line in build.of("started"):
-        commit = build.store_folder / "outcomes" / f"{line['digest']}.json"
         began = datetime.datetime.fromisoformat(line["at"]).timestamp()
-        if commit.exists() and began > commit.stat().st_mtime:
+        if began > committed_at(build, line["digest"]):
             found.append(line["step"])
     return found
 
 
+def committed_at(build: BedBuild, digest: str) -> float:
+    """When the outcome of a step was committed, seconds since 1970; infinite when it was not. S3 knows the second only: its end."""
+    key = outcome_key(digest)
+    if build.store.startswith("file://"):
+        commit = Path(build.store.removeprefix("file://")) / key
+        return commit.stat().st_mtime if commit.exists() else float("inf")
+    import s3fs
+
+    assert build.options is not None
+    found = s3fs.S3FileSystem(endpoint_url=build.options.endpoint_url, use_listings_cache=False)
+    try:
+        return float(found.info(f"{build.store.removeprefix('s3://')}/{key}")["LastModified"].timestamp()) + 1.0
+    except FileNotFoundError:
+        return float("inf")
+
+
 def checkpoint(build: BedBuild) -> dict[str, str]:
     """sha256 of every file of the converted checkpoint, by step and name: the same weights give the same."""
-    outcomes = [json.loads(path.read_bytes()) for path in sorted((build.store_folder / "outcomes").glob("*.json"))]
+    store = open_store(build.store, build.options)
+    outcomes = [json.loads(store.get(found.key)) for found in store.list(OUTCOMES)]
     return {
         f"{outcome['name']}/{output['name']}": output["sha256"]
         for outcome in outcomes
@@ -157,7 +194,7 @@ def published(build: BedBuild) -> str:
 
     url = f"{build.store}/releases/tiny/{build.version}"
     try:
-        verified = verify(url)
+        verified = verify(url, options=build.options)
     except OrchestratorError as error:
         return f"{type(error).__name__}: {error.message}"
     return "" if verified.release.manifest.verification is not None else "not verified"

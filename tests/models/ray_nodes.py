@@ -27,6 +27,8 @@ from orchestrator.work.process import die_with_parent
 from tests.models.memory_groups import MemoryGroup, place_for_groups
 
 HEAD = 1
+GUEST = 200
+"""Number of a machine on the nodes' network that is no node: what runs there is reached as over any network."""
 _ROOT = Path(__file__).resolve().parents[2]
 _BIN = Path(sys.executable).parent
 _PORT, _DASHBOARD_PORT = 6379, 8265
@@ -112,7 +114,7 @@ class RayNodes:
             "RAY_AUTH_TOKEN": self._token,
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "NO_PROXY": f"127.0.0.1,localhost,10.77.{self._number}.0/24,{self.ip(HEAD)}",
+            "NO_PROXY": f"127.0.0.1,localhost,10.77.{self._number}.0/24,{self.ip(HEAD)},{self.ip(GUEST)}",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{_BIN}:{os.environ['PATH']}",
             "PYTHONPATH": f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
@@ -160,13 +162,19 @@ class RayNodes:
                 words, env=self._node_environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
             )
 
+    def plug_guest(self) -> tuple[str, ...]:
+        """Make the guest's place on the network; the words before a program that is to run there. `cut` and `connect` know it."""
+        self._plug(GUEST)
+        _sh("ip", "-n", self._namespace(GUEST), "link", "set", "lo", "up")
+        return ("ip", "netns", "exec", self._namespace(GUEST))
+
     def restore(self) -> None:
         """Bring back whatever is missing: links, nodes, room in scratch."""
         for group in self._groups.values():
             group.limit(None)
         for node in list(self._cut):  # a worker that was cut off ends itself sooner or later
             self.connect(node)
-            if node != HEAD:
+            if node in self.nodes[1:]:
                 self.kill(node)
         if HEAD not in self._processes:
             self.start(HEAD)
