@@ -6,7 +6,9 @@ MPI. Nothing is simulated: a wrong shard, a wrong graph or a missing all-reduce 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,8 @@ def _answer_collectives(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _collectives(world: Any) -> str:
     """Register the two operators with onnxruntime_extensions; returns the path of its library."""
-    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+    with _without("torch", "transformers"):
+        from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 
     @onnx_op(op_type="MpiAllReduce", inputs=[PyCustomOpDef.dt_float], outputs=[PyCustomOpDef.dt_float])  # type: ignore[untyped-decorator]
     def all_reduce(x: Array) -> Array:
@@ -172,6 +175,23 @@ def _collectives(world: Any) -> str:
 
     path: str = get_library_path()
     return path
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Packages that are not loaded yet cannot be imported in the block.
+
+    onnxruntime_extensions loads torch and transformers for its tokenizers where they are installed: four seconds in every rank
+    for what is not used here.
+    """
+    kept_out = [name for name in names if name not in sys.modules]
+    blocked: dict[str, Any] = dict.fromkeys(kept_out)  # None stands for "there is no such package"
+    sys.modules.update(blocked)
+    try:
+        yield
+    finally:
+        for name in kept_out:
+            del sys.modules[name]
 
 
 if __name__ == "__main__":
