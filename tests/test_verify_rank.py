@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core.errors import VerificationError
+from orchestrator.core.options import StageOptions
+from orchestrator.core.step import Cause
+from orchestrator.core.topology import Topology
+from orchestrator.stores import open_store
+from orchestrator.work import verify
+from orchestrator.work.context import Context
+from orchestrator.work.failures import cause_of
+from tests.models.synthetic import model_config
 
 START = """
 import sys
@@ -18,3 +31,35 @@ def test_rank_with_collectives_starts_without_torch_and_transformers() -> None:
     """They cost seconds; who wants them afterwards still gets them."""
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr[-2000:]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(open_store("memory://"), "", tmp_path, lambda *progress: None, print)
+
+
+@pytest.fixture
+def job() -> verify.RankJob:
+    """Of two ranks, with a reference that is not there."""
+    stage = StageOptions.of(model_config(), Topology(2, 1), 0)
+    return verify.RankJob(
+        stage=stage, decode_steps=1, gather_logits=False, shards=[[], []], reference="missing", hidden_states=None, output=""
+    )
+
+
+def test_stage_whose_rank_is_killed_lacked_memory(
+    job: verify.RankJob, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\nexec {verify.find_mpiexec()} -n 2 {sys.executable} -c 'import os; os.kill(os.getpid(), 9)'\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(verify, "find_mpiexec", lambda: str(launcher))
+    with pytest.raises(VerificationError, match="a rank of stage 0 was killed") as caught:
+        verify.run_stage(job, context)
+    assert cause_of(caught.value) is Cause.MEMORY
+
+
+def test_stage_whose_rank_fails_is_wrong_and_not_tried_again(job: verify.RankJob, context: Context) -> None:
+    with pytest.raises(VerificationError, match="a rank of stage 0 failed under MPI") as caught:
+        verify.run_stage(job, context)
+    assert cause_of(caught.value) is Cause.UNKNOWN

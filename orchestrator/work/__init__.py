@@ -21,6 +21,7 @@ from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import open_store
 from orchestrator.work.context import Context, Unit
 from orchestrator.work.logs import StepLog
+from orchestrator.work.process import scratch_root
 from orchestrator.work.ranges import Ranges, find_marker
 from orchestrator.work.usage import Sampler
 
@@ -54,7 +55,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     name_of_node = node or platform.node()
     log, ranges = StepLog(task, name_of_node), Ranges(task.step.name, find_marker())
     lines = log.lines
-    scratch = Path(tempfile.mkdtemp(prefix="step-", dir=task.scratch))
+    scratch = Path(tempfile.mkdtemp(prefix="step-", dir=scratch_root(task.scratch)))
     context = Context(
         store=store,
         prefix=cache.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),

@@ -15,6 +15,7 @@ from pathlib import Path
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.nodes import GpuFacts, NodeFacts
 from orchestrator.core.spec import StoreOptions
+from orchestrator.work.process import scratch_root
 
 _PACKAGES = {
     "trt-orchestrator": "trt-orchestrator", "ray": "ray", "torch": "torch", "onnxruntime": "onnxruntime",
@@ -34,7 +35,7 @@ def probe_here(store: str, options_json: str, scratch: str | None, places: Itera
         devices=devices,
         driver=driver,
         scratch=folder,
-        scratch_free_bytes=_free(folder),
+        scratch_free_bytes=_scratch_free(scratch),
         shm_free_bytes=_free(_SHARED_MEMORY),
         store_error=error,
         store_seconds=round(seconds, 3),
@@ -106,6 +107,14 @@ def _has_mpiexec() -> bool:
         return bool(find_mpiexec())
     except OrchestratorError:
         return False
+
+
+def _scratch_free(scratch: str | None) -> int:
+    """0: it cannot be used."""
+    try:
+        return shutil.disk_usage(scratch_root(scratch)).free
+    except OSError:
+        return 0
 
 
 def _free(folder: str) -> int:

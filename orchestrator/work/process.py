@@ -1,10 +1,12 @@
-"""Child processes that end with their parent, and know nothing of the launcher that started it."""
+"""The process of a step and its place: children that end with it and know nothing of its launcher, its scratch folder."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -17,6 +19,13 @@ def die_with_parent() -> None:
     The child stays in its parent's process group: Ray cleans that group up, a session of its own would survive.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def scratch_root(configured: str | None) -> str:
+    """The folder of this machine in which steps keep what is theirs for a while, made if it is not there. Raises OSError."""
+    folder = Path(configured or tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from orchestrator.core.errors import ToolError
 from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.step import Failure, FailureKind, Task
 from orchestrator.stores import open_store
-from orchestrator.work.process import die_with_parent
+from orchestrator.work.process import die_with_parent, scratch_root
 
 Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 _TRACE = "trace.nsys-rep"
@@ -34,7 +34,7 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
         error = ToolError(f"there is no nsys on {node}", "Install Nsight Systems there, or take `profile` out of the cluster file.")
         yield StepFailed(digest=task.step.digest, failure=Failure.of(error, node))
         return
-    with tempfile.TemporaryDirectory(prefix="nsys-", dir=task.scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix="nsys-", dir=scratch_root(task.scratch)) as folder:
         trace = Path(folder) / _TRACE
         options = ["--force-overwrite=true", f"--output={trace}", *(task.profile or ())]
         command = [nsys, "profile", *options, sys.executable, "-m", "orchestrator.work", node]

@@ -6,6 +6,7 @@ Stage after stage: the hidden states of all calls travel as one file from a stag
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ from orchestrator.work.shards import rank_shards
 HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
 _STDERR_LINES = 20
+FAILED = ".failed"
+"""Suffix of the file that a rank leaves beside its job when it ends by an error of its own."""
+_CRASHED = re.compile(r"signal (4|6|7|8|11)\b")
+"""How launchers tell of a rank that a bug has ended: illegal instruction, abort, bus error, arithmetic, segmentation fault."""
 
 
 class RankJob(BaseModel):
@@ -94,7 +99,7 @@ def run_stage(job: RankJob, context: Context) -> None:
         ) as process,
     ):
         try:
-            _follow(process, context)
+            crashed = _follow(process, context)
         except BaseException:
             process.kill()
             raise
@@ -102,17 +107,27 @@ def run_stage(job: RankJob, context: Context) -> None:
     said = "\n".join(errors.read_text(errors="replace").splitlines()[-_STDERR_LINES:])
     if said:
         context.log(said)
+    if code and not crashed and not path.with_suffix(FAILED).exists():
+        # Launchers tell of a killed rank in different words, and MPICH's in none at times.
+        raise VerificationError(
+            f"a rank of stage {job.stage.pp_rank} was killed",
+            "See the kernel's log; a rank that needs more memory than there is ends so.",
+        ) from MemoryError("killed by a signal that is the kernel's when memory is short")
     if code:
         raise VerificationError(f"a rank of stage {job.stage.pp_rank} failed under MPI (exit code {code})")
 
 
-def _follow(process: subprocess.Popen[str], context: Context) -> None:
-    """Pass on the calls that rank 0 counts."""
+def _follow(process: subprocess.Popen[str], context: Context) -> bool:
+    """Pass on the calls that rank 0 counts; whether the launcher says that a rank has crashed."""
     assert process.stdout is not None
+    crashed = False
     for line in process.stdout:
-        word, *numbers = line.split()
-        if word == "call" and len(numbers) == 2:
-            context.report("verify", int(numbers[0]), int(numbers[1]), "steps")
+        match line.split():
+            case ["call", done, total]:
+                context.report("verify", int(done), int(total), "steps")
+            case _:
+                crashed = crashed or _CRASHED.search(line) is not None
+    return crashed
 
 
 def find_mpiexec() -> str:

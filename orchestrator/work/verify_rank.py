@@ -22,7 +22,7 @@ from orchestrator.networks.shape import RankShape
 from orchestrator.work.binding import bind_portable
 from orchestrator.work.calls import Call, make_calls
 from orchestrator.work.shards import Weight, map_shards
-from orchestrator.work.verify import RankJob
+from orchestrator.work.verify import FAILED, RankJob
 
 Array = npt.NDArray[Any]
 _CUSTOM_DOMAIN = "ai.onnx.contrib"
@@ -195,4 +195,8 @@ def _without(*names: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except BaseException:
+        Path(sys.argv[1]).with_suffix(FAILED).touch()
+        raise
