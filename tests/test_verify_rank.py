@@ -47,16 +47,31 @@ def job() -> verify.RankJob:
     )
 
 
-def test_stage_whose_rank_is_killed_lacked_memory(
-    job: verify.RankJob, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+KILLED = "os.kill(os.getpid(), 9)"
+FULL = "print('rank failed:disk', flush=True); sys.exit(1)"
+LOST = "print('rank failed:rank failed:disk', flush=True); sys.exit(1)"
+
+
+@pytest.mark.parametrize(
+    ("ends", "cause", "told"),
+    [
+        (KILLED, Cause.MEMORY, "a rank of stage 0 was killed, as the kernel does when memory is short"),
+        (FULL, Cause.DISK, "a rank of stage 0 lacked disk"),
+        (LOST, Cause.DISK, "a rank of stage 0 lacked disk"),
+    ],
+)
+def test_stage_whose_rank_ends_is_tried_again_unless_it_is_its_own_fault(
+    ends: str, cause: Cause, told: str, job: verify.RankJob, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(f"import os, sys\n{ends}\n")
     launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\nexec {verify.find_mpiexec()} -n 2 {sys.executable} -c 'import os; os.kill(os.getpid(), 9)'\n")
+    launcher.write_text(f"#!/bin/sh\nexec {verify.find_mpiexec()} -n 2 {sys.executable} {program}\n")
     launcher.chmod(0o755)
     monkeypatch.setattr(verify, "find_mpiexec", lambda: str(launcher))
-    with pytest.raises(VerificationError, match="a rank of stage 0 was killed") as caught:
+    with pytest.raises(VerificationError, match=told) as caught:
         verify.run_stage(job, context)
-    assert cause_of(caught.value) is Cause.MEMORY
+    assert cause_of(caught.value) is cause
 
 
 def test_stage_whose_rank_fails_is_wrong_and_not_tried_again(job: verify.RankJob, context: Context) -> None:

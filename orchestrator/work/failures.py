@@ -18,6 +18,14 @@ _TRANSIENT = {"TransientError", "EndpointConnectionError", "ConnectTimeoutError"
 _OUT_OF_MEMORY = {"OutOfMemoryError"}
 
 
+class ProcessLostError(Exception):
+    """A process that a step started ended for a reason that lies under the step; raise the step's error from it."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"what the process lost or lacked: {cause.value}")
+        self.cause = cause
+
+
 def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -> Failure:
     """The record of an exception that a step raised. What lies under the step is the machinery's, and tried again."""
     cause = cause_of(error)
@@ -28,6 +36,8 @@ def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -
 def cause_of(error: BaseException) -> Cause:
     """UNKNOWN means that it is the step's own error, which would happen again anywhere."""
     for each in _chain(error):
+        if isinstance(each, ProcessLostError):
+            return each.cause
         names = {base.__name__ for base in type(each).__mro__}
         if isinstance(each, MemoryError) or names & _OUT_OF_MEMORY:
             return Cause.MEMORY

@@ -20,11 +20,12 @@ from pydantic import BaseModel
 from orchestrator.core.errors import OrchestratorError, ToolError, VerificationError
 from orchestrator.core.manifest import Verification
 from orchestrator.core.options import StageOptions, VerifyOptions
-from orchestrator.core.step import Kind, Output, Task
+from orchestrator.core.step import Cause, Kind, Output, Task
 from orchestrator.programs import find_program
 from orchestrator.work import compare
 from orchestrator.work.calls import positions_of
 from orchestrator.work.context import Context
+from orchestrator.work.failures import ProcessLostError
 from orchestrator.work.process import die_with_parent, without_launcher
 from orchestrator.work.reference import OUTPUT as REFERENCE
 from orchestrator.work.shards import rank_shards
@@ -32,8 +33,8 @@ from orchestrator.work.shards import rank_shards
 HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
 _STDERR_LINES = 20
-FAILED = ".failed"
-"""Suffix of the file that a rank leaves beside its job when it ends by an error of its own."""
+_FAILED = re.compile(rf"rank failed:({'|'.join(filter(None, Cause))}|)")
+"""What a rank says of its error. Launchers may run the lines of two ranks together."""
 _CRASHED = re.compile(r"signal (4|6|7|8|11)\b")
 """How launchers tell of a rank that a bug has ended: illegal instruction, abort, bus error, arithmetic, segmentation fault."""
 
@@ -99,7 +100,7 @@ def run_stage(job: RankJob, context: Context) -> None:
         ) as process,
     ):
         try:
-            crashed = _follow(process, context)
+            cause = _follow(process, context)
         except BaseException:
             process.kill()
             raise
@@ -107,27 +108,29 @@ def run_stage(job: RankJob, context: Context) -> None:
     said = "\n".join(errors.read_text(errors="replace").splitlines()[-_STDERR_LINES:])
     if said:
         context.log(said)
-    if code and not crashed and not path.with_suffix(FAILED).exists():
-        # Launchers tell of a killed rank in different words, and MPICH's in none at times.
-        raise VerificationError(
-            f"a rank of stage {job.stage.pp_rank} was killed",
-            "See the kernel's log; a rank that needs more memory than there is ends so.",
-        ) from MemoryError("killed by a signal that is the kernel's when memory is short")
-    if code:
+    if not code:
+        return
+    # Launchers tell of a killed rank in different words, and MPICH's in none at times.
+    cause = Cause.MEMORY if cause is None else cause
+    if cause is Cause.UNKNOWN:
         raise VerificationError(f"a rank of stage {job.stage.pp_rank} failed under MPI (exit code {code})")
+    how = "was killed, as the kernel does when memory is short" if cause is Cause.MEMORY else f"lacked {cause.value}"
+    raise VerificationError(f"a rank of stage {job.stage.pp_rank} {how}") from ProcessLostError(cause)
 
 
-def _follow(process: subprocess.Popen[str], context: Context) -> bool:
-    """Pass on the calls that rank 0 counts; whether the launcher says that a rank has crashed."""
+def _follow(process: subprocess.Popen[str], context: Context) -> Cause | None:
+    """Pass on the calls that rank 0 counts; why a rank failed. None: neither a rank nor the launcher told of an error."""
     assert process.stdout is not None
-    crashed = False
+    told: list[Cause] = []
     for line in process.stdout:
         match line.split():
             case ["call", done, total]:
                 context.report("verify", int(done), int(total), "steps")
             case _:
-                crashed = crashed or _CRASHED.search(line) is not None
-    return crashed
+                told += [Cause(why) for why in _FAILED.findall(line)]
+                told += [Cause.UNKNOWN] * bool(_CRASHED.search(line))
+    # One rank's full disk is the other ranks' broken communicator.
+    return next(filter(None, told), told[0] if told else None)
 
 
 def find_mpiexec() -> str:

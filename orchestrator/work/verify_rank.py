@@ -21,8 +21,9 @@ from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.shape import RankShape
 from orchestrator.work.binding import bind_portable
 from orchestrator.work.calls import Call, make_calls
+from orchestrator.work.failures import cause_of
 from orchestrator.work.shards import Weight, map_shards
-from orchestrator.work.verify import FAILED, RankJob
+from orchestrator.work.verify import RankJob
 
 Array = npt.NDArray[Any]
 _CUSTOM_DOMAIN = "ai.onnx.contrib"
@@ -197,6 +198,6 @@ def _without(*names: str) -> Iterator[None]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except BaseException:
-        Path(sys.argv[1]).with_suffix(FAILED).touch()
+    except BaseException as error:
+        print(f"\nrank failed:{cause_of(error).value}", flush=True)  # a killed rank cannot say so
         raise
