@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib
 import platform
 import shutil
@@ -21,7 +22,7 @@ from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import open_store
 from orchestrator.work.context import Context, Unit
 from orchestrator.work.logs import StepLog
-from orchestrator.work.process import scratch_root
+from orchestrator.work.process import is_full, scratch_root
 from orchestrator.work.ranges import Ranges, find_marker
 from orchestrator.work.usage import Sampler
 
@@ -70,7 +71,12 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         with log, ranges, sampler:
             facts = function(task, context)
     except BaseException as error:
-        _attach_log(error, lines)
+        # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos"), and MPI's launcher in none.
+        full = isinstance(error, Exception) and is_full(scratch)
+        told = OSError(errno.ENOSPC, f"no room in the scratch folder of {name_of_node} ({error})", str(scratch)) if full else error
+        _attach_log(told, lines)
+        if full:
+            raise told from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_ROOM_BYTES = 2**20
+"""A disk with less is full: who writes in blocks leaves a part of one."""
 _LIBC = ctypes.CDLL(None)
 _LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "PRTE_", "SLURM_", "HYDRA_", "HYDI_")
 
@@ -26,6 +29,11 @@ def scratch_root(configured: str | None) -> str:
     folder = Path(configured or tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of `folder` has no room left."""
+    return shutil.disk_usage(folder).free < _ROOM_BYTES
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
