@@ -22,6 +22,8 @@ ACTORS: dict[str, type[StepActor]] = {
 }
 """Which actor runs a kind of step."""
 
+_SLACK_BYTES = 2**28
+"""A worker may hold so much less than a step is estimated to need: starting another costs more than the estimate is worth."""
 _IDLE_SECONDS = 5.0
 """An idle process keeps its share of the node from others for so long."""
 
@@ -43,7 +45,7 @@ class Worker:
             self.kind is kind
             and self.node.node_id == placed.node.node_id
             and (mine.cpus, mine.gpus) == (wanted.cpus, wanted.gpus)
-            and wanted.memory_bytes <= mine.memory_bytes <= 2 * wanted.memory_bytes
+            and wanted.memory_bytes - _SLACK_BYTES <= mine.memory_bytes <= 2 * wanted.memory_bytes
         )
 
 

@@ -2,13 +2,16 @@
 
     python -m benchmarks.pipelining [--source DIR] [--cpus N] [--algorithm FP8]
 
-Prints when the first engine began and when the last convert ended, and the makespan beside what no schedule can go below: the
-longest chain of steps, and all work shared evenly by the slots. Seconds are those that the steps took in this very build.
+Prints when the first engine began and when the last convert ended, and the makespan beside two others: the critical path on these
+slots, which is the shortest schedule found for whole steps that start in no time; and what no schedule can go below, be steps
+divisible or not: the longest chain of steps, and all work shared evenly by the slots. Seconds are those that the steps took in
+this very build.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +30,8 @@ _SECTIONS = {
     "engine": {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 1024},
     "release": {"name": "pipelining", "version": "1"},
 }
+
+_NUM_ORDERS = 10_000
 
 
 class Clock(SilentListener):
@@ -52,6 +57,32 @@ def longest_chain(plan: Plan, seconds: dict[str, float]) -> float:
     return max(until.values())
 
 
+def shortest_schedule(plan: Plan, seconds: dict[str, float], cores: dict[str, int], slots: int) -> float:
+    """The least makespan over random orders of priority, in each of which a step that fits passes one that does not."""
+    order = [step.digest for step in plan.steps]
+    needs = {step.digest: set(step.needs) for step in plan.steps}
+    chance = random.Random(0)
+    best = _makespan(order, needs, seconds, cores, slots)
+    for _ in range(_NUM_ORDERS):
+        chance.shuffle(order)
+        best = min(best, _makespan(order, needs, seconds, cores, slots))
+    return best
+
+
+def _makespan(order: list[str], needs: dict[str, set[str]], seconds: dict[str, float], cores: dict[str, int], slots: int) -> float:
+    waiting, running, done = list(order), dict[str, float](), set[str]()
+    now = 0.0
+    while waiting or running:
+        for digest in list(waiting):
+            if needs[digest] <= done and sum(cores[each] for each in running) + cores[digest] <= slots:
+                waiting.remove(digest)
+                running[digest] = now + seconds[digest]
+        ended = min(running, key=running.__getitem__)
+        now = running.pop(ended)
+        done.add(ended)
+    return now
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,10 +105,11 @@ def main() -> None:
     last_convert = max(clock.ended[step.digest] for step in plan.of_kind(Kind.CONVERT)) - zero
     makespan = max(clock.ended.values()) - zero
     chain, share = longest_chain(plan, seconds), sum(seconds[digest] * cores[digest] for digest in seconds) / options.cpus
-    bound = max(chain, share)
+    bound, shortest = max(chain, share), shortest_schedule(plan, seconds, cores, options.cpus)
     print(f"{len(plan.steps)} steps, {sum(1 for _ in plan.of_kind(Kind.CONVERT))} of them converts, {options.cpus} slots")
     print(f"  first engine began at {first_engine:.1f} s, last convert ended at {last_convert:.1f} s")
-    print(f"  makespan {makespan:.1f} s: {makespan / bound:.2f} of max(longest chain {chain:.1f} s, work per slot {share:.1f} s)")
+    print(f"  makespan {makespan:.1f} s: {makespan / shortest:.2f} of the critical path on these slots, {shortest:.1f} s,")
+    print(f"  {makespan / bound:.2f} of max(longest chain {chain:.1f} s, work per slot {share:.1f} s)")
 
 
 if __name__ == "__main__":
