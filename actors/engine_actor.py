@@ -7,6 +7,7 @@ from orchestrator.core.step import Kind
 
 
 class EngineActor(StepActor):
-    """Runs orchestrator.work.build."""
+    """Runs orchestrator.work.build, and orchestrator.work.convert for the next stage between the engines of two."""
 
     kinds = (Kind.BUILD,)
+    also = (Kind.CONVERT,)

@@ -27,6 +27,8 @@ class StepActor:
     """Base of the actors; wrapped for Ray where it is created, so that it stays an ordinary class."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
+    also: ClassVar[tuple[Kind, ...]] = ()
+    """What it runs too while it has nothing of its own to do, rather than make room for another process."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         """`environment` is set before a step's libraries are loaded, which read it once.
@@ -39,7 +41,7 @@ class StepActor:
     def run(self, task_json: str) -> Iterator[list[Message]]:
         """Run the task; its last event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
-        if task.step.kind not in self.kinds:
+        if task.step.kind not in self.kinds + self.also:
             raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps")
         forget_launcher()
         host, node_id = self.node()

@@ -20,7 +20,7 @@ from orchestrator.core.step import Resources
 ACTORS: dict[str, type[StepActor]] = {
     kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds
 }
-"""Which actor runs a kind of step."""
+"""Which actor is made for a kind of step."""
 
 _SLACK_BYTES = 2**28
 """A worker may hold so much less than a step is estimated to need: starting another costs more than the estimate is worth."""
@@ -38,14 +38,16 @@ class Worker:
     held: Resources
     idle_since: float | None = None
 
-    def fits(self, kind: type[StepActor], placed: Placed) -> bool:
-        """Whether it may run the step instead of a new process, without keeping much more than the step needs."""
-        mine, wanted = self.held, placed.held
+    def fits(self, placed: Placed) -> bool:
+        """Whether it may run the step instead of a new process, without keeping much that others on the node could use."""
+        mine, wanted, node = self.held, placed.held, placed.node
+        share = node.capacity.memory_bytes * wanted.cpus // max(1, node.capacity.cpus)
+        kind = placed.task.step.kind
         return (
-            self.kind is kind
-            and self.node.node_id == placed.node.node_id
+            kind in self.kind.kinds + self.kind.also
+            and self.node.node_id == node.node_id
             and (mine.cpus, mine.gpus) == (wanted.cpus, wanted.gpus)
-            and wanted.memory_bytes - _SLACK_BYTES <= mine.memory_bytes <= 2 * wanted.memory_bytes
+            and wanted.memory_bytes - _SLACK_BYTES <= mine.memory_bytes <= max(2 * wanted.memory_bytes, share)
         )
 
 
@@ -58,12 +60,12 @@ class Workers:
 
     def take(self, placed: Placed) -> Worker:
         """A worker for the step: an idle one, or a new one that begins when Ray has started it."""
-        kind = ACTORS[placed.task.step.kind.value]
         for worker in self._idle():
-            if worker.fits(kind, placed):
+            if worker.fits(placed):
                 worker.idle_since = None
                 return worker
         self._make_room(placed)
+        kind = ACTORS[placed.task.step.kind.value]
         worker = Worker(self._actor(kind, placed), kind, placed.node, placed.held)
         self._all.append(worker)
         return worker
