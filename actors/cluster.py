@@ -80,14 +80,14 @@ class RayCluster:
 
     def start(self, task: Task) -> None:
         self._placement.add(task, self.now())
-        self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             left = _WAIT_SECONDS if deadline is None else min(max(deadline - time.monotonic(), 0.0), _WAIT_SECONDS)
-            found = [*self._look_after(), *self._poll(left)]
+            found = self._look_after()
             self._begin()
+            found += self._poll(0.0 if found else left)
             if found or (deadline is not None and time.monotonic() >= deadline):
                 return found
 

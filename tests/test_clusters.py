@@ -76,6 +76,17 @@ def test_simulated_slots_are_never_overbooked() -> None:
     assert history(cluster) == [(0.0, 5.0, "0"), (0.0, 5.0, "1"), (5.0, 10.0, "2"), (5.0, 10.0, "3"), (10.0, 15.0, "4")]
 
 
+def test_simulated_room_of_an_ended_step_goes_to_what_it_made_ready_before_what_waited() -> None:
+    cluster = SimulatedCluster(spec(default=PoolSpec(cpus=1)))
+    first, waiting, ready = (task(name).model_copy(update={"order": order}) for name, order in (("a", 0), ("b", 9), ("c", 1)))
+    cluster.start(first)
+    cluster.start(waiting)
+    collect(cluster, [first])
+    cluster.start(ready)
+    collect(cluster, [waiting, ready])
+    assert [name for _, _, name in history(cluster)] == ["a", "c", "b"]
+
+
 def test_simulated_events_waits_no_longer_than_it_is_told() -> None:
     cluster = SimulatedCluster(spec())
     cluster.start(task("long", seconds=60.0))

@@ -20,7 +20,10 @@ class Cluster(Protocol):
     """A place that runs tasks."""
 
     def start(self, task: Task) -> None:
-        """Take a task; it begins when there is room for it. Returns at once."""
+        """Take a task; it begins in a later call of `events`, when there is room for it. Returns at once.
+
+        So of all that wait, what an ended step made ready included, the first in the plan's order takes the room it left.
+        """
         ...
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:

@@ -25,9 +25,9 @@ class LocalCluster:
 
     def start(self, task: Task) -> None:
         self._admission.add(task)
-        self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+        self._begin()
         found: list[AnyEvent] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._events.get(timeout=timeout_seconds))
@@ -37,7 +37,6 @@ class LocalCluster:
             if isinstance(event, (StepSucceeded, StepFailed)):
                 self.processes.forget(event.digest)
                 self._admission.end(event.digest)
-        self._begin()
         return found
 
     def now(self) -> float:

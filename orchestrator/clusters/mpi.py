@@ -73,15 +73,14 @@ class MpiCluster:
 
     def start(self, task: Task) -> None:
         self._admission.add(task)
-        self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
         """As Cluster says. Raises ClusterError when a node was lost: MPI cannot go on without it."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while not self._closed:
+            self._begin()
             found = self._receive()
             if found:
-                self._begin()
                 return found
             self._check_alive()
             if deadline is not None and time.monotonic() >= deadline:

@@ -76,10 +76,10 @@ class SimulatedCluster:
 
     def start(self, task: Task) -> None:
         self.admission.add(task)
-        self._begin()
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
         limit = math.inf if timeout_seconds is None else self._clock + timeout_seconds
+        self._begin()
         while not self._events and self._advance(limit):
             pass
         found, self._events = self._events, []
@@ -145,7 +145,6 @@ class SimulatedCluster:
             ended.append(heapq.heappop(self._computing)[2])
         for digest in ended:
             self._next(digest)
-        self._begin()
         return True
 
     def _end(self, attempt: _Attempt) -> None:
