@@ -1,6 +1,6 @@
-"""Whether steps overlap as the plan allows: the demo's model, several converts per stage, on a Ray cluster of this machine.
+"""Whether steps overlap as the plan allows: the demo, or another build, on a Ray cluster of this machine.
 
-    python -m benchmarks.pipelining [--source DIR] [--cpus N] [--algorithm FP8]
+    python -m benchmarks.pipelining [--spec SPEC] [--source DIR] [--cpus N] [--algorithm FP8]
 
 Prints when the first engine began and when the last convert ended, and the makespan beside two others: the critical path on these
 slots, which is the shortest schedule found for whole steps that start in no time; and what no schedule can go below, be steps
@@ -20,16 +20,10 @@ from actors import RayCluster
 from orchestrator import verbs
 from orchestrator.clusters import AnyEvent
 from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec, decode
+from orchestrator.core.spec import ClusterSpec, PoolSpec, QuantizationSpec, SourceSpec
 from orchestrator.core.step import Kind
+from orchestrator.loading import load_spec
 from orchestrator.report import SilentListener
-
-_SECTIONS = {
-    "topology": {"tp": 3, "pp": 2},
-    "conversion": {"max_shard_bytes": "10MB"},
-    "engine": {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 1024},
-    "release": {"name": "pipelining", "version": "1"},
-}
 
 _NUM_ORDERS = 10_000
 
@@ -86,14 +80,18 @@ def _makespan(order: list[str], needs: dict[str, set[str]], seconds: dict[str, f
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path(".cache/smollm2-135m-instruct"))
+    parser.add_argument("--spec", type=Path, default=Path("cluster_configs/jobs/smollm2.yaml"))
+    parser.add_argument("--source", type=Path, help="Instead of the one that the spec names.")
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument(
         "--algorithm", help="Quantize: the stages' converts then wait for calibrations that go one after the other."
     )
     options = parser.parse_args()
-    quantization = {"quantization": {"algorithm": options.algorithm}} if options.algorithm else {}
-    spec = decode(BuildSpec, {"source": {"path": str(options.source.resolve())}, **_SECTIONS, **quantization}, "benchmark")
+    spec = load_spec(options.spec)
+    if options.source is not None:
+        spec = spec.model_copy(update={"source": SourceSpec(path=str(options.source.resolve()))})
+    if options.algorithm is not None:
+        spec = spec.model_copy(update={"quantization": QuantizationSpec(algorithm=options.algorithm)})
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         place = ClusterSpec(kind="ray", store=Path(folder).as_uri(), pools={"default": PoolSpec(cpus=options.cpus)})
