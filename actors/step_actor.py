@@ -41,7 +41,7 @@ class StepActor:
     def run(self, task_json: str) -> Iterator[list[Message]]:
         """Run the task; its last event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
-        if task.step.kind not in self.kinds + self.also:
+        if not self.runs(task.step.kind):
             raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps")
         forget_launcher()
         host, node_id = self.node()
@@ -52,6 +52,11 @@ class StepActor:
                 held.append(("rest", str(resting_bytes())))
             yield held
             held = []
+
+    @classmethod
+    def runs(cls, kind: Kind) -> bool:
+        """Whether it may be given such a step."""
+        return kind in cls.kinds or kind in cls.also
 
     @staticmethod
     def node() -> tuple[str, str]:

@@ -42,9 +42,8 @@ class Worker:
         """Whether it may run the step instead of a new process, without keeping much that others on the node could use."""
         mine, wanted, node = self.held, placed.held, placed.node
         share = node.capacity.memory_bytes * wanted.cpus // max(1, node.capacity.cpus)
-        kind = placed.task.step.kind
         return (
-            kind in self.kind.kinds + self.kind.also
+            self.kind.runs(placed.task.step.kind)
             and self.node.node_id == node.node_id
             and (mine.cpus, mine.gpus) == (wanted.cpus, wanted.gpus)
             and wanted.memory_bytes - _SLACK_BYTES <= mine.memory_bytes <= max(2 * wanted.memory_bytes, share)

@@ -77,8 +77,8 @@ class MpiCluster:
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
         """As Cluster says. Raises ClusterError when a node was lost: MPI cannot go on without it."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._begin()
         while not self._closed:
-            self._begin()
             found = self._receive()
             if found:
                 return found
