@@ -14,23 +14,11 @@ from orchestrator.core.errors import ClusterError
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
 from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Estimate, Kind, Resources, Step, Task
+from orchestrator.core.step import Kind, Resources, Task
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
-from tests.models.plans import LOST, WRONG
+from tests.models.plans import LOST, WRONG, task
 
 GB = 10**9
-
-
-def task(name: str, *, kind: Kind = Kind.CONVERT, seconds: float = 1.0, attempt: int = 1, **resources: int) -> Task:
-    step = Step(
-        kind=kind,
-        version=1,
-        name=name,
-        options={"name": name},
-        resources=Resources(**resources),
-        estimate=Estimate(seconds=seconds),
-    )
-    return Task(step=step, inputs={}, attempt=attempt, store="memory://none")
 
 
 def spec(**pools: Any) -> ClusterSpec:
@@ -53,6 +41,10 @@ class TestSimulatedCluster(ClusterContract):
         yield made
         made.close()
 
+    @pytest.fixture
+    def two_cores(self, cluster: Cluster) -> Cluster:
+        return cluster  # what `spec` says
+
 
 def test_simulated_clock_jumps_to_the_end_of_each_step() -> None:
     cluster = SimulatedCluster(spec())
@@ -74,17 +66,6 @@ def test_simulated_slots_are_never_overbooked() -> None:
     assert [event.type for event in cluster.events(0.0)] == ["started", "started"]
     collect(cluster, tasks)
     assert history(cluster) == [(0.0, 5.0, "0"), (0.0, 5.0, "1"), (5.0, 10.0, "2"), (5.0, 10.0, "3"), (10.0, 15.0, "4")]
-
-
-def test_simulated_room_of_an_ended_step_goes_to_what_it_made_ready_before_what_waited() -> None:
-    cluster = SimulatedCluster(spec(default=PoolSpec(cpus=1)))
-    first, waiting, ready = (task(name).model_copy(update={"order": order}) for name, order in (("a", 0), ("b", 9), ("c", 1)))
-    cluster.start(first)
-    cluster.start(waiting)
-    collect(cluster, [first])
-    cluster.start(ready)
-    collect(cluster, [waiting, ready])
-    assert [name for _, _, name in history(cluster)] == ["a", "c", "b"]
 
 
 def test_simulated_events_waits_no_longer_than_it_is_told() -> None:

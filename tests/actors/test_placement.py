@@ -11,23 +11,13 @@ from hypothesis import strategies as st
 from actors.placement import Node, Placement
 from orchestrator.core.nodes import GpuFacts, NodeFacts
 from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Resources, Step, Task
-
-GB = 10**9
+from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Task
+from tests.models.placing import GB, node
+from tests.models.plans import task
 
 
 def spec(store: str = "file:///store", **pools: PoolSpec) -> ClusterSpec:
     return ClusterSpec(kind="ray", store=store, pools=pools or {"default": PoolSpec()}, schedule_timeout_seconds=100.0)
-
-
-def task(name: str, kind: Kind = Kind.CONVERT, places: dict[str, str] | None = None, **resources: int) -> Task:
-    wanted = Resources(**resources)  # type: ignore[arg-type]
-    step = Step(kind=kind, version=1, name=name, options={"name": name}, places=places or {}, resources=wanted)
-    return Task(step=step, inputs={}, attempt=1, store="file:///store")
-
-
-def node(name: str, cpus: int = 2, gpus: int = 0, memory: int = 10 * GB, **rest: Any) -> Node:
-    return Node(name, name, Resources(cpus=cpus, gpus=gpus, memory_bytes=memory), **rest)
 
 
 def placement(nodes: list[Node], tasks: list[Task], place: ClusterSpec | None = None) -> Placement:

@@ -9,17 +9,16 @@ from actors.engine_actor import EngineActor
 from actors.placement import Node, Placed
 from actors.step_actor import StepActor
 from actors.workers import Worker
-from orchestrator.core.step import Kind, Resources, Step, Task
+from orchestrator.core.step import Kind, Resources
+from tests.models.placing import GB, node
+from tests.models.plans import task
 
-GB = 10**9
-
-NODE = Node("a", "a", Resources(cpus=4, memory_bytes=16 * GB))
+NODE = node("a", cpus=4, memory=16 * GB)
 
 
-def step(kind: Kind, memory: int, *, node: Node = NODE, **rest: int) -> Placed:
-    held = Resources(memory_bytes=memory, **{"cpus": 1, **rest})
-    made = Step(kind=kind, version=1, name="step", options={}, resources=held)
-    return Placed(Task(step=made, inputs={}, attempt=1, store="file:///store"), node, held)
+def step(kind: Kind, memory: int, *, where: Node = NODE, **rest: int) -> Placed:
+    made = task("step", kind, memory_bytes=memory, **rest)
+    return Placed(made, where, made.step.resources)
 
 
 def worker(kind: type[StepActor], memory: int) -> Worker:
@@ -43,7 +42,6 @@ def test_worker_for_engines_converts_between_two_and_a_converter_builds_none() -
 
 def test_worker_takes_nothing_on_another_node_or_for_other_cores_or_gpus() -> None:
     idle = worker(EngineActor, 2 * GB)
-    other = Node("b", "b", NODE.capacity)
-    assert not idle.fits(step(Kind.BUILD, 2 * GB, node=other))
+    assert not idle.fits(step(Kind.BUILD, 2 * GB, where=node("b", cpus=4, memory=16 * GB)))
     assert not idle.fits(step(Kind.BUILD, 2 * GB, cpus=2))
     assert not idle.fits(step(Kind.BUILD, 2 * GB, gpus=1))

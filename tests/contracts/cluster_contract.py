@@ -1,7 +1,7 @@
 """What every place that runs steps must do.
 
-A subclass gives two fixtures: `cluster`, open and with nothing to do, closed by the fixture afterwards; and `tasks`, which
-that cluster can run.
+A subclass gives three fixtures: `cluster`, open and with nothing to do, closed by the fixture afterwards; `two_cores`, the same
+on one node with two cores for steps; and `tasks`, which those clusters can run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from orchestrator.clusters import AnyEvent, Cluster
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
-from orchestrator.core.step import FailureKind, Task
+from orchestrator.core.step import FailureKind, Resources, Task
 
 PATIENCE_SECONDS = 120.0
 """Real seconds after which a cluster that reports nothing has failed the test."""
@@ -40,6 +40,12 @@ def collect(cluster: Cluster, tasks: Iterable[Task]) -> list[AnyEvent]:
         waiting -= {event.digest for event in found if isinstance(event, StepSucceeded | StepFailed)}
         events.extend(found)
     return events
+
+
+def alone(task: Task, order: int) -> Task:
+    """It needs two cores, and has this place in the plan."""
+    step = task.step.model_copy(update={"resources": Resources(cpus=2)})
+    return task.model_copy(update={"step": step, "order": order})
 
 
 def by_step(events: Iterable[AnyEvent]) -> dict[str, list[AnyEvent]]:
@@ -93,6 +99,18 @@ class ClusterContract:
             assert isinstance(events[0], StepStarted)
             assert events[0].attempt == attempt
             assert events[0].node
+
+    def test_events_room_of_an_ended_step_goes_to_what_it_made_ready_before_what_waited(
+        self, two_cores: Cluster, tasks: ContractTasks
+    ) -> None:
+        first, waiting, ready = (alone(task, order) for task, order in zip(tasks.succeeding, (0, 9, 1), strict=False))
+        two_cores.start(first)
+        two_cores.start(waiting)
+        collect(two_cores, [first])
+        two_cores.start(ready)
+        events = collect(two_cores, [waiting, ready])
+        started = [event.digest for event in events if isinstance(event, StepStarted)]
+        assert started == [ready.step.digest, waiting.step.digest]
 
     def test_events_nothing_to_report_returns_in_time(self, cluster: Cluster, tasks: ContractTasks) -> None:
         before = time.monotonic()

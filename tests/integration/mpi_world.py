@@ -36,6 +36,12 @@ class TestMpiCluster(ClusterContract):
         yield opened
         opened.close()
 
+    @pytest.fixture
+    def two_cores(self, store_url: str) -> Iterator[Cluster]:
+        opened = MpiCluster(place(store_url, second=PoolSpec(cpus=2, labels={"role": "second"})))
+        yield opened
+        opened.close()
+
 
 class Watcher(SilentListener):
     """Remembers events; kills the process of the first step that starts, when it is told to."""

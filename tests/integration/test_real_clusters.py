@@ -28,7 +28,7 @@ from orchestrator.core.step import Cause, FailureKind, Kind, Resources, Task
 from orchestrator.driver import drive
 from orchestrator.report import SilentListener
 from tests.conftest import SpecMaker
-from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
+from tests.contracts.cluster_contract import ClusterContract, ContractTasks
 
 RETRIES = RetrySpec(max_attempts=3, backoff_seconds=0.05)
 
@@ -64,6 +64,12 @@ class TestLocalCluster(ClusterContract):
         yield opened
         opened.close()
 
+    @pytest.fixture
+    def two_cores(self, store_url: str) -> Iterator[Cluster]:
+        opened = LocalCluster(ClusterSpec(store=store_url, pools={"default": PoolSpec(cpus=2)}))
+        yield opened
+        opened.close()
+
 
 @pytest.mark.usefixtures("ray_session")
 class TestRayCluster(ClusterContract):
@@ -72,6 +78,10 @@ class TestRayCluster(ClusterContract):
         opened = RayCluster(ClusterSpec(kind="ray", store=store_url))
         yield opened
         opened.close()
+
+    @pytest.fixture
+    def two_cores(self, cluster: Cluster) -> Cluster:
+        return cluster  # as many as the session has
 
 
 class Killer(SilentListener):
@@ -192,27 +202,6 @@ def test_ray_idle_worker_takes_the_next_step_of_its_kind(conversion: Plan, store
     finally:
         cluster.close()
     assert len(seen) == 1
-
-
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("opened", [LocalCluster, RayCluster])
-def test_room_of_an_ended_step_goes_to_what_it_made_ready_before_what_waited(
-    opened: type[Cluster], conversion: Plan, store_url: str
-) -> None:
-    cluster = opened(ClusterSpec(store=store_url, pools={"default": PoolSpec(cpus=2)}))
-    alone = [step.model_copy(update={"resources": Resources(cpus=2)}) for step in conversion.steps[:3]]
-    first, waiting, ready = (
-        Task(step=step, inputs={}, attempt=1, order=order, store=store_url) for step, order in zip(alone, (0, 9, 1), strict=True)
-    )
-    try:
-        cluster.start(first)
-        cluster.start(waiting)
-        collect(cluster, [first])
-        cluster.start(ready)
-        started = [event.digest for event in collect(cluster, [waiting, ready]) if event.type == "started"]
-    finally:
-        cluster.close()
-    assert started == [ready.step.digest, waiting.step.digest]
 
 
 def test_actor_given_another_kind_of_step_refuses_it(conversion: Plan, store_url: str) -> None:

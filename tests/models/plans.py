@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.core.plan import Plan
-from orchestrator.core.step import Estimate, Failure, FailureKind, Kind, Outcome, Resources, Step
+from orchestrator.core.step import Estimate, Failure, FailureKind, Kind, Outcome, Resources, Step, Task
 
 
 def fake_plan(needs: Mapping[str, Sequence[str]], seconds: Mapping[str, float] | None = None, memory_bytes: int = 0) -> Plan:
@@ -24,6 +24,28 @@ def fake_plan(needs: Mapping[str, Sequence[str]], seconds: Mapping[str, float] |
         )
     nothing: Any = None  # schedule and driver look at the steps alone
     return Plan(nothing, nothing, tuple(made.values()))
+
+
+def task(
+    name: str,
+    kind: Kind = Kind.CONVERT,
+    places: Mapping[str, str] | None = None,
+    *,
+    seconds: float = 1.0,
+    attempt: int = 1,
+    **resources: int,
+) -> Task:
+    """Of a step that needs nothing."""
+    step = Step(
+        kind=kind,
+        version=1,
+        name=name,
+        options={"name": name},
+        places=dict(places or {}),
+        resources=Resources(**resources),
+        estimate=Estimate(seconds=seconds),
+    )
+    return Task(step=step, inputs={}, attempt=attempt, store="memory://none")
 
 
 def named(plan: Plan, name: str) -> Step:
