@@ -27,15 +27,15 @@ from orchestrator.core.compute_capability import check_target
 from orchestrator.core.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, to_trtllm
-from orchestrator.core.options import BuildOptions, StageOptions
+from orchestrator.core.options import BuildOptions, StageNetwork, StageOptions, network_of
 from orchestrator.core.plan import Inputs
 from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.spec import BuildConfig, QuantizationSpec
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import weight_map
-from orchestrator.engines.profiles import max_seq_len
+from orchestrator.engines.profiles import resolved
 from orchestrator.families import family_for
-from orchestrator.networks import NetworkOptions, decoder_network
+from orchestrator.networks import Rendering, decoder_network
 from orchestrator.quantizing import read_checkpoint_quantization
 from orchestrator.rank_source import NO_LIMIT, RankSource, new_file, rank_options
 from orchestrator.verbs import read_checkpoint_config, source_dtype, write_checkpoint_config
@@ -117,7 +117,8 @@ class PretrainedModel:
 
     def _required(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and safetensors dtype by name."""
-        network = decoder_network(self.stage, NetworkOptions(self.config.dtype, max_seq_len=1, cache_slots=1), self.mapping.tp_rank)
+        shortest = StageNetwork(stage=self.stage, max_seq_len=1)
+        network = decoder_network(shortest, self.mapping.tp_rank, Rendering.compiled(shortest))
         kinds = network.weight_dtypes()
         return {
             tensor.name: (tuple(tensor.dims), STORED[kinds[tensor.name]])
@@ -306,8 +307,10 @@ def build(model: PretrainedModel, config: BuildConfig) -> Engine:
     """
     topologies.check_engines(model.mapping.topology)
     check_target(model.quantization, config.compute_capabilities)
-    max_seq_len(model.config, config)
-    options = BuildOptions(stage=model.stage, tp_rank=model.mapping.tp_rank, engine=config, tensorrt_version=None)
+    config = resolved(model.config, config)
+    options = BuildOptions(
+        network=network_of(model.stage, config), tp_rank=model.mapping.tp_rank, engine=config, tensorrt_version=None
+    )
     chunks: list[bytes] = []
     log: list[str] = []
     record = compile_rank(options, model.weights(), lambda data: chunks.append(bytes(data)), lambda *_: None, log.append)

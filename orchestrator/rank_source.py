@@ -17,7 +17,7 @@ from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.plan import Inputs
 from orchestrator.core.rules import Family
-from orchestrator.core.spec import QuantizationSpec
+from orchestrator.core.spec import BuildConfig, QuantizationSpec
 from orchestrator.core.targets import ArtifactScale, QuantizedWeight, Read, Target
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import WeightMap, weight_map
@@ -90,7 +90,7 @@ class RankSource:
         # One process calibrates: in one go, unless it is asked to hold a part at a time.
         asked = replace(asked, num_stages=asked.num_stages or 1)
         weights = weight_map(self.index, self.family, config, topology, NO_LIMIT, asked.model)
-        return Inputs(self.index, self.extra_files, str(self.folder), config, weights, None, asked)
+        return Inputs(self.index, self.extra_files, str(self.folder), config, weights, None, BuildConfig(), asked)
 
     def quantized(self, inputs: Inputs, topology: Topology, rank: int, scales: Scales | None) -> RankSource:
         """The same source, cut and quantized as `inputs` says."""

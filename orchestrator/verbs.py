@@ -28,7 +28,7 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.manifest import MANIFEST, Manifest, release_prefix
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
-from orchestrator.core.options import BuildOptions, StageOptions
+from orchestrator.core.options import BuildOptions, StageOptions, network_of
 from orchestrator.core.plan import Inputs, Plan, make_plan
 from orchestrator.core.quantization import ModelQuantization, quant_cfg
 from orchestrator.core.rules import Family
@@ -68,7 +68,7 @@ def plan(spec: BuildSpec) -> Plan:
 def _plan(spec: BuildSpec) -> Plan:
     """The plan, whose conversion at least can be run. Raises as `plan` does."""
     from orchestrator.engines import installed_version
-    from orchestrator.engines.profiles import max_seq_len
+    from orchestrator.engines.profiles import resolved
     from orchestrator.quantizers import tolerance
     from orchestrator.quantizing import resolve as resolve_quantization
 
@@ -78,12 +78,12 @@ def _plan(spec: BuildSpec) -> Plan:
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     config = _with_layout(config, spec)
-    max_seq_len(config, spec.engine)
+    engine = resolved(config, spec.engine)
     quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     model = quantization.model if quantization else None
     weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes, model)
     version = installed_version(spec.engine.backend)
-    inputs = Inputs(index, extra_files, spec.source.path, config, weights, version, quantization, tolerance(model))
+    inputs = Inputs(index, extra_files, spec.source.path, config, weights, version, engine, quantization, tolerance(model))
     return make_plan(spec, inputs)
 
 
@@ -267,6 +267,7 @@ def build_engine(
     `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
     QuantizationError for GPUs that lack a number format, EngineBuildError.
     """
+    from orchestrator.engines.profiles import resolved
     from orchestrator.quantizing import read_checkpoint_quantization
     from orchestrator.stores.file import FileStore
     from orchestrator.work.build import compile_rank
@@ -277,12 +278,13 @@ def build_engine(
     topologies.check(topology, config.limits())
     topologies.check_engines(topology)
     check_target(quantization, engine.compute_capabilities)
+    engine = resolved(config, engine)
     wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
     places = [topology.coordinates(rank) for rank in wanted]
     store = FileStore(output.resolve().as_uri())
     for place in places:
         stage = StageOptions.of(config, topology, place.pp_rank, quantization)
-        options = BuildOptions(stage=stage, tp_rank=place.tp_rank, engine=engine, tensorrt_version=None)
+        options = BuildOptions(network=network_of(stage, engine), tp_rank=place.tp_rank, engine=engine, tensorrt_version=None)
         log: list[str] = []
         try:
             with store.writer(f"rank{place.rank}.engine") as writer:

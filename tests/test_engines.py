@@ -9,7 +9,7 @@ from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.spec import BuildConfig
 from orchestrator.core.topology import Topology
 from orchestrator.engines import EngineRequest, backend
-from orchestrator.engines.profiles import max_seq_len
+from orchestrator.engines.profiles import resolved
 from orchestrator.engines.tensorrt import Reported
 from tests.contracts.engine_contract import EngineContract
 
@@ -37,16 +37,44 @@ class TestTensorrt(EngineContract):
     name = "tensorrt"
 
 
-def test_max_seq_len_shorter_than_the_input_is_refused() -> None:
-    model = ModelConfig.model_validate(
+def tiny_model(**changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate(
         {
             "architecture": "LlamaForCausalLM", "dtype": "float16", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1,
             "num_attention_heads": 1, "num_key_value_heads": 1, "head_size": 8, "intermediate_size": 8, "hidden_act": "silu",
-            "norm_epsilon": 1e-5, "max_position_embeddings": 64, "rotary_base": 10000.0,
+            "norm_epsilon": 1e-5, "max_position_embeddings": 64, "rotary_base": 10000.0, **changes,
         }
     )  # fmt: skip
+
+
+def test_max_seq_len_shorter_than_the_input_is_refused() -> None:
+    model = tiny_model()
     with pytest.raises(SpecError, match="max_input_len 1024 is greater than the 64 positions"):
-        max_seq_len(model, BuildConfig())
+        resolved(model, BuildConfig(max_input_len=1024))
+
+
+def test_default_max_input_len_of_a_small_model_is_as_long_as_its_cache() -> None:
+    engine = resolved(tiny_model(), BuildConfig())
+    assert (engine.max_seq_len, engine.max_input_len, engine.opt_input_len) == (64, 64, 32)
+    assert resolved(tiny_model(), BuildConfig(max_seq_len=16)).max_input_len == 16
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 8}, 192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}, 64),
+        (None, 64),
+    ],
+)
+def test_max_seq_len_of_a_scaled_model_is_up_to_the_stretched_positions(scaling: dict[str, Any] | None, positions: int) -> None:
+    model = tiny_model(rotary_scaling=scaling)
+    assert resolved(model, BuildConfig(max_seq_len=positions, max_input_len=8)).max_seq_len == positions
+    with pytest.raises(SpecError, match=f"greater than the model's {positions} positions"):
+        resolved(model, BuildConfig(max_seq_len=positions + 1, max_input_len=8))
 
 
 def test_reported_memory_is_that_of_the_most_demanding_profile() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions
+from orchestrator.core.options import StageNetwork, StageOptions
 from orchestrator.core.topology import Topology
-from orchestrator.networks import NetworkOptions, check_supported, decoder_network
-from orchestrator.networks.rotary import inverse_frequencies, rotary_tables
+from orchestrator.networks import Network, Rendering, check_supported, decoder_network
+from orchestrator.networks.positions import rotary_tables
+from orchestrator.networks.rotary import inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -57,13 +58,17 @@ def test_network_of_an_unsupported_config_is_refused(changes: dict[str, Any]) ->
         check_supported(config(**changes))
 
 
+def compiled(topology: Topology, pp_rank: int = 0) -> Network:
+    network = StageNetwork(stage=StageOptions.of(config(), topology, pp_rank), max_seq_len=32)
+    return decoder_network(network, 0, Rendering.compiled(network))
+
+
 def names(values: Any) -> list[str]:
     return [value.name for value in values]
 
 
 def test_network_stages_meet_at_hidden_states() -> None:
-    options = NetworkOptions("bfloat16", max_seq_len=32, cache_slots=32)
-    first, last = (decoder_network(StageOptions.of(config(), Topology(2, 2), rank), options).model.graph for rank in (0, 1))
+    first, last = (compiled(Topology(2, 2), rank).model.graph for rank in (0, 1))
     assert names(first.input)[:3] == ["input_ids", "position_ids", "write_indices"]
     assert names(first.output)[0] == "hidden_states_out"
     assert names(last.input)[:4] == ["hidden_states", "position_ids", "write_indices", "logit_indices"]
@@ -73,10 +78,8 @@ def test_network_stages_meet_at_hidden_states() -> None:
 
 
 def test_network_with_tensor_parallel_ranks_reduces_twice_per_layer() -> None:
-    options = NetworkOptions("bfloat16", max_seq_len=32, cache_slots=32)
-
     def collectives(tp: int) -> int:
-        graph = decoder_network(StageOptions.of(config(), Topology(tp, 1), 0), options).model.graph
+        graph = compiled(Topology(tp, 1)).model.graph
         return sum(node.op_type == "DistCollective" for node in graph.node)
 
     assert collectives(1) == 0
@@ -84,9 +87,7 @@ def test_network_with_tensor_parallel_ranks_reduces_twice_per_layer() -> None:
 
 
 def test_network_holds_no_weights() -> None:
-    network = decoder_network(
-        StageOptions.of(config(), Topology(1, 1), 0), NetworkOptions("bfloat16", max_seq_len=32, cache_slots=32)
-    )
+    network = compiled(Topology(1, 1))
     assert len(network.model.SerializeToString()) < 100_000
     assert "transformer.layers.4.mlp.proj.weight" in network.weight_names()
     assert "rotary_cos" not in network.weight_names()

@@ -121,6 +121,28 @@ class ModelConfig(BaseModel):
             "shared_inter": moe.shared_expert_intermediate_size if moe else 0,
         }
 
+    @property
+    def trained_length(self) -> int:
+        """Positions of the texts that the model was trained on, before its rotary scaling."""
+        scaling = self.rotary_scaling or {}
+        # Dynamic scaling counts from the model's positions, whatever else its dictionary holds (transformers 5).
+        original = None if scaling.get("rope_type") == "dynamic" else scaling.get("original_max_position_embeddings")
+        return int(original or self.max_position_embeddings)
+
+    def rotary_depends_on_length(self, length: int) -> bool:
+        """Whether a text of up to `length` positions may need other frequencies than a short one."""
+        kind = (self.rotary_scaling or {}).get("rope_type")
+        return kind in ("longrope", "dynamic") and length > self.trained_length
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model may be used with: its own, or those that its rotary scaling stretches the trained ones to."""
+        scaling = self.rotary_scaling or {}
+        stretched = 0
+        if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+            stretched = int(self.trained_length * float(scaling.get("factor") or 1.0))
+        return max(self.max_position_embeddings, stretched)
+
     def has_window(self, layer: int) -> bool:
         """Whether a global layer attends through the window only."""
         return self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.core.digest import digest_of
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.quantization import CalibrationMethod, LinearFormat, ModelQuantization, global_name
 from orchestrator.core.spec import BuildConfig, ToleranceSpec
@@ -63,6 +64,30 @@ class StageOptions(_Options):
 
     def rank(self, tp_rank: int) -> int:
         return self.pp_rank * self.tp + tp_rank
+
+
+class StageNetwork(_Options):
+    """The networks of a pipeline stage: everything that the graphs of its ranks follow from.
+
+    What is compiled and what is executed are renderings of it (`networks.Rendering`). Both record the digest of the rank's
+    network, and a release whose engine and verification record different ones is not published.
+    """
+
+    stage: StageOptions
+    max_seq_len: int
+    """Positions that a sequence may have: rows of the rotary tables, slots of the compiled KV cache."""
+    gather_logits: bool = True
+    """Every tensor-parallel rank returns the logits of the whole vocabulary; False: those of its own slice."""
+
+    def digest(self, tp_rank: int) -> str:
+        """Identity of the network of one rank."""
+        return digest_of({"network": self.model_dump(mode="json"), "tp_rank": tp_rank})
+
+
+def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
+    """The networks of a stage for an engine whose limits are resolved (`engines.profiles.resolved`)."""
+    assert engine.max_seq_len is not None
+    return StageNetwork(stage=stage, max_seq_len=engine.max_seq_len, gather_logits=engine.gather_logits)
 
 
 class ReferenceOptions(_Options):
@@ -172,7 +197,7 @@ class ConvertOptions(_Options):
 class BuildOptions(_Options):
     """Compile one rank's graph with its weights."""
 
-    stage: StageOptions
+    network: StageNetwork
     tp_rank: int
     engine: BuildConfig
     tensorrt_version: str | None
@@ -182,11 +207,14 @@ class BuildOptions(_Options):
     def rank(self) -> int:
         return self.stage.rank(self.tp_rank)
 
+    @property
+    def stage(self) -> StageOptions:
+        return self.network.stage
+
 
 class VerifyOptions(_Options):
     """Execute every rank of a stage and, on the last one, compare with the reference."""
 
-    stage: StageOptions
+    network: StageNetwork
     decode_steps: int
-    gather_logits: bool
     tolerance: ToleranceSpec

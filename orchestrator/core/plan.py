@@ -17,12 +17,14 @@ from orchestrator.core.options import (
     CalibrateOptions,
     ConvertOptions,
     ReferenceOptions,
+    StageNetwork,
     StageOptions,
     VerifyOptions,
+    network_of,
 )
 from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.rates import STEP_RATES
-from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec, ToleranceSpec
+from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, PoolSpec, ToleranceSpec
 from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
@@ -45,6 +47,8 @@ class Inputs:
     config: ModelConfig
     weights: WeightMap
     tensorrt_version: str | None
+    engine: BuildConfig
+    """The spec's, resolved for this model: no limit left open."""
     quantization: Quantization | None = None
     tolerance: ToleranceSpec = field(default_factory=ToleranceSpec)
     """Of verification, where the spec gives none."""
@@ -52,6 +56,10 @@ class Inputs:
     @property
     def model_quantization(self) -> ModelQuantization | None:
         return self.quantization.model if self.quantization else None
+
+    def network(self, topology: Topology, pp_rank: int) -> StageNetwork:
+        """The networks of a stage: one value for what is compiled and what is verified."""
+        return network_of(StageOptions.of(self.config, topology, pp_rank, self.model_quantization), self.engine)
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,14 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
     steps.extend(calibrates)
     previous: Step | None = None
     for pp_rank in range(topology.pp):
-        stage = StageOptions.of(inputs.config, topology, pp_rank, inputs.model_quantization)
+        network = inputs.network(topology, pp_rank)
         groups = inputs.weights.stage(pp_rank)
         converts = [_convert(group, inputs, topology, calibrates, spec.conversion.not_finite) for group in groups]
         rank_bytes = sum(group.shard_bytes for group in groups)
         steps.extend(converts)
-        steps.extend(_build(spec, inputs, stage, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
+        steps.extend(_build(inputs, network, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
         if reference is not None:
-            previous = _verify(spec, inputs, stage, converts, reference, previous, rank_bytes)
+            previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
             steps.append(previous)
     warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
     notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
@@ -230,8 +238,8 @@ def _overlap(calibrate: Step, layers: range) -> bool:
     return bool(first < layers.stop and layers.start < first + count)
 
 
-def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
-    options = BuildOptions(stage=stage, tp_rank=tp_rank, engine=spec.engine, tensorrt_version=inputs.tensorrt_version)
+def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
+    options = BuildOptions(network=network, tp_rank=tp_rank, engine=inputs.engine, tensorrt_version=inputs.tensorrt_version)
     return Step(
         kind=Kind.BUILD,
         version=VERSIONS[Kind.BUILD],
@@ -239,7 +247,7 @@ def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, c
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in converts),
         resources=Resources(
-            gpus=1 if spec.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB, scratch_bytes=rank_bytes
+            gpus=1 if inputs.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB, scratch_bytes=rank_bytes
         ),
         estimate=_estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
     )
@@ -248,16 +256,16 @@ def _build(spec: BuildSpec, inputs: Inputs, stage: StageOptions, tp_rank: int, c
 def _verify(
     spec: BuildSpec,
     inputs: Inputs,
-    stage: StageOptions,
+    network: StageNetwork,
     converts: list[Step],
     reference: Step,
     previous: Step | None,
     rank_bytes: int,
 ) -> Step:
+    stage = network.stage
     options = VerifyOptions(
-        stage=stage,
+        network=network,
         decode_steps=spec.verification.decode_steps,
-        gather_logits=spec.engine.gather_logits,
         tolerance=spec.verification.tolerance or inputs.tolerance,
     )
     needs = [step.digest for step in converts] + [reference.digest] + ([previous.digest] if previous else [])

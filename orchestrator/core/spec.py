@@ -138,11 +138,12 @@ class BuildConfig(Frozen):
     max_batch_size: int = Field(default=8, ge=1)
     opt_batch_size: int = Field(default=1, ge=1)
     max_input_len: int = Field(default=1024, ge=1)
-    """Tokens per sequence of one prefill call."""
+    """Tokens per sequence of one prefill call; absent: 1024, or as many as the cache holds."""
     opt_input_len: int | None = Field(default=None, ge=1)
     """Absent: half of max_input_len."""
     max_seq_len: int | None = Field(default=None, ge=1)
-    """Slots of the KV cache; absent: the model's max_position_embeddings."""
+    """Slots of the KV cache; absent: the model's max_position_embeddings. A model whose rotary scaling is yarn, linear or dynamic
+    may have `factor` times the positions that it was trained on."""
     max_logits_per_sequence: int = Field(default=1, ge=1)
     """Positions per sequence that logits may be asked for in one call: 1 serves sampling, max_input_len gathers all."""
     gather_logits: bool = True
@@ -162,7 +163,8 @@ class BuildConfig(Frozen):
             raise ValueError("opt_batch_size is greater than max_batch_size")
         if self.opt_input_len is not None and self.opt_input_len > self.max_input_len:
             raise ValueError("opt_input_len is greater than max_input_len")
-        if self.max_seq_len is not None and self.max_seq_len < self.max_input_len:
+        given = "max_input_len" in self.model_fields_set
+        if given and self.max_seq_len is not None and self.max_seq_len < self.max_input_len:
             raise ValueError("max_seq_len is smaller than max_input_len")
         if self.max_logits_per_sequence > self.max_input_len:
             raise ValueError("max_logits_per_sequence is greater than max_input_len")
@@ -174,7 +176,7 @@ class BuildConfig(Frozen):
 class ToleranceSpec(Frozen):
     """How far float32 execution of the graphs may be from the reference."""
 
-    max_relative_error: float | None = Field(default=1e-3, gt=0)
+    max_relative_error: float | None = Field(default=5e-5, gt=0)
     """Per position: max |logit - reference| / max |reference|; the worst position counts. null: any."""
     max_mean_kl: float = Field(default=1e-4, gt=0)
     """Mean over positions of KL(reference || graph), in nats."""

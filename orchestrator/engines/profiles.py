@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.core.errors import SpecError
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions
+from orchestrator.core.options import StageNetwork
 from orchestrator.core.spec import BuildConfig
 from orchestrator.engines import Profile
 
@@ -12,33 +12,39 @@ PREFILL, DECODE = "prefill", "decode"
 Shape = tuple[int, ...]
 
 
-def max_seq_len(config: ModelConfig, engine: BuildConfig) -> int:
-    """Cache slots. Raises SpecError when the model has not that many positions."""
-    wanted = engine.max_seq_len or config.max_position_embeddings
-    if wanted > config.max_position_embeddings:
+def resolved(config: ModelConfig, engine: BuildConfig) -> BuildConfig:
+    """The engine's limits as they are for this model, none left open: max_seq_len, max_input_len and opt_input_len.
+
+    Raises SpecError when the model has not that many positions, scaled as its rotary embedding allows.
+    """
+    slots, most = engine.max_seq_len or config.max_position_embeddings, config.max_positions
+    if slots > most:
         raise SpecError(
-            f"engine.max_seq_len {wanted} is greater than the model's {config.max_position_embeddings} positions",
-            "Lower engine.max_seq_len.",
+            f"engine.max_seq_len {slots} is greater than the model's {most} positions",
+            f"Set it to {most} or less. For more, give the source's config.json a rotary scaling (rope_scaling).",
         )
-    if engine.max_input_len > wanted:
+    tokens = engine.max_input_len
+    if "max_input_len" not in engine.model_fields_set:
+        tokens = min(tokens, slots)
+    if tokens > slots:
         raise SpecError(
-            f"engine.max_input_len {engine.max_input_len} is greater than the {wanted} positions of the cache",
+            f"engine.max_input_len {tokens} is greater than the {slots} positions of the cache",
             "Lower engine.max_input_len, or raise engine.max_seq_len.",
         )
-    return wanted
+    usual = min(engine.opt_input_len or max(tokens // 2, 1), tokens)
+    return engine.model_copy(update={"max_seq_len": slots, "max_input_len": tokens, "opt_input_len": usual})
 
 
-def rank_profiles(stage: StageOptions, engine: BuildConfig) -> tuple[Profile, Profile]:
+def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, Profile]:
     """(prefill, decode): batch 1..max_batch_size; tokens 1..max_input_len, or exactly 1."""
-    opt_tokens = engine.opt_input_len or max(engine.max_input_len // 2, 1)
-    prefill = (1, opt_tokens, engine.max_input_len)
-    return _profile(PREFILL, prefill, stage, engine), _profile(DECODE, (1, 1, 1), stage, engine)
+    assert engine.opt_input_len is not None  # as `resolved` leaves it
+    prefill = (1, engine.opt_input_len, engine.max_input_len)
+    return _profile(PREFILL, prefill, network, engine), _profile(DECODE, (1, 1, 1), network, engine)
 
 
-def _profile(name: str, tokens: tuple[int, int, int], stage: StageOptions, engine: BuildConfig) -> Profile:
-    config = stage.config
+def _profile(name: str, tokens: tuple[int, int, int], network: StageNetwork, engine: BuildConfig) -> Profile:
+    stage, config = network.stage, network.stage.config
     batches = (1, engine.opt_batch_size, engine.max_batch_size)
-    slots = max_seq_len(config, engine)
     wanted = min(engine.max_logits_per_sequence, tokens[2])
 
     def ranges(*dims: tuple[int, int, int]) -> tuple[Shape, Shape, Shape]:
@@ -55,7 +61,7 @@ def _profile(name: str, tokens: tuple[int, int, int], stage: StageOptions, engin
         shapes["hidden_states"] = ranges(batches, tokens, fixed(config.hidden_size))
     if stage.is_last:
         shapes["logit_indices"] = ranges(batches, (1, 1, wanted))
-    cache = ranges(batches, fixed(config.kv_heads_per_rank(stage.tp)), fixed(slots), fixed(config.head_size))
+    cache = ranges(batches, fixed(config.kv_heads_per_rank(stage.tp)), fixed(network.max_seq_len), fixed(config.head_size))
     for layer in range(stage.num_layers):
         for what in ("key", "value"):
             shapes[f"past_key_values.{layer}.{what}"] = cache

@@ -7,6 +7,7 @@ parallel ranks meet.
 
 from __future__ import annotations
 
-from orchestrator.networks.decoder import Network, NetworkOptions, check_supported, decoder_network
+from orchestrator.networks.decoder import Network, check_supported, decoder_network
+from orchestrator.networks.rendering import Rendering
 
-__all__ = ["Network", "NetworkOptions", "check_supported", "decoder_network"]
+__all__ = ["Network", "Rendering", "check_supported", "decoder_network"]

@@ -19,8 +19,8 @@ class LayerInputs:
     layer: int
     """Within the stage."""
     mask: str
-    rotary: str
-    """Prefix of the rotary tables' names."""
+    rotary: tuple[str, ...]
+    """Inputs of RotaryEmbedding after the queries or keys."""
 
 
 def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
@@ -81,10 +81,10 @@ def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, 
     return heads
 
 
-def _rotate(graph: GraphWriter, shape: RankShape, x: str, tables: str) -> str:
+def _rotate(graph: GraphWriter, shape: RankShape, x: str, rotary: tuple[str, ...]) -> str:
     partial = shape.config.rotary_embedding_dim
     attributes = {"rotary_embedding_dim": partial} if partial else {}
-    return graph.node("RotaryEmbedding", [x, f"{tables}_cos", f"{tables}_sin", "position_ids"], f"{x}.rotary", **attributes)
+    return graph.node("RotaryEmbedding", [x, *rotary], f"{x}.rotary", **attributes)
 
 
 def _capped(graph: GraphWriter, shape: RankShape, qkv: tuple[str, str, str], mask: str, factor: float, prefix: str) -> str:

@@ -3,7 +3,7 @@
 Inputs, with B sequences, S tokens each, C cache slots:
 
     input_ids      int64 [B, S]            first stage; hidden_states [B, S, hidden] on the others
-    position_ids   int64 [B, S]            position of each token in its sequence, which is its cache slot
+    position_ids   int64 [B, S]            position of each token in its sequence, which is its cache slot; 0 for padding
     write_indices  int64 [B]               first slot to write; position_ids[:, 0]
     logit_indices  int64 [B, N]            last stage: the tokens (0..S-1) whose logits are wanted
     past_key_values.L.key / .value         [B, kv_heads, C, head_size], L counts within the stage
@@ -23,30 +23,17 @@ import numpy.typing as npt
 import onnx
 
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions
+from orchestrator.core.options import StageNetwork, StageOptions
 from orchestrator.core.quantization import LinearFormat
 from orchestrator.networks import layers
 from orchestrator.networks.attention import LayerInputs, attention, causal_mask, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter
 from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.moe import moe_mlp
-from orchestrator.networks.rotary import check_rotary, rotary_tables
+from orchestrator.networks.positions import rotary
+from orchestrator.networks.rendering import Rendering
+from orchestrator.networks.rotary import check_rotary
 from orchestrator.networks.shape import RankShape
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkOptions:
-    """What the graph depends on besides the stage."""
-
-    dtype: str
-    """float16, bfloat16 or float32: of weights, activations and cache."""
-    max_seq_len: int
-    """Rows of the rotary tables."""
-    cache_slots: int | None
-    """Fixed number of cache slots (TensorRT wants it static); None: dynamic."""
-    gather_logits: bool = True
-    portable: bool = False
-    """Standard operators only, float32: for ONNX Runtime. Otherwise TensorRT's own operators may stand in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,71 +64,56 @@ def check_supported(config: ModelConfig) -> None:
     layers.check_activation(config.hidden_act)
 
 
-def decoder_network(stage: StageOptions, options: NetworkOptions, tp_rank: int = 0) -> Network:
+def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -> Network:
     """Write the graph of a rank. Only experts and an embedding split by vocabulary make the ranks of a stage differ.
 
     Raises ArchitectureError.
     """
+    stage = network.stage
     config = stage.config
     check_supported(config)
-    shape = RankShape(stage, options.dtype, tp_rank, options.portable)
+    shape = RankShape(stage, rendering.dtype, tp_rank, rendering.portable)
     graph = GraphWriter(f"stage{stage.pp_rank}")
-    hidden = _inputs(graph, stage, shape, options)
-    tables = _tables(graph, stage, options)
+    hidden = _inputs(graph, shape, rendering)
+    turns = rotary(graph, network, rendering.dtype)
     mask = causal_mask(graph, "position_ids", past_name(0, "key"))
     window = window_mask(graph, config.sliding_window) if config.sliding_window is not None else mask
     for layer in range(stage.num_layers):
         windowed = config.has_window(stage.first_layer + layer)
-        local = windowed and config.rotary_base_local is not None
-        inputs = LayerInputs(layer, window if windowed else mask, "rotary_local" if local else "rotary")
+        inputs = LayerInputs(layer, window if windowed else mask, turns.windowed if windowed else turns.everywhere)
         hidden = _layer(graph, shape, hidden, inputs)
     if stage.is_last:
-        _logits(graph, stage, shape, hidden, options)
+        _logits(graph, shape, hidden, gather=network.gather_logits)
     else:
         graph.node("Identity", [hidden], "hidden_states_out")
-        graph.output("hidden_states_out", options.dtype, ["batch", "tokens", config.hidden_size])
+        graph.output("hidden_states_out", rendering.dtype, ["batch", "tokens", config.hidden_size])
     for name in _cache_names(stage, present_name):
-        graph.output(name, shape.cache_dtype, _cache_shape(shape, options))
-    return Network(graph.model(), tables, graph.unpacked_weights)
-
-
-def _tables(graph: GraphWriter, stage: StageOptions, options: NetworkOptions) -> dict[str, npt.NDArray[np.float32]]:
-    """The rotary tables that the layers of this stage use."""
-    config = stage.config
-    found: dict[str, npt.NDArray[np.float32]] = {}
-    windowed = [config.has_window(stage.first_layer + layer) for layer in range(stage.num_layers)]
-    local = [has and config.rotary_base_local is not None for has in windowed]
-    for prefix, used, is_local in (("rotary", not all(local), False), ("rotary_local", any(local), True)):
-        if used:
-            cos, sin = rotary_tables(config, options.max_seq_len, local=is_local)
-            found |= {f"{prefix}_cos": cos, f"{prefix}_sin": sin}
-    for name, table in found.items():
-        graph.external(name, options.dtype, table.shape)
-    return found
+        graph.output(name, shape.cache_dtype, _cache_shape(shape, rendering))
+    return Network(graph.model(), turns.tables, graph.unpacked_weights)
 
 
 def _cache_names(stage: StageOptions, name: Callable[[int, str], str]) -> list[str]:
     return [name(layer, what) for layer in range(stage.num_layers) for what in ("key", "value")]
 
 
-def _cache_shape(shape: RankShape, options: NetworkOptions) -> list[Dim]:
-    return ["batch", shape.num_kv_heads, options.cache_slots or "slots", shape.config.head_size]
+def _cache_shape(shape: RankShape, rendering: Rendering) -> list[Dim]:
+    return ["batch", shape.num_kv_heads, rendering.cache_slots or "slots", shape.config.head_size]
 
 
-def _inputs(graph: GraphWriter, stage: StageOptions, shape: RankShape, options: NetworkOptions) -> str:
-    config = stage.config
+def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
+    stage, config = shape.stage, shape.config
     if stage.is_first:
         ids = graph.input("input_ids", "int64", ["batch", "tokens"])
         embedded = layers.embedding(graph, shape, ids)
-        hidden = layers.scale(graph, embedded, config.embedding_multiplier, "embedding.scaled", options.dtype)
+        hidden = layers.scale(graph, embedded, config.embedding_multiplier, "embedding.scaled", shape.dtype)
     else:
-        hidden = graph.input("hidden_states", options.dtype, ["batch", "tokens", config.hidden_size])
+        hidden = graph.input("hidden_states", shape.dtype, ["batch", "tokens", config.hidden_size])
     graph.input("position_ids", "int64", ["batch", "tokens"])
     graph.input("write_indices", "int64", ["batch"])
     if stage.is_last:
         graph.input("logit_indices", "int64", ["batch", "logit_tokens"])
     for name in _cache_names(stage, past_name):
-        graph.input(name, shape.cache_dtype, _cache_shape(shape, options))
+        graph.input(name, shape.cache_dtype, _cache_shape(shape, rendering))
     return hidden
 
 
@@ -166,16 +138,16 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
     return residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
 
 
-def _logits(graph: GraphWriter, stage: StageOptions, shape: RankShape, hidden: str, options: NetworkOptions) -> None:
+def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) -> None:
     """Take the wanted tokens first, so that the head is computed for them alone."""
-    config = stage.config
-    local = config.padded_vocab_size(stage.tp) // stage.tp
+    config = shape.config
+    local = config.padded_vocab_size(shape.tp) // shape.tp
     indices = graph.node("Unsqueeze", ["logit_indices", graph.constant("axis_2", [2])], "logit_indices.3d")
     wanted = graph.node("GatherND", [hidden, indices], "wanted", batch_dims=1)
     normed = layers.rms_norm(graph, shape, wanted, "transformer.ln_f.weight", "final_norm")
     logits = layers.linear(graph, shape, normed, "lm_head", (local, config.hidden_size))
     width = local
-    if options.gather_logits and stage.tp > 1:
+    if gather and shape.tp > 1:
         # Collectives concatenate along axis 0, so the vocabulary goes there and back; padding is cut off after.
         first = graph.node("Transpose", [logits], "logits.vocab_first", perm=[2, 0, 1])
         gathered = layers.all_gather(graph, shape, first)

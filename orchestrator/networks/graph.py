@@ -71,6 +71,12 @@ class GraphWriter:
             self._initializers[name] = numpy_helper.from_array(np.asarray(values, np.int64), name)
         return name
 
+    def floats(self, name: str, values: npt.ArrayLike) -> str:
+        """A small float32 constant; one of the same name is shared."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(np.asarray(values, np.float32), name)
+        return name
+
     def scalar(self, name: str, value: float, dtype: str) -> str:
         """A constant of no dimensions; one of the same name is shared."""
         if name not in self._initializers:

@@ -31,19 +31,11 @@ def check_rotary(scaling: Scaling | None) -> None:
         )
 
 
-def rotary_tables(config: ModelConfig, length: int, *, local: bool = False) -> tuple[Table, Table]:
-    """cos and sin of shape [length, rotary_dim / 2] for positions 0..length-1.
-
-    `local`: those of the layers with a window, where the model has another base for them. Scalings that depend on the
-    length of a text (dynamic, longrope) are chosen once, for the longest that the tables hold.
-    """
-    frequencies, factor = inverse_frequencies(config, length, local=local)
-    angles = np.outer(np.arange(length, dtype=np.float32), frequencies)
-    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
-
-
 def inverse_frequencies(config: ModelConfig, length: int = 0, *, local: bool = False) -> tuple[Table, float]:
-    """Radians per position for each rotated pair, and the factor on cos and sin."""
+    """Radians per position for each rotated pair, and the factor on cos and sin, for a text of `length` positions.
+
+    `local`: those of the layers with a window, where the model has another base for them.
+    """
     dim = config.rotary_embedding_dim or config.head_size
     base = config.rotary_base_local if local and config.rotary_base_local is not None else config.rotary_base
     scaling = None if local else config.rotary_scaling
@@ -115,7 +107,7 @@ def _yarn_factor(factor: float, scaling: Scaling) -> float:
 
 def _longrope(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
     """One list of factors for texts within the original context, another for longer ones."""
-    trained = int(scaling["original_max_position_embeddings"])
+    trained = config.trained_length
     factors = np.asarray(scaling["long_factor" if length > trained else "short_factor"], np.float32)
     stretch = float(scaling.get("factor") or config.max_position_embeddings / trained)
     attention = scaling.get("attention_factor")

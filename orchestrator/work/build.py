@@ -9,15 +9,15 @@ from orchestrator.core.manifest import EngineRecord
 from orchestrator.core.options import BuildOptions
 from orchestrator.core.step import Task
 from orchestrator.engines import EngineRequest, backend, installed_version, require_version
-from orchestrator.engines.profiles import max_seq_len, rank_profiles
-from orchestrator.networks import NetworkOptions, decoder_network
+from orchestrator.engines.profiles import rank_profiles
+from orchestrator.networks import Rendering, decoder_network
 from orchestrator.work.binding import bind
 from orchestrator.work.context import Context
 from orchestrator.work.shards import Weight, map_shards, rank_shards
 
 
 def build(task: Task, context: Context) -> dict[str, Any]:
-    """Write rank{N}.engine. Facts: the engine's record and the options it was built with. Raises EngineBuildError, ToolError."""
+    """Write rank{N}.engine. Facts: the engine's record, the options, the network's digest. Raises EngineBuildError, ToolError."""
     options = BuildOptions.model_validate(task.step.options)
     require_version(options.engine.backend, options.tensorrt_version)
     context.tools[options.engine.backend] = installed_version(options.engine.backend) or ""
@@ -26,7 +26,7 @@ def build(task: Task, context: Context) -> dict[str, Any]:
         record = compile_rank(
             options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
         )
-    return {"engine": record.model_dump(mode="json"), "options": task.step.options}
+    return {"engine": record.model_dump(mode="json"), "options": task.step.options, "network": options.network.digest(options.tp_rank)}
 
 
 def compile_rank(
@@ -37,18 +37,11 @@ def compile_rank(
     log: Callable[[str], None],
 ) -> EngineRecord:
     """Compile a rank from its converted weights, streaming the plan to `write`."""
-    slots = max_seq_len(options.stage.config, options.engine)
-    network = decoder_network(
-        options.stage,
-        NetworkOptions(
-            options.stage.config.dtype, max_seq_len=slots, cache_slots=slots, gather_logits=options.engine.gather_logits
-        ),
-        options.tp_rank,
-    )
+    network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network))
     request = EngineRequest(
         model=network.model.SerializeToString(),
         weights=bind(network, weights, options.stage.config.dtype),
-        profiles=rank_profiles(options.stage, options.engine),
+        profiles=rank_profiles(options.network, options.engine),
         config=options.engine,
     )
     return backend(options.engine.backend).build_engine(request, write, progress, log)

@@ -32,7 +32,7 @@ def make_calls(tokens: Ints, lengths: Ints, decode_steps: int) -> list[Call]:
     width = int(prefill.max())
     positions = np.tile(np.arange(width, dtype=np.int64), (len(lengths), 1))
     inputs = np.where(positions < prefill[:, None], tokens[:, :width], 0)
-    calls = [Call(inputs, positions, np.zeros(len(lengths), np.int64))]
+    calls = [Call(inputs, np.where(positions < prefill[:, None], positions, 0), np.zeros(len(lengths), np.int64))]
     for step in range(decode_steps):
         position = np.minimum(prefill + step, lengths - 1)
         calls.append(Call(np.take_along_axis(tokens, position[:, None], 1), position[:, None], position))

@@ -69,7 +69,7 @@ def describe(
         moe_ep=topology.moe_ep,
         ranks=ranks,
         shared=shared,
-        engine_config=plan.spec.engine.model_dump(mode="json"),
+        engine_config=plan.inputs.engine.model_dump(mode="json"),
         quantization=quantization,
         verification=_verification(known),
         tools=tools,

@@ -37,6 +37,7 @@ from orchestrator.core.spec import ReleaseSpec
 from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 from orchestrator.work.describing import describe, describe_rank
+from orchestrator.work.proof import check_networks
 
 _ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
 _BUILD_DIGITS = 12
@@ -86,9 +87,10 @@ def publish(
     """Copy engines and small files into the release, sign, then commit the manifest.
 
     `report` makes the page that is published with the release, from the manifest that does not name it yet.
-    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
-    ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
+    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises VerificationError
+    when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
     """
+    check_networks(plan, outcomes)
     release, build_key = plan.spec.release, plan.build_key
     prefix = release_prefix(release.name, release.version)
     folder = f"{build_key[:_BUILD_DIGITS]}-{uuid.uuid4().hex[:8]}/"

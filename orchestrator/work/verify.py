@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from orchestrator.core.errors import OrchestratorError, ToolError, VerificationError
 from orchestrator.core.manifest import Verification
-from orchestrator.core.options import StageOptions, VerifyOptions
+from orchestrator.core.options import StageNetwork, StageOptions, VerifyOptions
 from orchestrator.core.step import Cause, Kind, Output, Task
 from orchestrator.programs import find_program
 from orchestrator.work import compare
@@ -42,9 +42,8 @@ _CRASHED = re.compile(r"signal (4|6|7|8|11)\b")
 class RankJob(BaseModel):
     """What the MPI program is told; ranks find their own shards in it."""
 
-    stage: StageOptions
+    network: StageNetwork
     decode_steps: int
-    gather_logits: bool
     shards: list[list[str]]
     """Files by tp_rank."""
     reference: str
@@ -52,16 +51,23 @@ class RankJob(BaseModel):
     """Of the previous stage."""
     output: str
 
+    @property
+    def stage(self) -> StageOptions:
+        return self.network.stage
+
 
 def verify(task: Task, context: Context) -> dict[str, Any]:
-    """Run the stage. Facts on the last stage: the verification numbers. Raises VerificationError above tolerance."""
+    """Run the stage. Facts: the digests of the ranks' networks; on the last stage the verification numbers.
+
+    Raises VerificationError above tolerance.
+    """
     options = VerifyOptions.model_validate(task.step.options)
-    stage = options.stage
+    stage = options.network.stage
+    networks = [options.network.digest(tp_rank) for tp_rank in range(stage.tp)]
     result = context.scratch / "result.safetensors"
     job = RankJob(
-        stage=stage,
+        network=options.network,
         decode_steps=options.decode_steps,
-        gather_logits=options.gather_logits,
         shards=[[str(path) for path in rank_shards(task, context, stage.rank(tp_rank))] for tp_rank in range(stage.tp)],
         reference=str(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE))),
         hidden_states=None if stage.is_first else str(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES))),
@@ -72,11 +78,11 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
         data = result.read_bytes()
         with context.output(HIDDEN_STATES, len(data)) as writer:
             writer.write(data)
-        return {"stage": stage.pp_rank}
+        return {"stage": stage.pp_rank, "networks": networks}
     found = compare_with_reference(result, Path(job.reference), options.decode_steps)
     context.log(f"verification: {found.model_dump()}")
     compare.check(found, options.tolerance)
-    return {"stage": stage.pp_rank, "verification": found.model_dump()}
+    return {"stage": stage.pp_rank, "networks": networks, "verification": found.model_dump()}
 
 
 def _needed(task: Task, kind: Kind, name: str) -> Output:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.networks import Network, NetworkOptions, decoder_network
+from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.shape import RankShape
 from orchestrator.work.binding import bind_portable
@@ -57,7 +57,7 @@ def _run_calls(job: RankJob, weights: dict[str, Weight], world: Any) -> list[Arr
     results = []
     for number, call in enumerate(calls):
         result = runner.run(call, previous.get(f"call{number}"))
-        if job.stage.is_last and not job.gather_logits:
+        if job.stage.is_last and not job.network.gather_logits:
             result = np.concatenate(world.allgather(result), axis=-1)[..., : job.stage.config.vocab_size]
         results.append(result)
         if world.rank == 0:
@@ -69,10 +69,7 @@ class StageRunner:
     """One rank's graph in ONNX Runtime and its KV cache."""
 
     def __init__(self, job: RankJob, weights: dict[str, Weight], world: Any, batch: int, slots: int) -> None:
-        options = NetworkOptions(
-            "float32", max_seq_len=slots, cache_slots=None, gather_logits=job.gather_logits, portable=True
-        )  # fmt: skip
-        network = decoder_network(job.stage, options, world.rank)
+        network = decoder_network(job.network, world.rank, Rendering.executed())
         self._stage = job.stage
         self._bound = {name: _ort_value(value, kind) for name, (value, kind) in bind_portable(network, weights).items()}
         self._session = _session(network, self._bound, world)

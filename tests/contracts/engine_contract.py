@@ -10,12 +10,12 @@ import pytest
 
 from orchestrator.core.errors import EngineBuildError, StoreError, ToolError
 from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions
+from orchestrator.core.options import StageNetwork, StageOptions
 from orchestrator.core.spec import BuildConfig
 from orchestrator.core.topology import Topology
 from orchestrator.engines import EngineRequest, backend, require_version
-from orchestrator.engines.profiles import rank_profiles
-from orchestrator.networks import Network, NetworkOptions, decoder_network
+from orchestrator.engines.profiles import rank_profiles, resolved
+from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.work.build import bind
 from orchestrator.work.shards import Weight
 
@@ -45,9 +45,10 @@ class EngineContract:
             }
         )  # fmt: skip
         stage = StageOptions.of(model, topology, pp_rank)
-        network = decoder_network(stage, NetworkOptions(dtype, max_seq_len=32, cache_slots=32))
+        wanted = StageNetwork(stage=stage, max_seq_len=32)
+        network = decoder_network(wanted, 0, Rendering.compiled(wanted))
         weights = bind(network, seeded_weights(network, dtype), dtype)
-        return EngineRequest(network.model.SerializeToString(), weights, rank_profiles(stage, self.config()), self.config())
+        return EngineRequest(network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, self.config())), self.config())
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_engine_of_every_dtype_is_built_and_described(self, dtype: str) -> None:

@@ -14,7 +14,7 @@ from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
-from orchestrator.core.spec import BuildSpec, ClusterSpec, PoolSpec
+from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, PoolSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.families.llama import LLAMA
@@ -43,7 +43,12 @@ def _plan(spec: BuildSpec, config: ModelConfig, extra: tuple[SourceFile, ...], s
     quantization = resolve(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     formats = quantization.model if quantization else None
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes, formats)
-    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0", quantization))
+    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0", limited(spec), quantization))
+
+
+def limited(spec: BuildSpec) -> BuildConfig:
+    """The engine's limits as a plan holds them."""
+    return spec.engine.model_copy(update={"max_seq_len": spec.engine.max_seq_len or 64})
 
 
 def digests(plan: Plan, kind: Kind) -> list[str]:
@@ -62,7 +67,7 @@ def test_make_plan_tiny_model_is_as_the_golden_file_says(tmp_path: Path) -> None
     place = LocalPlace(folder)
     index = huggingface.read_index(place)
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
-    inputs = Inputs(index, companions(place, place.names()), str(folder), config, weights, "1.7.1.116")
+    inputs = Inputs(index, companions(place, place.names()), str(folder), config, weights, "1.7.1.116", limited(spec))
     text = json.dumps(describe_plan(make_plan(spec, inputs)), indent=1) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)

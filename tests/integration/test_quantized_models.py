@@ -21,7 +21,7 @@ from orchestrator import verbs
 from orchestrator.core.compute_capability import check_target
 from orchestrator.core.errors import EngineBuildError, QuantizationError
 from orchestrator.core.manifest import EngineRecord
-from orchestrator.core.options import BuildOptions, StageOptions
+from orchestrator.core.options import BuildOptions, StageNetwork
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec, decode
 from orchestrator.core.step import Kind
@@ -82,8 +82,8 @@ class Models:
         output = self._folder / f"{case_id(case)}-tp{tp}"
         return convert_here(spec_of(self._source, self._artifact, case, tp), self._folder / "store", output)
 
-    def stage(self, case: Case, tp: int) -> StageOptions:
-        return BuildOptions.model_validate(next(self.plan(case, tp).of_kind(Kind.BUILD)).options).stage
+    def network(self, case: Case, tp: int) -> StageNetwork:
+        return BuildOptions.model_validate(next(self.plan(case, tp).of_kind(Kind.BUILD)).options).network
 
     def compile(self, case: Case, tp: int, tp_rank: int, capabilities: tuple[str, ...] = ()) -> tuple[EngineRecord, int]:
         """The record and the size in bytes of a rank's engine."""
@@ -134,7 +134,7 @@ def run_ranks(models: Models, cases: Sequence[Case], tp: int, text: Path, folder
         shards = [[str(models.checkpoint(case, tp) / f"rank{rank}.safetensors")] for rank in range(tp)]
         results[case] = folder / f"{case_id(case)}-tp{tp}.safetensors"
         job = RankJob(
-            stage=models.stage(case, tp), decode_steps=DECODE_STEPS, gather_logits=True, shards=shards,
+            network=models.network(case, tp), decode_steps=DECODE_STEPS, shards=shards,
             reference=str(text), hidden_states=None, output=str(results[case]),
         )  # fmt: skip
         jobs.append(folder / f"{case_id(case)}-tp{tp}.json")
@@ -193,7 +193,7 @@ def test_quantized_model_portable_graph_computes_what_fake_quantization_does(
     """
     family, tp, _ = launch
     models = models_of(family)
-    stage = models.stage(case, tp)
+    stage = models.network(case, tp).stage
     ranks = [load_file(models.checkpoint(case, tp) / f"rank{rank}.safetensors") for rank in range(tp)]
     expected = FakeQuantDecoder(stage.config, stage.quantization, ranks).logits(torch.from_numpy(load_arrays(text)["tokens"]))
     errors = relative_errors(execute(launch)[case], expected, text)
@@ -234,7 +234,7 @@ def test_engine_of_four_bit_weights_stays_small(model: str, algorithm: str, mode
 )
 def test_tensorrt_refuses_the_gpus_that_check_target_refuses(case: Case, refused: str, taken: str, models_of: ModelsOf) -> None:
     models = models_of("llama")
-    quantization = models.stage(case, 1).quantization
+    quantization = models.network(case, 1).stage.quantization
     with pytest.raises(EngineBuildError, match="HW-specific data"):
         models.compile(case, 1, 0, (refused,))
     with pytest.raises(QuantizationError):

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator import cache, verbs
 from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
 from orchestrator.core.manifest import MANIFEST, Chunks, FileRecord, Manifest
-from orchestrator.core.options import BuildOptions
+from orchestrator.core.options import BuildOptions, VerifyOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
 from orchestrator.core.step import Kind, Outcome, Output, Step
@@ -57,7 +57,7 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
                 name=step.name,
                 kind=step.kind,
                 outputs=(output,),
-                facts=_facts(step) if step.kind is Kind.BUILD else {},
+                facts=_facts(step),
                 tools={"tensorrt_rtx": "1.7.1.116"},
                 log_tail="a log may hold anything",
             ),
@@ -66,6 +66,11 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
 
 
 def _facts(step: Step) -> dict[str, Any]:
+    if step.kind is Kind.VERIFY:
+        network = VerifyOptions.model_validate(step.options).network
+        return {"networks": [network.digest(tp_rank) for tp_rank in range(network.stage.tp)]}
+    if step.kind is not Kind.BUILD:
+        return {}
     options = BuildOptions.model_validate(step.options)
     ids = {
         "name": "input_ids", "dtype": "int64", "mode": "input", "shape": ["batch", "tokens"],
@@ -76,7 +81,7 @@ def _facts(step: Step) -> dict[str, Any]:
         "backend": options.engine.backend, "tensorrt_version": "1.7.1.116", "cuda_version": "13",
         "compute_capabilities": ["8.9"], "profiles": ["prefill"], "tensors": [ids, logits],
     }  # fmt: skip
-    return {"engine": engine, "options": step.options}
+    return {"engine": engine, "options": step.options, "network": options.network.digest(options.tp_rank)}
 
 
 def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = None, **sections: Any) -> Published:

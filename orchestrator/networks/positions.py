@@ -1,0 +1,129 @@
+"""Rotary embedding in the graph: tables bound by name, their rows chosen by the positions of the call.
+
+Two kinds of scaling depend on the length of a text. As in transformers, the length is that of the call: the highest position
+of a sequence in it, plus one. Keys that are in the cache already keep the rotation that they were written with.
+
+    longrope    one table for texts within the trained length, a second one below it in the same tensor for longer ones
+    dynamic     frequencies that fall with the length, computed in the graph; within the trained length they are plain
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import StageNetwork
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.rotary import inverse_frequencies
+
+Table = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How the layers of a graph rotate queries and keys."""
+
+    everywhere: tuple[str, ...]
+    """Inputs of RotaryEmbedding after the queries or keys: cos, sin and, for tables, their rows."""
+    windowed: tuple[str, ...]
+    """The same for layers with a window, where they have a base of their own."""
+    tables: dict[str, Table]
+    """Values of the tables, by the initializer's name."""
+
+
+def rotary_tables(config: ModelConfig, length: int, *, local: bool = False) -> tuple[Table, Table]:
+    """cos and sin of positions 0..length-1, [length, rotary_dim / 2].
+
+    [2 x length, rotary_dim / 2] where longer texts have frequencies of their own and `length` reaches them: first the rows of
+    texts within the trained length, then those of longer ones. `local`: the tables of the layers with a window.
+    """
+    regimes = [length]
+    if not local and config.rotary_depends_on_length(length):
+        regimes = [config.trained_length, length]
+    frequencies = [inverse_frequencies(config, regime, local=local) for regime in regimes]
+    angles = np.arange(length, dtype=np.float32)
+    cos = [np.cos(np.outer(angles, each)) * factor for each, factor in frequencies]
+    sin = [np.sin(np.outer(angles, each)) * factor for each, factor in frequencies]
+    return np.concatenate(cos).astype(np.float32), np.concatenate(sin).astype(np.float32)
+
+
+def rotary(graph: GraphWriter, network: StageNetwork, dtype: str) -> Rotary:
+    """Write what the layers of a stage rotate with; `position_ids` is an input of the graph already."""
+    stage = network.stage
+    config = stage.config
+    own_base = config.rotary_base_local is not None
+    windowed = [own_base and config.has_window(stage.first_layer + layer) for layer in range(stage.num_layers)]
+    tables: dict[str, Table] = {}
+    everywhere: tuple[str, ...] = ()
+    if not all(windowed):
+        if _is_dynamic(network):
+            everywhere = _computed(graph, config, dtype)
+        else:
+            everywhere = _bound(graph, network, dtype, "rotary", tables, local=False)
+    local = _bound(graph, network, dtype, "rotary_local", tables, local=True) if any(windowed) else everywhere
+    return Rotary(everywhere, local, tables)
+
+
+def _is_dynamic(network: StageNetwork) -> bool:
+    config = network.stage.config
+    kind = (config.rotary_scaling or {}).get("rope_type")
+    return kind == "dynamic" and config.rotary_depends_on_length(network.max_seq_len)
+
+
+def _bound(
+    graph: GraphWriter, network: StageNetwork, dtype: str, prefix: str, tables: dict[str, Table], *, local: bool
+) -> tuple[str, ...]:
+    """Tables, and the row of each token."""
+    config = network.stage.config
+    for name, table in zip(("cos", "sin"), rotary_tables(config, network.max_seq_len, local=local), strict=True):
+        tables[graph.external(f"{prefix}_{name}", dtype, table.shape)] = table
+    rows = "position_ids"
+    if len(tables[f"{prefix}_cos"]) > network.max_seq_len:
+        rows = _rows(graph, config.trained_length, network.max_seq_len)
+    return f"{prefix}_cos", f"{prefix}_sin", rows
+
+
+def _text_length(graph: GraphWriter) -> str:
+    """[batch, 1]: length of each sequence as far as this call goes."""
+    last = graph.node("ReduceMax", ["position_ids", graph.constant("axis_1", [1])], "position_ids.last", keepdims=1)
+    return graph.node("Add", [last, graph.constant("one", 1)], "text_length")
+
+
+def _rows(graph: GraphWriter, trained: int, length: int) -> str:
+    """Rows of a table of two parts: positions, moved to the second part where the text is longer than the trained length."""
+    long = graph.node("Greater", [_text_length(graph), graph.constant("trained_length", trained)], "text_length.is_long")
+    offset = graph.node("Where", [long, graph.constant("rows_long", length), graph.constant("zero", 0)], "rotary_rows.offset")
+    return graph.node("Add", ["position_ids", offset], "rotary_rows")
+
+
+def _computed(graph: GraphWriter, config: ModelConfig, dtype: str) -> tuple[str, ...]:
+    """cos and sin [batch, tokens, rotary_dim / 2] of dynamic scaling, in float32.
+
+    base' = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2)), with length at least trained.
+    """
+    assert config.rotary_scaling is not None
+    dim = config.rotary_embedding_dim or config.head_size
+    trained, factor = float(config.trained_length), float(config.rotary_scaling["factor"])
+
+    def number(name: str, value: float) -> str:
+        return graph.scalar(f"rotary.{name}", value, "float32")
+
+    length = graph.node("Cast", [_text_length(graph)], "text_length.float", to=graph.onnx_dtype("float32"))
+    bounded = graph.node("Max", [length, number("trained", trained)], "text_length.bounded")
+    stretched = graph.node("Mul", [bounded, number("stretch", factor / trained)], "rotary.stretched")
+    ratio = graph.node("Sub", [stretched, number("shift", factor - 1.0)], "rotary.ratio")
+    power = graph.node("Pow", [ratio, number("exponent", dim / (dim - 2))], "rotary.power")
+    base = graph.node("Mul", [power, number("base", config.rotary_base)], "rotary.grown_base")
+    exponents = graph.floats("rotary.exponents", (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
+    inverse = graph.node("Reciprocal", [graph.node("Pow", [base, exponents], "rotary.wave")], "rotary.frequencies")
+    by_token = graph.node("Unsqueeze", [inverse, graph.constant("axis_1", [1])], "rotary.frequencies_3d")
+    positions = graph.node("Cast", ["position_ids"], "rotary.positions", to=graph.onnx_dtype("float32"))
+    column = graph.node("Unsqueeze", [positions, graph.constant("axis_2", [2])], "rotary.positions_3d")
+    angles = graph.node("Mul", [column, by_token], "rotary.angles")
+    cos, sin = (graph.node(op, [angles], f"rotary.{op.lower()}_wide") for op in ("Cos", "Sin"))
+    return tuple(
+        graph.node("Cast", [wide], wide.removesuffix("_wide"), to=graph.onnx_dtype(dtype)) for wide in (cos, sin)
+    )
