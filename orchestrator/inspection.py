@@ -81,7 +81,7 @@ def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str
         found = manifest.verification
         head.add_row(
             "verified",
-            f"{found.num_positions} positions: relative error {found.max_relative_error:.2e}, "
+            f"{found.num_positions} positions: relative error {found.relative_errors()}, "
             f"KL {found.mean_kl:.2e}, top-1 {found.top1_agreement:.3f}",
         )
     ranks = Table("rank", "tp", "pp", "layers", "engine", "sha256", "GPU memory", "built for", box=None, pad_edge=False)

@@ -28,7 +28,7 @@ LONGROPE = {
 }  # fmt: skip
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 QUANTIZED_LINEAR = re.compile(r"^(node )?transformer\.layers\.\d+\.(attention\.(qkv|dense)|mlp\.(fc|gate|proj))\.")
-"""What stands inside of a linear, whose formats tests/test_quantized_networks.py holds against Model Optimizer in both renderings."""
+"""The inside of a linear: tests/test_quantized_networks.py holds each format against Model Optimizer in both renderings."""
 OWN_OPERATORS = {"MXFP8", "NVFP4", "W4A16_NVFP4"}
 """Formats that have no standard operators: the linear is written with TensorRT's own, or executed on dequantized weights."""
 
@@ -47,6 +47,7 @@ def networks(config: ModelConfig, topology: Topology, quantization: ModelQuantiz
 
 def described(model: onnx.ModelProto) -> dict[str, Any]:
     """A graph as plain data by name, without what a rendering may choose: the dtype of floats and the number of cache slots."""
+
     def attribute(value: Any) -> Any:
         found = onnx.helper.get_attribute_value(value)
         return "float" if value.name in ("to", "output_dtype") and found in FLOATS else found

@@ -108,7 +108,7 @@ def _report_build(made: Any, as_json: bool) -> None:
         found = manifest.verification
         out.print(
             f"verified on {found.num_positions} positions: max absolute error {found.max_absolute_error:.2e}, max relative error "
-            f"{found.max_relative_error:.2e}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
+            f"{found.relative_errors()}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
         )
     else:
         out.print("[yellow]verification was switched off in the spec[/]")

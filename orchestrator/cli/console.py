@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+from orchestrator.core.manifest import Verification
 from orchestrator.core.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -100,11 +101,11 @@ def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
 
 def show_published(made: Published) -> None:
     """The last lines of a build that ran elsewhere."""
-    found = made.verification
-    if found:
+    if made.verification:
+        found = Verification.model_validate(made.verification)
         out.print(
-            f"verified on {found['num_positions']} positions: max relative error {found['max_relative_error']:.2e}, "
-            f"top-1 agreement {found['top1_agreement']:.3f}"
+            f"verified on {found.num_positions} positions: max relative error {found.relative_errors()}, "
+            f"top-1 agreement {found.top1_agreement:.3f}"
         )
     out.print(f"published: {made.manifest}", soft_wrap=True)
 

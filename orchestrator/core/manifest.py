@@ -135,10 +135,19 @@ class Verification(_Record):
     num_positions: int
     max_absolute_error: float
     max_relative_error: float
+    max_relative_error_to_source: float | None = None
+    """The same against the source's weights as they are, not rounded to the build's dtype first: what the dtype costs is in it."""
     mean_kl: float
     top1_agreement: float
     perplexity_ratio: float | None = None
     """Of the text that was read: the graphs' perplexity over the reference's."""
+
+    def relative_errors(self) -> str:
+        """Both relative errors in words; the second only where rounding to the build's dtype makes it another number."""
+        words, to_source = f"{self.max_relative_error:.2e}", self.max_relative_error_to_source
+        if to_source is None or to_source == self.max_relative_error:
+            return words
+        return f"{words} ({to_source:.2e} against the source before rounding)"
 
 
 class ArtifactRecord(_Record):

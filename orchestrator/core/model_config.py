@@ -64,6 +64,9 @@ class ModelConfig(BaseModel):
     """Of queries, keys and values."""
     attn_dense_bias: bool = False
     mlp_bias: bool = False
+    exact_norms: bool = False
+    """Norms' weights stand a second time in the rank files, in float32 (`..._float32`), and the graph reads those. Families whose
+    norms scale by weight + 1 have them: rounded to bfloat16, as TensorRT-LLM stores it, the sum loses up to 2 ** -8 of it."""
     qk_layernorm: Literal["none", "head", "full"] = "none"
     """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
     attention_scale: float | None = None

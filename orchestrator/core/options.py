@@ -100,8 +100,11 @@ class ReferenceOptions(_Options):
     dtype: str
     """Weights are rounded to it first, then computed with in float32, so that only our own errors are measured."""
     vocab_size: int
-    offset_weights: tuple[str, ...] = ()
-    """Source tensors that checkpoints store with 1 added (Gemma's norms): rounded as they are stored."""
+    exact_weights: tuple[str, ...] = ()
+    """Source tensors that the graph reads in float32 (Gemma's norms, routers): not rounded."""
+    decode_steps: int | None = None
+    """Tokens at the end of each sequence that go one by one through the cache, as in the verification: rotary scaling that
+    depends on the length of a call gives other logits for one long call. None: one call, which is the same and faster."""
     prompts: tuple[str, ...] | None
     max_tokens: int
 

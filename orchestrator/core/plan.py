@@ -29,7 +29,7 @@ from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
 
-VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 1, Kind.CALIBRATE: 2, Kind.CONVERT: 1, Kind.BUILD: 1, Kind.VERIFY: 1}
+VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 2, Kind.CALIBRATE: 2, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
 """Raise one when its code would give other outputs for the same options."""
 
 _GB = 10**9
@@ -150,7 +150,8 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         files=inputs.index.files + inputs.extra_files,
         dtype=inputs.config.dtype,
         vocab_size=inputs.config.vocab_size,
-        offset_weights=inputs.weights.offset_sources(),
+        exact_weights=inputs.weights.exact_sources(),
+        decode_steps=verification.decode_steps if inputs.config.rotary_depends_on_length(verification.max_tokens) else None,
         prompts=verification.prompts,
         max_tokens=verification.max_tokens,
     )

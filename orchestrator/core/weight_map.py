@@ -63,10 +63,10 @@ class WeightMap:
     ignored: tuple[tuple[str, str], ...]
     """Source tensor and reason."""
 
-    def offset_sources(self) -> tuple[str, ...]:
-        """Source tensors that are stored with something added, sorted."""
-        reads = (read for group in self.groups for target in group.targets for read in target.reads)
-        return tuple(sorted({read.tensor.name for read in reads if read.add}))
+    def exact_sources(self) -> tuple[str, ...]:
+        """Source tensors that the graph reads in float32, whatever the model's dtype, sorted."""
+        wide = (target for group in self.groups for target in group.targets if target.dtype == "F32" and not target.quantized)
+        return tuple(sorted({read.tensor.name for target in wide for read in target.reads}))
 
     def stage(self, pp_rank: int) -> list[LayerGroup]:
         return [group for group in self.groups if group.pp_rank == pp_rank]

@@ -6,6 +6,8 @@ up_proj; among experts the halves of `mlp.fc` stand the other way round, up firs
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.core.rules import (
     COLUMN,
     EXPERT_COLUMN,
@@ -70,27 +72,42 @@ GATED_MLP = (
 )
 
 
-def norm(target: str, source: str, add: float = 0.0, size: str = "hidden") -> Rule:
+def norm(target: str, source: str, size: str = "hidden") -> Rule:
     """A norm of every layer, whole on every rank."""
-    return Rule(TARGET + target + ".weight", (Part(SOURCE + source + ".weight", (size,), add=add),))
+    return Rule(TARGET + target + ".weight", (Part(SOURCE + source + ".weight", (size,)),))
 
 
-def qk_norms(add: float = 0.0) -> tuple[Rule, ...]:
+def offset(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The same norms stored as weight + 1: in the model's dtype, as TensorRT-LLM's format demands, and exactly in float32.
+
+    Rules of other tensors are left as they are.
+    """
+    found: list[Rule] = []
+    for rule in rules:
+        if not rule.target.endswith(("norm.weight", "ln_f.weight")):
+            found.append(rule)
+            continue
+        added = replace(rule, parts=tuple(replace(part, add=1.0) for part in rule.parts))
+        found += [added, replace(added, target=f"{rule.target}_float32", dtype="F32", when={**rule.when, "exact_norms": True})]
+    return tuple(found)
+
+
+def qk_norms() -> tuple[Rule, ...]:
     """Norms of queries and keys per head: the same for all heads, so whole on every rank."""
     return (
-        norm("attention.q_layernorm", "self_attn.q_norm", add, "head"),
-        norm("attention.k_layernorm", "self_attn.k_norm", add, "head"),
+        norm("attention.q_layernorm", "self_attn.q_norm", "head"),
+        norm("attention.k_layernorm", "self_attn.k_norm", "head"),
     )
 
 
 PRE_NORMS = (norm("input_layernorm", "input_layernorm"), norm("post_layernorm", "post_attention_layernorm"))
 
 
-def final(add: float = 0.0) -> tuple[Rule, ...]:
+def final() -> tuple[Rule, ...]:
     """The last norm and the head, of its own or tied to the embedding."""
     head = "lm_head.weight"
     return (
-        Rule("transformer.ln_f.weight", (Part("model.norm.weight", ("hidden",), add=add),), Where.LAST_STAGE),
+        Rule("transformer.ln_f.weight", (Part("model.norm.weight", ("hidden",)),), Where.LAST_STAGE),
         Rule(head, (Part(head, ("vocab", "hidden"), VOCAB),), Where.LAST_STAGE, when={"tie_word_embeddings": False}),
         Rule(
             head,

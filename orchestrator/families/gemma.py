@@ -7,9 +7,8 @@ window in five of six layers, and another rotary base in those.
 from __future__ import annotations
 
 from orchestrator.core.rules import ConfigTable, Family
-from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, final, norm, qk_norms
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, final, norm, offset, qk_norms
 
-_ONE = 1.0
 _DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
@@ -25,24 +24,24 @@ _CAPPED = {
     "attn_logit_softcapping": ("is", "attn_logit_softcapping"),
     "final_logit_softcapping": ("is", "final_logit_softcapping"),
 }
-_PRE = (norm("input_layernorm", "input_layernorm", _ONE), norm("post_layernorm", "post_attention_layernorm", _ONE))
+_PRE = PRE_NORMS
 _SANDWICH = (
     *_PRE,
-    norm("pre_feedforward_layernorm", "pre_feedforward_layernorm", _ONE),
-    norm("post_feedforward_layernorm", "post_feedforward_layernorm", _ONE),
+    norm("pre_feedforward_layernorm", "pre_feedforward_layernorm"),
+    norm("post_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 
 GEMMA = Family(
     name="gemma",
     architectures=("GemmaForCausalLM",),
-    rules=(*EMBEDDING, *_PRE, *ATTENTION, *GATED_MLP, *final(_ONE)),
+    rules=offset((*EMBEDDING, *_PRE, *ATTENTION, *GATED_MLP, *final())),
     ignored=IGNORED,
-    config=ConfigTable(_DEFAULTS, derived=_SCALED),
+    config=ConfigTable(_DEFAULTS, constants={"exact_norms": True}, derived=_SCALED),
 )
 GEMMA2 = Family(
     name="gemma2",
     architectures=("Gemma2ForCausalLM",),
-    rules=(*EMBEDDING, *_SANDWICH, *ATTENTION, *GATED_MLP, *final(_ONE)),
+    rules=offset((*EMBEDDING, *_SANDWICH, *ATTENTION, *GATED_MLP, *final())),
     ignored=IGNORED,
     config=ConfigTable(
         {
@@ -52,7 +51,7 @@ GEMMA2 = Family(
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
-        constants={"norm_placement": "sandwich"},
+        constants={"norm_placement": "sandwich", "exact_norms": True},
         derived=_CAPPED,
         window_pattern=2,
     ),
@@ -60,7 +59,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     name="gemma3",
     architectures=("Gemma3ForCausalLM",),
-    rules=(*EMBEDDING, *_SANDWICH, *ATTENTION, *qk_norms(_ONE), *GATED_MLP, *final(_ONE)),
+    rules=offset((*EMBEDDING, *_SANDWICH, *ATTENTION, *qk_norms(), *GATED_MLP, *final())),
     ignored=IGNORED,
     config=ConfigTable(
         {
@@ -71,7 +70,7 @@ GEMMA3 = Family(
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
-        constants={"norm_placement": "sandwich", "qk_layernorm": "head"},
+        constants={"norm_placement": "sandwich", "qk_layernorm": "head", "exact_norms": True},
         derived=_CAPPED,
         window_pattern=6,
     ),

@@ -9,9 +9,18 @@ from orchestrator.networks.shape import RankShape
 
 
 def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int | None = None) -> str:
-    """Root-mean-square norm over the last axis (of `size`, the hidden size by default), accumulated in float32."""
-    scale = graph.external(weight, shape.dtype, [size or shape.config.hidden_size])
-    return graph.node("RMSNormalization", [x, scale], output, axis=-1, epsilon=shape.config.norm_epsilon, stash_type=1)
+    """Root-mean-square norm over the last axis (of `size`, the hidden size by default), accumulated in float32.
+
+    Exact norms are multiplied in float32 too, before the result is rounded to the graph's dtype.
+    """
+    exact, attributes = shape.config.exact_norms, {"axis": -1, "epsilon": shape.config.norm_epsilon, "stash_type": 1}
+    name, dtype = (f"{weight}_float32", "float32") if exact else (weight, shape.dtype)
+    scale = graph.external(name, dtype, [size or shape.config.hidden_size])
+    if not exact:
+        return graph.node("RMSNormalization", [x, scale], output, **attributes)
+    wide = graph.node("Cast", [x], f"{output}.wide", to=graph.onnx_dtype("float32"))
+    normed = graph.node("RMSNormalization", [wide, scale], f"{output}.exact", **attributes)
+    return graph.node("Cast", [normed], output, to=graph.onnx_dtype(shape.dtype))
 
 
 def split_rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int) -> str:

@@ -124,6 +124,4 @@ def _computed(graph: GraphWriter, config: ModelConfig, dtype: str) -> tuple[str,
     column = graph.node("Unsqueeze", [positions, graph.constant("axis_2", [2])], "rotary.positions_3d")
     angles = graph.node("Mul", [column, by_token], "rotary.angles")
     cos, sin = (graph.node(op, [angles], f"rotary.{op.lower()}_wide") for op in ("Cos", "Sin"))
-    return tuple(
-        graph.node("Cast", [wide], wide.removesuffix("_wide"), to=graph.onnx_dtype(dtype)) for wide in (cos, sin)
-    )
+    return tuple(graph.node("Cast", [wide], wide.removesuffix("_wide"), to=graph.onnx_dtype(dtype)) for wide in (cos, sin))

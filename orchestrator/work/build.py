@@ -26,7 +26,11 @@ def build(task: Task, context: Context) -> dict[str, Any]:
         record = compile_rank(
             options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
         )
-    return {"engine": record.model_dump(mode="json"), "options": task.step.options, "network": options.network.digest(options.tp_rank)}
+    return {
+        "engine": record.model_dump(mode="json"),
+        "options": task.step.options,
+        "network": options.network.digest(options.tp_rank),
+    }
 
 
 def compile_rank(

@@ -88,7 +88,8 @@ def publish(
 
     `report` makes the page that is published with the release, from the manifest that does not name it yet.
     Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises VerificationError
-    when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
+    when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when
+    `sign_key` is no key that can sign.
     """
     check_networks(plan, outcomes)
     release, build_key = plan.spec.release, plan.build_key

@@ -6,6 +6,8 @@ here depends on a topology: one reference serves every build of a source.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from orchestrator.checkpoints.places import LocalPlace, Place, open_place
 from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.core.errors import SourceCorruptError, ToolError
 from orchestrator.core.options import ReferenceOptions
 from orchestrator.core.step import Task
 from orchestrator.work.calibration_data import has_tokenizer
@@ -24,7 +26,10 @@ from orchestrator.work.presenting import as_hugging_face
 from orchestrator.work.texts import PROMPTS
 
 OUTPUT = "reference.safetensors"
-"""tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary]."""
+"""tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary].
+
+source_logits [B, T, vocabulary], where rounding to the build's dtype changes a weight: those of the source as it is.
+"""
 _RANDOM_SEED = 20
 _INDEX_SUFFIX = ".index.json"
 _COPY_BLOCK_BYTES = 64 * 2**20
@@ -40,18 +45,25 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     context.tools["transformers"] = transformers.__version__
     sequences, text = _sequences(options, folder)
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
-    logits = _logits(options, folder, sequences, context)
-    longest = max(len(sequence) for sequence in sequences)
-    tokens = np.zeros((len(sequences), longest), np.int64)
-    padded = np.zeros((len(sequences), longest, options.vocab_size), np.float32)
-    for row, (sequence, values) in enumerate(zip(sequences, logits, strict=True)):
-        tokens[row, : len(sequence)] = sequence
-        padded[row, : len(sequence)] = values
+    logits, own = _logits(options, folder, sequences, context)
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    data = safetensors.numpy.save({"tokens": tokens, "lengths": lengths, "logits": padded})
+    arrays = {
+        "tokens": _padded([np.array(sequence, np.int64) for sequence in sequences]),
+        "lengths": lengths,
+        "logits": _padded(logits),
+    }
+    if own is not None:
+        arrays["source_logits"] = _padded(own)
+    data = safetensors.numpy.save(arrays)
     with context.output(OUTPUT, len(data)) as writer:
         writer.write(data)
     return {"num_sequences": len(sequences), "num_tokens": int(lengths.sum()), "text": text}
+
+
+def _padded(rows: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Rows of different lengths as one array, zeros behind each."""
+    longest = max(len(row) for row in rows)
+    return np.stack([np.pad(row, [(0, longest - len(row)), *([(0, 0)] * (row.ndim - 1))]) for row in rows])
 
 
 def local_source(source: str, files: tuple[SourceFile, ...], context: Context) -> Path:
@@ -105,29 +117,79 @@ def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]]
     return [sequence for sequence in encoded if len(sequence) > 1], "text"
 
 
-def _logits(options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context) -> list[npt.NDArray[np.float32]]:
-    """[T, vocabulary] for each sequence, one at a time: no padding can disturb the reference."""
+Logits = list[npt.NDArray[np.float32]]
+
+
+def _logits(options: ReferenceOptions, folder: Path, sequences: list[list[int]], context: Context) -> tuple[Logits, Logits | None]:
+    """[T, vocabulary] for each sequence: of the weights rounded to the build's dtype, and of the source's own where they differ."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     ).eval()
-    _round_weights(model, getattr(torch, options.dtype), set(options.offset_weights))
+    own = _run(model, options, sequences, context)
+    if not _round_weights(model, getattr(torch, options.dtype), options.exact_weights):
+        return own, None
+    return _run(model, options, sequences, context), own
+
+
+def _run(model: Any, options: ReferenceOptions, sequences: list[list[int]], context: Context) -> Logits:
+    """One sequence at a time: no padding can disturb the reference."""
+    import torch
+
     found = []
     with torch.inference_mode():
         for number, sequence in enumerate(sequences):
-            output = model(torch.tensor([sequence]), use_cache=False)
-            found.append(output.logits[0].float().numpy())
+            _forget_length(model)
+            found.append(_logits_of(model, torch.tensor([sequence]), options.decode_steps))
             context.report("reference", number + 1, len(sequences), "steps")
     return found
 
 
-def _round_weights(model: Any, dtype: Any, offset: set[str]) -> None:
-    """Round every weight as the checkpoint stores it: norms kept as weight + 1 are rounded with the 1."""
+def _logits_of(model: Any, tokens: Any, decode_steps: int | None) -> npt.NDArray[np.float32]:
+    """[T, vocabulary] of tokens [1, T], in one call, or in the calls of the verification through transformers' cache."""
+    if decode_steps is None:
+        calls = [tokens]
+    else:
+        prefill = max(tokens.shape[1] - decode_steps, 1)
+        calls = [tokens[:, :prefill], *tokens[:, prefill:].split(1, dim=1)]
+    cache, logits = None, []
+    for call in calls:
+        output = model(call, past_key_values=cache, use_cache=decode_steps is not None)
+        cache = output.past_key_values
+        logits.append(output.logits[0].float().numpy())
+    return np.concatenate(logits)
+
+
+def _forget_length(model: Any) -> None:
+    """Undo what dynamic rotary scaling keeps of a longer sequence before (transformers 5): each sequence is a text of its own."""
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq
+
+
+_RENAMED = {".block_sparse_moe.gate.": ".mlp.gate."}
+"""Part of a source tensor's name -> what transformers 5 calls it in its models (its `conversion_mapping`)."""
+
+
+def _round_weights(model: Any, dtype: Any, exact: Iterable[str]) -> bool:
+    """Round every weight that the rank files hold in the build's dtype. Returns whether any has changed.
+
+    Raises ToolError for a name of `exact` that the model does not have: it would be rounded all the same.
+    """
     import torch
 
+    kept = {functools.reduce(lambda name, pair: name.replace(*pair), _RENAMED.items(), name) for name in exact}
+    parameters = dict(model.named_parameters())
+    if missing := sorted(kept - parameters.keys()):
+        raise ToolError(f"this version of transformers has no parameter {missing[0]} ({len(missing)} missing in all)")
+    changed = False
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            add = 1.0 if name in offset else 0.0
-            parameter.copy_((parameter + add).to(dtype).float() - add)
+        for name, parameter in parameters.items():
+            if name not in kept:
+                rounded = parameter.to(dtype).float()
+                changed = changed or not torch.equal(rounded, parameter)
+                parameter.copy_(rounded)
+    return changed

@@ -168,4 +168,9 @@ def compare_with_reference(result: Path, reference: Path, decode_steps: int) -> 
     following = [
         theirs["tokens"][sequence, position + 1] if position < last[sequence] else -1 for sequence, position, _, _ in places
     ]
-    return compare.compare(logits, expected, np.array(following))
+    found = compare.compare(logits, expected, np.array(following))
+    to_source = found.max_relative_error
+    if "source_logits" in theirs:
+        own = np.stack([theirs["source_logits"][sequence, position] for sequence, position, _, _ in places])
+        to_source = compare.compare(logits, own).max_relative_error
+    return found.model_copy(update={"max_relative_error_to_source": to_source})

@@ -48,7 +48,9 @@ class EngineContract:
         wanted = StageNetwork(stage=stage, max_seq_len=32)
         network = decoder_network(wanted, 0, Rendering.compiled(wanted))
         weights = bind(network, seeded_weights(network, dtype), dtype)
-        return EngineRequest(network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, self.config())), self.config())
+        return EngineRequest(
+            network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, self.config())), self.config()
+        )
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_engine_of_every_dtype_is_built_and_described(self, dtype: str) -> None:

@@ -213,7 +213,7 @@ def _verification(told: Told) -> dict[str, Any] | None:
     limit = tolerance.max_relative_error
     rows = [
         ("Positions compared", f"{numbers.num_positions}", ""),
-        ("Largest relative error", f"{numbers.max_relative_error:.2e}", f"at most {limit:.0e}" if limit is not None else "any"),
+        ("Largest relative error", numbers.relative_errors(), f"at most {limit:.0e}" if limit is not None else "any"),
         ("Largest absolute error", f"{numbers.max_absolute_error:.2e}", ""),
         ("Mean KL divergence", f"{numbers.mean_kl:.2e}", f"at most {tolerance.max_mean_kl:.0e}"),
         ("Top-1 agreement", f"{numbers.top1_agreement:.3f}", f"at least {tolerance.min_top1_agreement:g}"),
