@@ -23,7 +23,7 @@ def test_make_calls_prefill_then_one_token_at_a_time() -> None:
     tokens, lengths = batch([5, 4])
     prefill, first, second = make_calls(tokens, lengths, 2)
     assert prefill.input_ids.tolist() == [[1000, 1001, 1002], [2000, 2001, 0]]
-    assert prefill.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert prefill.position_ids.tolist() == [[0, 1, 2], [0, 1, 0]]  # padding does not make a text longer
     assert prefill.write_indices.tolist() == [0, 0]
     assert first.input_ids.tolist() == [[1003], [2002]]
     assert first.position_ids.tolist() == [[3], [2]]

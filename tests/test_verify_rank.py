@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core.errors import VerificationError
-from orchestrator.core.options import StageOptions
+from orchestrator.core.options import StageNetwork, StageOptions
 from orchestrator.core.step import Cause
 from orchestrator.core.topology import Topology
 from orchestrator.stores import open_store
@@ -42,9 +42,8 @@ def context(tmp_path: Path) -> Context:
 def job() -> verify.RankJob:
     """Of two ranks, with a reference that is not there."""
     stage = StageOptions.of(model_config(), Topology(2, 1), 0)
-    return verify.RankJob(
-        stage=stage, decode_steps=1, gather_logits=False, shards=[[], []], reference="missing", hidden_states=None, output=""
-    )
+    network = StageNetwork(stage=stage, max_seq_len=16, gather_logits=False)
+    return verify.RankJob(network=network, decode_steps=1, shards=[[], []], reference="missing", hidden_states=None, output="")
 
 
 KILLED = "os.kill(os.getpid(), 9)"
