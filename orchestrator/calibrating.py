@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from orchestrator.core.plan import Inputs, calibrate_steps
 from orchestrator.core.step import Failure, Outcome, Step, Task
 from orchestrator.core.topology import Topology
 from orchestrator.stores import Store, open_store
+from orchestrator.work.process import scratch_root
 from orchestrator.work.scales import SCALES, Scales
+from orchestrator.work.scratch import scratch_folder
 
 _LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")
 """What mpiexec sets for the processes that it starts."""
@@ -73,11 +74,11 @@ def _artifact(steps: Sequence[Step]) -> bytes:
     from safetensors.numpy import load, save
 
     values = {}
-    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
-        store = open_store(Path(folder).as_uri())
+    with scratch_folder(scratch_root(None)) as folder:
+        store = open_store(folder.as_uri())
         outcomes: dict[str, Outcome] = {}
         for step in steps:
-            outcomes[step.digest] = _run(step, outcomes, store, folder)
+            outcomes[step.digest] = _run(step, outcomes, store, str(folder))
             values.update(load(store.get(outcomes[step.digest].output(SCALES).key)))
     return save(values)
 

@@ -12,6 +12,8 @@ from orchestrator.clusters.processes import StepProcesses
 from orchestrator.core.progress import StepFailed, StepSucceeded
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Task
+from orchestrator.work.process import scratch_root
+from orchestrator.work.scratch import remove_dead
 
 
 class LocalCluster:
@@ -19,6 +21,7 @@ class LocalCluster:
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._admission = Admission(spec)
+        self._scratch = spec.scratch
         self._events: queue.Queue[AnyEvent] = queue.Queue()
         self.processes = StepProcesses(spec.threads_per_step, self._events.put)
         self._closed = False
@@ -46,6 +49,8 @@ class LocalCluster:
         self._closed = True
         self._admission.clear()
         self.processes.close()
+        with contextlib.suppress(OSError):
+            remove_dead(scratch_root(self._scratch))  # what the steps that were ended had no time to remove
 
     def _begin(self) -> None:
         if self._closed:

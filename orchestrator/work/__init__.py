@@ -9,8 +9,6 @@ import datetime
 import errno
 import importlib
 import platform
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -19,11 +17,12 @@ from pathlib import Path
 from orchestrator import cache
 from orchestrator.core.progress import StepProgress
 from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.stores import open_store
+from orchestrator.stores import Store, open_store
 from orchestrator.work.context import Context, Unit
 from orchestrator.work.logs import StepLog
 from orchestrator.work.process import is_full, scratch_root
 from orchestrator.work.ranges import Ranges, find_marker
+from orchestrator.work.scratch import remove_dead, scratch_folder
 from orchestrator.work.usage import Sampler
 
 FUNCTIONS: dict[Kind, str] = {
@@ -51,12 +50,18 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     known = cache.lookup(store, digest)
     if known is not None:
         return known
+    root = scratch_root(task.scratch)
+    remove_dead(root)
+    with scratch_folder(root, task.build_id) as scratch:
+        return _attempt(task, emit, node or platform.node(), store, scratch)
+
+
+def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store: Store, scratch: Path) -> Outcome:
+    digest = task.step.digest
     module, _, name = FUNCTIONS[task.step.kind].partition(":")
     function = getattr(importlib.import_module(module), name)
-    name_of_node = node or platform.node()
-    log, ranges = StepLog(task, name_of_node), Ranges(task.step.name, find_marker())
+    log, ranges = StepLog(task, node), Ranges(task.step.name, find_marker())
     lines = log.lines
-    scratch = Path(tempfile.mkdtemp(prefix="step-", dir=scratch_root(task.scratch)))
     context = Context(
         store=store,
         prefix=cache.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),
@@ -73,13 +78,11 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     except BaseException as error:
         # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos"), and MPI's launcher in none.
         full = isinstance(error, Exception) and is_full(scratch)
-        told = OSError(errno.ENOSPC, f"no room in the scratch folder of {name_of_node} ({error})", str(scratch)) if full else error
+        told = OSError(errno.ENOSPC, f"no room in the scratch folder of {node} ({error})", str(scratch)) if full else error
         _attach_log(told, lines)
         if full:
             raise told from error
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     if lines:
         store.put(context.prefix + LOG, "\n".join(lines).encode())
     outcome = Outcome(
@@ -88,7 +91,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         kind=task.step.kind,
         outputs=tuple(sorted(context.outputs, key=lambda output: output.name)),
         facts=facts,
-        node=name_of_node,
+        node=node,
         started_at=started_at,
         seconds=round(time.monotonic() - began, 3),
         tools=context.tools,

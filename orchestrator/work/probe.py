@@ -16,6 +16,7 @@ from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.nodes import GpuFacts, NodeFacts
 from orchestrator.core.spec import StoreOptions
 from orchestrator.work.process import scratch_root
+from orchestrator.work.scratch import remove_dead
 
 _PACKAGES = {
     "trt-orchestrator": "trt-orchestrator", "ray": "ray", "torch": "torch", "onnxruntime": "onnxruntime",
@@ -110,9 +111,11 @@ def _has_mpiexec() -> bool:
 
 
 def _scratch_free(scratch: str | None) -> int:
-    """0: it cannot be used."""
+    """0: it cannot be used. What killed steps left is removed first."""
     try:
-        return shutil.disk_usage(scratch_root(scratch)).free
+        root = scratch_root(scratch)
+        remove_dead(root)
+        return shutil.disk_usage(root).free
     except OSError:
         return 0
 

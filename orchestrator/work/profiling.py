@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStar
 from orchestrator.core.step import Failure, FailureKind, Task
 from orchestrator.stores import open_store
 from orchestrator.work.process import die_with_parent, scratch_root
+from orchestrator.work.scratch import scratch_folder
 
 Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 _TRACE = "trace.nsys-rep"
@@ -34,13 +34,13 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
         error = ToolError(f"there is no nsys on {node}", "Install Nsight Systems there, or take `profile` out of the cluster file.")
         yield StepFailed(digest=task.step.digest, failure=Failure.of(error, node))
         return
-    with tempfile.TemporaryDirectory(prefix="nsys-", dir=scratch_root(task.scratch)) as folder:
-        trace = Path(folder) / _TRACE
+    with scratch_folder(scratch_root(task.scratch), task.build_id) as folder:
+        trace = folder / _TRACE
         options = ["--force-overwrite=true", f"--output={trace}", *(task.profile or ())]
         command = [nsys, "profile", *options, sys.executable, "-m", "orchestrator.work", node]
         final: Event | None = None
         with (
-            open(Path(folder) / "stderr", "w+b") as errors,
+            (folder / "stderr").open("w+b") as errors,
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, preexec_fn=die_with_parent
             ) as process,

@@ -1,0 +1,76 @@
+"""Scratch folders of this machine, each locked by the process that made it: whoever comes next removes those whose owner is dead.
+
+The lock is flock's, on the folder itself: the kernel takes it back when the last process that holds it ends, however it ends, and
+processes in other containers of the same machine see it too. A file system without such locks keeps dead folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = "trt-orchestrator-"
+_NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")
+"""The root may be /tmp, which others use too: nothing of another name is ever touched."""
+
+
+@contextlib.contextmanager
+def scratch_folder(root: str | Path, build_id: str = "") -> Iterator[Path]:
+    """A folder below `root` that lives as long as the block, or until the next `remove_dead` after its process was killed.
+
+    `build_id` stands in its name, so that it can be told whose it is. Raises OSError.
+    """
+    path, lock = _make(Path(root), build_id)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_dead(root: str | Path) -> list[Path]:
+    """Remove the scratch folders below `root` that no living process owns; returns them. Never raises."""
+    removed: list[Path] = []
+    try:
+        names = [entry.name for entry in os.scandir(root) if _NAME.fullmatch(entry.name)]
+    except OSError:
+        return removed
+    for name in names:
+        path = Path(root) / name
+        with contextlib.suppress(OSError), _opened(path) as folder:
+            if os.fstat(folder).st_uid != os.geteuid():
+                continue
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its owner lives
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _make(root: Path, build_id: str) -> tuple[Path, int]:
+    while True:
+        path = root / f"{_PREFIX}{build_id}-{uuid.uuid4().hex[:12]}"
+        path.mkdir(mode=0o700)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # taken for dead before it was locked
+            continue
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        if path.is_dir() and path.stat().st_ino == os.fstat(lock).st_ino:
+            return path, lock
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
