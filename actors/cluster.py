@@ -31,6 +31,8 @@ from orchestrator.core.retry import leaves_drained_node
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Cause, Failure, FailureKind, Task
 from orchestrator.work.probe import probe_here
+from orchestrator.work.process import scratch_root
+from orchestrator.work.scratch import remove_dead
 
 _OBJECT_STORE_BYTES = 200 * 10**6
 _WAIT_SECONDS = 0.5
@@ -64,7 +66,11 @@ class RayCluster:
         self._spec = spec
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _connect(spec)
+            try:
+                _connect(spec)
+            except BaseException:  # stopped meanwhile: nobody else knows of what has been started
+                ray.shutdown()
+                raise
         self._watch = NodeWatch()
         self._placement = Placement(spec)
         self._workers = Workers(spec.threads_per_step)
@@ -107,6 +113,9 @@ class RayCluster:
                 _demand([])
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
+        if self._owns_ray and self._spec.address is None:  # its workers were of this machine, and have ended
+            with contextlib.suppress(OSError):
+                remove_dead(scratch_root(self._spec.scratch))
 
     def probe(self, places: Iterable[str]) -> list[NodeFacts]:
         """Ask every node in a small task of its own. A node that is silent too long is one with an error."""

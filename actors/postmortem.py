@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.work.lost import memory_group, oom_kills
+
 _TAIL_BYTES = 4000
 _RECORD_BYTES = 8192
 _FIRST_PID_SPACE = "pid:[4026531836]"
@@ -22,13 +24,6 @@ _VICTIM = re.compile(r"oom-kill:.*task_memcg=(?P<group>[^,]*),.*\bpid=(?P<id>\d+
 _KILLED = re.compile(r"(?:Killed|reaped) process (?P<id>\d+)")
 _RECENT_SECONDS = 60.0
 """Who has just died was not killed before that."""
-_COUNTS = (
-    "/sys/fs/cgroup{group}/memory.events",
-    "/sys/fs/cgroup/memory{group}/memory.oom_control",
-    "/sys/fs/cgroup/memory.events",
-    "/sys/fs/cgroup/memory/memory.oom_control",
-)
-"""Where a group's count of killed processes may be: cgroup v2, v1, and both as a container sees its own."""
 
 
 class WorkerFacts(BaseModel):
@@ -75,7 +70,7 @@ def facts_here(node_id: str) -> WorkerFacts:
         contained=str(Path("/proc/self/ns/pid").readlink()) != _FIRST_PID_SPACE,
         group=group,
         log=target if Path(target).is_file() else "",
-        oom_kills=_oom_kills(group),
+        oom_kills=oom_kills(group),
         boot_seconds=_boot_seconds(),
     )
 
@@ -83,7 +78,7 @@ def facts_here(node_id: str) -> WorkerFacts:
 def examine(facts: WorkerFacts) -> Evidence:
     """Look for traces of a worker on the node where it ran."""
     kernel = "\n".join(kernel_lines(_kernel_records(), facts, _boot_seconds()))
-    kills = _oom_kills(facts.group)
+    kills = oom_kills(facts.group)
     if not kernel and kills > facts.oom_kills:
         kernel = f"the kernel's count of processes killed for memory in this control group: {facts.oom_kills} -> {kills}"
     return Evidence(worker_log=_tail(facts.log), kernel=kernel)
@@ -96,14 +91,6 @@ def kernel_lines(records: Iterable[str], facts: WorkerFacts, now_seconds: float)
     victims = [(match["id"], match["group"]) for match in map(_VICTIM.search, texts) if match]
     mine = {victim for victim, group in victims if facts.was(int(victim), group)}
     return [text for text in texts if any(match and match["id"] in mine for match in (_VICTIM.search(text), _KILLED.search(text)))]
-
-
-def memory_group(text: str) -> str:
-    """The control group for memory that /proc/PID/cgroup names; "" when it names none."""
-    lines = [line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2]
-    first = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
-    unified = [path for number, controllers, path in lines if (number, controllers) == ("0", "")]
-    return next(iter([*first, *unified]), "")
 
 
 def _parted(record: str) -> tuple[float, str]:
@@ -136,17 +123,6 @@ def _kernel_records() -> list[str]:
 def _boot_seconds() -> float:
     """Now, as the kernel's records count."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
-
-
-def _oom_kills(group: str) -> int:
-    """Processes of a control group that the kernel killed; 0 where it does not say."""
-    for place in _COUNTS:
-        try:
-            lines = Path(place.format(group=group.rstrip("/"))).read_text().splitlines()
-            return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-        except (OSError, ValueError, StopIteration):
-            continue
-    return 0
 
 
 def _tail(path: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.clusters import AnyEvent
-from orchestrator.core.errors import CancelledError, DriverLostError, OrchestratorError, StepFailedError, error_classes
+from orchestrator.core.errors import DriverLostError, OrchestratorError, StepFailedError, TerminatedError, error_classes
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
 
@@ -276,11 +276,11 @@ class LogReader:
 
 
 def conclude(last_word: Published | Errored | None, *, stopped: bool, where: str, reason: str = "") -> Published:
-    """What an ended driver's build came to. Raises the build's own error, CancelledError, or DriverLostError with `reason`."""
+    """What an ended driver's build came to. Raises the build's own error, TerminatedError, or DriverLostError with `reason`."""
     if isinstance(last_word, Published):
         return last_word
     if last_word is not None:
         raise last_word.to_error()
     if stopped:
-        raise CancelledError(f"{where} was stopped")
+        raise TerminatedError(f"{where} was stopped")
     raise DriverLostError(f"{where} ended without a last word" + (f": {reason}" if reason else ""))

@@ -7,7 +7,6 @@ reference once for all.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from orchestrator.quantizers.resolve import quantizer_named
 from orchestrator.quantizing import resolve_data
 from orchestrator.report import Listener, SilentListener
 from orchestrator.stores import check_writable, open_store
+from orchestrator.stores.file import write_whole
 from orchestrator.verbs import OpenCluster, local_cluster, plan, run
 
 UNQUANTIZED = "none"
@@ -137,7 +137,7 @@ def choose(
     dtype = made.inputs.config.dtype
     chosen = choose_formats(place.folder, dtype, _linears(made), formats, effective_bits, data, dataset, log)
     mixture = quant_cfg(ModelQuantization(algorithm=MIXED_PRECISION, layers=chosen))
-    output.write_text(json.dumps(mixture, indent=1) + "\n")
+    write_whole(output, (json.dumps(mixture, indent=1) + "\n").encode())
     return chosen
 
 
@@ -214,7 +214,7 @@ def _row(algorithm: str, made: Plan, result: Result, num_steps_run: int) -> Swee
 
 def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, output: Path) -> list[Path]:
     """One scales file of all parts, and each part's recipe."""
-    from safetensors.numpy import load, save_file
+    from safetensors.numpy import load, save
 
     store = open_store(place.store, place.store_options)
     output.mkdir(parents=True, exist_ok=True)
@@ -222,11 +222,9 @@ def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, ou
     for name, outcome in named:
         merged.update(load(store.get(outcome.output("scales.safetensors").key)))
         recipe = output / f"{name.replace('/', '-')}.recipe.json"
-        recipe.write_bytes(store.get(outcome.output("recipe.json").key))
+        write_whole(recipe, store.get(outcome.output("recipe.json").key))
         written.append(recipe)
-    partial = output / "scales.safetensors.part"
-    save_file(merged, partial)
-    shutil.move(partial, output / "scales.safetensors")
+    write_whole(output / "scales.safetensors", save(merged))
     return [output / "scales.safetensors", *written]
 
 

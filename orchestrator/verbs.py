@@ -20,7 +20,6 @@ from orchestrator.core.compute_capability import check_target
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
-    OrchestratorError,
     QuantizationError,
     SpecError,
     StoreError,
@@ -204,9 +203,10 @@ def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_clus
     if not made.pending(committed):
         result = Result(committed, frozenset())
     else:
-        cluster, build_id = open_cluster(place), uuid.uuid4().hex[:_BUILD_ID_DIGITS]
+        build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
         target = open_store(place.store, place.store_options)
         with cache.nothing_left_begun(target, build_id):
+            cluster = open_cluster(place)
             try:
                 if isinstance(cluster, Probing):
                     nodes = cluster.probe(read_places(made, committed))
@@ -256,7 +256,7 @@ def _write_indexes(made: Plan, output: Path) -> None:
             continue
         listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}
         index = {"metadata": {"total_size": sum(group.shard_bytes for group in groups)}, "weight_map": listed}
-        (output / f"rank{number}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(output / f"rank{number}.safetensors.index.json", index, indent=2)
 
 
 def build_engine(
@@ -269,9 +269,7 @@ def build_engine(
     """
     from orchestrator.engines.profiles import resolved
     from orchestrator.quantizing import read_checkpoint_quantization
-    from orchestrator.stores.file import FileStore
-    from orchestrator.work.build import compile_rank
-    from orchestrator.work.shards import map_checkpoint_rank
+    from orchestrator.work.compiling import compile_apart
 
     config, topology = read_checkpoint_config(checkpoint)
     quantization = read_checkpoint_quantization(checkpoint)
@@ -281,20 +279,18 @@ def build_engine(
     engine = resolved(config, engine)
     wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
     places = [topology.coordinates(rank) for rank in wanted]
-    store = FileStore(output.resolve().as_uri())
-    for place in places:
-        stage = StageOptions.of(config, topology, place.pp_rank, quantization)
-        options = BuildOptions(network=network_of(stage, engine), tp_rank=place.tp_rank, engine=engine, tensorrt_version=None)
-        log: list[str] = []
-        try:
-            with store.writer(f"rank{place.rank}.engine") as writer:
-                report = functools.partial(progress, place.rank)
-                compile_rank(options, map_checkpoint_rank(checkpoint, place.rank), writer.write, report, log.append)
-        except OrchestratorError:
-            (output / f"rank{place.rank}.log").write_text("\n".join(log) + "\n")
-            raise
+    options = {
+        place.rank: BuildOptions(
+            network=network_of(StageOptions.of(config, topology, place.pp_rank, quantization), engine),
+            tp_rank=place.tp_rank,
+            engine=engine,
+            tensorrt_version=None,
+        )
+        for place in places
+    }
+    compile_apart(checkpoint, options, output, progress)
     written = {"pretrained_config": to_trtllm(config, topology, quantization), "build_config": engine.model_dump(mode="json")}
-    (output / "config.json").write_text(json.dumps(written, indent=4) + "\n")
+    _write_json(output / "config.json", written)
     return wanted
 
 
@@ -304,8 +300,14 @@ def write_checkpoint_config(
     """config.json of a TensorRT-LLM checkpoint, last, and before it quant_cfg.json where linears differ in their format."""
     mixture = quant_cfg(quantization) if quantization else None
     if mixture is not None:
-        (folder / "quant_cfg.json").write_text(json.dumps(mixture, indent=4) + "\n")
-    (folder / "config.json").write_text(json.dumps(to_trtllm(config, topology, quantization), indent=4) + "\n")
+        _write_json(folder / "quant_cfg.json", mixture)
+    _write_json(folder / "config.json", to_trtllm(config, topology, quantization))
+
+
+def _write_json(path: Path, value: Any, indent: int = 4) -> None:
+    from orchestrator.stores.file import write_whole
+
+    write_whole(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
 def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import typer
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, plans, releases, watch
+if TYPE_CHECKING:
+    from orchestrator.cli.commands import app
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
-)
-app.add_typer(plans.app)
-app.add_typer(builds.app)
-app.add_typer(jobs.app)
-app.add_typer(releases.app)
-app.add_typer(watch.app)
-kubernetes.k8s_app.add_typer(kubernetes_builds.app)
-app.add_typer(kubernetes.app)
+__all__ = ["app"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the commands when they are asked for: `main` first sees to it that they can be stopped (PEP 562)."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from orchestrator.cli.commands import app
+
+    return app

@@ -1,7 +1,39 @@
-"""`python -m orchestrator.cli`."""
+"""The program: `orchestrator`, or `python -m orchestrator.cli`."""
 
 from __future__ import annotations
 
-from orchestrator.cli import app
+import sys
+from collections.abc import Callable
 
-app()
+from orchestrator.cli.stopping import install
+from orchestrator.core.errors import interruption
+
+
+def main() -> None:
+    """The command of sys.argv."""
+    run(load)
+
+
+def load() -> Callable[[], object]:
+    """Import all commands."""
+    from orchestrator.cli import app
+
+    return app
+
+
+def run(load: Callable[[], Callable[[], object]]) -> None:
+    """Load and run a program, which Ctrl-C and SIGTERM stop from here on."""
+    stopping = install()
+    try:
+        load()()
+    except BaseException as error:
+        if not stopping.number:
+            raise
+        stop = interruption(stopping.number)
+        if not isinstance(error, SystemExit) or error.code != stop.exit_code:  # outside of a command: nothing was shown yet
+            print(f"error: {stop.message}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,13 +18,13 @@ from orchestrator.cli.console import (
     SpecFile,
     StoreUrl,
     exit_codes,
-    interrupt_on_sigterm,
     out,
     parse_ranks,
     place_of,
     plain,
     show,
 )
+from orchestrator.cli.stopping import take_back
 from orchestrator.core.errors import SpecError
 from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
@@ -58,9 +58,10 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
     if place.kind == "ray":
         from actors import RayCluster
 
-        opened = RayCluster(place)
-        interrupt_on_sigterm()
-        return opened
+        try:
+            return RayCluster(place)
+        finally:
+            take_back()  # Ray handles SIGTERM itself, in every process that starts or joins a cluster
     if place.kind == "mpi":
         from orchestrator.clusters.mpi import MpiCluster
 

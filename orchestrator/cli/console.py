@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.core.errors import CancelledError, OrchestratorError, SpecError
+from orchestrator.cli.stopping import stoppable
+from orchestrator.core.errors import OrchestratorError, SpecError, interruption
 from orchestrator.core.manifest import Verification
 from orchestrator.core.spec import ClusterSpec
 
@@ -39,35 +40,44 @@ PublicKey = Annotated[
 
 @contextmanager
 def exit_codes(as_json: bool = False) -> Iterator[None]:
-    """Every error of a user's situation in a few lines, with its own exit code. SIGTERM ends as cleanly as Ctrl-C."""
-    interrupt_on_sigterm()
-    try:
-        yield
-    except OrchestratorError as error:
-        _fail(error, as_json)
-    except KeyboardInterrupt:
-        _fail(CancelledError("stopped"), as_json)
+    """Every error of a user's situation in a few lines, with its own exit code; Ctrl-C and SIGTERM too, see stopping.py."""
+    with stoppable() as stopping:
+        stopping.report = lambda error: show_error(error, as_json)
+        try:
+            yield
+        except typer.Exit as error:  # what was to be shown has been shown
+            raise typer.Exit(interruption(stopping.number).exit_code if stopping.number else error.exit_code) from None
+        except BaseException as error:
+            _fail(_as_ours(error, stopping.number), as_json)
+        if stopping.number:  # the exception was lost in native code
+            _fail(interruption(stopping.number), as_json)
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM do what Ctrl-C does, once: a second one must not end the cleaning up. Ray, when it starts, takes it away."""
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+def _as_ours(error: BaseException, number: int) -> OrchestratorError:
+    """What a command ends with. After a signal that is the signal, whatever it made others raise; raises what is not ours."""
+    if number:
+        return interruption(number)
+    if isinstance(error, KeyboardInterrupt):
+        return interruption(signal.SIGINT)
+    if isinstance(error, OrchestratorError):
+        return error
+    raise error
 
 
-def _raise_interrupt(number: int, _frame: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
+def show_error(error: OrchestratorError, as_json: bool) -> None:
+    """Print an error as people or machines read it."""
     if as_json:
         from orchestrator.following import Errored, encode_line
 
         print(encode_line(Errored.of(error, time.time())), flush=True)
-    else:
-        _err.print(f"[bold red]error:[/] {plain(error.message)}")
-        if error.advice:
-            _err.print(f"  {plain(error.advice)}")
+        return
+    _err.print(f"[bold red]error:[/] {plain(error.message)}")
+    if error.advice:
+        _err.print(f"  {plain(error.advice)}")
+
+
+def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
+    show_error(error, as_json)
     raise typer.Exit(error.exit_code)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,9 @@ from typing import IO
 
 from orchestrator.clusters import AnyEvent, worker_environment
 from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
-from orchestrator.core.step import Failure, FailureKind, Task
-from orchestrator.work.process import die_with_parent, without_launcher
-
-_TAIL_BYTES = 4000
+from orchestrator.core.step import Task
+from orchestrator.work.lost import crash, oom_kills
+from orchestrator.work.process import belong_to_parent, without_launcher
 
 
 class StepProcesses:
@@ -74,14 +72,14 @@ class StepProcesses:
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
-            preexec_fn=die_with_parent,
+            preexec_fn=belong_to_parent,
         )
         return process, log
 
     def _follow(self, task: Task, node: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        final = False
+        final, kills = False, oom_kills()
         with log, process.stdout:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(task.model_dump_json().encode())
@@ -91,19 +89,10 @@ class StepProcesses:
                 self._report(event)
             code = process.wait()
             if not final and not self._closed:
-                self._report(StepFailed(digest=task.step.digest, failure=_crash(code, node, log)))
+                self._report(StepFailed(digest=task.step.digest, failure=crash(code, node, log, oom_kills() - kills)))
 
 
 def devices(gpus: tuple[int, ...], visible: str | None) -> str:
     """CUDA_VISIBLE_DEVICES of a step that gets the devices number `gpus` of those visible to us."""
     names = visible.split(",") if visible else []
     return ",".join(names[number].strip() if number < len(names) else str(number) for number in gpus)
-
-
-def _crash(code: int, node: str, log: IO[bytes]) -> Failure:
-    """A process that ended without a final event: killed, or crashed in native code."""
-    size = log.seek(0, os.SEEK_END)
-    log.seek(max(size - _TAIL_BYTES, 0))
-    tail = log.read().decode(errors="replace")
-    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return Failure(kind=FailureKind.INFRASTRUCTURE, message=f"the step's process {reason}", node=node, log_tail=tail)

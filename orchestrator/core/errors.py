@@ -6,6 +6,7 @@ The message says what is wrong and where; `advice` says what to do. Exit codes a
 
 from __future__ import annotations
 
+import signal
 from typing import Any, ClassVar
 
 
@@ -224,10 +225,29 @@ class ManifestError(OrchestratorError):
 
 
 class CancelledError(OrchestratorError):
-    """The build was told to stop."""
+    """The command was stopped by Ctrl-C (SIGINT)."""
 
     exit_code = 130
     default_advice = "Run the same command again to go on from the committed steps."
+
+
+class TerminatedError(CancelledError):
+    """The command was stopped by SIGTERM: by a scheduler, by `orchestrator stop`, by a machine that shuts down."""
+
+    exit_code = 143
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised in the main thread by a signal that asks the process to end; who handles errors does not take it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def interruption(number: int) -> CancelledError:
+    """The error that a command ends with after the signal `number`."""
+    return TerminatedError("stopped by SIGTERM") if number == signal.SIGTERM else CancelledError("stopped")
 
 
 def error_classes() -> dict[str, type[OrchestratorError]]:

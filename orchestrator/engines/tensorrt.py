@@ -30,24 +30,25 @@ def build_engine(
 ) -> EngineRecord:
     """See EngineBackend."""
     trt = _module(request.config.backend)
-    logger = _logger(trt, log)
+    guard = Guard()
+    logger = _logger(trt, guard.around(log))
     builder = trt.Builder(logger)
     if builder is None:
         raise ToolError(f"{request.config.backend} cannot start here", "It needs a GPU of the target type and its driver.")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     _parse(parser, request)
+    guard.check()
     _allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, request.config)
     for profile in request.profiles:
         _add_profile(builder, config, network, profile)
     # Python objects handed to TensorRT must outlive the build.
-    monitor, stream = _monitor(trt, progress), _stream(trt, write)
+    monitor, stream = _monitor(trt, guard, guard.around(progress)), _stream(trt, guard, guard.around(write))
     config.progress_monitor = monitor
     built = builder.build_serialized_network_to_stream(network, config, stream)
-    if stream.error is not None:
-        raise stream.error
+    guard.check()
     if not built or not stream.num_bytes:
         raise EngineBuildError(f"{request.config.backend} could not build the engine: " + _last_errors(logger))
     return _record(trt, network, request, logger.reported)
@@ -56,6 +57,29 @@ def build_engine(
 def _module(backend: str) -> Any:
     require_version(backend, None)
     return importlib.import_module(backend)
+
+
+class Guard:
+    """Keeps what Python code raises while TensorRT calls it, Ctrl-C too: native code would lose it, and compile on."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def around(self, function: Callable[..., object]) -> Callable[..., None]:
+        """`function`, which raises nothing any more."""
+
+        def guarded(*arguments: Any) -> None:
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self.error = self.error or error
+
+        return guarded
+
+    def check(self) -> None:
+        """Raise what was kept."""
+        if self.error is not None:
+            raise self.error
 
 
 class Reported:
@@ -166,9 +190,9 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> N
         raise EngineBuildError(f"TensorRT refuses the optimization profile {profile.name}")
 
 
-def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
+def _monitor(trt: Any, guard: Guard, progress: Callable[[str, int, int], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known at run time only
-        """Reports the outermost phase; TensorRT nests them."""
+        """Reports the outermost phase; TensorRT nests them. Cancels the build after an error."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -181,7 +205,7 @@ def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.totals:
                 progress(phase_name, step + 1, self.totals[phase_name])
-            return True
+            return guard.error is None
 
         def phase_finish(self, phase_name: str) -> None:
             total = self.totals.pop(phase_name, None)
@@ -191,21 +215,18 @@ def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
     return Monitor()
 
 
-def _stream(trt: Any, write: Callable[[memoryview], object]) -> Any:
+def _stream(trt: Any, guard: Guard, write: Callable[[memoryview], object]) -> Any:
     class Stream(trt.IStreamWriter):  # type: ignore[misc]  # the base is known at run time only
         """Hands the plan on; an error ends the build instead of crossing C++."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.num_bytes = 0
-            self.error: Exception | None = None
 
         def write(self, data: Any) -> int:
             view = memoryview(data).cast("B")
-            try:
-                write(view)
-            except Exception as error:  # re-raised by build_engine
-                self.error = error
+            write(view)
+            if guard.error is not None:
                 return 0
             self.num_bytes += len(view)
             return len(view)

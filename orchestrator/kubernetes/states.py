@@ -11,12 +11,12 @@ from enum import StrEnum
 from typing import Literal
 
 from orchestrator.core.errors import (
-    CancelledError,
     DeadlineError,
     DriverLostError,
     ManifestError,
     NotStartedError,
     OrchestratorError,
+    TerminatedError,
     error_classes,
 )
 from orchestrator.following import Errored, LogReader, Published
@@ -126,7 +126,7 @@ def failure(state: State, last_word: Published | Errored | None = None) -> Orche
     if told is not None:
         return told.to_error()
     if state.phase is Phase.STOPPED:
-        return CancelledError(f"{state.name} was stopped")
+        return TerminatedError(f"{state.name} was stopped")
     return _by_exit_code(state)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import signal
 import threading
 import time
 import uuid
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from orchestrator.cache import EVENTS
-from orchestrator.core.errors import CancelledError, OrchestratorError, StepFailedError
+from orchestrator.core.errors import OrchestratorError, StepFailedError, interruption
 from orchestrator.following import Alive, BuildEvent, Errored, Published, Stepped, encode_line
 from orchestrator.report.lines import Clock
 from orchestrator.stores import Store
@@ -118,5 +119,5 @@ def _as_ours(error: BaseException) -> OrchestratorError:
     if isinstance(error, OrchestratorError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return CancelledError("stopped")
+        return interruption(getattr(error, "number", signal.SIGINT))
     return StepFailedError(f"{type(error).__name__}: {error}", "This is a bug: report it.")

@@ -146,6 +146,11 @@ class FileStore:
             raise StoreError(f"cannot write to the store {self.url}: {error.strerror}") from error
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, also when this process is ended meanwhile. Raises StoreError."""
+    FileStore(path.parent.resolve().as_uri()).put(path.name, data)
+
+
 class FileWriter:
     """Writes beside the object's name, then links or renames to it."""
 
@@ -165,8 +170,10 @@ class FileWriter:
             if self._num_bytes:
                 with contextlib.suppress(OSError):  # no fallocate here: the file grows as it is written
                     os.posix_fallocate(self._file, 0, self._num_bytes)
-        except OSError as error:
+        except BaseException as error:  # an interrupt too: no __exit__ follows
             self._discard()
+            if not isinstance(error, OSError):
+                raise
             raise StoreError(f"cannot write to the store {self._store.url}: {error.strerror}") from error
         return self
 

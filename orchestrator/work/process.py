@@ -24,6 +24,12 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def belong_to_parent() -> None:
+    """For Popen's preexec_fn of a worker: as `die_with_parent`, and the parent alone answers Ctrl-C."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def scratch_root(configured: str | None) -> str:
     """The folder of this machine in which steps keep what is theirs for a while, made if it is not there. Raises OSError."""
     folder = Path(configured or tempfile.gettempdir())

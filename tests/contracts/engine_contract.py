@@ -109,6 +109,20 @@ class EngineContract:
         with pytest.raises(ToolError, match=r"the plan was made for 0\.0\.1"):
             require_version(self.name, "0.0.1")
 
+    @pytest.mark.parametrize("place", ["write", "progress", "log"])
+    def test_interrupt_in_a_callback_cancels_the_build_and_is_raised(self, place: str) -> None:
+        """Ctrl-C arrives wherever Python code runs, and TensorRT swallows what its callbacks raise."""
+        called = []
+
+        def interrupt(*_: object) -> None:
+            called.append(place)
+            raise KeyboardInterrupt
+
+        callbacks = {"write": lambda data: None, "progress": lambda *_: None, "log": lambda line: None, place: interrupt}
+        with pytest.raises(KeyboardInterrupt):
+            backend(self.name).build_engine(self.request_for(Topology(1, 1)), *callbacks.values())
+        assert called
+
 
 def seeded_weights(network: Network, dtype: str) -> dict[str, Weight]:
     """Small random values for every weight of the graph."""

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from actors.postmortem import memory_group
+from orchestrator.work.lost import memory_group
 
 _FIRST = Path("/sys/fs/cgroup/memory")
 """Where version 1 keeps the groups for memory."""

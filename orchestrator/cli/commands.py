@@ -1,0 +1,18 @@
+"""All commands of the command line, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, plans, releases, watch
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
+)
+app.add_typer(plans.app)
+app.add_typer(builds.app)
+app.add_typer(jobs.app)
+app.add_typer(releases.app)
+app.add_typer(watch.app)
+kubernetes.k8s_app.add_typer(kubernetes_builds.app)
+app.add_typer(kubernetes.app)

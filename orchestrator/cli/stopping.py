@@ -1,0 +1,143 @@
+"""How a command ends when it is asked to: by Ctrl-C (exit code 130) or SIGTERM (143), in seconds, whatever it is doing.
+
+The signal raises Interrupted in the main thread, so that every block on its way cleans up. That is not enough: native code that
+calls back into Python swallows the exception, a library replaces the handler (Ray does), or waits where no exception is raised.
+So the kernel's notice of the signal (Python's wakeup descriptor) also wakes a thread, which ends the process and all that it
+started when cleaning up takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from orchestrator.core.errors import Interrupted, OrchestratorError, interruption
+
+GRACE_SECONDS = 3.5
+"""What cleaning up may take; a command ends within five seconds."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Stopping:
+    """The stop signals of this process, from `install` on."""
+
+    grace_seconds: float = GRACE_SECONDS
+    report: Callable[[OrchestratorError], None] = lambda error: None
+    """Shows the error of a command that does not end in time."""
+    number: int = 0
+    """First signal that came; 0: there was none."""
+    _raised: bool = False
+    _before: dict[int, Any] = field(default_factory=dict)
+    """Handlers that were there before; signals that were ignored, as under nohup, are not among them and stay ignored."""
+    _over: threading.Event = field(default_factory=threading.Event)
+    _notify: int = -1
+
+    def install(self) -> None:
+        """Begin. For the main thread."""
+        found = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
+        notices, self._notify = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._notify, False)
+        signal.set_wakeup_fd(self._notify, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(notices,), name="stopping", daemon=True).start()
+        self.take_back()
+
+    def uninstall(self) -> None:
+        """End: the signals do again what they did before."""
+        self._over.set()
+        signal.set_wakeup_fd(-1)
+        os.close(self._notify)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take_back(self) -> None:
+        """Handle the signals again, after a library took them."""
+        for number in self._before:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, _frame: FrameType | None) -> None:
+        """Raise once: a second signal must not end the cleaning up."""
+        self.number = self.number or number
+        if not self._raised:
+            self._raised = True
+            raise Interrupted(self.number)
+
+    def _watch(self, notices: int) -> None:
+        """Wait for the first signal; end the process if it has not ended in time after it."""
+        with open(notices, "rb", buffering=0) as pipe:
+            while (read := pipe.read(1)) and read[0] not in self._before:
+                pass
+        if read:
+            self.number = self.number or read[0]
+            if not self._over.wait(self.grace_seconds):
+                self._end()
+
+    def _end(self) -> NoReturn:
+        error = interruption(self.number)
+        try:
+            for process in descendants(os.getpid()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self.report(error)
+            sys.stdout.flush()
+        finally:
+            os._exit(error.exit_code)
+
+
+_current: Stopping | None = None
+
+
+def install() -> Stopping:
+    """Let the signals stop this program, from its first lines to its end: the interpreter may hang after the last one."""
+    global _current
+    _current = Stopping()
+    _current.install()
+    return _current
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stopping]:
+    """Let the signals stop what the block does. Part of what is around it, if that is stoppable already.
+
+    Outside of the main thread, where Python has no signals, nothing is done.
+    """
+    global _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        yield _current or Stopping()
+        return
+    stopping = _current = Stopping()
+    stopping.install()
+    try:
+        yield stopping
+    finally:
+        _current = None
+        stopping.uninstall()
+
+
+def take_back() -> None:
+    """Handle the signals again, after a library took them."""
+    if _current is not None:
+        _current.take_back()
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process has started, and those that they have started, by /proc."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(folder.name))
+    found = [process]
+    for each in found:
+        found.extend(children.get(each, []))
+    return found[1:]
