@@ -6,7 +6,6 @@ Stage after stage: the hidden states of all calls travel as one file from a stag
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from orchestrator.work import compare
 from orchestrator.work.calls import positions_of
 from orchestrator.work.context import Context
 from orchestrator.work.failures import ProcessLostError
+from orchestrator.work.lost import Loss, Ranks, diagnose, oom_kills
 from orchestrator.work.process import die_with_parent, without_launcher
 from orchestrator.work.reference import OUTPUT as REFERENCE
 from orchestrator.work.shards import rank_shards
@@ -33,10 +33,13 @@ from orchestrator.work.shards import rank_shards
 HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
 _STDERR_LINES = 20
-_FAILED = re.compile(rf"rank failed:({'|'.join(filter(None, Cause))}|)")
-"""What a rank says of its error. Launchers may run the lines of two ranks together."""
-_CRASHED = re.compile(r"signal (4|6|7|8|11)\b")
-"""How launchers tell of a rank that a bug has ended: illegal instruction, abort, bus error, arithmetic, segmentation fault."""
+_MESSAGE_CHARACTERS = 1000
+_ADVICE = (
+    "mpi4py and mpiexec must be of one MPI: `pip install mpich` beside mpi4py. Open MPI's mpiexec starts nothing for root unless "
+    "OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 are set."
+)
+_RANK_ADVICE = "The rank's own words stand in the step's log. Nothing was published."
+_LOST_ADVICE = "Give the step more room (memory, scratch) or more tp, and run the same command again. Nothing was published."
 
 
 class RankJob(BaseModel):
@@ -93,8 +96,8 @@ def _needed(task: Task, kind: Kind, name: str) -> Output:
 
 
 def run_stage(job: RankJob, context: Context) -> None:
-    """`mpiexec -n tp` over the ranks of the stage. Raises VerificationError with the end of what the ranks said."""
-    launcher = find_mpiexec()
+    """`mpiexec -n tp` over the ranks of the stage. Raises VerificationError, ToolError with the words of a launcher that fails."""
+    launcher, kills = find_mpiexec(), oom_kills()
     path = context.scratch / "job.json"
     path.write_text(job.model_dump_json())
     command = [launcher, "-n", str(job.stage.tp), sys.executable, "-m", "orchestrator.work.verify_rank", str(path)]
@@ -106,37 +109,43 @@ def run_stage(job: RankJob, context: Context) -> None:
         ) as process,
     ):
         try:
-            cause = _follow(process, context)
+            ranks = _follow(process, context)
         except BaseException:
             process.kill()
             raise
-    code = process.returncode
     said = "\n".join(errors.read_text(errors="replace").splitlines()[-_STDERR_LINES:])
     if said:
         context.log(said)
-    if not code:
-        return
-    # Launchers tell of a killed rank in different words, and MPICH's in none at times.
-    cause = Cause.MEMORY if cause is None else cause
-    if cause is Cause.UNKNOWN:
-        raise VerificationError(f"a rank of stage {job.stage.pp_rank} failed under MPI (exit code {code})")
-    how = "was killed, as the kernel does when memory is short" if cause is Cause.MEMORY else f"lacked {cause.value}"
-    raise VerificationError(f"a rank of stage {job.stage.pp_rank} {how}") from ProcessLostError(cause)
+    if process.returncode:
+        for line in said.splitlines():  # Open MPI tells there of killed ranks
+            ranks.hear(line)
+        where = f"a rank of stage {job.stage.pp_rank}"
+        raise _error(diagnose(ranks, process.returncode, num_oom_kills=oom_kills() - kills), where, process.returncode, said)
 
 
-def _follow(process: subprocess.Popen[str], context: Context) -> Cause | None:
-    """Pass on the calls that rank 0 counts; why a rank failed. None: neither a rank nor the launcher told of an error."""
+def _error(loss: Loss, where: str, code: int, said: str) -> OrchestratorError:
+    """The error of a stage whose launcher ended with exit code `code`, raised from what lies under it."""
+    last = f": {said[-_MESSAGE_CHARACTERS:]}" if said else ", and said nothing"
+    if loss.of_tools:
+        return ToolError(f"{where} {loss.how}: {find_mpiexec()} ended with exit code {code}{last}", _ADVICE)
+    if loss.cause is Cause.UNKNOWN:
+        return VerificationError(f"{where} failed under MPI (exit code {code}){last}", _RANK_ADVICE)
+    error = VerificationError(f"{where} {loss.how} (exit code {code})", _LOST_ADVICE)
+    error.__cause__ = ProcessLostError(loss.cause)
+    return error
+
+
+def _follow(process: subprocess.Popen[str], context: Context) -> Ranks:
+    """Pass on the calls that rank 0 counts, and hear what ranks and launcher say of failures."""
     assert process.stdout is not None
-    told: list[Cause] = []
+    ranks = Ranks()
     for line in process.stdout:
         match line.split():
             case ["call", done, total]:
                 context.report("verify", int(done), int(total), "steps")
             case _:
-                told += [Cause(why) for why in _FAILED.findall(line)]
-                told += [Cause.UNKNOWN] * bool(_CRASHED.search(line))
-    # One rank's full disk is the other ranks' broken communicator.
-    return next(filter(None, told), told[0] if told else None)
+                ranks.hear(line)
+    return ranks
 
 
 def find_mpiexec() -> str:

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from orchestrator.core.errors import ToolError
 from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.shape import RankShape
 from orchestrator.work.binding import bind_portable
 from orchestrator.work.calls import Call, make_calls
 from orchestrator.work.failures import cause_of
+from orchestrator.work.lost import TOOL, say_failed, say_started
 from orchestrator.work.shards import Weight, map_shards
 from orchestrator.work.verify import RankJob
 
@@ -32,19 +34,29 @@ _CUSTOM_DOMAIN = "ai.onnx.contrib"
 
 def main(path: str) -> None:
     """Run this MPI rank's part of the job in the JSON file at `path`."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
     job = RankJob.model_validate_json(Path(path).read_bytes())
+    world, library = _world()
+    if world.size != len(job.shards):
+        raise ToolError(f"a rank sees {world.size} of {len(job.shards)} ranks: mpiexec is not of mpi4py's {library}")
+    say_started()
     weights = map_shards(Path(shard) for shard in job.shards[world.rank])
     results = _run_calls(job, weights, world)
     worst = max(float(np.abs(value - world.bcast(value, root=0)).max(initial=0.0)) for value in results)
-    if world.allreduce(worst, op=MPI.MAX) > 1e-5 * max(float(np.abs(value).max(initial=0.0)) for value in results):
+    if max(world.allgather(worst)) > 1e-5 * max(float(np.abs(value).max(initial=0.0)) for value in results):
         raise SystemExit(f"tensor-parallel ranks disagree on the stage's output by {worst:g}")
     if world.rank == 0:
         from safetensors.numpy import save_file
 
         save_file({f"call{number}": np.ascontiguousarray(value) for number, value in enumerate(results)}, job.output)
+
+
+def _world() -> tuple[Any, str]:
+    """The ranks that the launcher started together, and the MPI that connects them. Raises ToolError when there is none."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ToolError(f"mpi4py does not find an MPI: {error}") from error
+    return MPI.COMM_WORLD, MPI.Get_library_version().strip("\0").partition("\n")[0]
 
 
 def _run_calls(job: RankJob, weights: dict[str, Weight], world: Any) -> list[Array]:
@@ -196,5 +208,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except BaseException as error:
-        print(f"\nrank failed:{cause_of(error).value}", flush=True)  # a killed rank cannot say so
+        say_failed(TOOL if isinstance(error, ToolError) else cause_of(error).value)
         raise

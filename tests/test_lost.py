@@ -1,0 +1,61 @@
+"""What became of a process that ended without a word: by evidence."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core.step import Cause, FailureKind
+from orchestrator.work import lost
+from orchestrator.work.lost import Ranks, crash, diagnose, oom_kills
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "kills", "cause", "of_tools"),
+    [
+        (["rank started", "rank failed:disk"], 1, 0, Cause.DISK, False),
+        (["rank startedrank started", "rank failed:rank failed:disk"], 1, 0, Cause.DISK, False),
+        (["rank started", "rank failed:"], 1, 0, Cause.UNKNOWN, False),
+        (["rank started", "rank failed:"], 1, 3, Cause.UNKNOWN, False),
+        (["rank failed:tool", "rank failed:"], 1, 0, Cause.UNKNOWN, True),
+        (["rank started", "EXIT STRING: Segmentation fault (signal 11)"], 11, 0, Cause.UNKNOWN, False),
+        (["YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)"], 9, 0, Cause.MEMORY, False),
+        (["=   EXIT CODE: 9"], 255, 0, Cause.MEMORY, False),
+        (["rank started"], 255, 0, Cause.WORKER, False),
+        (["rank started"], 255, 1, Cause.MEMORY, False),
+        ([], 1, 0, Cause.UNKNOWN, True),
+        (["signal 90 things"], 1, 0, Cause.UNKNOWN, True),
+    ],
+)  # fmt: skip
+def test_diagnosis_of_ranks_follows_from_what_was_seen(
+    lines: list[str], code: int, kills: int, cause: Cause, of_tools: bool
+) -> None:
+    ranks = Ranks()
+    for line in lines:
+        ranks.hear(line)
+    loss = diagnose(ranks, code, num_oom_kills=kills)
+    assert (loss.cause, loss.of_tools) == (cause, of_tools)
+
+
+@pytest.mark.parametrize(
+    ("code", "kills", "cause", "told"),
+    [
+        (-9, 0, Cause.WORKER, "was ended by SIGKILL"),
+        (-9, 1, Cause.MEMORY, "was killed for memory by the kernel"),
+        (-11, 1, Cause.WORKER, "was ended by SIGSEGV"),
+        (3, 0, Cause.WORKER, "exited with code 3"),
+    ],
+)
+def test_crash_of_a_step_is_for_memory_only_where_the_kernel_killed(code: int, kills: int, cause: Cause, told: str) -> None:
+    failure = crash(code, "node", io.BytesIO(b"last words"), kills)
+    assert (failure.kind, failure.cause, failure.log_tail) == (FailureKind.INFRASTRUCTURE, cause, "last words")
+    assert told in failure.message
+
+
+def test_count_of_killed_processes_is_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.events").write_text("low 0\nhigh 0\noom 4\noom_kill 2\n")
+    monkeypatch.setattr(lost, "_COUNTS", (f"{tmp_path}/none{{group}}", f"{tmp_path}{{group}}/memory.events"))
+    assert oom_kills("") == 2
+    assert oom_kills("/nowhere") == 0
