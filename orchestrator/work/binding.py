@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.core.dtypes import MODEL_DTYPES
 from orchestrator.core.errors import SourceCorruptError
 from orchestrator.core.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat
 from orchestrator.networks import Network
@@ -74,25 +73,56 @@ def _numpy_dtype(dtype: str) -> Any:
     return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def bind_portable(network: Network, weights: Mapping[str, Weight]) -> dict[str, tuple[Array, int]]:
-    """Every external initializer of a portable graph and its ONNX dtype: floats widened to float32, which is exact.
+class PortableWeights:
+    """The external initializers of a rank's executed graph, each made when it is asked for.
 
-    Raises SourceMissingError, SourceCorruptError.
+    Floats are widened to float32, which is exact; formats without a standard operator are dequantized.
     """
-    require(weights, network.weight_names())
-    dims = {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer}
-    bound: dict[str, tuple[Array, int]] = {}
-    for name, kind in network.weight_dtypes().items():
-        if name in network.unpacked:
-            value = _dequantized(name, weights, network.unpacked[name]).reshape(dims[name])
+
+    def __init__(self, network: Network, weights: Mapping[str, Weight]) -> None:
+        """Raises SourceMissingError when the rank's checkpoint lacks a tensor of the network."""
+        require(weights, network.weight_names())
+        self._network, self._weights = network, weights
+        self._dims = {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer}
+        self._kinds = network.weight_dtypes()
+
+    def stored(self, name: str) -> tuple[Array, int]:
+        """A floating-point weight as the file holds it, and its ONNX dtype."""
+        weight = self._weights[name]
+        kinds = {dtype: kind for kind, dtype in STORED.items() if dtype in ("F32", "F16", "BF16")}
+        if weight.dtype not in kinds:
+            raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants a floating-point tensor")
+        plain = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[weight.dtype]
+        return weight.data.view(plain).reshape(self._dims[name]), kinds[weight.dtype]
+
+    def __getitem__(self, name: str) -> tuple[Array, int]:
+        """The initializer's value and its ONNX dtype. Raises SourceCorruptError for another dtype than the graph wants."""
+        if name in self._network.tables:
+            return self._network.tables[name], onnx.TensorProto.FLOAT
+        kind, dims = self._kinds[name], self._dims[name]
+        if name in self._network.unpacked:
+            value = _dequantized(name, self._weights, self._network.unpacked[name]).reshape(dims)
         elif kind == onnx.TensorProto.FLOAT:
-            value = _widened(name, weights[name]).reshape(dims[name])
+            value = _widened(*self.stored(name))
         else:
-            value = _shaped(_bind_one(name, weights[name], kind), kind, dims[name])
-        bound[name] = (np.require(value, requirements="C"), kind)
-    for name, table in network.tables.items():
-        bound[name] = (table, onnx.TensorProto.FLOAT)
-    return bound
+            value = _shaped(_bind_one(name, self._weights[name], kind), kind, dims)
+        return np.require(value, requirements="C"), kind
+
+
+def bind_portable(network: Network, weights: Mapping[str, Weight]) -> dict[str, tuple[Array, int]]:
+    """Every external initializer of a portable graph at once. Raises as `PortableWeights` does."""
+    found = PortableWeights(network, weights)
+    return {name: found[name] for name in (*network.weight_names(), *network.tables)}
+
+
+def _widened(stored: Array, kind: int) -> Array:
+    if kind != onnx.TensorProto.BFLOAT16:
+        wide: Array = stored.astype(np.float32, copy=False)
+        return wide
+    # bfloat16 is the upper half of a float32.
+    bits = stored.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def _shaped(value: Array, kind: int, dims: tuple[int, ...]) -> Array:
@@ -102,14 +132,6 @@ def _shaped(value: Array, kind: int, dims: tuple[int, ...]) -> Array:
         buffer.reshape(-1)[: value.size] = value.reshape(-1)
         return buffer
     return value.view(np.int8 if kind == onnx.TensorProto.INT8 else np.uint8).reshape(dims)
-
-
-def _widened(name: str, weight: Weight) -> Array:
-    by_name = {stored: dtype for dtype, stored in MODEL_DTYPES.items()}
-    if weight.dtype not in by_name:
-        raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants a floating-point tensor")
-    wide: Array = weight.data.view(_numpy_dtype(by_name[weight.dtype])).astype(np.float32)
-    return wide
 
 
 def _dequantized(name: str, weights: Mapping[str, Weight], fmt: LinearFormat) -> Array:

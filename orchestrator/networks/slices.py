@@ -1,0 +1,177 @@
+"""A rank's graph cut where ranks meet and where layers end, so that it can be executed with the weights of one slice in memory.
+
+A slice is a run of nodes between two cuts. All ranks of a stage have the same cuts: slice after slice runs on rank after rank,
+and a collective is computed between two slices. Weights are inputs of a slice, and values are numbered instead of named: layers
+that are alike give the same model, which is compiled once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+from orchestrator.networks.decoder import Network
+from orchestrator.networks.graph import IR_VERSION
+
+_LAYER_END = re.compile(r"transformer\.layers\.(\d+)\.mlp_residual")
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """An exchange between the ranks of a stage (TensorRT's DistCollective)."""
+
+    operation: str
+    """all_reduce (a sum) or all_gather (concatenation along axis 0)."""
+    source: str
+    """Value that every rank brings."""
+    result: str
+    """Value that every rank gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Nodes that a rank executes without the others, then perhaps an exchange with them."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    inputs: tuple[str, ...]
+    """Values of the call: inputs of the graph, and outputs of earlier slices."""
+    weights: tuple[str, ...]
+    """Initializers that are bound by name."""
+    constants: tuple[onnx.TensorProto, ...]
+    outputs: tuple[str, ...]
+    """Values that later slices or the caller need."""
+    collective: Collective | None
+    layer: int | None
+    """Number within the stage of the layer that ends here; None: it goes on, or the slice is outside of the layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A whole graph in slices."""
+
+    slices: tuple[Slice, ...]
+    last_use: dict[str, int]
+    """Value -> number of the last slice, or of the collective after it, that reads it."""
+
+    def is_read_after(self, name: str, number: int) -> bool:
+        """Whether a value that slice `number` makes is read by its collective or by a later slice."""
+        collective = self.slices[number].collective
+        return self.last_use.get(name, -1) > number or (collective is not None and collective.source == name)
+
+
+def cut(network: Network) -> Sliced:
+    """Cut a graph after every collective and every layer. Every node but the collectives stands in exactly one slice.
+
+    Raises ValueError for a graph whose KV cache is read in one slice and written in another.
+    """
+    graph = network.model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL}
+    external = {tensor.name for tensor in graph.initializer} - constants.keys()
+    runs = list(_runs(graph.node))
+    last_use: dict[str, int] = {}
+    for number, (nodes, collective, _) in enumerate(runs):
+        read = {name for node in nodes for name in node.input} | ({collective.source} if collective else set())
+        last_use |= {name: number for name in read if name not in constants and name not in external}
+    wanted = {value.name for value in graph.output}
+    slices = []
+    for number, (nodes, collective, layer) in enumerate(runs):
+        made = [name for node in nodes for name in node.output]
+        read_here = list(dict.fromkeys(name for node in nodes for name in node.input if name))
+        mine = set(made)
+        later = {name for name in made if last_use.get(name, -1) > number or (collective and name == collective.source)}
+        slices.append(
+            Slice(
+                nodes=tuple(nodes),
+                inputs=tuple(name for name in read_here if name not in mine | constants.keys() | external),
+                weights=tuple(name for name in read_here if name in external),
+                constants=tuple(constants[name] for name in read_here if name in constants),
+                outputs=tuple(name for name in made if name in later or name in wanted),
+                collective=collective,
+                layer=layer,
+            )
+        )
+    _check_caches(slices)
+    return Sliced(tuple(slices), last_use)
+
+
+def _check_caches(slices: Sequence[Slice]) -> None:
+    """A cache is read where it is written: all calls pass a slice before the next, so that elsewhere it would be of another call.
+
+    Its shape may be read anywhere. Raises ValueError for a graph that was written otherwise.
+    """
+    for part in slices:
+        for node in part.nodes:
+            for name in node.input:
+                written = name.replace("past_", "present_", 1) in part.outputs
+                if name.startswith("past_") and node.op_type != "Shape" and not written:
+                    raise ValueError(f"{node.name} reads {name} in another slice than writes it")
+
+
+def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[tuple[list[onnx.NodeProto], Collective | None, int | None]]:
+    run: list[onnx.NodeProto] = []
+    for node in nodes:
+        if node.op_type == "DistCollective":
+            operation = next(item.s.decode() for item in node.attribute if item.name == "collective_operation")
+            yield run, Collective(operation, node.input[0], node.output[0]), None
+            run = []
+            continue
+        run.append(node)
+        if ended := _LAYER_END.fullmatch(node.name):
+            yield run, None, int(ended[1])
+            run = []
+    if run:
+        yield run, None, None
+
+
+def looked_up(part: Slice) -> set[str]:
+    """Weights of which a slice reads single rows only: they need not be widened as a whole."""
+    readers: dict[str, set[str]] = {}
+    for node in part.nodes:
+        for position, name in enumerate(node.input):
+            readers.setdefault(name, set()).add(f"{node.op_type}{position}")
+    return {name for name in part.weights if readers[name] == {"Gather0"}}
+
+
+def executable(part: Slice, opsets: Sequence[onnx.OperatorSetIdProto], kinds: Sequence[int]) -> onnx.ModelProto:
+    """The slice as a model whose inputs are those of the slice, then its weights; `kinds` are their ONNX dtypes in this order.
+
+    Rows that are looked up in a weight of 16 bits are widened to float32. Values are numbered in the order in which they are
+    met: slices that differ in names only give equal models.
+    """
+    narrow = {
+        name
+        for name, kind in zip((*part.inputs, *part.weights), kinds, strict=True)
+        if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    }
+    numbers: dict[str, str] = {"": ""}
+
+    def number(name: str) -> str:
+        return numbers.setdefault(name, f"v{len(numbers)}")
+
+    taken = [number(name) for name in (*part.inputs, *part.weights)]
+    constants = []
+    for tensor in part.constants:
+        copy = onnx.TensorProto()
+        copy.CopyFrom(tensor)
+        copy.name = number(tensor.name)
+        constants.append(copy)
+    nodes = []
+    for node in part.nodes:
+        inputs = [number(name) for name in node.input]
+        plain = onnx.NodeProto(
+            op_type=node.op_type, domain=node.domain, input=inputs, output=[number(name) for name in node.output]
+        )
+        plain.attribute.extend(node.attribute)
+        nodes.append(plain)
+        if node.op_type == "Gather" and node.input[0] in narrow:
+            rows = f"{plain.output[0]}.stored"
+            nodes.append(helper.make_node("Cast", [rows], [plain.output[0]], to=onnx.TensorProto.FLOAT))
+            plain.output[0] = rows
+    values = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(taken, kinds, strict=True)]
+    results = [onnx.ValueInfoProto(name=number(name)) for name in part.outputs]
+    graph = helper.make_graph(nodes, "slice", values, results, initializer=constants)
+    return helper.make_model(graph, opset_imports=list(opsets), ir_version=IR_VERSION, producer_name="trt-orchestrator")
