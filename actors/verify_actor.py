@@ -1,4 +1,4 @@
-"""Executes all ranks of a pipeline stage under MPI on one node, or the source model that they are compared with."""
+"""Executes all ranks of a pipeline stage in lockstep, or the source model that they are compared with."""
 
 from __future__ import annotations
 

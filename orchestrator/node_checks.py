@@ -16,7 +16,6 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.spec import ClusterSpec, PoolSpec
 from orchestrator.core.step import Kind, Outcome, Step
 
-_SMALL_SHM_BYTES = 64 * 10**6
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
@@ -67,9 +66,6 @@ def _check_pool(made: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
     largest = max(node.memory_bytes for node in mine)
     if needed > largest > 0:
         yield f"{kind} steps need about {needed:,} bytes of memory, the largest node has {largest:,}: they may be killed"
-    for node in mine:
-        if node.shm_free_bytes < _SMALL_SHM_BYTES and kind == Kind.VERIFY.value:
-            yield f"{node.node}: /dev/shm has {node.shm_free_bytes:,} bytes free; MPI's ranks share memory there"
 
 
 def unseen(node: NodeFacts, steps: Iterable[Step]) -> str:
@@ -101,9 +97,6 @@ def _check_gpus(steps: list[Step], nodes: list[NodeFacts]) -> Iterator[str]:
 
 
 def _check_tools(made: Plan, kind: Kind, nodes: list[NodeFacts]) -> Iterator[str]:
-    if kind is Kind.VERIFY:
-        advice = "Install the package's dependencies on every node (pip install mpich)."
-        yield from _usable(nodes, lambda node: "" if node.mpiexec else "no mpiexec", ToolError, "run verify steps", advice)
     if kind is Kind.BUILD:
         backend, wanted = made.spec.engine.backend, made.inputs.tensorrt_version
 

@@ -81,10 +81,6 @@ def _check_tools(made: Plan, kinds: set[Kind]) -> None:
 
     if Kind.BUILD in kinds:
         require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
-    if Kind.VERIFY in kinds:
-        from orchestrator.work.verify import find_mpiexec
-
-        find_mpiexec()
 
 
 def _check_scratch(made: Plan, pending: Sequence[Step], place: ClusterSpec, store: Store) -> None:

@@ -22,7 +22,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for pa
 HEAVY = frozenset(
     {
         "accelerate", "fsspec", "ml_dtypes", "modelopt", "mpi4py", "numpy", "obstore", "onnx", "onnxruntime",
-        "onnxruntime_extensions", "datasets", "pyarrow", "s3fs", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "transformers",
+        "datasets", "pyarrow", "s3fs", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "transformers",
     }
 )  # fmt: skip
 """What may be imported inside a function that needs it, where a row says so. Ray is not among them."""

@@ -9,34 +9,7 @@ import pytest
 
 from orchestrator.core.step import Cause, FailureKind
 from orchestrator.work import lost
-from orchestrator.work.lost import Ranks, crash, diagnose, oom_kills
-
-
-@pytest.mark.parametrize(
-    ("lines", "code", "kills", "cause", "of_tools"),
-    [
-        (["rank started", "rank failed:disk"], 1, 0, Cause.DISK, False),
-        (["rank startedrank started", "rank failed:rank failed:disk"], 1, 0, Cause.DISK, False),
-        (["rank started", "rank failed:"], 1, 0, Cause.UNKNOWN, False),
-        (["rank started", "rank failed:"], 1, 3, Cause.UNKNOWN, False),
-        (["rank failed:tool", "rank failed:"], 1, 0, Cause.UNKNOWN, True),
-        (["rank started", "EXIT STRING: Segmentation fault (signal 11)"], 11, 0, Cause.UNKNOWN, False),
-        (["YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)"], 9, 0, Cause.MEMORY, False),
-        (["=   EXIT CODE: 9"], 255, 0, Cause.MEMORY, False),
-        (["rank started"], 255, 0, Cause.WORKER, False),
-        (["rank started"], 255, 1, Cause.MEMORY, False),
-        ([], 1, 0, Cause.UNKNOWN, True),
-        (["signal 90 things"], 1, 0, Cause.UNKNOWN, True),
-    ],
-)  # fmt: skip
-def test_diagnosis_of_ranks_follows_from_what_was_seen(
-    lines: list[str], code: int, kills: int, cause: Cause, of_tools: bool
-) -> None:
-    ranks = Ranks()
-    for line in lines:
-        ranks.hear(line)
-    loss = diagnose(ranks, code, num_oom_kills=kills)
-    assert (loss.cause, loss.of_tools) == (cause, of_tools)
+from orchestrator.work.lost import crash, oom_kills
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def made(tiny_llama: Path) -> Plan:
 def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:
     version = made.inputs.tensorrt_version or ""
     facts = {
-        "node": name, "cpus": 8, "memory_bytes": 10**12, "shm_free_bytes": 10**9, "mpiexec": True,
+        "node": name, "cpus": 8, "memory_bytes": 10**12, "shm_free_bytes": 10**9,
         "places": dict.fromkeys(read_places(made, {}), True), "versions": {"tensorrt_rtx": version},
         **changes,
     }  # fmt: skip
@@ -65,7 +65,6 @@ def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
         ({"places": None}, SourceMissingError, "no node can see the files of reference steps: a: .* is not there"),
         ({"versions": {}}, ToolError, "a: tensorrt-rtx is not installed"),
         ({"versions": {"tensorrt_rtx": "0.1"}}, ToolError, "a: tensorrt-rtx 0.1, planned with"),
-        ({"mpiexec": False}, ToolError, "no node can run verify steps: a: no mpiexec"),
     ],
 )
 def test_check_nodes_what_no_node_has_is_an_error_with_its_name(

@@ -38,7 +38,6 @@ class NodeFacts(BaseModel):
     scratch: str = ""
     """Folder."""
     scratch_free_bytes: int = 0
-    shm_free_bytes: int = 0
     store_error: str = ""
     """Why a tiny object could not be written, read and removed; empty: it could."""
     store_seconds: float = 0.0
@@ -46,7 +45,6 @@ class NodeFacts(BaseModel):
     """Folders and files that steps read, and whether this node sees them."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Of Python and of packages; one that is not installed is absent."""
-    mpiexec: bool = False
     error: str = ""
     """Why the node gave no answer."""
 
@@ -58,8 +56,6 @@ def unfit(node: NodeFacts, step: Step) -> str:
     unseen = [place for place in step.places.values() if not node.places.get(place, True)]
     if unseen:
         return f"{unseen[0]} is not there"
-    if step.kind is Kind.VERIFY and not node.mpiexec:
-        return "no mpiexec"
     if step.kind is Kind.BUILD:
         backend = step.options.get("engine", {}).get("backend", "")
         wanted = step.options.get("tensorrt_version")

@@ -270,7 +270,6 @@ def _verify(
         tolerance=spec.verification.tolerance or inputs.tolerance,
     )
     needs = [step.digest for step in converts] + [reference.digest] + ([previous.digest] if previous else [])
-    float32_bytes = rank_bytes * (1 if stage.config.dtype == "float32" else 2)
     return Step(
         kind=Kind.VERIFY,
         version=VERSIONS[Kind.VERIFY],
@@ -278,8 +277,8 @@ def _verify(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         resources=Resources(
-            cpus=stage.tp,  # one process per rank, all on one node
-            memory_bytes=stage.tp * (3 * float32_bytes + 400_000_000),
+            # The weights of one slice of one rank, the next one's beside them, and one of them on its way to float32.
+            memory_bytes=3 * inputs.weights.largest_layer_bytes(stage.pp_rank) + _GB,
             scratch_bytes=stage.tp * rank_bytes,
         ),
         estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),

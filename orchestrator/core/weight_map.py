@@ -7,12 +7,13 @@ reads that it is joined from and, for every tensor-parallel rank, the span that 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core import quantized_targets
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.dtypes import MODEL_DTYPES
+from orchestrator.core.dtypes import MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import WeightMapError
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.quantization import LinearFormat, ModelQuantization, global_name, linear_of
@@ -67,6 +68,20 @@ class WeightMap:
         """Source tensors that the graph reads in float32, whatever the model's dtype, sorted."""
         wide = (target for group in self.groups for target in group.targets if target.dtype == "F32" and not target.quantized)
         return tuple(sorted({read.tensor.name for target in wide for read in target.reads}))
+
+    def largest_layer_bytes(self, pp_rank: int) -> int:
+        """Bytes in float32 of the largest layer of a rank of the stage, or of what stands outside of the layers.
+
+        Formats of four bits are counted as if a byte held two values; scales are counted too.
+        """
+        sizes: dict[str, int] = {}
+        for target in (target for group in self.stage(pp_rank) for target in group.targets):
+            layer = ".".join(target.name.split(".")[:3]) if target.name.startswith("transformer.layers.") else target.name
+            values = math.prod(target.shape) * (2 if target.quantized and target.dtype in ("U8", "I8") else 1)
+            # Rows are looked up in an embedding as it is stored.
+            width = num_bytes(target.dtype, 1) if target.name == "transformer.vocab_embedding.weight" else 4
+            sizes[layer] = sizes.get(layer, 0) + values * width
+        return max(sizes.values(), default=0)
 
     def stage(self, pp_rank: int) -> list[LayerGroup]:
         return [group for group in self.groups if group.pp_rank == pp_rank]

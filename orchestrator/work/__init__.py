@@ -76,7 +76,7 @@ def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store:
         with log, ranges, sampler:
             facts = function(task, context)
     except BaseException as error:
-        # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos"), and MPI's launcher in none.
+        # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos").
         full = isinstance(error, Exception) and is_full(scratch)
         told = OSError(errno.ENOSPC, f"no room in the scratch folder of {node} ({error})", str(scratch)) if full else error
         _attach_log(told, lines)

@@ -23,8 +23,6 @@ _PACKAGES = {
     "nvidia-modelopt": "nvidia-modelopt", "mpi4py": "mpi4py",
 }  # fmt: skip
 
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # looked at only
-
 
 def probe_here(store: str, options_json: str, scratch: str | None, places: Iterable[str]) -> str:
     """NodeFacts of this machine as JSON; whoever knows the cluster adds the node's name, labels and offer."""
@@ -37,12 +35,10 @@ def probe_here(store: str, options_json: str, scratch: str | None, places: Itera
         driver=driver,
         scratch=folder,
         scratch_free_bytes=_scratch_free(scratch),
-        shm_free_bytes=_free(_SHARED_MEMORY),
         store_error=error,
         store_seconds=round(seconds, 3),
         places={place: Path(place).exists() for place in places},
         versions=_versions(),
-        mpiexec=_has_mpiexec(),
     )
     return facts.model_dump_json()
 
@@ -99,15 +95,6 @@ def _versions() -> dict[str, str]:
             if version is not None:
                 found[backend] = version
     return found
-
-
-def _has_mpiexec() -> bool:
-    from orchestrator.work.verify import find_mpiexec
-
-    try:
-        return bool(find_mpiexec())
-    except OrchestratorError:
-        return False
 
 
 def _scratch_free(scratch: str | None) -> int:

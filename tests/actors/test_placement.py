@@ -78,7 +78,7 @@ def test_begin_ranks_of_a_stage_hold_their_cores_on_one_node() -> None:
 
 
 def facts(name: str, **rest: Any) -> NodeFacts:
-    return NodeFacts(node=name, node_id=name, mpiexec=True, **rest)
+    return NodeFacts(node=name, node_id=name, **rest)
 
 
 def test_begin_scratch_is_reserved_where_the_store_is_remote() -> None:

@@ -20,7 +20,7 @@ from orchestrator.clusters.mpi import LABELS_VARIABLE, MpiCluster, accelerator_t
 from orchestrator.core.errors import ClusterError
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.work.process import without_launcher
-from orchestrator.work.verify import find_mpiexec
+from tests.models.mpi import find_mpiexec
 
 PATIENCE_SECONDS = 400.0
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from orchestrator.core.errors import QuantizationError, SourceMissingError
 from orchestrator.core.spec import BuildSpec, decode
 from orchestrator.models import BuildConfig, DecoderModelForCausalLM, LLaMAForCausalLM, Mapping, QuantizationSpec, build
 from orchestrator.work.shards import map_checkpoint_rank
-from orchestrator.work.verify import find_mpiexec, rank_environment
 from tests.integration.quantize_under_mpi import CALIBRATION, SPEC
 from tests.models.families import write_tiny
 from tests.models.here import convert_here
+from tests.models.mpi import find_mpiexec, rank_environment
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
-"""Whole quantized models, from the packed rank files: executed by ONNX Runtime under MPI, and compiled by TensorRT-RTX."""
+"""Whole quantized models, from the packed rank files: executed by ONNX Runtime, and compiled by TensorRT-RTX."""
 
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from orchestrator import verbs
@@ -27,9 +23,9 @@ from orchestrator.core.spec import BuildSpec, decode
 from orchestrator.core.step import Kind
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.work.build import compile_rank
-from orchestrator.work.calls import positions_of
+from orchestrator.work.calls import make_calls, positions_of
+from orchestrator.work.lockstep import Lockstep
 from orchestrator.work.shards import map_checkpoint_rank
-from orchestrator.work.verify import RankJob, find_mpiexec, rank_environment
 from tests.models.artifact import write_artifact
 from tests.models.fake_quant import FakeQuantDecoder
 from tests.models.families import write_tiny
@@ -118,72 +114,42 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     return models
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sequences of unlike length: the shorter one decodes from slots that the longer one has filled in prefill."""
-    path = tmp_path_factory.mktemp("text") / "text.safetensors"
-    tokens = np.random.default_rng(9).integers(3, 131, (2, 12))
-    save_file({"tokens": tokens, "lengths": np.array([12, 8])}, path)
-    return path
+TOKENS = np.random.default_rng(9).integers(3, 131, (2, 12))
+LENGTHS = np.array([12, 8])
+"""The shorter sequence decodes from slots that the longer one has filled in prefill."""
 
 
-def run_ranks(models: Models, cases: Sequence[Case], tp: int, text: Path, folder: Path) -> dict[Case, Path]:
-    """Every case's logits by call, of `tp` ranks that exchange their partial sums by MPI."""
-    jobs, results = [], {}
-    for case in cases:
-        shards = [[str(models.checkpoint(case, tp) / f"rank{rank}.safetensors")] for rank in range(tp)]
-        results[case] = folder / f"{case_id(case)}-tp{tp}.safetensors"
-        job = RankJob(
-            network=models.network(case, tp), decode_steps=DECODE_STEPS, shards=shards,
-            reference=str(text), hidden_states=None, output=str(results[case]),
-        )  # fmt: skip
-        jobs.append(folder / f"{case_id(case)}-tp{tp}.json")
-        jobs[-1].write_text(job.model_dump_json())
-    command = [find_mpiexec(), "-n", str(tp), sys.executable, "-m", "tests.models.run_ranks", *map(str, jobs)]
-    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return results
+def execute(models: Models, case: Case, tp: int) -> list[npt.NDArray[Any]]:
+    """A case's logits by call, of `tp` ranks in lockstep."""
+    shards = [map_checkpoint_rank(models.checkpoint(case, tp), rank) for rank in range(tp)]
+    return Lockstep(models.network(case, tp), shards, make_calls(TOKENS, LENGTHS, DECODE_STEPS), []).run()
 
 
-Launch = tuple[str, int, tuple[Case, ...]]
-"""Family, tensor-parallel size, what is run under one launch."""
-MOE: tuple[Case, ...] = tuple((algorithm, None) for algorithm in QUANTIZERS)
-LAUNCHES: list[Launch] = [
-    ("llama", 1, tuple(CASES)), ("llama", 2, tuple(CASES)), ("mixtral", 2, MOE),
-    ("qwen2_moe", 1, (("FP8", None), ("W4A8_AWQ", None), ("NVFP4", None))),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def execute(models_of: ModelsOf, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Launch], dict[Case, Path]]:
-    """The logits of a launch's cases."""
-
-    @functools.cache
-    def results(launch: Launch) -> dict[Case, Path]:
-        family, tp, cases = launch
-        return run_ranks(models_of(family), cases, tp, text, tmp_path_factory.mktemp("executed"))
-
-    return results
-
-
-def relative_errors(result: Path, expected: torch.Tensor, text: Path) -> npt.NDArray[np.float64]:
+def relative_errors(results: list[npt.NDArray[Any]], expected: torch.Tensor) -> npt.NDArray[np.float64]:
     """Of each position: max |logit - expected| / max |expected|."""
-    ours, theirs = load_arrays(result), expected.numpy()
+    theirs = expected.numpy()
 
     def errors() -> Iterator[float]:
-        for sequence, position, call, row in positions_of(load_arrays(text)["lengths"], DECODE_STEPS):
+        for sequence, position, call, row in positions_of(LENGTHS, DECODE_STEPS):
             wanted = theirs[sequence, position]
-            yield float(np.abs(ours[f"call{call}"][sequence, row] - wanted).max() / np.abs(wanted).max())
+            yield float(np.abs(results[call][sequence, row] - wanted).max() / np.abs(wanted).max())
 
     return np.array(list(errors()))
 
 
+MODELS: list[tuple[str, int, tuple[Case, ...]]] = [
+    ("llama", 1, tuple(CASES)), ("llama", 2, tuple(CASES)), ("mixtral", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
+    ("qwen2_moe", 1, (("FP8", None), ("W4A8_AWQ", None), ("NVFP4", None))),
+]  # fmt: skip
+"""Family, tensor-parallel size, cases."""
+
+
 @pytest.mark.parametrize(
-    ("launch", "case"),
-    [pytest.param(launch, case, id=f"{launch[0]}-tp{launch[1]}-{case_id(case)}") for launch in LAUNCHES for case in launch[2]],
+    ("family", "tp", "case"),
+    [pytest.param(family, tp, case, id=f"{family}-tp{tp}-{case_id(case)}") for family, tp, cases in MODELS for case in cases],
 )
 def test_quantized_model_portable_graph_computes_what_fake_quantization_does(
-    launch: Launch, case: Case, execute: Callable[[Launch], dict[Case, Path]], models_of: ModelsOf, text: Path
+    family: str, tp: int, case: Case, models_of: ModelsOf
 ) -> None:
     """Near-exact where only weights are rounded.
 
@@ -191,12 +157,11 @@ def test_quantized_model_portable_graph_computes_what_fake_quantization_does(
     falls to different sides (once in all of these cases: 3e-5). A fault moves every position: those tried moved the median
     by 2e-2 and more.
     """
-    family, tp, _ = launch
     models = models_of(family)
     stage = models.network(case, tp).stage
     ranks = [load_file(models.checkpoint(case, tp) / f"rank{rank}.safetensors") for rank in range(tp)]
-    expected = FakeQuantDecoder(stage.config, stage.quantization, ranks).logits(torch.from_numpy(load_arrays(text)["tokens"]))
-    errors = relative_errors(execute(launch)[case], expected, text)
+    expected = FakeQuantDecoder(stage.config, stage.quantization, ranks).logits(torch.from_numpy(TOKENS))
+    errors = relative_errors(execute(models, case, tp), expected)
     if case in EXACT:
         assert errors.max() < 1e-5
     else:
