@@ -278,7 +278,7 @@ def _verify(
         needs=tuple(needs),
         resources=Resources(
             # The weights of one slice of one rank, the next one's beside them, and one of them on its way to float32.
-            memory_bytes=3 * inputs.weights.largest_layer_bytes(stage.pp_rank) + _GB,
+            memory_bytes=3 * inputs.weights.largest_layer_bytes(stage.pp_rank) + 500_000_000,
             scratch_bytes=stage.tp * rank_bytes,
         ),
         estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
