@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.checkpoints.places import is_url
 from orchestrator.core.calibration import DATA_SUFFIXES
-from orchestrator.core.errors import SpecError
+from orchestrator.core.errors import SpecError, abbreviated
 from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import BuildSpec, ClusterSpec, QuantizationSpec, decode
+from orchestrator.core.spec import BuildSpec, ClusterSpec, Frozen, QuantizationSpec, decode_yaml
+from orchestrator.core.yaml_text import MAX_BYTES
+
+T = TypeVar("T", bound=Frozen)
 
 
 def load_spec(path: Path) -> BuildSpec:
     """Read a build spec. Raises SpecError naming every wrong field."""
-    spec = decode(BuildSpec, _read(path), str(path))
+    spec = _load(BuildSpec, path)
     source = resolve_source(spec.source.path, path.parent)
     found = {"source": spec.source.model_copy(update={"path": source})}
     return spec.model_copy(update={**found, "quantization": _resolve_files(spec.quantization, path.parent)})
@@ -37,33 +40,41 @@ def resolve_source(source: str, base: Path) -> str:
     """A URL as it is; a folder, bare or as file:// URL, as the absolute path of it, relative to `base`."""
     if source.startswith("file://"):
         return unquote(urlsplit(source).path)
-    return source if is_url(source) else str((base / Path(source).expanduser()).resolve())
+    return source if is_url(source) else str(_absolute(source, base))
+
+
+def _absolute(path: str, base: Path) -> Path:
+    """Raises SpecError for what no path can be: of a user that does not exist, with a NUL, in a circle of links."""
+    try:
+        return (base / Path(path).expanduser()).resolve()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SpecError(f"{abbreviated(path, 200)!r} is no path of this machine: {error}", "Correct the path.") from None
 
 
 def load_cluster(path: Path) -> ClusterSpec:
     """Read a cluster file. Raises SpecError naming every wrong field."""
-    spec = decode(ClusterSpec, _read(path), str(path))
+    spec = _load(ClusterSpec, path)
     return spec.model_copy(update={"store": resolve_store(spec.store, path.parent)})
 
 
 def load_rates(path: Path) -> RatesSpec:
     """Read a rates file. Raises SpecError naming every wrong field."""
-    return decode(RatesSpec, _read(path), str(path))
+    return _load(RatesSpec, path)
 
 
 def resolve_store(store: str, base: Path) -> str:
     """A URL as it is; a bare folder as the file:// URL of it, relative to `base`."""
     if urlsplit(store).scheme:
         return store
-    return (base / Path(store).expanduser()).resolve().as_uri()
+    return _absolute(store, base).as_uri()
 
 
-def _read(path: Path) -> Any:
-    import yaml
-
+def _load(model: type[T], path: Path) -> T:
+    """Raises SpecError."""
     try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror}", "Check the path.") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {error}") from None
+        with path.open("rb") as file:  # a pipe, too: plan <(program)
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SpecError(f"cannot read {path}: {reason}", "Check the path.") from None
+    return decode_yaml(model, data, str(path))

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.checkpoints.places import is_url
 from orchestrator.core.calibration import DATA_SUFFIXES
 from orchestrator.core.digest import digest_of
 from orchestrator.core.errors import SourceMissingError, SpecError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
+from orchestrator.core.yaml_text import dump_yaml
 
 SPEC_FILE, CLUSTER_FILE = "spec.yaml", "cluster.yaml"
 ENTRYPOINT = f"exec python -m orchestrator.cli build {SPEC_FILE} --cluster {CLUSTER_FILE} --json"
@@ -128,4 +127,4 @@ def is_local(path: str) -> bool:
 
 
 def _dump(value: object) -> str:
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    return dump_yaml(value)

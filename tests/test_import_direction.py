@@ -56,6 +56,7 @@ _DRIVING = Row(EVERYTHING, PLAIN, never=_own("cli"))
 TABLE: dict[str, Row] = {
     "orchestrator": _TOP,
     "orchestrator.core": Row(_own("core"), PLAIN),
+    "orchestrator.core.yaml_text": Row(_own("core"), PLAIN | {"yaml"}),
     "orchestrator.families": Row(_own("families", "core.rules", "core.spec", "core.errors")),
     "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN, frozenset({"botocore"})),
     "orchestrator.checkpoints": Row(_own("core", "families", "stores", "checkpoints"), STORAGE | {"numpy"}, frozenset({"gguf"})),

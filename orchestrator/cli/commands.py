@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, plans, releases, watch
+from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, options, plans, releases, watch
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Build, verify and publish TensorRT engines of large language models."
+    cls=options.Root, no_args_is_help=True, add_completion=False, context_settings=options.SETTINGS, pretty_exceptions_enable=False
 )
+app.callback()(options.root)
 app.add_typer(plans.app)
 app.add_typer(builds.app)
 app.add_typer(jobs.app)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.cli.stopping import stoppable
-from orchestrator.core.errors import OrchestratorError, SpecError, interruption
+from orchestrator.core.errors import ADVICE_BYTES, MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded, interruption
 from orchestrator.core.manifest import Verification
 from orchestrator.core.spec import ClusterSpec
 
@@ -27,6 +32,8 @@ _WIDTH = None if sys.stdout.isatty() else 160
 # Without emoji codes: build/rank3:x: is a step and an attempt.
 out = Console(highlight=False, emoji=False, width=_WIDTH)
 _err = Console(stderr=True, highlight=False, emoji=False, width=_WIDTH)
+_verbose = False
+_LINE_BYTES = 4000
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML.")]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
@@ -53,27 +60,67 @@ def exit_codes(as_json: bool = False) -> Iterator[None]:
             _fail(interruption(stopping.number), as_json)
 
 
+_USAGE: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_OF_THE_COMMAND_LINE = (typer.Exit, typer.Abort, _USAGE, BrokenPipeError)
+"""What typer raises to end a command or to say how one is used, and a reader of our output that has seen enough."""
+
+
+def start(verbose: bool) -> None:
+    """Begin a command line: what an earlier one of this process asked for is over."""
+    global _verbose
+    _verbose = verbose
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
 def _as_ours(error: BaseException, number: int) -> OrchestratorError:
-    """What a command ends with. After a signal that is the signal, whatever it made others raise; raises what is not ours."""
+    """What a command ends with. After a signal that is the signal, whatever it made others raise; raises what is typer's."""
     if number:
         return interruption(number)
     if isinstance(error, KeyboardInterrupt):
         return interruption(signal.SIGINT)
     if isinstance(error, OrchestratorError):
         return error
-    raise error
+    if isinstance(error, _OF_THE_COMMAND_LINE) or not isinstance(error, Exception):
+        raise error
+    return _bug(error)
+
+
+def _bug(error: Exception) -> OrchestratorError:
+    """Any other exception: one line, and with --verbose its traceback."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    made = OrchestratorError(
+        f"a bug of this program: {type(error).__name__}: {abbreviated(str(error), 1000)} ({where})",
+        "Run the command again with -v, and report what it prints with what you gave it.",
+    )
+    made.__cause__ = error
+    return made
 
 
 def show_error(error: OrchestratorError, as_json: bool) -> None:
-    """Print an error as people or machines read it."""
+    """Print an error as people or machines read it, in at most 4 kB; with --verbose after its traceback."""
+    if _verbose:
+        _err.print(Text(printable("".join(traceback.format_exception(error)))), soft_wrap=True)
     if as_json:
-        from orchestrator.following import Errored, encode_line
-
-        print(encode_line(Errored.of(error, time.time())), flush=True)
+        print(_event_line(error), flush=True)
         return
-    _err.print(f"[bold red]error:[/] {plain(error.message)}")
+    # What is escaped grows.
+    _err.print(Text("error: ", "bold red").append(bounded(printable(error.message), MESSAGE_BYTES), "not bold default"))
     if error.advice:
-        _err.print(f"  {plain(error.advice)}")
+        _err.print(Text("  " + bounded(printable(error.advice), ADVICE_BYTES)))
+
+
+def _event_line(error: OrchestratorError) -> str:
+    from orchestrator.following import Errored, encode_line
+
+    event = Errored.of(error, time.time())
+    if type(error) is OrchestratorError and error.__cause__ is not None:
+        event = replace(event, error=type(error.__cause__).__name__)
+    while len(line := encode_line(event)) > _LINE_BYTES:
+        message, advice = (bounded(text, len(text) // 2 + 50) for text in (event.message, event.advice))
+        event = replace(event, message=message, advice=advice)
+    return line
 
 
 def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
@@ -95,8 +142,17 @@ def place_of(cluster: Path | None, store: str | None) -> ClusterSpec:
 
 
 def plain(text: str) -> str:
-    """`text` without what rich takes for markup."""
-    return text.replace("[", "\\[")
+    """`text` without what rich takes for markup and a terminal for orders."""
+    return escape(printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and what is no character written out."""
+    return "".join(character if character.isprintable() or character in "\n\t" else _escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:

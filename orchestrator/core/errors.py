@@ -9,6 +9,29 @@ from __future__ import annotations
 import signal
 from typing import Any, ClassVar
 
+MESSAGE_BYTES, ADVICE_BYTES = 3000, 800
+"""What an error says at most, so that what is printed of it stays below 4 kB."""
+
+
+def abbreviated(text: str, limit: int) -> str:
+    """`text`, or its beginning and end around the number of characters left out, in `limit` characters."""
+    if len(text) <= limit:
+        return text
+    note = f"...({len(text):,} characters)..."
+    kept = max(limit - len(note), 8)
+    return text[: kept - kept // 3] + note + text[len(text) - kept // 3 :]
+
+
+def bounded(text: str, limit_bytes: int) -> str:
+    """`text` in at most so many bytes of UTF-8, abbreviated in its middle."""
+    size = len(text.encode(errors="backslashreplace"))
+    characters = len(text)
+    while size > limit_bytes:
+        characters = characters * limit_bytes // size - 1
+        text = abbreviated(text, characters)
+        size = len(text.encode(errors="backslashreplace"))
+    return text
+
 
 class OrchestratorError(Exception):
     """Base of everything that a user can cause or mend."""
@@ -17,9 +40,11 @@ class OrchestratorError(Exception):
     default_advice: ClassVar[str] = ""
 
     def __init__(self, message: str, advice: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.advice = advice or self.default_advice
+        self.message = bounded(message, MESSAGE_BYTES)
+        self.advice = bounded(advice or self.default_advice, ADVICE_BYTES)
+        super().__init__(self.message)
+        if self.advice:
+            self.add_note(self.advice)  # tracebacks print it: in a notebook, too, it is read
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep `advice` when the error crosses a process boundary."""

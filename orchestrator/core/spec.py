@@ -6,14 +6,16 @@ the store and of scratch) and capacities stand in ClusterSpec.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from orchestrator.core.errors import SpecError
+from orchestrator.core.decoding import Frozen as Frozen
+from orchestrator.core.decoding import decode as decode
+from orchestrator.core.decoding import decode_yaml as decode_yaml
+from orchestrator.core.errors import abbreviated
 from orchestrator.core.topology import Topology
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -24,21 +26,15 @@ def parse_bytes(value: Any) -> Any:
     """'5GB' or '16 GiB' to a number of bytes; numbers pass through. Raises ValueError."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?i?B?)\s*", value, re.IGNORECASE)
     unit = match.group(2).upper() if match else "?"
     unit = unit + "B" if unit in {"K", "M", "G", "T"} else "" if unit == "B" else unit
     if match is None or unit not in _UNITS:
-        raise ValueError(f"{value!r} is not a size such as 5GB or 16GiB")
-    return int(float(match.group(1)) * _UNITS[unit])
+        raise ValueError(f"{abbreviated(value, 40)!r} is not a size such as 5GB or 16GiB")
+    return int(Decimal(match.group(1)) * _UNITS[unit])
 
 
-NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-
-
-class Frozen(BaseModel):
-    """A decoded value: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, lt=2**63)]
 
 
 class SourceSpec(Frozen):
@@ -352,43 +348,3 @@ class ClusterSpec(Frozen):
     def pool_for(self, kind: str) -> PoolSpec | None:
         """The first pool that lists a kind of step takes it; None when none does."""
         return next((pool for pool in self.pools.values() if kind in pool.steps), None)
-
-
-T = TypeVar("T", bound=Frozen)
-
-
-def decode(model: type[T], data: Any, origin: str) -> T:
-    """Decode plain data (from YAML or JSON) into `model`. Raises SpecError that names every wrong path of `origin`."""
-    if not isinstance(data, dict):
-        got = "nothing" if data is None else f"a {type(data).__name__}"
-        raise SpecError(f"{origin}: expected a mapping of fields, got {got}")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        lines = [_line(model, entry) for entry in error.errors()]
-        raise SpecError(f"{origin}: " + "; ".join(lines)) from None
-
-
-def _line(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
-    loc, kind = entry["loc"], entry["type"]
-    path = ".".join(str(part) for part in loc) or "(top)"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _field_names(model, loc[:-1]), n=1)
-        return f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else "")
-    if kind == "missing":
-        return f"missing key {path}"
-    given = f", not {entry['input']!r}" if kind == "literal_error" else ""
-    return f"{path}: {entry['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _field_names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model found by walking `loc` from `model`; empty when the walk leaves models."""
-    current: Any = model
-    for part in loc:
-        info = current.model_fields.get(str(part)) if isinstance(current, type) and issubclass(current, BaseModel) else None
-        annotation = info.annotation if info else None
-        members = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((item for item in members if isinstance(item, type) and issubclass(item, BaseModel)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)

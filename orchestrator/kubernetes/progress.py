@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 
-import yaml
-
 from orchestrator.core.errors import ReleaseMissingError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator.core.spec import BuildSpec, ClusterSpec, decode_yaml
 from orchestrator.following import BuildEvent, LogReader
 from orchestrator.kubernetes.api import RAY_JOB, Api, Kind
 from orchestrator.kubernetes.manifests import Fields, at
@@ -76,12 +74,12 @@ def progress_of(api: Api, namespace: str, name: str) -> StoreProgress | None:
     config = api.get(Kind("v1", "ConfigMap"), namespace, name)
     if job is None or config is None:
         return None
-    place = decode(ClusterSpec, _file(config, CLUSTER_FILE), CLUSTER_FILE)
-    spec = decode(BuildSpec, _file(config, SPEC_FILE), SPEC_FILE)
+    place = decode_yaml(ClusterSpec, _file(config, CLUSTER_FILE), CLUSTER_FILE)
+    spec = decode_yaml(BuildSpec, _file(config, SPEC_FILE), SPEC_FILE)
     options = place.store_options.model_copy(update={"max_attempts": _ATTEMPTS, "read_timeout_seconds": _READ_SECONDS})
     release = f"{spec.release.name}/{spec.release.version}"
     return StoreProgress(open_store(place.store, options), release, str(at(job, "metadata.creationTimestamp")))
 
 
-def _file(config: Fields, name: str) -> object:
-    return yaml.safe_load(at(config, "data", {}).get(name, ""))
+def _file(config: Fields, name: str) -> str:
+    return str(at(config, "data", {}).get(name, ""))

@@ -17,7 +17,7 @@ import yaml
 
 from orchestrator.core.errors import ManifestError, SpecError
 from orchestrator.core.manifest import release_prefix
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator.core.spec import BuildSpec, ClusterSpec, decode_yaml
 from orchestrator.kubernetes.fitting import check_fit
 from orchestrator.kubernetes.manifests import Fields, at
 from orchestrator.kubernetes.validate import validate
@@ -72,7 +72,7 @@ def overlay_cluster(objects: list[Fields]) -> ClusterSpec:
         raise ManifestError(
             f"ConfigMap/{BASE} of the overlay holds no {CLUSTER_FILE}", f"Add it to the files of its {BASE} generator."
         )
-    return decode(ClusterSpec, yaml.safe_load(text), f"{CLUSTER_FILE} of the overlay")
+    return decode_yaml(ClusterSpec, str(text), f"{CLUSTER_FILE} of the overlay")
 
 
 def render(

@@ -142,7 +142,7 @@ class KubernetesContract:
         made = bed.render(backoffLimit=0)
         last_word = error_line("VerificationError", 24, "rank 1 is wrong")
         bed.submit(made, Driver("fails", ray_failure(24, "INFO a library speaks", last_word)))
-        with pytest.raises(VerificationError, match=r"^rank 1 is wrong$") as error:
+        with pytest.raises(VerificationError, match=r"^rank 1 is wrong") as error:
             bed.follow(made)
         assert error.value.advice == "what to do"
 

@@ -50,7 +50,7 @@ def _run(fuzzer: Fuzzer, asked: argparse.Namespace, folder: Path) -> int:
         for ended, seconds in _timed(fuzzer, asked.kind, asked.seed, number, folder):
             codes[ended.code] += 1
             slowest = max(slowest, (seconds, number))
-            largest = max(largest, (ended.grown_bytes, number))
+            largest = max(largest, (ended.memory_bytes, number))
             longest = max(longest, (len(ended.stderr), number))
             if ended.problem:
                 failed += 1

@@ -54,8 +54,8 @@ class Ended:
     """Exit code; minus the signal's number for a killed one."""
     stdout: bytes
     stderr: bytes
-    grown_bytes: int
-    """Peak of memory above that of the parent."""
+    memory_bytes: int
+    """Peak of its memory."""
 
     @property
     def problem(self) -> str:
@@ -69,8 +69,8 @@ class Ended:
             return "traceback"
         if self.code not in legal:
             return f"exit code {self.code}, which no error of ours has"
-        if self.grown_bytes > MEMORY_BYTES:
-            return f"{self.grown_bytes / 1e9:.1f} GB of memory"
+        if self.memory_bytes > MEMORY_BYTES:
+            return f"{self.memory_bytes / 1e9:.1f} GB of memory"
         longest = max(map(len, self.stdout.split(b"\n")))
         if len(self.stderr) > MESSAGE_BYTES or longest > MESSAGE_BYTES:
             return f"a message of {max(len(self.stderr), longest):,} bytes"
@@ -122,14 +122,13 @@ def remove(folder: Path) -> None:
 def run_command(words: tuple[str, ...], folder: Path, run: Callable[[tuple[str, ...]], int]) -> Ended:
     """Call `run` in a child that `folder` is the working directory of, under limits of time and memory."""
     outputs = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
-    before = _resident_bytes()
     child = os.fork()
     if child == 0:
         _in_child(words, folder, outputs, run)
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     stdout, stderr = (path.read_bytes() for path in outputs)
-    return Ended(words, code, stdout, stderr, max(usage.ru_maxrss * 1024 - before, 0))
+    return Ended(words, code, stdout, stderr, usage.ru_maxrss * 1024)
 
 
 def _in_child(words: tuple[str, ...], folder: Path, outputs: list[Path], run: Callable[[tuple[str, ...]], int]) -> NoReturn:
@@ -165,10 +164,6 @@ def _command_line(words: tuple[str, ...]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     return 0
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _mapped_bytes() -> int:

@@ -58,8 +58,10 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def mutated(rng: random.Random, tree: Any, words: Sequence[str] = ()) -> Any:
-    """A copy of a tree with one node replaced, removed, renamed, moved, or one added; `words` are names worth trying."""
+def mutated(rng: random.Random, tree: Any, words: Sequence[str] = (), values: Sequence[Any] = ()) -> Any:
+    """A copy of a tree with one node replaced, removed, renamed, moved, or one added; `words` are names worth trying, `values` what
+    is nearly right.
+    """
     made = copy.deepcopy(tree)
     places = paths(made)
     if not places:
@@ -69,7 +71,9 @@ def mutated(rng: random.Random, tree: Any, words: Sequence[str] = ()) -> Any:
     for key in path[:-1]:
         node = node[key]
     change = rng.random()
-    if change < 0.65:
+    if values and rng.random() < 0.5:
+        node[path[-1]] = rng.choice(values)
+    elif change < 0.65:
         node[path[-1]] = hostile(rng)
     elif change < 0.75:
         del node[path[-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import random
 from collections.abc import Sequence
@@ -55,6 +56,57 @@ _RATES: dict[str, Any] = {
     "pools": {"small": {"network": "1GB", "disk": "1GB", "price_per_hour": 3, "speed": 2, "steps": {"convert": {"seconds": 1}}}},
 }  # fmt: skip
 _ROOM = {**_CLUSTER, "pools": {"small": {"nodes": 2, "cpus": 4, "memory": "64GB"}}}
+_PLAUSIBLE: tuple[Any, ...] = (
+    1, 2, 3, 4, 8, 16, 1000, 10**9, 10**18, 2**62, 0.5, 1e-9, 1e18, True, False, None, "1KB", "64GB", "float16", "float32", "auto",
+    [1, 2], [1] * 500, [2, 1], ["8.9", "12.0"], ["a.b"], ["999.9"], ["-1"], "FP8", "INT8", "W8A16", "W4A16_AWQ",
+    "W8A8_SQ_PER_CHANNEL",
+    "NVFP4", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", "spec.yaml", "model/config.json", "model", ".", "llama",
+    "gemma",
+    "huggingface", "trtllm", "gguf", "meta", "bin", "tensorrt", "ray", "mpi", "local", "memory://x", "s3://bucket/x",
+    "file:///proc/x",
+    ["convert", "build", "verify", "reference", "calibrate"], ["", "a"], [], {}, "detailed", "default", "none", "error", "x.txt",
+)  # fmt: skip
+_LARGE = (1, 2, 3, 4, 7, 8, 16, 32, 64, 100, 128, 1000, 10**6, 10**9, 2**31 - 1, 2**31, 2**62, 10**30)
+_SIZES = ("1", "1KB", "100KB", "5GB", "1TB", 1, 1000, 10**15, 2**62)
+_LEGAL: dict[str, tuple[Any, ...]] = {
+    "topology.tp": _LARGE, "topology.pp": _LARGE, "topology.pp_partition": (None, [3], [1, 2], [2, 1], [1, 1, 1], [0, 3], [-1,
+    4], []),
+    "topology.moe_ep": _LARGE, "topology.cp": (1, 2), "dtype": ("auto", "float16", "bfloat16", "float32"),
+    "source.format": ("auto", "huggingface", "bin", "meta", "trtllm", "gguf", "nothing"), "source.family": ("llama", "gemma2",
+    "phi3"),
+    "source.path": ("model", ".", "..", "model/config.json", "model/model.safetensors", "", "/", "~", "~nobody/x", "file://",
+    "file:///x",
+                    "memory://x", "x" * 300, "x/" * 2000, "a\0b", "s3:/x", "org/model", "model/"),
+    "conversion.max_shard_bytes": _SIZES, "conversion.use_parallel_embedding": (True,), "conversion.embedding_sharding_dim": (0, 1),
+    "quantization.algorithm": ("FP8", "W8A16", "W4A16", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4", "W4A16_NVFP4",
+    "MXFP8",
+                               "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", None, "fp8"),
+    "quantization.kv_cache": ("INT8", "FP8", None), "quantization.group_size": _LARGE, "quantization.alpha": (0, 0.5, 1),
+    "quantization.meta_recipe": (True,), "quantization.exclude": ([], ["*"], ["["], ["*" * 50], ["a" * 5000]),
+    "quantization.quant_cfg": ("spec.yaml", "model/config.json", "nothing", ".", "/dev/null", "model", "file:///x", "s3://x/y"),
+    "quantization.scales": ("model", "nothing", ".", "/dev/null", "memory://x"),
+    "quantization.calibration.dataset": ("x.txt", "spec.jsonl", "cnn_dailymail", "x.parquet"),
+    "quantization.calibration.num_samples": _LARGE, "quantization.calibration.max_length": _LARGE,
+    "quantization.calibration.num_stages": _LARGE,
+    "engine.backend": ("tensorrt", "tensorrt_rtx"), "engine.max_batch_size": _LARGE, "engine.opt_batch_size": _LARGE,
+    "engine.max_input_len": _LARGE, "engine.max_seq_len": _LARGE, "engine.opt_input_len": _LARGE,
+    "engine.max_logits_per_sequence": _LARGE,
+    "engine.compute_capabilities": ([], ["8.9"], ["12.0", "8.0"], ["1"], ["8.9"] * 999, ["x"], ["8.9a"], ["-8.9"], ["9" * 500]),
+    "engine.workspace_bytes": _SIZES, "engine.gather_logits": (False,), "verification.enabled": (True, False),
+    "verification.prompts": ([], [""], ["a"], ["a" * 100_000], ["a"] * 3000), "verification.max_tokens": _LARGE,
+    "verification.decode_steps": _LARGE, "verification.tolerance.max_relative_error": (None, 1e-300, 1e300),
+    "release.name": ("a", "a" * 128, "con", "a..b"), "release.version": ("1", "latest", "1.10", "a..b"),
+    "pools.small.cpus": _LARGE, "pools.small.nodes": (1, 2, 100, 1000), "pools.small.memory": (*_SIZES, None),
+    "pools.small.gpus": _LARGE,
+    "pools.small.scratch": _SIZES, "pools.small.steps": (["convert", "build", "verify", "reference", "calibrate"], [], ["verify"]),
+    "kind": ("local", "ray", "mpi"), "store": ("store", "memory://x", "/proc/x", "spec.yaml", "model", "s3x://b",
+    "http://127.0.0.1:9/x"),
+    "scratch": ("/nowhere", "spec.yaml", "/proc", ""), "retries.max_attempts": _LARGE, "retries.backoff_seconds": (0, 1e300),
+    "start_seconds": (0, 1e300, 1e-300), "store_read": _SIZES, "store_write": _SIZES, "pools.small.network": _SIZES,
+    "pools.small.disk": _SIZES, "pools.small.speed": (1e-300, 1e300), "pools.small.price_per_hour": (1e300,),
+    "steps.build.seconds": (0, 1e300), "steps.convert.seconds_per_gb": (0, 1e300),
+}  # fmt: skip
+"""Values that decode, most of them: what is wrong with them is found further on."""
 _SNIPPETS = (
     "x: !!int abc\n", "x: !!float z\n", "x: !!timestamp q\n", "x: !!binary é\n", "x: !!bool maybe\n",
     "x: !!python/name:os.system\n",
@@ -112,10 +164,15 @@ def _text(tree: Any) -> bytes:
 
 
 def _spoiled(rng: random.Random, tree: Any) -> bytes:
-    kind = rng.random()
+    kind = rng.random() - 0.4
+    if kind < 0:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            tree = _set(rng, tree)
+        return _dumped(tree)
+    kind /= 0.6
     if kind < 0.5:
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
-            tree = mutated(rng, tree, list(_SPEC))
+            tree = mutated(rng, tree, list(_SPEC), _PLAUSIBLE)
         return _dumped(tree)
     text = _text(tree)
     if kind < 0.75:
@@ -133,6 +190,20 @@ def _spoiled(rng: random.Random, tree: Any) -> bytes:
              b"[" * 100_000, b"a: " * 50_000, b"x" * 3_000_000, text.replace(b"\n", b"\r"))
         )  # fmt: skip
     return corrupted(rng, text)
+
+
+def _set(rng: random.Random, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with one of _LEGAL's values."""
+    top = {"spec": set(_SPEC), "cluster": set(_CLUSTER), "rates": set(_RATES)}[
+        "spec" if "source" in tree else "cluster" if "store" in tree else "rates"
+    ]
+    path = rng.choice([name for name in _LEGAL if name.partition(".")[0] in top])
+    made = node = copy.deepcopy(tree)
+    *parents, last = path.split(".")
+    for name in parents:
+        node = node.setdefault(name, {}) if isinstance(node, dict) else {}
+    node[last] = rng.choice(_LEGAL[path])
+    return made
 
 
 def _dumped(tree: Any) -> bytes:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import yaml
-
 from orchestrator.core.errors import SpecError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, Frozen, PoolSpec, decode
+from orchestrator.core.spec import BuildSpec, ClusterSpec, Frozen, PoolSpec, decode_yaml
 from orchestrator.kubernetes.manifests import Bundle, Group, at
 from orchestrator.kubernetes.rules.rule import AnyRule, Found, rule
 from orchestrator.submission import CLUSTER_FILE, SPEC_FILE, is_local
@@ -73,11 +71,7 @@ def engines_are_built_on_their_gpu(bundle: Bundle) -> Found:
 def _decode(bundle: Bundle, name: str, model: type[T]) -> T:
     if name not in bundle.files:
         raise SpecError(f"{name} is not there")
-    try:
-        data = yaml.safe_load(bundle.files[name])
-    except yaml.YAMLError as error:
-        raise SpecError(f"{name} is not YAML: {str(error).splitlines()[0]}") from None
-    return decode(model, data, name)
+    return decode_yaml(model, str(bundle.files[name]), name)
 
 
 def _read(bundle: Bundle, name: str, model: type[T]) -> T | None:

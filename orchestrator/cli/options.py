@@ -1,0 +1,40 @@
+"""Options of the whole command line: -h, --version, -v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from orchestrator.cli import console
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+_VERBOSE = {"-v", "--verbose"}
+
+
+class Root(TyperGroup):
+    """The command line. --verbose may stand anywhere in it: one adds it to the end of a command that has just failed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        kept = [word for word in args[:end] if word not in _VERBOSE] + args[end:]
+        console.start(verbose=len(kept) < len(args))
+        return super().parse_args(ctx, kept)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        import importlib.metadata
+
+        print(f"orchestrator {importlib.metadata.version('trt-orchestrator')}")
+        raise typer.Exit
+
+
+def root(
+    _verbose: bool = typer.Option(
+        False, "-v", "--verbose", help="With any command: print errors with their traceback, and log lines of libraries."
+    ),
+    _version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version, help="Print the version."),
+) -> None:
+    """Build, verify and publish TensorRT engines of large language models."""
