@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.cli.stopping import descendants
 from orchestrator.models import LLaMAForCausalLM
+from tests.models.signals import hear_interrupts
 
 SIGNALS = [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
 COMMAND = """
@@ -42,7 +43,7 @@ def words_of(body: str) -> list[str]:
 
 
 def command(body: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(words_of(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words_of(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
 
 
 def stop(process: subprocess.Popen[str], number: int, *, ready: str = "ready") -> tuple[int, float, str]:
@@ -134,7 +135,7 @@ def test_build_engine_stopped_while_tensorrt_compiles_leaves_nothing(
     options = ["--checkpoint", str(checkpoint), "--output", str(output), "--max-batch-size", "2", "--max-seq-len", "64"]
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli", "build-engine", *options, "--max-input-len", "16"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
     while not list(output.glob("*/.tmp-*")):  # the engine's file is begun: TensorRT is at work
         assert process.poll() is None
