@@ -7,6 +7,8 @@ that holds them. Spec and cluster file are decoded here first, so that a mistake
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,40 @@ from typing import Any
 from orchestrator.checkpoints.places import is_url
 from orchestrator.core.calibration import DATA_SUFFIXES
 from orchestrator.core.digest import digest_of
-from orchestrator.core.errors import SourceMissingError, SpecError
+from orchestrator.core.errors import SourceMissingError, SpecError, ToolError
 from orchestrator.core.spec import BuildSpec, ClusterSpec
 from orchestrator.core.yaml_text import dump_yaml
+from orchestrator.following import Errored, encode_line
 
-SPEC_FILE, CLUSTER_FILE = "spec.yaml", "cluster.yaml"
-ENTRYPOINT = f"exec python -m orchestrator.cli build {SPEC_FILE} --cluster {CLUSTER_FILE} --json"
-"""Says its events as JSON lines; ends with the build's own exit code.
+SPEC_FILE, CLUSTER_FILE, SCRIPT_FILE = "spec.yaml", "cluster.yaml", "build.sh"
+ENTRYPOINT = f"exec sh {SCRIPT_FILE}"
+"""Prints its events as JSON lines; ends with the build's own exit code.
 
 `exec`: Ray runs it through a shell, and on stop ends the shell first. A driver left behind by it would belong to the container's
 first process, and where that waits for no orphans, Ray would take the driver that has ended for one that does not end.
+"""
+_SCRIPT = """\
+# The driver of a build, under a Python that has this program: the one that is named here, else that of Ray, else of the PATH.
+ray_python() {  # the raylet above names it on its command line
+    process=$PPID
+    while [ "${process:-0}" -gt 1 ]; do
+        found=$(tr '\\0' '\\n' 2> /dev/null < "/proc/$process/cmdline" | sed -n 's/^--python_worker_command=\\([^ ]*\\) .*/\\1/p')
+        if [ -n "$found" ]; then
+            printf '%s' "$found"
+            return
+        fi
+        process=$(sed 's/.*) [^ ]* \\([0-9]*\\) .*/\\1/' "/proc/$process/stat" 2> /dev/null)
+    done
+}
+named=@NAMED@
+if [ -n "$named" ]; then set -- "$named"; else set -- "$(ray_python)" python python3; fi
+for python; do
+    if [ -n "$python" ] && "$python" -c 'import orchestrator.core.spec' 2> /dev/null; then
+        exec "$python" -m orchestrator.cli build @SPEC@ --cluster @CLUSTER@ --json
+    fi
+done
+echo '@ERROR@'
+exit @CODE@
 """
 
 
@@ -32,7 +58,25 @@ def bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
     return {
         SPEC_FILE: _dump(spec.model_dump(mode="json", exclude_unset=True)),
         CLUSTER_FILE: _dump(place.model_dump(mode="json", exclude_unset=True)),
+        SCRIPT_FILE: script(place.driver.python),
     }
+
+
+def script(python: str | None) -> str:
+    """The shell script that ENTRYPOINT runs."""
+    tried = f"{python}, which the cluster file names" if python else "that of Ray, python and python3 were tried"
+    error = ToolError(
+        f"the driver's node has no Python that can import trt-orchestrator: {tried}",
+        "Install it into the environment that runs Ray, or name another Python in the cluster file (driver.python).",
+    )
+    words = {
+        "NAMED": shlex.quote(python or ""),
+        "SPEC": SPEC_FILE,
+        "CLUSTER": CLUSTER_FILE,
+        "ERROR": encode_line(Errored.of(error)).replace("'", "\\u0027"),
+        "CODE": str(error.exit_code),
+    }
+    return re.sub("@([A-Z]+)@", lambda match: words[match[1]], _SCRIPT)
 
 
 def submission_id(spec: BuildSpec, place: ClusterSpec) -> str:

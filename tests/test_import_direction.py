@@ -83,7 +83,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.watching": Row(_own("core", "cache", "following", "stores", "report")),
     "orchestrator.driver": _DRIVING,
     "orchestrator.programs": Row(()),
-    "orchestrator.submission": Row(_own("core", "checkpoints"), frozenset({"yaml"})),
+    "orchestrator.submission": Row(_own("core", "checkpoints", "following"), frozenset({"yaml"})),
     "orchestrator.following": Row(_own("core", "clusters"), PLAIN),
     "orchestrator.kubernetes": Row(
         _own("core", "following", "submission", "stores", "watching", "report", "programs", "kubernetes"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import SourceMissingError, SpecError
+from orchestrator.core.errors import SourceMissingError, SpecError, ToolError
 from orchestrator.core.spec import BuildSpec, ClusterSpec, SourceSpec, decode
+from orchestrator.following import Errored, decode_line
 from orchestrator.loading import load_cluster, load_spec
 from orchestrator.submission import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
 
@@ -29,7 +35,9 @@ def test_bundle_read_back_gives_the_same_build(spec: BuildSpec, tmp_path: Path) 
 
 def test_entrypoint_names_the_files_of_the_bundle(spec: BuildSpec) -> None:
     files = bundle(spec, ClusterSpec(store="s3://bucket"))
-    assert [word for word in ENTRYPOINT.split() if word.endswith(".yaml")] == list(files)
+    assert ENTRYPOINT == "exec sh build.sh"
+    assert "build spec.yaml --cluster cluster.yaml --json" in files["build.sh"]
+    assert sorted(files) == ["build.sh", "cluster.yaml", "spec.yaml"]
 
 
 def test_submission_id_of_the_same_build_is_the_same(spec: BuildSpec) -> None:
@@ -99,3 +107,64 @@ def test_expected_on_nodes_names_folders_and_no_urls(spec: BuildSpec) -> None:
     remote = spec.model_copy(update={"source": SourceSpec(path="s3://bucket/llama")})
     assert expected_on_nodes(remote, ClusterSpec(store="s3://bucket")) == ()
     assert len(expected_on_nodes(spec, ClusterSpec(store="file:///shared"))) == 2
+
+
+def fake_python(path: Path, *, has_program: bool = True) -> Path:
+    """Prints its own path and what it is asked to run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imports = "exit 0" if has_program else "exit 1"
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && {imports}\necho "{path} $*"\n')
+    path.chmod(0o755)
+    return path
+
+
+def run_entrypoint(folder: Path, path: Path, raylet_python: Path | None = None, python: str | None = None) -> tuple[int, str]:
+    """Run the entrypoint as Ray does: by a shell below a worker, which is below the raylet."""
+    place = ClusterSpec.model_validate({"kind": "ray", "store": "s3://bucket", "driver": {"python": python} if python else {}})
+    build = BuildSpec.model_validate({"source": {"path": "/models/llama"}, "release": {"name": "llama", "version": "1"}})
+    for name, text in bundle(build, place).items():
+        (folder / name).write_text(text)
+    worker = f"{shlex.quote(sys.executable)} -c {shlex.quote(WORKER)}; exit $?"
+    words = ["/bin/sh", "-c", worker, "raylet"]
+    if raylet_python is not None:
+        words.append(f"--python_worker_command={raylet_python} /site-packages/ray/default_worker.py --node-ip-address=1")
+    environment = {**os.environ, "PATH": f"{path}:/usr/bin:/bin", "ENTRYPOINT": ENTRYPOINT}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout.strip()
+
+
+WORKER = """
+import os, subprocess, sys
+sys.exit(subprocess.run(os.environ["ENTRYPOINT"], shell=True, start_new_session=True).returncode)
+"""
+BUILD = "-m orchestrator.cli build spec.yaml --cluster cluster.yaml --json"
+
+
+def test_entrypoint_runs_the_python_of_ray_and_not_the_first_on_the_path(tmp_path: Path) -> None:
+    fake_python(tmp_path / "bin" / "python")
+    of_ray = fake_python(tmp_path / "venv" / "bin" / "python")
+    assert run_entrypoint(tmp_path, tmp_path / "bin", of_ray) == (0, f"{of_ray} {BUILD}")
+
+
+def test_entrypoint_runs_the_python_of_the_cluster_file(tmp_path: Path) -> None:
+    of_ray = fake_python(tmp_path / "venv" / "bin" / "python")
+    named = fake_python(tmp_path / "it's here" / "python")
+    assert run_entrypoint(tmp_path, tmp_path / "bin", of_ray, str(named)) == (0, f"{named} {BUILD}")
+
+
+def test_entrypoint_passes_over_a_python_without_the_program(tmp_path: Path) -> None:
+    first = fake_python(tmp_path / "bin" / "python")
+    of_ray = fake_python(tmp_path / "venv" / "bin" / "python", has_program=False)
+    assert run_entrypoint(tmp_path, tmp_path / "bin", of_ray) == (0, f"{first} {BUILD}")
+
+
+@pytest.mark.parametrize("named", [None, "/opt/it's not there/python"])
+def test_entrypoint_without_a_python_that_has_the_program_says_so_as_the_last_word(tmp_path: Path, named: str | None) -> None:
+    fake_python(tmp_path / "bin" / "python", has_program=False)
+    fake_python(tmp_path / "bin" / "python3", has_program=False)
+    code, said = run_entrypoint(tmp_path, tmp_path / "bin", None, named)
+    word = decode_line(said)
+    assert isinstance(word, Errored)
+    assert (code, type(word.to_error())) == (ToolError.exit_code, ToolError)
+    assert (named or "that of Ray") in json.loads(said)["message"]
+    assert "driver.python" in word.advice

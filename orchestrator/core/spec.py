@@ -301,6 +301,8 @@ class DriverSpec(Frozen):
     """Ray labels that select its node."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources that it holds, e.g. driver: 1."""
+    python: str | None = Field(default=None, min_length=1)
+    """Python that runs it; absent: that of the Ray on its node, where it can import this program, else the first on the PATH."""
     stop_seconds: int = Field(default=30, ge=1)
     """How long it may clean up after `orchestrator stop`, before it is killed."""
 

@@ -256,7 +256,7 @@ def test_render_files_that_the_spec_names_travel_in_the_config_map(overlay: list
         if item["key"] in config["binaryData"]
     }
     assert found == files
-    assert {item["path"] for item in volume["items"]} == {*files, "spec.yaml", "cluster.yaml"}
+    assert {item["path"] for item in volume["items"]} == {*files, "spec.yaml", "cluster.yaml", "build.sh"}
 
 
 def test_load_overlay_unknown_name_lists_the_known() -> None:
