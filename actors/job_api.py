@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,10 +23,21 @@ from ray.dashboard.utils import get_address_for_submission_client
 from ray.job_submission import JobSubmissionClient
 
 from orchestrator.clusters.labels import selects
-from orchestrator.core.errors import AuthenticationError, ClusterError, UnknownSubmissionError, UnreachableError
+from orchestrator.core.errors import (
+    AuthenticationError,
+    ClusterError,
+    DriverLostError,
+    NotStartedError,
+    OrchestratorError,
+    TerminatedError,
+    UnknownSubmissionError,
+    UnreachableError,
+    error_classes,
+)
 from orchestrator.core.spec import DriverSpec
 
 _REQUEST_SECONDS = 30.0
+_NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubernetes forward that port first."
 
@@ -55,6 +67,30 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.state not in ("PENDING", "RUNNING")
+
+    @property
+    def never_started(self) -> bool:
+        """Ray could not run its driver at all."""
+        return self.error_type in _NEVER_STARTED
+
+    @property
+    def end_signal(self) -> str:
+        """Name of the signal that ended the driver; empty: none did."""
+        return signal.Signals(-self.exit_code).name if self.exit_code is not None and self.exit_code < 0 else ""
+
+    @property
+    def build_exit_code(self) -> int | None:
+        """As following the build ends: a driver that was killed or crashed is a lost one. None while it runs."""
+        if not self.ended:
+            return None
+        if self.state == "SUCCEEDED":
+            return 0
+        if self.never_started:
+            return NotStartedError.exit_code
+        own = {cls.exit_code for cls in error_classes().values()} - {OrchestratorError.exit_code}
+        if self.exit_code in own:
+            return self.exit_code
+        return TerminatedError.exit_code if self.state == "STOPPED" else DriverLostError.exit_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ _POLL_SHARE = 10
 """A poll brings the whole log: it is asked for again after so many times what it took."""
 _LOG_TRIES = 5
 _MARK, _DRIVER = "trt-orchestrator", "driver"
-_NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,10 +248,12 @@ class Submission:
         job, said = self.status(), self._reader.last_word
         if said is None and job.state == "SUCCEEDED":
             return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, the release is not
-        if said is None and job.error_type in _NEVER_STARTED:
+        if said is None and job.never_started:
             raise NotStartedError(f"{self.id} could not start: {_first_line(job.message)}")
         reason = self._reader.tail or _first_line(job.message)
-        if job.exit_code is not None:
+        if job.end_signal:
+            reason = f"it was ended by {job.end_signal}; {reason}"
+        elif job.exit_code is not None:
             reason = f"exit code {job.exit_code}; {reason}"
         return conclude(said, stopped=job.state == "STOPPED", where=self.id, reason=reason)
 

@@ -20,6 +20,7 @@ from orchestrator.core.errors import (
     DriverLostError,
     NotStartedError,
     SpecError,
+    TerminatedError,
     TopologyError,
     UnknownSubmissionError,
     UnreachableError,
@@ -188,7 +189,7 @@ def test_submit_sends_spec_and_cluster_whose_driver_finds_its_own_cluster(spec: 
     api = FakeApi()
     job = submitted(api, spec)
     files = api.submitted[job.id]
-    assert set(files) == {"spec.yaml", "cluster.yaml"}
+    assert set(files) == {"spec.yaml", "cluster.yaml", "build.sh"}
     assert yaml.safe_load(files["cluster.yaml"])["address"] == "auto"
     assert api.environment == {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 
@@ -465,3 +466,30 @@ def test_cli_unknown_job_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> N
 def test_cli_address_that_nobody_answers_has_its_exit_code() -> None:
     result = CliRunner().invoke(app, ["list", "--address", "http://127.0.0.1:9"])
     assert (result.exit_code, "http://HOST:8265" in result.stderr) == (UnreachableError.exit_code, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "shown"),
+    [
+        ("FAILED", -9, DriverLostError.exit_code),
+        ("FAILED", 137, DriverLostError.exit_code),
+        ("FAILED", 1, DriverLostError.exit_code),
+        ("FAILED", None, DriverLostError.exit_code),
+        ("FAILED", 11, TopologyError.exit_code),
+        ("STOPPED", -15, TerminatedError.exit_code),
+        ("STOPPED", None, TerminatedError.exit_code),
+        ("RUNNING", None, None),
+        ("SUCCEEDED", 0, 0),
+    ],
+)
+def test_cli_status_shows_the_exit_code_that_following_ends_with(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], state: str, code: int | None, shown: int | None
+) -> None:
+    api = FakeApi(script=[])
+    job = submitted(api, load_spec(Path(files[0])))
+    api.known[job.id] = replace(api.known[job.id], state=state, exit_code=code, message="Job entrypoint command failed")
+    said = json.loads(invoked(monkeypatch, api, "status", job.id, "--json").stdout)
+    assert said["exit_code"] == shown
+    assert (said["message"] == "the driver was ended by SIGKILL") == (code == -9)
+    if state in ("FAILED", "STOPPED") and code != 11:
+        assert invoked(monkeypatch, api, "logs", job.id, "--follow").exit_code == shown

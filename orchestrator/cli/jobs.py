@@ -128,11 +128,11 @@ def _facts(job: Job) -> dict[str, Any]:
         "state": job.state,
         "submitted": _time(job.submitted_at),
         "ended": _time(job.ended_at),
-        "exit_code": job.exit_code,
+        "exit_code": job.build_exit_code,
         "release": job.metadata.get("release", ""),
         "manifest": job.metadata.get("manifest", "") if job.state == "SUCCEEDED" else "",
         "node": job.node,
-        "message": message[0] if message else "",
+        "message": f"the driver was ended by {job.end_signal}" if job.end_signal else message[0] if message else "",
     }
 
 
