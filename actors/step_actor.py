@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from actors.node_watch import node_name
 from actors.postmortem import facts_here
-from orchestrator.core.errors import ToolError
+from orchestrator.core.errors import BUG, ToolError
 from orchestrator.core.step import Kind, Task
 from orchestrator.work.process import without_launcher
 from orchestrator.work.streaming import stream
@@ -42,7 +42,7 @@ class StepActor:
         """Run the task; its last event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
         if not self.runs(task.step.kind):
-            raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps")
+            raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps", BUG)
         forget_launcher()
         host, node_id = self.node()
         held: list[Message] = [("worker", facts_here(node_id).model_dump_json())]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from orchestrator.checkpoints.places import is_url
 from orchestrator.core.compute_capability import check_target
-from orchestrator.core.errors import ClusterError, StoreError
+from orchestrator.core.errors import ClusterError, StoreFullError
 from orchestrator.core.plan import Plan, unplaceable
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Kind, Outcome, Step
@@ -108,4 +108,4 @@ def _scratch_bytes(made: Plan, step: Step, store: Store) -> int:
 def _check_room(path: Path, needed: int, where: str, what: str, advice: str) -> None:
     free = shutil.disk_usage(next(parent for parent in path.resolve().parents if parent.exists())).free
     if needed > free:
-        raise StoreError(f"{where} has {free:,} bytes free, {what} about {needed:,}", advice)
+        raise StoreFullError(f"{where} has {free:,} bytes free, {what} about {needed:,}", advice)

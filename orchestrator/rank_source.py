@@ -12,7 +12,7 @@ import numpy as np
 
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import store_error
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.options import ConvertOptions
 from orchestrator.core.plan import Inputs
@@ -150,7 +150,7 @@ def new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
             yield lambda data: _write_all(file, data)
         temporary.replace(path)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+        raise store_error(f"cannot write {path}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from orchestrator.core.errors import OrchestratorError, StoreError
+from orchestrator.core.errors import OrchestratorError, StoreError, store_error
 from orchestrator.core.manifest import Manifest
 from orchestrator.core.plan import Plan
 from orchestrator.driver import Result
@@ -96,9 +96,7 @@ def write_report(path: Path, data: bytes) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise StoreError(
-            f"cannot write the report to {path}: {error.strerror}", "Give --report a file in a folder that exists."
-        ) from None
+        raise store_error(f"cannot write the report to {path}", error) from None
 
 
 def fetch_report(store: Store, prefix: str, manifest: Manifest, path: Path) -> None:
@@ -110,4 +108,4 @@ def fetch_report(store: Store, prefix: str, manifest: Manifest, path: Path) -> N
             except ObjectMissingError:
                 break
             return
-    raise StoreError(f"{manifest.name} {manifest.version} was published without a report")
+    raise StoreError(f"{manifest.name} {manifest.version} was published without a report", "Leave --report out.")

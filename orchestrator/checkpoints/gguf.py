@@ -140,7 +140,10 @@ def _check_kind(entry: gguf.ReaderTensor) -> None:
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[entry.tensor_type][1]), np.uint8), entry.tensor_type)
     except NotImplementedError:
-        raise QuantizationError(f"{entry.name} is {entry.tensor_type.name}, which the gguf package cannot dequantize") from None
+        raise QuantizationError(
+            f"{entry.name} is {entry.tensor_type.name}, which the gguf package cannot dequantize",
+            "Take a file of another GGUF type, e.g. Q8_0.",
+        ) from None
     if len(entry.shape) != 2:
         raise SourceCorruptError(f"{entry.name} is quantized but has {len(entry.shape)} axes")
 

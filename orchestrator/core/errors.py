@@ -6,8 +6,12 @@ The message says what is wrong and where; `advice` says what to do. Exit codes a
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import Any, ClassVar
+
+BUG = "This is a bug: report it, with the command and the step's log."
+"""Advice where no user is at fault."""
 
 MESSAGE_BYTES, ADVICE_BYTES = 3000, 800
 """What an error says at most, so that what is printed of it stays below 4 kB."""
@@ -62,12 +66,14 @@ class TopologyError(OrchestratorError):
     """The model cannot be split the way that was asked."""
 
     exit_code = 11
+    default_advice = "Choose sizes that divide the model; the error of `orchestrator plan` names those that do."
 
 
 class ArchitectureError(OrchestratorError):
     """No family knows this model."""
 
     exit_code = 12
+    default_advice = "Compare config.json with the publisher's; the README lists the families that are known."
 
 
 class SourceMissingError(OrchestratorError):
@@ -95,6 +101,7 @@ class WeightMapError(OrchestratorError):
     """The checkpoint's tensors do not add up to the model that its config describes."""
 
     exit_code = 16
+    default_advice = "Compare config.json with the weights: one of them is of another model."
 
 
 class StoreError(OrchestratorError):
@@ -102,6 +109,13 @@ class StoreError(OrchestratorError):
 
     exit_code = 17
     default_advice = "Check that the store's URL exists and that this user may write to it."
+
+
+class StoreFullError(StoreError):
+    """No room is left where something is to be written: a store, an output folder, a node's scratch folder."""
+
+    exit_code = 34
+    default_advice = "Free space there, or name a larger place, and run the same command again: committed steps are not repeated."
 
 
 class ReleaseExistsError(OrchestratorError):
@@ -115,6 +129,7 @@ class ReleaseMissingError(OrchestratorError):
     """No release, or no such rank in it."""
 
     exit_code = 19
+    default_advice = "`orchestrator releases` lists what the store has."
 
 
 class DigestError(OrchestratorError):
@@ -128,12 +143,14 @@ class ToolError(OrchestratorError):
     """A program or package that a step needs is missing or of another version."""
 
     exit_code = 21
+    default_advice = "Install the versions of constraints.txt, the same on the driver and on every node."
 
 
 class ClusterError(OrchestratorError):
     """The cluster cannot be reached, or cannot ever run a step of this plan."""
 
     exit_code = 22
+    default_advice = "Look at the cluster's own state and logs, then run the same command again: committed steps are not repeated."
 
 
 class StepFailedError(OrchestratorError):
@@ -147,7 +164,7 @@ class VerificationError(OrchestratorError):
     """A rank's graph does not compute what the reference computes."""
 
     exit_code = 24
-    default_advice = "Nothing was published. The step's log holds the numbers; check dtype, family and source."
+    default_advice = "Nothing was published. The step's log holds the numbers."
 
 
 class EngineBuildError(OrchestratorError):
@@ -161,6 +178,7 @@ class QuantizationError(OrchestratorError):
     """The asked quantization does not exist or cannot apply to this model."""
 
     exit_code = 26
+    default_advice = "Correct `quantization` in the spec; the README lists the algorithms, and what each of them needs."
 
 
 class SchemaVersionError(OrchestratorError):
@@ -174,7 +192,7 @@ class SignatureError(OrchestratorError):
     """A release is not signed by the key that was given, or not at all."""
 
     exit_code = 32
-    default_advice = "Do not use it. Ask its publisher for the public key, or for a release signed with his."
+    default_advice = "Do not use it. Ask its publisher for the public key, or for a release that is signed with it."
 
 
 class MachineError(OrchestratorError):
@@ -195,6 +213,7 @@ class DtypeError(OrchestratorError):
     """The weights do not fit into the asked dtype."""
 
     exit_code = 28
+    default_advice = "Set another dtype in the spec, or auto."
 
 
 class UnsafePickleError(OrchestratorError):
@@ -215,12 +234,14 @@ class AuthenticationError(OrchestratorError):
     """The cluster does not know who asks, forbids it, or would be asked over an open connection."""
 
     exit_code = 41
+    default_advice = "Give this shell the cluster's credentials: RAY_AUTH_TOKEN, or a kubeconfig of a user who may do this."
 
 
 class UnknownSubmissionError(OrchestratorError):
     """The cluster knows no submitted build of this id."""
 
     exit_code = 42
+    default_advice = "`orchestrator list`, or `orchestrator k8s list`, names those that it knows."
 
 
 class DriverLostError(OrchestratorError):
@@ -234,6 +255,7 @@ class NotStartedError(OrchestratorError):
     """A submitted build did not start in time."""
 
     exit_code = 44
+    default_advice = "The cluster's log of the job says why. Mend that and submit again."
 
 
 class DeadlineError(OrchestratorError):
@@ -247,6 +269,7 @@ class ManifestError(OrchestratorError):
     """A manifest of Kubernetes breaks a rule, or is none."""
 
     exit_code = 50
+    default_advice = "Correct the named object; `orchestrator k8s validate` checks all of them."
 
 
 class CancelledError(OrchestratorError):
@@ -273,6 +296,31 @@ class Interrupted(KeyboardInterrupt):
 def interruption(number: int) -> CancelledError:
     """The error that a command ends with after the signal `number`."""
     return TerminatedError("stopped by SIGTERM") if number == signal.SIGTERM else CancelledError("stopped")
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_ADVICE = {
+    errno.EACCES: "Give this user the right to read and write there, or name another place.",
+    errno.EPERM: "Give this user the right to read and write there, or name another place.",
+    errno.EROFS: "The file system is mounted read-only: mount it writable, or name another place.",
+    errno.EIO: "The disk or network file system fails: see the kernel's log, then run the same command again.",
+    errno.ESTALE: "The network file system lost the file: see that it is mounted, then run the same command again.",
+    errno.ENOTDIR: "A file stands where a folder is needed: name another place.",
+    errno.EISDIR: "A folder stands where a file is needed: name another place.",
+    errno.EEXIST: "A file stands where a folder is needed: name another place.",
+    errno.ENAMETOOLONG: "Shorten the name or the path.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+    errno.ENFILE: "Raise the machine's limit of open files: sysctl fs.file-max.",
+    errno.EFBIG: "The file system takes no files of this size: name another place.",
+}
+
+
+def store_error(what: str, error: OSError) -> StoreError:
+    """The error of a place that cannot be read or written, with the advice that fits its cause. Raise it from `error`."""
+    message = f"{what}: {error.strerror or error}"
+    if error.errno in _FULL:
+        return StoreFullError(message)
+    return StoreError(message, _ADVICE.get(error.errno or 0, ""))
 
 
 def error_classes() -> dict[str, type[OrchestratorError]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.digest import digest_of
-from orchestrator.core.errors import OrchestratorError, StepFailedError, error_classes
+from orchestrator.core.errors import OrchestratorError, StepFailedError, StoreFullError, error_classes
 from orchestrator.core.spec import StoreOptions
 
 
@@ -169,6 +169,18 @@ class Cause(StrEnum):
     """No node could take the step."""
 
 
+_AGAIN = "; then run the same command again: committed steps are not repeated."
+_ADVICE = {
+    Cause.NODE: "See why the node was lost" + _AGAIN,
+    Cause.WORKER: "The end of the worker's log stands in the build's record; where it was killed, see by whom" + _AGAIN,
+    Cause.MEMORY: "Give the step's pool more memory in the cluster file, or make ranks smaller with more tp or pp" + _AGAIN,
+    Cause.DISK: "Free space in the node's scratch folder, or set `scratch` in the cluster file to a larger one" + _AGAIN,
+    Cause.STORE: "See that the node reaches the store" + _AGAIN,
+    Cause.PLACE: "Compare the pools of the cluster file with what the nodes have, and mend one of them" + _AGAIN,
+}
+"""What to do about what lay under a step, where its own error says nothing."""
+
+
 class Failure(_Value):
     """Why an attempt failed."""
 
@@ -201,8 +213,8 @@ class Failure(_Value):
 
     def to_error(self, step_name: str) -> OrchestratorError:
         """The error to raise for the user; keeps class and exit code of the original."""
-        cls = error_classes().get(self.error, StepFailedError)
-        return cls(f"{step_name}: {self.message}", self.advice)
+        cls = error_classes().get(self.error, StoreFullError if self.cause is Cause.DISK else StepFailedError)
+        return cls(f"{step_name}: {self.message}", self.advice or _ADVICE.get(self.cause, ""))
 
 
 class Task(_Value):

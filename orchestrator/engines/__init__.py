@@ -25,6 +25,8 @@ _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
+_PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+"""What to install: of the CUDA that this project is tested with, as in pyproject.toml."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def require_version(name: str, expected: str | None) -> None:
     """Raises ToolError when the library is missing here, or is not the version that the plan was made for."""
     found = installed_version(name)
     if found is None:
-        raise ToolError(f"{name} is not installed on this machine", f"Install it: pip install {_DISTRIBUTIONS[name][1]}.")
+        raise ToolError(f"{name} is not installed on this machine", f"Install it: pip install {_PACKAGES[name]}.")
     if expected is not None and found != expected:
         raise ToolError(
             f"this machine has {name} {found}, the plan was made for {expected}",

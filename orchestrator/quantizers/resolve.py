@@ -63,7 +63,7 @@ def calibration_method(spec: QuantizationSpec, algorithm: str) -> CalibrationMet
     """How a calibrated algorithm is calibrated under this spec. Raises QuantizationError for a data-free one."""
     method = quantizer_named(algorithm).calibration
     if method is None:
-        raise QuantizationError(f"{algorithm} needs no calibration")
+        raise QuantizationError(f"{algorithm} needs no calibration", "Leave quantization.calibration out.")
     if spec.alpha is not None and method.alpha is not None:
         return method.model_copy(update={"alpha": spec.alpha})
     return method

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.core.errors import DigestError, StoreError
+from orchestrator.core.errors import DigestError, StoreFullError, store_error
 from orchestrator.core.manifest import FileRecord
 from orchestrator.stores import Store
 
@@ -175,9 +175,7 @@ class _Part:
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"cannot write {self._target}: {error.strerror}", "Free space there, or choose another --output."
-            ) from error
+            raise store_error(f"cannot write {self._target}", error) from error
 
 
 def _digest(file: FileRecord, number: int) -> str:
@@ -210,7 +208,7 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}", "Free space there, or choose another --output.") from error
+        raise store_error(f"cannot write {path}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -234,7 +232,7 @@ def _check_room(files: list[Wanted]) -> None:
     begun = sum(_blocks_bytes(part) for item in missing for part in item.target.parent.glob(".*.part"))
     free = shutil.disk_usage(present).free + begun
     if needed > free:
-        raise StoreError(
+        raise StoreFullError(
             f"{present} has {free:,} bytes free, the files need {needed:,}", "Choose another --output, or fewer ranks."
         )
 

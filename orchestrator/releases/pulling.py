@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from orchestrator.core.errors import DigestError, ReleaseMissingError, SpecError, StoreError
+from orchestrator.core.errors import DigestError, ReleaseMissingError, SpecError, store_error
 from orchestrator.core.manifest import FileRecord, Manifest
 from orchestrator.core.spec import StoreOptions
 from orchestrator.layouts import Arrangement, Request, arrange
@@ -94,7 +94,7 @@ def _bring(
             (output / temporary).rename(output / final)
             sync_folder((output / final).parent)
         except OSError as error:
-            raise StoreError(f"cannot rename {output / temporary} to {final}: {error.strerror}") from error
+            raise store_error(f"cannot rename {output / temporary} to {final}", error) from error
     return [_place(output, arrangement.places[path], {}) for path in targets]
 
 

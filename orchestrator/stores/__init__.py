@@ -157,10 +157,13 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     return FsspecStore(url)
 
 
+NO_KEY = "Names in a store are relative paths without '..': whatever names this one was damaged, or made by someone else."
+
+
 def check_key(key: str) -> None:
     """Raises StoreError for what is no key: empty, absolute, or leading out of the store."""
     if not key or key.startswith("/") or ".." in key.split("/"):
-        raise StoreError(f"{key!r} is not a key")
+        raise StoreError(f"{key!r} is not a key", NO_KEY)
 
 
 def check_writable(store: Store) -> None:

@@ -21,9 +21,9 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import BUG, StoreError, store_error
 from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
-from orchestrator.stores import BLOCK_BYTES, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
+from orchestrator.stores import BLOCK_BYTES, NO_KEY, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
@@ -45,7 +45,7 @@ class FileStore:
 
     def _path(self, key: str) -> Path:
         if not key or key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"{key!r} is not a key")
+            raise StoreError(f"{key!r} is not a key", NO_KEY)
         return self.root / key
 
     def get(self, key: str) -> bytes:
@@ -137,13 +137,13 @@ class FileStore:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise ObjectMissingError(f"{self.url} has no object {key!r}") from None
         except OSError as error:
-            raise StoreError(f"cannot read or copy {key!r} in {self.url}: {error.strerror}") from error
+            raise store_error(f"cannot read or copy {key!r} in {self.url}", error) from error
 
     def _make_folder(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"cannot write to the store {self.url}: {error.strerror}") from error
+            raise store_error(f"cannot write to the store {self.url}", error) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -174,7 +174,7 @@ class FileWriter:
             self._discard()
             if not isinstance(error, OSError):
                 raise
-            raise StoreError(f"cannot write to the store {self._store.url}: {error.strerror}") from error
+            raise store_error(f"cannot write to the store {self._store.url}", error) from error
         return self
 
     def _open(self) -> int:
@@ -195,7 +195,7 @@ class FileWriter:
             else:
                 self._write_direct(self._stage, view)
         except OSError as error:
-            raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {error.strerror}") from error
+            raise store_error(f"cannot write {self._key!r} to {self._store.url}", error) from error
         return len(view)
 
     def _write_direct(self, stage: _Stage, view: memoryview) -> None:
@@ -237,14 +237,14 @@ class FileWriter:
             if kind is None:
                 self._commit()
         except OSError as failure:
-            raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {failure.strerror}") from failure
+            raise store_error(f"cannot write {self._key!r} to {self._store.url}", failure) from failure
         finally:
             self._discard()
 
     def _commit(self) -> None:
         self._flush()
         if self._num_bytes is not None and self._written != self._num_bytes:
-            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
         os.fsync(self._file)
         if self._create:
             try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import BUG, StoreError, store_error
 from orchestrator.stores import (
     BLOCK_BYTES,
     Block,
@@ -178,7 +178,7 @@ class FsspecStore:
         except FileNotFoundError:
             raise ObjectMissingError(f"cannot {doing}: {self.url} has no such object") from None
         except OSError as error:
-            raise StoreError(f"cannot {doing} in {self.url}: {error}") from error
+            raise store_error(f"cannot {doing} in {self.url}", error) from error
 
 
 class FsspecWriter:
@@ -215,7 +215,7 @@ class FsspecWriter:
             else:
                 self._discard()
         if kind is None and short:
-            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
 
     def _commit(self) -> None:
         self._file.close()

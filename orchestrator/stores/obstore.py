@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import BUG, StoreError
 from orchestrator.core.spec import StoreOptions
 from orchestrator.stores import ObjectMissingError
 from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
@@ -225,7 +225,7 @@ class ObstoreWriter:
             if error is not None:
                 self._abort(error)
             elif self._num_bytes is not None and self._written != self._num_bytes:
-                wrong = StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+                wrong = StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
                 self._abort(wrong)
                 raise wrong
             else:
@@ -254,7 +254,10 @@ class ObstoreWriter:
             with _told_apart():
                 yield
         except (TransientError, RefusedCredentialsError) as error:
-            raise StoreError(f"cannot write {self._key!r} to {self._store.url}: {_short(error)}") from error
+            raise StoreError(
+                f"cannot write {self._key!r} to {self._store.url}: {_short(error)}",
+                "See that the endpoint answers and that this machine's credentials are valid, then run the same command again.",
+            ) from error
 
 
 class Seats:

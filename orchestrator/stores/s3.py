@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import StoreError, StoreFullError
 from orchestrator.core.spec import StoreOptions
 from orchestrator.stores import (
     BLOCK_BYTES,
@@ -201,6 +201,8 @@ class S3Store:
             else:
                 with UploadWriter(self, key, len(data), len(data), self._slots) as writer:
                     writer.write(data)
+        except StoreFullError:
+            raise
         except StoreError as error:
             raise StoreError(
                 f"multipart uploads fail where single ones do not: {error.message}",
@@ -244,7 +246,7 @@ class S3Store:
         except (ObjectExistsError, ObjectChangedError, NoSuchUploadError):
             raise
         except StoreError as error:
-            raise StoreError(f"cannot {doing} in {self.url}: {error.message}", error.advice) from error
+            raise type(error)(f"cannot {doing} in {self.url}: {error.message}", error.advice) from error
 
     def holds_once(self, key: str, write_id: str) -> bool:
         """Whether the object is there and was written under this id. One request; raises as `call`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import StoreError, StoreFullError
 from orchestrator.core.spec import StoreOptions
 from orchestrator.stores import BLOCK_BYTES, Block, ObjectExistsError, ObjectMissingError
 from orchestrator.stores.retrying import RefusedCredentialsError, TransientError
@@ -212,11 +212,15 @@ def refusal(status: int, code: str, message: str) -> Exception:
         return RefusedCredentialsError(said)
     if status == 501:
         return StoreError(f"the server does not implement this: {said}", "Use a server that has conditional and multipart writes.")
+    if code in _FULL or status == 507:
+        return StoreFullError(said, _FULL_ADVICE)
     if code in _DAMAGED or code in _BUSY or status in _BUSY_STATUSES or status >= 500:
         return TransientError(said)
     return StoreError(said, _ADVICE.get(code, ""))
 
 
+_FULL = {"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "XMinioStorageFull"}
+_FULL_ADVICE = "Raise the quota or free space (`orchestrator collect`), and run the same command again."
 _ADVICE = {
     "RequestTimeTooSkewed": "Set this machine's clock: the server refuses requests signed at another time.",
     "MissingContentLength": "Set store_options.checksums: when_required: this server does not know trailing checksums.",

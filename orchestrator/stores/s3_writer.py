@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import BUG, StoreError
 from orchestrator.stores import Upload
 from orchestrator.stores.retrying import TransientError
 from orchestrator.stores.s3_client import NoSuchUploadError
@@ -117,7 +117,7 @@ class UploadWriter:
     def _request(self, operation: str, number: int, body: bytes | None, **parameters: Any) -> dict[str, Any]:
         def attempt() -> dict[str, Any]:
             if self._ended:
-                raise StoreError("its writer has ended")
+                raise StoreError("its writer has ended", BUG)
             return self._store.call(operation, self._key, body, UploadId=self._upload_id, PartNumber=number, **parameters)
 
         return self._store.retried(f"write part {number} of {self._key!r}", attempt)
@@ -138,7 +138,7 @@ class UploadWriter:
 
     def _commit(self) -> None:
         if self._num_bytes is not None and self._written != self._num_bytes:
-            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced")
+            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
         if not self._parts:
             self._store.put_as(self._key, self._buffer.getvalue(), self._write_id)
             return

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.errors import QuantizationError
+from orchestrator.core.errors import BUG, QuantizationError
 from orchestrator.core.options import CalibrationData
 from orchestrator.core.quantization import LinearFormat, WeightFormat
 from orchestrator.quantizers.modelopt import search_config
@@ -109,4 +109,4 @@ def _format_of(module: Any, formats: Sequence[LinearFormat]) -> LinearFormat | N
             "*input_quantizer" in entries
         ):  # fmt: skip
             return fmt
-    raise QuantizationError(f"the search left a format that was not among its candidates ({first.num_bits} bits)")
+    raise QuantizationError(f"the search left a format that was not among its candidates ({first.num_bits} bits)", BUG)

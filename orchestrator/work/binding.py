@@ -26,6 +26,7 @@ STORED: dict[int, str] = {
     onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
 }
 """ONNX's dtype of an initializer -> safetensors' name of what the rank's file holds."""
+_CONVERT = "Make the checkpoint again with this version's `orchestrator convert`."
 
 
 def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[str, Array]:
@@ -54,7 +55,7 @@ def _bind_one(name: str, weight: Weight, kind: int) -> Array:
 
 def _check(name: str, weight: Weight, wanted: str) -> None:
     if weight.dtype != wanted:
-        raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants {wanted}")
+        raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants {wanted}", _CONVERT)
 
 
 def int4_by_columns(weight: Weight) -> npt.NDArray[np.uint8]:
@@ -91,7 +92,7 @@ class PortableWeights:
         weight = self._weights[name]
         kinds = {dtype: kind for kind, dtype in STORED.items() if dtype in ("F32", "F16", "BF16")}
         if weight.dtype not in kinds:
-            raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants a floating-point tensor")
+            raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants floating point", _CONVERT)
         plain = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[weight.dtype]
         return weight.data.view(plain).reshape(self._dims[name]), kinds[weight.dtype]
 

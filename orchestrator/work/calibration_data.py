@@ -23,6 +23,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILE = "calibration_text.md"
 _CHOICE = 8
 """Of a large data set, this many times the tokens asked for are read, for the seed to choose among."""
+_TOKENIZER = "Put the tokenizer of this model beside its weights."
+_RECORDS = "Give a .txt file, or a .jsonl or .parquet file whose records have `text`, or `messages` for the model's chat template."
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -55,7 +57,9 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
             f"Give more text, or set quantization.calibration.num_samples to {max(len(ids) // length, 1)} at most.",
         )
     if ids and max(ids) >= vocab_size:
-        raise QuantizationError(f"the tokenizer is another model's: it gives id {max(ids)}, the vocabulary has {vocab_size}")
+        raise QuantizationError(
+            f"the tokenizer is another model's: it gives id {max(ids)}, the vocabulary has {vocab_size}", _TOKENIZER
+        )
     length = min(length, len(ids))
     rows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
     chosen = generator.permutation(len(rows))[: data.num_samples]
@@ -76,7 +80,7 @@ def check_data(path: Path) -> None:
     if path.suffix == ".jsonl":
         first = next(_entries(path), None)
         if first is None:
-            raise QuantizationError(f"the calibration file {path} is empty")
+            raise QuantizationError(f"the calibration file {path} is empty", _RECORDS)
         _check_record(first, str(path))
 
 
@@ -145,7 +149,7 @@ def _entries(path: Path) -> Iterator[Any]:
                 if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                raise QuantizationError(f"{path}, line {number} is not JSON: {error}") from None
+                raise QuantizationError(f"{path}, line {number} is not JSON: {error}", _RECORDS) from None
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -170,7 +174,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise QuantizationError(f"{path} cannot be read: {error}") from error
+        raise QuantizationError(f"{path} cannot be read: {error}", _RECORDS) from error
 
 
 def _hub_entries(name: str) -> Iterator[Any]:
@@ -194,7 +198,7 @@ def _check_record(entry: Any, origin: str) -> None:
     ):
         return
     known = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
-    raise QuantizationError(f"a record of {origin} has neither text nor messages (it has: {known})")
+    raise QuantizationError(f"a record of {origin} has neither text nor messages (it has: {known})", _RECORDS)
 
 
 def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
@@ -209,4 +213,4 @@ def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
     try:
         return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)
     except Exception as error:  # whatever the template, which came with the model, raises
-        raise QuantizationError(f"the model's chat template refuses messages of {origin}: {error}") from error
+        raise QuantizationError(f"the model's chat template refuses messages of {origin}: {error}", _RECORDS) from error

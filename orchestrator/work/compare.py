@@ -24,7 +24,10 @@ def compare(logits: Floats, reference: Floats, next_tokens: Integers | None = No
     """
     ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(theirs).all():
-        raise VerificationError("the reference model itself gives values that are not finite", "Check the source's weights.")
+        raise VerificationError(
+            "the reference model itself gives values that are not finite",
+            _NOT_PUBLISHED + "Compare the checksums of the source's weights with the publisher's.",
+        )
     if not np.isfinite(ours).all():
         return Verification(
             num_positions=len(ours), max_absolute_error=1e300, max_relative_error=1e300, mean_kl=1e300, top1_agreement=0.0
@@ -58,7 +61,24 @@ def _log_softmax(values: Floats) -> Floats:
     return result
 
 
-def check(found: Verification, tolerance: ToleranceSpec) -> None:
+_NOT_PUBLISHED = "Nothing was published. "
+_QUANTIZED = (
+    "The quantization costs more than verification.tolerance allows: compare others (`orchestrator quantize SPEC --sweep all`), "
+    "calibrate on more text, leave sensitive layers out (quant_cfg), or raise the tolerance."
+)
+_EXACT = (
+    "An exact conversion computes something else than the model: check that config.json is that of these weights and that "
+    "source.family is right; if both are, this is a bug: report it, with config.json."
+)
+_RANDOM = " The source has no tokenizer, so random tokens were compared: with one, text is, on which a quantization costs less."
+
+
+def advice(*, quantized: bool, text: bool) -> str:
+    """What to do about a verification above tolerance. `text`: the model read text, not random tokens."""
+    return _NOT_PUBLISHED + (_QUANTIZED + ("" if text else _RANDOM) if quantized else _EXACT)
+
+
+def check(found: Verification, tolerance: ToleranceSpec, advice: str = "") -> None:
     """Raises VerificationError that names every number above tolerance."""
     problems = []
     if tolerance.max_relative_error is not None and found.max_relative_error > tolerance.max_relative_error:
@@ -69,5 +89,6 @@ def check(found: Verification, tolerance: ToleranceSpec) -> None:
         problems.append(f"top-1 agreement {found.top1_agreement:.4f} < {tolerance.min_top1_agreement:g}")
     if problems:
         raise VerificationError(
-            f"the engines' graphs differ from the reference on {found.num_positions} positions: " + ", ".join(problems)
+            f"the engines' graphs differ from the reference on {found.num_positions} positions: " + ", ".join(problems),
+            advice,
         )

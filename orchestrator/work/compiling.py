@@ -16,6 +16,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
+from orchestrator.core.errors import EngineBuildError
 from orchestrator.core.options import BuildOptions
 from orchestrator.core.progress import EVENT, StepFailed, StepProgress
 from orchestrator.core.step import Failure
@@ -54,9 +55,12 @@ def compile_apart(
             (folder / f"rank{rank}.engine").replace(output / f"rank{rank}.engine")
         if failed is not None:
             rank, failure = failed
+            error, kept = failure.to_error(f"rank {rank}"), output / f"rank{rank}.log"
             if log.exists():
-                log.replace(output / f"rank{rank}.log")
-            raise failure.to_error(f"rank {rank}")
+                log.replace(kept)
+            if isinstance(error, EngineBuildError):
+                error.advice = f"TensorRT's own messages stand in {kept}."
+            raise error
 
 
 def _run(job: CompileJob, progress: Callable[[int, str, int, int], None]) -> tuple[list[int], tuple[int, Failure] | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.core.digest import ChunkHasher
-from orchestrator.core.errors import DigestError, StoreError
+from orchestrator.core.errors import DigestError
 from orchestrator.core.step import Output
 from orchestrator.stores import Store, Writer
 from orchestrator.stores.file import FileStore
@@ -160,10 +160,7 @@ def _download_once(store: Store, key: str, num_bytes: int, sha256: str, writer: 
     with writer, ThreadPoolExecutor(1, "hash") as pool:
         for block in store.blocks(key):
             hashed = pool.submit(hasher.update, block)  # beside the write: each takes about as long as the other
-            try:
-                writer.write(block)
-            except StoreError as error:
-                raise StoreError(error.message, "Free space there, or choose another folder.") from error
+            writer.write(block)
             hashed.result()
             written += len(block)
         if (hasher.hexdigest(), written) != (sha256, num_bytes):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.core.calibration import layer_of
-from orchestrator.core.errors import QuantizationError
+from orchestrator.core.errors import BUG, QuantizationError
 from orchestrator.core.quantization import LinearFormat, global_name
 from orchestrator.core.rules import Span
 from orchestrator.core.targets import ArtifactScale, PackedScale, Read, Target
@@ -74,7 +74,7 @@ class Packer:
 
     def _artifact(self) -> Scales:
         if self._scales is None:
-            raise QuantizationError("there is no calibration artifact to quantize with")
+            raise QuantizationError("there is no calibration artifact to quantize with", BUG)
         return self._scales
 
     def _vector(self, module: str, quantity: str) -> torch.Tensor:

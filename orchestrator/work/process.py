@@ -14,8 +14,6 @@ _ROOM_BYTES = 2**20
 """A disk with less is full: who writes in blocks leaves a part of one."""
 _LIBC = ctypes.CDLL(None)
 _LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "PRTE_", "SLURM_", "HYDRA_", "HYDI_")
-_LAUNCHER_SETTINGS = "OMPI_ALLOW_RUN_AS_ROOT"
-"""Set by people, not by a launcher: Open MPI starts nothing for root without."""
 
 
 def die_with_parent() -> None:
@@ -46,8 +44,4 @@ def is_full(folder: Path) -> bool:
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without what MPI and Slurm told this process: a child is no rank of that job, and may start one of its own."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not name.startswith(_LAUNCHER_PREFIXES) or name.startswith(_LAUNCHER_SETTINGS)
-    }
+    return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}

@@ -15,6 +15,8 @@ from orchestrator.core.errors import SourceMissingError
 from orchestrator.core.step import Task
 from orchestrator.work.context import Context
 
+_ADVICE = "Make the checkpoint again with `orchestrator convert`: every rank that is compiled must be in it, whole."
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -48,7 +50,7 @@ def require(weights: Mapping[str, Weight], names: Iterable[str]) -> None:
     """Raises SourceMissingError when the checkpoint lacks a tensor of the network."""
     missing = [name for name in names if name not in weights]
     if missing:
-        raise SourceMissingError(f"the rank's checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")
+        raise SourceMissingError(f"the rank's checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)", _ADVICE)
 
 
 def map_checkpoint_rank(folder: Path, rank: int) -> dict[str, Weight]:
@@ -58,9 +60,9 @@ def map_checkpoint_rank(folder: Path, rank: int) -> dict[str, Weight]:
         return map_shards([single])
     index = folder / f"rank{rank}.safetensors.index.json"
     if not index.is_file():
-        raise SourceMissingError(f"{folder} has no rank{rank}.safetensors")
+        raise SourceMissingError(f"{folder} has no rank{rank}.safetensors", _ADVICE)
     names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
-            raise SourceMissingError(f"{index} names {name}, which is not there")
+            raise SourceMissingError(f"{index} names {name}, which is not there", _ADVICE)
     return map_shards(folder / name for name in names)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import OrchestratorError, ToolError
+from orchestrator.core.errors import BUG, OrchestratorError, ToolError
 from orchestrator.core.manifest import Verification
 from orchestrator.core.options import VerifyOptions
 from orchestrator.core.step import Kind, Output, Task
@@ -56,15 +56,23 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
         return facts
     found = compare_with_reference(results, reference, options.decode_steps)
     context.log(f"verification: {found.model_dump()}")
-    compare.check(found, options.tolerance)
+    compare.check(found, options.tolerance, _advice(task))
     return {**facts, "verification": found.model_dump()}
+
+
+def _advice(task: Task) -> str:
+    """What to do about ranks that differ from the reference."""
+    options = VerifyOptions.model_validate(task.step.options)
+    reference = next(task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.REFERENCE)
+    is_text = reference.facts.get("text") == "text"
+    return compare.advice(quantized=options.network.stage.quantization is not None, text=is_text)
 
 
 def _needed(task: Task, kind: Kind, name: str) -> Output:
     for need in task.step.needs:
         if task.inputs[need].kind is kind:
             return task.inputs[need].output(name)
-    raise ToolError(f"{task.step.name} has no {kind.value} step among its needs")
+    raise ToolError(f"{task.step.name} has no {kind.value} step among its needs", BUG)
 
 
 def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array], decode_steps: int) -> Verification:
@@ -74,7 +82,7 @@ def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array]
         logits = np.stack([results[call][sequence, row] for sequence, _, call, row in places])
         expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
     except (KeyError, IndexError) as error:
-        raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}") from error
+        raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}", BUG) from error
     last = theirs["lengths"] - 1
     following = [
         theirs["tokens"][sequence, position + 1] if position < last[sequence] else -1 for sequence, position, _, _ in places
