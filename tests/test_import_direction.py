@@ -57,7 +57,7 @@ TABLE: dict[str, Row] = {
     "orchestrator": _TOP,
     "orchestrator.core": Row(_own("core"), PLAIN),
     "orchestrator.core.yaml_text": Row(_own("core"), PLAIN | {"yaml"}),
-    "orchestrator.families": Row(_own("families", "core.rules", "core.spec", "core.errors")),
+    "orchestrator.families": Row(_own("families", "core.config_table", "core.rules", "core.spec", "core.errors")),
     "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN, frozenset({"botocore"})),
     "orchestrator.checkpoints": Row(_own("core", "families", "stores", "checkpoints"), STORAGE | {"numpy"}, frozenset({"gguf"})),
     "orchestrator.cache": Row(_own("core", "stores"), STORAGE | PLAIN),

@@ -18,6 +18,7 @@ from orchestrator.checkpoints.huggingface import check_file_names, read_json
 from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.core.config_table import ConfigTable
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
@@ -242,6 +243,7 @@ def _check_all_seen(ranks: Sequence[_Rank], seen: set[tuple[int, str]], family: 
 
 def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """The config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
+    table = family.config
     made: dict[str, Any] = {
         "architectures": [config.architecture],
         "dtype": config.dtype,
@@ -252,26 +254,23 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.intermediate_size,
-        "hidden_act": config.hidden_act,
-        "hidden_activation": config.hidden_act,
+        table.activation: config.hidden_act,
         "rms_norm_eps": config.norm_epsilon,
         "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rotary_base,
-        "rope_scaling": config.rotary_scaling,
-        "rope_local_base_freq": config.rotary_base_local,
-        "attention_bias": config.attn_bias,
-        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_word_embeddings,
-        **_window_keys(config),
-        **_expert_keys(config),
+        "rope_parameters": _rotary_keys(config),
+        **_window_keys(config, table),
+        **_expert_keys(config, table),
     }
     if config.rotary_embedding_dim:
         made["partial_rotary_factor"] = config.rotary_embedding_dim / config.head_size
-    for field, (transform, key) in family.config.derived.items():
+    if "original_max_position_embeddings" in table.defaults:
+        made["original_max_position_embeddings"] = (config.rotary_scaling or {}).get("original_max_position_embeddings", 1)
+    for field, (transform, key) in table.derived.items():
         value = getattr(config, field)
-        if value is not None and key not in made:
-            made[key] = _INVERSES[transform](value)
-    read = from_hugging_face(made, config.architecture, config.dtype, family.config)
+        if key not in made:
+            made[key] = value if value is None or isinstance(value, bool) else _INVERSES[transform](value)
+    read = from_hugging_face(made, config.architecture, config.dtype, table)
     fields = ModelConfig.model_fields.keys() - _LAYOUT
     wrong = sorted(field for field in fields if getattr(read, field) != getattr(config, field))
     if wrong:
@@ -282,21 +281,34 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     return made
 
 
-def _window_keys(config: ModelConfig) -> dict[str, Any]:
-    if config.sliding_window is None:
-        return {"use_sliding_window": False}
-    windows = config.window_layers or (True,) * config.num_hidden_layers
-    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-    return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": kinds}
+def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
+    """rope_parameters, one dictionary for all layers or one for each kind."""
+    full = {"rope_type": "default", **(config.rotary_scaling or {}), "rope_theta": config.rotary_base}
+    if config.rotary_base_local is None:
+        return full
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": config.rotary_base_local}}
 
 
-def _expert_keys(config: ModelConfig) -> dict[str, Any]:
-    if config.moe is None:
+def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
+    """What the family's rule for windows reads."""
+    if table.windows == "none":
         return {}
-    return {
-        "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": config.moe.normalization_mode == 1,
-        "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
-    }
+    made: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if "use_sliding_window" in table.defaults:
+        made["use_sliding_window"] = config.sliding_window is not None
+    if "layer_types" in table.defaults:
+        layers = range(config.num_hidden_layers)
+        made["layer_types"] = ["sliding_attention" if config.has_window(layer) else "full_attention" for layer in layers]
+    return made
+
+
+def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
+    experts, moe = table.experts, config.moe
+    if experts is None or moe is None:
+        return {}
+    made: dict[str, Any] = {experts.count: moe.num_experts, "num_experts_per_tok": moe.top_k, experts.size: config.expert_size}
+    if experts.normalized:
+        made[experts.normalized] = moe.normalization_mode == 1
+    if experts.shared_size:
+        made[experts.shared_size] = moe.shared_expert_intermediate_size
+    return made

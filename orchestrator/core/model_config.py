@@ -6,11 +6,15 @@ Everything that a rank's network and weights follow from stands here as data; wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.core.config_keys import Keys, check_keys, shown
+from orchestrator.core.config_rotary import rotary
+from orchestrator.core.config_table import ConfigTable as ConfigTable  # read from here by name
+from orchestrator.core.config_table import ExpertTable
+from orchestrator.core.config_windows import windows
 from orchestrator.core.errors import ArchitectureError, TopologyError
 from orchestrator.core.quantization import ModelQuantization, quantization_config
 from orchestrator.core.topology import ParallelLimits, Topology
@@ -51,7 +55,7 @@ class ModelConfig(BaseModel):
     max_position_embeddings: int = Field(ge=1)
     rotary_base: float
     rotary_scaling: dict[str, Any] | None = None
-    """Hugging Face's dictionary as it is; None: plain rotary embedding."""
+    """Hugging Face's dictionary, complete for its rope_type and without the base; None: plain rotary embedding."""
     rotary_base_local: float | None = None
     """Of the layers with a window, unscaled, where it differs (Gemma 3)."""
     rotary_embedding_dim: int | None = None
@@ -71,11 +75,11 @@ class ModelConfig(BaseModel):
     """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
     attention_scale: float | None = None
     """None: head_size ** -0.5."""
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    final_logit_softcapping: float | None = Field(default=None, gt=0)
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
+    logits_scaling: float = Field(default=1.0, gt=0)
     """Logits are divided by it."""
     tie_word_embeddings: bool = False
     use_parallel_embedding: bool = False
@@ -166,134 +170,93 @@ TRANSFORMS: dict[str, Callable[[float], float]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigTable:
-    """How a family's config.json becomes a ModelConfig, beyond what all decoders share. Data only."""
+def from_hugging_face(
+    config: Mapping[str, Any], architecture: str, dtype: str, table: ConfigTable, ignored: frozenset[str] = frozenset()
+) -> ModelConfig:
+    """Translate a Hugging Face config.json of transformers 4 or 5, as transformers 5 reads it. `ignored` keys are not looked at.
 
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What the family's config class assumes for keys that config.json may omit."""
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that every model of the family has."""
-    derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Field of ModelConfig -> (name in TRANSFORMS, key of config.json); a key that is absent or null leaves the default."""
-    window_pattern: int | None = None
-    """Without layer_types in config.json: every so-manieth layer is without a window; None: all have one."""
-
-
-def from_hugging_face(config: Mapping[str, Any], architecture: str, dtype: str, table: ConfigTable) -> ModelConfig:
-    """Translate a Hugging Face config.json of transformers 4 or 5.
-
-    Raises ArchitectureError naming the key that is missing or impossible.
+    Raises ArchitectureError naming the key that is missing, unknown, impossible or not built.
     """
-    merged = {**table.defaults, **{key: value for key, value in config.items() if value is not None}}
-
-    def need(key: str) -> Any:
-        if key not in merged:
-            raise ArchitectureError(f"config.json of {architecture} has no {key!r}", "Use the complete config.json of the model.")
-        return merged[key]
-
+    check_keys(config, architecture, table, ignored)
+    keys = Keys({key: value for key, value in config.items() if key not in ignored}, architecture, table)
     try:
-        return _translate(merged, need, architecture, dtype, table)
+        fields = _translate(keys)
+        return ModelConfig.model_validate({"architecture": architecture, "dtype": dtype, **fields, **table.constants})
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ArchitectureError(f"config.json of {architecture} holds an impossible value: {error}") from None
 
 
-def _translate(
-    merged: Mapping[str, Any], need: Callable[[str], Any], architecture: str, dtype: str, table: ConfigTable
-) -> ModelConfig:
-    def count(key: str) -> int:
-        value = need(key)
-        if not isinstance(value, int) or value < 1:
-            raise ArchitectureError(f"{key} in config.json of {architecture} is {value!r}, not a positive number")
-        return value
-
-    heads, layers = count("num_attention_heads"), count("num_hidden_layers")
-    head_size = merged.get("head_dim") or count("hidden_size") // heads
-    derived = {
-        name: TRANSFORMS[transform](merged[key]) for name, (transform, key) in table.derived.items() if merged.get(key) is not None
-    }
-    fields: dict[str, Any] = {
-        "vocab_size": count("vocab_size"),
-        "hidden_size": count("hidden_size"),
+def _translate(keys: Keys) -> dict[str, Any]:
+    heads, layers = keys.count("num_attention_heads"), keys.count("num_hidden_layers")
+    kv_heads = keys.maybe_count("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise keys.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
+    head_size = keys.maybe_count("head_dim") or _quotient(keys, heads)
+    return {
+        "vocab_size": keys.count("vocab_size"),
+        "hidden_size": keys.count("hidden_size"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": merged.get("num_key_value_heads", heads),
+        "num_key_value_heads": kv_heads,
         "head_size": head_size,
-        "intermediate_size": count("intermediate_size"),
-        "hidden_act": merged.get("hidden_activation") or need("hidden_act"),
-        "norm_epsilon": need("rms_norm_eps"),
-        "max_position_embeddings": count("max_position_embeddings"),
-        "rotary_embedding_dim": _rotary_dim(merged, head_size),
-        "attn_bias": bool(merged.get("attention_bias", False)),
-        "attn_dense_bias": bool(merged.get("attention_bias", False)),
-        "mlp_bias": bool(merged.get("mlp_bias", False)),
-        "tie_word_embeddings": bool(merged.get("tie_word_embeddings", False)),
-        **_rotary(merged),
-        **_windows(merged, layers, table),
-        **_moe(merged),
+        "intermediate_size": keys.count("intermediate_size"),
+        "hidden_act": keys.activation(),
+        "norm_epsilon": keys.number("rms_norm_eps"),
+        "max_position_embeddings": keys.count("max_position_embeddings"),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings"),
+        **rotary(keys, head_size),
+        **windows(keys, layers),
+        **_experts(keys),
+        **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
     }
-    return ModelConfig.model_validate({"architecture": architecture, "dtype": dtype, **fields, **derived, **table.constants})
 
 
-def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and scaling from transformers 5 (`rope_parameters`, per kind of layer or not) or 4 (`rope_theta`, `rope_scaling`)."""
-    parameters: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    local = config.get("rope_local_base_freq")
-    if isinstance(parameters.get("full_attention"), dict):
-        sliding = parameters.get("sliding_attention") or {}
-        local = sliding.get("rope_theta", local)
-        parameters = dict(parameters["full_attention"])
-    base = float(parameters.pop("rope_theta", config.get("rope_theta", 10000.0)))
-    parameters.pop("partial_rotary_factor", None)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind
-    scaling = None if kind == "default" else {**parameters, "rope_type": kind}
-    if scaling is not None and kind in ("longrope", "yarn", "dynamic"):
-        original = config.get("original_max_position_embeddings", config["max_position_embeddings"])
-        scaling.setdefault("original_max_position_embeddings", original)
-    return {"rotary_base": base, "rotary_scaling": scaling, "rotary_base_local": None if local is None else float(local)}
+def _quotient(keys: Keys, heads: int) -> int:
+    """The head size that follows from the others; transformers drops the remainder."""
+    size = keys.count("hidden_size") // heads
+    if not size:
+        raise keys.error("num_attention_heads", f"is {heads}, more than hidden_size")
+    return size
 
 
-def _rotary_dim(config: Mapping[str, Any], head_size: int) -> int | None:
-    parameters = config.get("rope_parameters") or {}
-    factor = float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
-    return None if factor == 1.0 else int(head_size * factor)
+def _derived(keys: Keys, transform: str, key: str) -> Any:
+    if keys.get(key) is None:
+        return None
+    if isinstance(keys.table.defaults.get(key), bool):
+        return keys.flag(key)
+    return TRANSFORMS[transform](keys.number(key))
 
 
-def _windows(config: Mapping[str, Any], layers: int, table: ConfigTable) -> dict[str, Any]:
-    """The window, and which layers have it: as layer_types says, else by the family's pattern."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return {"sliding_window": None}
-    kinds = config.get("layer_types")
-    pattern = config.get("sliding_window_pattern", table.window_pattern)
-    if kinds:
-        chosen = tuple(kind == "sliding_attention" for kind in kinds)
-    elif "max_window_layers" in config:
-        chosen = tuple(layer >= config["max_window_layers"] for layer in range(layers))
-    elif pattern:
-        chosen = tuple((layer + 1) % pattern != 0 for layer in range(layers))
-    else:
-        chosen = (True,) * layers
-    if len(chosen) != layers:
-        raise ValueError(f"layer_types has {len(chosen)} entries for {layers} layers")
-    return {"sliding_window": window if any(chosen) else None, "window_layers": None if all(chosen) else chosen}
-
-
-def _moe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Experts, under the names that Mixtral and Qwen use."""
-    experts = config.get("num_local_experts", config.get("num_experts"))
-    if not experts:
+def _experts(keys: Keys) -> dict[str, Any]:
+    """moe and moe_intermediate_size."""
+    table = keys.table.experts
+    if table is None:
         return {}
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("layers without experts between layers with experts are not supported")
+    if keys.get("mlp_only_layers") or keys.get("decoder_sparse_step") not in (None, 1):
+        raise keys.error(
+            "mlp_only_layers" if keys.get("mlp_only_layers") else "decoder_sparse_step",
+            "makes layers without experts between layers with experts, which is not supported",
+        )
+    count = keys.count(_name_of_count(keys, table))
+    chosen = keys.count("num_experts_per_tok")
+    if chosen > count:
+        raise keys.error("num_experts_per_tok", f"is {chosen}, and there are {count} experts")
     moe = {
-        "num_experts": experts,
-        "top_k": config.get("num_experts_per_tok", 2),
-        "normalization_mode": int(bool(config.get("norm_topk_prob", True))),
-        "shared_expert_intermediate_size": config.get("shared_expert_intermediate_size", 0),
+        "num_experts": count,
+        "top_k": chosen,
+        "normalization_mode": 1 if table.normalized is None else int(keys.flag(table.normalized)),
+        "shared_expert_intermediate_size": keys.count(table.shared_size) if table.shared_size else 0,
     }
-    return {"moe": moe, "moe_intermediate_size": config.get("moe_intermediate_size")}
+    return {"moe": moe, "moe_intermediate_size": None if table.size == "intermediate_size" else keys.count(table.size)}
+
+
+def _name_of_count(keys: Keys, table: ExpertTable) -> str:
+    """The key that counts the experts: transformers knows one by two names in some families, and saves either."""
+    if table.alias is None or table.alias not in keys.given:
+        return table.count
+    if table.count in keys.given and keys.get(table.count) != keys.get(table.alias):
+        raise keys.error(table.count, f"is {shown(keys.get(table.count))}, {table.alias} is {shown(keys.get(table.alias))}")
+    return table.alias
 
 
 def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> dict[str, Any]:

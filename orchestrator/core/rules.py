@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from orchestrator.core.config_table import ConfigTable as ConfigTable  # families name it from here
 from orchestrator.core.errors import TopologyError
-from orchestrator.core.model_config import ConfigTable as ConfigTable  # families name it from here
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.topology import Topology
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.core.config_table import PassedOver
 from orchestrator.core.rules import (
     COLUMN,
     EXPERT_COLUMN,
@@ -142,3 +143,16 @@ IGNORED = (
     Ignored("model.layers.*.self_attn.rotary_emb.inv_freq", "the rotary table is computed"),
     Ignored("lm_head.weight", "tied to the embedding", when={"tie_word_embeddings": True}),
 )
+
+_WINDOW = "its layers have no window"
+NO_WINDOWS = {
+    "sliding_window": PassedOver(_WINDOW),
+    "use_sliding_window": PassedOver(_WINDOW),
+    "max_window_layers": PassedOver(_WINDOW, None),
+    "layer_types": PassedOver(_WINDOW),
+    "sliding_window_pattern": PassedOver(_WINDOW, None),
+}
+"""Families whose modeling code knows no windows: a warning where config.json asks for one."""
+NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
+"""Families that do not know Gemma's second name of the activation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.core.rules import ConfigTable, Family
-from orchestrator.families.llama import LLAMA
+from orchestrator.families.llama import LLAMA, LLAMA_BIASES
 
 GRANITE = Family(
     name="granite",
@@ -11,12 +11,22 @@ GRANITE = Family(
     rules=LLAMA.rules,
     ignored=LLAMA.ignored,
     config=ConfigTable(
-        {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        model_types=("granite",),
+        defaults={
+            **LLAMA.config.defaults,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        nullable=frozenset({"num_key_value_heads"}),
         derived={
+            **LLAMA_BIASES,
             "embedding_multiplier": ("is", "embedding_multiplier"),
             "attention_scale": ("is", "attention_multiplier"),
             "residual_multiplier": ("is", "residual_multiplier"),
             "logits_scaling": ("is", "logits_scaling"),
         },
+        passed_over=LLAMA.config.passed_over,
     ),
 )

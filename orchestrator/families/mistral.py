@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from orchestrator.core.config_table import PassedOver
 from orchestrator.core.rules import ConfigTable, Family
+from orchestrator.families.common import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.llama import LLAMA
+
+ALWAYS_USED = {
+    "use_sliding_window": PassedOver("sliding_window alone decides", (None, True)),
+    "max_window_layers": PassedOver("all layers have the window, or none", None),
+    "layer_types": PassedOver("all layers have the window, or none"),
+    "sliding_window_pattern": PassedOver("all layers have the window, or none"),
+}
+"""Mistral, Mixtral, Phi-3: the window is that of all layers."""
 
 MISTRAL = Family(
     name="mistral",
@@ -11,6 +21,18 @@ MISTRAL = Family(
     rules=LLAMA.rules,
     ignored=LLAMA.ignored,
     config=ConfigTable(
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+        model_types=("mistral",),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": False,
+            "sliding_window": 4096,
+        },
+        nullable=frozenset({"head_dim", "sliding_window"}),
+        windows="all",
+        passed_over={**ALWAYS_USED, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from orchestrator.core.rules import HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
-from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, SOURCE, TARGET, final, norm
+from orchestrator.families.common import (
+    ATTENTION,
+    EMBEDDING,
+    GATED_MLP,
+    IGNORED,
+    NO_CAPS,
+    NO_WINDOWS,
+    ONE_ACTIVATION,
+    SOURCE,
+    TARGET,
+    final,
+    norm,
+)
 
 OLMO2 = Family(
     name="olmo2",
@@ -20,7 +32,19 @@ OLMO2 = Family(
     ),
     ignored=IGNORED,
     config=ConfigTable(
-        {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        model_types=("olmo2",),
+        defaults={
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+        },
+        nullable=frozenset({"num_key_value_heads"}),
         constants={"norm_placement": "post", "qk_layernorm": "full"},
+        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )

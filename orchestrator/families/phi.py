@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from orchestrator.core.config_table import RotaryTable
 from orchestrator.core.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
-from orchestrator.families.common import DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, SOURCE, TARGET, final
+from orchestrator.families.common import (
+    DENSE,
+    EMBEDDING,
+    GATED_MLP,
+    IGNORED,
+    NO_CAPS,
+    ONE_ACTIVATION,
+    PRE_NORMS,
+    SOURCE,
+    TARGET,
+    final,
+)
+from orchestrator.families.mistral import ALWAYS_USED
 
 _QKV = SOURCE + "self_attn.qkv_proj.weight"
 _QKV_SECTIONS = ("q", "kv", "kv")
@@ -32,5 +45,21 @@ PHI3 = Family(
         *final(),
     ),
     ignored=IGNORED,
-    config=ConfigTable({"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+    config=ConfigTable(
+        model_types=("phi3",),
+        defaults={
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+        },
+        nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+        windows="all",
+        rotary=RotaryTable(kinds=("default", "longrope"), aliases={"su": "longrope", "yarn": "longrope"}, partial=True),
+        passed_over={**ALWAYS_USED, **NO_CAPS, **ONE_ACTIVATION},
+    ),
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from orchestrator.core.config_table import ExpertTable, PassedOver
 from orchestrator.core.rules import COLUMN, ROW, ConfigTable, Family, Part, Rule
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
+    NO_CAPS,
+    ONE_ACTIVATION,
     PRE_NORMS,
     SOURCE,
     TARGET,
@@ -16,7 +19,21 @@ from orchestrator.families.common import (
     qk_norms,
 )
 
-_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "use_sliding_window": False}
+_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_LAYERS = {"max_window_layers": 28, "layer_types": None}
+_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
+_PASSED_OVER = {**NO_CAPS, **ONE_ACTIVATION, "sliding_window_pattern": PassedOver("max_window_layers or layer_types decide", None)}
+_QKV_BIAS = {"attention_bias": PassedOver("queries, keys and values have biases, the output has none", None)}
+_BIAS = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
 _EXPERTS = experts("mlp.gate", "mlp.experts.{expert}.", "up_proj", "gate_proj", "down_proj")
 _SHARED = SOURCE + "mlp.shared_expert."
 _SHARED_EXPERT = (
@@ -36,26 +53,83 @@ QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *GATED_MLP, *final()),
     ignored=IGNORED,
-    config=ConfigTable(_DEFAULTS, constants={"attn_bias": True, "attn_dense_bias": False}),
+    config=ConfigTable(
+        model_types=("qwen2",),
+        defaults={**_DEFAULTS, **_LAYERS},
+        nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types"}),
+        constants={"attn_bias": True, "attn_dense_bias": False},
+        windows="from_max_window_layers",
+        passed_over={**_PASSED_OVER, **_QKV_BIAS},
+    ),
 )
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *GATED_MLP, *final()),
     ignored=IGNORED,
-    config=ConfigTable({**_DEFAULTS, "head_dim": 128}, constants={"qk_layernorm": "head"}),
+    config=ConfigTable(
+        model_types=("qwen3",),
+        defaults={**_DEFAULTS, **_LAYERS, "head_dim": 128, "attention_bias": False},
+        nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types"}),
+        constants={"qk_layernorm": "head"},
+        derived=_BIAS,
+        windows="from_max_window_layers",
+        passed_over=_PASSED_OVER,
+    ),
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
     rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *_SHARED_EXPERT, *final()),
     ignored=IGNORED,
-    config=ConfigTable({**_DEFAULTS, "norm_topk_prob": False}, constants={"attn_bias": True, "attn_dense_bias": False}),
+    config=ConfigTable(
+        model_types=("qwen2_moe",),
+        defaults={
+            **_DEFAULTS,
+            **_LAYERS,
+            **_MOE,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        nullable=frozenset({"sliding_window", "layer_types", "mlp_only_layers"}),
+        constants={"attn_dense_bias": False},
+        derived={"attn_bias": ("is", "qkv_bias")},
+        windows="even_below_max_window_layers",
+        experts=ExpertTable(
+            "num_experts", "moe_intermediate_size", normalized="norm_topk_prob", shared_size="shared_expert_intermediate_size"
+        ),
+        passed_over={**_PASSED_OVER, "attention_bias": PassedOver("qkv_bias decides, and the output has none", None)},
+    ),
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
     rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *_EXPERTS, *final()),
     ignored=IGNORED,
-    config=ConfigTable({**_DEFAULTS, "norm_topk_prob": False, "head_dim": 128}, constants={"qk_layernorm": "head"}),
+    config=ConfigTable(
+        model_types=("qwen3_moe",),
+        defaults={
+            **_DEFAULTS,
+            **_MOE,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "attention_bias": False,
+        },
+        nullable=frozenset({"sliding_window", "mlp_only_layers"}),
+        constants={"qk_layernorm": "head"},
+        derived=_BIAS,
+        windows="all",
+        experts=ExpertTable("num_experts", "moe_intermediate_size", alias="num_local_experts", normalized="norm_topk_prob"),
+        passed_over={
+            **_PASSED_OVER,
+            "max_window_layers": PassedOver("all layers have the window, or none", None),
+            "layer_types": PassedOver("all layers have the window, or none"),
+        },
+    ),
 )

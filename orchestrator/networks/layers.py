@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.core.config_table import ACTIVATIONS
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.quantized import quantized_matmul
@@ -84,9 +85,6 @@ def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: 
         return x
     small = scale(graph, x, 1.0 / cap, f"{output}.small", dtype)
     return scale(graph, graph.node("Tanh", [small], f"{output}.tanh"), cap, output, dtype)
-
-
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new")
 
 
 def check_activation(name: str) -> None:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ConfigTable, ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.topology import Topology
 from orchestrator.families.llama import LLAMA
+from orchestrator.families.mistral import MISTRAL
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import hugging_face_config, model_config
 
@@ -63,15 +64,15 @@ def read(**changes: Any) -> ModelConfig:
         ({"rope_theta": 500000.0}, 500000.0, None),
         ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 5e5, {"rope_type": "llama3", **LLAMA3}),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"type": "linear", "rope_type": "linear", "factor": 2.0}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_theta": 7.0, "rope_scaling": {"rope_type": "default"}}, 7.0, None),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, 500000.0, None),
         ({"rope_parameters": {"rope_theta": 1e6}}, 1e6, None),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, {"rope_type": "llama3", **LLAMA3}),
         (
-            {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0}},
+            {"rope_theta": 3.0, "rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 2.0}},
             2.0,
-            {"rope_type": "yarn", "original_max_position_embeddings": 64},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         ),
     ],
 )  # fmt: skip
@@ -95,26 +96,39 @@ def test_from_hugging_face_reading_leaves_the_file_untouched() -> None:
 
 
 def test_from_hugging_face_complete_config_is_translated() -> None:
-    assert from_hugging_face(hugging_face_config(model_config()), "LlamaForCausalLM", "bfloat16", ConfigTable()) == model_config()
+    assert from_hugging_face(hugging_face_config(model_config()), "LlamaForCausalLM", "bfloat16", LLAMA.config) == model_config()
 
 
 @pytest.mark.parametrize("missing", ["absent", None])
-def test_from_hugging_face_fields_that_may_be_left_out_follow_the_others(missing: Any) -> None:
-    config = read(num_key_value_heads=missing, head_dim=missing, hidden_act=missing, attention_bias=missing, rms_norm_eps=missing)
+def test_from_hugging_face_heads_that_may_be_left_out_follow_the_others(missing: Any) -> None:
+    config = read(num_key_value_heads=missing, head_dim=missing)
     assert config.num_key_value_heads == config.num_attention_heads == 4
     assert config.head_size == config.hidden_size // config.num_attention_heads == 4
+
+
+def test_from_hugging_face_omitted_fields_have_the_defaults_of_the_config_class() -> None:
+    config = read(hidden_act="absent", attention_bias="absent", rms_norm_eps="absent", max_position_embeddings="absent")
     assert config.hidden_act == "silu"
     assert config.norm_epsilon == 1e-6
+    assert config.max_position_embeddings == 2048
     assert config.attn_bias is False
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "attention_bias", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "vocab_size"])
+def test_from_hugging_face_null_is_no_omitted_key(key: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"{key} in config.json of LlamaForCausalLM is (null|None)"):
+        read(**{key: None, "rope_parameters": "absent"})
 
 
 def test_from_hugging_face_head_size_may_differ_from_the_quotient() -> None:
     assert read(head_dim=32).head_size == 32
 
 
-@pytest.mark.parametrize(("value", "expected"), [(4096, 4096), (None, None), ("absent", None)])
-def test_from_hugging_face_sliding_window_is_kept(value: Any, expected: int | None) -> None:
-    assert read(sliding_window=value).sliding_window == expected
+@pytest.mark.parametrize(("value", "expected"), [(9, 9), (None, None), ("absent", 4096)])
+def test_from_hugging_face_sliding_window_of_a_mistral_is_kept(value: Any, expected: int | None) -> None:
+    merged = {key: given for key, given in {**HF, "model_type": "mistral", "sliding_window": value}.items() if given != "absent"}
+    config = from_hugging_face(merged, "MistralForCausalLM", "bfloat16", MISTRAL.config)
+    assert (config.sliding_window, config.window_layers) == (expected, None)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"])

@@ -1,0 +1,250 @@
+"""What transformers makes of a config.json: measured on a model that it built and ran, not read from the config class.
+
+The model is tiny, its weights are seeded. Windows are counted in the masks that attention was called with, caps in the logits,
+scales between embedding and first layer: so nothing depends on which key the modeling code reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from orchestrator.core.model_config import ModelConfig
+
+NUM_TOKENS = 12
+"""More than any window that the tests draw."""
+REFUSALS = (
+    StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What decides the network, in the terms of our ModelConfig."""
+
+    windows: tuple[int | None, ...]
+    """Positions that the last token of each layer sees; None: all."""
+    head_size: int
+    num_key_value_heads: int
+    biases: tuple[bool, bool, bool]
+    """Of queries, of the attention's output, of the MLP."""
+    activation: str
+    norm_epsilon: float
+    attention_scale: float
+    attention_cap: float | None
+    final_cap: float | None
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
+    tied: bool
+    rotary: tuple[tuple[Any, ...], ...]
+    """(rope_type, base, rotated elements) of the full layers, then of those with a window if they differ."""
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+    moe: tuple[int, int, int, int] | None = None
+    """Experts, chosen, intermediate size, that of the shared expert."""
+    normalized: bool | None = None
+    """Whether the chosen probabilities sum to one; None: no experts, or all are chosen."""
+
+
+def resolved(config: Mapping[str, Any]) -> Resolution:
+    """Build and run the model of `config`. Raises one of REFUSALS when transformers does not take it."""
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(3)
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    made._attn_implementation = "eager"
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+        return _measure(model, made)
+
+
+def _measure(model: Any, made: Any) -> Resolution:
+    import torch
+
+    calls, hidden = _run(model)
+    layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+    tokens = torch.arange(NUM_TOKENS) % made.vocab_size
+    embedded = model.model.embed_tokens.weight[tokens]
+    multiplier = float((hidden[0] / embedded).median())
+    size = attention.head_dim
+    moe, normalized = _experts(layer)
+    norm = model.model.norm
+    return Resolution(
+        windows=tuple(_window(call["mask"]) for call in calls),
+        head_size=size,
+        num_key_value_heads=calls[0]["kv_heads"],
+        biases=(_bias(attention, "q_proj", "qkv_proj"), _bias(attention, "o_proj"), _bias(layer.mlp, "gate_proj", "gate_up_proj")),
+        activation=_activation(_activation_of(layer.mlp)),
+        norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
+        attention_scale=calls[0]["scaling"],
+        attention_cap=calls[0]["softcap"],
+        final_cap=_final_cap(model),
+        embedding_multiplier=multiplier,
+        residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
+        logits_scaling=made.logits_scaling if made.model_type == "granite" else 1.0,
+        tied=model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(),
+        rotary=_rotary(model.model.rotary_emb, made),
+        scaling=_scaling(made),
+        moe=moe,
+        normalized=normalized,
+    )
+
+
+def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
+    """What attention was called with in each layer, and the first layer's input."""
+    import torch
+
+    module = importlib.import_module(type(model).__module__)
+    calls: list[dict[str, Any]] = []
+    caught: list[Any] = []
+    plain = module.eager_attention_forward
+
+    def recorded(layer: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        scaling = kwargs.get("scaling")
+        scaling = layer.head_dim**-0.5 if scaling is None else scaling
+        calls.append({"mask": mask, "scaling": scaling, "softcap": kwargs.get("softcap"), "kv_heads": key.shape[1]})
+        return plain(layer, query, key, value, mask, *args, **kwargs)
+
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+    patch = pytest.MonkeyPatch()
+    try:
+        patch.setattr(module, "eager_attention_forward", recorded)
+        model(torch.arange(NUM_TOKENS)[None] % model.config.vocab_size, use_cache=False)
+    finally:
+        hook.remove()
+        patch.undo()
+    return calls, caught[0]
+
+
+def _window(mask: Any) -> int | None:
+    if mask is None:
+        return None
+    seen = int((mask[0, 0, -1] == 0).sum())
+    return None if seen == NUM_TOKENS else seen
+
+
+def _bias(module: Any, *names: str) -> bool:
+    found = [getattr(module, name) for name in names if hasattr(module, name)]
+    return bool(found) and found[0].bias is not None
+
+
+def _activation_of(mlp: Any) -> Any:
+    owner = next(part for part in (mlp, getattr(mlp, "experts", None)) if hasattr(part, "act_fn") or hasattr(part, "activation_fn"))
+    return owner.act_fn if hasattr(owner, "act_fn") else owner.activation_fn
+
+
+def _activation(function: Any) -> str:
+    """Its name, from its values."""
+    import torch
+    from torch.nn import functional
+
+    x = torch.linspace(-3, 3, 13)
+    known = {
+        "silu": functional.silu(x),
+        "gelu": functional.gelu(x),
+        "gelu_pytorch_tanh": functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu(x),
+    }
+    return next(name for name, values in known.items() if torch.allclose(function(x), values, atol=1e-6))
+
+
+def _final_cap(model: Any) -> float | None:
+    """The value at which logits end: the head is made so large that a cap would be reached."""
+    import torch
+
+    model.lm_head.weight.mul_(1e4)
+    logits = model(torch.tensor([[1, 2]]), use_cache=False).logits
+    largest = float(logits.abs().max())
+    return round(largest, 3) if largest < 50 else None
+
+
+def _rotary(rotary: Any, made: Any) -> tuple[tuple[Any, ...], ...]:
+    parameters = made.rope_parameters
+    if hasattr(rotary, "inv_freq"):
+        return ((parameters["rope_type"], float(parameters["rope_theta"]), 2 * len(rotary.inv_freq)),)
+    found = []
+    for kind in ("full_attention", "sliding_attention"):
+        if hasattr(rotary, f"{kind}_inv_freq"):
+            own = parameters[kind]
+            found.append((own["rope_type"], float(own["rope_theta"]), 2 * len(getattr(rotary, f"{kind}_inv_freq"))))
+        else:
+            found.append((None, None, None))
+    return tuple(found)
+
+
+def _scaling(made: Any) -> dict[str, Any]:
+    parameters = made.rope_parameters
+    return dict(parameters.get("full_attention", parameters))
+
+
+def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, bool | None]:
+    import torch
+
+    block = layer.mlp
+    if not hasattr(block, "experts"):
+        return None, None
+    scores = block.gate(torch.randn(5, block.gate.hidden_dim))[1]
+    size = block.experts.down_proj.shape[-1]
+    shared = block.shared_expert.gate_proj.weight.shape[0] if hasattr(block, "shared_expert") else 0
+    chosen, count = block.gate.top_k, block.gate.num_experts
+    normalized = None if chosen == count else bool(torch.allclose(scores.sum(-1), torch.ones(5), atol=1e-3))
+    return (count, chosen, size, shared), normalized
+
+
+def ours(config: ModelConfig) -> Resolution:
+    """The same facts of our reading of a config.json."""
+    window = [config.sliding_window if config.has_window(layer) else None for layer in range(config.num_hidden_layers)]
+    scaling = dict(config.rotary_scaling or {"rope_type": "default"})
+    rotated = config.rotary_embedding_dim or config.head_size
+    rotary: tuple[tuple[Any, ...], ...] = ((scaling["rope_type"], config.rotary_base, rotated),)
+    if config.rotary_base_local is not None:
+        rotary += (("default", config.rotary_base_local, rotated),)
+    moe = config.moe
+    chosen = None if moe is None or moe.top_k == moe.num_experts else moe.normalization_mode == 1
+    return Resolution(
+        windows=tuple(None if size is None or size >= NUM_TOKENS else size for size in window),
+        head_size=config.head_size,
+        num_key_value_heads=config.num_key_value_heads,
+        biases=(config.attn_bias, config.attn_dense_bias, config.mlp_bias),
+        activation={"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act),
+        norm_epsilon=config.norm_epsilon,
+        attention_scale=config.head_size**-0.5 if config.attention_scale is None else config.attention_scale,
+        attention_cap=config.attn_logit_softcapping,
+        final_cap=config.final_logit_softcapping,
+        embedding_multiplier=config.embedding_multiplier,
+        residual_multiplier=config.residual_multiplier,
+        logits_scaling=config.logits_scaling,
+        tied=config.tie_word_embeddings,
+        rotary=rotary,
+        scaling=scaling,
+        moe=None if moe is None else (moe.num_experts, moe.top_k, config.expert_size, moe.shared_expert_intermediate_size),
+        normalized=chosen,
+    )
+
+
+def differences(found: Resolution, wanted: Resolution) -> dict[str, tuple[Any, Any]]:
+    """Fields in which our reading (`found`) and transformers' differ."""
+    wrong: dict[str, tuple[Any, Any]] = {}
+    for name in Resolution.__dataclass_fields__:
+        one, two = getattr(found, name), getattr(wanted, name)
+        if name == "scaling":  # transformers keeps the base and what it passes over in the same dictionary
+            two = {key: two.get(key) for key in one}
+        if name == "rotary":  # the kinds of layers that a model has not got have no table
+            one = tuple(own if theirs[0] is not None else (None, None, None) for own, theirs in zip(one, two, strict=True))
+        if isinstance(two, float):
+            one, two = pytest.approx(one, rel=1e-5), two
+        if one != two:
+            wrong[name] = (one, two)
+    return wrong
