@@ -34,7 +34,7 @@ from orchestrator.core.spec import BuildConfig, QuantizationSpec
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import weight_map
 from orchestrator.engines.profiles import resolved
-from orchestrator.families import family_for
+from orchestrator.families import architecture_of, family_for
 from orchestrator.networks import Rendering, decoder_network
 from orchestrator.quantizing import read_checkpoint_quantization
 from orchestrator.rank_source import NO_LIMIT, RankSource, new_file, rank_options
@@ -221,7 +221,7 @@ class TopModelMixin:
     def _from_source(
         cls, folder: Path, index: CheckpointIndex, extra_files: tuple[SourceFile, ...], dtype: str, mapping: Mapping | None
     ) -> Self:
-        architecture = (index.config.get("architectures") or ["unknown"])[0]
+        architecture = architecture_of(index.config, str(folder)) or "unknown"
         if cls.architectures and architecture not in cls.architectures:
             raise ArchitectureError(f"{folder} is a {architecture}", f"{cls.__name__} reads {', '.join(cls.architectures)}.")
         family = family_for(architecture)

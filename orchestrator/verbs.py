@@ -17,6 +17,7 @@ from orchestrator.clusters import Cluster, Probing
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
 from orchestrator.core.compute_capability import check_target
+from orchestrator.core.config_keys import config_warnings
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
@@ -35,7 +36,7 @@ from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.driver import Result, drive
-from orchestrator.families import family_for, family_named
+from orchestrator.families import architecture_of, family_for, family_named
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
 from orchestrator.recording import Recording, check_report, fetch_report
@@ -72,8 +73,9 @@ def _plan(spec: BuildSpec) -> Plan:
     from orchestrator.quantizing import resolve as resolve_quantization
 
     index, extra_files = read_source(spec.source.path, spec.source.format)
-    family, architecture = _family(spec, index)
-    config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config)
+    family, architecture, ignored = _family(spec, index)
+    config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config, ignored)
+    index = replace(index, warnings=(*index.warnings, *config_warnings(index.config, architecture, family.config)))
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     config = _with_layout(config, spec)
@@ -102,14 +104,18 @@ def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
     return config.model_copy(update=layout)
 
 
-def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str]:
-    architectures = index.config.get("architectures") or []
+def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, frozenset[str]]:
+    """The family, the architecture, and the keys of config.json that are not looked at."""
+    ignored = frozenset(spec.source.ignored_keys)
     if spec.source.family != "auto":
         family = family_named(spec.source.family)
-        return family, architectures[0] if architectures else family.architectures[0]
-    if not architectures:
+        listed = index.config.get("architectures")
+        named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
+        return family, named or family.architectures[0], ignored | {"model_type"}
+    architecture = architecture_of(index.config, spec.source.path)
+    if architecture is None:
         raise ArchitectureError(f"config.json of {spec.source.path} names no architecture", "Set source.family in the spec.")
-    return family_for(architectures[0]), architectures[0]
+    return family_for(architecture), architecture, ignored
 
 
 def source_dtype(asked: str, index: CheckpointIndex) -> str:

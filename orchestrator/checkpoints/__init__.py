@@ -67,7 +67,17 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
         if not source_format:
             raise SourceMissingError(f"{path} holds no checkpoint of a known format", f"Formats: {', '.join(FORMATS)}.")
     index = format_named(source_format).read_index(place)
+    _check_indexes(place, names)
     return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(place, names)
+
+
+def _check_indexes(place: Place, names: list[str]) -> None:
+    """Raises SourceCorruptError, LfsPointerError for an index of weights, read or not, that is not JSON."""
+    from orchestrator.checkpoints.huggingface import read_json
+
+    for name in names:
+        if name.endswith(".index.json") and "/" not in name:
+            read_json(place, name)
 
 
 def passed_over(index: CheckpointIndex, names: list[str]) -> tuple[str, ...]:
@@ -97,13 +107,19 @@ def _as_sets(names: list[str]) -> str:
 
 
 def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
-    """The tokenizer and config files that are there, identified by their content. Raises LfsPointerError."""
+    """The tokenizer and config files that are there, identified by their content.
+
+    Raises LfsPointerError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
+    """
+    from orchestrator.checkpoints.huggingface import parse_json
     from orchestrator.core.digest import digest_bytes
 
     contents = {name: place.read(name) for name in COMPANIONS if name in names}
     for name, data in contents.items():
         if data.startswith(LFS_MAGIC):
             raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer, not a tokenizer or config")
+        if name.endswith(".json"):
+            parse_json(data, f"{place.url}/{name}")
     return tuple(SourceFile(name, len(data), "sha256:" + digest_bytes(data)) for name, data in contents.items())
 
 

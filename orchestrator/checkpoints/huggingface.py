@@ -87,15 +87,19 @@ def read_config(place: Place, present: Sequence[str]) -> dict[str, Any]:
 
 def read_json(place: Place, name: str) -> dict[str, Any]:
     """A JSON object of the source. Raises SourceMissingError, LfsPointerError, SourceCorruptError."""
-    data = place.read(name)
+    return parse_json(place.read(name), f"{place.url}/{name}")
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data`, a file of the source. Raises LfsPointerError, SourceCorruptError."""
     try:
         plain = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if data.startswith(LFS_MAGIC):
-            raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer") from None
-        raise SourceCorruptError(f"{place.url}/{name} is not JSON: {error}") from None
+            raise LfsPointerError(f"{where} is a Git-LFS pointer") from None
+        raise SourceCorruptError(f"{where} is not JSON: {error}") from None
     if not isinstance(plain, dict):
-        raise SourceCorruptError(f"{place.url}/{name} is not a JSON object")
+        raise SourceCorruptError(f"{where} is not a JSON object")
     return plain
 
 

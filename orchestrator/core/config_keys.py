@@ -94,7 +94,7 @@ _IRRELEVANT = {key for keys in DOES_NOT_MATTER.values() for key in keys}
 
 def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
     """Raises ArchitectureError that names every key that is unknown, and every switch that is not built."""
-    kind = config.get("model_type")
+    kind = None if "model_type" in ignored else config.get("model_type")
     if table.model_types and kind is not None and kind not in table.model_types:
         raise ArchitectureError(
             f"model_type in config.json of {architecture} is {kind!r}: transformers would load another model",

@@ -75,11 +75,11 @@ class ModelConfig(BaseModel):
     """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
     attention_scale: float | None = None
     """None: head_size ** -0.5."""
-    attn_logit_softcapping: float | None = Field(default=None, gt=0)
-    final_logit_softcapping: float | None = Field(default=None, gt=0)
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    logits_scaling: float = Field(default=1.0, gt=0)
+    logits_scaling: float = 1.0
     """Logits are divided by it."""
     tie_word_embeddings: bool = False
     use_parallel_embedding: bool = False
@@ -224,7 +224,10 @@ def _derived(keys: Keys, transform: str, key: str) -> Any:
         return None
     if isinstance(keys.table.defaults.get(key), bool):
         return keys.flag(key)
-    return TRANSFORMS[transform](keys.number(key))
+    value = keys.number(key)
+    if value <= 0:
+        raise keys.error(key, f"is {value:g}, not positive")
+    return TRANSFORMS[transform](value)
 
 
 def _experts(keys: Keys) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class SourceSpec(Frozen):
     """A name of checkpoints/, or auto: by the files that are there."""
     family: str = "auto"
     """A name of families/, or auto: from config.json's architectures."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows and that the model does not depend on: without this, they are refused."""
 
 
 class TopologySpec(Frozen):

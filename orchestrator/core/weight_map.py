@@ -244,6 +244,13 @@ class _Expander:
     def raise_problems(self) -> None:
         if self.missing:
             missing = list(dict.fromkeys(self.missing))
+            prefixed = _as_prefixed(missing[0], self.index.tensors)
+            if prefixed is not None:
+                raise WeightMapError(
+                    f"the checkpoint calls {missing[0]} {prefixed}: it holds a language model within a larger model",
+                    "Save the language model as a checkpoint of its own (with transformers: load the larger model, then call "
+                    "save_pretrained on its language model), and build that.",
+                )
             raise WeightMapError(
                 f"the checkpoint lacks {len(missing)} tensors that {self.family.name} needs: {_some(missing)}",
                 "Check that all shards were downloaded and that config.json belongs to these weights.",
@@ -294,6 +301,12 @@ def _joined(reads: Sequence[Read]) -> tuple[int, ...]:
 
 def _local_size(read: Read, axis: int) -> int:
     return read.spans[0].length if read.axis == axis else read.tensor.shape[axis]
+
+
+def _as_prefixed(name: str, tensors: Iterable[str]) -> str | None:
+    """The tensor that ends as `name` does: with a longer prefix, or without `model.` at its beginning."""
+    end = "." + name.removeprefix("model.")
+    return next((other for other in tensors if f".{other}".endswith(end)), None)
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -6,6 +6,9 @@ it here; the family suite of the tests picks it up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.rules import Family
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -35,6 +38,26 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
     )
 }
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> str | None:
+    """The architecture that config.json of `where` names; None: it names none.
+
+    Raises ArchitectureError for what is no list of names, and for a model around a language model.
+    """
+    listed = config.get("architectures")
+    if listed is not None and (not isinstance(listed, list) or any(not isinstance(name, str) for name in listed)):
+        raise ArchitectureError(
+            f"architectures in config.json of {where} is {str(listed)[:60]!r}, not a list of names",
+            'Write it as a list, such as ["LlamaForCausalLM"], or set source.family in the spec.',
+        )
+    name = listed[0] if listed else None
+    if isinstance(config.get("text_config"), Mapping):
+        raise ArchitectureError(
+            f"{where} is a model of several parts ({name}): config.json describes its language model in text_config",
+            "Save the language model as a checkpoint of its own, with text_config as its config.json, and build that.",
+        )
+    return name
 
 
 def family_for(architecture: str) -> Family:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from orchestrator.checkpoints.places import LocalPlace, Place, open_place
 from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError, ToolError
+from orchestrator.core.errors import SourceCorruptError, SpecError, ToolError
 from orchestrator.core.options import ReferenceOptions
 from orchestrator.core.step import Task
 from orchestrator.work.calibration_data import has_tokenizer
@@ -114,7 +114,12 @@ def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     prompts = options.prompts or PROMPTS
     encoded: list[list[int]] = [tokenizer(prompt)["input_ids"][: options.max_tokens] for prompt in prompts]
-    return [sequence for sequence in encoded if len(sequence) > 1], "text"
+    for prompt, sequence in zip(prompts, encoded, strict=True):
+        if not sequence:
+            raise SpecError(
+                f"the tokenizer makes no token of the verification prompt {prompt[:40]!r}", "Remove or change the prompt."
+            )
+    return encoded, "text"
 
 
 Logits = list[npt.NDArray[np.float32]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ def parallel_models(draw: st.DrawFn, max_tp: int = 6, max_layers: int = 5) -> tu
     pp = draw(st.integers(1, layers))
     bias = draw(st.booleans())
     config = model_config(
-        num_attention_heads=tp * draw(st.integers(1, 3)),
+        num_attention_heads=math.lcm(tp, kv_heads) * draw(st.integers(1, 2)),
         num_key_value_heads=kv_heads,
         head_size=draw(st.integers(1, 4)),
         hidden_size=draw(st.integers(1, 12)),
