@@ -74,8 +74,9 @@ def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str
     head.add_row("topology", f"tp={manifest.tp} pp={manifest.pp}")
     head.add_row("size", format_bytes(manifest.num_bytes))
     head.add_row("selectors", ", ".join(f"{name}={value}" for name, value in manifest.selectors.model_dump().items()))
-    signature = "none" if release.signature() is None else f"of {public_key}" if public_key else "not checked (--public-key)"
-    head.add_row("signature", signature)
+    head.add_row("manifest", f"sha256:{release.digest}")
+    signer = f"of {release.signer} ({public_key})" if release.signer else "not checked (--public-key)"
+    head.add_row("signature", "none" if release.signature() is None else signer)
     head.add_row("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     if manifest.verification is not None:
         found = manifest.verification

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import SignatureError, ToolError
 from orchestrator.core.manifest import SIGNATURE
 
@@ -58,11 +59,22 @@ def signed_files(signature: bytes, public_key: Path) -> dict[str, str]:
         return {item.identifier: item.digest.digest_hex for item in found.resource_descriptors()}
 
 
+def fingerprint(public_key: Path) -> str:
+    """Name of a public key: sha256 of its DER form (openssl pkey -pubin -in pub.pem -outform DER | sha256sum).
+
+    Raises SignatureError, ToolError.
+    """
+    with _explained(public_key, "public"):
+        serialization = _serialization()
+        key = serialization.load_pem_public_key(public_key.read_bytes())
+        der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return f"sha256:{digest_bytes(der)}"
+
+
 def is_signed_by(signature: bytes, key: Path) -> bool:
     """Whether a signature was made with the private key `key`. Raises SignatureError when `key` is none, ToolError."""
-    from cryptography.hazmat.primitives import serialization
-
     with _explained(key, "private"):
+        serialization = _serialization()
         public = _private_key(key).public_key()
         pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with tempfile.TemporaryDirectory(prefix="signing-") as folder:
@@ -114,14 +126,19 @@ def _modules() -> _Modules:
         ) from None
 
 
-def _private_key(path: Path) -> Any:
-    """The key. Raises ValueError when it is not of the curve."""
+def _serialization() -> Any:
+    """The module of `cryptography` that reads keys. Raises ToolError."""
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError:
         _modules()
         raise
-    key: Any = serialization.load_pem_private_key(path.read_bytes(), None)
+    return serialization
+
+
+def _private_key(path: Path) -> Any:
+    """The key. Raises ValueError when it is not of the curve."""
+    key: Any = _serialization().load_pem_private_key(path.read_bytes(), None)
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve != _CURVE:
         raise ValueError(f"it is of {curve or 'another kind'}, expected the curve P-256")

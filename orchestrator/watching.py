@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.cache import EVENTS
-from orchestrator.core.errors import ReleaseMissingError
+from orchestrator.core.errors import ReleaseAddressError, ReleaseMissingError
+from orchestrator.core.manifest import MANIFEST, address_parts, parse_manifest, release_prefix
 from orchestrator.following import BuildEvent, LogReader, Planned, Published, conclude
 from orchestrator.report.journal import ALIVE_SECONDS, segment_key
 from orchestrator.stores import ObjectMissingError, Store
@@ -15,6 +16,7 @@ from orchestrator.stores import ObjectMissingError, Store
 PATIENCE_SECONDS = 6 * ALIVE_SECONDS
 """A driver that is silent for so long is lost, by the clocks of both machines."""
 _LOOK_SECONDS = 1.0
+_ADVICE = "Somebody has written to the store what no build did: do not trust these events."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Watch:
         self._sleep = sleep
         self._reader = LogReader()
         self._heard = 0.0
+        self._release = ""
+        """Name and version that the run was going to publish."""
 
     def events(self) -> Iterator[BuildEvent]:
         """What happened and, while the build runs, what happens; ends with it, or when its driver is silent for too long."""
@@ -85,9 +89,40 @@ class Watch:
             number += 1
             for event in self._reader.feed(text):
                 self._heard = max(self._heard, event.at)
+                self._check(event)
                 yield event
 
+    def _check(self, event: BuildEvent) -> None:
+        """Raises ReleaseAddressError when the events are those of another build, or name another release than they planned."""
+        where = f"{self._store.url}/{self._run.prefix}"
+        if isinstance(event, Planned):
+            self._release = event.release
+            if event.build_key != self._run.build_key:
+                raise ReleaseAddressError(f"{where} holds the events of build {event.build_key[:12]}", _ADVICE)
+        elif isinstance(event, Published) and self._release:
+            found = "/".join(address_parts(event.manifest) or ())
+            if found != self._release:
+                raise ReleaseAddressError(f"{where} names {event.manifest} as its release, planned was {self._release}", _ADVICE)
+
     def conclusion(self) -> Published:
-        """What the build came to. Raises its own error, or DriverLostError."""
+        """What the build came to. Raises its own error, DriverLostError, or ReleaseAddressError for a manifest put in its place."""
         reason = f"nothing was heard of it for {self._clock() - self._heard:.0f} s"
-        return conclude(self._reader.last_word, stopped=False, where=f"build {self._run.build_key[:12]}", reason=reason)
+        where = f"build {self._run.build_key[:12]}"
+        made = conclude(self._reader.last_word, stopped=False, where=where, reason=reason)
+        self._check_manifest(made)
+        return made
+
+    def _check_manifest(self, made: Published) -> None:
+        """What lies at the address now is that build's, or nothing: a release may be deleted, never replaced."""
+        parts = address_parts(made.manifest)
+        key = release_prefix(*parts) + MANIFEST if parts else ""
+        try:
+            data = self._store.get(key) if key else b""
+        except ObjectMissingError:
+            return
+        if data:
+            build_key = parse_manifest(data, f"{self._store.url}/{key}").build_key
+            if build_key != self._run.build_key:
+                raise ReleaseAddressError(
+                    f"{made.manifest} is that of build {build_key[:12]} now, not of {self._run.build_key[:12]}"
+                )

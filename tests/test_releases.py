@@ -28,8 +28,9 @@ from orchestrator.core.manifest import MANIFEST
 from orchestrator.engines.device import Gpu, parse_smi, select
 from orchestrator.releases import list_releases, open_release, pull, reading, tag, verify
 from orchestrator.releases.machine import Machine, check_machine, problems
+from orchestrator.signing import fingerprint
 from orchestrator.stores import open_store
-from tests.models.releases import Published, cut_small, files_below, flip, make_keys, publish_tiny
+from tests.models.releases import Published, copy_release, cut_small, files_below, flip, make_keys, publish_tiny
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +279,7 @@ def test_visible_gpus_of_nvidia_smi_are_read_and_chosen() -> None:
 def test_tag_moves_and_keeps_its_history(signed: Published, tmp_path: Path) -> None:
     assert tag(signed.url, "prod").number == 1
     assert tag(signed.url, "prod").number == 1
-    shutil.copytree(signed.folder, signed.folder.with_name("2"))
-    url = signed.url.removesuffix("1") + "2"
+    url = copy_release(signed, "tiny", "2").url
     assert tag(url, "prod").number == 2
     assert open_release(f"{signed.store.url}/tags/prod").store.url == url
     assert len(list(signed.store.list("tags/prod/"))) == 2
@@ -288,8 +288,8 @@ def test_tag_moves_and_keeps_its_history(signed: Published, tmp_path: Path) -> N
 
 
 def test_tag_by_many_at_once_loses_none(signed: Published) -> None:
-    folders = [Path(shutil.copytree(signed.folder, signed.folder.with_name(f"c{number}"))) for number in range(8)]
-    threads = [threading.Thread(target=tag, args=(folder.as_uri(), "race")) for folder in folders]
+    urls = [copy_release(signed, "tiny", f"c{number}").url for number in range(8)]
+    threads = [threading.Thread(target=tag, args=(url, "race")) for url in urls]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -323,13 +323,15 @@ def test_commands_pull_verify_tag_releases_inspect_speak_and_end_with_their_code
 
     key = ["--public-key", str(keys[1])]
     out = str(tmp_path / "out")
-    assert run("tag", signed.url, "prod").exit_code == 0
+    assert run("tag", signed.url, "prod", "--sign-key", str(keys[0])).exit_code == 0
     done = run("pull", f"{signed.store.url}/tags/prod", "--rank", "1", "--no-check", "--output", out, *key)
     assert done.exit_code == 0, done.output
+    assert f"tiny 1, manifest sha256:{open_release(signed.url).digest}" in done.stdout
+    assert f"signed by the key {fingerprint(keys[1])}" in done.stdout
     assert json.loads(run("verify", signed.url, *key, "--json").stdout)["files"] == len(signed.manifest.all_files())
     assert json.loads(run("releases", signed.store.url, "--json").stdout)["releases"][0]["tags"] == ["prod"]
     assert "tiny 1" in run("inspect", f"{signed.store.url}/tags/prod").stdout
-    assert "of " + str(keys[1]) in " ".join(run("inspect", signed.url, *key).stdout.split())
+    assert fingerprint(keys[1]) in run("inspect", signed.url, *key).stdout
     flip(signed.path(0), 5)
     assert run("verify", signed.url).exit_code == DigestError.exit_code
     (path,) = (signed.folder / "signatures").iterdir()

@@ -14,7 +14,7 @@ from orchestrator.core.errors import SpecError
 from orchestrator.core.spec import StoreOptions
 
 if TYPE_CHECKING:
-    from orchestrator.releases import Collected, Listed
+    from orchestrator.releases import Collected, Listed, Release
 
 app = typer.Typer()
 
@@ -40,22 +40,16 @@ def pull(
     """Fetch what a rank or a node needs; every byte is checked. Run it again after any interruption: it goes on where it was."""
     with exit_codes():
         from orchestrator import releases
+        from orchestrator.report import TransferView
 
         ranks = parse_ranks(rank)
-        paths = releases.pull(
-            _address(url),
-            output,
-            ranks=ranks,
-            node=node,
-            gpus_per_node=gpus_per_node,
-            layout=layout,
-            public_key=public_key,
-            check=check,
-            options=_options(cluster),
-            progress=lambda file: out.print(f"  {file.sha256[:16]}  {file.path}"),
-        )
-        signed = f", signed with the key of {public_key}" if public_key else ""
-        out.print(f"{len(paths)} files in {output}, every digest right{signed}")
+        release = releases.open_release(_address(url), public_key, _options(cluster))
+        _print_identity(release, public_key)
+        with TransferView(out, names=True) as view:
+            paths = releases.fetch(
+                release, output, ranks=ranks, node=node, gpus_per_node=gpus_per_node, layout=layout, check=check, listener=view
+            )
+        out.print(f"{len(paths)} files in {plain(str(output))}, every length and digest right", soft_wrap=True)
 
 
 @app.command()
@@ -63,19 +57,38 @@ def verify(url: Url, public_key: PublicKey = None, cluster: Options = None, as_j
     """Read a whole release again: every digest, and the signature with --public-key."""
     with exit_codes(as_json):
         from orchestrator import releases
-        from orchestrator.report import format_bytes
+        from orchestrator.report import TransferView, format_bytes
 
-        found = releases.verify(_address(url), public_key, _options(cluster))
-        signature = (
-            f"signed with the key of {public_key}" if public_key else "signed, not checked" if found.is_signed else "not signed"
-        )
+        release = releases.open_release(_address(url), public_key, _options(cluster))
         if as_json:
-            facts = {"files": found.num_files, "bytes": found.num_bytes, "manifest": found.release.digest, "signature": signature}
+            found = releases.check_files(release)
+            manifest = release.manifest
+            facts = {
+                "name": manifest.name, "version": manifest.version, "manifest": release.digest, "files": found.num_files,
+                "bytes": found.num_bytes, "signature": _signature(release, public_key), "signer": release.signer,
+                "tag": release.tag.name if release.tag else None,
+            }  # fmt: skip
             print(json.dumps(facts))
-        else:
-            out.print(
-                f"{found.release.title}: {found.num_files} files, {format_bytes(found.num_bytes)}, every digest right; {signature}"
-            )
+            return
+        _print_identity(release, public_key)
+        with TransferView(out) as view:
+            found = releases.check_files(release, view)
+        out.print(f"{found.num_files} files, {format_bytes(found.num_bytes)}, every length and digest right")
+
+
+def _print_identity(release: Release, public_key: Path | None) -> None:
+    """Which release it is and who vouches for it: an address alone says neither."""
+    if release.tag is not None:
+        found = release.tag
+        out.print(f"tag {found.name} (version {found.number}) is {found.release}", soft_wrap=True)
+    out.print(f"{release.title}, manifest sha256:{release.digest}", soft_wrap=True)
+    out.print(plain(_signature(release, public_key)), soft_wrap=True)
+
+
+def _signature(release: Release, public_key: Path | None) -> str:
+    if release.signer:
+        return f"signed by the key {release.signer} ({public_key})"
+    return "not signed" if release.signature() is None else "signed, by whom was not checked (--public-key)"
 
 
 @app.command("releases")
@@ -127,14 +140,20 @@ def _show_listed(found: list[Listed], as_json: bool) -> None:
 def tag(
     url: Url,
     name: Annotated[str, typer.Argument(metavar="NAME", help="E.g. prod or llama/prod.")],
+    sign_key: Annotated[
+        Path | None, typer.Option("--sign-key", help="PEM, P-256: sign the tag too; `pull --public-key` refuses an unsigned one.")
+    ] = None,
     cluster: Options = None,
 ) -> None:
     """Let a name stand for a release; `pull STORE/tags/NAME` follows it."""
     with exit_codes():
         from orchestrator import releases
 
-        made = releases.tag(_address(url), name, _options(cluster))
-        out.print(f"{made.name} (version {made.number}) is {made.release}, manifest {made.manifest_sha256[:16]}")
+        made = releases.tag(_address(url), name, _options(cluster), sign_key=sign_key)
+        signed = ", signed" if made.signature else ""
+        out.print(
+            f"{made.name} (version {made.number}) is {made.release}, manifest {made.manifest_sha256[:16]}{signed}", soft_wrap=True
+        )
 
 
 @app.command()

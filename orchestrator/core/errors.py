@@ -139,6 +139,16 @@ class DigestError(OrchestratorError):
     default_advice = "The object was damaged or replaced after it was written: fetch it again, or rebuild the release."
 
 
+class ReleaseAddressError(DigestError):
+    """A release lies under another name or version than its own."""
+
+    exit_code = 35
+    default_advice = (
+        "Do not use it: another release, which may be an old one, was put in its place. Give the address of the release that the "
+        "manifest names. A folder that a release is pulled to must not be called releases/NAME/VERSION of another."
+    )
+
+
 class ToolError(OrchestratorError):
     """A program or package that a step needs is missing or of another version."""
 

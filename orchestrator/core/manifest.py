@@ -3,26 +3,45 @@
 Schema version 1, published as manifest.schema.json beside this file. Within a major version fields are only added, and a
 reader keeps those that it does not know; it refuses a newer major version. The field `digest` is the digest of the rest: it
 finds accidents. What finds intent is the signature (orchestrator/signing.py), which covers these bytes.
+
+A manifest is input from strangers: decoding is strict about types, bounded in size, and refuses paths that lead anywhere but below
+the folder that a release is pulled to, ranks that do not add up, and an address that belongs to another release.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from orchestrator.core.digest import CHUNK_BYTES, canonical_json, digest_of
-from orchestrator.core.errors import DigestError, SchemaVersionError
+from orchestrator.core.errors import DigestError, ReleaseAddressError, SchemaVersionError
 from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.paths import check_disjoint, check_path
 from orchestrator.core.provenance import Provenance
+from orchestrator.core.spec import RELEASE_NAME, RELEASE_VERSION
 
 SCHEMA_VERSION = 1
 MEDIA_TYPE = "application/vnd.trt-orchestrator.release.v1+json"
+RELEASES = "releases"
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 """Name of a release's signature in a pulled folder."""
 _SEAL = "digest"
+LIMIT_BYTES = 32 * 2**20
+"""Size of the largest manifest that is read. One of 1,000 ranks has about a fifth of it."""
+_LIMIT_VALUES = 1_000_000
+"""JSON values in it: a few bytes of text may stand for a hundred of memory."""
+_LARGEST = 2**63 - 1
+_LISTED_PROBLEMS = 1000
+"""More are counted only: a list of them takes a kilobyte each."""
+_SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
+
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Size = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 Role = Literal["engine", "tokenizer", "config", "report"]
 
@@ -34,9 +53,9 @@ class _Record(BaseModel):
 class Chunks(_Record):
     """The pieces of a file, each with its digest, so that each is fetched and verified alone."""
 
-    num_bytes: int = Field(default=CHUNK_BYTES, ge=1)
+    num_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=_LARGEST)
     """Of every chunk but the last."""
-    sha256: tuple[str, ...]
+    sha256: Annotated[tuple[Sha256, ...], FailFast()]
 
 
 class FileRecord(_Record):
@@ -48,9 +67,17 @@ class FileRecord(_Record):
     """Where it lies, relative to the manifest."""
     role: Role
     media_type: str
-    num_bytes: int = Field(ge=0)
-    sha256: str
+    num_bytes: Count
+    sha256: Sha256
     chunks: Chunks
+
+    @model_validator(mode="after")
+    def _stays_below_its_folder(self) -> Self:
+        check_path(self.path)
+        check_path(self.key)
+        if self.path.casefold() in (MANIFEST, SIGNATURE):
+            raise ValueError(f"{self.path} is the name of the manifest or of its signature")
+        return self
 
     @model_validator(mode="after")
     def _chunks_cover_it(self) -> Self:
@@ -65,9 +92,9 @@ class TensorRange(_Record):
     name: str
     dtype: str
     mode: Literal["input", "output"]
-    shape: tuple[int | str, ...]
+    shape: Annotated[tuple[Size | str, ...], FailFast()]
     """A dynamic dimension is its name."""
-    profiles: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
+    profiles: dict[str, dict[str, tuple[Size, ...]]] = Field(default_factory=dict)
     """Inputs only: profile -> min, opt, max."""
     aliases: str | None = None
     """Outputs only: the input whose memory must be bound here too (KV cache). A quantized cache (INT8, FP8) has none: it needs
@@ -87,52 +114,52 @@ class EngineRecord(_Record):
     """tensorrt: that of the GPU. tensorrt_rtx: the targets; empty: every one that the library supports."""
     profiles: tuple[str, ...]
     """Names of the optimization profiles, by index."""
-    tensors: tuple[TensorRange, ...]
-    weights_bytes: int | None = None
-    context_bytes: int | None = None
+    tensors: Annotated[tuple[TensorRange, ...], FailFast()]
+    weights_bytes: Count | None = None
+    context_bytes: Count | None = None
     """Device memory of an execution context with the most demanding profile; None: TensorRT did not tell."""
 
 
 class MemoryNeed(_Record):
     """What a rank takes of its GPU's memory, besides CUDA itself."""
 
-    engine_bytes: int
-    kv_cache_bytes: int
+    engine_bytes: Count
+    kv_cache_bytes: Count
     """At the largest batch and sequence."""
-    io_bytes: int
+    io_bytes: Count
     """Other inputs and outputs, at the largest shapes."""
-    context_bytes: int | None
-    total_bytes: int
+    context_bytes: Count | None
+    total_bytes: Count
 
 
 class RankRecord(_Record):
     """One rank: where it stands, what it loads."""
 
-    rank: int
-    tp_rank: int
-    pp_rank: int
-    cp_rank: int = 0
-    ep_rank: int = 0
+    rank: Count
+    tp_rank: Count
+    pp_rank: Count
+    cp_rank: Count = 0
+    ep_rank: Count = 0
     """Expert-parallel group that it belongs to."""
-    first_layer: int
-    num_layers: int
+    first_layer: Count
+    num_layers: Count
     engine: EngineRecord
     memory: MemoryNeed
-    files: tuple[FileRecord, ...]
+    files: Annotated[tuple[FileRecord, ...], FailFast()]
 
 
 class SourceFileRecord(_Record):
     """A file of the source, as the plan identified it."""
 
     path: str
-    num_bytes: int
+    num_bytes: Count
     identity: str
 
 
 class Verification(_Record):
     """How far float32 execution of the ranks' graphs was from the reference."""
 
-    num_positions: int
+    num_positions: Count
     max_absolute_error: float
     max_relative_error: float
     max_relative_error_to_source: float | None = None
@@ -154,7 +181,7 @@ class ArtifactRecord(_Record):
     """Something that the build made and used, by its digest; not published with the release."""
 
     name: str
-    num_bytes: int | None = None
+    num_bytes: Count | None = None
     sha256: str
 
 
@@ -178,8 +205,8 @@ class Selectors(_Record):
     backend: str
     precision: str
     """Quantization algorithm, or the model's dtype."""
-    tp: int
-    pp: int
+    tp: Count
+    pp: Count
     gpu: str
     """Name of the GPU, or the compute capabilities, or any."""
 
@@ -187,25 +214,25 @@ class Selectors(_Record):
 class Manifest(_Record):
     """What was published."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
     media_type: str = MEDIA_TYPE
-    name: str
-    version: str
+    name: str = Field(pattern=RELEASE_NAME)
+    version: str = Field(pattern=RELEASE_VERSION)
     build_key: str
     """Digest of the inputs; the engines' own digests stand with their files."""
     created_at: str
-    source: tuple[SourceFileRecord, ...]
+    source: Annotated[tuple[SourceFileRecord, ...], FailFast()]
     model: ModelConfig
     selectors: Selectors
-    tp: int
-    pp: int
-    cp: int = 1
-    moe_ep: int = 1
+    tp: int = Field(ge=1, le=_LARGEST)
+    pp: int = Field(ge=1, le=_LARGEST)
+    cp: int = Field(default=1, ge=1, le=_LARGEST)
+    moe_ep: int = Field(default=1, ge=1, le=_LARGEST)
     """Expert-parallel groups among the tensor-parallel ranks."""
-    ranks: tuple[RankRecord, ...]
-    shared: tuple[FileRecord, ...]
+    ranks: Annotated[tuple[RankRecord, ...], FailFast()]
+    shared: Annotated[tuple[FileRecord, ...], FailFast()]
     """What every rank needs: tokenizer and config."""
-    documents: tuple[FileRecord, ...] = ()
+    documents: Annotated[tuple[FileRecord, ...], FailFast()] = ()
     """For people: the report of the build."""
     engine_config: dict[str, Any]
     """How TensorRT was asked to compile: BuildConfig of core/spec.py."""
@@ -216,6 +243,25 @@ class Manifest(_Record):
     steps: dict[str, str]
     """Step name to digest: where this release came from."""
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _ranks_are_all_there(self) -> Self:
+        count = self.tp * self.pp * self.cp
+        if sorted(record.rank for record in self.ranks) != list(range(min(count, len(self.ranks) + 1))):
+            raise ValueError(f"tp={self.tp} pp={self.pp} cp={self.cp} has {count} ranks, 0 and up; {len(self.ranks)} are described")
+        places = {(record.tp_rank, record.pp_rank, record.cp_rank) for record in self.ranks}
+        if len(places) != count or any(tp >= self.tp or pp >= self.pp or cp >= self.cp for tp, pp, cp in places):
+            raise ValueError("its ranks do not each have a place of their own in tp, pp and cp")
+        return self
+
+    @model_validator(mode="after")
+    def _files_do_not_collide(self) -> Self:
+        found: dict[str, FileRecord] = {}
+        for file in self.all_files():
+            if found.setdefault(file.path, file) != file:
+                raise ValueError(f"{file.path} is described twice, as different files")
+        check_disjoint(found)
+        return self
 
     def to_json(self) -> bytes:
         """Canonical JSON: the bytes that are stored and signed."""
@@ -242,21 +288,78 @@ def seal(plain: dict[str, Any]) -> bytes:
     return canonical_json({**rest, _SEAL: digest_of(rest)})
 
 
-def parse_manifest(data: bytes, origin: str) -> Manifest:
-    """Decode a manifest. Raises SchemaVersionError for a newer one, DigestError when it is damaged or none at all."""
+def parse_manifest(data: bytes, address: str) -> Manifest:
+    """Decode the manifest that was read at `address`, the URL or the key of the object.
+
+    Raises SchemaVersionError for a newer one, ReleaseAddressError when `address` is that of a release with another name or version,
+    DigestError when it is damaged or none at all.
+    """
     try:
-        plain = json.loads(data)
-        version = plain["schema_version"]
-        if not isinstance(version, int):
-            raise ValueError("schema_version is not a number")
-        if version > SCHEMA_VERSION:
-            raise SchemaVersionError(f"{origin} has manifest schema {version}, this program reads up to {SCHEMA_VERSION}")
-        del plain[_SEAL]
-        if seal(plain) != data:
-            raise ValueError("it is not what its own digest says: it was changed after it was written")
-        return Manifest.model_validate(plain)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
-        raise DigestError(f"{origin} is not a release manifest: {error}") from None
+        found = Manifest.model_validate_json(canonical_json(_unsealed(data, address)), strict=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DigestError(f"{address} is not a release manifest: {_reason(error)}") from None
+    check_address(found, address)
+    return found
+
+
+def _unsealed(data: bytes, address: str) -> dict[str, Any]:
+    """Its fields. Raises SchemaVersionError, and ValueError and the like for what is no manifest."""
+    if len(data) > LIMIT_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > _LIMIT_VALUES:
+        raise ValueError(f"{len(data):,} bytes are more than any manifest has")
+    plain: dict[str, Any] = json.loads(data)
+    version = plain["schema_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError("schema_version is not a number from 1")
+    if version > SCHEMA_VERSION:
+        raise SchemaVersionError(f"{address} has manifest schema {version}, this program reads up to {SCHEMA_VERSION}")
+    del plain[_SEAL]
+    if seal(plain) != data:
+        raise ValueError("it is not what its own digest says: it was changed after it was written")
+    return plain
+
+
+def _reason(error: Exception) -> str:
+    """Why it does not decode, in a few words whatever it holds."""
+    if isinstance(error, ValidationError):
+        if error.error_count() > _LISTED_PROBLEMS:
+            return f"{error.error_count():,} of its values are not what they should be"
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        shown = [f"{'.'.join(map(str, entry['loc'])) or '(top)'}: {entry['msg']}" for entry in found[:_SHOWN_PROBLEMS]]
+        more = [f"and {len(found) - len(shown)} more"] if len(found) > len(shown) else []
+        return "; ".join([_cut(text.replace("Value error, ", "")) for text in shown] + more)
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return _cut(" ".join(str(error).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def check_address(manifest: Manifest, address: str) -> None:
+    """Raises ReleaseAddressError when `address` is that of a release and not this one's.
+
+    A signature covers bytes, not the place where they lie: an older release, copied over a newer one, is signed too.
+    """
+    expected = address_parts(address)
+    if expected is not None and expected != (manifest.name, manifest.version):
+        raise ReleaseAddressError(
+            f"{address} is the address of {expected[0]} {expected[1]}, the manifest there is that of "
+            f"{manifest.name} {manifest.version}"
+        )
+
+
+def address_parts(address: str) -> tuple[str, str] | None:
+    """Name and version that an address states, .../releases/<name>/<version>; None for another, such as a pulled folder's."""
+    scheme, marked, rest = address.rpartition("://")
+    parts: list[str] = []
+    for part in (unquote(rest) if scheme == "file" else rest if marked else address).split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part not in ("", "."):
+            parts.append(part)
+    parts = parts[:-1] if parts[-1:] == [MANIFEST] else parts
+    return (parts[-2], parts[-1]) if parts[-3:-2] == [RELEASES] else None
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -274,7 +377,7 @@ def manifest_schema() -> dict[str, Any]:
 
 def release_prefix(name: str, version: str) -> str:
     """Key prefix of a release in its store; ends with '/'."""
-    return f"releases/{name}/{version}/"
+    return f"{RELEASES}/{name}/{version}/"
 
 
 def signature_key(manifest_digest: str) -> str:

@@ -201,11 +201,15 @@ class VerificationSpec(Frozen):
         return self
 
 
+RELEASE_NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
+RELEASE_VERSION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 class ReleaseSpec(Frozen):
     """Where the set is published in the store: releases/<name>/<version>/."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=RELEASE_NAME)
+    version: str = Field(pattern=RELEASE_VERSION)
 
 
 class BuildSpec(Frozen):

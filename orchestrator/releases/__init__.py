@@ -4,17 +4,17 @@
 
     pull("s3://bucket/engines/releases/llama/1", Path("/models/llama"), node=0, public_key=Path("pub.pem"))
 
-Needs a store and a manifest; never Ray, torch, ONNX or TensorRT. Every digest is checked before a file gets its name.
+Needs a store and a manifest; never Ray, torch, ONNX or TensorRT. Length and digests are checked before a file gets its name.
 """
 
 from __future__ import annotations
 
 from orchestrator.releases.collecting import Collected, collect
 from orchestrator.releases.listing import Listed, list_releases
-from orchestrator.releases.pulling import pull
+from orchestrator.releases.pulling import fetch, pull
 from orchestrator.releases.reading import Release, open_release, read_release
 from orchestrator.releases.tags import Tag, tag
-from orchestrator.releases.verifying import Verified, verify
+from orchestrator.releases.verifying import Verified, check_files, verify
 
 __all__ = [
     "Collected",
@@ -22,7 +22,9 @@ __all__ = [
     "Release",
     "Tag",
     "Verified",
+    "check_files",
     "collect",
+    "fetch",
     "list_releases",
     "open_release",
     "pull",

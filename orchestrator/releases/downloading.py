@@ -1,7 +1,8 @@
-"""Files of a release on their way to this machine: several chunks in flight, each verified, resumed after a break.
+"""Files of a release on their way to this machine: fetched in blocks, each chunk and the whole verified, resumed after a break.
 
-A file grows under a temporary name beside its target, named by its digest, so that a later attempt finds it and fetches
-only the chunks that are not right yet: there is no journal to trust. It gets its name when every chunk is right and on disk.
+A file grows under a temporary name beside its target, named by its digest, so that a later attempt finds it and fetches only the
+chunks that are not right yet: there is no journal to trust. It gets its name when its length, every chunk and the digest of the
+whole are right, and it is on disk. Its bytes are hashed in order as they come, so nothing is read twice.
 """
 
 from __future__ import annotations
@@ -9,177 +10,257 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
-import shutil
 import threading
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
-from orchestrator.core.errors import DigestError, StoreFullError, store_error
+from orchestrator.core.errors import DigestError, StoreFullError
 from orchestrator.core.manifest import FileRecord
+from orchestrator.releases.folders import OutputFolder, Spot, writing
+from orchestrator.releases.transfers import Listener
 from orchestrator.stores import Store
 
-CHUNKS_IN_FLIGHT = 8
+FILES_AT_ONCE = 4
+"""sha256 of a whole file is computed in order, so one file alone is as fast as one core hashes."""
+BLOCKS_IN_FLIGHT = 8
 _BLOCK_BYTES = 8 * 2**20
-"""Read and written at a time: the memory of a pull is this, times the chunks in flight."""
+"""Read and written at a time: the memory of a pull is this, times the blocks in flight and a few more."""
 _READS = 2
 """Times that a chunk is read before its bytes count as damaged in the store and not on their way."""
 _DIGITS = 16
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A file of a release and where it is to stand."""
+    """A file of a release and where it is to stand: a checked path below the output folder."""
 
     file: FileRecord
-    target: Path
+    place: str
 
 
-def download(store: Store, wanted: Iterable[Wanted], progress: Callable[[FileRecord], None]) -> None:
-    """Bring every file to its target; one that is there already with the right bytes is kept.
+class _StoppedError(Exception):
+    """Another file has failed."""
 
-    `progress` is called after each file. Raises DigestError for damaged bytes and StoreError; what was fetched until then is
-    kept for the next attempt.
+
+def download(store: Store, wanted: Iterable[Wanted], output: OutputFolder, listener: Listener) -> None:
+    """Bring every file to its place; one that is there already with the right bytes is kept.
+
+    Raises DigestError for damaged bytes and StoreError; what was fetched until then is kept for the next attempt.
     """
     # Always in one order: two processes that fetch into one folder wait for each other and not both.
-    files = [item for _, item in sorted({item.target: item for item in wanted}.items())]
-    _check_room(files)
-    with ThreadPoolExecutor(CHUNKS_IN_FLIGHT) as pool, contextlib.ExitStack() as stack:
-        parts = []
-        for item in files:
-            part = None if _is_right(item, pool) else stack.enter_context(_Part(item))
-            if part is None or part.is_done:
-                progress(item.file)
-            else:
-                parts.append(part)
-        for part in _fetched(store, parts, pool):
-            part.finish()
-            progress(part.file)
-
-
-def _fetched(store: Store, parts: list[_Part], pool: ThreadPoolExecutor) -> Iterator[_Part]:
-    """Each part when its last chunk is there. The first error ends it; chunks that have not begun are dropped."""
-    stopped = threading.Event()
-    missing = {part: part.num_chunks for part in parts}
-    tasks = {pool.submit(part.fetch, store, number, stopped): part for part in parts for number in range(part.num_chunks)}
-    try:
-        yield from (part for part, count in missing.items() if not count)
-        for task in as_completed(tasks):
+    items = [item for _, item in sorted({item.place: item for item in wanted}.items())]
+    listener.on_begin(len(items), sum(item.file.num_bytes for item in items))
+    _check_room(items, output)
+    at_once = max(1, min(FILES_AT_ONCE, len(items)))
+    with ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool, ThreadPoolExecutor(at_once) as files:
+        fetching = _Fetching(store, pool, max(1, BLOCKS_IN_FLIGHT // at_once), threading.Event(), listener)
+        tasks = [files.submit(_bring, fetching, item, output.spot(item.place)) for item in items]
+        try:
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            fetching.stopped.set()
+            files.shutdown(cancel_futures=True)
+    for task in tasks:
+        if not task.cancelled() and not isinstance(task.exception(), _StoppedError):
             task.result()
-            part = tasks[task]
-            missing[part] -= 1
-            if not missing[part]:
-                yield part
-    finally:
-        stopped.set()
-        pool.shutdown(cancel_futures=True)
 
 
-def _is_right(item: Wanted, pool: ThreadPoolExecutor) -> bool:
-    """Whether the target is there with the right bytes."""
-    if not item.target.is_file() or item.target.stat().st_size != item.file.num_bytes:
-        return False
-    with item.target.open("rb") as file:
-        numbers = range(len(item.file.chunks.sha256))
-        return all(pool.map(lambda number: _stored_digest(file.fileno(), item.file, number) == _digest(item.file, number), numbers))
+@dataclass(frozen=True, slots=True)
+class _Fetching:
+    """What all files of a pull share."""
+
+    store: Store
+    pool: ThreadPoolExecutor
+    ahead: int
+    """Blocks of one file that are fetched at a time."""
+    stopped: threading.Event
+    listener: Listener
+
+
+def _bring(fetching: _Fetching, item: Wanted, target: Spot) -> None:
+    if fetching.stopped.is_set():
+        raise _StoppedError
+    if _is_right(item.file, target):
+        fetching.listener.on_bytes(item.file.num_bytes)
+    else:
+        with _Part(fetching, item.file, target) as part:
+            if part.is_done:
+                fetching.listener.on_bytes(item.file.num_bytes)
+            else:
+                part.fill()
+    fetching.listener.on_file(item.file)
+
+
+def _is_right(file: FileRecord, target: Spot) -> bool:
+    """Whether the file itself, not a link to one, is there with the right bytes."""
+    with writing(target.path):
+        descriptor = target.open()
+        if descriptor is None:
+            return False
+        try:
+            if os.fstat(descriptor).st_size != file.num_bytes:
+                return False
+            whole = hashlib.sha256()
+            chunks = range(len(file.chunks.sha256))
+            return all(_take_stored(descriptor, file, number, whole) for number in chunks) and whole.hexdigest() == file.sha256
+        finally:
+            os.close(descriptor)
+
+
+def _take_stored(descriptor: int, file: FileRecord, number: int, whole: hashlib._Hash) -> bool:
+    """Feed a chunk as it lies on this machine to `whole`; False when it is not the right one."""
+    hasher = hashlib.sha256()
+    for offset, end in _blocks(*_bounds(file, number)):
+        block = os.pread(descriptor, end - offset, offset)
+        hasher.update(block)
+        whole.update(block)
+    return hasher.hexdigest() == file.chunks.sha256[number]
 
 
 class _Part:
     """A file that is being fetched, locked against other processes that fetch the same one to the same place."""
 
-    def __init__(self, item: Wanted) -> None:
-        self.file, self._target = item.file, item.target
-        self._path = item.target.with_name(f".{item.target.name}.{item.file.sha256[:_DIGITS]}.part")
+    def __init__(self, fetching: _Fetching, file: FileRecord, target: Spot) -> None:
+        self._fetching, self._file, self._target = fetching, file, target
+        self._own = _part_of(file, target)
         self._descriptor = -1
         self._is_new = True
         self._is_damaged = False
-        self.num_chunks = len(item.file.chunks.sha256)
         self.is_done = False
+        """Another process has finished it while this one waited."""
 
     def __enter__(self) -> _Part:
-        with self._writing():
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self._target.path):
             while self._descriptor < 0:
-                self._is_new = not self._path.exists()
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                with contextlib.suppress(OSError):  # file systems without locks: two pulls into one folder are on their own
-                    fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+                self._descriptor, self._is_new = self._own.open_own()
+                try:
+                    self._lock()
+                except BaseException:
+                    self._close()
+                    raise
                 if not self._is_still_there():
-                    self._close()  # whom we waited for has finished it
-                    self.is_done = self._target.is_file()
+                    self._close()
+                    self.is_done = _is_right(self._file, self._target)
                     if self.is_done:
                         return self
-            os.ftruncate(self._descriptor, self.file.num_bytes)
-            if self.file.num_bytes:
+            os.ftruncate(self._descriptor, self._file.num_bytes)
+            if self._file.num_bytes:
                 with contextlib.suppress(OSError):  # no fallocate here: a full disk is met later
-                    os.posix_fallocate(self._descriptor, 0, self.file.num_bytes)
+                    os.posix_fallocate(self._descriptor, 0, self._file.num_bytes)
         return self
 
-    def _is_still_there(self) -> bool:
-        try:
-            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return False
-
-    def fetch(self, store: Store, number: int, stopped: threading.Event) -> None:
-        """Bring one chunk, unless an earlier attempt has."""
-        if not self._is_new and _stored_digest(self._descriptor, self.file, number) == _digest(self.file, number):
-            return
-        for _ in range(_READS):
-            if stopped.is_set() or self._copy(store, number, stopped) == _digest(self.file, number):
+    def _lock(self) -> None:
+        """Wait until no other process holds it. Polls: a thread that waits in the kernel cannot be stopped."""
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-        self._is_damaged = True
-        begin, end = _bounds(self.file, number)
-        raise DigestError(f"bytes {begin} to {end} of {self.file.path} in {store.url} are not those that were published")
+            except BlockingIOError:
+                if self._fetching.stopped.wait(_POLL_SECONDS):
+                    raise _StoppedError from None
+            except OSError:  # a file system without locks: two pulls into one folder are on their own
+                return
 
-    def _copy(self, store: Store, number: int, stopped: threading.Event) -> str:
-        """Write the chunk as it comes; returns its sha256."""
-        hasher = hashlib.sha256()
-        begin, end = _bounds(self.file, number)
-        for offset in range(begin, end, _BLOCK_BYTES):
-            if stopped.is_set():
-                break
-            block = store.get_range(self.file.key, offset, min(offset + _BLOCK_BYTES, end))
-            hasher.update(block)
-            self._write(memoryview(block)[: end - offset], offset)
-        return hasher.hexdigest()
+    def _is_still_there(self) -> bool:
+        found = self._own.stat()
+        return found is not None and os.path.samestat(found, os.fstat(self._descriptor))
 
-    def _write(self, view: memoryview, offset: int) -> None:
-        with self._writing():
+    def fill(self) -> None:
+        """Bring what is missing, check everything, and give the file its name."""
+        file, store = self._file, self._fetching.store
+        size = store.size(file.key)
+        if size is not None and size != file.num_bytes:
+            raise self._damaged(f"{file.path} in {store.url} has {size:,} bytes, published were {file.num_bytes:,}")
+        whole = hashlib.sha256()
+        # A new file is fetched in one stream; of one that was begun, every chunk is looked at first.
+        with contextlib.closing(self._blocks([(0, file.num_bytes)] if self._is_new else [])) as stream:
+            for number in range(len(file.chunks.sha256)):
+                whole = self._stored(number, whole) or self._fetched(number, whole, stream)
+                begin, end = _bounds(file, number)
+                self._fetching.listener.on_bytes(end - begin)
+        if whole.hexdigest() != file.sha256:
+            raise self._damaged(f"{file.path} in {store.url} has sha256 {whole.hexdigest()}, published was {file.sha256}")
+        with writing(self._target.path):
+            os.fsync(self._descriptor)
+            self._own.move_to(self._target)
+
+    def _stored(self, number: int, whole: hashlib._Hash) -> hashlib._Hash | None:
+        """`whole` with a chunk that an earlier attempt has fetched; None when it has not."""
+        after = whole.copy()
+        return after if not self._is_new and _take_stored(self._descriptor, self._file, number, after) else None
+
+    def _fetched(self, number: int, whole: hashlib._Hash, stream: Iterator[tuple[int, bytes]]) -> hashlib._Hash:
+        """`whole` with a chunk from the store: the next of `stream`, or asked for by itself. Raises DigestError."""
+        begin, end = _bounds(self._file, number)
+        for attempt in range(_READS):
+            after, hasher = whole.copy(), hashlib.sha256()
+            with contextlib.ExitStack() as stack:
+                is_next = self._is_new and not attempt
+                blocks = stream if is_next else stack.enter_context(contextlib.closing(self._blocks([(begin, end)])))
+                for offset, block in itertools.islice(blocks, len(_blocks(begin, end))):
+                    hasher.update(block)
+                    after.update(block)
+                    self._write(block, offset)
+            if hasher.hexdigest() == self._file.chunks.sha256[number]:
+                return after
+        where = f"{self._file.path} in {self._fetching.store.url}"
+        raise self._damaged(f"bytes {begin} to {end} of {where} are not those that were published")
+
+    def _blocks(self, spans: Sequence[tuple[int, int]]) -> Generator[tuple[int, bytes]]:
+        """The blocks of these ranges from the store, in order, several fetched ahead; closing it writes those that have come."""
+        store, pool, stopped = self._fetching.store, self._fetching.pool, self._fetching.stopped
+        chunk_bytes = self._file.chunks.num_bytes
+        coming = (
+            block
+            for first, last in spans
+            for begin in range(first, last, chunk_bytes)
+            for block in _blocks(begin, min(begin + chunk_bytes, last))
+        )
+        begun: deque[tuple[int, Future[bytes]]] = deque()
+        try:
+            while True:
+                for begin, end in itertools.islice(coming, self._fetching.ahead - len(begun)):
+                    begun.append((begin, pool.submit(store.get_range, self._file.key, begin, end)))
+                if not begun:
+                    return
+                offset, task = begun[0]
+                block = task.result()
+                if stopped.is_set():
+                    raise _StoppedError
+                begun.popleft()
+                yield offset, block
+        finally:
+            for offset, task in begun:
+                if not task.cancel():
+                    with contextlib.suppress(Exception):  # why it ended matters more
+                        self._write(task.result(), offset)
+
+    def _write(self, block: bytes, offset: int) -> None:
+        view = memoryview(block)[: max(self._file.num_bytes - offset, 0)]
+        with writing(self._target.path):
             while len(view):
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
 
-    def finish(self) -> None:
-        """Every chunk is right: sync it and give it its name."""
-        with self._writing():
-            os.fsync(self._descriptor)
-            self._path.replace(self._target)
-            sync_folder(self._target.parent)
+    def _damaged(self, problem: str) -> DigestError:
+        """The store's bytes are wrong: nothing here is worth going on with."""
+        self._is_damaged = True
+        return DigestError(problem)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._close()
         if self._is_damaged:
-            self._path.unlink(missing_ok=True)  # the store's bytes are wrong: nothing here is worth going on with
+            self._own.unlink()
 
     def _close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise store_error(f"cannot write {self._target}", error) from error
-
-
-def _digest(file: FileRecord, number: int) -> str:
-    return file.chunks.sha256[number]
 
 
 def _bounds(file: FileRecord, number: int) -> tuple[int, int]:
@@ -187,59 +268,27 @@ def _bounds(file: FileRecord, number: int) -> tuple[int, int]:
     return begin, min(begin + file.chunks.num_bytes, file.num_bytes)
 
 
-def _stored_digest(descriptor: int, file: FileRecord, number: int) -> str:
-    """sha256 of a chunk as it lies on this machine."""
-    hasher = hashlib.sha256()
-    begin, end = _bounds(file, number)
-    for offset in range(begin, end, _BLOCK_BYTES):
-        hasher.update(os.pread(descriptor, min(_BLOCK_BYTES, end - offset), offset))
-    return hasher.hexdigest()
+def _blocks(begin: int, end: int) -> list[tuple[int, int]]:
+    """[begin, end) in pieces that are read at a time."""
+    return [(offset, min(offset + _BLOCK_BYTES, end)) for offset in range(begin, end, _BLOCK_BYTES)]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """A small file of our own, whole or not at all. Raises StoreError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise store_error(f"cannot write {path}", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names that were given in it survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_room(files: list[Wanted]) -> None:
+def _check_room(items: list[Wanted], output: OutputFolder) -> None:
     """Raises StoreError when what is not there yet cannot fit."""
-    missing = [item for item in files if not item.target.exists()]
+    missing = [item for item in items if output.spot(item.place).stat() is None]
     needed = sum(item.file.num_bytes for item in missing)
-    if not missing:
-        return
-    present = next(parent for parent in missing[0].target.resolve().parents if parent.exists())
-    begun = sum(_blocks_bytes(part) for item in missing for part in item.target.parent.glob(".*.part"))
-    free = shutil.disk_usage(present).free + begun
+    free = output.free_bytes() + sum(_begun_bytes(item, output) for item in missing)
     if needed > free:
         raise StoreFullError(
-            f"{present} has {free:,} bytes free, the files need {needed:,}", "Choose another --output, or fewer ranks."
+            f"{output.path} has {free:,} bytes free, the files need {needed:,}", "Choose another --output, or fewer ranks."
         )
 
 
-def _blocks_bytes(path: Path) -> int:
-    """What a file takes on the disk; nothing once another pull has finished it and given it its name."""
-    try:
-        return path.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
+def _begun_bytes(item: Wanted, output: OutputFolder) -> int:
+    """What an earlier attempt's part of it takes on the disk."""
+    found = _part_of(item.file, output.spot(item.place)).stat()
+    return found.st_blocks * 512 if found else 0
+
+
+def _part_of(file: FileRecord, target: Spot) -> Spot:
+    return target.beside(f".{target.name}.{file.sha256[:_DIGITS]}.part")

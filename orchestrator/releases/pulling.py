@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from orchestrator.core.errors import DigestError, ReleaseMissingError, SpecError, store_error
+from orchestrator.core.errors import DigestError, ReleaseMissingError, SpecError
 from orchestrator.core.manifest import FileRecord, Manifest
+from orchestrator.core.paths import check_disjoint, check_path
 from orchestrator.core.spec import StoreOptions
 from orchestrator.layouts import Arrangement, Request, arrange
-from orchestrator.releases.downloading import Wanted, download, sync_folder, write_whole
+from orchestrator.releases.downloading import Wanted, download
+from orchestrator.releases.folders import OutputFolder
 from orchestrator.releases.machine import check_machine, this_machine
 from orchestrator.releases.reading import Release, open_release
-
-
-def _silent(_file: FileRecord) -> None:
-    pass
+from orchestrator.releases.transfers import Listener, Silent
 
 
 def pull(
@@ -29,7 +28,7 @@ def pull(
     public_key: Path | None = None,
     check: bool = True,
     options: StoreOptions | None = None,
-    progress: Callable[[FileRecord], None] = _silent,
+    listener: Listener | None = None,
 ) -> list[Path]:
     """Fetch what some ranks need from the release or tag at `url` to the folder `output`; returns the files of the release.
 
@@ -40,13 +39,30 @@ def pull(
     Raises ReleaseMissingError, SchemaVersionError, DigestError, SignatureError, MachineError, SpecError, StoreError.
     """
     release = open_release(url, public_key, options)
+    return fetch(
+        release, output, ranks=ranks, node=node, gpus_per_node=gpus_per_node, layout=layout, check=check, listener=listener
+    )
+
+
+def fetch(
+    release: Release,
+    output: Path,
+    *,
+    ranks: Iterable[int] | None = None,
+    node: int | None = None,
+    gpus_per_node: int = 8,
+    layout: str = "flat",
+    check: bool = True,
+    listener: Listener | None = None,
+) -> list[Path]:
+    """As `pull`, of a release that was opened, and its signature checked, before."""
     wanted = wanted_ranks(release.manifest, ranks, node, gpus_per_node)
     files = release.files_of(set(wanted))
     request = Request(release.manifest, tuple(wanted), tuple(files), release.data, release.signature())
     arrangement = arrange(layout, request)
     if check:
         check_machine(release.manifest, wanted, this_machine())
-    return _bring(release, files, arrangement, output, progress)
+    return _bring(release, files, arrangement, output, listener or Silent())
 
 
 def wanted_ranks(manifest: Manifest, ranks: Iterable[int] | None, node: int | None, gpus_per_node: int) -> list[int]:
@@ -77,33 +93,38 @@ def _nodes(last: int) -> str:
     return f"nodes 0 to {last}" if last else "node 0 alone"
 
 
-def _bring(
-    release: Release, files: list[FileRecord], arrangement: Arrangement, output: Path, progress: Callable[[FileRecord], None]
-) -> list[Path]:
+def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, folder: Path, listener: Listener) -> list[Path]:
     """Download to the places of the arrangement, then write its own files, then give folders their final names."""
-    staged = {final: temporary for temporary, final in arrangement.renames if not (output / final).exists()}
-    targets = {
-        file.path: _place(output, arrangement.places[file.path], staged) for file in files if file.path in arrangement.places
-    }
-    by_path = {file.path: file for file in files}
-    download(release.store, [Wanted(by_path[path], target) for path, target in targets.items()], progress)
-    for path, data in arrangement.written.items():
-        write_whole(_place(output, path, staged), data)
-    for final, temporary in staged.items():
-        try:
-            (output / temporary).rename(output / final)
-            sync_folder((output / final).parent)
-        except OSError as error:
-            raise store_error(f"cannot rename {output / temporary} to {final}", error) from error
-    return [_place(output, arrangement.places[path], {}) for path in targets]
+    _check_places(arrangement)
+    wanted = [file for file in files if file.path in arrangement.places]
+    with OutputFolder(folder) as output:
+        staged = {final: temporary for temporary, final in arrangement.renames if output.spot(final).stat() is None}
+        places = {file.path: _staged(arrangement.places[file.path], staged) for file in wanted}
+        download(release.store, [Wanted(file, places[file.path]) for file in wanted], output, listener)
+        for path, data in arrangement.written.items():
+            output.write_whole(_staged(path, staged), data)
+        for final, temporary in staged.items():
+            output.rename_folder(temporary, final)
+    return [folder / arrangement.places[file.path] for file in wanted]
 
 
-def _place(output: Path, path: str, staged: dict[str, str]) -> Path:
-    """Where a file goes; below `output`, whatever a manifest says. Raises DigestError."""
+def _check_places(arrangement: Arrangement) -> None:
+    """Raises DigestError when the layout would write outside of the folder, or one file over another, whatever a manifest says."""
+    places = list({*arrangement.places.values(), *arrangement.written})
+    try:
+        for path in places:
+            check_path(path)
+        check_disjoint(places)
+    except ValueError as error:
+        raise DigestError(f"the release cannot be laid out: {error}") from None
+    overwritten = set(arrangement.places.values()) & arrangement.written.keys()
+    if overwritten:
+        raise DigestError(f"the release cannot be laid out: {min(overwritten)} is a file of the layout too")
+
+
+def _staged(path: str, staged: dict[str, str]) -> str:
+    """Where it stands until its folder gets its final name."""
     for final, temporary in staged.items():
         if path.startswith(final + "/"):
-            path = temporary + path[len(final) :]
-    target = output / path
-    if Path(path).is_absolute() or ".." in Path(path).parts or not target.resolve().is_relative_to(output.resolve()):
-        raise DigestError(f"the manifest names a file outside of the release: {path}")
-    return target
+            return temporary + path[len(final) :]
+    return path

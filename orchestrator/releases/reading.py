@@ -4,24 +4,24 @@
     <store>/tags/<name>                      what the tag stands for now
     a folder that was pulled                 whose files stand under their paths
 
-A manifest that is not as it was written is refused here, before anything that it says is used.
+A manifest that is not as it was written, or that of another release than the address names, is refused here, before anything that
+it says is used. With a public key, everything that led to the release must be signed with it: the manifest, and the tag.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import DigestError, ReleaseMissingError, SignatureError
-from orchestrator.core.manifest import MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
+from orchestrator.core.manifest import LIMIT_BYTES, MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
 from orchestrator.core.spec import StoreOptions
 from orchestrator.releases import tags
-from orchestrator.stores import ObjectMissingError, Store, open_store
+from orchestrator.stores import Store, open_store
 
-_MANIFEST_LIMIT_BYTES = 64 * 2**20
-"""More than any manifest has; a larger object is none."""
+_SIGNATURE_LIMIT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Release:
     data: bytes
     """The manifest as it is stored: what the signature covers, fields of newer programs included."""
     manifest: Manifest = field(repr=False)
+    tag: tags.Tag | None = None
+    """By which it was found."""
+    signer: str = ""
+    """Fingerprint of the key that it is signed with; empty: no key was given to check that."""
 
     @cached_property
     def digest(self) -> str:
@@ -44,10 +48,9 @@ class Release:
     def signature(self) -> bytes | None:
         """The signature that belongs to this very manifest; None when it is not signed."""
         for key in (signature_key(self.digest), SIGNATURE):
-            try:
+            size = self.store.size(key)
+            if size is not None and size <= _SIGNATURE_LIMIT_BYTES:
                 return self.store.get(key)
-            except ObjectMissingError:
-                continue
         return None
 
     def signed_digests(self) -> dict[str, str]:
@@ -63,8 +66,9 @@ class Release:
 def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:
     """Read the release at `url`, which may be a tag's.
 
-    With `public_key` (PEM, P-256) its signature is checked too. Raises ReleaseMissingError, SchemaVersionError, DigestError for a
-    damaged manifest, SignatureError when it is not signed with that key, StoreError.
+    With `public_key` (PEM, P-256) its signature is checked too, and that of the tag. Raises ReleaseMissingError,
+    SchemaVersionError, ReleaseAddressError for the manifest of another release, DigestError for a damaged one, SignatureError
+    when it is not signed with that key, StoreError.
     """
     address = url.removesuffix("/" + MANIFEST).rstrip("/")
     release = _read(address, options) or _tagged(address, options)
@@ -72,9 +76,14 @@ def open_release(url: str, public_key: Path | None = None, options: StoreOptions
         raise ReleaseMissingError(
             f"there is no release at {address}", "Give the URL that `orchestrator build` printed, or that of a tag."
         )
-    if public_key is not None:
-        check_signature(release, public_key)
-    return release
+    if public_key is None:
+        return release
+    from orchestrator.signing import fingerprint
+
+    if release.tag is not None:
+        tags.check_signature(release.tag, public_key)
+    check_signature(release, public_key)
+    return replace(release, signer=fingerprint(public_key))
 
 
 def read_release(url: str) -> tuple[Store, Manifest]:
@@ -101,7 +110,7 @@ def _read(address: str, options: StoreOptions | None) -> Release | None:
     size = store.size(MANIFEST)
     if size is None:
         return None
-    if size > _MANIFEST_LIMIT_BYTES:
+    if size > LIMIT_BYTES:
         raise DigestError(f"{address}/{MANIFEST} has {size:,} bytes: it is no manifest")
     data = store.get(MANIFEST)
     return Release(store, data, parse_manifest(data, f"{address}/{MANIFEST}"))
@@ -115,7 +124,7 @@ def _tagged(address: str, options: StoreOptions | None) -> Release | None:
         return None
     release = _read(f"{root}/{found.release}", options)
     if release is None:
-        raise ReleaseMissingError(f"tag {name} stands for {found.release}, which is gone from {root}", "Set the tag anew.")
+        raise ReleaseMissingError(f"tag {name} stands for {found.release}, which is gone from {root}", "Set the tag again.")
     if release.digest != found.manifest_sha256:
         raise DigestError(f"tag {name} stands for another manifest than the one that lies at {root}/{found.release} now")
-    return release
+    return replace(release, tag=found)

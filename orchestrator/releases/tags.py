@@ -2,16 +2,24 @@
 
 Each version is written put-if-absent, so two people who tag at once get two versions and none is lost. It needs no
 conditional overwrite, which some object stores have not, and the history stays.
+
+A signed version vouches for what the name stands for. Without it whoever may write to the store can let a tag stand for any other
+signed release, such as an old one.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from orchestrator.core.errors import DigestError, SpecError, StoreError
+from orchestrator import signing
+from orchestrator.core.digest import digest_of
+from orchestrator.core.errors import DigestError, SignatureError, SpecError, StoreError
+from orchestrator.core.manifest import RELEASES, address_parts
 from orchestrator.core.spec import StoreOptions
 from orchestrator.stores import ObjectExistsError, Store, open_store
 
@@ -19,6 +27,8 @@ TAGS = "tags/"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})*")
 _NUMBER_DIGITS = 8
 _RACES = 100
+_LIMIT_BYTES = 2**20
+_SIGNATURE = "signature"
 
 
 class Tag(BaseModel):
@@ -29,17 +39,23 @@ class Tag(BaseModel):
     name: str
     number: int
     """From 1; the highest counts."""
-    release: str
+    release: Annotated[str, Field(pattern=rf"^{RELEASES}/[a-z0-9][a-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Folder of the release in the store, e.g. releases/llama/1."""
-    manifest_sha256: str
-    """Of the manifest that was tagged: another one under the same address is refused."""
+    manifest_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Digest of the manifest that was tagged: another one under the same address is refused."""
     created_at: str
+    signature: str | None = None
+    """Signature of the other fields, as signing.py makes it; None: not signed."""
+
+    def signed_digests(self) -> dict[str, str]:
+        """What a signature of it covers: all other fields, under the tag's own key."""
+        return {_key(self.name, self.number): digest_of(self.model_dump(mode="json", exclude={_SIGNATURE}))}
 
 
-def tag(url: str, name: str, options: StoreOptions | None = None) -> Tag:
-    """Let `name` stand for the release at `url` from now on; nothing is written when it does already.
+def tag(url: str, name: str, options: StoreOptions | None = None, *, sign_key: Path | None = None) -> Tag:
+    """Let `name` stand for the release at `url` from now on, signed with `sign_key` (PEM); nothing is written when it does already.
 
-    Raises SpecError for what is no name, ReleaseMissingError, DigestError, StoreError.
+    Raises SpecError for what is no name, ReleaseMissingError, DigestError, SignatureError for a key that cannot sign, StoreError.
     """
     from orchestrator.releases.reading import open_release
 
@@ -48,27 +64,48 @@ def tag(url: str, name: str, options: StoreOptions | None = None) -> Tag:
             f"{name!r} is no name of a tag", "Use lower-case letters, digits, '.', '_' and '-', e.g. prod or llama/prod."
         )
     release = open_release(url, options=options)
-    root, marked, folder = release.store.url.rpartition("/releases/")
-    if not marked:
+    if sign_key is not None:
+        signing.check_sign_key(sign_key)
+    root, _, _ = release.store.url.rpartition(f"/{RELEASES}/")
+    parts = address_parts(release.store.url)
+    if parts is None:
         raise SpecError(f"{url} is not in a store", "Give the URL of a release: <store>/releases/<name>/<version>.")
+    folder = "/".join((RELEASES, *parts))
     store = open_store(root, options)
     for _ in range(_RACES):
         last = current(store, name)
-        if last is not None and (last.release, last.manifest_sha256) == (f"releases/{folder}", release.digest):
+        is_same = last is not None and (last.release, last.manifest_sha256) == (folder, release.digest)
+        if last is not None and is_same and (sign_key is None or _is_signed(last, sign_key)):
             return last
         made = Tag(
             name=name,
             number=last.number + 1 if last else 1,
-            release=f"releases/{folder}",
+            release=folder,
             manifest_sha256=release.digest,
             created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+        if sign_key is not None:
+            signature = signing.sign(made.signed_digests(), name, sign_key).decode()
+            made = made.model_copy(update={_SIGNATURE: signature})
         try:
             store.put(_key(name, made.number), made.model_dump_json(indent=1).encode(), create=True)
         except ObjectExistsError:
             continue  # someone else was faster: ours comes after his
         return made
     raise StoreError(f"tag {name} in {root} is being set by too many others", "Try again.")
+
+
+def _is_signed(tag: Tag, key: Path) -> bool:
+    return tag.signature is not None and signing.is_signed_by(tag.signature.encode(), key)
+
+
+def check_signature(tag: Tag, public_key: Path) -> None:
+    """Raises SignatureError unless the owner of `public_key` has let this tag stand for this release."""
+    advice = "Give the URL of the release, or have its publisher tag it with --sign-key."
+    if tag.signature is None:
+        raise SignatureError(f"tag {tag.name} (version {tag.number}) is not signed: anyone may have set it", advice)
+    if signing.signed_files(tag.signature.encode(), public_key) != tag.signed_digests():
+        raise SignatureError(f"the signature of tag {tag.name} (version {tag.number}) is of another version of it", advice)
 
 
 def is_name(name: str) -> bool:
@@ -97,11 +134,13 @@ def current_tags(store: Store) -> list[Tag]:
 def _load(store: Store, name: str, number: int) -> Tag:
     key = _key(name, number)
     try:
-        found = Tag.model_validate_json(store.get(key))
+        if (store.size(key) or 0) > _LIMIT_BYTES:
+            raise DigestError(f"{store.url}/{key} is too large for a version of a tag", "Set the tag again.")
+        found = Tag.model_validate_json(store.get(key), strict=True)
     except ValidationError:
-        raise DigestError(f"{store.url}/{key} is no version of a tag", "Set the tag anew.") from None
+        raise DigestError(f"{store.url}/{key} is no version of a tag", "Set the tag again.") from None
     if (found.name, found.number) != (name, number):
-        raise DigestError(f"{store.url}/{key} is version {found.number} of tag {found.name}", "Set the tag anew.")
+        raise DigestError(f"{store.url}/{key} is version {found.number} of tag {found.name}", "Set the tag again.")
     return found
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.core.digest import ChunkHasher
 from orchestrator.core.errors import DigestError
-from orchestrator.core.manifest import FileRecord
+from orchestrator.core.manifest import MANIFEST, SIGNATURE, FileRecord
 from orchestrator.core.spec import StoreOptions
 from orchestrator.releases.reading import Release, open_release
+from orchestrator.releases.transfers import Listener, Silent
 from orchestrator.stores import ObjectMissingError, Store
 
 _FILES_IN_FLIGHT = 4
+_SHOWN = 20
+"""Damaged files that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +32,45 @@ class Verified:
 
 
 def verify(
-    url: str,
-    public_key: Path | None = None,
-    options: StoreOptions | None = None,
-    progress: Callable[[FileRecord], None] = lambda file: None,
+    url: str, public_key: Path | None = None, options: StoreOptions | None = None, listener: Listener | None = None
 ) -> Verified:
     """Check the release or tag at `url`: the manifest, its signature where `public_key` is given, every file and every chunk.
 
-    A folder that a whole release was pulled to, flat, is checked the same way. Raises DigestError that names every damaged file,
-    and as `open_release`.
+    A folder that a whole release was pulled to, flat, is checked the same way, and must hold nothing else. Raises DigestError that
+    names damaged files, and as `open_release`.
     """
-    release = open_release(url, public_key, options)
-    files = list({file.key: file for file in release.manifest.all_files()}.values())
-    damaged = []
+    return check_files(open_release(url, public_key, options), listener)
+
+
+def check_files(release: Release, listener: Listener | None = None) -> Verified:
+    """As `verify`, of a release that was opened, and its signature checked, before."""
+    listener = listener or Silent()
+    # By their records, not by their keys: two records of one object may state different digests.
+    files = list(dict.fromkeys(release.manifest.all_files()))
+    listener.on_begin(len(files), sum(file.num_bytes for file in files))
     with ThreadPoolExecutor(_FILES_IN_FLIGHT) as pool:
-        for file, problem in zip(files, pool.map(lambda file: _problem(release.store, file), files), strict=True):
-            if problem:
-                damaged.append(f"{file.path} {problem}")
-            progress(file)
+        problems = pool.map(lambda file: _problem(release.store, file, listener), files)
+        damaged = [f"{file.path} {problem}" for file, problem in zip(files, problems, strict=True) if problem]
+    damaged += [f"{name} is none of its files" for name in _strangers(release)]
     if damaged:
-        raise DigestError(f"{release.title} at {release.store.url} is damaged: " + "; ".join(damaged))
+        more = f"; and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        raise DigestError(f"{release.title} at {release.store.url} is damaged: " + "; ".join(damaged[:_SHOWN]) + more)
     return Verified(release, len(files), sum(file.num_bytes for file in files), release.signature() is not None)
 
 
-def _problem(store: Store, file: FileRecord) -> str:
+def _strangers(release: Release) -> list[str]:
+    """Files of a pulled folder that the manifest does not name: a program that loads what lies there would load them too.
+
+    A release in a store has none: its objects are found by the manifest alone.
+    """
+    files = release.manifest.all_files()
+    if not files or any(release.store.size(file.key) is not None for file in files if file.key != file.path):
+        return []
+    known = {MANIFEST, SIGNATURE, *(file.path for file in files)}
+    return sorted(info.key for info in release.store.list("") if info.key not in known)
+
+
+def _problem(store: Store, file: FileRecord, listener: Listener) -> str:
     """What is wrong with a file; empty when nothing is."""
     whole, chunks, size = hashlib.sha256(), ChunkHasher(file.chunks.num_bytes), 0
     try:
@@ -61,10 +78,16 @@ def _problem(store: Store, file: FileRecord) -> str:
             whole.update(block)
             chunks.update(block)
             size += len(block)
+            listener.on_bytes(len(block))
+            if size > file.num_bytes:
+                break
     except ObjectMissingError:
         return "is not there"
+    finally:
+        listener.on_file(file)
     if size != file.num_bytes:
-        return f"has {size:,} bytes, published were {file.num_bytes:,}"
+        found = f"more than {file.num_bytes:,} bytes" if size > file.num_bytes else f"{size:,} bytes"
+        return f"has {found}, published were {file.num_bytes:,}"
     if whole.hexdigest() != file.sha256:
         return f"has sha256 {whole.hexdigest()}, published was {file.sha256}"
     return "" if chunks.digests() == file.chunks.sha256 else "has other chunks than its manifest says"

@@ -16,10 +16,12 @@ from orchestrator.report.tables import (
     step_table,
     sweep_table,
 )
+from orchestrator.report.transfer import TransferView
 from orchestrator.report.view import LiveView
 
 __all__ = [
     "ConsoleListener", "EventListener", "Finished", "JsonListener", "Listener", "Listeners", "LiveView", "SilentListener",
+    "TransferView",
     "counted", "describe_plan", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
     "sweep_table",
 ]  # fmt: skip

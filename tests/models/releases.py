@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import cache, verbs
+from orchestrator import cache, signing, verbs
 from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
-from orchestrator.core.manifest import MANIFEST, Chunks, FileRecord, Manifest
+from orchestrator.core.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
 from orchestrator.core.options import BuildOptions, VerifyOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
 from orchestrator.core.step import Kind, Outcome, Output, Step
 from orchestrator.stores import Store, open_store
+from orchestrator.work.publish import signed_digests
 from tests.models.synthetic import model_config, random_arrays, write_source
 
 SMALL_CHUNK = 1000
@@ -107,6 +109,28 @@ class Published:
     def path(self, rank: int) -> Path:
         """Of an engine in the store."""
         return self.folder / self.manifest.ranks[rank].files[0].key
+
+
+def copy_release(published: Published, name: str, version: str, sign_key: Path | None = None) -> Published:
+    """The same files published under another name or version, unsigned or signed."""
+    folder = Path(shutil.copytree(published.folder, published.folder.parents[1] / name / version))
+    shutil.rmtree(folder / "signatures", ignore_errors=True)
+    manifest = published.manifest.model_copy(update={"name": name, "version": version})
+    data = manifest.to_json()
+    (folder / MANIFEST).write_bytes(data)
+    if sign_key is not None:
+        digests = signed_digests(manifest, data)
+        place = folder / signature_key(digests[MANIFEST])
+        place.parent.mkdir()
+        place.write_bytes(signing.sign(digests, name, sign_key))
+    return Published(folder.as_uri(), manifest, published.store, folder, published.plan)
+
+
+def reseal(published: Published, **changed: Any) -> Manifest:
+    """Rewrite the manifest with other fields and a digest that fits them, as anyone may who can write to the store."""
+    manifest = published.manifest.model_copy(update=changed)
+    (published.folder / MANIFEST).write_bytes(manifest.to_json())
+    return manifest
 
 
 def cut_small(published: Published) -> None:

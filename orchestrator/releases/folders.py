@@ -1,0 +1,179 @@
+"""The folder that a release is pulled to, entered by descriptors: nothing is written outside of it, whatever stands in it already.
+
+Every component below the folder is opened relative to its parent and never through a symbolic link. New files are made under names
+that must be free (O_EXCL) and moved into place by rename, which replaces a link instead of following it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from orchestrator.core.errors import StoreError, store_error
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Also O_NONBLOCK: opening a pipe that somebody put there must not wait."""
+_MODE = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A name in an open folder."""
+
+    folder: int
+    """Descriptor of the folder."""
+    name: str
+    path: Path
+    """For messages."""
+
+    def beside(self, name: str) -> Spot:
+        return Spot(self.folder, name, self.path.with_name(name))
+
+    def stat(self) -> os.stat_result | None:
+        """What stands there, links not followed; None when nothing does."""
+        try:
+            return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def open(self) -> int | None:
+        """A descriptor of the plain file that stands there, to read; None when there is none, or something else."""
+        return self._opened(os.O_RDONLY)
+
+    def open_own(self) -> tuple[int, bool]:
+        """A descriptor to read and write a file under a name of our own, and whether it is new.
+
+        What others put there, a link, a pipe or a file with a second name elsewhere, is taken away, not written through.
+        """
+        while True:
+            found = self._opened(os.O_RDWR)
+            if found is not None:
+                return found, False
+            with contextlib.suppress(FileExistsError):
+                return self.create(), True
+            if not self._is_own():  # else another pull has made it in this moment
+                self.unlink()
+
+    def _opened(self, flags: int) -> int | None:
+        try:
+            descriptor = os.open(self.name, flags | _FILE, dir_fd=self.folder)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            found = self.stat()
+            if found is not None and stat.S_ISREG(found.st_mode):
+                raise
+            return None
+        opened = os.fstat(descriptor)
+        if stat.S_ISREG(opened.st_mode) and (flags == os.O_RDONLY or opened.st_nlink <= 1):
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def _is_own(self) -> bool:
+        """Whether what stands there may be written to; so may what is no longer there."""
+        found = self.stat()
+        return found is None or (stat.S_ISREG(found.st_mode) and found.st_nlink <= 1)
+
+    def create(self) -> int:
+        """Raises FileExistsError."""
+        return os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, _MODE, dir_fd=self.folder)
+
+    def unlink(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self.folder)
+
+    def move_to(self, target: Spot) -> None:
+        """Give it the name of `target`, and let that survive a crash."""
+        os.rename(self.name, target.name, src_dir_fd=self.folder, dst_dir_fd=target.folder)
+        os.fsync(target.folder)
+
+
+class OutputFolder:
+    """The folder itself; made when it is missing, which its caller may have named through links."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def spot(self, path: str) -> Spot:
+        """Where the file with this checked, relative path stands; folders on the way are made. Raises StoreError."""
+        parent, _, name = path.rpartition("/")
+        with self._lock, writing(self.path / path):
+            return Spot(self._folder(parent), name, self.path / path)
+
+    def _folder(self, path: str) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = self._open_folder(path)
+        return self._descriptors[path]
+
+    def _open_folder(self, path: str) -> int:
+        if not path:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path, _FOLDER)
+        parent, _, name = path.rpartition("/")
+        above = self._folder(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, dir_fd=above)
+        try:
+            return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above)
+        except OSError as error:
+            if stat.S_ISLNK(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode):
+                raise StoreError(
+                    f"{self.path / path} is a symbolic link: nothing is written through it",
+                    "Remove the link, or choose another --output.",
+                ) from None
+            raise error from None
+
+    def rename_folder(self, source: str, target: str) -> None:
+        """Give a folder below its final name, and let that survive a crash. Raises StoreError."""
+        first, second = self.spot(source), self.spot(target)
+        with writing(second.path):
+            first.move_to(second)
+        for path in [path for path in self._descriptors if path == source or path.startswith(source + "/")]:
+            os.close(self._descriptors.pop(path))
+
+    def write_whole(self, path: str, data: bytes) -> None:
+        """A small file, whole or not at all. Raises StoreError."""
+        target = self.spot(path)
+        temporary = target.beside(f".{uuid.uuid4().hex}.part")
+        with writing(target.path):
+            try:
+                with open(temporary.create(), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.move_to(target)
+            finally:
+                temporary.unlink()
+
+    def free_bytes(self) -> int:
+        with writing(self.path):
+            return shutil.disk_usage(self._folder("")).free
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The folder's own failures as StoreError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise store_error(f"cannot write {path}", error) from error

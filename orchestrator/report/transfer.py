@@ -1,0 +1,100 @@
+"""How a pull or a verification comes on: a bar with bytes, rate and time left on a terminal, plain lines at intervals elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from orchestrator.core.manifest import FileRecord
+from orchestrator.report.tables import format_bytes, format_count, format_seconds
+
+LINE_SECONDS = 10.0
+"""Between two plain lines."""
+_WINDOW_SECONDS = 30.0
+"""Span of the rate: long enough to be calm, short enough to follow a link that slows down."""
+_DIGITS = 16
+
+
+class TransferView:
+    """A `releases.transfers.Listener`; a context manager that leaves the terminal as it was."""
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        names: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        line_seconds: float = LINE_SECONDS,
+    ) -> None:
+        """With `names`, each file is named with its digest when it is done."""
+        self._console, self._names, self._clock, self._line_seconds = console, names, clock, line_seconds
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._bar = self._progress.add_task("", total=1, note="")
+        self._lock = threading.Lock()
+        self._total = self._done = 0
+        self._files = self._files_done = 0
+        self._seen: deque[tuple[float, int]] = deque()
+        """(moment, bytes done by then) within the window."""
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def on_begin(self, num_files: int, num_bytes: int) -> None:
+        with self._lock:
+            self._total, self._files = num_bytes, num_files
+            self._last_line = self._clock()
+            self._seen.append((self._last_line, 0))
+            self._progress.update(self._bar, total=max(num_bytes, 1))
+            if not self._progress.disable:
+                self._progress.start()
+
+    def on_bytes(self, num_bytes: int) -> None:
+        with self._lock:
+            now = self._clock()
+            self._done += num_bytes
+            self._seen.append((now, self._done))
+            while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_SECONDS:
+                self._seen.popleft()
+            if not self._progress.disable:
+                self._progress.update(self._bar, completed=self._done, description=self._counts(), note=self.note())
+            elif now - self._last_line >= self._line_seconds and self._done < self._total:
+                self._last_line = now
+                self._print(f"{self._counts()}  {self.note()}")
+
+    def on_file(self, file: FileRecord) -> None:
+        with self._lock:
+            self._files_done += 1
+            if self._names:
+                self._print(f"  {file.sha256[:_DIGITS]}  {escape(file.path)}")
+
+    def note(self) -> str:
+        """Bytes, rate and time left."""
+        began, before = self._seen[0]
+        seconds = self._seen[-1][0] - began
+        shown = f"{format_bytes(self._done)} of {format_bytes(self._total)}"
+        if seconds <= 0 or self._done <= before:
+            return shown
+        rate = (self._done - before) / seconds
+        left = format_seconds(max(self._total - self._done, 0) / rate)
+        return f"{shown}  {format_bytes(rate)}/s  {left} left"
+
+    def _counts(self) -> str:
+        return f"{self._files_done} of {format_count(self._files, 'file')}"
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
