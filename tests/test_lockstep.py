@@ -22,7 +22,8 @@ from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.slices import cut
 from orchestrator.work.binding import bind_portable
 from orchestrator.work.calls import make_calls
-from orchestrator.work.lockstep import Lockstep, _ort_value
+from orchestrator.work.lockstep import Lockstep
+from orchestrator.work.ort import ort_value
 from orchestrator.work.shards import Weight, map_shards
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
@@ -61,7 +62,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[S
 
 def whole(network: Network, weights: dict[str, Weight], layers: int) -> list[Array]:
     """A rank's graph as it is, in one session, call after call."""
-    bound = {name: _ort_value(value, kind) for name, (value, kind) in bind_portable(network, weights).items()}
+    bound = {name: ort_value(value, kind) for name, (value, kind) in bind_portable(network, weights).items()}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -25,8 +25,8 @@ from orchestrator.networks.shape import RankShape
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows, unpack_rows
 from orchestrator.work.binding import bind, bind_portable
+from orchestrator.work.ort import ort_value
 from orchestrator.work.shards import Weight
-from orchestrator.work.verify_rank import _ort_value
 from tests.models.synthetic import model_config
 
 PREFIX = "transformer.layers.0.mlp.fc"
@@ -70,7 +70,7 @@ def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 def run(graph: GraphWriter, tensors: dict[str, Weight], x: Array) -> Array:
     network = Network(graph.model(), {}, graph.unpacked_weights)
-    bound = {name: _ort_value(value, kind) for name, (value, kind) in bind_portable(network, tensors).items()}
+    bound = {name: ort_value(value, kind) for name, (value, kind) in bind_portable(network, tensors).items()}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -234,14 +234,14 @@ def test_update_cache_quantized_writes_its_slots_and_leaves_the_others(kv_cache:
     stored = stored_cache(past, float(scale), kv_cache)
     kind = onnx.TensorProto.INT8 if kv_cache == "INT8" else onnx.TensorProto.FLOAT8E4M3FN
     options = onnxruntime.SessionOptions()
-    values = [_ort_value(scale)]
+    values = [ort_value(scale)]
     options.add_external_initializers(["transformer.layers.0.attention.k_cache_scaling_factor"], values)
     session = onnxruntime.InferenceSession(graph.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {
-        "position_ids": _ort_value(np.array([[1, 2], [3, 4]])),
-        "write_indices": _ort_value(np.array([1, 3])),
-        "past_key_values.0.key": _ort_value(stored.view(torch.uint8 if kv_cache == "FP8" else torch.int8).numpy(), kind),
-        "update": _ort_value(update.numpy()),
+        "position_ids": ort_value(np.array([[1, 2], [3, 4]])),
+        "write_indices": ort_value(np.array([1, 3])),
+        "past_key_values.0.key": ort_value(stored.view(torch.uint8 if kv_cache == "FP8" else torch.int8).numpy(), kind),
+        "update": ort_value(update.numpy()),
     }
     found = session.run_with_ort_values(["all"], feeds)[0].numpy()
     expected = stored.float() * float(scale)

@@ -11,10 +11,13 @@ import onnx
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.shape import RankShape
 
+PAST = "past_key_values."
+"""Begins the names of the cache's inputs."""
+
 
 def past_name(layer: int, what: str) -> str:
     """Graph input: keys or values (`what`) of a local layer before the call."""
-    return f"past_key_values.{layer}.{what}"
+    return f"{PAST}{layer}.{what}"
 
 
 def present_name(layer: int, what: str) -> str:

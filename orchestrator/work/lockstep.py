@@ -8,7 +8,6 @@ slice to its last. What stays is the hidden states of all calls: neither layers 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from orchestrator.core.errors import VerificationError
 from orchestrator.core.options import StageNetwork
@@ -26,17 +24,12 @@ from orchestrator.networks.shape import RankShape
 from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executable, looked_up
 from orchestrator.work.binding import PortableWeights
 from orchestrator.work.calls import Call
+from orchestrator.work.ort import empty_cache, open_session, ort_value
 from orchestrator.work.shards import Weight
 
 Array = npt.NDArray[Any]
 _RANKS_AGREE = 1e-5
 """Largest difference between the ranks' hidden states, relative to the largest value."""
-_LARGE: dict[str, tuple[Any, int, int]] = {
-    "float32": (np.float32, 10_000, onnx.TensorProto.FLOAT),
-    "int8": (np.int8, 127, onnx.TensorProto.INT8),
-    "float8": (np.uint8, 0x7E, onnx.TensorProto.FLOAT8E4M3FN),  # 448
-}
-"""numpy's dtype of a cache, the bits of a large number, ONNX's dtype."""
 
 
 @dataclass
@@ -72,7 +65,7 @@ class Lockstep:
             graph = decoder_network(network, tp_rank, Rendering.executed())
             shape = RankShape(network.stage, "float32", tp_rank, portable=True)
             feeds = [_feeds(network, call, hidden_states[number] if hidden_states else None) for number, call in enumerate(calls)]
-            empty = _empty_cache(shape, len(calls[0].input_ids), slots)
+            empty = empty_cache(shape, len(calls[0].input_ids), slots)
             self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, feeds))
 
     def run(self, report: Callable[[int, int], None] = lambda done, total: None) -> list[Array]:
@@ -129,7 +122,7 @@ class Lockstep:
         kinds = [value.element_type() for value in feeds]
         model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
         if model not in self._sessions:
-            self._sessions[model] = _open(model)
+            self._sessions[model] = open_session(model)
         return self._sessions[model]
 
     def _exchange(self, collective: Collective) -> None:
@@ -137,7 +130,7 @@ class Lockstep:
         for call in range(len(self._calls)):
             parts = [rank.values[call][collective.source].numpy() for rank in self._ranks]
             together = functools.reduce(np.add, parts) if collective.operation == "all_reduce" else np.concatenate(parts)
-            shared = _ort_value(np.ascontiguousarray(together))
+            shared = ort_value(np.ascontiguousarray(together))
             for rank in self._ranks:
                 rank.values[call][collective.result] = shared
 
@@ -195,7 +188,7 @@ def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> di
         feeds["hidden_states"] = hidden_states
     if network.stage.is_last:
         feeds["logit_indices"] = call.logit_indices
-    return {name: _ort_value(value) for name, value in feeds.items()}
+    return {name: ort_value(value) for name, value in feeds.items()}
 
 
 def _bind(rank: _Rank, number: int) -> list[Any]:
@@ -203,38 +196,4 @@ def _bind(rank: _Rank, number: int) -> list[Any]:
     part = rank.sliced.slices[number]
     rows_only = looked_up(part)
     bound = (rank.weights.stored(name) if name in rows_only else rank.weights[name] for name in part.weights)
-    return [_ort_value(value, kind) for value, kind in bound]
-
-
-def _empty_cache(shape: RankShape, batch: int, slots: int) -> Any:
-    size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
-    dtype, value, kind = _LARGE[shape.cache_dtype]
-    return _ort_value(np.full(size, value, dtype), kind)
-
-
-_WITHOUT_NUMPY = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4, onnx.TensorProto.BFLOAT16}
-
-
-def _ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:
-    """A tensor for ONNX Runtime, without a copy; `kind` where numpy has no dtype of its own for the elements."""
-    import onnxruntime
-
-    if kind in _WITHOUT_NUMPY:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, kind)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(value)
-
-
-def _open(model: bytes) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    # An arena would keep the largest intermediate values of every session.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    # Otherwise a weight-only MatMul is fused into one that rounds its input to int8, which nobody asked for.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return [ort_value(value, kind) for value, kind in bound]

@@ -1,0 +1,134 @@
+"""The rank graphs of a stage as one ONNX graph, which any executor runs in one process, without a communicator.
+
+Every name of a rank's graph gets the rank's prefix, but the inputs that all ranks are given alike. Where the ranks meet, a
+`DistCollective` of each becomes one operator: `Sum` for an all-reduce, `Concat` along axis 0 for an all-gather. Its output is
+shared, so it has no prefix. Weights stay the ranks' own: nothing is merged or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import onnx
+from onnx import helper
+
+from orchestrator.networks.kv_cache import PAST
+
+_COLLECTIVE = "DistCollective"
+Rename = Callable[[str], str]
+
+
+def ranked(name: str, rank: int) -> str:
+    """The name in the merged graph of what `name` is in the graph of a rank."""
+    return f"rank{rank}.{name}"
+
+
+def merge_ranks(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    """Merge the graphs of a stage's ranks, in rank order.
+
+    Inputs: those that all ranks share under their own names, `rank{r}.past_key_values...` for the caches. Outputs: all of every
+    rank, prefixed: who runs the graph can check that the ranks agree. Raises ValueError for graphs that are not of one stage.
+    """
+    _check(models)
+    shared = {value.name for value in models[0].graph.input if not value.name.startswith(PAST)}
+    parts = [_parts(model.graph.node) for model in models]
+    meeting = {node.output[0] for _, node in parts[0] if node is not None}
+    renames = [_rename(rank, shared | meeting) for rank in range(len(models))]
+    nodes: list[onnx.NodeProto] = []
+    for lockstep in zip(*parts, strict=True):
+        for (before, _), rename in zip(lockstep, renames, strict=True):
+            nodes += [_renamed_node(node, rename) for node in before]
+        collectives = [node for _, node in lockstep if node is not None]
+        if collectives:
+            nodes.append(_meet(collectives, renames))
+    graph = helper.make_graph(
+        nodes,
+        models[0].graph.name,
+        [value for rank, model in enumerate(models) for value in _values(model.graph.input, renames[rank], rank, shared)],
+        [value for rank, model in enumerate(models) for value in _values(model.graph.output, renames[rank], rank, set())],
+        initializer=[
+            _renamed_initializer(item, renames[rank]) for rank, model in enumerate(models) for item in model.graph.initializer
+        ],
+    )
+    return helper.make_model(
+        graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version, producer_name=models[0].producer_name
+    )
+
+
+def _check(models: Sequence[onnx.ModelProto]) -> None:
+    if not models:
+        raise ValueError("no rank to merge")
+    meetings = [
+        [(node.output[0], _attribute(node, "collective_operation")) for _, node in _parts(model.graph.node) if node]
+        for model in models
+    ]
+    for rank, found in enumerate(meetings):
+        if found != meetings[0]:
+            raise ValueError(f"rank {rank} does not meet the others where rank 0 does: they are not ranks of one stage")
+    for model in models:
+        for node in model.graph.node:
+            if node.op_type == _COLLECTIVE and _attribute(node, "nb_rank") != len(models):
+                raise ValueError(f"{node.name} is among {_attribute(node, 'nb_rank')} ranks, {len(models)} are merged")
+            if any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute):
+                raise ValueError(f"{node.name} holds a graph, whose names would need prefixes too")
+
+
+def _parts(nodes: Iterable[onnx.NodeProto]) -> list[tuple[list[onnx.NodeProto], onnx.NodeProto | None]]:
+    """The nodes up to each collective, and the collective; None after the last one."""
+    found: list[tuple[list[onnx.NodeProto], onnx.NodeProto | None]] = []
+    before: list[onnx.NodeProto] = []
+    for node in nodes:
+        if node.op_type == _COLLECTIVE:
+            found.append((before, node))
+            before = []
+        else:
+            before.append(node)
+    return [*found, (before, None)]
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> int | str:
+    value = next(helper.get_attribute_value(item) for item in node.attribute if item.name == name)
+    return value.decode() if isinstance(value, bytes) else int(value)
+
+
+def _rename(rank: int, kept: set[str]) -> Rename:
+    return lambda name: name if not name or name in kept else ranked(name, rank)
+
+
+def _meet(collectives: Sequence[onnx.NodeProto], renames: Sequence[Rename]) -> onnx.NodeProto:
+    """What the ranks' collectives compute together, in rank order."""
+    first = collectives[0]
+    inputs = [rename(node.input[0]) for node, rename in zip(collectives, renames, strict=True)]
+    match _attribute(first, "collective_operation"):
+        case "all_reduce" if _attribute(first, "reduce_op") == "sum":
+            return helper.make_node("Sum", inputs, [first.output[0]], name=first.name)
+        case "all_gather":
+            return helper.make_node("Concat", inputs, [first.output[0]], name=first.name, axis=0)
+        case operation:
+            raise ValueError(f"{first.name}: no operator stands for the collective {operation}")
+
+
+def _renamed_node(node: onnx.NodeProto, rename: Rename) -> onnx.NodeProto:
+    renamed = onnx.NodeProto()
+    renamed.CopyFrom(node)
+    renamed.name = rename(node.name)
+    renamed.input[:] = [rename(name) for name in node.input]
+    renamed.output[:] = [rename(name) for name in node.output]
+    return renamed
+
+
+def _values(values: Iterable[onnx.ValueInfoProto], rename: Rename, rank: int, shared: set[str]) -> Iterable[onnx.ValueInfoProto]:
+    """Inputs or outputs of a rank; those that are shared come with the first rank."""
+    for value in values:
+        if value.name not in shared or rank == 0:
+            renamed = onnx.ValueInfoProto()
+            renamed.CopyFrom(value)
+            renamed.name = rename(value.name)
+            yield renamed
+
+
+def _renamed_initializer(tensor: onnx.TensorProto, rename: Rename) -> onnx.TensorProto:
+    renamed = onnx.TensorProto()
+    renamed.CopyFrom(tensor)
+    renamed.name = rename(tensor.name)
+    return renamed

@@ -1,0 +1,57 @@
+"""ONNX Runtime as every execution of a rank's graph uses it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from orchestrator.networks.shape import RankShape
+
+Array = npt.NDArray[Any]
+_LARGE: dict[str, tuple[Any, int, int]] = {
+    "float32": (np.float32, 10_000, onnx.TensorProto.FLOAT),
+    "int8": (np.int8, 127, onnx.TensorProto.INT8),
+    "float8": (np.uint8, 0x7E, onnx.TensorProto.FLOAT8E4M3FN),  # 448
+}
+"""numpy's dtype of a cache, the bits of a large number, ONNX's dtype."""
+_WITHOUT_NUMPY = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4, onnx.TensorProto.BFLOAT16}
+
+
+def empty_cache(shape: RankShape, batch: int, slots: int) -> Any:
+    """What every cache begins with: a large number, so that reading an unwritten slot cannot pass for right."""
+    size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
+    dtype, value, kind = _LARGE[shape.cache_dtype]
+    return ort_value(np.full(size, value, dtype), kind)
+
+
+def ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:
+    """A tensor for ONNX Runtime, without a copy; `kind` where numpy has no dtype of its own for the elements."""
+    import onnxruntime
+
+    if kind in _WITHOUT_NUMPY:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, kind)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(value)
+
+
+def open_session(model: bytes, bound: Mapping[str, Any] | None = None) -> Any:
+    """A session on the CPU. `bound` are its external initializers, whose memory the caller keeps."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # An arena would keep the largest intermediate values of every session.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    # Otherwise a weight-only MatMul is fused into one that rounds its input to int8, which nobody asked for.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if bound:
+        options.add_external_initializers(list(bound), list(bound.values()))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
