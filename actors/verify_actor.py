@@ -1,4 +1,4 @@
-"""Executes all ranks of a pipeline stage in lockstep, or the source model that they are compared with."""
+"""Executes all ranks of a pipeline stage in lockstep, the source model that they are compared with, or its miniature."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from orchestrator.core.step import Kind
 
 
 class VerifyActor(StepActor):
-    """Runs orchestrator.work.verify and orchestrator.work.reference."""
+    """Runs orchestrator.work.verify, orchestrator.work.reference and orchestrator.work.miniature."""
 
-    kinds = (Kind.VERIFY, Kind.REFERENCE)
+    kinds = (Kind.VERIFY, Kind.REFERENCE, Kind.MINIATURE)

@@ -90,7 +90,9 @@ class RankSource:
         # One process calibrates: in one go, unless it is asked to hold a part at a time.
         asked = replace(asked, num_stages=asked.num_stages or 1)
         weights = weight_map(self.index, self.family, config, topology, NO_LIMIT, asked.model)
-        return Inputs(self.index, self.extra_files, str(self.folder), config, weights, None, BuildConfig(), asked)
+        return Inputs(
+            self.index, self.extra_files, str(self.folder), config, weights, None, BuildConfig(), asked, family=self.family.name
+        )
 
     def quantized(self, inputs: Inputs, topology: Topology, rank: int, scales: Scales | None) -> RankSource:
         """The same source, cut and quantized as `inputs` says."""

@@ -145,7 +145,8 @@ def _link_use(num_bytes: int, limit: int | None, makespan: float) -> LinkUse:
 
 def seconds_alone(step: Step, place: ClusterSpec, rates: RatesSpec) -> float:
     """What a step takes when nothing else runs."""
-    pool = next(name for name, spec in place.pools.items() if step.kind.value in spec.steps)
+    pool = place.pool_name_for(step.kind.value)
+    assert pool is not None, f"no pool runs {step.kind.value} steps"  # the plan was placed before
     node = rates.pool(pool)
     estimate = step.estimate
     seconds = rates.compute_seconds(step.kind.value, estimate.work_bytes, pool)

@@ -84,7 +84,19 @@ def _plan(spec: BuildSpec) -> Plan:
     model = quantization.model if quantization else None
     weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes, model)
     version = installed_version(spec.engine.backend)
-    inputs = Inputs(index, extra_files, spec.source.path, config, weights, version, engine, quantization, tolerance(model))
+    inputs = Inputs(
+        index,
+        extra_files,
+        spec.source.path,
+        config,
+        weights,
+        version,
+        engine,
+        quantization,
+        tolerance(model),
+        family=family.name,
+        ignored_keys=ignored,
+    )
     return make_plan(spec, inputs)
 
 

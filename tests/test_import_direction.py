@@ -68,7 +68,9 @@ TABLE: dict[str, Row] = {
     "orchestrator.layouts": Row(_own("core", "layouts")),
     "orchestrator.releases": Row(_own("core", "stores", "cache", "engines", "layouts", "signing", "releases"), PLAIN),
     "orchestrator.work": Row(
-        _own("core", "quantizers", "networks", "engines", "checkpoints", "stores", "cache", "programs", "signing", "work"),
+        _own(
+            "core", "families", "quantizers", "networks", "engines", "checkpoints", "stores", "cache", "programs", "signing", "work"
+        ),
         frozenset({"numpy", "onnx", "pydantic"}),
         HEAVY | {"nvtx", "pynvml"},
     ),

@@ -60,7 +60,7 @@ def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
     ("changes", "error", "words"),
     [
         ({"error": "gave no answer in 60 s"}, ClusterError, "no node of the cluster answers: a gave no answer"),
-        ({"cpus": 0}, ClusterError, "no node for reference steps"),
+        ({"cpus": 0}, ClusterError, "no node for miniature steps"),
         ({"store_error": "cannot reach the store"}, StoreError, "no node can reach the store .*a: cannot reach the store"),
         ({"places": None}, SourceMissingError, "no node can see the files of reference steps: a: .* is not there"),
         ({"versions": {}}, ToolError, "a: tensorrt-rtx is not installed"),

@@ -105,6 +105,8 @@ def _report_build(made: Any, as_json: bool) -> None:
         verification = manifest.verification.model_dump() if manifest.verification else None
         print(encode_line(Published(address, ran, verification, time.time())), flush=True)
         return
+    if manifest.miniature:
+        out.print(manifest.miniature.line())
     if manifest.verification:
         found = manifest.verification
         out.print(

@@ -77,6 +77,7 @@ class Admission:
 
     def __init__(self, cluster: ClusterSpec, nodes: Mapping[str, Sequence[Node]] | None = None) -> None:
         """`nodes` by pool; without them, each pool is a share of this machine. Raises ClusterError when a node lacks GPUs."""
+        self._cluster = cluster
         self._waiting: list[Task] = []
         self._devices: dict[str, dict[int, str]] = {}
         """By node: which step holds a device."""
@@ -115,7 +116,7 @@ class Admission:
             yield Placement(task, share.pool, share.node.name, self._take_devices(share, task))
 
     def _candidates(self, step: Step) -> list[_Share]:
-        pool = next((share.pool for share in self._shares if step.kind.value in share.spec.steps), None)
+        pool = self._cluster.pool_name_for(step.kind.value)
         mine = [share for share in self._shares if share.pool == pool]
         fit = [share for share in mine if share.node.name not in self._facts or not unfit(self._facts[share.node.name], step)]
         return fit or mine

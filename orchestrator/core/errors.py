@@ -177,6 +177,16 @@ class VerificationError(OrchestratorError):
     default_advice = "Nothing was published. The step's log holds the numbers."
 
 
+class MiniatureError(VerificationError):
+    """The model, made small, does not compute here what it computes in transformers."""
+
+    exit_code = 34
+    default_advice = (
+        "Nothing was built. A key of config.json means something else here than in transformers: correct it in the source, "
+        "or report it with the config.json; real weights would give a wrong model too."
+    )
+
+
 class EngineBuildError(OrchestratorError):
     """TensorRT refused the graph."""
 

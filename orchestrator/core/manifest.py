@@ -177,6 +177,51 @@ class Verification(_Record):
         return f"{words} ({to_source:.2e} against the source before rounding)"
 
 
+class MiniatureCase(_Record):
+    """All texts of the miniature on one layout of ranks."""
+
+    ranks: str
+    """E.g. tp=2, ep=2."""
+    num_prompts: int
+    num_positions: int
+    max_relative_error: float
+
+
+class MiniatureThreshold(_Record):
+    """A length at which the model changes what it computes."""
+
+    key: str
+    """Of config.json."""
+    value: int
+    tokens: int
+    """In the miniature."""
+    crossed: bool
+    """False: no text of the miniature was long enough."""
+
+
+class Miniature(_Record):
+    """How far the model, made small with seeded weights, was from transformers, in float32."""
+
+    num_layers: int
+    tolerance: float
+    cases: tuple[MiniatureCase, ...]
+    thresholds: tuple[MiniatureThreshold, ...]
+
+    @property
+    def max_relative_error(self) -> float:
+        return max(case.max_relative_error for case in self.cases)
+
+    def line(self) -> str:
+        """One line for people."""
+        lengths = {crossed: [each for each in self.thresholds if each.crossed is crossed] for crossed in (True, False)}
+        crossed, not_crossed = (", ".join(f"{each.key} {each.value}" for each in lengths[which]) for which in (True, False))
+        layouts = ", ".join(case.ranks.replace(", ", " ") for case in self.cases)
+        return (
+            f"miniature of {self.num_layers} layers: max relative error {self.max_relative_error:.2e} on {layouts}; "
+            f"texts longer than {crossed or 'no threshold'}" + (f", none longer than {not_crossed}" if not_crossed else "")
+        )
+
+
 class ArtifactRecord(_Record):
     """Something that the build made and used, by its digest; not published with the release."""
 
@@ -239,6 +284,8 @@ class Manifest(_Record):
     quantization: QuantizationRecord | None = None
     verification: Verification | None = None
     """None: the spec had switched verification off."""
+    miniature: Miniature | None = None
+    """None: published before there were any."""
     tools: dict[str, str]
     steps: dict[str, str]
     """Step name to digest: where this release came from."""

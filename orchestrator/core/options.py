@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -221,3 +221,23 @@ class VerifyOptions(_Options):
     network: StageNetwork
     decode_steps: int
     tolerance: ToleranceSpec
+
+
+class MiniatureOptions(_Options):
+    """Compare the model, made small, with transformers. Nothing here depends on the weights."""
+
+    config: dict[str, Any]
+    """The source's config.json, undecoded."""
+    family: str
+    architecture: str
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of config.json that are not looked at here; transformers looks at them."""
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    max_relative_error: float = 5e-5
+    """Right models stay below 1e-5."""
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Fields of ModelConfig that config.json does not hold."""
+        return {"use_parallel_embedding": self.use_parallel_embedding, "embedding_sharding_dim": self.embedding_sharding_dim}

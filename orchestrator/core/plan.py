@@ -16,6 +16,7 @@ from orchestrator.core.options import (
     BuildOptions,
     CalibrateOptions,
     ConvertOptions,
+    MiniatureOptions,
     ReferenceOptions,
     StageNetwork,
     StageOptions,
@@ -29,10 +30,19 @@ from orchestrator.core.step import Estimate, Kind, Outcome, Resources, Step
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import LayerGroup, WeightMap
 
-VERSIONS: dict[Kind, int] = {Kind.REFERENCE: 2, Kind.CALIBRATE: 2, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
+VERSIONS: dict[Kind, int] = {
+    Kind.MINIATURE: 1,
+    Kind.REFERENCE: 2,
+    Kind.CALIBRATE: 2,
+    Kind.CONVERT: 1,
+    Kind.BUILD: 2,
+    Kind.VERIFY: 2,
+}
 """Raise one when its code would give other outputs for the same options."""
 
 _GB = 10**9
+_MINIATURE_BYTES = _GB
+"""Memory of torch, transformers and ONNX Runtime; the model is nothing beside them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ class Inputs:
     quantization: Quantization | None = None
     tolerance: ToleranceSpec = field(default_factory=ToleranceSpec)
     """Of verification, where the spec gives none."""
+    family: str = field(kw_only=True)
+    """Name of the family whose tables read the source."""
+    ignored_keys: frozenset[str] = frozenset()
+    """Keys of config.json that are not looked at."""
 
     @property
     def model_quantization(self) -> ModelQuantization | None:
@@ -119,9 +133,9 @@ class Plan:
 
 
 def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
-    """Lay out the steps: reference | calibrate and convert per stage | build per rank | verify per stage."""
+    """Lay out the steps: miniature | reference | calibrate and convert per stage | build per rank | verify per stage."""
     topology = spec.topology.topology()
-    steps: list[Step] = []
+    steps: list[Step] = [_miniature(inputs)]
     reference = _reference(spec, inputs) if spec.verification.enabled else None
     if reference is not None:
         steps.append(reference)
@@ -141,6 +155,27 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
     warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
     notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
     return Plan(spec, inputs, tuple(steps), warnings, notes)
+
+
+def _miniature(inputs: Inputs) -> Step:
+    """First of all, since it needs nothing but the config and takes seconds; the release waits for it."""
+    config = inputs.config
+    options = MiniatureOptions(
+        config=dict(inputs.index.config),
+        family=inputs.family,
+        architecture=config.architecture,
+        ignored_keys=tuple(sorted(inputs.ignored_keys)),
+        use_parallel_embedding=config.use_parallel_embedding,
+        embedding_sharding_dim=config.embedding_sharding_dim,
+    )
+    return Step(
+        kind=Kind.MINIATURE,
+        version=VERSIONS[Kind.MINIATURE],
+        name="miniature",
+        options=options.model_dump(mode="json"),
+        resources=Resources(memory_bytes=_MINIATURE_BYTES),
+        estimate=_estimate(Kind.MINIATURE, read_bytes=0, work_bytes=0),
+    )
 
 
 def _reference(spec: BuildSpec, inputs: Inputs) -> Step:

@@ -7,13 +7,11 @@ for `seconds_per_gb` of each 10^9 bytes of its work (Estimate.work_bytes). Nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from orchestrator.core.spec import Frozen, NumBytes
-
-KindName = Literal["reference", "calibrate", "convert", "build", "verify"]
+from orchestrator.core.spec import Frozen, KindName, NumBytes
 
 
 class StepRate(Frozen):
@@ -30,6 +28,7 @@ class StepRate(Frozen):
 
 
 STEP_RATES: dict[str, StepRate] = {
+    "miniature": StepRate(seconds=6.0),
     "reference": StepRate(seconds=10.0, seconds_per_gb=7.0),
     "calibrate": StepRate(seconds=15.0, seconds_per_gb=20.0),
     "convert": StepRate(seconds=0.5, seconds_per_gb=1.0),

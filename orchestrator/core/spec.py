@@ -226,6 +226,11 @@ class BuildSpec(Frozen):
     release: ReleaseSpec
 
 
+KindName = Literal["miniature", "reference", "calibrate", "convert", "build", "verify"]
+_STAND_INS: dict[str, tuple[str, ...]] = {"miniature": ("verify", "reference", "convert", "build")}
+"""A kind that pools may leave out -> the kinds in whose pool it runs then."""
+
+
 class PoolSpec(Frozen):
     """Machines of one kind."""
 
@@ -243,10 +248,9 @@ class PoolSpec(Frozen):
     """Other labels, in order, for steps that no node with `labels` has room for."""
     scratch: NumBytes | None = None
     """Room in each node's scratch folder that steps may reserve; absent: what the nodes have free."""
-    steps: tuple[Literal["reference", "calibrate", "convert", "build", "verify"], ...] = (
-        "reference", "calibrate", "convert", "build", "verify",
-    )  # fmt: skip
-    """Kinds of step that run here; the first pool that lists a kind takes it."""
+    steps: tuple[KindName, ...] = ("miniature", "reference", "calibrate", "convert", "build", "verify")
+    """Kinds of step that run here; the first pool that lists a kind takes it. A miniature that no pool lists goes where verify
+    does, else reference, else convert, else build."""
 
 
 class RetrySpec(Frozen):
@@ -316,7 +320,7 @@ class DriverSpec(Frozen):
 class ProfileSpec(Frozen):
     """Which steps run under Nsight Systems. Their traces are put into the store, and the last event of each names its own."""
 
-    steps: tuple[Literal["reference", "calibrate", "convert", "build", "verify"], ...] = ("build",)
+    steps: tuple[KindName, ...] = ("build",)
     nsys: tuple[str, ...] = ("--trace=cuda,nvtx,osrt",)
     """Options of `nsys profile`."""
 
@@ -353,6 +357,12 @@ class ClusterSpec(Frozen):
             raise ValueError("the URL holds a user, password or query: credentials belong in each node's environment or role")
         return value
 
-    def pool_for(self, kind: str) -> PoolSpec | None:
+    def pool_name_for(self, kind: str) -> str | None:
         """The first pool that lists a kind of step takes it; None when none does."""
-        return next((pool for pool in self.pools.values() if kind in pool.steps), None)
+        wanted = (kind, *_STAND_INS.get(kind, ()))
+        return next((name for each in wanted for name, pool in self.pools.items() if each in pool.steps), None)
+
+    def pool_for(self, kind: str) -> PoolSpec | None:
+        """The pool that `pool_name_for` names."""
+        name = self.pool_name_for(kind)
+        return None if name is None else self.pools[name]

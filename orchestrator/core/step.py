@@ -17,6 +17,7 @@ from orchestrator.core.spec import StoreOptions
 class Kind(StrEnum):
     """What a step does; `work` has one function per kind."""
 
+    MINIATURE = "miniature"
     REFERENCE = "reference"
     CALIBRATE = "calibrate"
     CONVERT = "convert"

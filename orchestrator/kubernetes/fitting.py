@@ -85,7 +85,7 @@ def _misfits(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[
 
 def _kinds(spec: BuildSpec) -> dict[str, int]:
     """Kinds of step that this build surely has, and the GPUs that one such step takes."""
-    kinds = {"convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
+    kinds = {"miniature": 0, "convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
     if spec.verification.enabled:
         kinds |= {"reference": 0, "verify": 0}
     if spec.quantization is not None and spec.quantization.calibration.device == "cuda":

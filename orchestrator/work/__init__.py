@@ -26,6 +26,7 @@ from orchestrator.work.scratch import remove_dead, scratch_folder
 from orchestrator.work.usage import Sampler
 
 FUNCTIONS: dict[Kind, str] = {
+    Kind.MINIATURE: "orchestrator.work.miniature:miniature",
     Kind.REFERENCE: "orchestrator.work.reference:reference",
     Kind.CALIBRATE: "orchestrator.work.quantize:calibrate",
     Kind.CONVERT: "orchestrator.work.convert:convert",

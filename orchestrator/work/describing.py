@@ -17,6 +17,7 @@ from orchestrator.core.manifest import (
     EngineRecord,
     FileRecord,
     Manifest,
+    Miniature,
     QuantizationRecord,
     RankRecord,
     Selectors,
@@ -72,6 +73,7 @@ def describe(
         engine_config=plan.inputs.engine.model_dump(mode="json"),
         quantization=quantization,
         verification=_verification(known),
+        miniature=_miniature(plan, outcomes),
         tools=tools,
         steps={step.name: step.digest for step in plan.steps},
         provenance=_provenance(plan, known, quantization, tools, now),
@@ -172,6 +174,12 @@ def _provenance(
             ),
         ),
     )
+
+
+def _miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> Miniature:
+    """Raises KeyError for a build whose miniature was not proven: it must not be published."""
+    (step,) = plan.of_kind(Kind.MINIATURE)
+    return Miniature.model_validate(outcomes[step.digest].facts["miniature"])
 
 
 def _verification(known: Iterable[Outcome]) -> Verification | None:

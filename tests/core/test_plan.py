@@ -43,7 +43,7 @@ def _plan(spec: BuildSpec, config: ModelConfig, extra: tuple[SourceFile, ...], s
     quantization = resolve(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     formats = quantization.model if quantization else None
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes, formats)
-    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0", limited(spec), quantization))
+    return make_plan(spec, Inputs(index, extra, source, config, weights, "1.0", limited(spec), quantization, family="llama"))
 
 
 def limited(spec: BuildSpec) -> BuildConfig:
@@ -67,7 +67,9 @@ def test_make_plan_tiny_model_is_as_the_golden_file_says(tmp_path: Path) -> None
     place = LocalPlace(folder)
     index = huggingface.read_index(place)
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
-    inputs = Inputs(index, companions(place, place.names()), str(folder), config, weights, "1.7.1.116", limited(spec))
+    inputs = Inputs(
+        index, companions(place, place.names()), str(folder), config, weights, "1.7.1.116", limited(spec), family="llama"
+    )
     text = json.dumps(describe_plan(make_plan(spec, inputs)), indent=1) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
@@ -78,7 +80,7 @@ def test_make_plan_has_one_step_per_group_rank_and_stage() -> None:
     plan = plan_of(topology={"tp": 2, "pp": 3})
     names = [step.name for step in plan.steps]
     assert len(set(names)) == len(names)
-    assert names[0] == "reference"
+    assert names[:2] == ["miniature", "reference"]
     assert [name for name in names if name.startswith("build")] == [f"build/rank{rank}" for rank in range(6)]
     assert [name for name in names if name.startswith("verify")] == [f"verify/stage{stage}" for stage in range(3)]
     assert [name for name in names if name.startswith("convert")] == [f"convert/stage{stage}/group0" for stage in range(3)]
@@ -114,7 +116,24 @@ def test_make_plan_every_source_byte_is_read_once() -> None:
 
 def test_make_plan_without_verification_has_neither_reference_nor_verify() -> None:
     plan = plan_of(verification={"enabled": False})
-    assert {step.kind for step in plan.steps} == {Kind.CONVERT, Kind.BUILD}
+    assert {step.kind for step in plan.steps} == {Kind.MINIATURE, Kind.CONVERT, Kind.BUILD}
+
+
+@pytest.mark.parametrize("sections", [{}, {"verification": {"enabled": False}}, {"quantization": {"algorithm": "FP8"}}], ids=str)
+def test_make_plan_miniature_is_first_needs_nothing_and_the_release_waits_for_it(sections: dict[str, Any]) -> None:
+    plan = plan_of(QUANTIZABLE, **sections)
+    first, *others = plan.steps
+    assert (first.kind, first.needs) == (Kind.MINIATURE, ())
+    assert all(first.digest not in step.needs for step in others)
+    assert first in plan.sinks()
+    committed = {step.digest: outcome_of(step) for step in others}
+    assert plan.pending(committed) == [first]
+
+
+def test_make_plan_miniature_is_the_same_for_every_topology_dtype_and_quantization() -> None:
+    one = digests(plan_of(QUANTIZABLE), Kind.MINIATURE)
+    assert one == digests(plan_of(QUANTIZABLE, topology={"tp": 2, "pp": 2}, quantization={"algorithm": "FP8"}), Kind.MINIATURE)
+    assert one != digests(plan_of(QUANTIZABLE.model_copy(update={"use_parallel_embedding": True})), Kind.MINIATURE)
 
 
 def test_make_plan_calibrated_algorithm_feeds_each_conversion_from_its_own_layers() -> None:
@@ -228,13 +247,16 @@ def test_pending_nothing_committed_is_everything() -> None:
 
 def test_pending_committed_step_hides_what_only_it_needs() -> None:
     plan = plan_of(topology={"tp": 2}, verification={"enabled": False})
-    assert [step.name for step in plan.pending(commit(plan, "build/rank0"))] == ["convert/stage0/group0", "build/rank1"]
-    assert plan.pending(commit(plan, "build/rank0", "build/rank1")) == []
+    assert [step.name for step in plan.pending(commit(plan, "miniature", "build/rank0"))] == [
+        "convert/stage0/group0",
+        "build/rank1",
+    ]
+    assert plan.pending(commit(plan, "miniature", "build/rank0", "build/rank1")) == []
 
 
 def test_pending_last_verify_hides_the_reference_and_earlier_stages() -> None:
     plan = plan_of(topology={"pp": 2})
-    left = {step.name for step in plan.pending(commit(plan, "verify/stage1"))}
+    left = {step.name for step in plan.pending(commit(plan, "miniature", "verify/stage1"))}
     assert left == {"convert/stage0/group0", "convert/stage1/group0", "build/rank0", "build/rank1"}
 
 

@@ -105,7 +105,10 @@ def test_decode_an_empty_file_says_that_there_is_nothing() -> None:
 
 def test_decode_unknown_word_is_told_with_the_known_ones() -> None:
     message = _message(ClusterSpec, {"store": "s3://b", "pools": {"gpu": {"steps": ["bild"]}}})
-    assert "pools.gpu.steps.0: Input should be 'reference', 'calibrate', 'convert', 'build' or 'verify', not 'bild'" in message
+    assert (
+        "pools.gpu.steps.0: Input should be 'miniature', 'reference', 'calibrate', 'convert', 'build' or 'verify', not 'bild'"
+        in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,24 @@ def test_decode_release_name_cannot_leave_its_folder() -> None:
 
 def test_decode_cluster_without_pools_has_one_for_every_kind_of_step() -> None:
     spec = decode(ClusterSpec, {"store": "file:///tmp/store"}, "cluster.yaml")
-    assert set(spec.pools["default"].steps) == {"reference", "calibrate", "convert", "build", "verify"}
+    assert set(spec.pools["default"].steps) == {"miniature", "reference", "calibrate", "convert", "build", "verify"}
+
+
+@pytest.mark.parametrize(
+    ("pools", "name"),
+    [
+        ({"gpu": ["calibrate", "build"], "cpu": ["reference", "convert", "verify"]}, "cpu"),
+        ({"a": ["convert"], "b": ["reference"], "c": ["build", "verify"]}, "c"),
+        ({"gpu": ["build"], "cpu": ["convert"]}, "cpu"),
+        ({"gpu": ["build", "verify"], "cpu": ["convert", "miniature"]}, "cpu"),
+        ({"gpu": ["calibrate"]}, None),
+    ],
+)
+def test_pool_name_for_a_miniature_that_no_pool_lists_is_that_of_verify_or_the_next_best(
+    pools: dict[str, list[str]], name: str | None
+) -> None:
+    plain = {"store": "file:///tmp/store", "pools": {pool: {"steps": steps} for pool, steps in pools.items()}}
+    assert decode(ClusterSpec, plain, "cluster.yaml").pool_name_for("miniature") == name
 
 
 def test_decode_cluster_with_empty_pools_is_refused() -> None:

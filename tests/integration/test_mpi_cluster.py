@@ -120,7 +120,7 @@ def test_build_whose_node_is_killed_ends_and_goes_on_when_it_is_run_again(
     after = {event["outcome"]["name"] for event in events if event["event"] == "succeeded"}
     assert before
     assert before.isdisjoint(after), "a committed step was run again"
-    assert {name.partition("/")[0] for name in before | after} == {"reference", "convert", "build", "verify"}
+    assert {name.partition("/")[0] for name in before | after} == {"miniature", "reference", "convert", "build", "verify"}
     assert events[-1]["event"] == "published"
     assert events[-1]["verification"]["top1_agreement"] == 1.0
     assert len({event["node"] for event in events if event["event"] == "started"}) == 2

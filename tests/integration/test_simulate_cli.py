@@ -105,7 +105,7 @@ def test_rates_of_finished_steps_can_be_simulated_with(workplace: Workplace) -> 
     run_steps(make_plan(load_spec(spec)), store.as_uri(), {Kind.CONVERT})
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("# 2 of 9 steps of ")
+    assert done.stdout.startswith("# 2 of 10 steps of ")
     found = yaml.safe_load(done.stdout)
     assert list(decode(RatesSpec, found, "printed").steps) == ["convert"]
     workplace.write("rates", found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.models.bed_build import BedBuild, Line, is_start_of
 from tests.models.ray_nodes import GUEST, HEAD, RayNodes
 
-_LASTS = {"convert": 0.2, "reference": 3.0, "build": 1.0, "verify": 1.0}
+_LASTS = {"convert": 0.2, "miniature": 3.0, "reference": 3.0, "build": 1.0, "verify": 1.0}
 """About how long a step of a kind of the tiny build runs, seconds: the fault falls into that time."""
 OUTAGE_SECONDS = 90.0
 _ORPHAN_SECONDS = 60.0

@@ -67,10 +67,20 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
     return outcomes
 
 
+MINIATURE = {
+    "num_layers": 2,
+    "tolerance": 5e-5,
+    "cases": [{"ranks": "one rank", "num_prompts": 8, "num_positions": 100, "max_relative_error": 2e-6}],
+    "thresholds": [{"key": "max_position_embeddings", "value": 2048, "tokens": 32, "crossed": True}],
+}
+
+
 def _facts(step: Step) -> dict[str, Any]:
     if step.kind is Kind.VERIFY:
         network = VerifyOptions.model_validate(step.options).network
         return {"networks": [network.digest(tp_rank) for tp_rank in range(network.stage.tp)]}
+    if step.kind is Kind.MINIATURE:
+        return {"miniature": MINIATURE}
     if step.kind is not Kind.BUILD:
         return {}
     options = BuildOptions.model_validate(step.options)

@@ -173,9 +173,11 @@ def test_page_of_a_failed_build_has_the_failure_record_escaped(published: Publis
 def test_page_shows_states_errors_and_nodes(published: Published) -> None:
     text = render(told(published.plan, published)).decode()
     assert text.count("<svg") == 3
+    assert published.manifest.miniature is not None
+    assert published.manifest.miniature.line() in text
     for part in ("node-0", "node-1", "mlp.proj", "transformer.layers.3.", "attempt 2", "150.0 MB", "1 of them retries"):
         assert part in text, part
-    assert 'class="convert cached"' in text or 'class="calibrate cached"' in text
+    assert 'class="miniature cached"' in text
     assert len(re.findall(r'<rect [^>]*class="\w+ failed"', text)) == 1
 
 

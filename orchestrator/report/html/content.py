@@ -66,6 +66,7 @@ def content_of(told: Told) -> dict[str, Any]:
         "steps_left_out": max(len(told.plan.steps) - _MOST_STEPS, 0),
         "engines": _engines(told.manifest) if told.manifest else None,
         "quantization": _quantization(told),
+        "miniature": told.manifest.miniature.line() if told.manifest and told.manifest.miniature else "",
         "verification": _verification(told),
         "nodes": _nodes(told),
         "warnings": list(dict.fromkeys([*told.plan.warnings, *told.story.warnings])),

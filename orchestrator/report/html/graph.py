@@ -11,7 +11,7 @@ from orchestrator.following import place_of
 from orchestrator.report.html.svg import element, picture, shorten, text, title
 from orchestrator.report.tables import format_bytes, format_seconds
 
-_COLUMNS = {Kind.REFERENCE: 1, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
+_COLUMNS = {Kind.MINIATURE: 0, Kind.REFERENCE: 1, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
 _RELEASE = 3
 _WIDTH, _GAP, _ROW_GAP = 210, 62, 18
 _SQUARE, _SQUARES, _MOST_SQUARES = 13, 14, 42
@@ -125,7 +125,7 @@ def _head(x: float, y: float, direction: int) -> str:
 def _draw(box: _Box, merged: bool, state_of: Callable[[str], str], seconds: Mapping[str, float]) -> str:
     frame = element("rect", x=box.x + 0.5, y=box.y + 0.5, width=_WIDTH - 1, height=box.height - 1, rx=8, class_="box")
     band = element("rect", x=box.x + 0.5, y=box.y + 0.5, width=5, height=box.height - 1, rx=2.5, class_=f"fill {box.kind.value}")
-    numbered = box.kind is not Kind.REFERENCE and not merged
+    numbered = box.kind not in (Kind.MINIATURE, Kind.REFERENCE) and not merged
     word = "part" if box.kind is Kind.CALIBRATE else "stage"
     name = f"{box.kind.value} · {word} {box.row}" if numbered else box.kind.value
     took = sum(seconds.get(step.digest, 0.0) for step in box.steps)

@@ -1,0 +1,27 @@
+"""Prove what a config.json means: its model made small by transformers, and built here, compute the same.
+
+Verification reads a few dozen tokens with the real weights: no window is left, no trained length exceeded. The miniature has
+the model's config with widths, layers and lengths scaled down and seeded weights, so it crosses every length that the config
+names, on one rank and on several, in prefill and while decoding. It needs no weights and takes seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.core.options import MiniatureOptions
+from orchestrator.core.step import Task
+from orchestrator.work.context import Context
+from orchestrator.work.miniature.proof import prove
+
+
+def miniature(task: Task, context: Context) -> dict[str, Any]:
+    """Facts: errors by layout, and the thresholds that were crossed. Raises MiniatureError."""
+    import transformers
+
+    options = MiniatureOptions.model_validate(task.step.options)
+    context.tools["transformers"] = transformers.__version__
+    found = prove(options, context.scratch, lambda done, total: context.report("miniature", done, total, "steps"))
+    for case in found.cases:
+        context.log(f"miniature: {case.ranks}: {case.num_positions} positions, relative error {case.max_relative_error:.2e}")
+    return {"miniature": found.model_dump(mode="json")}

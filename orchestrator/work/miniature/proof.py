@@ -1,0 +1,206 @@
+"""Both sides of the miniature, and what is said when they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.errors import MiniatureError, OrchestratorError
+from orchestrator.core.manifest import Miniature, MiniatureCase, MiniatureThreshold
+from orchestrator.core.model_config import ModelConfig, from_hugging_face
+from orchestrator.core.options import MiniatureOptions
+from orchestrator.core.rules import Family
+from orchestrator.families import family_named
+from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model
+from orchestrator.work.miniature.prompts import Prompt, crossable, prompts
+from orchestrator.work.miniature.ranks import Layout, Ranks, convert, layouts
+from orchestrator.work.miniature.scaling import EXPERTS, Scaling, Threshold
+
+Floats = npt.NDArray[np.floating]
+Progress = Callable[[int, int], None]
+_LEFT_OUT = ("quantization_config", "auto_map")
+"""Of the files, not of the model."""
+_SEEDS = 2
+"""Rounding may decide a tie between experts otherwise than transformers': a failure must repeat with other weights."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The miniature as both sides read it."""
+
+    theirs: Any
+    """transformers' config."""
+    family: Family
+    ours: ModelConfig
+    thresholds: tuple[Threshold, ...]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return prompts((threshold.tokens for threshold in crossable(self.thresholds)), self.ours.vocab_size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One text on one layout."""
+
+    layout: Layout
+    prompt: Prompt
+    errors: Floats
+    """Relative, by position."""
+
+
+def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Miniature:
+    """Run every case. Raises MiniatureError for one that differs, or a config that either side refuses."""
+    pair = paired(options, scratch)
+    for seed in range(_SEEDS if pair.ours.moe else 1):
+        cases = list(run(pair, scratch / f"seed{seed}", seed, progress))
+        wrong = [case for case in cases if case.errors.max() > options.max_relative_error]
+        if not wrong:
+            return _record(pair, cases, options)
+    raise _failure(pair, cases, wrong, options)
+
+
+def paired(options: MiniatureOptions, scratch: Path) -> Pair:
+    """Scale the config once, and let each side read it, with its own defaults scaled alike."""
+    family = family_named(options.family)
+    config = _named({key: value for key, value in options.config.items() if key not in _LEFT_OUT}, family)
+    whole = _theirs(config, scratch / "whole", "config.json")
+    defaults = class_defaults(whole)
+    kinds: list[Any] = [getattr(whole, "layer_types", None) or []]
+    kinds.append(_ours(config, family, options).window_layers or [])
+    scaling = Scaling(config, defaults, [family.config.defaults], kinds)
+    small = scaling.scaled(config)
+    missing = {key: value for key, value in scaling.scaled_only(defaults).items() if key not in config}
+    if any(key in config for key in EXPERTS):
+        missing = {key: value for key, value in missing.items() if key not in EXPERTS}
+    table = replace(family.config, defaults=scaling.scaled(family.config.defaults))
+    return Pair(
+        theirs=_theirs({**small, **missing}, scratch / "small", "config.json, scaled down,"),
+        family=family,
+        ours=_ours(small, replace(family, config=table), options),
+        thresholds=tuple(scaling.thresholds()),
+    )
+
+
+def _named(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """`config` with a type that transformers knows: formats of other tools have none, and a spec may name the family of another."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") in CONFIG_MAPPING_NAMES or not family.config.model_types:
+        return config
+    return {**config, "model_type": family.config.model_types[0]}
+
+
+def _theirs(config: Mapping[str, Any], folder: Path, what: str) -> Any:
+    try:
+        return loaded_config(config, folder)
+    except Exception as error:  # whatever transformers raises for a value that it does not know
+        raise MiniatureError(
+            f"transformers refuses {what} of the model: {_line(error)}",
+            "Without transformers there is nothing to compare with. Take config.json from the model's publisher as it is.",
+        ) from error
+
+
+def _ours(config: Mapping[str, Any], family: Family, options: MiniatureOptions) -> ModelConfig:
+    try:
+        found = from_hugging_face(config, options.architecture, "float32", family.config, frozenset(options.ignored_keys))
+    except OrchestratorError as error:
+        raise MiniatureError(f"config.json of the model, scaled down, cannot be built: {error.message}", error.advice) from error
+    return found.model_copy(update=options.layout)
+
+
+def _line(error: BaseException) -> str:
+    """The first lines of an error of another program."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Case]:
+    """Compute every text on both sides, and on ours in every layout. Raises MiniatureError."""
+    texts, wanted = pair.prompts, layouts(pair.ours)
+    try:
+        model = new_model(pair.theirs, seed)
+        model.save_pretrained(scratch / "model")
+        expected = [logits_of(model, text.calls()) for text in texts]
+    except Exception as error:  # transformers' own
+        raise MiniatureError(f"transformers cannot run the miniature of this config.json: {_line(error)}") from error
+    longest = max(len(text.tokens) for text in texts)
+    for number, layout in enumerate(wanted):
+        folder = scratch / f"layout{number}"
+        try:
+            weights = convert(scratch / "model", folder, pair.family, pair.ours, layout.topology)
+            ranks = Ranks(pair.ours, layout.topology, weights, longest)
+            for text, values in zip(texts, expected, strict=True):
+                yield Case(layout, text, _errors(ranks.logits(text), values))
+        except OrchestratorError as error:
+            raise MiniatureError(
+                f"the miniature of this config.json, made by transformers, cannot be built ({layout.name}): {error.message}",
+                error.advice,
+            ) from error
+        progress(number + 1, len(wanted))
+
+
+def _errors(ours: Floats, theirs: Floats) -> Floats:
+    """max |ours - theirs| / max |theirs| by position; what is not finite is infinitely wrong."""
+    difference = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
+    scale = np.maximum(np.abs(theirs).max(axis=-1), np.finfo(np.float32).tiny)
+    relative: Floats = np.where(np.isfinite(difference), difference / scale, np.inf)
+    return relative
+
+
+def _record(pair: Pair, cases: list[Case], options: MiniatureOptions) -> Miniature:
+    by_layout: dict[str, list[Case]] = {}
+    for case in cases:
+        by_layout.setdefault(case.layout.name, []).append(case)
+    crossed = crossable(pair.thresholds)
+    return Miniature(
+        num_layers=pair.ours.num_hidden_layers,
+        tolerance=options.max_relative_error,
+        cases=tuple(
+            MiniatureCase(
+                ranks=name,
+                num_prompts=len(found),
+                num_positions=sum(len(case.errors) for case in found),
+                max_relative_error=max(float(case.errors.max()) for case in found),
+            )
+            for name, found in by_layout.items()
+        ),
+        thresholds=tuple(
+            MiniatureThreshold(key=each.key, value=each.value, tokens=each.tokens, crossed=each in crossed)
+            for each in pair.thresholds
+        ),
+    )
+
+
+def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: MiniatureOptions) -> MiniatureError:
+    """Name the worst case, where it begins, and what the wrong ones have in common."""
+    first = wrong[0]
+    worst = max(float(case.errors.max()) for case in wrong)
+    position = int(np.flatnonzero(first.errors > options.max_relative_error)[0])
+    prompt = first.prompt
+    crossed = ", ".join(prompt.crossed(pair.thresholds)) or "no threshold"
+    return MiniatureError(
+        f"the model of this config.json computes here something else than in transformers: relative error {worst:.2g} > "
+        f"{options.max_relative_error:g} in {len(wrong)} of {len(cases)} cases. First: {first.layout.name}, a text of "
+        f"{len(prompt.tokens)} tokens, {prompt.prefill} in prefill, longer than {crossed}, from position {position} on. "
+        f"{_suspect(pair, cases, wrong)}"
+    )
+
+
+def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:
+    """What sets the wrong cases apart from the right ones."""
+    names = {case.layout.name for case in wrong}
+    right = [case for case in cases if case not in wrong]
+    if names < {case.layout.name for case in cases}:
+        return f"Only {' and '.join(sorted(names))}: suspect how the model is split."
+    shortest = min(len(case.prompt.tokens) for case in wrong)
+    longest = max((len(case.prompt.tokens) for case in right), default=shortest)
+    between = [each for each in pair.thresholds if longest <= each.tokens < shortest]
+    if between:
+        named = " or ".join(f"{each.key} {each.value}" for each in between)
+        return f"Texts of up to {longest} tokens are right: suspect {named} ({between[0].tokens} here), and what switches it on."
+    return "Short texts are wrong too: suspect a key that names no length (activation, norms, caps, experts, rotary base)."

@@ -1,0 +1,96 @@
+"""The miniature as it is built here: its files converted, its ranks' graphs executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.places import open_place, planned_ranges
+from orchestrator.core.model_config import ModelConfig
+from orchestrator.core.options import ConvertOptions, StageNetwork, StageOptions
+from orchestrator.core.rules import Family
+from orchestrator.core.topology import Topology, problems
+from orchestrator.core.weight_map import weight_map
+from orchestrator.work.calls import make_calls
+from orchestrator.work.convert import write_shards
+from orchestrator.work.merged_stage import MergedStage
+from orchestrator.work.miniature.prompts import Prompt
+from orchestrator.work.shards import Weight, map_shards
+
+Floats = npt.NDArray[np.float32]
+_SHARD_BYTES = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A topology of the miniature."""
+
+    topology: Topology
+
+    @property
+    def name(self) -> str:
+        """E.g. tp=2, ep=2."""
+        topology = self.topology
+        parts = [f"tp={topology.tp}"] if topology.tp > 1 else []
+        parts += [f"ep={topology.moe_ep}"] if topology.moe_ep > 1 else []
+        parts += [f"pp={topology.pp}"] if topology.pp > 1 else []
+        return ", ".join(parts) or "one rank"
+
+
+def layouts(config: ModelConfig) -> list[Layout]:
+    """One rank, two tensor-parallel ranks, experts over both, two stages: those that are legal.
+
+    The first stage has one layer, so that no pattern of layers is the same when it is counted from the second stage's first.
+    """
+    stages = Topology(1, 2, (1, config.num_hidden_layers - 1))
+    wanted = [Topology(1, 1), Topology(2, 1), Topology(2, 1, moe_ep=2), stages]
+    wanted = wanted if config.moe else [topology for topology in wanted if topology.moe_ep == 1]
+    return [Layout(topology) for topology in wanted if not problems(topology, config.limits())]
+
+
+def convert(source: Path, folder: Path, family: Family, config: ModelConfig, topology: Topology) -> list[list[dict[str, Weight]]]:
+    """The tensors of every rank, by stage and tp_rank, from files in `folder`. Raises as planning and converting a model do."""
+    folder.mkdir(parents=True)
+    index, _ = read_source(str(source))
+    for group in weight_map(index, family, config, topology, _SHARD_BYTES).groups:
+        options = ConvertOptions.of(group, index, topology)
+        planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
+        with open_place(str(source)).open(options.files, planned) as reads:
+            write_shards(options, reads, lambda name, _size: (folder / name).open("wb"), lambda _num_bytes: None)
+    return [
+        [map_shards([folder / f"rank{topology.file_number(tp_rank, pp_rank)}.safetensors"]) for tp_rank in range(topology.tp)]
+        for pp_rank in range(topology.pp)
+    ]
+
+
+class Ranks:
+    """Every rank of the miniature, ready to run."""
+
+    def __init__(
+        self, config: ModelConfig, topology: Topology, weights: Sequence[Sequence[Mapping[str, Weight]]], max_seq_len: int
+    ) -> None:
+        """`weights` as `convert` gives them."""
+        self._stages = [
+            MergedStage(StageNetwork(stage=StageOptions.of(config, topology, pp_rank), max_seq_len=max_seq_len), shards)
+            for pp_rank, shards in enumerate(weights)
+        ]
+
+    def logits(self, prompt: Prompt) -> Floats:
+        """[tokens, vocabulary] of a text, fed in the prompt's calls."""
+        for stage in self._stages:
+            stage.reset(batch=1)
+        tokens = np.array([prompt.tokens], np.int64)
+        found = []
+        for call in make_calls(tokens, np.array([len(prompt.tokens)]), prompt.decode_steps):
+            result: npt.NDArray[Any] | None = None
+            for stage in self._stages:
+                result = stage.run(call, result)
+            assert result is not None
+            found.append(result[0])
+        return np.concatenate(found)

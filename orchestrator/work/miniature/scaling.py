@@ -1,0 +1,293 @@
+"""A model's config.json with its numbers made small, and nothing else changed.
+
+Keys stay, missing ones stay missing, null stays null, unknown ones stay: what a config says, and how, is what is proven. Each
+number is replaced by a map of that number alone: equal numbers stay equal, different ones different, and the order of the
+numbers of one kind stays. So a default that two readers take from different places may be mapped on both sides alike.
+
+    sizes          to a few dozen, with the relations that matter: heads to key/value heads, a head size that is given or derived
+    layers         to a few that hold every kind of layer; lists with one entry per layer are cut alike
+    windows        to 8, 13, 18 ... tokens
+    positions      trained lengths to 32 tokens for the smallest, the others in proportion
+    factor lists   of longrope to the new head size
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+Config = Mapping[str, Any]
+Map = Callable[[Any], Any]
+
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_attention")
+POSITIONS = ("max_position_embeddings", "original_max_position_embeddings")
+ROTARY = ("rope_scaling", "rope_parameters")
+FACTORS = ("short_factor", "long_factor")
+EXPERTS = ("num_experts", "num_local_experts")
+_FIRST_WINDOW, _WINDOW_STEP = 8, 5
+_TRAINED = 32
+_HEAD_SIZES = (32, 40, 48, 64, 80, 128)
+_MAX_GROUP = 8
+_PATTERN_LAYERS, _LISTED_LAYERS = 16, 8
+_VOCABULARY = 131
+"""Odd, so that it is padded for two ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A length at which a model changes what it computes."""
+
+    key: str
+    value: int
+    """In the model's config."""
+    tokens: int
+    """In the miniature's."""
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value is a positive whole number; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class Scaling:
+    """The map of one model's numbers."""
+
+    def __init__(
+        self, config: Config, defaults: Config, others: Iterable[Config] = (), kinds: Iterable[Sequence[Any]] = ()
+    ) -> None:
+        """`defaults`: what transformers assumes for keys that `config` lacks. `others`: the same of other readers.
+
+        `kinds`: for each layer of the model what kind it is, as different readers see it.
+        """
+        self._config, self._defaults = config, defaults
+        assumed = [{key: value for key, value in found.items() if key not in config} for found in (defaults, *others)]
+        self._everything = (config, *assumed)
+        self._maps: dict[str, Map] = {}
+        self._scale_heads()
+        self._scale_sizes()
+        self._scale_layers([list(found) for found in kinds])
+        self._scale_thresholds()
+
+    def raw(self, key: str) -> Any:
+        """A number of the model: as config.json has it, null too, else transformers' default."""
+        return self._config[key] if key in self._config else self._defaults.get(key)
+
+    def scaled(self, config: Config) -> dict[str, Any]:
+        """`config` (config.json, or a table of defaults) with its numbers mapped; null and what is no number stay."""
+        return {key: self._value(key, value) for key, value in config.items()}
+
+    def scaled_only(self, defaults: Config) -> dict[str, Any]:
+        """Of a table of defaults only what scaling changes or may change: no null, nothing that has no map."""
+        return {key: self._maps[key](value) for key, value in defaults.items() if key in self._maps and value is not None}
+
+    def _value(self, key: str, value: Any) -> Any:
+        if key in ROTARY and isinstance(value, dict):
+            return self._rotary(value)
+        if key.endswith("_token_id"):
+            return [_id(each) for each in value] if isinstance(value, list) else _id(value)
+        if isinstance(value, list) and self._is_per_layer(key, value):
+            return self._per_layer(value)
+        return self._maps[key](value) if key in self._maps and value is not None else value
+
+    def _rotary(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in parameters.items():
+            if isinstance(value, dict):
+                found[key] = self._rotary(value)
+            elif key in FACTORS and isinstance(value, list):
+                found[key] = self._factors(value)
+            else:
+                found[key] = self._maps[key](value) if key in POSITIONS and value is not None else value
+        return found
+
+    # Heads and sizes
+
+    def _scale_heads(self) -> None:
+        heads = self.raw("num_attention_heads")
+        kv_heads = self.raw("num_key_value_heads")
+        kv_heads = heads if kv_heads is None else kv_heads
+        hidden, head = self.raw("hidden_size"), self.raw("head_dim")
+        if not (is_count(heads) and is_count(kv_heads) and is_count(hidden)) or heads % kv_heads:
+            self.num_heads = self.head_size = 0
+            return  # neither reader can make anything of them
+        group = heads // kv_heads
+        small_kv = {1: 1, heads: 4}.get(kv_heads, 2)
+        small_group = min(group, _MAX_GROUP)
+        if small_kv == 1 and small_group % 2:
+            small_group += 1
+        self.num_heads = small_kv * small_group
+        derived = hidden // heads
+        real_head = head if is_count(head) else derived
+        self._real_rotated = [int(real_head * fraction) for fraction in self._fractions()]
+        self.head_size = next(
+            (size for size in _HEAD_SIZES if all(int(size * fraction) % 2 == 0 for fraction in self._fractions())), _HEAD_SIZES[0]
+        )
+        width = self.num_heads * self.head_size
+        small_hidden = width
+        if real_head != derived:
+            ratio = min(max(hidden / (heads * real_head), 0.25), 4.0)
+            step = math.lcm(self.num_heads, 2)
+            small_hidden = max(round(width * ratio / step), 1) * step
+            if small_hidden == width:
+                small_hidden += step
+        self._maps["num_attention_heads"] = _only(heads, self.num_heads)
+        self._maps["num_key_value_heads"] = _only(kv_heads, small_kv)
+        self._maps["hidden_size"] = _only(hidden, small_hidden)
+        self._maps["head_dim"] = _only(real_head, self.head_size)
+
+    def _fractions(self) -> list[float]:
+        """Every share of a head that is said to be rotated."""
+        found = [1.0]
+        for place in (self._config, *self._rotary_dictionaries(self._config)):
+            fraction = place.get("partial_rotary_factor")
+            if isinstance(fraction, int | float) and 0 < fraction <= 1:
+                found.append(float(fraction))
+        return found
+
+    def _scale_sizes(self) -> None:
+        small = {"intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
+        for key, size in {**small, "vocab_size": _VOCABULARY}.items():
+            self._maps[key] = _only(self.raw(key), size)
+        experts = next((self.raw(key) for key in EXPERTS if is_count(self.raw(key))), None)
+        chosen = self.raw("num_experts_per_tok")
+        if experts is None:
+            return
+        few = chosen if not is_count(chosen) or chosen <= 4 else 3
+        small_experts = few if chosen == experts else min(experts, 6 if few == 4 else 4)
+        self._maps["num_experts_per_tok"] = _around(chosen, few)
+        for key in EXPERTS:
+            self._maps[key] = _only(experts, small_experts)
+
+    # Layers
+
+    def _scale_layers(self, kinds: list[list[Any]]) -> None:
+        layers = self.raw("num_hidden_layers")
+        if not is_count(layers):
+            self.kept = [0, 1]
+            return
+        first = self.raw("max_window_layers")
+        listed = [value for value in self._config.values() if isinstance(value, list) and len(value) == layers]
+        kinds = [found for found in [*kinds, *listed, self._sparse(layers)] if len(found) == layers and all(map(_hashable, found))]
+        needed = max((_prefix(found) for found in kinds), default=1)
+        limit = _LISTED_LAYERS if is_count(first) else _PATTERN_LAYERS
+        self.kept = list(range(min(max(needed + 1, 2), layers)))
+        if needed + 1 > limit:
+            self.kept = _around_changes(kinds, layers)
+        if is_count(first) and first < layers and len({index < first for index in self.kept}) == 1:
+            self.kept = sorted({0, first - 1, first, layers - 1})
+        count = len(self.kept)
+        self._maps["num_hidden_layers"] = _only(layers, count)
+        self._maps["max_window_layers"] = lambda value: (
+            value if not is_count(value) else sum(index < value for index in self.kept) + (value > layers)
+        )
+
+    def _sparse(self, layers: int) -> list[Any]:
+        """Which layers have experts, where not all do."""
+        step, dense = self.raw("decoder_sparse_step"), self.raw("mlp_only_layers")
+        step, dense = step if is_count(step) else 1, dense if isinstance(dense, list) else []
+        return [(layer + 1) % step == 0 and layer not in dense for layer in range(layers)]
+
+    def _is_per_layer(self, key: str, value: list[Any]) -> bool:
+        return key in ("layer_types", "mlp_only_layers") or len(value) == self.raw("num_hidden_layers")
+
+    def _per_layer(self, value: list[Any]) -> list[Any]:
+        """Entries of the layers that are kept, or their new numbers. A list that is too long or too short stays so."""
+        layers = self.raw("num_hidden_layers")
+        if value and all(is_count(each) or each == 0 for each in value) and len(value) != layers:
+            return [number for number, index in enumerate(self.kept) if index in value]
+        found = [value[index] for index in self.kept if index < len(value)]
+        if len(value) > layers:
+            return [*found, value[-1]]
+        return found[:-1] if len(value) < layers and len(found) == len(self.kept) else found
+
+    # Thresholds
+
+    def _scale_thresholds(self) -> None:
+        windows = sorted({value for place in self._everything for key in WINDOWS if is_count(value := place.get(key))})
+        self._windows = {value: _FIRST_WINDOW + number * _WINDOW_STEP for number, value in enumerate(windows)}
+        self._positions: dict[int, int] = {}
+        for value in sorted(set(self._trained())):
+            first = next(iter(self._positions), value)
+            smallest = max(self._positions.values(), default=0) + 1
+            self._positions[value] = max(round(_TRAINED * value / first), smallest)
+        for key in WINDOWS:
+            self._maps[key] = lambda value: self._windows.get(value, value) if is_count(value) else value
+        for key in POSITIONS:
+            self._maps[key] = lambda value: self._positions.get(value, value) if is_count(value) else value
+
+    def _trained(self) -> Iterable[int]:
+        for config in self._everything:
+            for place in (config, *self._rotary_dictionaries(config)):
+                yield from (value for key in POSITIONS if is_count(value := place.get(key)))
+
+    def _rotary_dictionaries(self, config: Config) -> Iterable[Config]:
+        for key in ROTARY:
+            parameters = config.get(key)
+            if isinstance(parameters, dict):
+                yield parameters
+                yield from (value for value in parameters.values() if isinstance(value, dict))
+
+    def thresholds(self) -> list[Threshold]:
+        """Every length that config.json, or a default in its place, names; the shortest first."""
+        found: dict[tuple[int, int], Threshold] = {}
+        for config in self._everything:
+            for place in (config, *self._rotary_dictionaries(config)):
+                for keys, images in ((WINDOWS, self._windows), (POSITIONS, self._positions)):
+                    for key in keys:
+                        value = place.get(key)
+                        if is_count(value) and (value, images[value]) not in found:
+                            found[value, images[value]] = Threshold(key, value, images[value])
+        return sorted(found.values(), key=lambda threshold: threshold.tokens)
+
+    def _factors(self, values: list[Any]) -> list[Any]:
+        """As many as the new head has pairs, over the same range; a list of a wrong length stays wrong."""
+        if not self.head_size or not values:
+            return values
+        fraction = self._fractions()[-1]
+        wanted = int(self.head_size * fraction) // 2
+        expected = self._real_rotated[-1] // 2
+        if len(values) != expected:
+            wanted = max(wanted + (1 if len(values) > expected else -1), 1)
+        last = max(wanted - 1, 1)
+        return [values[round(number * (len(values) - 1) / last)] for number in range(wanted)]
+
+
+def _only(value: Any, image: Any) -> Map:
+    """`value` to `image`; any other number stays as it is, and then fits nothing."""
+    return lambda given: image if given == value and is_count(given) else given
+
+
+def _around(value: Any, image: int) -> Map:
+    """`value` to `image`, smaller numbers to one less (at least 1), greater ones to one more."""
+
+    def mapped(given: Any) -> Any:
+        if not is_count(given) or not is_count(value) or given == value:
+            return image if is_count(given) else given
+        return max(image - 1, 1) if given < value else image + 1
+
+    return mapped
+
+
+def _id(value: Any) -> Any:
+    """A token that the small vocabulary has."""
+    return value % _VOCABULARY if is_count(value) else value
+
+
+def _hashable(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)
+
+
+def _prefix(kinds: Sequence[Any]) -> int:
+    """Layers from the first on that hold every kind."""
+    return max(list(kinds).index(kind) for kind in set(kinds)) + 1
+
+
+def _around_changes(kinds: Iterable[Sequence[Any]], layers: int, most: int = 3) -> list[int]:
+    """The first and the last layer, and both sides of the first changes of kind."""
+    kept = {0, layers - 1}
+    for found in kinds:
+        changes = [index for index in range(1, layers) if found[index] != found[index - 1]]
+        kept |= {index for change in changes[:most] for index in (change - 1, change)}
+    return sorted(kept)

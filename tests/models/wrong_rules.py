@@ -1,0 +1,162 @@
+"""Wrong readings of config.json, each of which was built and published as verified once: planted again, to see them caught.
+
+A planted rule changes what `from_hugging_face` makes of a config; it is given the config (scaled down, when the miniature is
+made) and the ModelConfig that is right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.core.model_config import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "data" / "configs"
+Rule = Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]]
+
+
+def hub_config(name: str, *without: str, **changes: Any) -> dict[str, Any]:
+    """A model's config.json with some keys changed, some left out."""
+    config = {**json.loads((CONFIGS / f"{name}.json").read_text()), **changes}
+    return {key: value for key, value in config.items() if key not in without}
+
+
+def _window_everywhere(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": config["sliding_window"], "window_layers": None}
+
+
+def _no_window(_config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": None, "window_layers": None}
+
+
+def _window_from(config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    """Qwen 2's rule, in families that have another."""
+    chosen = tuple(layer >= config["max_window_layers"] for layer in range(found.num_hidden_layers))
+    return {"sliding_window": config["sliding_window"], "window_layers": chosen}
+
+
+def _window_by_layer_types(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
+    chosen = tuple(kind == "sliding_attention" for kind in config["layer_types"])
+    return {"sliding_window": config["sliding_window"], "window_layers": chosen}
+
+
+def _window_one_longer(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    assert found.sliding_window is not None
+    return {"sliding_window": found.sliding_window + 1}
+
+
+def _other_layers(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    assert found.window_layers is not None
+    return {"window_layers": tuple(not windowed for windowed in found.window_layers)}
+
+
+def _moe(**changes: Any) -> Rule:
+    def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+        assert found.moe is not None
+        return {"moe": found.moe.model_copy(update=changes)}
+
+    return rule
+
+
+def _set(**fields: Any) -> Rule:
+    return lambda _config, _found: fields
+
+
+def _rotary_from_parameters(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
+    parameters = dict(config["rope_parameters"])
+    return {"rotary_base": parameters.pop("rope_theta"), "rotary_scaling": None}
+
+
+def _half_rotated(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    return {"rotary_embedding_dim": found.head_size // 2}
+
+
+def _scaling_without(*keys: str, **changes: Any) -> Rule:
+    def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+        scaling = {**(found.rotary_scaling or {}), **changes}
+        return {"rotary_scaling": {key: value for key, value in scaling.items() if key not in keys}}
+
+    return rule
+
+
+@dataclass(frozen=True)
+class WrongRule:
+    """A rule, and a config that it reads wrongly."""
+
+    name: str
+    config: dict[str, Any]
+    rule: Rule
+
+    def __str__(self) -> str:
+        return self.name
+
+
+QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
+OLMO_KINDS = ["sliding_attention", "full_attention"] * 16
+WRONG_RULES = [
+    # Windows that transformers ignores, or does not
+    WrongRule("llama window honoured", hub_config("llama-3-8b", sliding_window=4096), _window_everywhere),
+    WrongRule("granite window honoured", hub_config("granite-3.1-2b", sliding_window=4096), _window_everywhere),
+    WrongRule("olmo2 window honoured", hub_config("olmo-2-7b", sliding_window=2048), _window_everywhere),
+    WrongRule("gemma window honoured", hub_config("gemma-1.1-2b-it", sliding_window=4096), _window_everywhere),
+    WrongRule(
+        "olmo2 layer_types honoured", hub_config("olmo-2-7b", sliding_window=2048, layer_types=OLMO_KINDS), _window_by_layer_types
+    ),
+    WrongRule("mistral use_sliding_window honoured", hub_config("mistral-7b-v0.1", use_sliding_window=False), _no_window),
+    WrongRule("mistral default window missed", hub_config("mistral-7b-v0.1", "sliding_window"), _no_window),
+    WrongRule("mistral window one too long", hub_config("mistral-7b-v0.1"), _window_one_longer),
+    WrongRule("phi3 window missed", hub_config("phi-3-mini-4k"), _no_window),
+    # Which layers have one
+    WrongRule(
+        "qwen2 default max_window_layers missed",
+        hub_config("qwen2.5-72b-instruct", "max_window_layers", **QWEN2_WINDOW),
+        _window_everywhere,
+    ),
+    WrongRule(
+        "qwen2 default max_window_layers of a shallow model missed",
+        hub_config("qwen2.5-0.5b", "max_window_layers", **QWEN2_WINDOW),
+        _window_everywhere,
+    ),
+    WrongRule("qwen2 layers turned round", hub_config("qwen2-7b", **{**QWEN2_WINDOW, "max_window_layers": 21}), _other_layers),
+    WrongRule("qwen3_moe layers of qwen2", hub_config("qwen3-30b-a3b", **{**QWEN2_WINDOW, "max_window_layers": 40}), _window_from),
+    WrongRule("qwen2_moe layers of qwen2", hub_config("qwen2-57b-a14b", **{**QWEN2_WINDOW, "max_window_layers": 20}), _window_from),
+    WrongRule("gemma2 layers turned round", hub_config("gemma-2-2b"), _other_layers),
+    WrongRule("gemma3 window everywhere", hub_config("gemma-3-1b-it"), _window_everywhere),
+    # Null, defaults, precedence
+    WrongRule(
+        "gemma2 null caps defaulted",
+        hub_config("gemma-2-2b", attn_logit_softcapping=None, final_logit_softcapping=None),
+        _set(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    ),
+    WrongRule("gemma2 cap on scores missed", hub_config("gemma-2-2b"), _set(attn_logit_softcapping=None)),
+    WrongRule("gemma2 cap on logits missed", hub_config("gemma-2-2b"), _set(final_logit_softcapping=None)),
+    WrongRule(
+        "gemma3 cap on scores honoured", hub_config("gemma-3-270m", attn_logit_softcapping=50.0), _set(attn_logit_softcapping=50.0)
+    ),
+    WrongRule("gemma2 scale of the head size", hub_config("gemma-2-27b"), _set(attention_scale=None)),
+    WrongRule("gemma3 one rotary base", hub_config("gemma-3-1b-it"), _set(rotary_base_local=None)),
+    WrongRule("mixtral norm_topk_prob honoured", hub_config("mixtral-8x7b", norm_topk_prob=False), _moe(normalization_mode=0)),
+    WrongRule("qwen3_moe norm_topk_prob missed", hub_config("qwen3-30b-a3b"), _moe(normalization_mode=0)),
+    WrongRule("qwen2_moe default of num_experts_per_tok", hub_config("qwen2-57b-a14b", "num_experts_per_tok"), _moe(top_k=2)),
+    WrongRule("qwen3_moe default of num_experts_per_tok", hub_config("qwen3-30b-a3b", "num_experts_per_tok"), _moe(top_k=2)),
+    WrongRule("llama hidden_activation honoured", hub_config("llama-3-8b", hidden_activation="gelu"), _set(hidden_act="gelu")),
+    WrongRule("gemma hidden_act missed", hub_config("gemma-2b"), _set(hidden_act="gelu_pytorch_tanh")),
+    WrongRule("llama partial_rotary_factor honoured", hub_config("llama-3-8b", partial_rotary_factor=0.5), _half_rotated),
+    WrongRule("phi3 partial_rotary_factor missed", hub_config("phi-4-mini", rope_scaling=None), _set(rotary_embedding_dim=None)),
+    WrongRule("mixtral default of rope_theta", hub_config("mixtral-8x7b", "rope_theta"), _set(rotary_base=10000.0)),
+    WrongRule(
+        "llama rope_parameters before rope_scaling",
+        hub_config("llama-3.1-8b-instruct", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        _rotary_from_parameters,
+    ),
+    WrongRule("llama3 scaling missed", hub_config("llama-3.1-8b-instruct"), _set(rotary_scaling=None)),
+    WrongRule("llama3 scaling's band moved", hub_config("llama-3.1-8b-instruct"), _scaling_without(high_freq_factor=2.0)),
+    WrongRule("linear scaling missed", hub_config("vicuna-7b-v1.5-16k"), _set(rotary_scaling=None)),
+    WrongRule("yarn's factor on attention missed", hub_config("qwen2.5-7b-instruct-yarn"), _scaling_without(attention_factor=1.0)),
+    WrongRule("granite's multiplier of residuals missed", hub_config("granite-3.1-2b"), _set(residual_multiplier=1.0)),
+    WrongRule("granite's scale of attention missed", hub_config("granite-3.1-2b"), _set(attention_scale=None)),
+    WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
+]
