@@ -180,7 +180,7 @@ class VerificationError(OrchestratorError):
 class MiniatureError(VerificationError):
     """The model, made small, does not compute here what it computes in transformers."""
 
-    exit_code = 34
+    exit_code = 35
     default_advice = (
         "Nothing was built. A key of config.json means something else here than in transformers: correct it in the source, "
         "or report it with the config.json; real weights would give a wrong model too."
