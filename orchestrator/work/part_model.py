@@ -7,7 +7,7 @@ gets its hidden states from the part before, in place of the embedding's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.checkpoints import format_named, read_source
-from orchestrator.checkpoints.places import open_place, planned_ranges
+from orchestrator.checkpoints.places import ByteSource, open_place, planned_ranges
 from orchestrator.core.calibration import layer_of
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.core.errors import QuantizationError, SourceCorruptError
@@ -99,28 +99,38 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
         raise SourceCorruptError("the source was changed during the build", "Run the build again.")
     plain = loadable_config(index)
     whole = transformers.AutoConfig.for_model(**plain)
-    config = _part_config(whole, options)
-    tensors = {_local_name(tensor.name, options): tensor for tensor in index.tensors.values() if _is_mine(tensor.name, options)}
-    state = _read(source, index, tensors, options)
+    tensors = layer_tensors(index, options.first_layer, options.num_layers)
+    if options.is_first:
+        tensors[_EMBEDDING] = index.tensors[_EMBEDDING]
     dtype = getattr(torch, options.config.dtype)
-    with _quiet():
-        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    _check_loaded(loading, options)
+    with open_place(source).open(index.files, planned_ranges(tensors.values())) as opened:
+        state = read_tensors(opened, index.format, tensors, dtype)
+    model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     # Module by module, so that the device holds no tensor twice.
     model = model.eval().requires_grad_(False).to(device)
-    linears = {_local_name(module, options): module for module in options.modules if ".experts." not in module}
+    linears = {_local_name(module, options.first_layer): module for module in options.modules if ".experts." not in module}
     linears |= _unfuse_experts(model, options)
     experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
     return PartModel(model, linears, experts)
 
 
-def _check_loaded(loading: dict[str, Any], options: CalibrateOptions) -> None:
+def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dict[str, Any], dtype: Any) -> Any:
+    """Layers first..first+count-1 as a model of transformers, whose loader fuses experts and renames as it does for a whole one.
+
+    `state`: tensors by `layer_tensors`' names. Without an embedding in it the model embeds nothing. Raises QuantizationError for
+    weights that the source lacks.
+    """
+    config = _part_config(whole, first, count, embeds=_EMBEDDING in state)
+    with _quiet():
+        model, loading = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    _check_loaded(loading, {"model.norm.weight", "lm_head.weight", *({_EMBEDDING} - state.keys())})
+    return model
+
+
+def _check_loaded(loading: dict[str, Any], spared: set[str]) -> None:
     """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
-    spared = {"model.norm.weight", "lm_head.weight"} if options.is_first else {"model.norm.weight", "lm_head.weight", _EMBEDDING}
     wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
     if wrong:
         raise QuantizationError(
@@ -129,51 +139,53 @@ def _check_loaded(loading: dict[str, Any], options: CalibrateOptions) -> None:
         )
 
 
-def _part_config(whole: Any, options: CalibrateOptions) -> Any:
+def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
     """The part's own config: lists with an entry per layer are cut, too."""
     config, layers = copy.deepcopy(whole), whole.num_hidden_layers
-    begin, end = options.first_layer, options.first_layer + options.num_layers
     for name, value in vars(whole).items():
         if isinstance(value, list) and len(value) == layers:
-            setattr(config, name, value[begin:end])
-    config.num_hidden_layers = options.num_layers
+            setattr(config, name, value[first : first + count])
+    config.num_hidden_layers = count
     config.tie_word_embeddings = True  # no memory for a head that is not run
-    if not options.is_first:
+    if not embeds:
         config.vocab_size, config.pad_token_id = _TINY_VOCABULARY, None
     return config
 
 
-def _is_mine(tensor: str, options: CalibrateOptions) -> bool:
-    if ".layers." in tensor:
-        return options.first_layer <= layer_of(tensor) < options.first_layer + options.num_layers
-    return options.is_first and tensor == _EMBEDDING
+def layer_tensors(index: CheckpointIndex, first: int, count: int) -> dict[str, TensorInfo]:
+    """Tensors of layers first..first+count-1, by their names in a model that has these layers only."""
+    mine = [tensor for tensor in index.tensors.values() if ".layers." in tensor.name]
+    return {
+        _local_name(tensor.name, first): tensor for tensor in mine if first <= layer_of(tensor.name) < first + count
+    }
 
 
-def _local_name(name: str, options: CalibrateOptions) -> str:
+def _local_name(name: str, first: int) -> str:
     if ".layers." not in name:
         return name
     layer = layer_of(name)
-    return name.replace(f".layers.{layer}.", f".layers.{layer - options.first_layer}.", 1)
+    return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
 
 
-def _read(source: str, index: CheckpointIndex, tensors: dict[str, TensorInfo], options: CalibrateOptions) -> dict[str, Any]:
-    """Every tensor in the model's dtype; several are read at once."""
-    import torch
-
-    read_rows = format_named(index.format).read_rows
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    dtype = getattr(torch, options.config.dtype)
-    with (
-        open_place(source).open(index.files, planned_ranges(tensors.values())) as opened,
-        ThreadPoolExecutor(_READ_THREADS, "read") as pool,
-    ):
+def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any) -> dict[str, Any]:
+    """Every tensor in `dtype`, by the names given; several are read at once."""
+    with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
 
         def read(tensor: TensorInfo) -> Any:
-            raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes, np.uint8)
-            read_rows(opened, tensor, 0, tensor.shape[0] if tensor.shape else 1, raw.data)
-            return torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape(tensor.shape).to(dtype)
+            return read_tensor_rows(opened, source_format, tensor, 0, tensor.shape[0] if tensor.shape else 1).to(dtype)
 
         return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
+
+
+def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo, begin: int, end: int) -> Any:
+    """Rows [begin, end) of a tensor, as the source holds them."""
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    rows = tensor.shape[0] if tensor.shape else 1
+    raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes // rows * (end - begin), np.uint8)
+    format_named(source_format).read_rows(opened, tensor, begin, end, raw.data)
+    return torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
 
 
 @contextmanager
