@@ -10,16 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.checkpoints.places import is_url
 from orchestrator.core.compute_capability import check_target
 from orchestrator.core.errors import ClusterError, StoreFullError
 from orchestrator.core.plan import Plan, unplaceable
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Kind, Outcome, Step
 from orchestrator.stores import Store
-
-_READ_AS_THEY_ARE = {"huggingface", "bin"}
-"""Formats that transformers loads; the reference step copies others to scratch."""
 
 
 def check_build(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
@@ -35,7 +31,7 @@ def check_build(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec
     pending = made.pending(committed)
     if place.kind == "local":
         _check_tools(made, {step.kind for step in pending})
-        _check_scratch(made, pending, place, store)
+        _check_scratch(pending, place, store)
     return warnings
 
 
@@ -83,23 +79,18 @@ def _check_tools(made: Plan, kinds: set[Kind]) -> None:
         require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
 
 
-def _check_scratch(made: Plan, pending: Sequence[Step], place: ClusterSpec, store: Store) -> None:
+def _check_scratch(pending: Sequence[Step], place: ClusterSpec, store: Store) -> None:
     """Raises StoreError when the largest copy that one step makes in scratch does not fit."""
     scratch = Path(place.scratch or tempfile.gettempdir())
-    copies = {step.name: _scratch_bytes(made, step, store) for step in pending}
+    copies = {step.name: _scratch_bytes(step, store) for step in pending}
     name = max(copies, key=lambda step: copies[step], default=None)
     if name is not None and copies[name]:
         advice = "Set scratch in the cluster file to a larger folder."
-        if name == "reference":
-            advice += " Without verification (verification.enabled: false) the source is not copied."
         _check_room(scratch / "step", copies[name], f"scratch ({scratch})", f"{name} copies", advice)
 
 
-def _scratch_bytes(made: Plan, step: Step, store: Store) -> int:
-    """Bytes that a step copies to scratch: a remote or foreign source for transformers, shards of a remote store."""
-    if step.kind is Kind.REFERENCE:
-        index = made.inputs.index
-        return index.num_bytes * (is_url(made.inputs.source) + (index.format not in _READ_AS_THEY_ARE))
+def _scratch_bytes(step: Step, store: Store) -> int:
+    """Bytes that a step copies to scratch: shards of a remote store."""
     if step.kind in (Kind.BUILD, Kind.VERIFY) and store.local_path("probe") is None:
         return step.estimate.read_bytes
     return 0

@@ -30,8 +30,8 @@ from orchestrator.core.pages import page_buffer
 from orchestrator.core.step import Kind, Task
 from orchestrator.loading import load_spec, resolve_source
 from orchestrator.stores import open_store
+from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
-from orchestrator.work.reference import local_source
 from tests.models.synthetic import build_spec, model_config, random_arrays, write_source
 
 MB = 10**6
@@ -497,21 +497,8 @@ def test_convert_from_a_url_gives_the_same_bytes_and_reads_each_once(remote_mode
     assert found[0] == found[1]
 
 
-def test_local_source_of_a_url_copies_what_transformers_needs_and_says_so(remote_model: tuple[Path, str], tmp_path: Path) -> None:
-    folder, url = remote_model
-    index, extra = read_source(url)
-    log: list[str] = []
-    context = Context(open_store((tmp_path / "store").as_uri()), "", tmp_path, lambda *words: None, log.append)
-    copied = local_source(url, index.files + extra, context)
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
-        path.name: path.read_bytes() for path in folder.iterdir()
-    }
-    assert "copies 3 files" in log[0]
-    assert local_source(str(folder), index.files, context) == folder
-
-
-def test_local_source_of_a_companion_that_changed_is_refused(remote_model: tuple[Path, str], tmp_path: Path) -> None:
+def test_companion_folder_of_a_file_that_changed_is_refused(remote_model: tuple[Path, str], tmp_path: Path) -> None:
     _, url = remote_model
     context = Context(open_store((tmp_path / "store").as_uri()), "", tmp_path, lambda *words: None, lambda line: None)
     with pytest.raises(SourceCorruptError, match="was changed during the build"):
-        local_source(url, (SourceFile("config.json", 5, "sha256:" + "0" * 64),), context)
+        companion_folder(url, (SourceFile("config.json", 5, "sha256:" + "0" * 64),), context)

@@ -197,28 +197,15 @@ def test_build_for_gpus_without_the_number_format_is_refused_before_the_cluster_
         build_in_process(model, spec.engine)
 
 
-def test_build_that_copies_its_source_to_a_small_scratch_is_refused(
-    monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path, memory_url: str
-) -> None:
-    small_disk(monkeypatch, 1000)
-    place = ClusterSpec(store=f"{memory_url}/store", scratch=str(tmp_path / "scratch"))
-    spec = build_spec(upload(source, f"{memory_url}/source"))
-    with pytest.raises(StoreError, match=r"scratch \(.*\) has 1,000 bytes free, reference copies about") as caught:
-        verbs.build(spec, place, open_cluster=never)
-    assert "verification.enabled: false" in caught.value.advice
-
-
 def test_scratch_room_is_that_of_the_largest_copy(source: Path, tmp_path: Path, memory_url: str) -> None:
     remote = open_store(f"{memory_url}/store")
     folder = open_store((tmp_path / "store").as_uri())
-    meta = write_meta(tmp_path / "meta", CONFIG, ARRAYS, 1)
-    for path, copies in ((source, 0), (meta, 1)):
-        made = verbs.plan(build_spec(path))
-        (reference,) = made.of_kind(Kind.REFERENCE)
-        (build,) = made.of_kind(Kind.BUILD)
-        assert preflight._scratch_bytes(made, reference, folder) == copies * made.inputs.index.num_bytes
-        assert preflight._scratch_bytes(made, build, folder) == 0
-        assert preflight._scratch_bytes(made, build, remote) == build.estimate.read_bytes
+    made = verbs.plan(build_spec(source))
+    (reference,) = made.of_kind(Kind.REFERENCE)
+    (build,) = made.of_kind(Kind.BUILD)
+    assert preflight._scratch_bytes(reference, remote) == 0
+    assert preflight._scratch_bytes(build, folder) == 0
+    assert preflight._scratch_bytes(build, remote) == build.estimate.read_bytes
 
 
 def test_memory_that_the_machine_lacks_is_a_warning_and_that_a_pool_lacks_an_error(

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from orchestrator.core.advice import gemm_warnings, padding_notes, repeated_reads
-from orchestrator.core.calibration import Quantization, calibrations, in_layers
+from orchestrator.core.calibration import Quantization, calibrations, in_layers, layer_of
 from orchestrator.core.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.core.digest import digest_of
 from orchestrator.core.model_config import ModelConfig
@@ -191,16 +191,25 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         max_tokens=verification.max_tokens,
     )
     source_bytes = inputs.index.num_bytes
-    float32_bytes = sum(tensor.num_elements for tensor in inputs.index.tensors.values()) * 4
     return Step(
         kind=Kind.REFERENCE,
         version=VERSIONS[Kind.REFERENCE],
         name="reference",
         options=options.model_dump(mode="json"),
         places={"source": inputs.source},
-        resources=Resources(memory_bytes=float32_bytes * 2 + _GB),
+        # A layer in float32, the next one's beside it, and one on its way through transformers' loader.
+        resources=Resources(memory_bytes=3 * _largest_layer_bytes(inputs.index) + 2 * _GB),
         estimate=_estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
     )
+
+
+def _largest_layer_bytes(index: CheckpointIndex) -> int:
+    """Bytes in float32 of the source's largest layer."""
+    sizes: dict[int, int] = {}
+    for name, tensor in index.tensors.items():
+        if ".layers." in name:
+            sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + tensor.num_elements * 4
+    return max(sizes.values(), default=0)
 
 
 def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:

@@ -125,17 +125,18 @@ def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dic
     config = _part_config(whole, first, count, embeds=_EMBEDDING in state)
     with _quiet():
         model, loading = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _check_loaded(loading, {"model.norm.weight", "lm_head.weight", *({_EMBEDDING} - state.keys())})
+    _check_loaded(loading, {"model.norm.weight", "lm_head.weight", *({_EMBEDDING} - state.keys())}, first)
     return model
 
 
-def _check_loaded(loading: dict[str, Any], spared: set[str]) -> None:
+def _check_loaded(loading: dict[str, Any], spared: set[str], first_layer: int) -> None:
     """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
     wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
     if wrong:
+        example = _local_name(wrong[0], -first_layer)
         raise QuantizationError(
-            f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {wrong[0]}",
-            "Calibrate a Hugging Face checkpoint of the model elsewhere and give its folder as quantization.scales.",
+            f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {example}",
+            "Use the complete checkpoint; one under other names, calibrate elsewhere and give its folder as quantization.scales.",
         )
 
 
@@ -155,9 +156,7 @@ def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
 def layer_tensors(index: CheckpointIndex, first: int, count: int) -> dict[str, TensorInfo]:
     """Tensors of layers first..first+count-1, by their names in a model that has these layers only."""
     mine = [tensor for tensor in index.tensors.values() if ".layers." in tensor.name]
-    return {
-        _local_name(tensor.name, first): tensor for tensor in mine if first <= layer_of(tensor.name) < first + count
-    }
+    return {_local_name(tensor.name, first): tensor for tensor in mine if first <= layer_of(tensor.name) < first + count}
 
 
 def _local_name(name: str, first: int) -> str:

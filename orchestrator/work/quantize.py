@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.checkpoints.places import open_place
 from orchestrator.core.calibration import layer_of
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError, ToolError
+from orchestrator.core.errors import ToolError
 from orchestrator.core.options import CalibrateOptions
 from orchestrator.core.step import Kind, Task
 from orchestrator.work.calibration_data import Tokens, calibration_tokens, has_tokenizer
+from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from orchestrator.work.part_model import PartModel, load_part
 from orchestrator.work.scales import SCALES
@@ -92,14 +91,7 @@ def _device(asked: str) -> str:
 
 def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:
     """The data of the whole chain of parts: each makes the same tokens."""
-    folder = context.scratch / "tokenizer"
-    folder.mkdir()
-    place = open_place(task.step.places["source"])
-    for file in options.files[options.num_weight_files :]:
-        data = place.read(file.name)
-        if file.identity != "sha256:" + digest_bytes(data):
-            raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
-        (folder / file.name).write_bytes(data)
+    folder = companion_folder(task.step.places["source"], options.files[options.num_weight_files :], context)
     return calibration_tokens(options.data, task.step.places.get("dataset", ""), folder, options.config.vocab_size)
 
 

@@ -8,6 +8,7 @@ called with, shows what the head is called with, and finishes the logits. In bet
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -197,9 +198,7 @@ class StreamedModel:
             for number, (_, which) in enumerate(streams):
                 for sequence, values in enumerate(inputs[number]):
                     raw[number][sequence].append(values @ rows[which].T)
-        found = [
-            self._frame.finished(calls, [torch.cat(parts, dim=-1) for parts in of_stream]) for of_stream in raw
-        ]
+        found = [self._frame.finished(calls, [torch.cat(parts, dim=-1) for parts in of_stream]) for of_stream in raw]
         return found[0], found[1] if len(found) > 1 else None
 
 
@@ -217,6 +216,18 @@ def _split(tokens: Any, decode_steps: int | None) -> list[Any]:
         return [tokens]
     prefill = max(tokens.shape[1] - decode_steps, 1)
     return [tokens[:, :prefill], *tokens[:, prefill:].split(1, dim=1)]
+
+
+def _enters(first: Any, number: int, hidden: Any, given: dict[str, Any]) -> Any:
+    """A layer that lets hidden states through; the first one brings in others."""
+    del given
+    return first if number == 0 else hidden
+
+
+def _returns(products: Any, hidden: Any) -> Any:
+    """A head whose products are known."""
+    del hidden
+    return products
 
 
 class _Frame:
@@ -306,7 +317,7 @@ class _Frame:
         for sequence, hidden in zip(calls, stream, strict=True):
             found = []
             for call, states in zip(sequence, hidden, strict=True):
-                self._on_layer = lambda number, given, _, states=states: states if number == 0 else given
+                self._on_layer = functools.partial(_enters, states)
                 self._on_head = capture
                 self._model(call, use_cache=False)
             joined.append(torch.cat(found))
@@ -319,7 +330,7 @@ class _Frame:
         self._on_layer = lambda number, hidden, given: hidden
         found = []
         for sequence, products in zip(calls, raw, strict=True):
-            self._on_head = lambda hidden, products=products: products[None]
+            self._on_head = functools.partial(_returns, products[None])
             tokens = torch.cat(list(sequence), dim=1)
             found.append(self._model(tokens, use_cache=False).logits[0].float().numpy())
         return found

@@ -1,0 +1,25 @@
+"""The source's tokenizer and config files as a folder of this machine, for libraries that read folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from orchestrator.checkpoints.places import open_place
+from orchestrator.core.checkpoint import SourceFile
+from orchestrator.core.digest import digest_bytes
+from orchestrator.core.errors import SourceCorruptError
+from orchestrator.work.context import Context
+
+
+def companion_folder(source: str, files: Iterable[SourceFile], context: Context) -> Path:
+    """Copy `files`, which the plan knows by their content, to scratch. Raises SourceMissingError, SourceCorruptError."""
+    folder = context.scratch / "tokenizer"
+    folder.mkdir()
+    place = open_place(source)
+    for file in files:
+        data = place.read(file.name)
+        if file.identity != "sha256:" + digest_bytes(data):
+            raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
+        (folder / file.name).write_bytes(data)
+    return folder
