@@ -157,7 +157,9 @@ class Keys:
                 raise self.error(key, "is null, which transformers does not take there", "Remove the key, or give it a value.")
         self._values = {**table.defaults, **config}
 
-    def error(self, key: str, problem: str, advice: str | None = None) -> ArchitectureError:
+    def error(
+        self, key: str, problem: str, advice: str = "Use the config.json that was published with the model."
+    ) -> ArchitectureError:
         """The error for `key`, to be raised."""
         return ArchitectureError(f"{key} in config.json of {self.architecture} {problem}", advice)
 
