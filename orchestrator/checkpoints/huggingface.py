@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator.checkpoints import read_contiguous_rows
+from orchestrator.checkpoints.json_text import json_value
 from orchestrator.checkpoints.places import LFS_MAGIC, Place
 from orchestrator.checkpoints.quantized import refuse_quantized
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import LfsPointerError, SourceCorruptError, SourceMissingError
+from orchestrator.core.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -62,7 +62,7 @@ def read_shards(
     names = sorted(set(listed.values())) if listed else [single(place, present)]
     for name in names:
         if name not in present:
-            raise SourceMissingError(f"{place.url}/{index} names the shard {name}, which is not there")
+            raise SourceMissingError(f"{place.url}/{index} names the shard {abbreviated(name, 100)}, which is not there")
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         described = list(pool.map(read_entries, names))
     tensors = _collect(place, names, described)
@@ -81,8 +81,32 @@ def read_config(place: Place, present: Sequence[str]) -> dict[str, Any]:
         config = read_json(place, "config.json")
     except SourceMissingError as error:
         raise SourceMissingError(error.message, "A Hugging Face checkpoint is a folder with config.json.") from None
+    _check_kinds(config, f"{place.url}/config.json")
     refuse_quantized(place.url, config, present)
     return config
+
+
+_KINDS: dict[str, type] = {
+    "architectures": list, "model_type": str, "rope_scaling": dict, "rope_parameters": dict, "layer_types": list,
+    "text_config": dict,
+}  # fmt: skip
+"""Keys of config.json that are looked into before a family reads it."""
+
+
+def _check_kinds(config: dict[str, Any], where: str) -> None:
+    """Raises SourceCorruptError."""
+    for key, kind in _KINDS.items():
+        value: Any = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise SourceCorruptError(f"{where}: {key} is a JSON {_kind(value)}, {_kind(kind())} was expected", _COMPLETE)
+        if kind is list and not all(isinstance(item, str) for item in list(value or ())):
+            raise SourceCorruptError(f"{where}: {key} lists something that is no text", _COMPLETE)
+
+
+def _kind(value: object) -> str:
+    """JSON's name of a value's type."""
+    names = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
 
 
 def read_json(place: Place, name: str) -> dict[str, Any]:
@@ -92,22 +116,22 @@ def read_json(place: Place, name: str) -> dict[str, Any]:
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `data`, a file of the source. Raises LfsPointerError, SourceCorruptError."""
-    try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        if data.startswith(LFS_MAGIC):
-            raise LfsPointerError(f"{where} is a Git-LFS pointer") from None
-        raise SourceCorruptError(f"{where} is not JSON: {error}") from None
+    if data.startswith(LFS_MAGIC):
+        raise LfsPointerError(f"{where} is a Git-LFS pointer")
+    plain = json_value(data, where)
     if not isinstance(plain, dict):
-        raise SourceCorruptError(f"{where} is not a JSON object")
+        raise SourceCorruptError(f"{where} is a JSON {_kind(plain)}, an object was expected")
     return plain
+
+
+_COMPLETE = "Use the config.json of the model's publisher."
 
 
 def check_file_names(names: list[Any], pattern: str, where: str) -> None:
     """Refuse names of an index that could lead outside of the folder. Raises SourceCorruptError."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(pattern, name):
-            raise SourceCorruptError(f"{where} names {name!r}, which is not a weights file of this folder")
+            raise SourceCorruptError(f"{where} names {abbreviated(repr(name), 100)}, which is not a weights file of this folder")
 
 
 def _listed(place: Place, present: list[str], index: str, pattern: str) -> dict[str, str]:

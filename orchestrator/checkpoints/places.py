@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.core.checkpoint import SourceFile, TensorInfo
 from orchestrator.core.dtypes import num_bytes
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError
+from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SourceUnreadableError
 from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
 
 LFS_MAGIC = b"version https://git-lfs"
@@ -96,6 +97,29 @@ def open_place(url: str) -> Place:
     return RemotePlace(url)
 
 
+MAX_WHOLE_BYTES = 256 * 2**20
+"""Of a file that is read whole: the largest tokenizers have a tenth of it."""
+_NO_FILE = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Raises SourceMissingError for what is no folder, SourceUnreadableError for one that cannot be looked into."""
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceMissingError(f"there is no folder {folder}", "Check source.path in the spec.") from None
+    except (OSError, ValueError) as error:
+        raise SourceUnreadableError(f"cannot look into {folder}: {error}") from None
+    if not is_folder:
+        raise SourceMissingError(f"{folder} is a file, not a folder", f"Give the folder that holds it: {folder.parent}.")
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    raise SourceUnreadableError(f"cannot look into {error.filename}: {error.strerror}") from None
+
+
 class LocalPlace:
     """A folder of this machine."""
 
@@ -104,17 +128,42 @@ class LocalPlace:
         self.url = str(folder)
 
     def names(self) -> list[str]:
-        if not self.folder.is_dir():
-            raise SourceMissingError(f"there is no folder {self.folder}", "Check source.path in the spec.")
-        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        """Names of what is no folder: what is no file either is refused when it is read."""
+        check_folder(self.folder)
+        found: list[str] = []
+        for path, _, files in os.walk(self.folder, onerror=_cannot_list):
+            below = Path(path).relative_to(self.folder)
+            found.extend((below / name).as_posix() for name in files)
+        return sorted(found)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
+        path = self.folder / name
+        size = self._stat(name).st_size
+        if end is None and size - begin > MAX_WHOLE_BYTES:
+            raise SourceCorruptError(f"{path} has {size:,} bytes: no config or tokenizer is so large")
         try:
-            with (self.folder / name).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(begin)
-                return file.read(-1 if end is None else end - begin)
+                return file.read((size if end is None else end) - begin)
+        except OSError as error:
+            raise SourceUnreadableError(f"cannot read {path}: {error.strerror}") from None
+
+    def _stat(self, name: str) -> os.stat_result:
+        """Of a file, or of the file that a link leads to. Raises SourceMissingError, SourceCorruptError, SourceUnreadableError."""
+        path = self.folder / name
+        try:
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise SourceMissingError(f"{self.folder / name} is not there") from None
+            where = f" is a link to {path.readlink()}, which" if path.is_symlink() else ""
+            raise SourceMissingError(
+                f"{path}{where} is not there on this node",
+                "Download the checkpoint again. Every node that converts must see the source under the same path.",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise SourceUnreadableError(f"cannot read {path}: {error}") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise SourceCorruptError(f"{path} is {_NO_FILE.get(stat.S_IFMT(found.st_mode), 'something else')}, not a file")
+        return found
 
     def source_file(self, name: str) -> SourceFile:
         """Identity: the sha256 by which a hub cache names the blob that it links to; else size and time of modification.
@@ -122,16 +171,10 @@ class LocalPlace:
         Hashing hundreds of gigabytes to make a plan is out of the question. Any rewrite of a file changes its time, so the
         worst case is a needless rebuild, never a stale engine.
         """
-        path = self.folder / name
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise SourceMissingError(
-                f"{path} is not there on this node", "Every node that converts must see the source under the same path."
-            ) from None
-        blob = path.resolve().name
-        identity = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else f"mtime:{stat.st_mtime_ns}"
-        return SourceFile(name, stat.st_size, identity)
+        found = self._stat(name)
+        blob = (self.folder / name).resolve().name
+        identity = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else f"mtime:{found.st_mtime_ns}"
+        return SourceFile(name, found.st_size, identity)
 
     def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
         return FileSource(self, files)
@@ -180,7 +223,11 @@ class FileSource:
             if file not in self._descriptors:
                 planned = self._files[file]
                 check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
-                self._descriptors[file] = os.open(self._place.folder / planned.name, os.O_RDONLY)
+                path = self._place.folder / planned.name
+                try:
+                    self._descriptors[file] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise SourceUnreadableError(f"cannot read {path}: {error.strerror}") from None
             return self._descriptors[file]
 
 

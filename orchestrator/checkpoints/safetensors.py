@@ -6,6 +6,7 @@ the header is consistent with the file's size; writers of ours record sha256 bes
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -15,12 +16,13 @@ from typing import Any
 
 from orchestrator.checkpoints.places import LFS_MAGIC, LocalPlace, Place
 from orchestrator.core.dtypes import ITEM_BITS, num_bytes
-from orchestrator.core.errors import LfsPointerError, SourceCorruptError
+from orchestrator.core.errors import LfsPointerError, SourceCorruptError, abbreviated
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 _FIRST_READ_BYTES = 256 * 1024
 """Holds most headers whole, so that a file in object storage costs one request."""
+_MAX_AXES = 16
 _DATA_ALIGNMENT = 4096
 """The header is padded with spaces so that data starts on a page."""
 
@@ -72,24 +74,49 @@ def read_header_at(place: Place, name: str) -> tuple[list[HeaderEntry], dict[str
     if len(text) < length:
         text += place.read(name, len(start), 8 + length)
     try:
-        plain = json.loads(text)
+        plain = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(plain, dict):
+            raise ValueError("it is no JSON object")
         metadata = plain.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError("__metadata__ is no JSON object")
         entries = [_entry(name, fields, 8 + length) for name, fields in plain.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceCorruptError(f"{path}: the safetensors header is damaged: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceCorruptError(f"{path}: the safetensors header is damaged: {abbreviated(str(error), 300)}") from None
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     _check_layout(path, entries, 8 + length, total)
     return entries, metadata
 
 
-def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> HeaderEntry:
-    begin, end = fields["data_offsets"]
-    dtype, shape = fields["dtype"], tuple(fields["shape"])
-    if dtype not in ITEM_BITS:
-        raise ValueError(f"{name} has the unknown dtype {dtype}")
-    if begin < 0 or end - begin != num_bytes(dtype, math.prod(shape)):
-        raise ValueError(f"{name}: bytes {begin}..{end} do not hold {dtype} {list(shape)}")
-    return HeaderEntry(name, dtype, shape, data_start + begin, end - begin)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{abbreviated(name, 100)} stands in it twice")
+    return found
+
+
+def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
+    """Raises ValueError."""
+    shown = abbreviated(name, 100)
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
+        raise ValueError(f"{shown} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise ValueError(f"{shown} has the unknown dtype {abbreviated(repr(dtype), 40)}")
+    if not _are_counts(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{shown} has the shape {abbreviated(repr(shape), 60)}, which is none")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{shown} has the data_offsets {abbreviated(repr(offsets), 60)}, which are none")
+    begin, end = offsets
+    if end - begin != num_bytes(dtype, math.prod(shape)):
+        raise ValueError(f"{shown}: bytes {begin}..{end} do not hold {dtype} {shape}")
+    return HeaderEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _are_counts(value: Any) -> bool:
+    """Whether it is a list of numbers of things, as 64 bits hold them."""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 
 def _check_layout(path: str, entries: list[HeaderEntry], data_start: int, total: int) -> None:

@@ -72,6 +72,8 @@ def read_index(place: Place) -> CheckpointIndex:
 def _read_config(place: Place) -> tuple[ModelConfig, Topology, Family]:
     plain = read_json(place, CONFIG)
     quantization = plain.get("quantization") or {}
+    if not isinstance(quantization, dict):
+        raise SourceCorruptError(f"{place.url}/{CONFIG}: quantization is no JSON object")
     algorithm = quantization.get("quant_algo") or quantization.get("kv_cache_quant_algo")
     if algorithm:
         raise QuantizationError(f"{place.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")

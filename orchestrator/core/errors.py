@@ -90,6 +90,13 @@ class SourceCorruptError(OrchestratorError):
     default_advice = "Download the file again and compare its size and checksum with the publisher's."
 
 
+class SourceUnreadableError(OrchestratorError):
+    """A file or folder of the checkpoint is there and cannot be read."""
+
+    exit_code = 38
+    default_advice = "Give the user that builds the right to read the source's folder and every file in it (ls -lL)."
+
+
 class LfsPointerError(OrchestratorError):
     """A Git-LFS pointer stands where weights should be."""
 

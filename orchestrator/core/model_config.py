@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.config_keys import Keys, check_keys, shown
 from orchestrator.core.config_rotary import rotary
+from orchestrator.core.config_sizes import check_sizes
 from orchestrator.core.config_table import ConfigTable as ConfigTable  # read from here by name
 from orchestrator.core.config_table import ExpertTable
 from orchestrator.core.config_windows import windows
@@ -177,12 +178,13 @@ def from_hugging_face(
 
     Raises ArchitectureError naming the key that is missing, unknown, impossible or not built.
     """
+    check_sizes(config, f"config.json of {architecture}")
     check_keys(config, architecture, table, ignored)
     keys = Keys({key: value for key, value in config.items() if key not in ignored}, architecture, table)
     try:
         fields = _translate(keys)
         return ModelConfig.model_validate({"architecture": architecture, "dtype": dtype, **fields, **table.constants})
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         raise ArchitectureError(f"config.json of {architecture} holds an impossible value: {error}") from None
 
 
@@ -306,6 +308,7 @@ def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
 
     Raises TopologyError for a mapping that contradicts itself, ValueError for values that no model can have.
     """
+    check_sizes(config, "config.json of the TensorRT-LLM checkpoint")
     topology = _mapping(config.get("mapping") or {}, has_experts=bool((config.get("moe") or {}).get("num_experts")))
     known = {key: value for key, value in config.items() if key in ModelConfig.model_fields and value is not None}
     heads = known.get("num_attention_heads", 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from orchestrator.core import quantized_targets
 from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.core.dtypes import MODEL_DTYPES, num_bytes
-from orchestrator.core.errors import WeightMapError
+from orchestrator.core.errors import ArchitectureError, WeightMapError
 from orchestrator.core.model_config import ModelConfig
 from orchestrator.core.quantization import LinearFormat, ModelQuantization, global_name, linear_of
 from orchestrator.core.rules import Cut, Family, Part, Rule, Span, Where, spans
@@ -193,7 +193,11 @@ class _Expander:
 
     def _expert_target(self, rule: Rule, local: int, layer: int) -> Target | None:
         """[experts of the rank, ...]: every rank of an expert's group takes its cut, the others nothing."""
-        assert self.config.moe is not None
+        if self.config.moe is None:
+            raise ArchitectureError(
+                f"config.json of this {self.config.architecture} names no experts, which every model of the family has",
+                "Use the config.json of the model's publisher.",
+            )
         count, ep = self.config.moe.num_experts, self.topology.moe_ep
         groups = [
             tuple(rank for rank in range(self.topology.tp) if self.topology.moe_ranks(rank)[1] == group) for group in range(ep)
