@@ -90,7 +90,7 @@ def test_failure_names_layout_text_position_and_the_length_that_is_suspected(
     message = caught.value.message
     assert "First: one rank, a text of 10 tokens, 7 in prefill, longer than sliding_window, from position 8 on." in message
     assert "Texts of up to 8 tokens are right: suspect sliding_window 4096 (8 here), and what switches it on." in message
-    assert caught.value.exit_code == 35
+    assert caught.value.exit_code == 36
     assert "Nothing was built" in caught.value.advice
 
 

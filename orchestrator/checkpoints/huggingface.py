@@ -99,7 +99,7 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
         value: Any = config.get(key)
         if value is not None and not isinstance(value, kind):
             raise SourceCorruptError(f"{where}: {key} is a JSON {_kind(value)}, {_kind(kind())} was expected", _COMPLETE)
-        if kind is list and not all(isinstance(item, str) for item in list(value or ())):
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise SourceCorruptError(f"{where}: {key} lists something that is no text", _COMPLETE)
 
 

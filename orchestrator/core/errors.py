@@ -187,7 +187,7 @@ class VerificationError(OrchestratorError):
 class MiniatureError(VerificationError):
     """The model, made small, does not compute here what it computes in transformers."""
 
-    exit_code = 35
+    exit_code = 36
     default_advice = (
         "Nothing was built. A key of config.json means something else here than in transformers: correct it in the source, "
         "or report it with the config.json; real weights would give a wrong model too."
