@@ -2,6 +2,7 @@
 
     steps/<digest>/<attempt>/<name>     outputs; the attempt's random name keeps a lost worker's late writes apart
     outcomes/<digest>.json              the commit: written last, put-if-absent, names the outputs
+    aside/<digest>.json                 a commit whose outputs were found damaged, and why; .outdated.json: made from other bytes
     live/<id>.json                      a build that runs: what it counts on, so that nothing of it is collected
     events/<build key>/<run>/...        what a run of a build has said: report/journal.py
 
@@ -14,16 +15,19 @@ import contextlib
 import datetime
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from orchestrator.core.errors import StoreError
-from orchestrator.core.step import Outcome
+from orchestrator.core.consumption import outdated
+from orchestrator.core.errors import SourceCorruptError, StoreError
+from orchestrator.core.plan import Plan
+from orchestrator.core.schedule import TakenBack
+from orchestrator.core.step import Kind, Outcome
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 
-OUTCOMES, STEPS, LIVE, EVENTS = "outcomes/", "steps/", "live/", "events/"
+OUTCOMES, STEPS, LIVE, EVENTS, ASIDE = "outcomes/", "steps/", "live/", "events/", "aside/"
 _LOOKUP_THREADS = 16
 _LOOKS, _DYING_SECONDS = 3, 0.5
 """What a killed worker may take to be dead, and a store to show the upload that it began last."""
@@ -44,9 +48,24 @@ class LiveBuild(BaseModel):
     """Its events are being written."""
 
 
+class Aside(BaseModel):
+    """A commit that no longer counts."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    outcome: Outcome
+    reason: str
+    at: datetime.datetime
+
+
 def outcome_key(digest: str) -> str:
     """Where the commit of a step stands."""
     return f"{OUTCOMES}{digest}.json"
+
+
+def aside_key(digest: str, *, damaged: bool) -> str:
+    """Where a commit goes that is set aside."""
+    return f"{ASIDE}{digest}.json" if damaged else f"{ASIDE}{digest}.outdated.json"
 
 
 def attempt_prefix(digest: str, attempt: str) -> str:
@@ -76,6 +95,58 @@ def lookup(store: Store, digest: str) -> Outcome | None:
         return None
     intact = all(store.size(output.key) == output.num_bytes for output in outcome.outputs)
     return outcome if intact else None
+
+
+def set_aside(store: Store, taken: TakenBack) -> None:
+    """Keep a commit that no longer counts under another name, and remove it under its own, so that its step can run again.
+
+    One that another build has replaced meanwhile stays. Its outputs stay where they are until `collect` finds them unneeded.
+    """
+    outcome = taken.outcome
+    key = outcome_key(outcome.digest)
+    try:
+        current = Outcome.model_validate_json(store.get(key))
+    except ObjectMissingError:
+        return
+    except ValidationError:
+        current = None
+    if current is not None and current.model_dump_json() != outcome.model_dump_json():
+        return
+    record = Aside(outcome=outcome, reason=taken.reason, at=datetime.datetime.now(datetime.UTC))
+    store.put(aside_key(outcome.digest, damaged=taken.damaged), record.model_dump_json(indent=1).encode())
+    store.delete(key)
+
+
+def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """`outcomes` without those that were made from other bytes than the others hold; those are set aside."""
+    kept = dict(outcomes)
+    while reasons := outdated(plan, kept):
+        for digest, reason in reasons.items():
+            set_aside(store, TakenBack(kept.pop(digest), reason, damaged=False))
+    return kept
+
+
+def check_same_again(store: Store, outcome: Outcome) -> None:
+    """Compare a conversion that runs again, because its first outputs were damaged, with what was written the first time.
+
+    The same files give the same bytes, and the digest says that they are the same files. Raises SourceCorruptError.
+    """
+    if outcome.kind is not Kind.CONVERT:
+        return
+    key = aside_key(outcome.digest, damaged=True)
+    try:
+        first = Aside.model_validate_json(store.get(key)).outcome
+    except (ObjectMissingError, ValidationError):
+        return
+    written = {output.name: output.sha256 for output in first.outputs}
+    others = [output.name for output in outcome.outputs if output.sha256 != written.get(output.name, output.sha256)]
+    if others and first.consumed == outcome.consumed:
+        raise SourceCorruptError(
+            f"{outcome.name} made another {', '.join(others[:3])} than the first time, from files of the source that look the "
+            "same: the source was damaged or changed since",
+            "Compare the source with the publisher's checksums and download what differs. If it is right as it is now, delete "
+            f"{key} from the store.",
+        )
 
 
 def find(store: Store, digest: str) -> Outcome | None:

@@ -10,7 +10,7 @@ from orchestrator.clusters import AnyEvent, Cluster
 from orchestrator.core.errors import StepFailedError
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepSucceeded
-from orchestrator.core.schedule import Schedule, Start
+from orchestrator.core.schedule import Schedule, Start, TakenBack
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Failure, Outcome, Task
 from orchestrator.report import Listener
@@ -41,6 +41,7 @@ class Result:
 
 
 Lookup = Callable[[str], Outcome | None]
+SetAside = Callable[[TakenBack], object]
 
 
 def drive(
@@ -51,13 +52,14 @@ def drive(
     listener: Listener,
     lookup: Lookup = lambda digest: None,
     build_id: str = "",
+    set_aside: SetAside = lambda taken: None,
 ) -> Result:
     """Run what is pending until everything is committed or a step has failed for good.
 
     `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
-    `build_id` begins the names of this run's attempts.
+    `build_id` begins the names of this run's attempts. `set_aside` removes the commit of an outcome whose step is to run again.
     """
-    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id).run()
+    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id, set_aside).run()
 
 
 @dataclass
@@ -68,6 +70,7 @@ class _Drive:
     listener: Listener
     lookup: Lookup
     build_id: str
+    set_aside: SetAside
     delayed: list[tuple[float, int, Start]] = field(default_factory=list)
     """Commands by the time that they are due, then by the order in which they were given."""
     ran: set[str] = field(default_factory=set)
@@ -88,7 +91,10 @@ class _Drive:
         self.listener.on_event(event)
         if event.type == "succeeded":
             self.ran.add(event.digest)
-        return self.schedule.handle(event)
+        commands = self.schedule.handle(event)
+        for taken in self.schedule.taken_back():
+            self.set_aside(taken)
+        return commands
 
     def launch(self, commands: list[Start]) -> None:
         for command in commands:

@@ -6,6 +6,7 @@ reference once for all.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from orchestrator.quantizing import resolve_data
 from orchestrator.report import Listener, SilentListener
 from orchestrator.stores import check_writable, open_store
 from orchestrator.stores.file import write_whole
-from orchestrator.verbs import OpenCluster, local_cluster, plan, run
+from orchestrator.verbs import OpenCluster, check_kept, local_cluster, plan, run
 
 UNQUANTIZED = "none"
 _ANY = ToleranceSpec(max_relative_error=None, max_mean_kl=1e9, min_top1_agreement=0.0)
@@ -186,10 +187,11 @@ def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Li
     store = open_store(place.store, place.store_options)
     check_writable(store)
     with cache.in_use(store, [step.digest for step in made.steps]):
-        committed = cache.committed(store, (step.digest for step in made.steps))
+        committed = cache.agreeing(store, made, cache.committed(store, (step.digest for step in made.steps)))
         made = replace(made, warnings=made.warnings + check_steps(made, committed, place, store))
         listener.on_plan(made, committed, already_published=False)
-        result = run(made, committed, place, open_cluster, listener)
+        accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
+        result = run(made, committed, place, open_cluster, listener, accept)
     result.raise_failures(made)
     return result
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from orchestrator.core.config_keys import config_warnings
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.core.errors import (
     ArchitectureError,
+    DamagedOutputError,
     QuantizationError,
     SpecError,
     StoreError,
@@ -32,17 +34,17 @@ from orchestrator.core.options import BuildOptions, StageOptions, network_of
 from orchestrator.core.plan import Inputs, Plan, make_plan
 from orchestrator.core.quantization import ModelQuantization, quant_cfg
 from orchestrator.core.rules import Family
+from orchestrator.core.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
-from orchestrator.core.weight_names import check_names
 from orchestrator.driver import Result, drive
 from orchestrator.families import architecture_of, family_for, family_named
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
 from orchestrator.recording import Recording, check_report, fetch_report
 from orchestrator.report import Listener, Listeners, SilentListener
-from orchestrator.stores import check_writable, open_store
+from orchestrator.stores import Store, check_writable, open_store
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ def _plan(spec: BuildSpec) -> Plan:
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     config = _with_layout(config, spec)
-    check_names(family, config, topology)
     engine = resolved(config, spec.engine)
     quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     model = quantization.model if quantization else None
@@ -184,7 +185,7 @@ def build(
     Raises an OrchestratorError of the situation.
     """
     from orchestrator.signing import check_sign_key
-    from orchestrator.work.publish import check_free, publish
+    from orchestrator.work.publish import Engines, check_free, place_engines, publish
 
     reports = listener or SilentListener()
     if sign_key is not None:
@@ -207,35 +208,72 @@ def build(
         Recording(target, made, report) as recording,
     ):
         reports = Listeners(reports, recording.listener)
-        committed = cache.committed(target, (step.digest for step in made.steps))
+        committed = cache.agreeing(target, made, cache.committed(target, (step.digest for step in made.steps)))
         made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
         reports.on_plan(made, committed, already_published=False)
-        result = run(made, committed, place, open_cluster, reports)
+        placed: list[Engines] = []
+        result = run(
+            made, committed, place, open_cluster, reports, lambda outcomes: placed.append(place_engines(target, made, outcomes))
+        )
         recording.ended(result)
         result.raise_failures(made)
-        manifest = publish(target, made, result.outcomes, sign_key, recording.page)
+        manifest = publish(target, made, result.outcomes, placed[-1], sign_key, recording.page)
         recording.published(f"{address}/{MANIFEST}", manifest)
         return Build(made, manifest, address, result)
 
 
-def run(made: Plan, committed: dict[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
-    """Drive the plan; a plan with nothing pending opens no cluster."""
-    if not made.pending(committed):
-        result = Result(committed, frozenset())
-    else:
-        build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
-        target = open_store(place.store, place.store_options)
-        with cache.nothing_left_begun(target, build_id):
-            cluster = open_cluster(place)
-            try:
-                if isinstance(cluster, Probing):
-                    nodes = cluster.probe(read_places(made, committed))
-                    listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
-                result = drive(made, committed, cluster, place, listener, functools.partial(cache.find, target), build_id)
-            finally:
-                cluster.close()
+def run(
+    made: Plan,
+    committed: Mapping[str, Outcome],
+    place: ClusterSpec,
+    open_cluster: OpenCluster,
+    listener: Listener,
+    accept: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
+) -> Result:
+    """Drive the plan; a plan with nothing pending opens no cluster.
+
+    `accept` looks at the outcomes of a plan that succeeded. For a DamagedOutputError of it, the step that wrote the object runs
+    again, a few times at most; then the error is raised.
+    """
+    target = open_store(place.store, place.store_options)
+    result = _run(made, committed, place, open_cluster, listener)
+    for left in reversed(range(MAX_REPEATS + 1)):
+        if result.failures:
+            break
+        try:
+            accept(result.outcomes)
+            break
+        except DamagedOutputError as damage:
+            taken = taken_back(result.outcomes, damage)
+            cache.set_aside(target, taken)
+            if not left:
+                raise
+            rest = {digest: outcome for digest, outcome in result.outcomes.items() if outcome is not taken.outcome}
+            listener.on_retry(Start(made.step(taken.outcome.digest), 2))
+            again = _run(made, rest, place, open_cluster, listener)
+            result = replace(again, ran=result.ran | again.ran)
     listener.on_finish(made, result)
     return result
+
+
+def _run(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
+    if not made.pending(committed):
+        return Result(committed, frozenset())
+    from orchestrator.work.checking import forget
+
+    build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
+    target = open_store(place.store, place.store_options)
+    with cache.nothing_left_begun(target, build_id):
+        cluster = open_cluster(place)
+        try:
+            if isinstance(cluster, Probing):
+                nodes = cluster.probe(read_places(made, committed))
+                listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
+            lookup, set_aside = functools.partial(cache.find, target), functools.partial(cache.set_aside, target)
+            return drive(made, committed, cluster, place, listener, lookup, build_id, set_aside)
+        finally:
+            cluster.close()
+            forget(place.scratch or tempfile.gettempdir(), build_id)
 
 
 def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
@@ -250,12 +288,12 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
     only = replace(made, steps=tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
-    committed = cache.committed(store, (step.digest for step in only.steps))
+    committed = cache.agreeing(store, only, cache.committed(store, (step.digest for step in only.steps)))
     place = ClusterSpec(store=store.url)
     only = replace(only, warnings=only.warnings + check_steps(only, committed, place, store))
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
-    result = run(only, committed, place, local_cluster, reports)
+    result = run(only, committed, place, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed))
     result.raise_failures(only)
     for step in only.of_kind(Kind.CONVERT):
         for written in result.outcomes[step.digest].outputs:
@@ -266,6 +304,16 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     write_checkpoint_config(output, made.inputs.config, made.topology, made.inputs.model_quantization)
     shutil.rmtree(staging)
     return made
+
+
+def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
+    """Read the outputs of steps of `kind` that an earlier run has left. Raises DamagedOutputError."""
+    from orchestrator.work.publish import damaged
+
+    kept = [outcome for digest, outcome in outcomes.items() if committed.get(digest) is outcome and outcome.kind is kind]
+    damage = damaged(store, (output for outcome in kept for output in outcome.outputs))
+    if damage is not None:
+        raise damage
 
 
 def _write_indexes(made: Plan, output: Path) -> None:

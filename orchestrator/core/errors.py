@@ -143,7 +143,25 @@ class DigestError(OrchestratorError):
     """Bytes are not the bytes that were published."""
 
     exit_code = 20
-    default_advice = "The object was damaged or replaced after it was written: fetch it again, or rebuild the release."
+    default_advice = (
+        "The object was damaged or replaced after it was written. Fetch it again; if it stays wrong, raise release.version and "
+        "build again: damaged outputs are found, and their steps run again."
+    )
+
+
+class DamagedOutputError(DigestError):
+    """A stored output of a step is not what the step wrote, or is gone."""
+
+    exit_code = 39
+    default_advice = "Check the disk or server under the store, then run the same command again: the step that wrote it runs again."
+
+    def __init__(self, message: str, advice: str = "", key: str = "") -> None:
+        super().__init__(message, advice)
+        self.key = key
+        """Of the object in the store."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.advice, self.key)
 
 
 class ReleaseAddressError(DigestError):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.digest import digest_of
-from orchestrator.core.errors import OrchestratorError, StepFailedError, StoreFullError, error_classes
+from orchestrator.core.errors import DamagedOutputError, OrchestratorError, StepFailedError, StoreFullError, error_classes
 from orchestrator.core.spec import StoreOptions
 
 
@@ -97,6 +97,16 @@ class Output(_Value):
     """sha256 of every CHUNK_BYTES, for what is going to be published; else empty."""
 
 
+class Consumed(_Value):
+    """An output of another step, as an attempt read it."""
+
+    step: str
+    """Digest of the step that wrote it."""
+    name: str
+    sha256: str
+    """Of the bytes that were read."""
+
+
 class Usage(_Value):
     """What an attempt took of its node, sampled once a second or so: peaks between two samples are missed."""
 
@@ -120,6 +130,8 @@ class Outcome(_Value):
     name: str
     kind: Kind
     outputs: tuple[Output, ...]
+    consumed: tuple[Consumed, ...] = ()
+    """The outputs of its needs that it was made from."""
     facts: dict[str, Any] = Field(default_factory=dict)
     """What the kind records: an engine's inputs and outputs, verification numbers, peak memory."""
     node: str = ""
@@ -191,6 +203,8 @@ class Failure(_Value):
     """Class name of the OrchestratorError that it was, if it was one."""
     advice: str = ""
     cause: Cause = Cause.UNKNOWN
+    damaged: str = ""
+    """Key of the stored output whose bytes were wrong or gone when the attempt read it; empty: none was."""
     node: str = ""
     rank: int | None = None
     """Of a build step."""
@@ -210,7 +224,10 @@ class Failure(_Value):
             name, advice, message = type(error).__name__, error.advice, error.message
         else:
             name, advice, message = "", "", f"{type(error).__name__}: {error}"
-        return Failure(kind=FailureKind.APPLICATION, message=message, error=name, advice=advice, node=node, log_tail=log_tail)
+        damaged = error.key if isinstance(error, DamagedOutputError) else ""
+        return Failure(
+            kind=FailureKind.APPLICATION, message=message, error=name, advice=advice, damaged=damaged, node=node, log_tail=log_tail
+        )
 
     def to_error(self, step_name: str) -> OrchestratorError:
         """The error to raise for the user; keeps class and exit code of the original."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import importlib
@@ -13,11 +14,14 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator import cache
+from orchestrator.core.errors import DamagedOutputError
 from orchestrator.core.progress import StepProgress
 from orchestrator.core.step import Kind, Outcome, Task
 from orchestrator.stores import Store, open_store
+from orchestrator.work.checking import InputChecks
 from orchestrator.work.context import Context, Unit
 from orchestrator.work.logs import StepLog
 from orchestrator.work.process import is_full, scratch_root
@@ -53,11 +57,14 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
         return known
     root = scratch_root(task.scratch)
     remove_dead(root)
-    with scratch_folder(root, task.build_id) as scratch:
-        return _attempt(task, emit, node or platform.node(), store, scratch)
+    checks = InputChecks(root, task.build_id)
+    with scratch_folder(root, task.build_id) as scratch, contextlib.closing(checks):
+        return _attempt(task, emit, node or platform.node(), store, scratch, checks)
 
 
-def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store: Store, scratch: Path) -> Outcome:
+def _attempt(
+    task: Task, emit: Callable[[StepProgress], None], node: str, store: Store, scratch: Path, checks: InputChecks
+) -> Outcome:
     digest = task.step.digest
     module, _, name = FUNCTIONS[task.step.kind].partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -69,13 +76,15 @@ def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store:
         scratch=scratch,
         report=_throttled(digest, emit, ranges),
         log=log.write,
+        makers={output.key: need for need, outcome in task.inputs.items() for output in outcome.outputs},
+        checks=checks,
     )
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     began = time.monotonic()
     sampler = Sampler()
     try:
         with log, ranges, sampler:
-            facts = function(task, context)
+            facts = _checked(function, task, context)
     except BaseException as error:
         # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos").
         full = isinstance(error, Exception) and is_full(scratch)
@@ -91,6 +100,7 @@ def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store:
         name=task.step.name,
         kind=task.step.kind,
         outputs=tuple(sorted(context.outputs, key=lambda output: output.name)),
+        consumed=tuple(sorted(context.consumed, key=lambda item: (item.step, item.name))),
         facts=facts,
         node=node,
         started_at=started_at,
@@ -100,10 +110,30 @@ def _attempt(task: Task, emit: Callable[[StepProgress], None], node: str, store:
         log=context.prefix + LOG if lines else "",
         log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
     )
+    cache.check_same_again(store, outcome)
     committed = cache.commit(store, outcome)
     for action in context.after_commit:
         action()
     return committed
+
+
+def _checked(function: Callable[[Task, Context], dict[str, Any]], task: Task, context: Context) -> dict[str, Any]:
+    """The facts of a step whose inputs were right. Raises DamagedOutputError where they were not, whatever came of them."""
+    try:
+        facts = function(task, context)
+    except DamagedOutputError:
+        raise
+    except Exception as error:
+        try:
+            context.checks.settle()
+        except DamagedOutputError as damage:
+            raise damage from error
+        raise
+    context.checks.settle()
+    if context.checks.hashed_bytes:
+        hashed, waited = context.checks.hashed_bytes, context.checks.waited_seconds
+        context.log(f"inputs: {hashed:,} bytes hashed beside the step, waited {waited:.2f} s for it")
+    return facts
 
 
 def log_of(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.core.digest import ChunkHasher
-from orchestrator.core.errors import DigestError
-from orchestrator.core.step import Output
-from orchestrator.stores import Store, Writer
+from orchestrator.core.errors import DamagedOutputError, DigestError
+from orchestrator.core.step import Consumed, Output
+from orchestrator.stores import ObjectMissingError, Store, Writer
 from orchestrator.stores.file import FileStore
+from orchestrator.work.checking import InputChecks
 
 Unit = Literal["bytes", "steps"]
 
@@ -36,6 +37,11 @@ class Context:
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of what the step used; filled by it."""
     outputs: list[Output] = field(default_factory=list)
+    makers: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the step that wrote an input, by its key."""
+    checks: InputChecks = field(default_factory=InputChecks)
+    consumed: list[Consumed] = field(default_factory=list)
+    """What was fetched."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     """Called when the outcome is committed: what only later attempts would have needed is removed."""
 
@@ -49,23 +55,33 @@ class Context:
         with self.store.writer(key, num_bytes) as raw:
             writer = HashingWriter(raw, chunked=chunked)
             yield writer
+            self.checks.settle()  # nothing made from damaged bytes gets a name
         self.outputs.append(
             Output(name=name, key=key, num_bytes=writer.num_bytes, sha256=writer.sha256, chunks=writer.chunk_digests)
         )
 
     def fetch(self, output: Output) -> Path:
-        """An input as a file of this machine: where it lies, or copied to scratch and checked on the way.
+        """An input as a file of this machine: where it lies, and hashed while the step reads it, or copied to scratch and checked.
 
-        Raises DigestError when the bytes are not those that were committed.
+        Raises DamagedOutputError when the bytes are not those that were committed; of a file that lies here, `checks` does.
         """
+        consumed = Consumed(step=self.makers.get(output.key, ""), name=output.name, sha256=output.sha256)
+        if consumed not in self.consumed:
+            self.consumed.append(consumed)
         local = self.store.local_path(output.key)
         if local is not None:
+            self.checks.begin(output, local)
             return local
         target = self.scratch / output.sha256[:16] / output.name
         if target.is_file():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        download(self.store, output.key, output.num_bytes, output.sha256, target)
+        try:
+            download(self.store, output.key, output.num_bytes, output.sha256, target)
+        except ObjectMissingError as error:
+            raise DamagedOutputError(f"{output.key} is gone", key=output.key) from error
+        except DigestError as error:
+            raise DamagedOutputError(error.message, key=output.key) from error
         return target
 
 

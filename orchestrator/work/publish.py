@@ -4,6 +4,9 @@
     releases/<name>/<version>/signatures/<digest of the manifest>.sig
     releases/<name>/<version>/<build>-<id>/...   objects, in a folder of this attempt's own, begun by the build key
 
+What is published is what is stored: every object of the release is read back, after it was copied or written and before the
+manifest is signed, whoever wrote it and when. The step of an engine that reads wrong has to run again.
+
 Two builds that publish one version at once write to different folders; whose manifest lands first wins, and the manifest
 always names its own objects. No key is ever used again, so that `collect` can take what a dead attempt left.
 A signature is found by the digest of what it signs, so the loser's is of no use.
@@ -11,15 +14,26 @@ A signature is found by the digest of what it signs, so the loser's is of no use
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import signing
 from orchestrator.checkpoints.places import open_place
+from orchestrator.core.consumption import outdated
 from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
-from orchestrator.core.errors import ReleaseExistsError, SignatureError, SourceCorruptError
+from orchestrator.core.errors import (
+    DamagedOutputError,
+    DigestError,
+    ReleaseExistsError,
+    SignatureError,
+    SourceCorruptError,
+    StoreError,
+)
 from orchestrator.core.manifest import (
     MANIFEST,
     Chunks,
@@ -37,11 +51,13 @@ from orchestrator.core.spec import ReleaseSpec
 from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 from orchestrator.work.describing import describe, describe_rank
-from orchestrator.work.proof import check_miniature, check_networks
+from orchestrator.work.proof import check_networks
 
 _ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
 _BUILD_DIGITS = 12
 _BLOCK_BYTES = 8 * 2**20
+_READERS = 4
+"""Objects that are read back at once."""
 
 
 def check_free(store: Store, release: ReleaseSpec, build_key: str, sign_key: Path | None = None) -> Manifest | None:
@@ -77,40 +93,87 @@ def _is_signed(store: Store, prefix: str, manifest: bytes, sign_key: Path) -> bo
     return signing.is_signed_by(signature, sign_key)
 
 
+@dataclass(frozen=True)
+class Engines:
+    """The ranks of a release whose engines are in place and were read back."""
+
+    folder: str
+    """Of this attempt, relative to the release; ends with '/'."""
+    ranks: tuple[RankRecord, ...]
+
+
+def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> Engines:
+    """Copy the engines into the release and read them back.
+
+    Raises DamagedOutputError for an engine that is not what its step wrote, with the key of the step's output; DigestError when the
+    outcomes do not belong together.
+    """
+    reasons = outdated(plan, outcomes)
+    if reasons:
+        raise DigestError(next(iter(reasons.values())), "Run the build again: the steps concerned run again.")
+    release = plan.spec.release
+    prefix = release_prefix(release.name, release.version)
+    folder = f"{plan.build_key[:_BUILD_DIGITS]}-{uuid.uuid4().hex[:8]}/"
+    built = [outcomes[step.digest] for step in plan.of_kind(Kind.BUILD)]
+    with ThreadPoolExecutor(_READERS, "read-back") as pool:
+        ranks = pool.map(lambda outcome: _publish_rank(store, prefix, folder, plan, outcome), built)
+        return Engines(folder, tuple(ranks))
+
+
 def publish(
     store: Store,
     plan: Plan,
     outcomes: Mapping[str, Outcome],
+    engines: Engines,
     sign_key: Path | None = None,
     report: Callable[[Manifest], bytes] | None = None,
 ) -> Manifest:
-    """Copy engines and small files into the release, sign, then commit the manifest.
+    """Write small files beside the engines, sign, then commit the manifest.
 
     `report` makes the page that is published with the release, from the manifest that does not name it yet.
     Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises VerificationError
     when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when
     `sign_key` is no key that can sign.
     """
-    check_miniature(plan, outcomes)
     check_networks(plan, outcomes)
-    release, build_key = plan.spec.release, plan.build_key
+    release, build_key, folder = plan.spec.release, plan.build_key, engines.folder
     prefix = release_prefix(release.name, release.version)
-    folder = f"{build_key[:_BUILD_DIGITS]}-{uuid.uuid4().hex[:8]}/"
-    ranks = tuple(_publish_rank(store, prefix, folder, plan, outcomes[step.digest]) for step in plan.of_kind(Kind.BUILD))
     shared = tuple(_publish_shared(store, prefix, folder, plan))
-    manifest = describe(plan, outcomes, ranks, shared)
+    manifest = describe(plan, outcomes, engines.ranks, shared)
     if report is not None:
         page = _put(store, prefix, folder, "report.html", "report", "text/html", report(manifest))
         manifest = manifest.model_copy(update={"documents": (page,)})
     data = manifest.to_json()
     if sign_key is not None:
         digests = signed_digests(manifest, data)
-        store.put(prefix + signature_key(digests[MANIFEST]), signing.sign(digests, release.name, sign_key))
+        _put_checked(store, prefix + signature_key(digests[MANIFEST]), signing.sign(digests, release.name, sign_key))
     try:
         store.put(prefix + MANIFEST, data, create=True)
     except ObjectExistsError:
         return check_free(store, release, build_key, sign_key) or manifest
+    _check_small(store, prefix + MANIFEST, data)
     return manifest
+
+
+def damaged(store: Store, outputs: Iterable[Output]) -> DamagedOutputError | None:
+    """The first of some outputs whose bytes are not what was written, as an error; None: all are right."""
+    with ThreadPoolExecutor(_READERS, "read-back") as pool:
+        return next(filter(None, pool.map(lambda output: _damage(store, output.key, output), list(outputs))), None)
+
+
+def _damage(store: Store, key: str, output: Output) -> DamagedOutputError | None:
+    """Read an object that is to hold the bytes of `output`."""
+    hasher = hashlib.sha256()
+    try:
+        for block in store.blocks(key):
+            hasher.update(block)
+    except ObjectMissingError:
+        return DamagedOutputError(f"{key} is gone", key=output.key)
+    if hasher.hexdigest() == output.sha256:
+        return None
+    return DamagedOutputError(
+        f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {output.sha256}", key=output.key
+    )
 
 
 def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
@@ -121,7 +184,13 @@ def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
 def _publish_rank(store: Store, prefix: str, folder: str, plan: Plan, outcome: Outcome) -> RankRecord:
     (output,) = outcome.outputs
     key = folder + output.name
-    store.copy(output.key, prefix + key)
+    try:
+        store.copy(output.key, prefix + key)
+    except ObjectMissingError as error:
+        raise DamagedOutputError(f"{output.key} is gone", key=output.key) from error
+    damage = _damage(store, prefix + key, output)
+    if damage is not None:
+        raise damage
     file = FileRecord(
         path=output.name,
         key=key,
@@ -161,7 +230,7 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
 
 
 def _put(store: Store, prefix: str, folder: str, path: str, role: Role, media_type: str, data: bytes) -> FileRecord:
-    store.put(prefix + folder + path, data)
+    _put_checked(store, prefix + folder + path, data)
     return FileRecord(
         path=path,
         key=folder + path,
@@ -171,3 +240,13 @@ def _put(store: Store, prefix: str, folder: str, path: str, role: Role, media_ty
         sha256=digest_bytes(data),
         chunks=Chunks(sha256=chunk_digests(data)),
     )
+
+
+def _put_checked(store: Store, key: str, data: bytes) -> None:
+    store.put(key, data)
+    _check_small(store, key, data)
+
+
+def _check_small(store: Store, key: str, data: bytes) -> None:
+    if store.get(key) != data:
+        raise StoreError(f"{key} in {store.url} is not what was just written", "Check the disk, server or network under the store.")

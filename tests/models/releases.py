@@ -15,7 +15,7 @@ from orchestrator.core.manifest import MANIFEST, Chunks, FileRecord, Manifest, s
 from orchestrator.core.options import BuildOptions, VerifyOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind, Outcome, Output, Step
+from orchestrator.core.step import Consumed, Kind, Outcome, Output, Step
 from orchestrator.stores import Store, open_store
 from orchestrator.work.publish import signed_digests
 from tests.models.synthetic import model_config, random_arrays, write_source
@@ -59,7 +59,8 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
                 name=step.name,
                 kind=step.kind,
                 outputs=(output,),
-                facts=_facts(step),
+                consumed=tuple(Consumed(step=need, name="out", sha256=outcomes[need].outputs[0].sha256) for need in step.needs),
+                facts=engine_facts(step),
                 tools={"tensorrt_rtx": "1.7.1.116"},
                 log_tail="a log may hold anything",
             ),
@@ -75,7 +76,8 @@ MINIATURE = {
 }
 
 
-def _facts(step: Step) -> dict[str, Any]:
+def engine_facts(step: Step) -> dict[str, Any]:
+    """What a step records of an engine that TensorRT did not make, or of its verification."""
     if step.kind is Kind.VERIFY:
         network = VerifyOptions.model_validate(step.options).network
         return {"networks": [network.digest(tp_rank) for tp_rank in range(network.stage.tp)]}
