@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import io
+import os
+import subprocess
+import sys
 import tarfile
+import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.spec import AbstractFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator import cache, verbs
+from orchestrator.core.errors import StoreError
 from orchestrator.core.manifest import MANIFEST
-from orchestrator.core.spec import ClusterSpec
+from orchestrator.core.spec import ClusterSpec, StoreOptions
 from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.releases import collect, collecting, open_release, tag, verify
 from orchestrator.stores import Store, open_store
+from orchestrator.stores.folders import find_files
+from orchestrator.stores.retrying import Backoff, TransientError
+from orchestrator.stores.s3 import S3Store
 from tests.models.releases import Published, flip, publish_tiny
 
 GRACE = datetime.timedelta(days=7)
@@ -116,7 +127,7 @@ def test_collect_puts_back_what_a_build_that_began_meanwhile_has_seen(
     announced = cache.in_use(published.store, [digest], "releases/tiny/2/")
     original, looks = collecting._live, []
 
-    def live(store: Store, oldest: datetime.datetime) -> dict[str, cache.LiveBuild]:
+    def live(store: Store, oldest: datetime.datetime) -> collecting._Live:
         looks.append(cache.lookup(published.store, digest) is not None)
         if len(looks) == 2:  # after the outcomes were deleted: a build announced itself just before that
             announced.__enter__()
@@ -199,3 +210,184 @@ def test_collect_removes_the_events_of_ended_builds_and_keeps_those_of_live_ones
     assert not events & collect(published.store.url, GRACE, delete=True, now=_later(8)).due.keys()  # unneeded since now
     assert events <= collect(published.store.url, GRACE, delete=True, now=_later(16)).due.keys()
     assert list(published.store.list(cache.EVENTS)) == []
+
+
+def _strays_are_due(published: Published) -> set[str]:
+    """Things that the next look is going to delete."""
+    strays = _stray(published.store, "ab" * 32, committed=True)
+    collect(published.store.url, GRACE, delete=True, now=START)
+    return strays
+
+
+AS_NOBODY = """
+import os, sys, datetime
+from orchestrator.core.errors import StoreError
+from orchestrator.releases import collect
+collect(sys.argv[1])  # as root: imports what it needs
+os.chmod(sys.argv[2], 0o300)
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=30)
+try:
+    found = collect(sys.argv[1], datetime.timedelta(days=7), delete=True, now=now)
+except StoreError as error:
+    print("refused:", error)
+else:
+    print("deleted:", len(found.due))
+"""
+"""Permissions do not stop root."""
+
+
+@pytest.mark.parametrize("folder", ["releases", "releases/tiny", "releases/tiny/1", "steps", "live"])
+def test_collect_folder_that_cannot_be_listed_stops_it_before_it_deletes(folder: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders let nobody else pass
+        published = publish_tiny(Path(name))
+        published.store.put("live/x.json", b"{}")
+        _strays_are_due(published)
+        root = Path(name)
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        before = _keys(published.store)
+        closed = root / "store" / folder
+        command = [sys.executable, "-c", AS_NOBODY, published.store.url, str(closed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        closed.chmod(0o777)
+        assert done.stdout.startswith("refused: cannot list"), done.stdout + done.stderr
+        assert f"Permission denied at {closed}" in done.stdout
+        assert _keys(published.store) == before
+
+
+def test_collect_folder_that_is_replaced_while_it_is_listed_stops_it(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a listing finds to be a folder is none any more when its turn comes."""
+    _strays_are_due(published)
+    before = _keys(published.store)
+    honest = os.scandir
+
+    def scandir(folder: Path) -> object:
+        if Path(folder).name == "tiny":
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        return honest(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        with pytest.raises(StoreError, match=r"Not a directory at .*/releases/tiny"):
+            collect(published.store.url, GRACE, delete=True, now=_later(30))
+    assert _keys(published.store) == before
+
+
+def test_collect_release_behind_a_link_to_another_disk_is_seen(published: Published, tmp_path: Path) -> None:
+    needed = _keys(published.store)
+    root = Path(published.store.url.removeprefix("file://"))
+    (root / "releases" / "tiny").rename(tmp_path / "other-disk")
+    (root / "releases" / "tiny").symlink_to(tmp_path / "other-disk")
+    strays = _strays_are_due(published)
+    collect(published.store.url, GRACE, delete=True, now=_later(30))
+    assert _keys(published.store) == needed
+    assert not strays & _keys(published.store)
+
+
+def test_collect_folder_that_leads_back_to_one_above_it_is_an_error(published: Published) -> None:
+    root = Path(published.store.url.removeprefix("file://"))
+    (root / "releases" / "loop").symlink_to(root / "releases")
+    with pytest.raises(StoreError, match="leads back"):
+        collect(published.store.url, GRACE, delete=True, now=_later(30))
+
+
+class _Folders(AbstractFileSystem):
+    """A file system of folders that has no listing of its own, as SFTP's has none; one folder cannot be read."""
+
+    def __init__(self, broken: str) -> None:
+        super().__init__(skip_instance_cache=True)
+        self._broken = broken
+
+    def ls(self, path: str, detail: bool = True, **named: object) -> list[dict[str, object]]:
+        folders = {"s": ["s/a", "s/b"], "s/a": ["s/a/c"], "s/a/c": [], "s/b": []}
+        if path == self._broken:
+            raise PermissionError(errno.EACCES, "denied", path)
+        if path not in folders:
+            raise FileNotFoundError(path)
+        below = [{"name": name, "type": "directory", "size": 0} for name in folders[path]]
+        return [*below, {"name": f"{path}/file", "type": "file", "size": 3}]
+
+
+@pytest.mark.parametrize("broken", ["s", "s/a", "s/a/c", "s/b"])
+def test_find_files_fsspec_folder_that_cannot_be_listed_is_an_error(broken: str) -> None:
+    """fsspec's own find goes on without it."""
+    assert sorted(find_files(_Folders(""), "s")) == ["s/a/c/file", "s/a/file", "s/b/file", "s/file"]
+    assert find_files(_Folders(""), "nothing") == {}
+    assert len(_Folders(broken).find("s")) < 4
+    with pytest.raises(PermissionError):
+        find_files(_Folders(broken), "s")
+
+
+MANIFESTS = [b"", b"{", b'{"schema_version": 2, "steps": {"x": "y"}}', b'{"schema_version": 1}', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("data", MANIFESTS)
+def test_collect_manifest_that_is_not_understood_keeps_what_it_may_stand_on(published: Published, data: bytes) -> None:
+    needed = _keys(published.store) | _strays_are_due(published)
+    (published.folder / MANIFEST).write_bytes(data)
+    for day in (10, 20, 30):
+        found = collect(published.store.url, GRACE, delete=True, now=_later(day))
+        assert found.unreadable == ["releases/tiny/1/manifest.json"]
+    assert needed <= _keys(published.store)
+
+
+def test_collect_announcement_that_is_not_understood_is_believed_for_the_grace_period(published: Published) -> None:
+    strays = _strays_are_due(published)
+    published.store.put("live/newer.json", b'{"schema": 9}')
+    collect(published.store.url, GRACE, delete=True, now=_later(8))
+    found = collect(published.store.url, GRACE, delete=True, now=_later(14))
+    assert found.unreadable == ["live/newer.json"]
+    assert strays <= _keys(published.store)
+    for day in (16, 24):
+        collect(published.store.url, GRACE, delete=True, now=_later(day))
+    assert not (strays | {"live/newer.json"}) & _keys(published.store)
+
+
+def test_collect_outcome_that_is_not_understood_keeps_its_outputs_for_the_release(published: Published) -> None:
+    digest = next(iter(published.manifest.steps.values()))
+    needed = _keys(published.store)
+    published.store.put(cache.outcome_key(digest), b'{"of": "a newer program"}')
+    for day in (0, 10, 20):
+        collect(published.store.url, GRACE, delete=True, now=_later(day))
+    assert needed <= _keys(published.store)
+
+
+class _Pages:
+    """The client of an S3 bucket whose listings are answered from a script."""
+
+    bucket = "models"
+    connection = None
+
+    def __init__(self, *pages: dict[str, object] | Exception) -> None:
+        self._pages = list(pages)
+
+    def call(self, operation: str, **parameters: object) -> dict[str, object]:
+        page = self._pages.pop(0)
+        if isinstance(page, Exception):
+            raise page
+        return page
+
+    def refuse(self, seen: object) -> None:
+        pass
+
+
+_PAGE: dict[str, object] = {"Contents": [{"Key": "s/releases/a/1/manifest.json", "Size": 5}], "IsTruncated": True}
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [_PAGE],
+        [{**_PAGE, "NextContinuationToken": ""}],
+        [{**_PAGE, "NextContinuationToken": "t"}, {**_PAGE, "NextContinuationToken": "t"}],
+        [{**_PAGE, "NextContinuationToken": "t"}, TransientError("500"), TransientError("500")],
+        [{**_PAGE, "NextContinuationToken": "t"}, StoreError("AccessDenied (403)")],
+    ],
+)
+def test_list_s3_listing_that_ends_early_is_an_error(pages: list[dict[str, object] | Exception]) -> None:
+    client: Any = _Pages(*pages)
+    store = S3Store("s3://models/s", StoreOptions(), backoff=Backoff(max_attempts=2, sleep=lambda seconds: None), client=client)
+    with pytest.raises(StoreError, match="cannot list"):
+        list(store.list("releases/"))

@@ -180,8 +180,11 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
 
     uploads = [upload.key for upload in found.uploads]
     if as_json:
-        print(json.dumps({"deleted": found.deleted, "due": found.due, "waiting": found.waiting, "uploads": uploads}, indent=1))
+        lists = {"due": found.due, "waiting": found.waiting, "uploads": uploads, "unreadable": found.unreadable}
+        print(json.dumps({"deleted": found.deleted, **lists}, indent=1))
         return
+    for key in found.unreadable:
+        out.print(f"[yellow]warning:[/] {plain(key)} cannot be understood; no step's outputs are removed while it is there")
     for key, size in found.due.items():
         out.print(f"  {format_bytes(size):>10}  {plain(key)}", soft_wrap=True)
     for key in uploads:

@@ -5,6 +5,10 @@ live build has announced (cache.in_use). Anything else, the events of ended buil
 twice, at least the grace period apart. Ages count from the first of these looks, remembered in collect/seen.json: a store's own
 dates mean little, since a copy or a hard link that a build has just made may carry the date of its source.
 
+Nothing is deleted unless everything was seen: an error in listing or reading ends `collect` before it deletes. Where a manifest,
+or what a running build has announced, can be read but not understood (damaged, or of a newer program), nobody knows which steps it
+needs: then no outcome and no output goes, and of releases nothing that lies beside it.
+
 A build may begin at any moment. It announces itself before it looks up outcomes, and this module deletes outcomes first, reads
 the announcements again, puts back the outcomes that a new build may have seen, and only then deletes outputs.
 """
@@ -19,7 +23,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from orchestrator.cache import EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
+from orchestrator.cache import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
 from orchestrator.core.digest import digest_bytes
 from orchestrator.core.errors import DigestError, SchemaVersionError
 from orchestrator.core.manifest import MANIFEST, Manifest, parse_manifest, signature_key
@@ -31,6 +35,9 @@ from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store, Up
 GRACE = datetime.timedelta(days=7)
 """Longer than the longest build."""
 SEEN = "collect/seen.json"
+_LISTED = (OUTCOMES, STEPS, RELEASES, LIVE, EVENTS, ASIDE)
+_UPLOADED = (*_LISTED, "tags/", "collect/", "probes/")
+"""Prefixes of everything that is ever written; other folders beside them are not ours to look into."""
 
 
 @dataclass
@@ -43,7 +50,17 @@ class Collected:
     """Unneeded, but not for long enough."""
     uploads: list[Upload] = field(default_factory=list)
     """Begun longer ago than the grace period and never ended."""
+    unreadable: list[str] = field(default_factory=list)
+    """Manifests and announcements that could not be understood: because of them no outcome and no output is due."""
     deleted: bool = False
+
+
+@dataclass(frozen=True)
+class _Live:
+    """Running builds, by key."""
+
+    builds: dict[str, LiveBuild]
+    unreadable: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,8 @@ class _Roots:
     """Objects of releases."""
     releases: tuple[str, ...]
     """Key prefixes under which a live build is going to publish, or whose manifest cannot be read."""
+    unreadable: tuple[str, ...]
+    """Keys of manifests."""
 
 
 def collect(
@@ -69,20 +88,25 @@ def collect(
     """Look for what the store at `url` does not need; delete what is due only with `delete`.
 
     A live build that announced itself longer ago than `grace` counts as dead, so `grace` must be longer than the longest build.
-    `now` is UTC. Raises StoreError.
+    `now` is UTC. Raises StoreError, before anything is deleted, when a part of the store cannot be listed or read.
     """
     store = open_store(url, options)
     moment = now or datetime.datetime.now(datetime.UTC)
     found = Collected(deleted=delete)
-    present = {info.key: info.num_bytes for top in (OUTCOMES, STEPS, RELEASES, LIVE, EVENTS) for info in store.list(top)}
+    present = {info.key: info.num_bytes for top in _LISTED for info in store.list(top)}
+    found.uploads = [up for top in _UPLOADED for up in store.list_uploads(top) if up.started_at <= moment - grace]
+    seen = _read_seen(store)
     live = _live(store, moment - grace)
     outcomes = _outcomes(store, present)
-    needed = _needed(present, outcomes, _roots(store, present, live.values()), live)
-    seen = _read_seen(store)
+    roots = _roots(store, present, live.builds.values())
+    believed = [key for key in live.unreadable if seen.get(key, moment) > moment - grace]
+    found.unreadable = [*roots.unreadable, *believed]
+    needed = _needed(present, outcomes, roots, live.builds)
+    if found.unreadable:
+        needed |= {key for key in present if key.startswith((OUTCOMES, STEPS)) or (believed and key.startswith(RELEASES))}
     first_seen = {key: seen.get(key, moment) for key in present if key not in needed}
     for key, since in sorted(first_seen.items()):
         (found.due if since <= moment - grace else found.waiting)[key] = present[key]
-    found.uploads = [upload for upload in store.list_uploads("") if upload.started_at <= moment - grace]
     if delete:
         _delete(store, found, outcomes, moment - grace)
         first_seen = {key: since for key, since in first_seen.items() if key not in found.due}
@@ -93,12 +117,16 @@ def collect(
 def _needed(present: Iterable[str], outcomes: dict[str, Outcome], roots: _Roots, live: dict[str, LiveBuild]) -> set[str]:
     """Keys that stay."""
     needed = set(roots.keys) | set(live)
-    for digest in roots.digests & outcomes.keys():
-        needed |= _of_outcome(outcomes[digest])
-    running = {digest for build in live.values() for digest in build.steps}
+    kept = {digest for build in live.values() for digest in build.steps}
+    for digest in roots.digests:
+        needed.add(outcome_key(digest))
+        if digest in outcomes:
+            needed |= _of_outcome(outcomes[digest])
+        else:  # an outcome that this program cannot read names its outputs to another one
+            kept.add(digest)
     for key in present:
         # An attempt of a live build's step writes outputs before any outcome names them.
-        in_attempt = key.startswith(STEPS) and key.split("/")[1] in running
+        in_attempt = key.startswith(STEPS) and key.split("/")[1] in kept
         in_run = key.startswith(EVENTS) and key.split("/")[1] in {build.build_key for build in live.values()}
         if in_attempt or in_run or key.startswith(roots.releases):
             needed.add(key)
@@ -114,8 +142,12 @@ def _delete(store: Store, found: Collected, outcomes: dict[str, Outcome], oldest
     removed = {key: store.get(key) for key in found.due if key.startswith(OUTCOMES)}
     for key in removed:
         store.delete(key)
-    live = _live(store, oldest).values()
-    for build in live:
+    live = _live(store, oldest)
+    if set(live.unreadable) - found.due.keys() - found.waiting.keys():  # a newer program's build has begun meanwhile
+        for key, data in removed.items():
+            _put_back(store, key, data)
+        found.due.clear()
+    for build in live.builds.values():
         for digest in build.steps:
             if outcome_key(digest) in removed:
                 _put_back(store, outcome_key(digest), removed[outcome_key(digest)])
@@ -134,17 +166,20 @@ def _put_back(store: Store, key: str, data: bytes) -> None:
         store.put(key, data, create=True)
 
 
-def _live(store: Store, oldest: datetime.datetime) -> dict[str, LiveBuild]:
+def _live(store: Store, oldest: datetime.datetime) -> _Live:
     """Builds that have announced themselves since `oldest`, by key."""
-    found = {}
+    found, unreadable = {}, []
     for info in list(store.list(LIVE)):
         try:
             build = LiveBuild.model_validate_json(store.get(info.key))
-        except (ObjectMissingError, ValidationError):
+        except ObjectMissingError:  # its build has ended
+            continue
+        except ValidationError:
+            unreadable.append(info.key)
             continue
         if build.started_at > oldest:
             found[info.key] = build
-    return found
+    return _Live(found, tuple(unreadable))
 
 
 def _outcomes(store: Store, present: Iterable[str]) -> dict[str, Outcome]:
@@ -165,6 +200,7 @@ def _roots(store: Store, present: Iterable[str], live: Iterable[LiveBuild]) -> _
     digests: set[str] = set()
     keys: set[str] = set()
     releases: list[str] = []
+    unreadable: list[str] = []
     for build in live:
         digests.update(build.steps)
         releases.extend([build.release] if build.release else [])
@@ -174,11 +210,12 @@ def _roots(store: Store, present: Iterable[str], live: Iterable[LiveBuild]) -> _
         folder = key.removesuffix(MANIFEST)
         manifest, digest = _manifest(store, key)
         if manifest is None:
-            releases.append(folder)  # nobody knows what a newer or damaged manifest needs
+            releases.append(folder)
+            unreadable.append(key)
             continue
         digests.update(manifest.steps.values())
         keys.update([key, folder + signature_key(digest), *(folder + file.key for file in manifest.all_files())])
-    return _Roots(frozenset(digests), frozenset(keys), tuple(releases))
+    return _Roots(frozenset(digests), frozenset(keys), tuple(releases), tuple(unreadable))
 
 
 def _manifest(store: Store, key: str) -> tuple[Manifest | None, str]:

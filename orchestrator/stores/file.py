@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.core.errors import BUG, StoreError, store_error
 from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
 from orchestrator.stores import BLOCK_BYTES, NO_KEY, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
+from orchestrator.stores.folders import files_below
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
@@ -99,15 +100,29 @@ class FileStore:
             shutil.copyfile(source, target)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for path, key in self._below(prefix):
+            if key.startswith(prefix) and not path.name.startswith(_TEMPORARY):
+                with self._listing(prefix), contextlib.suppress(FileNotFoundError):  # deleted just now
+                    yield ObjectInfo(key, path.stat().st_size)
+
+    def _below(self, prefix: str) -> Iterator[tuple[Path, str]]:
+        """Every file of the folder in which keys with this prefix lie, and its key. Raises StoreError for an unreadable folder."""
         parent = prefix.rpartition("/")[0]
         folder = self._path(parent) if parent else self.root
-        for directory, _, names in os.walk(folder):
-            for name in names:
-                path = Path(directory, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.startswith(_TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):
-                        yield ObjectInfo(key, path.stat().st_size)
+        with self._listing(prefix):
+            for path in files_below(folder):
+                yield path, path.relative_to(self.root).as_posix()
+
+    @contextlib.contextmanager
+    def _listing(self, prefix: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f" at {error.filename}" if error.filename else ""
+            raise StoreError(
+                f"cannot list {prefix!r} in {self.url}: {error.strerror or error}{where}",
+                "Make every folder of the store readable for this user.",
+            ) from error
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotADirectoryError):
@@ -115,11 +130,10 @@ class FileStore:
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
         """Temporary files: they tell the folder of what they were to become, not its name."""
-        folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
-        for path in folder.rglob(f"{_TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):
-                key = path.relative_to(self.root).as_posix()
-                yield Upload(key, "", datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC))
+        for path, key in self._below(prefix):
+            if path.name.startswith(_TEMPORARY):
+                with self._listing(prefix), contextlib.suppress(FileNotFoundError):
+                    yield Upload(key, "", datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC))
 
     def abort_upload(self, upload: Upload) -> None:
         self.delete(upload.key)

@@ -29,6 +29,7 @@ from orchestrator.stores import (
     Upload,
     check_key,
 )
+from orchestrator.stores.folders import find_files
 
 _BLOCK_BYTES = 16 * 2**20
 _TEMPORARY = ".tmp-"
@@ -140,11 +141,7 @@ class FsspecStore:
     def _found(self, prefix: str) -> dict[str, Any]:
         with self._errors(f"list {prefix!r}"):
             folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
-            try:
-                found: dict[str, Any] = self._fs.find(folder, detail=True)
-            except FileNotFoundError:
-                found = {}
-        return found
+            return find_files(self._fs, folder)
 
     def delete(self, key: str) -> None:
         with self._errors(f"delete {key!r}"), contextlib.suppress(FileNotFoundError):

@@ -168,7 +168,10 @@ class S3Store:
                     yield ObjectInfo(entry["Key"][len(self._prefix) :], int(entry["Size"]))
             if not page.get("IsTruncated"):
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            following = {"ContinuationToken": page.get("NextContinuationToken", "")}
+            if following == token or not following["ContinuationToken"]:
+                raise self._broken_off(prefix)
+            token = following
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(ObjectMissingError):
@@ -183,7 +186,10 @@ class S3Store:
                 yield Upload(entry["Key"][len(self._prefix) :], entry["UploadId"], entry["Initiated"])
             if not page.get("IsTruncated"):
                 return
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+            following = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+            if following == marker or not following["KeyMarker"]:
+                raise self._broken_off(prefix)
+            marker = following
 
     def abort_upload(self, upload: Upload) -> None:
         with contextlib.suppress(NoSuchUploadError, ObjectMissingError):
@@ -296,6 +302,12 @@ class S3Store:
             return self.retried(f"look at {key!r}", lambda: self.call("head_object", key))
         except ObjectMissingError:
             return None
+
+    def _broken_off(self, prefix: str) -> StoreError:
+        return StoreError(
+            f"cannot list {prefix!r} in {self.url}: the server breaks the listing off and does not say where to go on",
+            "Use a server that lists more than a page of objects as S3 does.",
+        )
 
     def _page(self, prefix: str, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return self.retried(f"list {prefix!r}", request)
