@@ -49,6 +49,11 @@ class Difference:
     max_relative: float | None = None
     """max_absolute / the largest finite |a| of the tensor."""
 
+    @property
+    def is_only_dtype(self) -> bool:
+        """Whether every number is the same: one side holds it in a wider dtype, as a router or a norm kept in float32."""
+        return self.dtypes[0] != self.dtypes[1] and self.num_different == 0 and self.max_absolute == 0
+
     def within(self, tolerance: float | None) -> bool:
         """Whether the numbers, whatever their dtypes, are as close as that."""
         return tolerance is not None and self.max_relative is not None and self.max_relative <= tolerance
@@ -69,8 +74,8 @@ class Comparison:
 
     @property
     def beyond(self) -> tuple[Difference, ...]:
-        """The differences that the tolerance does not cover; without a tolerance all."""
-        return tuple(item for item in self.differences if not item.within(self.tolerance))
+        """The differences that the tolerance does not cover; without a tolerance all that are not of the dtype alone."""
+        return tuple(item for item in self.differences if not item.is_only_dtype and not item.within(self.tolerance))
 
     @property
     def same(self) -> bool:
@@ -81,6 +86,7 @@ class Comparison:
         plain = asdict(self)
         for item, made in zip(plain["differences"], self.differences, strict=True):
             item["within_tolerance"] = made.within(self.tolerance)
+            item["is_only_dtype"] = made.is_only_dtype
             for name in ("max_absolute", "max_relative"):
                 if item[name] is not None and math.isinf(item[name]):
                     item[name] = "inf"
@@ -91,9 +97,12 @@ class Comparison:
         yield from (f"only in A: {name}" for name in self.only_a)
         yield from (f"only in B: {name}" for name in self.only_b)
         yield from (_line(item) for item in self.differences)
-        close = len(self.differences) - len(self.beyond)
-        verdict = "identical" if self.same and not close else "same within the tolerance" if self.same else "different"
-        within = f", {close} within the tolerance of {self.tolerance:g}" if self.tolerance is not None else ""
+        widened = sum(item.is_only_dtype for item in self.differences)
+        close = len(self.differences) - len(self.beyond) - widened
+        alike = "same within the tolerance" if close else "same numbers" if widened else "identical"
+        verdict = alike if self.same else "different"
+        within = f", {widened} of the same numbers in another dtype" if widened else ""
+        within += f", {close} within the tolerance of {self.tolerance:g}" if self.tolerance is not None else ""
         yield (
             f"{verdict}: {self.num_identical} tensors bit-identical{within}, {len(self.beyond)} different, "
             f"{len(self.only_a)} only in A, {len(self.only_b)} only in B; {self.num_bytes:,} bytes compared"

@@ -10,6 +10,7 @@ from orchestrator.checkpoints.places import is_url
 from orchestrator.core.calibration import DATA_SUFFIXES
 from orchestrator.core.errors import SpecError, abbreviated
 from orchestrator.core.rates import RatesSpec
+from orchestrator.core.secrets import refuse_secret
 from orchestrator.core.spec import BuildSpec, ClusterSpec, Frozen, QuantizationSpec, decode_yaml
 from orchestrator.core.yaml_text import MAX_BYTES
 
@@ -38,6 +39,7 @@ def _resolve_files(asked: QuantizationSpec | None, base: Path) -> QuantizationSp
 
 def resolve_source(source: str, base: Path) -> str:
     """A URL as it is; a folder, bare or as file:// URL, as the absolute path of it, relative to `base`."""
+    refuse_secret(source, "the URL of the source")
     if source.startswith("file://"):
         return unquote(urlsplit(source).path)
     return source if is_url(source) else str(_absolute(source, base))
@@ -64,6 +66,7 @@ def load_rates(path: Path) -> RatesSpec:
 
 def resolve_store(store: str, base: Path) -> str:
     """A URL as it is; a bare folder as the file:// URL of it, relative to `base`."""
+    refuse_secret(store, "the URL of the store")
     if urlsplit(store).scheme:
         return store
     return _absolute(store, base).as_uri()

@@ -33,6 +33,7 @@ from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.spec import BuildConfig, QuantizationSpec
 from orchestrator.core.topology import Topology
 from orchestrator.core.weight_map import weight_map
+from orchestrator.core.weight_names import check_names
 from orchestrator.engines.profiles import resolved
 from orchestrator.families import architecture_of, family_for
 from orchestrator.networks import Rendering, decoder_network
@@ -228,6 +229,7 @@ class TopModelMixin:
         config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config)
         place = mapping or Mapping()
         topologies.check(place.topology, config.limits())
+        check_names(family, config, place.topology)
         weights = weight_map(index, family, config, place.topology, NO_LIMIT)
         options = rank_options(weights, index, place.topology, place.rank)
         model = cls(config, place)  # type: ignore[call-arg]  # mixed into PretrainedModel

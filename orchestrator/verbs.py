@@ -38,6 +38,7 @@ from orchestrator.core.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
 from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
+from orchestrator.core.weight_names import check_names
 from orchestrator.driver import Result, drive
 from orchestrator.families import architecture_of, family_for, family_named
 from orchestrator.node_checks import check_nodes, read_places
@@ -82,6 +83,7 @@ def _plan(spec: BuildSpec) -> Plan:
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())
     config = _with_layout(config, spec)
+    check_names(family, config, topology)
     engine = resolved(config, spec.engine)
     quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     model = quantization.model if quantization else None

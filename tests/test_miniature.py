@@ -112,6 +112,38 @@ def test_failure_of_short_texts_suspects_no_length(tmp_path: Path, monkeypatch: 
         prove(hub_config("llama-3-8b"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("llama window honoured", "sliding_window"), ("llama rope_parameters before rope_scaling", "rope_parameters")],
+)
+def test_failure_names_the_key_without_which_the_text_would_be_right(
+    name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (wrong,) = [each for each in WRONG_RULES if each.name == name]
+    plant(wrong.rule, monkeypatch)
+    with pytest.raises(MiniatureError, match=f"Read here without {key}, that text would be right."):
+        prove(wrong.config, tmp_path)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "config",
+    [
+        hub_config("phi-3.5-mini"),
+        hub_config("phi-4-mini"),
+        hub_config("llama-2-7b", rope_scaling={"type": "dynamic", "factor": 4.0}),
+    ],
+    ids=["longrope", "longrope of a part of the head", "dynamic"],
+)
+def test_miniature_catches_frequencies_that_are_chosen_once_for_all_lengths(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prove(config, tmp_path / "right").max_relative_error < 2e-5
+    monkeypatch.setattr(ModelConfig, "rotary_depends_on_length", lambda self, length: False)
+    with pytest.raises(MiniatureError, match="computes here something else than in transformers"):
+        prove(config, tmp_path / "wrong")
+
+
 def test_config_that_transformers_refuses_is_said_to_be_refused_by_it(tmp_path: Path) -> None:
     config = hub_config("phi-3.5-mini")
     config["rope_scaling"]["long_factor"] = config["rope_scaling"]["long_factor"][1:]

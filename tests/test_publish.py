@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cache, verbs
+from orchestrator.core.errors import VerificationError
 from orchestrator.core.manifest import MANIFEST
 from orchestrator.core.step import Kind
 from orchestrator.stores import open_store
 from orchestrator.work.describing import describe
+from orchestrator.work.publish import publish
 from tests.models.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
 
 
@@ -27,6 +29,20 @@ def test_manifest_of_a_build_says_what_an_engines_user_needs(tmp_path: Path) -> 
     assert {"source", "tokenizer.json", "tensorrt_rtx"} <= dependencies.keys()
     tokenizer = next(file for file in manifest.shared if file.path == "tokenizer/tokenizer.json")
     assert dependencies["tokenizer.json"].digest == {"sha256": tokenizer.sha256}
+
+
+def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> None:
+    plan = verbs.plan(release_spec(tiny_source(tmp_path / "source")))
+    store = open_store((tmp_path / "store").as_uri())
+    outcomes = pretend_to_run(plan, store)
+    (step,) = plan.of_kind(Kind.MINIATURE)
+    unproven = {**outcomes, step.digest: outcomes[step.digest].model_copy(update={"facts": {}})}
+    missing = {digest: outcome for digest, outcome in outcomes.items() if digest != step.digest}
+    for found in (unproven, missing):
+        with pytest.raises(VerificationError, match="the build's miniature has no outcome"):
+            publish(store, plan, found)
+    assert not list(store.list("releases/"))
+    assert publish(store, plan, outcomes).miniature is not None
 
 
 def test_describe_quantized_build_names_scales_and_worst_linears(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
         _read_paired(source, tensor, assembly, begin, end, out)
     else:
         _read_stored(source, tensor, assembly, begin, end, out)
+    if assembly is not None and assembly.add:
+        elements = np.frombuffer(out, np.float32, (end - begin) * (tensor.num_bytes // tensor.shape[0]) // 4)
+        np.add(elements, np.float32(assembly.add), out=elements)
 
 
 def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64]:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 from orchestrator.checkpoints.places import ByteSource, PlannedRange, check_unchanged
 from orchestrator.core.checkpoint import SourceFile
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SpecError, StoreError
+from orchestrator.core.errors import SourceCorruptError, SourceMissingError, StoreError
+from orchestrator.core.secrets import refuse_secret
 
 PART_BYTES = 8 * 2**20
 """A range is split into parts of about this size: between two thirds and one and a half of it."""
@@ -58,10 +58,7 @@ class RemotePlace:
 
     def __init__(self, url: str, *, fs: Any = None, sleep: Callable[[float], None] = time.sleep) -> None:
         """`fs` is an fsspec file system to use in place of the URL's own. Raises SpecError."""
-        if urlsplit(url).password:
-            raise SpecError(
-                "source.path holds a password", "Give credentials by the environment or the machine's role, never in a URL."
-            )
+        refuse_secret(url, "source.path")
         self.url = url.rstrip("/")
         self._given, self._sleep = fs, sleep
 

@@ -18,7 +18,7 @@ from orchestrator.checkpoints.huggingface import check_file_names, read_json
 from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.config_table import ConfigTable
+from orchestrator.core.config_table import SWIGLU, ConfigTable
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
@@ -94,7 +94,8 @@ def _normalized(config: ModelConfig) -> ModelConfig:
     if kind == "llama3":
         usual = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         scaling = {**usual, **scaling}
-    act = {"swiglu": "silu"}.get(config.hidden_act, config.hidden_act)  # what TensorRT-LLM calls it among experts
+    # TensorRT-LLM calls it swiglu among experts, too, whose halves are always joined.
+    act = "silu" if config.moe is not None and config.hidden_act == SWIGLU else config.hidden_act
     changes = {"rotary_scaling": None if kind == "default" else {**scaling, "rope_type": kind}, "hidden_act": act}
     return config.model_copy(update=changes)
 
@@ -135,6 +136,8 @@ class _Share:
     begin: int
     piece: Piece
     dtype: str
+    added: float
+    """What every element holds too much."""
 
 
 def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topology: Topology) -> dict[str, TensorInfo]:
@@ -149,12 +152,19 @@ def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topolog
             shared = all(read.tensor.name in shares for read in target.reads)
             if shared and not any(target.name in ranks[rank].entries for rank in stage):
                 continue  # a head that is the embedding need not be stored
+            seen |= {(rank, target.name) for rank in stage}
+            if _is_rounded(target):
+                continue  # its twin in float32 gives the source back
             for tp_rank, rank in enumerate(stage):
-                seen.add((rank, target.name))
                 for name, share in _shares(target, tp_rank, ranks[rank]):
                     shares.setdefault(name, []).append(share)
     _check_all_seen(ranks, seen, family)
     return {name: _join(name, whole[name].shape, found) for name, found in shares.items()}
+
+
+def _is_rounded(target: Target) -> bool:
+    """Whether something was added to the source before it was rounded."""
+    return target.dtype != "F32" and any(read.add for read in target.reads)
 
 
 def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -167,7 +177,7 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
         layers = range(config.num_hidden_layers) if rule.where is Where.EVERY_LAYER else range(1)
         experts = range(config.moe.num_experts if config.moe and rule.per_expert else 1)
         for part in rule.parts:
-            if part.add:
+            if part.add and not config.exact_norms:
                 raise ArchitectureError(
                     f"checkpoints of {family.name} store {part.source} with {part.add:g} added, which rounding does not give back",
                     "Build from the Hugging Face checkpoint.",
@@ -203,7 +213,7 @@ def _shares(target: Target, tp_rank: int, rank: _Rank) -> Iterator[tuple[str, _S
         size = num_bytes(entry.dtype, math.prod(shape))
         shape[axis] = span.end - span.begin
         if span.begin < span.end:
-            yield read.tensor.name, _Share(axis, span.begin, Piece(file, offset, tuple(shape)), entry.dtype)
+            yield read.tensor.name, _Share(axis, span.begin, Piece(file, offset, tuple(shape)), entry.dtype, read.add)
         offset += size
 
 
@@ -229,7 +239,7 @@ def _join(name: str, shape: tuple[int, ...], shares: list[_Share]) -> TensorInfo
             position += share.piece.shape[axis]
     if position != shape[axis]:
         raise SourceCorruptError(f"the ranks hold {position} of {shape[axis]} elements of {name}")
-    return assembled(name, dtype, Assembly(tuple(pieces), axis))
+    return assembled(name, dtype, Assembly(tuple(pieces), axis, add=-shares[0].added))
 
 
 def _check_all_seen(ranks: Sequence[_Rank], seen: set[tuple[int, str]], family: Family) -> None:
@@ -256,7 +266,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.intermediate_size,
-        table.activation: config.hidden_act,
+        table.activation: next((name for name, act in table.activations.items() if act == config.hidden_act), config.hidden_act),
         "rms_norm_eps": config.norm_epsilon,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,

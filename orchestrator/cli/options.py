@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from orchestrator.cli import console
+from orchestrator.core.errors import SpecError
+from orchestrator.core.secrets import refuse_secrets
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _VERBOSE = {"-v", "--verbose"}
@@ -20,6 +22,11 @@ class Root(TyperGroup):
         end = args.index("--") if "--" in args else len(args)
         kept = [word for word in args[:end] if word not in _VERBOSE] + args[end:]
         console.start(verbose=len(kept) < len(args))
+        try:
+            refuse_secrets(args)
+        except SpecError as error:  # usage errors show the words of a command line: none may come before
+            console.show_error(error, "--json" in args)
+            raise typer.Exit(error.exit_code) from None
         return super().parse_args(ctx, kept)
 
 

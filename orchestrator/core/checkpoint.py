@@ -43,6 +43,8 @@ class Assembly:
     """Rows of one attention head where the source stores the two halves of a head row by row in turn; 0: rows lie in order."""
     encoding: str = ""
     """The format's own name for the pieces' elements; empty: they are of the tensor's dtype."""
+    add: float = 0.0
+    """Added to every element, of a tensor in float32: takes off what another format stores added."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.core.config_table import ACTIVATIONS, ConfigTable
+from orchestrator.core.config_table import ConfigTable
 from orchestrator.core.errors import ArchitectureError
 
 ROTARY_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -190,11 +190,11 @@ class Keys:
         return value
 
     def activation(self) -> str:
-        key = self.table.activation
+        key, known = self.table.activation, self.table.activations
         value = self._values.get(key)
-        if value not in ACTIVATIONS:
-            raise self.error(key, f"is {shown(value)}, which is not supported", f"Supported: {', '.join(ACTIVATIONS)}.")
-        return str(value)
+        if not isinstance(value, str) or value not in known:
+            raise self.error(key, f"is {shown(value)}, which is not supported", f"Supported: {', '.join(known)}.")
+        return known[value]
 
 
 def number(value: Any, where: str) -> float:

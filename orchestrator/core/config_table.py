@@ -14,6 +14,9 @@ ALL_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Kinds of rotary embedding that there are formulas for."""
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new")
 """Activations that the networks have operators for."""
+SWIGLU = "swiglu"
+"""TensorRT-LLM's name of a SiLU whose factor comes from the same linear: `mlp.fc` joins up and gate, in this order, and there is
+no `mlp.gate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class ConfigTable:
     """Field of ModelConfig -> (name in model_config.TRANSFORMS, key of config.json)."""
     activation: str = "hidden_act"
     """Key of the activation."""
+    activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})
+    """Its value -> hidden_act of ModelConfig."""
     windows: str = "none"
     """Name in config_windows.WINDOW_RULES: which layers have a window."""
     rotary: RotaryTable = field(default_factory=RotaryTable)

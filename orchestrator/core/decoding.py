@@ -21,7 +21,7 @@ _SHOWN_MISTAKES = 12
 class Frozen(BaseModel):
     """A decoded value: immutable, and strict about its keys and about what is a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from orchestrator.core.decoding import Frozen as Frozen
 from orchestrator.core.decoding import decode as decode
 from orchestrator.core.decoding import decode_yaml as decode_yaml
 from orchestrator.core.errors import abbreviated
+from orchestrator.core.secrets import PlaceText, holds_secret
 from orchestrator.core.topology import Topology
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -40,7 +41,7 @@ NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, lt=2**63)]
 class SourceSpec(Frozen):
     """The checkpoint to build from."""
 
-    path: str
+    path: PlaceText
     """A folder; a relative one counts from the spec file."""
     format: str = "auto"
     """A name of checkpoints/, or auto: by the files that are there."""
@@ -82,7 +83,7 @@ class ConversionSpec(Frozen):
 class CalibrationSpec(Frozen):
     """The text that Model Optimizer watches the model read, and how."""
 
-    dataset: str = "default"
+    dataset: PlaceText = "default"
     """default: text that comes with the package. Or a .txt, .jsonl or .parquet file, or the name of a Hugging Face dataset."""
     num_samples: int = Field(default=64, ge=1)
     max_length: int = Field(default=256, ge=2)
@@ -113,9 +114,9 @@ class QuantizationSpec(Frozen):
     """SmoothQuant's; absent: the algorithm's own."""
     meta_recipe: bool = False
     """FP8_PER_CHANNEL_PER_TOKEN only: MLPs only, first and last layer left out, activations' scales bounded."""
-    quant_cfg: str | None = None
+    quant_cfg: PlaceText | None = None
     """MIXED_PRECISION only: path of a quant_cfg.json that names every quantized linear and its algorithm."""
-    scales: str | None = None
+    scales: PlaceText | None = None
     """Folder of a calibration artifact to apply instead of calibrating (`orchestrator quantize --output`)."""
     calibration: CalibrationSpec = CalibrationSpec()
 
@@ -292,14 +293,6 @@ class StoreOptions(Frozen):
         return value
 
 
-def holds_secret(url: str) -> bool:
-    """Whether a URL carries what may be a password, a key or a signature: it would end in logs and manifests."""
-    scheme, _, rest = url.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    keyed = scheme in {"s3", "s3a", "http", "https"} and (bool(at) or "?" in rest)
-    return ":" in user or keyed
-
-
 class DriverSpec(Frozen):
     """Where the driver of a submitted build runs. Nothing given: on the head, with which it ends."""
 
@@ -330,12 +323,12 @@ class ClusterSpec(Frozen):
 
     kind: Literal["local", "ray", "mpi"] = "local"
     """local: processes of this machine; ray: actors of a Ray cluster; mpi: the ranks of an MPI job, for Slurm sites without Ray."""
-    address: str | None = None
+    address: PlaceText | None = None
     """Of the Ray cluster; absent: start one on this machine."""
-    store: str
+    store: PlaceText
     """URL of the store that keeps steps' outputs and releases; every node must reach it."""
     store_options: StoreOptions = StoreOptions()
-    scratch: str | None = None
+    scratch: PlaceText | None = None
     """Folder for temporary files on every node; absent: the system's."""
     pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
     driver: DriverSpec = DriverSpec()
@@ -349,13 +342,6 @@ class ClusterSpec(Frozen):
     """How long a step may wait for a node that could take it (ray only): then the build ends and says what was missing."""
     probe_timeout_seconds: float = Field(default=60.0, gt=0)
     """How long a node may take to say what it has, before the first step (ray only)."""
-
-    @field_validator("store")
-    @classmethod
-    def _store_without_secret(cls, value: str) -> str:
-        if holds_secret(value):
-            raise ValueError("the URL holds a user, password or query: credentials belong in each node's environment or role")
-        return value
 
     def pool_name_for(self, kind: str) -> str | None:
         """The first pool that lists a kind of step takes it; None when none does."""

@@ -1,8 +1,11 @@
-"""Phi-3: queries, keys and values fused in one source tensor, gate and up in another."""
+"""Phi-3: queries, keys and values fused in one source tensor, gate and up in another.
+
+TensorRT-LLM keeps the second fusion, with the halves the other way round: each rank's `mlp.fc` is its part of up, then of gate.
+"""
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import RotaryTable
+from orchestrator.core.config_table import SWIGLU, RotaryTable
 from orchestrator.core.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
 from orchestrator.families.common import (
     DENSE,
@@ -39,8 +42,13 @@ PHI3 = Family(
         ),
         DENSE,
         PRE_NORMS[1],
-        Rule(TARGET + "mlp.fc.weight", (Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 0),)),
-        Rule(TARGET + "mlp.gate.weight", (Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 1),)),
+        Rule(
+            TARGET + "mlp.fc.weight",
+            (
+                Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 1),
+                Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 0),
+            ),
+        ),
         GATED_MLP[4],
         *final(),
     ),
@@ -58,6 +66,7 @@ PHI3 = Family(
             "sliding_window": None,
         },
         nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+        activations={"silu": SWIGLU, "swish": SWIGLU},
         windows="all",
         rotary=RotaryTable(kinds=("default", "longrope"), aliases={"su": "longrope", "yarn": "longrope"}, partial=True),
         passed_over={**ALWAYS_USED, **NO_CAPS, **ONE_ACTIVATION},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import ACTIVATIONS
+from orchestrator.core.config_table import ACTIVATIONS, SWIGLU
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.quantized import quantized_matmul
@@ -89,13 +89,13 @@ def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: 
 
 def check_activation(name: str) -> None:
     """Raises ArchitectureError for one that has no operators here."""
-    if name not in ACTIVATIONS:
+    if name not in (*ACTIVATIONS, SWIGLU):
         raise ArchitectureError(f"activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}.")
 
 
 def activate(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
     """The model's activation."""
-    if shape.config.hidden_act in ("silu", "swish"):
+    if shape.config.hidden_act in ("silu", "swish", SWIGLU):
         return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{output}.sigmoid")], output)
     kind = "none" if shape.config.hidden_act == "gelu" else "tanh"
     return graph.node("Gelu", [x], output, approximate=kind)
@@ -152,10 +152,21 @@ def _collective(graph: GraphWriter, shape: RankShape, x: str, operation: str, re
 
 
 def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """proj(act(fc(x)) * gate(x)); fc is Hugging Face's gate_proj, gate its up_proj."""
+    """proj(act(fc(x)) * gate(x)); fc is Hugging Face's gate_proj, gate its up_proj. With swiglu, fc is both: up, then gate."""
     config = shape.config
     local = config.intermediate_size // shape.tp
-    fc = linear(graph, shape, x, f"{prefix}.fc", (local, config.hidden_size), bias=config.mlp_bias)
-    gate = linear(graph, shape, x, f"{prefix}.gate", (local, config.hidden_size), bias=config.mlp_bias)
-    product = graph.node("Mul", [activate(graph, shape, fc, f"{prefix}.activated"), gate], f"{prefix}.product")
+    if config.hidden_act == SWIGLU:
+        both = linear(graph, shape, x, f"{prefix}.fc", (2 * local, config.hidden_size), bias=config.mlp_bias)
+        product = gated_halves(graph, shape, both, prefix, local)
+    else:
+        fc = linear(graph, shape, x, f"{prefix}.fc", (local, config.hidden_size), bias=config.mlp_bias)
+        gate = linear(graph, shape, x, f"{prefix}.gate", (local, config.hidden_size), bias=config.mlp_bias)
+        product = graph.node("Mul", [activate(graph, shape, fc, f"{prefix}.activated"), gate], f"{prefix}.product")
     return row_linear(graph, shape, product, f"{prefix}.proj", (config.hidden_size, local), bias=config.mlp_bias)
+
+
+def gated_halves(graph: GraphWriter, shape: RankShape, both: str, prefix: str, width: int) -> str:
+    """act(gate) * up; up is the first half."""
+    up, gate = f"{prefix}.up", f"{prefix}.gate"
+    graph.nodes("Split", [both, graph.constant(f"halves_{width}", [width, width])], [up, gate], axis=-1)
+    return graph.node("Mul", [activate(graph, shape, gate, f"{prefix}.activated"), up], f"{prefix}.product")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.layers import activate, all_reduce, linear
+from orchestrator.networks.layers import all_reduce, gated_halves, linear
 from orchestrator.networks.quantized import quantized_input, quantized_weight
 from orchestrator.networks.shape import RankShape
 
@@ -31,7 +31,7 @@ def _experts(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
     weights = _routing(graph, shape, x, prefix, local)
     # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
     both = _batched(graph, shape, x, f"{prefix}.fc", (local, 2 * width, config.hidden_size), shared=True)
-    product = _gated(graph, shape, both, f"{prefix}.expert", width)
+    product = gated_halves(graph, shape, both, f"{prefix}.expert", width)
     out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), shared=False)
     weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
     return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
@@ -72,13 +72,6 @@ def _per_expert(graph: GraphWriter, x: str, experts: int, size: int) -> str:
     return graph.node("Reshape", [x, graph.constant(f"experts_{experts}_{size}", [0, experts, -1, size])], f"{x}.experts")
 
 
-def _gated(graph: GraphWriter, shape: RankShape, both: str, prefix: str, width: int) -> str:
-    """act(gate) * up; up is the first half."""
-    up, gate = f"{prefix}.up", f"{prefix}.gate"
-    graph.nodes("Split", [both, graph.constant(f"halves_{width}", [width, width])], [up, gate], axis=-1)
-    return graph.node("Mul", [activate(graph, shape, gate, f"{prefix}.activated"), up], f"{prefix}.product")
-
-
 def _routing(graph: GraphWriter, shape: RankShape, x: str, prefix: str, local: int) -> str:
     """[batch, local experts, tokens, 1]: each token's weight for each expert, zero for those not chosen."""
     config, moe = shape.config, shape.config.moe
@@ -107,7 +100,7 @@ def _shared_expert(graph: GraphWriter, shape: RankShape, x: str, prefix: str) ->
     assert moe is not None
     width = moe.shared_expert_intermediate_size // shape.tp
     both = linear(graph, shape, x, f"{prefix}.shared_expert.fc", (2 * width, config.hidden_size))
-    product = _gated(graph, shape, both, f"{prefix}.shared_expert", width)
+    product = gated_halves(graph, shape, both, f"{prefix}.shared_expert", width)
     out = linear(graph, shape, product, f"{prefix}.shared_expert.proj", (config.hidden_size, width))
     gate = linear(graph, shape, x, f"{prefix}.shared_expert_gate", (1, config.hidden_size))
     weight = graph.node("Sigmoid", [gate], f"{prefix}.shared_expert_gate.sigmoid")

@@ -17,7 +17,8 @@ from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from orchestrator.core.errors import StoreError
-from orchestrator.core.spec import StoreOptions, holds_secret
+from orchestrator.core.secrets import ADVICE, holds_secret
+from orchestrator.core.spec import StoreOptions
 
 BLOCK_BYTES = 8 * 2**20
 """What `Store.blocks` yields at a time, and the least part of an upload."""
@@ -138,10 +139,7 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     """
     scheme = urlsplit(url).scheme
     if holds_secret(url):
-        raise StoreError(
-            f"the {scheme}:// URL of the store holds a user, password or query",
-            "Give credentials by each machine's environment, profile or role, never in a URL.",
-        )
+        raise StoreError("the URL of the store holds a user, password or query", ADVICE)
     if not scheme:
         raise StoreError(f"store {url!r} has no scheme", "Write file:///absolute/folder, s3://bucket/prefix, ...")
     if scheme == "file":

@@ -177,7 +177,6 @@ def _provenance(
 
 
 def _miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> Miniature:
-    """Raises KeyError for a build whose miniature was not proven: it must not be published."""
     (step,) = plan.of_kind(Kind.MINIATURE)
     return Miniature.model_validate(outcomes[step.digest].facts["miniature"])
 

@@ -1,4 +1,4 @@
-"""The last look before a release is published: what was compiled is what was executed."""
+"""The last look before a release is published: what was compiled is what was executed, and the miniature was proven."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from orchestrator.core.errors import VerificationError
 from orchestrator.core.options import BuildOptions, VerifyOptions
 from orchestrator.core.plan import Plan
 from orchestrator.core.step import Kind, Outcome
+
+
+def check_miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
+    """Raises VerificationError for a build without the outcome of its miniature."""
+    for step in plan.of_kind(Kind.MINIATURE):
+        if step.digest in outcomes and "miniature" in outcomes[step.digest].facts:
+            return
+    raise VerificationError(
+        "nothing proves that config.json means here what it means in transformers: the build's miniature has no outcome",
+        "Delete its outcome in the store, if there is one, and build again.",
+    )
 
 
 def check_networks(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:

@@ -51,7 +51,7 @@ from orchestrator.core.spec import ReleaseSpec
 from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 from orchestrator.work.describing import describe, describe_rank
-from orchestrator.work.proof import check_networks
+from orchestrator.work.proof import check_miniature, check_networks
 
 _ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
 _BUILD_DIGITS = 12
@@ -135,6 +135,7 @@ def publish(
     when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when
     `sign_key` is no key that can sign.
     """
+    check_miniature(plan, outcomes)
     check_networks(plan, outcomes)
     release, build_key, folder = plan.spec.release, plan.build_key, engines.folder
     prefix = release_prefix(release.name, release.version)

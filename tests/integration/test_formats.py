@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import safetensors.numpy
 
 from orchestrator import verbs
 from orchestrator.checkpoints import read_source, trtllm
+from orchestrator.comparison import compare
 from orchestrator.core.errors import (
     ArchitectureError,
     OrchestratorError,
@@ -33,7 +35,7 @@ from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
 from tests.models.gguf import write_gguf
 from tests.models.meta import write_bin, write_meta
-from tests.models.synthetic import Array, build_spec, model_config, random_arrays, write_source
+from tests.models.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
 
 Writer = Callable[[Path, ModelConfig, Mapping[str, Array]], Path]
 
@@ -295,9 +297,22 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "qwen2": {"attn_bias": True},
     "qwen3": {"qk_layernorm": "head"},
-    "phi3": {"rotary_embedding_dim": 2},
+    "phi3": {"rotary_embedding_dim": 2, "hidden_act": "swiglu"},
     "granite": {"embedding_multiplier": 12.0, "attention_scale": 0.5, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    "olmo2": {"norm_placement": "post", "qk_layernorm": "full"},
+    "gemma": {"exact_norms": True, "embedding_multiplier": 32**0.5, "tie_word_embeddings": True},
+    "gemma2": {
+        "exact_norms": True, "embedding_multiplier": 32**0.5, "norm_placement": "sandwich", "attention_scale": 0.25,
+        "sliding_window": 7, "window_layers": (True, False, True), "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        "exact_norms": True, "embedding_multiplier": 32**0.5, "norm_placement": "sandwich", "attention_scale": 0.25,
+        "qk_layernorm": "head", "rotary_base_local": 5.0, "sliding_window": 7, "tie_word_embeddings": True,
+    },
     "mixtral": {"moe": MoeConfig(num_experts=4, top_k=2)},
+    "qwen3_moe": {
+        "qk_layernorm": "head", "moe_intermediate_size": 16, "moe": MoeConfig(num_experts=4, top_k=2, normalization_mode=0),
+    },
     "qwen2_moe": {
         "attn_bias": True, "moe_intermediate_size": 16,
         "moe": MoeConfig(num_experts=4, top_k=2, normalization_mode=0, shared_expert_intermediate_size=24),
@@ -319,9 +334,58 @@ def test_convert_of_ranks_of_every_kind_of_family_equals_direct_conversion(tmp_p
     for number, topology in enumerate(({"tp": 2, "pp": 3}, {"tp": 4, "moe_ep": 4} if config.moe else {"tp": 8})):
         expected = converted(source, tmp_path / f"direct{number}", topology)
         assert converted(ranks, tmp_path / f"again{number}", topology) == expected
+    found = compare(str(source), str(ranks))
+    assert (found.only_a, found.only_b, found.beyond) == ((), (), ())
+    assert found.same
+    widened = {re.sub(r"\d+", "*", item.name) for item in found.differences}
+    assert {item.dtypes for item in found.differences} <= {("BF16", "F32")}
+    assert widened == {re.sub(r"\d+", "*", name) for name in arrays if is_kept_in_float32(name, config)}
 
 
-def test_ranks_of_gemma_are_refused(tmp_path: Path) -> None:
+def is_kept_in_float32(name: str, config: ModelConfig) -> bool:
+    router = config.moe is not None and name.endswith((".gate.weight",))
+    return router or (config.exact_norms and "norm" in name)
+
+
+def test_compare_of_a_mixture_with_another_router_finds_it(tmp_path: Path) -> None:
+    family = family_named("mixtral")
+    config = CONFIG.model_copy(update={"architecture": family.architectures[0], "num_hidden_layers": 2, **FAMILY_MODELS["mixtral"]})
+    whole = trtllm._whole_tensors(family, config)
+    arrays = {key: np.ones(tensor.shape, ml_dtypes.bfloat16) for key, tensor in whole.items()}
+    source, other = (write_source(tmp_path / name, config, arrays) for name in ("source", "other"))
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    for folder in (source, other):
+        (folder / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+    ranks = write_ranks(source, tmp_path / "ranks", {"tp": 2})
+    arrays[router][3, 5] = 1.0078125  # the next number of bfloat16
+    (other / "model.safetensors").write_bytes(encode_safetensors(arrays))
+    found = compare(str(other), str(ranks))
+    assert not found.same
+    assert [(item.name, item.num_different) for item in found.beyond] == [(router, 1)]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_convert_of_phi3_joins_up_and_gate_as_tensorrt_llm_does(tmp_path: Path, tp: int) -> None:
+    """TensorRT-LLM 0.16 swaps the halves of gate_up_proj (models/phi3/convert.py); each rank takes its part of both."""
+    family = family_named("phi3")
+    config = CONFIG.model_copy(update={"architecture": family.architectures[0], "num_hidden_layers": 1, "hidden_act": "swiglu"})
+    generator = np.random.default_rng(5)
+    whole = trtllm._whole_tensors(family, config)
+    arrays = {key: generator.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16) for key, tensor in whole.items()}
+    source = write_source(tmp_path / "source", config, arrays)
+    (source / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+    verbs.convert(build_spec(source, topology={"tp": tp}), tmp_path / "ranks")
+    written = json.loads((tmp_path / "ranks" / "config.json").read_text())
+    assert (written["architecture"], written["hidden_act"]) == ("Phi3ForCausalLM", "swiglu")
+    gate, up = np.split(arrays["model.layers.0.mlp.gate_up_proj.weight"], 2)
+    for rank in range(tp):
+        tensors = safetensors.numpy.load_file(tmp_path / "ranks" / f"rank{rank}.safetensors")
+        assert not any(".mlp.gate." in name for name in tensors)
+        wanted = np.concatenate([np.split(up, tp)[rank], np.split(gate, tp)[rank]])
+        np.testing.assert_array_equal(tensors["transformer.layers.0.mlp.fc.weight"], wanted)
+
+
+def test_ranks_of_gemma_without_exact_norms_are_refused(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"architecture": "GemmaForCausalLM"})
     with pytest.raises(ArchitectureError, match="with 1 added"):
         trtllm._whole_tensors(family_named("gemma"), config)

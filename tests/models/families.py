@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from orchestrator.core.model_config import ModelConfig, from_hugging_face
+from orchestrator.families import FAMILIES
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -59,6 +63,15 @@ TINY: dict[str, TinyFamily] = {
     ),
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
 }
+
+
+def tiny_config(family: str, **changes: Any) -> ModelConfig:
+    """The tiny model's config as it is planned; `changes` are fields of transformers' config class."""
+    import transformers
+
+    tiny = TINY[family]
+    made = getattr(transformers, tiny.config)(**{**BASE, **tiny.fields, **changes})
+    return from_hugging_face(json.loads(made.to_json_string()), tiny.model, "bfloat16", FAMILIES[family].config)
 
 
 def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloat16", **changes: Any) -> Path:

@@ -218,7 +218,7 @@ def ours(config: ModelConfig) -> Resolution:
         head_size=config.head_size,
         num_key_value_heads=config.num_key_value_heads,
         biases=(config.attn_bias, config.attn_dense_bias, config.mlp_bias),
-        activation={"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act),
+        activation={"swish": "silu", "swiglu": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act),
         norm_epsilon=config.norm_epsilon,
         attention_scale=config.head_size**-0.5 if config.attention_scale is None else config.attention_scale,
         attention_cap=config.attn_logit_softcapping,

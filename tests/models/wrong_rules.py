@@ -25,7 +25,7 @@ def hub_config(name: str, *without: str, **changes: Any) -> dict[str, Any]:
 
 
 def _window_everywhere(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": config["sliding_window"], "window_layers": None}
+    return {"sliding_window": config.get("sliding_window"), "window_layers": None}
 
 
 def _no_window(_config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
@@ -34,23 +34,21 @@ def _no_window(_config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any
 
 def _window_from(config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
     """Qwen 2's rule, in families that have another."""
-    chosen = tuple(layer >= config["max_window_layers"] for layer in range(found.num_hidden_layers))
-    return {"sliding_window": config["sliding_window"], "window_layers": chosen}
+    chosen = tuple(layer >= config.get("max_window_layers", 0) for layer in range(found.num_hidden_layers))
+    return {"sliding_window": config.get("sliding_window"), "window_layers": chosen}
 
 
 def _window_by_layer_types(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
-    chosen = tuple(kind == "sliding_attention" for kind in config["layer_types"])
-    return {"sliding_window": config["sliding_window"], "window_layers": chosen}
+    chosen = tuple(kind == "sliding_attention" for kind in config.get("layer_types", ()))
+    return {"sliding_window": config.get("sliding_window"), "window_layers": chosen or None}
 
 
 def _window_one_longer(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
-    assert found.sliding_window is not None
-    return {"sliding_window": found.sliding_window + 1}
+    return {"sliding_window": found.sliding_window and found.sliding_window + 1}
 
 
 def _other_layers(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
-    assert found.window_layers is not None
-    return {"window_layers": tuple(not windowed for windowed in found.window_layers)}
+    return {"window_layers": found.window_layers and tuple(not windowed for windowed in found.window_layers)}
 
 
 def _moe(**changes: Any) -> Rule:
@@ -66,8 +64,8 @@ def _set(**fields: Any) -> Rule:
 
 
 def _rotary_from_parameters(config: Mapping[str, Any], _found: ModelConfig) -> dict[str, Any]:
-    parameters = dict(config["rope_parameters"])
-    return {"rotary_base": parameters.pop("rope_theta"), "rotary_scaling": None}
+    parameters = config.get("rope_parameters")
+    return {"rotary_base": parameters["rope_theta"], "rotary_scaling": None} if parameters else {}
 
 
 def _half_rotated(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:

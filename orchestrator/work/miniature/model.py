@@ -79,6 +79,14 @@ def _query_gains(config: Any, names: Sequence[str]) -> dict[str, float]:
     return {"q_proj": gain}
 
 
+def save(model: Any, folder: Path) -> None:
+    """Write config.json and safetensors, as the hub holds them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of a model that takes milliseconds, into the step's log
+    model.save_pretrained(folder)
+
+
 def logits_of(model: Any, calls: Sequence[Sequence[int]]) -> Floats:
     """[tokens, vocabulary] of one text, fed in `calls` through a cache of transformers.
 

@@ -16,7 +16,7 @@ from orchestrator.core.model_config import ModelConfig, from_hugging_face
 from orchestrator.core.options import MiniatureOptions
 from orchestrator.core.rules import Family
 from orchestrator.families import family_named
-from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model
+from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model, save
 from orchestrator.work.miniature.prompts import Prompt, crossable, prompts
 from orchestrator.work.miniature.ranks import Layout, Ranks, convert, layouts
 from orchestrator.work.miniature.scaling import EXPERTS, Scaling, Threshold
@@ -35,7 +35,10 @@ class Pair:
 
     theirs: Any
     """transformers' config."""
+    config: dict[str, Any]
+    """config.json, scaled down."""
     family: Family
+    """With its own defaults scaled down."""
     ours: ModelConfig
     thresholds: tuple[Threshold, ...]
 
@@ -52,6 +55,10 @@ class Case:
     prompt: Prompt
     errors: Floats
     """Relative, by position."""
+    expected: Floats
+    """Logits of transformers."""
+    model: Path
+    """The files of the miniature."""
 
 
 def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Miniature:
@@ -62,7 +69,7 @@ def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Minia
         wrong = [case for case in cases if case.errors.max() > options.max_relative_error]
         if not wrong:
             return _record(pair, cases, options)
-    raise _failure(pair, cases, wrong, options)
+    raise _failure(pair, cases, wrong, options, scratch)
 
 
 def paired(options: MiniatureOptions, scratch: Path) -> Pair:
@@ -78,11 +85,12 @@ def paired(options: MiniatureOptions, scratch: Path) -> Pair:
     missing = {key: value for key, value in scaling.scaled_only(defaults).items() if key not in config}
     if any(key in config for key in EXPERTS):
         missing = {key: value for key, value in missing.items() if key not in EXPERTS}
-    table = replace(family.config, defaults=scaling.scaled(family.config.defaults))
+    family = replace(family, config=replace(family.config, defaults=scaling.scaled(family.config.defaults)))
     return Pair(
         theirs=_theirs({**small, **missing}, scratch / "small", "config.json, scaled down,"),
+        config=small,
         family=family,
-        ours=_ours(small, replace(family, config=table), options),
+        ours=_ours(small, family, options),
         thresholds=tuple(scaling.thresholds()),
     )
 
@@ -124,7 +132,7 @@ def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Ca
     texts, wanted = pair.prompts, layouts(pair.ours)
     try:
         model = new_model(pair.theirs, seed)
-        model.save_pretrained(scratch / "model")
+        save(model, scratch / "model")
         expected = [logits_of(model, text.calls()) for text in texts]
     except Exception as error:  # transformers' own
         raise MiniatureError(f"transformers cannot run the miniature of this config.json: {_line(error)}") from error
@@ -135,7 +143,7 @@ def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Ca
             weights = convert(scratch / "model", folder, pair.family, pair.ours, layout.topology)
             ranks = Ranks(pair.ours, layout.topology, weights, longest)
             for text, values in zip(texts, expected, strict=True):
-                yield Case(layout, text, _errors(ranks.logits(text), values))
+                yield Case(layout, text, _errors(ranks.logits(text), values), values, scratch / "model")
         except OrchestratorError as error:
             raise MiniatureError(
                 f"the miniature of this config.json, made by transformers, cannot be built ({layout.name}): {error.message}",
@@ -176,7 +184,7 @@ def _record(pair: Pair, cases: list[Case], options: MiniatureOptions) -> Miniatu
     )
 
 
-def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: MiniatureOptions) -> MiniatureError:
+def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: MiniatureOptions, scratch: Path) -> MiniatureError:
     """Name the worst case, where it begins, and what the wrong ones have in common."""
     first = wrong[0]
     worst = max(float(case.errors.max()) for case in wrong)
@@ -187,7 +195,7 @@ def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: Miniatur
         f"the model of this config.json computes here something else than in transformers: relative error {worst:.2g} > "
         f"{options.max_relative_error:g} in {len(wrong)} of {len(cases)} cases. First: {first.layout.name}, a text of "
         f"{len(prompt.tokens)} tokens, {prompt.prefill} in prefill, longer than {crossed}, from position {position} on. "
-        f"{_suspect(pair, cases, wrong)}"
+        f"{_suspect(pair, cases, wrong)}{_suspected_keys(pair, first, options, scratch / 'without')}"
     )
 
 
@@ -204,3 +212,21 @@ def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:
         named = " or ".join(f"{each.key} {each.value}" for each in between)
         return f"Texts of up to {longest} tokens are right: suspect {named} ({between[0].tokens} here), and what switches it on."
     return "Short texts are wrong too: suspect a key that names no length (activation, norms, caps, experts, rotary base)."
+
+
+def _suspected_keys(pair: Pair, case: Case, options: MiniatureOptions, scratch: Path) -> str:
+    """Keys of config.json without which, as read here, the text of a wrong case would be right."""
+    found = []
+    for number, key in enumerate(pair.config):
+        without = {name: value for name, value in pair.config.items() if name != key}
+        try:
+            ours = _ours(without, pair.family, options)
+            if ours == pair.ours:
+                continue
+            weights = convert(case.model, scratch / str(number), pair.family, ours, case.layout.topology)
+            logits = Ranks(ours, case.layout.topology, weights, len(case.prompt.tokens)).logits(case.prompt)
+        except OrchestratorError:
+            continue  # a key that nothing can be read without
+        if _errors(logits, case.expected).max() <= options.max_relative_error:
+            found.append(key)
+    return f" Read here without {' or without '.join(found)}, that text would be right." if found else ""
