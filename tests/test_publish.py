@@ -12,7 +12,7 @@ from orchestrator.core.manifest import MANIFEST
 from orchestrator.core.step import Kind
 from orchestrator.stores import open_store
 from orchestrator.work.describing import describe
-from orchestrator.work.publish import publish
+from orchestrator.work.publish import place_engines, publish
 from tests.models.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
 
 
@@ -40,9 +40,9 @@ def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> No
     missing = {digest: outcome for digest, outcome in outcomes.items() if digest != step.digest}
     for found in (unproven, missing):
         with pytest.raises(VerificationError, match="the build's miniature has no outcome"):
-            publish(store, plan, found)
+            place_engines(store, plan, found)
     assert not list(store.list("releases/"))
-    assert publish(store, plan, outcomes).miniature is not None
+    assert publish(store, plan, outcomes, place_engines(store, plan, outcomes)).miniature is not None
 
 
 def test_describe_quantized_build_names_scales_and_worst_linears(tmp_path: Path) -> None:

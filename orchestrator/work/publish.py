@@ -106,8 +106,10 @@ def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> 
     """Copy the engines into the release and read them back.
 
     Raises DamagedOutputError for an engine that is not what its step wrote, with the key of the step's output; DigestError when the
-    outcomes do not belong together.
+    outcomes do not belong together; VerificationError when what was compiled is not what was verified.
     """
+    check_miniature(plan, outcomes)
+    check_networks(plan, outcomes)
     reasons = outdated(plan, outcomes)
     if reasons:
         raise DigestError(next(iter(reasons.values())), "Run the build again: the steps concerned run again.")
@@ -131,12 +133,9 @@ def publish(
     """Write small files beside the engines, sign, then commit the manifest.
 
     `report` makes the page that is published with the release, from the manifest that does not name it yet.
-    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises VerificationError
-    when what was compiled is not what was verified, ReleaseExistsError when a different build was faster, SignatureError when
-    `sign_key` is no key that can sign.
+    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
+    ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
     """
-    check_miniature(plan, outcomes)
-    check_networks(plan, outcomes)
     release, build_key, folder = plan.spec.release, plan.build_key, engines.folder
     prefix = release_prefix(release.name, release.version)
     shared = tuple(_publish_shared(store, prefix, folder, plan))
