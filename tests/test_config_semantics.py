@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.config_keys import DOES_NOT_MATTER, MUST_BE, REQUIRED, ROTARY_KEYS, config_warnings
+from orchestrator.core.config_table import PassedOver
 from orchestrator.core.errors import ArchitectureError
 from orchestrator.core.model_config import ModelConfig, from_hugging_face
 from orchestrator.families import FAMILIES, family_for
@@ -275,3 +276,68 @@ def test_config_json_that_asks_for_what_transformers_passes_over_is_warned_of(
     check(config)
     (warning,) = config_warnings(config, config["architectures"][0], FAMILIES[family].config)
     assert re.search(said, warning)
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "changes", "field"),
+    [
+        ("llama", {"windows": "all"}, {"sliding_window": 3}, "windows"),
+        ("granite", {"windows": "all"}, {"sliding_window": 3}, "windows"),
+        ("olmo2", {"windows": "all"}, {"sliding_window": 3}, "windows"),
+        ("gemma", {"windows": "all"}, {"sliding_window": 3}, "windows"),
+        ("mistral", {"windows": "none"}, {"sliding_window": 3, "use_sliding_window": False}, "windows"),
+        ("qwen2", {"windows": "all"}, {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2}, "windows"),
+        ("qwen2", {"defaults": {"max_window_layers": 0}}, {"sliding_window": 3, "use_sliding_window": True}, "windows"),
+        (
+            "qwen3_moe",
+            {"windows": "from_max_window_layers", "defaults": {"max_window_layers": 28}},
+            {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2},
+            "windows",
+        ),
+        (
+            "qwen2_moe",
+            {"windows": "from_max_window_layers"},
+            {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 3},
+            "windows",
+        ),
+        ("gemma2", {"windows": "pattern"}, {"sliding_window": 3, "sliding_window_pattern": 3}, "windows"),
+        ("mixtral", {"experts": {"normalized": "norm_topk_prob"}}, {"norm_topk_prob": False}, "normalized"),
+        ("qwen2_moe", {"experts": {"normalized": None}}, {}, "normalized"),
+        ("qwen3_moe", {"defaults": {"num_experts_per_tok": 2}}, {"num_experts_per_tok": OMITTED, "num_experts": 9}, "moe"),
+        ("gemma", {"activation": "hidden_activation"}, {"hidden_act": "gelu", "hidden_activation": "silu"}, "activation"),
+        ("llama", {"rotary": {"partial": True}}, {"partial_rotary_factor": 0.5}, "rotary"),
+        ("mixtral", {"rotary": {"theta": 10000.0}}, {}, "rotary"),
+        ("gemma3", {"rotary": {"local_theta": 1_000_000.0}}, {}, "rotary"),
+        (
+            "gemma3",
+            {"derived": {"attn_logit_softcapping": ("is", "attn_logit_softcapping")}},
+            {"attn_logit_softcapping": 5.0},
+            "attention_cap",
+        ),
+        ("qwen3", {"constants": {"qk_layernorm": "head", "attn_dense_bias": False}}, {"attention_bias": True}, "biases"),
+        (
+            "granite",
+            {"derived": {"attention_scale": ("rsqrt", "attention_multiplier")}},
+            {"attention_multiplier": 0.5},
+            "attention_scale",
+        ),
+        ("qwen2", {"defaults": {"tie_word_embeddings": True}}, {}, "tied"),
+        ("qwen3_moe", {"defaults": {"head_dim": 128}}, {"head_dim": OMITTED}, "head_size"),
+    ],
+)  # fmt: skip
+def test_rule_of_a_family_that_is_wrong_is_found(family: str, wrong: dict[str, Any], changes: dict[str, Any], field: str) -> None:
+    """The comparison looks at what these rules decide: each, planted, differs from transformers, and the right one does not."""
+    config = {key: value for key, value in {**base(family), **changes}.items() if value is not OMITTED}
+    wanted = attempt(resolved, config)
+    architecture, table = config["architectures"][0], FAMILIES[family].config
+    assert not differences(ours(from_hugging_face(config, architecture, "float32", table)), wanted)
+    planted = dataclasses.replace(table, passed_over={**table.passed_over, "norm_topk_prob": PassedOver("")})
+    for name, value in wrong.items():
+        plain = getattr(table, name)
+        if name in ("defaults", "derived"):
+            value = {**plain, **value}
+        elif name in ("experts", "rotary"):
+            value = dataclasses.replace(plain, **value)
+        planted = dataclasses.replace(planted, **{name: value})
+    found = ours(from_hugging_face(config, architecture, "float32", planted))
+    assert field in differences(found, wanted)
