@@ -33,6 +33,8 @@ _HEADER_THREADS = 8
 _NO_LIMIT = 2**62
 _COMPUTED = {"embed_positions", "embed_positions_for_gpt_attention", "rotary_inv_freq"}
 """Rotary tables that TensorRT-LLM's converter writes to every rank; they follow from the config."""
+_POSITIONS = "rope_gpt_neox"
+"""The only position_embedding_type that stands for what rotary_scaling says: others keep their numbers in keys of their own."""
 _LAYOUT = {"use_parallel_embedding", "embedding_sharding_dim"}
 """Fields of how the ranks are written, not of the model."""
 _SPELLINGS = {"LLaMAForCausalLM": "LlamaForCausalLM", "QWenForCausalLM": "Qwen2ForCausalLM"}
@@ -77,6 +79,12 @@ def _read_config(place: Place) -> tuple[ModelConfig, Topology, Family]:
     algorithm = quantization.get("quant_algo") or quantization.get("kv_cache_quant_algo")
     if algorithm:
         raise QuantizationError(f"{place.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")
+    positions = plain.get("position_embedding_type")
+    if positions not in (None, _POSITIONS):
+        raise ArchitectureError(
+            f"position_embedding_type in {place.url}/{CONFIG} is {str(positions)[:40]!r}, which is not read from such checkpoints",
+            "Build from the Hugging Face checkpoint.",
+        )
     name = plain.get("architecture")
     try:
         config, topology = from_trtllm({**plain, "architecture": _SPELLINGS.get(str(name), name)})
@@ -283,14 +291,23 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         if key not in made:
             made[key] = value if value is None or isinstance(value, bool) else _INVERSES[transform](value)
     read = from_hugging_face(made, config.architecture, config.dtype, table)
-    fields = ModelConfig.model_fields.keys() - _LAYOUT
+    fields = ModelConfig.model_fields.keys() - _LAYOUT - {"rotary_scaling"}
     wrong = sorted(field for field in fields if getattr(read, field) != getattr(config, field))
+    if not _is_same_scaling(read.rotary_scaling, config.rotary_scaling):
+        wrong.append("rotary_scaling")
     if wrong:
         raise ArchitectureError(
             f"config.json of this {config.architecture} cannot be read as {family.name}: {', '.join(wrong)} differ",
             "Build from the Hugging Face checkpoint.",
         )
     return made
+
+
+def _is_same_scaling(read: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> bool:
+    """Whether the complete dictionary says what the checkpoint's said; that one may lack defaults, and hold what nobody reads."""
+    if read is None or given is None:
+        return read is given
+    return all(given.get(key) in (None, value) for key, value in read.items())
 
 
 def _rotary_keys(config: ModelConfig) -> dict[str, Any]:

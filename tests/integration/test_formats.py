@@ -385,6 +385,29 @@ def test_convert_of_phi3_joins_up_and_gate_as_tensorrt_llm_does(tmp_path: Path, 
         np.testing.assert_array_equal(tensors["transformer.layers.0.mlp.fc.weight"], wanted)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [{"type": "linear", "factor": 4}, {"rope_type": "yarn", "factor": 4.0, "finetuned": True}, {"type": "dynamic", "factor": 2.0}],
+)
+def test_ranks_whose_rotary_scaling_is_written_as_hugging_face_has_it_are_read(
+    tmp_path: Path, direct: Path, scaling: dict[str, Any]
+) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2})
+    plain = json.loads((ranks / "config.json").read_text())
+    (ranks / "config.json").write_text(json.dumps({**plain, "rotary_scaling": scaling}))
+    read = verbs.plan(build_spec(ranks)).inputs.config.rotary_scaling
+    assert read is not None
+    assert (read["rope_type"], read["factor"]) == (scaling.get("rope_type", scaling.get("type")), scaling["factor"])
+
+
+def test_ranks_whose_positions_are_of_another_type_are_refused(tmp_path: Path, direct: Path) -> None:
+    ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2})
+    plain = json.loads((ranks / "config.json").read_text())
+    (ranks / "config.json").write_text(json.dumps({**plain, "position_embedding_type": "long_rope"}))
+    with pytest.raises(ArchitectureError, match=r"position_embedding_type .* 'long_rope'"):
+        read_source(str(ranks))
+
+
 def test_ranks_of_gemma_without_exact_norms_are_refused(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"architecture": "GemmaForCausalLM"})
     with pytest.raises(ArchitectureError, match="with 1 added"):
