@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import verbs
-from orchestrator.core.errors import CancelledError, DriverLostError, OrchestratorError, error_classes
+from orchestrator.core.errors import DriverLostError, OrchestratorError, TerminatedError, error_classes
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.schedule import Start
@@ -141,7 +141,7 @@ def test_last_error_line_of_an_unknown_class_keeps_its_exit_code() -> None:
 
 
 def test_conclude_without_a_last_word_tells_stopped_from_lost() -> None:
-    with pytest.raises(CancelledError, match="build-x was stopped"):
+    with pytest.raises(TerminatedError, match="build-x was stopped"):
         conclude(None, stopped=True, where="build-x")
     with pytest.raises(DriverLostError, match="build-x ended without a last word: out of memory"):
         conclude(None, stopped=False, where="build-x", reason="out of memory")

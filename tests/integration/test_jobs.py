@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from actors import Client, Submission
 from orchestrator import cache
 from orchestrator.cli import app
-from orchestrator.core.errors import CancelledError, NotStartedError, TopologyError
+from orchestrator.core.errors import NotStartedError, TerminatedError, TopologyError
 from orchestrator.core.progress import StepStarted, StepSucceeded
 from orchestrator.core.spec import BuildSpec, ClusterSpec, DriverSpec
 from orchestrator.core.step import Kind
@@ -134,10 +134,10 @@ def test_build_stopped_in_its_middle_ends_cleanly_and_goes_on_when_submitted_aga
     job = client.submit(spec, place)
     committed = _stop_while_it_compiles(job)
     assert job.status().state == "STOPPED"
-    with pytest.raises(CancelledError) as caught:
+    with pytest.raises(TerminatedError) as caught:
         job.conclusion()
-    assert caught.value.exit_code == 130
-    assert json.loads(job.logs().rstrip().splitlines()[-1])["error"] == "CancelledError"
+    assert caught.value.exit_code == 143
+    assert json.loads(job.logs().rstrip().splitlines()[-1])["error"] == "TerminatedError"
     store = open_store(place.store)
     assert not list(store.list_uploads(cache.STEPS))
     assert not list(store.list(cache.LIVE))
