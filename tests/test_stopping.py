@@ -146,3 +146,12 @@ def test_build_engine_stopped_while_tensorrt_compiles_leaves_nothing(
     assert (process.returncode, f"error: {words}" in said) == (code, True), said
     assert time.monotonic() - began < 5
     assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code", "words"), SIGNALS)
+def test_command_ends_although_a_library_does_not_when_the_interpreter_ends(number: int, code: int, words: str) -> None:
+    """Ray's end takes seconds, and crashes where its start was interrupted."""
+    body = "import atexit, os\natexit.register(lambda: (time.sleep(30), os.abort()))\nwait()"
+    found, seconds, said = stop(command(body), number)
+    assert (found, f"error: {words}" in said) == (code, True)
+    assert seconds < 2

@@ -32,7 +32,7 @@ def run(load: Callable[[], Callable[[], object]]) -> None:
         stop = interruption(stopping.number)
         if not isinstance(error, SystemExit) or error.code != stop.exit_code:  # outside of a command: nothing was shown yet
             print(f"error: {stop.message}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        stopping.leave()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def exit_codes(as_json: bool = False) -> Iterator[None]:
         except typer.Exit as error:  # what was to be shown has been shown
             raise typer.Exit(interruption(stopping.number).exit_code if stopping.number else error.exit_code) from None
         except BaseException as error:
-            _fail(_as_ours(error, stopping.number), as_json)
+            _fail(_as_ours(error, stopping.behind(error)), as_json)
         if stopping.number:  # the exception was lost in native code
             _fail(interruption(stopping.number), as_json)
 

@@ -23,6 +23,8 @@ from orchestrator.core.errors import Interrupted, OrchestratorError, interruptio
 
 GRACE_SECONDS = 3.5
 """What cleaning up may take; a command ends within five seconds."""
+_REPORT_SECONDS = 0.3
+_NOTICE_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,6 +40,7 @@ class Stopping:
     _raised: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
     """Handlers that were there before; signals that were ignored, as under nohup, are not among them and stay ignored."""
+    _noticed: threading.Event = field(default_factory=threading.Event)
     _over: threading.Event = field(default_factory=threading.Event)
     _notify: int = -1
 
@@ -78,19 +81,38 @@ class Stopping:
                 pass
         if read:
             self.number = self.number or read[0]
+            self._noticed.set()
             if not self._over.wait(self.grace_seconds):
                 self._end()
 
+    def behind(self, error: BaseException) -> int:
+        """The signal behind an error that ends a command; 0: there was none.
+
+        What a library raises in a handler of its own comes at once, the notice of the signal a moment later.
+        """
+        if isinstance(error, SystemExit | KeyboardInterrupt) and not self.number:
+            self._noticed.wait(_NOTICE_SECONDS)
+        return self.number
+
+    def leave(self) -> NoReturn:
+        """End the program after its cleaning up, and whatever it started that still runs.
+
+        The ends of libraries are passed over: Ray's takes seconds once more, and crashes where its start was interrupted. MPI's is
+        not: the other ranks would take this one for lost.
+        """
+        code = interruption(self.number).exit_code
+        if "mpi4py.MPI" in sys.modules:
+            sys.exit(code)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        _end_now(code)
+
     def _end(self) -> NoReturn:
         error = interruption(self.number)
-        try:
-            for process in descendants(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            self.report(error)
-            sys.stdout.flush()
-        finally:
-            os._exit(error.exit_code)
+        reporting = threading.Thread(target=self.report, args=(error,), daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_SECONDS)  # whoever reads it may not
+        _end_now(error.exit_code)
 
 
 _current: Stopping | None = None
@@ -127,6 +149,16 @@ def take_back() -> None:
     """Handle the signals again, after a library took them."""
     if _current is not None:
         _current.take_back()
+
+
+def _end_now(code: int) -> NoReturn:
+    """End this process and all that it has started, without another word."""
+    try:
+        for process in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    finally:
+        os._exit(code)
 
 
 def descendants(process: int) -> list[int]:
