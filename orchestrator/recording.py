@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import html
+import os
 import time
 import traceback
 from pathlib import Path
@@ -89,6 +91,8 @@ def check_report(path: Path) -> None:
     """Raises StoreError when no report can be written there: before the build, not after it."""
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise StoreError(f"cannot write the report to {path}", "Give --report a file in a folder that exists.")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK, effective_ids=True):
+        raise store_error(f"cannot write the report to {path}", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def write_report(path: Path, data: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pickle
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -103,3 +105,14 @@ def test_help_is_printed_by_h_everywhere(words: list[str]) -> None:
 def test_version_is_that_of_the_package() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output.strip()) == (0, f"orchestrator {importlib.metadata.version('trt-orchestrator')}")
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+    from tests.models.synthetic import model_config, random_arrays, write_source
+
+    config = model_config()
+    source = write_source(tmp_path / "model", config, random_arrays(config))
+    (source / "\udcff.safetensors").touch()
+    done = subprocess.run([sys.executable, "-m", "orchestrator.cli", "inspect", str(source)], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\udcff.safetensors" in done.stdout

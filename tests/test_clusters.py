@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import queue
+import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,13 +11,13 @@ import pytest
 from orchestrator.clusters import Cluster
 from orchestrator.clusters.admission import Admission, Node, by_pool
 from orchestrator.clusters.labels import selects
-from orchestrator.clusters.processes import devices
+from orchestrator.clusters.processes import StepProcesses, devices
 from orchestrator.clusters.simulated import SimulatedCluster
 from orchestrator.core.errors import ClusterError
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
 from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Kind, Resources, Task
+from orchestrator.core.step import FailureKind, Kind, Resources, Task
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
 from tests.models.plans import LOST, WRONG, task
 
@@ -206,3 +209,15 @@ def test_selects_as_rays_label_selectors_do(condition: str, value: str | None, e
 )
 def test_devices_are_numbers_among_those_that_this_process_sees(gpus: tuple[int, ...], visible: str | None, expected: str) -> None:
     assert devices(gpus, visible) == expected
+
+
+def test_processes_of_a_worker_whose_lines_are_no_events_end_as_lost_instead_of_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that dies of a line it cannot read leaves its step running for ever."""
+    events: queue.Queue[object] = queue.Queue()
+    monkeypatch.setattr(sys, "executable", shutil.which("echo"))
+    processes = StepProcesses(1, events.put)
+    processes.start(task("a"), ())
+    found = events.get(timeout=30)
+    processes.close()
+    assert isinstance(found, StepFailed)
+    assert found.failure.kind is FailureKind.INFRASTRUCTURE

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator import cache, verbs
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import SpecError, StoreError
 from orchestrator.core.manifest import MANIFEST
 from orchestrator.core.spec import ClusterSpec, StoreOptions
 from orchestrator.core.step import Kind, Outcome, Output
-from orchestrator.releases import collect, collecting, open_release, tag, verify
+from orchestrator.releases import collect, collecting, list_releases, open_release, tag, verify
 from orchestrator.stores import Store, open_store
 from orchestrator.stores.folders import find_files
 from orchestrator.stores.retrying import Backoff, TransientError
@@ -391,3 +391,18 @@ def test_list_s3_listing_that_ends_early_is_an_error(pages: list[dict[str, objec
     store = S3Store("s3://models/s", StoreOptions(), backoff=Backoff(max_attempts=2, sleep=lambda seconds: None), client=client)
     with pytest.raises(StoreError, match="cannot list"):
         list(store.list("releases/"))
+
+
+@pytest.mark.parametrize("days", [-1, 36_501])
+def test_collect_of_an_impossible_grace_period_is_refused(tmp_path: Path, days: int) -> None:
+    with pytest.raises(SpecError, match="a grace period of"):
+        collect(tmp_path.as_uri(), datetime.timedelta(days=days))
+
+
+@pytest.mark.parametrize("url", ["file://{}/nowhere", "memory://nowhere-{}"])
+def test_collect_and_releases_of_a_store_that_is_not_there_are_errors_and_make_none(tmp_path: Path, url: str) -> None:
+    url = url.format(tmp_path)
+    for look in (collect, list_releases):
+        with pytest.raises(StoreError, match="there is no store at"):
+            look(url)
+    assert not (tmp_path / "nowhere").exists()

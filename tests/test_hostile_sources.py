@@ -213,3 +213,16 @@ def test_plan_of_an_index_that_leads_elsewhere_is_refused(source: Path, shard: A
     index["weight_map"]["model.norm.weight"] = shard
     path.write_text(json.dumps(index))
     refused(source, error, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": [1]}, {"rope_theta": "x"}, {"n_kv_heads": {"a": 1}}, {"hidden_dim": 1e300}, {"dim": True}]
+)
+def test_plan_of_metas_params_with_a_value_of_a_wrong_kind_names_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from tests.models.meta import write_meta
+
+    config = model_config()
+    source = write_meta(tmp_path / "model", config, random_arrays(config))
+    params = json.loads((source / "params.json").read_text())
+    (source / "params.json").write_text(json.dumps({**params, **changes}))
+    refused(source, SourceCorruptError, "params.json", next(iter(changes)))

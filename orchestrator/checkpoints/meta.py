@@ -20,7 +20,7 @@ from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry
 from orchestrator.checkpoints.torch_zip import read_tensors
 from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError
+from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, abbreviated
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
@@ -49,6 +49,12 @@ _COMPUTED = "rope.freqs"
 
 _LLAMA_3_2 = {(2048, 16), (3072, 28)}
 """(dim, n_layers) of the 1B and 3B models, whose rotary scaling has another factor; params.json does not say so."""
+
+_NUMBERS = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "rope_scaling_factor", "hidden_dim",
+    "rope_high_freq_factor", "multiple_of", "ffn_dim_multiplier", "vision_chunk_size",
+)  # fmt: skip
+_MOST = 2**40
 
 read_rows = read_assembled_rows
 
@@ -84,9 +90,13 @@ def read_index(place: Place) -> CheckpointIndex:
 def _read_params(place: Place) -> dict[str, Any]:
     """params.json, checked for the keys that are needed."""
     params = read_json(place, PARAMS)
+    for key in _NUMBERS:
+        value = params.get(key)
+        if value is not None and not (type(value) in (int, float) and abs(value) < _MOST):
+            raise SourceCorruptError(f"{place.url}/{PARAMS}: {key} is {abbreviated(repr(value), 60)}, not a number of a model")
     if params.get("quantization_args"):
         raise QuantizationError(f"{place.url} is already quantized", "Build from the unquantized checkpoint.")
-    if params.get("moe_args") or params.get("vision_chunk_size", 0) > 0:
+    if params.get("moe_args") or (params.get("vision_chunk_size") or 0) > 0:
         raise ArchitectureError(f"{place.url} is not a dense text model", "Meta's format is read for Llama 1 to 3 only.")
     for key in ("dim", "n_layers", "n_heads"):
         if not isinstance(params.get(key), int) or params[key] < 1:
@@ -149,8 +159,8 @@ def _config(params: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dic
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise SourceCorruptError("the consolidated files lack tok_embeddings.weight")
-    scaled, base = bool(params.get("use_scaled_rope")), float(params.get("rope_theta", 10000.0))
-    vocab = params.get("vocab_size", -1)
+    scaled, base = bool(params.get("use_scaled_rope")), float(params.get("rope_theta") or 10000.0)
+    vocab = params.get("vocab_size") or -1
     positions = 131072 if scaled else 8192 if base == 500000.0 else 2048
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -162,7 +172,7 @@ def _config(params: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dic
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
         "vocab_size": vocab if vocab > 0 else embedding.shape[0],
         "hidden_act": "silu",
-        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rms_norm_eps": params.get("norm_eps") or 1e-5,
         "rope_theta": base,
         "rope_scaling": _rotary_scaling(params) if scaled else None,
         "max_position_embeddings": positions,
@@ -186,6 +196,6 @@ def _intermediate_size(params: Mapping[str, Any]) -> int:
     """hidden_dim, or FeedForward's formula in Meta's llama/model.py: 2/3 of 4 dim, times a factor, up to a multiple."""
     if params.get("hidden_dim"):
         return int(params["hidden_dim"])
-    multiple = params.get("multiple_of", 1)
+    multiple = params.get("multiple_of") or 1
     size = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * params["dim"] / 3))
     return int(multiple * math.ceil(size / multiple))

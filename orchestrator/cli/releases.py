@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.releases import Collected, Listed, Release
 
 app = typer.Typer()
+_MOST_DAYS = 36_500
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="URL of a release, <store>/releases/<name>/<version>, or of a tag.")]
 Options = Annotated[
@@ -170,6 +171,8 @@ def collect(
     with exit_codes(as_json):
         from orchestrator import releases
 
+        if not 0 <= grace_days <= _MOST_DAYS:
+            raise SpecError(f"--grace-days {grace_days:g}", f"Give a number of days from 0 to {_MOST_DAYS:,}.")
         grace = datetime.timedelta(days=grace_days)
         found = releases.collect(_store(store, cluster), grace, delete=delete, options=_options(cluster))
         _show_collected(found, grace_days, as_json)

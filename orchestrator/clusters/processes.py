@@ -84,7 +84,10 @@ class StepProcesses:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(task.model_dump_json().encode())
             for line in process.stdout:
-                event = EVENT.validate_json(line)
+                try:
+                    event = EVENT.validate_json(line)
+                except ValueError:  # no event: of a library that prints, or of another version of this program
+                    continue
                 final = final or isinstance(event, (StepSucceeded, StepFailed))
                 self._report(event)
             code = process.wait()

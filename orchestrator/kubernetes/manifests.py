@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.core.errors import ManifestError, ToolError
+from orchestrator.core.errors import ManifestError, ToolError, abbreviated
 from orchestrator.programs import find_program
 
 Fields = dict[str, Any]
@@ -227,13 +227,17 @@ def load_manifests(path: Path) -> list[Fields]:
         if any((path / name).is_file() for name in ("kustomization.yaml", "kustomization.yml", "Kustomization")):
             return parse_manifests(kustomize(path), str(path))
         files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
-        return [obj for file in files for obj in load_manifests(file)]
+        if not files:
+            raise ManifestError(f"{path} holds no manifests", "Give a folder with YAML files or a kustomization.")
+        return [obj for file in files if file.is_file() for obj in load_manifests(file)]
     if path == Path("-"):
         return parse_manifests(sys.stdin.read(), "stdin")
     try:
         text = path.read_text()
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}", "Check the path.") from None
+    except ValueError as error:
+        raise ManifestError(f"{path} is not UTF-8: {error}", "Save it as UTF-8.") from None
     return parse_manifests(text, str(path))
 
 
@@ -241,8 +245,8 @@ def parse_manifests(text: str, origin: str) -> list[Fields]:
     """The objects of a YAML stream, those of a List one by one. Raises ManifestError."""
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
-        raise ManifestError(f"{origin} is not YAML: {error}", "Correct the line that it names.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{origin} is not YAML: {abbreviated(str(error), 500)}", "Correct the line that it names.") from None
     objects = [item for document in documents for item in _items(document)]
     for obj in objects:
         if not isinstance(obj, dict) or "kind" not in obj or "apiVersion" not in obj:

@@ -25,15 +25,16 @@ from pydantic import ValidationError
 
 from orchestrator.cache import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DigestError, SchemaVersionError
+from orchestrator.core.errors import DigestError, SchemaVersionError, SpecError
 from orchestrator.core.manifest import MANIFEST, Manifest, parse_manifest, signature_key
 from orchestrator.core.spec import StoreOptions
 from orchestrator.core.step import Outcome
 from orchestrator.releases.listing import RELEASES
-from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store, Upload, open_store
+from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store, Upload, check_present, open_store
 
 GRACE = datetime.timedelta(days=7)
 """Longer than the longest build."""
+_LONGEST_GRACE = datetime.timedelta(days=36_500)
 SEEN = "collect/seen.json"
 _LISTED = (OUTCOMES, STEPS, RELEASES, LIVE, EVENTS, ASIDE)
 _UPLOADED = (*_LISTED, "tags/", "collect/", "probes/")
@@ -88,9 +89,13 @@ def collect(
     """Look for what the store at `url` does not need; delete what is due only with `delete`.
 
     A live build that announced itself longer ago than `grace` counts as dead, so `grace` must be longer than the longest build.
-    `now` is UTC. Raises StoreError, before anything is deleted, when a part of the store cannot be listed or read.
+    `now` is UTC. Raises StoreError of a store that is not there and, before anything is deleted, when a part of it cannot be listed
+    or read; SpecError for a grace period of more than a century.
     """
+    if not datetime.timedelta(0) <= grace <= _LONGEST_GRACE:
+        raise SpecError(f"a grace period of {grace.days:,} days", f"Give a number of days from 0 to {_LONGEST_GRACE.days:,}.")
     store = open_store(url, options)
+    check_present(store)
     moment = now or datetime.datetime.now(datetime.UTC)
     found = Collected(deleted=delete)
     present = {info.key: info.num_bytes for top in _LISTED for info in store.list(top)}

@@ -10,7 +10,7 @@ from orchestrator.core.manifest import MANIFEST, Manifest
 from orchestrator.core.spec import StoreOptions
 from orchestrator.releases.reading import open_release
 from orchestrator.releases.tags import current_tags
-from orchestrator.stores import Store, open_store
+from orchestrator.stores import Store, check_present, open_store
 
 RELEASES = "releases/"
 SELECTORS = ("backend", "precision", "tp", "pp", "gpu")
@@ -41,6 +41,7 @@ def list_releases(url: str, selectors: Mapping[str, str] | None = None, options:
     if unknown:
         raise SpecError(f"there is no selector {unknown[0]!r}", f"Selectors: {', '.join(SELECTORS)}.")
     store = open_store(url, options)
+    check_present(store)
     tags: dict[str, list[str]] = {}
     for tag in current_tags(store):
         tags.setdefault(tag.release, []).append(tag.name)

@@ -164,6 +164,16 @@ def check_key(key: str) -> None:
         raise StoreError(f"{key!r} is not a key", NO_KEY)
 
 
+def check_present(store: Store) -> None:
+    """Raises StoreError for a store that nobody has written to: its address is mistyped, or relative to another folder."""
+    folder = store.local_path("probe")
+    found = folder.parent.is_dir() if folder is not None else next(iter(store.list("")), None) is not None
+    if not found:
+        raise StoreError(
+            f"there is no store at {store.url}", "Check the URL or folder; a relative one counts from the current folder."
+        )
+
+
 def check_writable(store: Store) -> None:
     """Prove with a probe object that the store does what a build needs of it. Raises StoreError that says what it cannot do.
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from orchestrator.core.errors import EngineBuildError
+from orchestrator.core.errors import EngineBuildError, store_error
 from orchestrator.core.options import BuildOptions
 from orchestrator.core.progress import EVENT, StepFailed, StepProgress
 from orchestrator.core.step import Failure
@@ -45,7 +45,10 @@ def compile_apart(
 
     Raises the error of the rank that fails, whose log is left as rank{N}.log.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise store_error(f"cannot write to {output}", problem) from None
     remove_dead(output)
     with scratch_folder(output) as folder:
         log = folder / "log"

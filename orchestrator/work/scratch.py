@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator.core.errors import store_error
+
 _PREFIX = "trt-orchestrator-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")
 """The root may be /tmp, which others use too: nothing of another name is ever touched."""
@@ -55,7 +57,10 @@ def remove_dead(root: str | Path) -> list[Path]:
 def _make(root: Path, build_id: str) -> tuple[Path, int]:
     while True:
         path = root / f"{_PREFIX}{build_id}-{uuid.uuid4().hex[:12]}"
-        path.mkdir(mode=0o700)
+        try:
+            path.mkdir(mode=0o700)
+        except OSError as error:
+            raise store_error(f"cannot write to {root}", error) from None
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # taken for dead before it was locked
