@@ -11,7 +11,15 @@ from typer.testing import CliRunner
 
 from orchestrator import cache, verbs
 from orchestrator.cli import app
-from orchestrator.core.errors import CancelledError, DriverLostError, ReleaseMissingError, StoreError, VerificationError
+from orchestrator.core.errors import (
+    CancelledError,
+    DriverLostError,
+    Interrupted,
+    ReleaseMissingError,
+    StoreError,
+    TerminatedError,
+    VerificationError,
+)
 from orchestrator.core.progress import StepProgress, StepStarted
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.following import Alive, BuildEvent, Errored, Finished, Planned, Published, Stepped
@@ -108,8 +116,13 @@ def test_journal_with_nothing_to_say_says_that_it_is_alive(store: Store, clock: 
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(VerificationError("differs", "look"), VerificationError), (KeyboardInterrupt(), CancelledError)],
-    ids=["failed", "stopped"],
+    [
+        (VerificationError("differs", "look"), VerificationError),
+        (KeyboardInterrupt(), CancelledError),
+        (Interrupted(2), CancelledError),
+        (Interrupted(15), TerminatedError),
+    ],
+    ids=["failed", "stopped", "stopped-by-ctrl-c", "stopped-by-sigterm"],
 )
 def test_watch_of_a_build_that_ended_badly_raises_its_own_error(
     store: Store, clock: Clock, error: BaseException, raised: type[Exception]
