@@ -198,7 +198,7 @@ def build(
     target = open_store(place.store, place.store_options)
     address = f"{target.url}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/")
     check_writable(target)
-    existing = check_free(target, spec.release, made.build_key, sign_key)
+    existing = check_free(target, made, sign_key)
     if existing is not None:
         reports.on_plan(made, {}, already_published=True)
         if report is not None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NoReturn, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
+from orchestrator.checkpoints.identity import identity, matches
 from orchestrator.core.checkpoint import SourceFile, TensorInfo
 from orchestrator.core.dtypes import num_bytes
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SourceUnreadableError
@@ -166,15 +167,19 @@ class LocalPlace:
         return found
 
     def source_file(self, name: str) -> SourceFile:
-        """Identity: the sha256 by which a hub cache names the blob that it links to; else size and time of modification.
+        """Identity: the sha256 of its content where that is known, else its time of modification; see identity.py.
 
-        Hashing hundreds of gigabytes to make a plan is out of the question. Any rewrite of a file changes its time, so the
-        worst case is a needless rebuild, never a stale engine.
+        Any rewrite of a file changes its times, so the worst case is a needless rebuild, never a stale engine.
         """
         found = self._stat(name)
-        blob = (self.folder / name).resolve().name
-        identity = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else f"mtime:{found.st_mtime_ns}"
-        return SourceFile(name, found.st_size, identity)
+        return SourceFile(name, found.st_size, identity(self.folder, name, found))
+
+    def as_planned(self, planned: SourceFile) -> SourceFile:
+        """A file as it is now; `planned` itself when it is the one that the plan was made from. Raises as `source_file`."""
+        found = self._stat(planned.name)
+        if found.st_size == planned.num_bytes and matches(self.folder, planned.name, found, planned.identity):
+            return planned
+        return self.source_file(planned.name)
 
     def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
         return FileSource(self, files)
@@ -222,7 +227,7 @@ class FileSource:
         with self._lock:
             if file not in self._descriptors:
                 planned = self._files[file]
-                check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
+                check_unchanged(planned, self._place.as_planned(planned), self._place.url)
                 path = self._place.folder / planned.name
                 try:
                     self._descriptors[file] = os.open(path, os.O_RDONLY)

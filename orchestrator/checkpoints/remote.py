@@ -10,9 +10,11 @@ Clients are made in the process that uses them and never leave it: a pickled cli
 
 from __future__ import annotations
 
+import base64
 import bisect
 import errno
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +28,7 @@ from orchestrator.checkpoints.places import ByteSource, PlannedRange, check_unch
 from orchestrator.core.checkpoint import SourceFile
 from orchestrator.core.errors import SourceCorruptError, SourceMissingError, StoreError
 from orchestrator.core.secrets import refuse_secret
+from orchestrator.stores.folders import find_files
 
 PART_BYTES = 8 * 2**20
 """A range is split into parts of about this size: between two thirds and one and a half of it."""
@@ -43,7 +46,9 @@ _PERMANENT_ERRNOS = frozenset({errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EN
 _PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "gcsfs", "azure"})
 _LASTING_ERRORS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"})
-_ETAG_FIELDS = ("ETag", "etag", "md5Hash", "content_md5")
+_CONTENT_FIELDS = ("md5Hash", "content_md5")
+"""MD5 of the content, on Google's and Azure's stores: there an ETag changes when only metadata does."""
+_ETAG_FIELDS = ("ETag", "etag")
 _TIME_FIELDS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 T = TypeVar("T")
@@ -78,7 +83,7 @@ class RemotePlace:
 
     def names(self) -> list[str]:
         try:
-            found = self._retried("list it", lambda: self._fs.find(self._root, detail=True))
+            found = self._retried("list it", lambda: find_files(self._fs, self._root))
         except FileNotFoundError:
             found = {}
         prefix = self._root + "/"
@@ -95,29 +100,34 @@ class RemotePlace:
         return self.fetch(name, begin, stop) if begin < stop else b""
 
     def source_file(self, name: str) -> SourceFile:
-        """Identity: the ETag, else the time of modification, else nothing but the size."""
+        """Identity: a checksum of the content, else the ETag, else the time of modification, else nothing but the size."""
+        return self.source_version(name)[0]
+
+    def source_version(self, name: str) -> tuple[SourceFile, str]:
+        """A file as `source_file` says, and the ETag of this version of it, empty where there is none."""
         info = self._info(name)
-        return SourceFile(name, int(info["size"]), _identity(info))
+        etag = next((str(info[field]).strip('"') for field in _ETAG_FIELDS if info.get(field)), "")
+        return SourceFile(name, int(info["size"]), _identity(info)), etag
 
     def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
         return RemoteSource(self, files, planned)
 
-    def fetch(self, name: str, begin: int, end: int, identity: str | None = None) -> bytes:
-        """Bytes [begin, end), all of them, of the object of that identity (None: of any).
+    def fetch(self, name: str, begin: int, end: int, etag: str = "") -> bytes:
+        """Bytes [begin, end), all of them, of the object with that ETag (empty: with any).
 
         Raises SourceMissingError, SourceCorruptError when it ends early or was replaced, StoreError when it cannot be read.
         """
         try:
-            return self._retried(f"read {name}", partial(self._fetch_once, name, begin, end, identity))
+            return self._retried(f"read {name}", partial(self._fetch_once, name, begin, end, etag))
         except FileNotFoundError:
             raise SourceMissingError(f"{self.url}/{name} is not there") from None
 
-    def _fetch_once(self, name: str, begin: int, end: int, identity: str | None) -> bytes:
+    def _fetch_once(self, name: str, begin: int, end: int, etag: str) -> bytes:
         if _is_s3(self._fs):
-            data, etag = _get_s3(self._fs, self._path(name), begin, end)
-            if identity is not None and etag and f"etag:{etag}" != identity:
+            data, found = _get_s3(self._fs, self._path(name), begin, end)
+            if etag and found and found != etag:
                 raise SourceCorruptError(
-                    f"{self.url}/{name} was replaced while it was read: it is etag:{etag}, planned {identity}",
+                    f"{self.url}/{name} was replaced while it was read: it is etag:{found}, planned etag:{etag}",
                     "Make the plan again, and leave the source alone until the build has ended.",
                 )
         else:
@@ -128,7 +138,8 @@ class RemotePlace:
 
     def _info(self, name: str) -> dict[str, Any]:
         try:
-            info: dict[str, Any] = self._retried(f"look at {name}", lambda: self._fs.info(self._path(name)))
+            look = partial(_head_s3 if _is_s3(self._fs) else _look, self._fs, self._path(name))
+            info: dict[str, Any] = self._retried(f"look at {name}", look)
         except FileNotFoundError:
             info = {"type": "none"}
         if info["type"] != "file":
@@ -185,14 +196,51 @@ def _client(url: str) -> Any:
 
 
 def _identity(info: dict[str, Any]) -> str:
+    """By content where the store knows it, else by what changes whenever that may have changed."""
+    sha256 = _sha256(info)
+    if sha256:
+        return f"sha256:{sha256}"
+    for field in _CONTENT_FIELDS:
+        if info.get(field):
+            return f"md5:{info[field]}"
     for field in _ETAG_FIELDS:
         if info.get(field):
             return "etag:" + str(info[field]).strip('"')
     return next((f"time:{info[field]}" for field in _TIME_FIELDS if info.get(field)), f"size:{info['size']}")
 
 
+def _sha256(info: dict[str, Any]) -> str:
+    """Of the whole content: S3's checksum of an object that was uploaded at once with one, or the hub's of a file of Git LFS."""
+    lfs = info.get("lfs")
+    if isinstance(lfs, dict) and re.fullmatch(r"[0-9a-f]{64}", str(lfs.get("sha256", ""))):
+        return str(lfs["sha256"])
+    checksum = str(info.get("ChecksumSHA256") or "")
+    if info.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or not re.fullmatch(r"[A-Za-z0-9+/]{43}=", checksum):
+        return ""
+    return base64.b64decode(checksum).hex()
+
+
 def _is_s3(fs: Any) -> bool:
     return hasattr(fs, "_call_s3")
+
+
+def _look(fs: Any, path: str) -> dict[str, Any]:
+    found: dict[str, Any] = fs.info(path)
+    return found
+
+
+def _head_s3(fs: Any, path: str) -> dict[str, Any]:
+    """As `info` of an object, with its checksum where the server keeps one. Raises FileNotFoundError, for a prefix too."""
+    from fsspec.asyn import sync
+
+    bucket, key, _ = fs.split_path(path)
+
+    async def head() -> dict[str, Any]:
+        found: dict[str, Any] = await fs._call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        return found
+
+    answer: dict[str, Any] = sync(fs.loop, head)
+    return {**answer, "type": "file", "size": answer["ContentLength"]}
 
 
 def _get_s3(fs: Any, path: str, begin: int, end: int) -> tuple[bytes, str]:
@@ -246,7 +294,8 @@ class RemoteSource:
         self._place, self._files = place, files
         self._windows = windows(planned)
         self._held = 0
-        self._checked: set[int] = set()
+        self._etags: dict[int, str] = {}
+        """Of the version that is read, by number of the file."""
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(_THREADS, "fetch")
         self.bytes_read = 0
@@ -270,11 +319,12 @@ class RemoteSource:
 
     def _check(self, file: int) -> None:
         with self._lock:
-            if file in self._checked:
+            if file in self._etags:
                 return
             planned = self._files[file]
-            check_unchanged(planned, self._place.source_file(planned.name), self._place.url)
-            self._checked.add(file)
+            found, etag = self._place.source_version(planned.name)
+            check_unchanged(planned, found, self._place.url)
+            self._etags[file] = etag
 
     def _from_window(self, file: int, offset: int, out: memoryview) -> bool:
         """Serve a read from the window that it lies in; False when there is none, or no room to hold it."""
@@ -325,7 +375,7 @@ class RemoteSource:
             raise SourceCorruptError(
                 f"{self._place.url}/{planned.name} ended at byte {planned.num_bytes}, asked for {begin} to {end}"
             )
-        data = self._place.fetch(planned.name, begin, end, planned.identity)
+        data = self._place.fetch(planned.name, begin, end, self._etags.get(file, ""))
         with self._lock:
             self.bytes_read += len(data)
         return data

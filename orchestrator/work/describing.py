@@ -37,6 +37,7 @@ from orchestrator.core.provenance import (
     identified,
     public_uri,
 )
+from orchestrator.core.spec import BuildSpec
 from orchestrator.core.step import Kind, Outcome
 
 _WORST_LINEARS = 10
@@ -135,6 +136,11 @@ def _quantization(plan: Plan, known: list[Outcome]) -> QuantizationRecord | None
     )
 
 
+def public_spec(spec: BuildSpec) -> dict[str, Any]:
+    """A spec as a manifest holds it: its places by their names alone."""
+    return _public(spec.model_dump(mode="json"))
+
+
 def _public(plain: dict[str, Any]) -> dict[str, Any]:
     """A spec whose places are without folders of this machine, users, passwords and signatures."""
     found: dict[str, Any] = {}
@@ -161,7 +167,7 @@ def _provenance(
     compiler = ResourceDescriptor(name=backend, annotations={"version": tools.get(backend, "")})
     return Provenance(
         buildDefinition=BuildDefinition(
-            externalParameters=_public(plan.spec.model_dump(mode="json")),
+            externalParameters=public_spec(plan.spec),
             internalParameters={"build_key": plan.build_key},
             resolvedDependencies=(source, *files, *artifacts, compiler),
         ),

@@ -47,10 +47,10 @@ from orchestrator.core.manifest import (
 )
 from orchestrator.core.model_config import to_trtllm
 from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ReleaseSpec
 from orchestrator.core.step import Kind, Outcome, Output
 from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store
 from orchestrator.work.describing import describe, describe_rank
+from orchestrator.work.differences import differences, times_back
 from orchestrator.work.proof import check_miniature, check_networks
 
 _ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
@@ -60,12 +60,13 @@ _READERS = 4
 """Objects that are read back at once."""
 
 
-def check_free(store: Store, release: ReleaseSpec, build_key: str, sign_key: Path | None = None) -> Manifest | None:
+def check_free(store: Store, plan: Plan, sign_key: Path | None = None) -> Manifest | None:
     """The release if this very build is published already; None when the version is free.
 
     Raises ReleaseExistsError when another build has it, and SignatureError when it is this build's but not signed with `sign_key`:
     to sign later what lies in a store would vouch for bytes that nobody has seen being made.
     """
+    release, build_key = plan.spec.release, plan.build_key
     prefix = release_prefix(release.name, release.version)
     try:
         data = store.get(prefix + MANIFEST)
@@ -75,7 +76,9 @@ def check_free(store: Store, release: ReleaseSpec, build_key: str, sign_key: Pat
     if existing.build_key != build_key:
         raise ReleaseExistsError(
             f"{release.name} {release.version} is already published in {store.url} by another build "
-            f"(build key {existing.build_key[:_BUILD_DIGITS]}, this one is {build_key[:_BUILD_DIGITS]})"
+            f"(build key {existing.build_key[:_BUILD_DIGITS]}, this one is {build_key[:_BUILD_DIGITS]}). "
+            f"Different: {'; '.join(differences(existing, plan))}",
+            _advice(times_back(existing, plan)),
         )
     if sign_key is not None and not _is_signed(store, prefix, data, sign_key):
         raise SignatureError(
@@ -83,6 +86,15 @@ def check_free(store: Store, release: ReleaseSpec, build_key: str, sign_key: Pat
             "Raise release.version in the spec: no step is repeated.",
         )
     return existing
+
+
+def _advice(commands: str) -> str:
+    if not commands:
+        return ""
+    return (
+        f"Raise release.version in the spec. If the files are the same, give them their times back: {commands}. With a SHA256SUMS "
+        "file beside the weights (sha256sum *.safetensors > SHA256SUMS), times say nothing any more."
+    )
 
 
 def _is_signed(store: Store, prefix: str, manifest: bytes, sign_key: Path) -> bool:
@@ -136,7 +148,7 @@ def publish(
     Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
     ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
     """
-    release, build_key, folder = plan.spec.release, plan.build_key, engines.folder
+    release, folder = plan.spec.release, engines.folder
     prefix = release_prefix(release.name, release.version)
     shared = tuple(_publish_shared(store, prefix, folder, plan))
     manifest = describe(plan, outcomes, engines.ranks, shared)
@@ -150,7 +162,7 @@ def publish(
     try:
         store.put(prefix + MANIFEST, data, create=True)
     except ObjectExistsError:
-        return check_free(store, release, build_key, sign_key) or manifest
+        return check_free(store, plan, sign_key) or manifest
     _check_small(store, prefix + MANIFEST, data)
     return manifest
 
