@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from fsspec.asyn import sync
 from typer.testing import CliRunner
 
 from orchestrator import verbs
@@ -93,6 +95,24 @@ def test_read_into_of_an_object_replaced_between_two_reads_is_refused(s3: Any) -
     with place.open((place.source_file("x"),)) as source:
         source.read_into(0, 0, buffer)
         s3.pipe_file(f"{BUCKET}/replaced/x", b"9876543210")
+        with pytest.raises(SourceCorruptError, match="was replaced while it was read"):
+            source.read_into(0, 4, buffer)
+
+
+def test_identity_of_an_object_with_a_sha256_is_its_content_and_a_version_is_still_told_from_another(s3: Any) -> None:
+    def put(data: bytes) -> None:
+        sync(s3.loop, s3._call_s3, "put_object", Bucket=BUCKET, Key="checked/x", Body=data, ChecksumAlgorithm="SHA256")
+
+    put(b"0123456789")
+    place = open_place(f"s3://{BUCKET}/checked")
+    planned = place.source_file("x")
+    assert planned.identity == "sha256:" + hashlib.sha256(b"0123456789").hexdigest()
+    put(b"0123456789")  # uploaded again
+    assert place.source_file("x") == planned
+    buffer = memoryview(bytearray(4))
+    with place.open((planned,)) as source:
+        source.read_into(0, 0, buffer)
+        put(b"9876543210")
         with pytest.raises(SourceCorruptError, match="was replaced while it was read"):
             source.read_into(0, 4, buffer)
 
