@@ -35,6 +35,7 @@ bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.simulate_scale
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.verification
+	$(BIN)/python -m benchmarks.miniature --build
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.pipelining
 

@@ -9,15 +9,21 @@ from typing import Any
 
 import pytest
 
+from orchestrator import cache, verbs
+from orchestrator.clusters import AnyEvent
 from orchestrator.core.errors import MiniatureError
 from orchestrator.core.manifest import Miniature
 from orchestrator.core.model_config import ModelConfig, from_hugging_face
 from orchestrator.core.options import MiniatureOptions, StageOptions
+from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator.core.step import Kind, Task
 from orchestrator.core.topology import Topology
 from orchestrator.families import FAMILIES, family_for
+from orchestrator.stores import open_store
 from orchestrator.work.miniature import proof
 from orchestrator.work.miniature.ranks import Layout
-from tests.models.families import BASE, TINY
+from tests.models.families import TINY, tiny_config_json, write_tiny
+from tests.models.here import HereCluster, run_here
 from tests.models.wrong_rules import WRONG_RULES, Rule, WrongRule, hub_config
 
 
@@ -46,18 +52,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "layouts", lambda config: [Layout(Topology(1, 1))])
 
 
-def tiny_config(family: str) -> dict[str, Any]:
-    """The config.json of a family's tiny model."""
-    tiny = TINY[family]
-    return {"architectures": [tiny.model], **BASE, **FIELDS.get(family, {}), **tiny.fields}
-
-
-FIELDS: dict[str, dict[str, Any]] = {"gemma": {"hidden_act": "gelu_pytorch_tanh"}}
-
-
 @pytest.mark.parametrize("family", TINY)
 def test_miniature_of_every_family_is_right_on_all_layouts(family: str, tmp_path: Path) -> None:
-    found = prove(tiny_config(family), tmp_path)
+    found = prove(tiny_config_json(family), tmp_path)
     names = [case.ranks for case in found.cases]
     assert names == ["one rank", "tp=2", *(["tp=2, ep=2"] if "moe" in family or family == "mixtral" else []), "pp=2"]
     assert found.max_relative_error < 2e-5
@@ -217,3 +214,59 @@ def test_tie_between_experts_is_tried_with_other_weights(tmp_path: Path, monkeyp
     assert seeds == [0, 1]
     with pytest.raises(MiniatureError):
         prove(hub_config("llama-3-8b"), tmp_path / "dense")
+
+
+def tiny_plan(source: Path, **sections: Any) -> BuildSpec:
+    plain = {
+        "source": {"path": str(source)},
+        "engine": {"max_batch_size": 1, "max_input_len": 16, "max_seq_len": 32},
+        "release": {"name": "tiny", "version": "1"},
+        **sections,
+    }
+    return decode(BuildSpec, plain, "test")
+
+
+@pytest.mark.parametrize("sections", [{"verification": {"enabled": False}}, {"quantization": {"algorithm": "W8A16"}}], ids=str)
+def test_build_whose_miniature_fails_ends_before_anything_long_and_publishes_nothing(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tiny("mistral", tmp_path / "source")
+    plant(lambda _config, _found: {"sliding_window": None}, monkeypatch)
+    spec, place = tiny_plan(source, **sections), ClusterSpec(store=(tmp_path / "store").as_uri())
+    with pytest.raises(MiniatureError, match=r"miniature: the model of this config\.json"):
+        verbs.build(spec, place, open_cluster=lambda _place: OneAtATime())
+    store = open_store(place.store)
+    assert not cache.committed(store, (step.digest for step in verbs.plan(spec).steps))
+    assert not list(store.list("releases/"))
+
+
+class OneAtATime(HereCluster):
+    """A cluster with one slot: what was started first ends first, and is heard of before the next begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[Task] = []
+
+    def start(self, task: Task) -> None:
+        self._waiting.append(task)
+        self._waiting.sort(key=lambda waiting: waiting.order)
+
+    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+        if self._waiting:
+            super().start(self._waiting.pop(0))
+        return super().events(timeout_seconds)
+
+
+def test_miniature_as_a_step_commits_what_the_manifest_says_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = verbs.plan(tiny_plan(write_tiny("mistral", tmp_path / "source")))
+    outcome = run_here(made, tmp_path / "store", [Kind.MINIATURE])["miniature"]
+    found = Miniature.model_validate(outcome.facts["miniature"])
+    assert [case.ranks for case in found.cases] == ["one rank", "tp=2", "pp=2"]
+    assert "texts longer than sliding_window 5, max_position_embeddings 64" in found.line()
+    assert "transformers" in outcome.tools
+    assert "tp=2" in outcome.log_tail
+    monkeypatch.setattr(proof, "run", lambda *given: pytest.fail("it ran again"))
+    other = verbs.plan(tiny_plan(tmp_path / "source", topology={"tp": 2, "pp": 2}, verification={"enabled": False}))
+    assert run_here(other, tmp_path / "store", [Kind.MINIATURE])["miniature"] == outcome

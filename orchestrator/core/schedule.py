@@ -1,7 +1,8 @@
 """What runs when: events in, commands out. No clock, no I/O, no threads.
 
 A step starts as soon as its own needs are committed; there is no barrier between stages. After a step fails for good
-nothing new starts, and what is running is left to finish, because a committed outcome is never lost.
+nothing new starts, and what is running is left to finish, because a committed outcome is never lost. Only a miniature that
+fails ends the build at once: whatever else runs is for a model that is read wrongly.
 
 An outcome whose stored bytes are wrong is taken back, and so is one that was made from other bytes than are there now: their steps
 run again, and then whatever waits for them.
@@ -18,7 +19,7 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.retry import Retry, decide
 from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Cause, Failure, FailureKind, Outcome, Step
+from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Outcome, Step
 
 MAX_REPEATS = 2
 """Times that an outcome of a step is taken back in one build; a store that damages more is not to be trusted with it."""
@@ -138,6 +139,8 @@ class Schedule:
         self._give_up(digest, failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason}))
         for waiting, reason in list(self._waiting.items()):
             self._give_up(waiting, reason)
+        if step.kind is Kind.MINIATURE:
+            self._running.clear()
         return []
 
     def _repeat_maker(self, failure: Failure) -> bool:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -12,7 +12,7 @@ from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.schedule import Schedule, Start
 from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Failure, FailureKind, Outcome, Step
+from orchestrator.core.step import Failure, FailureKind, Kind, Outcome, Step
 from tests.models.plans import LOST, WRONG, fake_plan, named, outcome_of
 
 RETRIES = RetrySpec(max_attempts=3, backoff_seconds=2.0, max_backoff_seconds=3.0)
@@ -101,6 +101,19 @@ def test_handle_own_error_stops_new_starts_and_waits_for_what_runs() -> None:
     assert schedule.done
     assert named(plan, "good").digest in schedule.outcomes
     assert schedule.failures == {named(plan, "bad").digest: WRONG.model_copy(update={"attempt": 1})}
+
+
+def test_handle_own_error_of_the_miniature_ends_the_build_at_once() -> None:
+    plan = fake_plan({"miniature": [], "long": [], "other": []})
+    first = plan.steps[0].model_copy(update={"kind": Kind.MINIATURE})
+    plan = replace(plan, steps=(first, *plan.steps[1:]))
+    schedule = schedule_of(plan)
+    assert names(schedule.start()) == ["miniature", "long", "other"]
+    assert schedule.handle(failed(named(plan, "other"), LOST)) == [Start(named(plan, "other"), 2, 2.0)]
+    assert schedule.handle(failed(first, WRONG)) == []
+    assert schedule.done
+    assert next(iter(schedule.failures)) == first.digest
+    assert schedule.handle(succeeded(named(plan, "long"))) == []
 
 
 def test_handle_lost_machine_after_another_failure_is_not_retried() -> None:

@@ -74,6 +74,12 @@ def tiny_config(family: str, **changes: Any) -> ModelConfig:
     return from_hugging_face(json.loads(made.to_json_string()), tiny.model, "bfloat16", FAMILIES[family].config)
 
 
+def tiny_config_json(family: str) -> dict[str, Any]:
+    """config.json of a family's tiny model, as it could stand on the hub: nothing that transformers adds when it saves."""
+    tiny = TINY[family]
+    return {"architectures": [tiny.model], **BASE, **tiny.fields}
+
+
 def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloat16", **changes: Any) -> Path:
     """Write a seeded model (no tokenizer) of `family`; `changes` are config fields. Weights are large enough to matter."""
     import torch
