@@ -40,7 +40,7 @@ from orchestrator.core.step import Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.core.weight_names import check_names
 from orchestrator.driver import Result, drive
-from orchestrator.families import architecture_of, family_for, family_named
+from orchestrator.families import architecture_of, check_kind, family_for, family_named
 from orchestrator.node_checks import check_nodes, read_places
 from orchestrator.preflight import check_build, check_steps
 from orchestrator.recording import Recording, check_report, fetch_report
@@ -126,6 +126,7 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, froze
     ignored = frozenset(spec.source.ignored_keys)
     if spec.source.family != "auto":
         family = family_named(spec.source.family)
+        check_kind(index.config, family, spec.source.path)
         listed = index.config.get("architectures")
         named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
         return family, named or family.architectures[0], ignored | {"model_type"}

@@ -13,6 +13,7 @@ import pytest
 from orchestrator import verbs
 from orchestrator.core.errors import ArchitectureError, OrchestratorError, SourceCorruptError, SpecError, WeightMapError
 from orchestrator.core.options import ReferenceOptions
+from orchestrator.core.spec import BuildSpec
 from orchestrator.models import DecoderModelForCausalLM
 from orchestrator.work import reference
 from tests.models.synthetic import Array, build_spec, model_config, random_arrays, write_source
@@ -71,6 +72,24 @@ def test_plan_of_an_unknown_key_that_the_spec_ignores_is_made(source: Path) -> N
     spec = build_spec(source)
     ignoring = spec.model_copy(update={"source": spec.source.model_copy(update={"ignored_keys": ("novel_feature",)})})
     assert verbs.plan(ignoring).inputs.config == CONFIG
+
+
+def of_family(source: Path, family: str) -> BuildSpec:
+    spec = build_spec(source)
+    return spec.model_copy(update={"source": spec.source.model_copy(update={"family": family})})
+
+
+def test_plan_of_a_family_that_transformers_would_not_load_is_refused(source: Path) -> None:
+    with pytest.raises(ArchitectureError, match=r"source.family is mistral, and model_type .* 'llama'"):
+        verbs.plan(of_family(source, "mistral"))
+
+
+def test_plan_of_a_named_family_and_a_type_that_nobody_knows_is_made(source: Path) -> None:
+    change(source, model_type="my_llama", architectures=["MyLlamaForCausalLM"])
+    assert verbs.plan(of_family(source, "llama")).inputs.config.num_hidden_layers == CONFIG.num_hidden_layers
+    change(source, model_type=None, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ArchitectureError, match="model_type"):
+        verbs.plan(build_spec(source))
 
 
 def test_plan_warns_of_keys_that_are_passed_over(source: Path) -> None:

@@ -18,7 +18,7 @@ from orchestrator.checkpoints.huggingface import check_file_names, read_json
 from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.config_table import SWIGLU, ConfigTable
+from orchestrator.core.config_table import ConfigTable
 from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
@@ -102,9 +102,7 @@ def _normalized(config: ModelConfig) -> ModelConfig:
     if kind == "llama3":
         usual = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         scaling = {**usual, **scaling}
-    # TensorRT-LLM calls it swiglu among experts, too, whose halves are always joined.
-    act = "silu" if config.moe is not None and config.hidden_act == SWIGLU else config.hidden_act
-    changes = {"rotary_scaling": None if kind == "default" else {**scaling, "rope_type": kind}, "hidden_act": act}
+    changes = {"rotary_scaling": None if kind == "default" else {**scaling, "rope_type": kind}}
     return config.model_copy(update=changes)
 
 

@@ -94,8 +94,8 @@ _IRRELEVANT = {key for keys in DOES_NOT_MATTER.values() for key in keys}
 
 def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
     """Raises ArchitectureError that names every key that is unknown, and every switch that is not built."""
-    kind = None if "model_type" in ignored else config.get("model_type")
-    if table.model_types and kind is not None and kind not in table.model_types:
+    kind = config.get("model_type")
+    if "model_type" in config and "model_type" not in ignored and table.model_types and kind not in table.model_types:
         raise ArchitectureError(
             f"model_type in config.json of {architecture} is {kind!r}: transformers would load another model",
             f"The model_type of {architecture} is {', '.join(table.model_types)}; set source.family if `architectures` is wrong.",

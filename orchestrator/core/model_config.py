@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.core.config_keys import Keys, check_keys, shown
 from orchestrator.core.config_rotary import rotary
 from orchestrator.core.config_sizes import check_sizes
+from orchestrator.core.config_table import SWIGLU, ExpertTable
 from orchestrator.core.config_table import ConfigTable as ConfigTable  # read from here by name
-from orchestrator.core.config_table import ExpertTable
 from orchestrator.core.config_windows import windows
 from orchestrator.core.errors import ArchitectureError, TopologyError
 from orchestrator.core.quantization import ModelQuantization, quantization_config
@@ -282,6 +282,8 @@ def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuanti
         for name, value in config.model_dump(mode="json").items()
         if name in _ALWAYS or value != ModelConfig.model_fields[name].default
     }
+    if config.moe is not None and config.hidden_act in ("silu", "swish"):
+        fields["hidden_act"] = SWIGLU  # TensorRT-LLM's experts are gated when their activation says so
     return {
         **fields,
         "logits_dtype": "float32",
@@ -323,6 +325,8 @@ def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
         del known["rotary_embedding_dim"]
     if not (known.get("moe") or {}).get("num_experts"):
         known.pop("moe", None)
+    elif known.get("hidden_act") == SWIGLU:
+        known["hidden_act"] = "silu"
     return ModelConfig.model_validate(known), topology
 
 

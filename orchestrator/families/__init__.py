@@ -74,3 +74,14 @@ def family_named(name: str) -> Family:
     if name not in FAMILIES:
         raise ArchitectureError(f"no family is named {name!r}", f"Families: {', '.join(sorted(FAMILIES))}, or auto.")
     return FAMILIES[name]
+
+
+def check_kind(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Raises ArchitectureError when config.json is of another family here than the one that the spec names."""
+    kind = config.get("model_type")
+    own = next((other.name for other in FAMILIES.values() if kind in other.config.model_types), family.name)
+    if own != family.name:
+        raise ArchitectureError(
+            f"source.family is {family.name}, and model_type in config.json of {where} is {kind!r}: transformers loads a {own}",
+            f"Set source.family to {own} or auto.",
+        )

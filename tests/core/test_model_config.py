@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.core.model_config import ModelConfig, MoeConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.topology import Topology
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.mistral import MISTRAL
@@ -178,6 +178,13 @@ def test_to_trtllm_has_what_nvidia_writes() -> None:
     assert written["num_hidden_layers"] == config.num_hidden_layers
     assert written["vocab_size"] == 131
     assert "sliding_window" not in written
+
+
+def test_to_trtllm_of_experts_says_swiglu_as_tensorrt_llm_does() -> None:
+    config = model_config(moe=MoeConfig(num_experts=4, top_k=2))
+    written = to_trtllm(config, Topology(1, 1))
+    assert written["hidden_act"] == "swiglu"
+    assert from_trtllm(written)[0] == config
 
 
 def test_to_trtllm_explicit_partition_is_kept() -> None:

@@ -99,6 +99,7 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     changes = {
         "llama": {"num_hidden_layers": 2, "intermediate_size": 128},
         "mixtral": {"num_hidden_layers": 1, "intermediate_size": 64},
+        "phi3": {"num_hidden_layers": 1, "intermediate_size": 128},
         "qwen2_moe": {"num_hidden_layers": 1, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
         # Linears that outweigh what every engine holds besides them.
         "large": {"num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 256},
@@ -140,6 +141,7 @@ def relative_errors(results: list[npt.NDArray[Any]], expected: torch.Tensor) -> 
 MODELS: list[tuple[str, int, tuple[Case, ...]]] = [
     ("llama", 1, tuple(CASES)), ("llama", 2, tuple(CASES)), ("mixtral", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
     ("qwen2_moe", 1, (("FP8", None), ("W4A8_AWQ", None), ("NVFP4", None))),
+    ("phi3", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
 ]  # fmt: skip
 """Family, tensor-parallel size, cases."""
 

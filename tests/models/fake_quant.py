@@ -133,6 +133,8 @@ class FakeQuantDecoder:
     def _mlp(self, rank: int, x: torch.Tensor, prefix: str) -> torch.Tensor:
         if self.config.moe is not None:
             return self._moe(rank, x, prefix)
+        if self.config.hidden_act == "swiglu":
+            return self._linear(rank, self._gated(self._linear(rank, x, f"{prefix}.fc")), f"{prefix}.proj")
         gate = functional.silu(self._linear(rank, x, f"{prefix}.fc"))
         return self._linear(rank, gate * self._linear(rank, x, f"{prefix}.gate"), f"{prefix}.proj")
 
