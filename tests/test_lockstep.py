@@ -162,15 +162,15 @@ def swap_heads(values: npt.NDArray[np.uint16]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "place"),
     [
-        pytest.param("transformer.layers.1.attention.qkv.weight", swap_heads, id="two-heads-swapped-on-one-rank"),
-        pytest.param("transformer.layers.2.mlp.proj.weight", lambda values: values.fill(0), id="one-rank-adds-nothing"),
-        pytest.param("lm_head.weight", lambda values: values[:2].fill(0), id="two-rows-of-the-vocabulary"),
+        pytest.param("transformer.layers.1.attention.qkv.weight", swap_heads, "jumps in layer 1, from", id="two-heads-swapped"),
+        pytest.param("transformer.layers.2.mlp.proj.weight", lambda values: values.fill(0), "jumps in layer 2", id="adds-nothing"),
+        pytest.param("lm_head.weight", lambda values: values[:2].fill(0), "in the last norm or the head", id="two-rows-of-head"),
     ],
 )
-def test_verification_of_a_fault_on_one_rank_fails(
-    tmp_path: Path, store_url: str, make_spec: SpecMaker, name: str, change: Callable[[npt.NDArray[np.uint16]], None]
+def test_verification_of_a_fault_on_one_rank_fails_and_names_its_layer(
+    tmp_path: Path, store_url: str, make_spec: SpecMaker, name: str, change: Callable[[npt.NDArray[np.uint16]], None], place: str
 ) -> None:
     made = verbs.plan(make_spec(write_tiny("llama", tmp_path / "model"), topology={"tp": 2}))
     outcomes = run_steps(made, store_url, (Kind.CONVERT,))
@@ -182,5 +182,5 @@ def test_verification_of_a_fault_on_one_rank_fails(
     data[begin : begin + len(spoilt.data)] = bytes(spoilt.data)
     shard.unlink()
     shard.write_bytes(data)
-    with pytest.raises(VerificationError, match="relative error"):
+    with pytest.raises(VerificationError, match=f"relative error .*{place}"):
         run_steps(made, store_url, WITHOUT_ENGINES)

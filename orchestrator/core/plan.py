@@ -32,11 +32,11 @@ from orchestrator.core.weight_map import LayerGroup, WeightMap
 
 VERSIONS: dict[Kind, int] = {
     Kind.MINIATURE: 1,
-    Kind.REFERENCE: 2,
+    Kind.REFERENCE: 3,
     Kind.CALIBRATE: 2,
     Kind.CONVERT: 1,
     Kind.BUILD: 2,
-    Kind.VERIFY: 2,
+    Kind.VERIFY: 3,
 }
 """Raise one when its code would give other outputs for the same options."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -78,8 +80,33 @@ def advice(*, quantized: bool, text: bool) -> str:
     return _NOT_PUBLISHED + (_QUANTIZED + ("" if text else _RANDOM) if quantized else _EXACT)
 
 
-def check(found: Verification, tolerance: ToleranceSpec, advice: str = "") -> None:
-    """Raises VerificationError that names every number above tolerance."""
+def relative_error(found: Floats, expected: Floats) -> float:
+    """The worst over rows of max |found - expected| / max |expected|; infinite where a value is not finite."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    difference = np.abs(found.astype(np.float64) - expected).max(axis=-1)
+    return float((difference / np.maximum(np.abs(expected).max(axis=-1), np.finfo(np.float32).tiny)).max())
+
+
+_NOISE, _JUMP = 1e-6, 20.0
+"""Error of a right layer at most, and by how much more the error must grow in one layer to be that layer's."""
+
+
+def where(layer_errors: Mapping[int, float]) -> str:
+    """The layer in which the error of the hidden states arises, for a message; it says so if none stands out."""
+    before = _NOISE
+    for layer, error in sorted(layer_errors.items()):
+        if error > _JUMP * before:
+            return f"the error jumps in layer {layer}, from {before:.1e} to {error:.1e}"
+        before = max(error, _NOISE)
+    worst = max(layer_errors.values(), default=0.0)
+    if worst > _JUMP * _NOISE:
+        return f"no layer stands out: the hidden states drift apart, by {worst:.1e} at the last layer"
+    return f"the layers are right, within {worst:.1e}: the fault lies in the last norm or the head"
+
+
+def check(found: Verification, tolerance: ToleranceSpec, advice: str = "", place: str = "") -> None:
+    """Raises VerificationError that names every number above tolerance, and the `place` where the error arises."""
     problems = []
     if tolerance.max_relative_error is not None and found.max_relative_error > tolerance.max_relative_error:
         problems.append(f"relative error {found.max_relative_error:.3g} > {tolerance.max_relative_error:g}")
@@ -88,7 +115,9 @@ def check(found: Verification, tolerance: ToleranceSpec, advice: str = "") -> No
     if found.top1_agreement < tolerance.min_top1_agreement:
         problems.append(f"top-1 agreement {found.top1_agreement:.4f} < {tolerance.min_top1_agreement:g}")
     if problems:
+        said = (", ".join(problems), place)
         raise VerificationError(
-            f"the engines' graphs differ from the reference on {found.num_positions} positions: " + ", ".join(problems),
+            f"the engines' graphs differ from the reference on {found.num_positions} positions: {'; '.join(filter(None, said))}",
+            +", ".join(problems) + (f"; {place}" if place else ""),
             advice,
         )

@@ -68,10 +68,15 @@ class Lockstep:
             empty = empty_cache(shape, len(calls[0].input_ids), slots)
             self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, feeds))
 
-    def run(self, report: Callable[[int, int], None] = lambda done, total: None) -> list[Array]:
+    def run(
+        self,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        watch: Callable[[int, list[Array]], None] = lambda layer, hidden_states: None,
+    ) -> list[Array]:
         """Hidden states by call [B, S, hidden], or logits [B, S, vocabulary] on the last stage.
 
-        `report` gets the slices that are done and their number. Raises VerificationError when the ranks' hidden states differ.
+        `report` gets the slices that are done and their number; `watch` a layer's number in the model and the hidden states at its
+        end, by call. Raises VerificationError when the ranks' hidden states differ.
         """
         slices = self._ranks[0].sliced.slices
         weights = self._weights_ahead()
@@ -82,6 +87,8 @@ class Lockstep:
                 self._exchange(part.collective)
             if part.layer is not None:
                 self._check_agreement(part.nodes[-1].name)
+                ended = [values[part.nodes[-1].name].numpy() for values in self._ranks[0].values]
+                watch(self._stage.first_layer + part.layer, ended)
             self._forget(number, layer_ended=part.layer is not None)
             report(number + 1, len(slices))
         return self._results()

@@ -6,6 +6,7 @@ here depends on a topology: one reference serves every build of a source.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.core.errors import SourceCorruptError, SpecError
 from orchestrator.core.options import ReferenceOptions
 from orchestrator.core.step import Task
@@ -27,6 +29,8 @@ OUTPUT = "reference.safetensors"
 
 source_logits [B, T, vocabulary], where rounding to the build's dtype changes a weight: those of the source as it is.
 """
+HIDDEN_STATES = "reference_hidden_states.safetensors"
+"""layer{i} float32 [positions, hidden]: at the end of every layer, one sequence after the other."""
 _RANDOM_SEED = 20
 
 
@@ -47,10 +51,17 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     sequences, text = _sequences(options, companion_folder(source, options.files[len(index.files) :], context))
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
     model = StreamedModel(source, index, options.dtype, options.exact_weights)
-    logits, own = model.logits(
-        sequences, options.decode_steps, lambda done, total: context.report("reference", done, total, "steps")
-    )
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    shape = (int(lengths.sum()), model.hidden_size)
+    header = encode_header(((f"layer{layer}", "F32", shape) for layer in range(model.num_layers)), {})
+    with context.output(HIDDEN_STATES, len(header) + 4 * math.prod((model.num_layers, *shape))) as writer:
+        writer.write(header)
+        logits, own = model.logits(
+            sequences,
+            options.decode_steps,
+            lambda done, total: context.report("reference", done, total, "steps"),
+            lambda layer, states: writer.write(states.tobytes()),
+        )
     arrays = {
         "tokens": _padded([np.array(sequence, np.int64) for sequence in sequences]),
         "lengths": lengths,

@@ -55,13 +55,26 @@ class StreamedModel:
         self._class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
         self._frame = _Frame(self._class, self._config)
 
+    @property
+    def num_layers(self) -> int:
+        return int(self._config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._config.hidden_size)
+
     def logits(
-        self, sequences: Sequence[Sequence[int]], decode_steps: int | None, report: Callable[[int, int], None]
+        self,
+        sequences: Sequence[Sequence[int]],
+        decode_steps: int | None,
+        report: Callable[[int, int], None],
+        keep: Callable[[int, Floats], None] = lambda layer, hidden_states: None,
     ) -> tuple[list[Floats], list[Floats] | None]:
         """[T, vocabulary] of each sequence: of rounded weights, and of the source's own where rounding changes one.
 
         `decode_steps`: tokens at the end of a sequence that go one by one through the cache; None: one call. `report` gets the
-        layers that are done and their number. Raises the source's errors, QuantizationError for weights that it lacks.
+        layers that are done and their number; `keep` a layer and the hidden states at its end, of rounded weights: [positions,
+        hidden], one sequence after the other. Raises the source's errors, QuantizationError for weights that it lacks.
         """
         import torch
 
@@ -79,6 +92,7 @@ class StreamedModel:
                     parameter.copy_(self._rounded(parameter))
                 self._pass(number, layer, rounded, arguments)
                 layer.to("meta")
+                keep(number, torch.cat([states[0] for sequence in rounded for states in sequence]).numpy())
                 report(number + 1, self._config.num_hidden_layers)
             return self._finish(calls, rounded, own, opened)
 

@@ -6,6 +6,7 @@ Stage after stage: the hidden states of all calls travel as one file from a stag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from orchestrator.work import compare
 from orchestrator.work.calls import make_calls, positions_of
 from orchestrator.work.context import Context
 from orchestrator.work.lockstep import Lockstep
+from orchestrator.work.reference import HIDDEN_STATES as REFERENCE_STATES
 from orchestrator.work.reference import OUTPUT as REFERENCE
 from orchestrator.work.shards import map_shards, rank_shards
 
@@ -28,7 +30,8 @@ HIDDEN_STATES = "hidden_states.safetensors"
 
 
 def verify(task: Task, context: Context) -> dict[str, Any]:
-    """Run the stage. Facts: the digests of the ranks' networks; on the last stage the verification numbers.
+    """Run the stage. Facts: the digests of the ranks' networks, the error of the hidden states at every layer's end from the first
+    layer on; on the last stage the verification numbers.
 
     Raises VerificationError above tolerance, or when ranks differ where they must agree.
     """
@@ -48,7 +51,10 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
         handed = load_file(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES)))
         previous = [handed[f"call{number}"] for number in range(len(calls))]
     ranks = Lockstep(options.network, weights, calls, previous)
-    results = ranks.run(lambda done, total: context.report("verify", done, total, "steps"))
+    layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
+    results = ranks.run(lambda done, total: context.report("verify", done, total, "steps"), layers.watch)
+    errors = {**_earlier_errors(task), **layers.errors}
+    facts["layer_errors"] = {str(layer): error for layer, error in errors.items()}
     if not stage.is_last:
         data = save({f"call{number}": np.ascontiguousarray(value) for number, value in enumerate(results)})
         with context.output(HIDDEN_STATES, len(data)) as writer:
@@ -56,8 +62,33 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
         return facts
     found = compare_with_reference(results, reference, options.decode_steps)
     context.log(f"verification: {found.model_dump()}")
-    compare.check(found, options.tolerance, _advice(task))
+    context.log("errors at the ends of the layers: " + ", ".join(f"{error:.1e}" for error in errors.values()))
+    compare.check(found, options.tolerance, _advice(task), compare.where(errors))
     return {**facts, "verification": found.model_dump()}
+
+
+class _LayerErrors:
+    """Errors of the hidden states at the ends of layers, against the reference's."""
+
+    def __init__(self, path: Path, reference: Mapping[str, Array], decode_steps: int) -> None:
+        self._path = path
+        self._places = list(positions_of(reference["lengths"], decode_steps))
+        self.errors: dict[int, float] = {}
+
+    def watch(self, layer: int, hidden_states: Sequence[Array]) -> None:
+        """Compare the hidden states at a layer's end, [B, S, hidden] by call."""
+        from safetensors import safe_open
+
+        with safe_open(self._path, "numpy") as file:
+            expected = file.get_tensor(f"layer{layer}")
+        found = np.stack([hidden_states[call][sequence, row] for sequence, _, call, row in self._places])
+        self.errors[layer] = compare.relative_error(found, expected)
+
+
+def _earlier_errors(task: Task) -> dict[int, float]:
+    """Errors of the layers of the stages before."""
+    earlier = (task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.VERIFY)
+    return {int(layer): error for outcome in earlier for layer, error in outcome.facts.get("layer_errors", {}).items()}
 
 
 def _advice(task: Task) -> str:
