@@ -115,9 +115,5 @@ def check(found: Verification, tolerance: ToleranceSpec, advice: str = "", place
     if found.top1_agreement < tolerance.min_top1_agreement:
         problems.append(f"top-1 agreement {found.top1_agreement:.4f} < {tolerance.min_top1_agreement:g}")
     if problems:
-        said = (", ".join(problems), place)
-        raise VerificationError(
-            f"the engines' graphs differ from the reference on {found.num_positions} positions: {'; '.join(filter(None, said))}",
-            +", ".join(problems) + (f"; {place}" if place else ""),
-            advice,
-        )
+        said = "; ".join(filter(None, (", ".join(problems), place)))
+        raise VerificationError(f"the engines' graphs differ from the reference on {found.num_positions} positions: {said}", advice)
