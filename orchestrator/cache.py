@@ -117,13 +117,14 @@ def set_aside(store: Store, taken: TakenBack) -> None:
     store.delete(key)
 
 
-def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """`outcomes` without those that were made from other bytes than the others hold; those are set aside."""
-    kept = dict(outcomes)
+def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], tuple[str, ...]]:
+    """`outcomes` without those that were made from other bytes than the others hold, and warnings of these; they are set aside."""
+    kept, warnings = dict(outcomes), []
     while reasons := outdated(plan, kept):
         for digest, reason in reasons.items():
             set_aside(store, TakenBack(kept.pop(digest), reason, damaged=False))
-    return kept
+            warnings.append(f"{reason}: it runs again")
+    return kept, tuple(warnings)
 
 
 def check_same_again(store: Store, outcome: Outcome) -> None:

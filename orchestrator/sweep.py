@@ -187,8 +187,8 @@ def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Li
     store = open_store(place.store, place.store_options)
     check_writable(store)
     with cache.in_use(store, [step.digest for step in made.steps]):
-        committed = cache.agreeing(store, made, cache.committed(store, (step.digest for step in made.steps)))
-        made = replace(made, warnings=made.warnings + check_steps(made, committed, place, store))
+        committed, again = cache.agreeing(store, made, cache.committed(store, (step.digest for step in made.steps)))
+        made = replace(made, warnings=made.warnings + again + check_steps(made, committed, place, store))
         listener.on_plan(made, committed, already_published=False)
         accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
         result = run(made, committed, place, open_cluster, listener, accept)

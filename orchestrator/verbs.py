@@ -32,11 +32,12 @@ from orchestrator.core.manifest import MANIFEST, Manifest, release_prefix
 from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.core.options import BuildOptions, StageOptions, network_of
 from orchestrator.core.plan import Inputs, Plan, make_plan
+from orchestrator.core.progress import StepFailed
 from orchestrator.core.quantization import ModelQuantization, quant_cfg
 from orchestrator.core.rules import Family
 from orchestrator.core.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
-from orchestrator.core.step import Kind, Outcome
+from orchestrator.core.step import Failure, Kind, Outcome
 from orchestrator.core.weight_map import weight_map
 from orchestrator.core.weight_names import check_names
 from orchestrator.driver import Result, drive
@@ -211,8 +212,8 @@ def build(
         Recording(target, made, report) as recording,
     ):
         reports = Listeners(reports, recording.listener)
-        committed = cache.agreeing(target, made, cache.committed(target, (step.digest for step in made.steps)))
-        made = replace(made, warnings=made.warnings + check_build(made, committed, place, target))
+        committed, again = cache.agreeing(target, made, cache.committed(target, (step.digest for step in made.steps)))
+        made = replace(made, warnings=made.warnings + again + check_build(made, committed, place, target))
         reports.on_plan(made, committed, already_published=False)
         placed: list[Engines] = []
         result = run(
@@ -252,7 +253,9 @@ def run(
             if not left:
                 raise
             rest = {digest: outcome for digest, outcome in result.outcomes.items() if outcome is not taken.outcome}
-            listener.on_retry(Start(made.step(taken.outcome.digest), 2))
+            step = made.step(taken.outcome.digest)
+            listener.on_event(StepFailed(digest=step.digest, failure=Failure.of(damage, taken.outcome.node)))
+            listener.on_retry(Start(step, 2))
             again = _run(made, rest, place, open_cluster, listener)
             result = replace(again, ran=result.ran | again.ran)
     listener.on_finish(made, result)
@@ -291,9 +294,9 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
     only = replace(made, steps=tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
-    committed = cache.agreeing(store, only, cache.committed(store, (step.digest for step in only.steps)))
+    committed, again = cache.agreeing(store, only, cache.committed(store, (step.digest for step in only.steps)))
     place = ClusterSpec(store=store.url)
-    only = replace(only, warnings=only.warnings + check_steps(only, committed, place, store))
+    only = replace(only, warnings=only.warnings + again + check_steps(only, committed, place, store))
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
     result = run(only, committed, place, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed))

@@ -22,7 +22,9 @@ from orchestrator.core.options import BuildOptions
 from orchestrator.core.schedule import MAX_REPEATS
 from orchestrator.core.spec import BuildSpec, ClusterSpec, StoreOptions
 from orchestrator.core.step import Kind, Outcome, Output, Task
+from orchestrator.following import encode_line
 from orchestrator.releases import collect, verify
+from orchestrator.report import EventListener
 from orchestrator.stores import Store, open_store
 from orchestrator.work.context import Context
 from orchestrator.work.publish import place_engines
@@ -76,6 +78,8 @@ class Bench:
     source: Path
     options: StoreOptions = field(default_factory=StoreOptions)
     ran: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    """Lines of events."""
     before: Callable[[Task], None] = lambda task: None
 
     def spec(self, version: str, **sections: Any) -> BuildSpec:
@@ -83,9 +87,13 @@ class Bench:
 
     def build(self, version: str, **sections: Any) -> verbs.Build:
         self.ran.clear()
+        self.said.clear()
         place = ClusterSpec(store=self.store.url, store_options=self.options)
         return verbs.build(
-            self.spec(version, **sections), place, open_cluster=lambda place: Watched(self.ran, lambda task: self.before(task))
+            self.spec(version, **sections),
+            place,
+            open_cluster=lambda place: Watched(self.ran, lambda task: self.before(task)),
+            listener=EventListener(lambda event: self.said.append(encode_line(event))),
         )
 
     def outcome(self, version: str, kind: Kind, number: int = 0, **sections: Any) -> Outcome:
@@ -143,6 +151,8 @@ def test_build_rotten_shard_is_converted_again_and_the_engine_is_made_of_right_b
     bench.rot(shard)
     done = bench.build("2", **SMALLER)
     assert sorted(set(bench.ran)) == ["build/rank0", "build/rank1", "convert/stage0/group0"]
+    assert any('"event": "failed"' in line and "is not what was written" in line for line in bench.said)
+    assert any('"event": "retry"' in line and "convert/stage0/group0" in line for line in bench.said)
     expected = bench.engines(bench.build("3", **SMALLER))
     assert bench.engines(done) == expected
     for ours, first in zip(expected, right, strict=True):
@@ -160,6 +170,7 @@ def test_build_rotten_engine_of_a_committed_step_is_not_published_but_built_agai
     bench.rot(engine.outputs[0])
     done = bench.build("2")
     assert bench.ran == ["build/rank1"]
+    assert any('"event": "failed"' in line and "is not what was written" in line and "build/rank1" in line for line in bench.said)
     assert bench.engines(done)[1] != bench.store.get(engine.outputs[0].key)
     assert [digest_bytes(data) for data in bench.engines(done)] == [rank.files[0].sha256 for rank in first.manifest.ranks]
     verify(done.address, options=bench.options)
@@ -241,6 +252,7 @@ def test_build_outcome_made_from_other_bytes_than_its_need_holds_is_made_again(f
     file_bench.store.put(cache.outcome_key(other.digest), other.model_dump_json().encode())
     done = file_bench.build("2", **VERIFIED)
     assert sorted(file_bench.ran) == ["build/rank0", "verify/stage0"]
+    assert "build/rank0 was made from another rank0.safetensors" in file_bench.said[0]
     assert file_bench.engines(done)[0].startswith(data)
 
 
