@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from orchestrator.core.errors import Interrupted, OrchestratorError, interruption
 
-GRACE_SECONDS = 3.5
+GRACE_SECONDS = 4.0
 """What cleaning up may take; a command ends within five seconds."""
 _REPORT_SECONDS = 0.3
 _NOTICE_SECONDS = 0.5
