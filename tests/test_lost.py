@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from orchestrator.core.step import Cause, FailureKind
 from orchestrator.work import lost
-from orchestrator.work.lost import crash, oom_kills
+from orchestrator.work.lost import crash, memory_group, oom_kills
+from tests.models.memory_groups import MemoryGroup, place_for_groups
 
 
 @pytest.mark.parametrize(
@@ -32,3 +37,22 @@ def test_count_of_killed_processes_is_the_kernels(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(lost, "_COUNTS", (f"{tmp_path}/none{{group}}", f"{tmp_path}{{group}}/memory.events"))
     assert oom_kills("") == 2
     assert oom_kills("/nowhere") == 0
+
+
+GREEDY = "import sys; open(sys.argv[1], 'w').write('0'); data = bytearray(2**28)"
+
+
+def test_count_of_killed_processes_rises_when_the_kernel_kills_one_for_memory() -> None:
+    if place_for_groups() is None:
+        pytest.skip("no control group for memory can be made here")
+    group = MemoryGroup(f"lost-{os.getpid()}")
+    try:
+        group.limit(2**26)
+        own = memory_group(Path("/proc/self/cgroup").read_text()).rstrip("/") + f"/{group.folder.name}"
+        before = oom_kills(own)
+        done = subprocess.run([sys.executable, "-c", GREEDY, str(group.entrance)])
+        kills = oom_kills(own) - before
+        assert (done.returncode, kills) == (-signal.SIGKILL, 1)
+        assert crash(done.returncode, "node", io.BytesIO(), kills).cause is Cause.MEMORY
+    finally:
+        group.remove()
