@@ -26,7 +26,7 @@ from orchestrator.work.lockstep import Lockstep
 from orchestrator.work.ort import ort_value
 from orchestrator.work.shards import Weight, map_shards
 from tests.conftest import SpecMaker
-from tests.integration.steps import WITHOUT_ENGINES, run_steps
+from tests.integration.steps import WITHOUT_ENGINES, forge, run_steps
 from tests.models.families import TINY, write_tiny
 from tests.test_rendering import config_of, networks
 
@@ -182,5 +182,6 @@ def test_verification_of_a_fault_on_one_rank_fails_and_names_its_layer(
     data[begin : begin + len(spoilt.data)] = bytes(spoilt.data)
     shard.unlink()
     shard.write_bytes(data)
+    forge(Path(store_url.removeprefix("file://")), outcomes["convert/stage0/group0"])
     with pytest.raises(VerificationError, match=f"relative error .*{place}"):
         run_steps(made, store_url, WITHOUT_ENGINES)

@@ -13,7 +13,7 @@ from orchestrator.core.errors import VerificationError
 from orchestrator.core.manifest import Verification
 from orchestrator.core.step import Kind
 from tests.conftest import SpecMaker
-from tests.integration.steps import WITHOUT_ENGINES, run_steps
+from tests.integration.steps import WITHOUT_ENGINES, forge, run_steps
 from tests.models.smollm2 import smollm2
 from tests.models.tiny import write_tiny_llama
 
@@ -118,5 +118,6 @@ def test_verification_of_a_wrong_shard_fails_the_step(tiny_llama: Path, tmp_path
     first, second = (store / output.key for output in outcomes["convert/stage0/group0"].outputs)
     second.unlink()
     second.write_bytes(first.read_bytes())
+    forge(store, outcomes["convert/stage0/group0"])
     with pytest.raises(VerificationError):
         run_steps(made, store.as_uri(), WITHOUT_ENGINES)
