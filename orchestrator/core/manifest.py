@@ -34,6 +34,7 @@ LIMIT_BYTES = 32 * 2**20
 """Size of the largest manifest that is read. One of 1,000 ranks has about a fifth of it."""
 _LIMIT_VALUES = 1_000_000
 """JSON values in it: a few bytes of text may stand for a hundred of memory."""
+_LIMIT_FILES = 10_000
 _LARGEST = 2**63 - 1
 _LISTED_PROBLEMS = 1000
 """More are counted only: a list of them takes a kilobyte each."""
@@ -41,6 +42,7 @@ _SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
 
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Size = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+Word = Annotated[str, Field(max_length=256)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 Role = Literal["engine", "tokenizer", "config", "report"]
@@ -66,7 +68,7 @@ class FileRecord(_Record):
     key: str
     """Where it lies, relative to the manifest."""
     role: Role
-    media_type: str
+    media_type: Word
     num_bytes: Count
     sha256: Sha256
     chunks: Chunks
@@ -89,8 +91,8 @@ class FileRecord(_Record):
 class TensorRange(_Record):
     """An input or output of an engine, with the shapes of each optimization profile."""
 
-    name: str
-    dtype: str
+    name: Word
+    dtype: Word
     mode: Literal["input", "output"]
     shape: Annotated[tuple[Size | str, ...], FailFast()]
     """A dynamic dimension is its name."""
@@ -105,14 +107,14 @@ class EngineRecord(_Record):
     """What a runtime must know of an engine before it loads it."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"]
-    tensorrt_version: str
-    cuda_version: str | None = None
+    tensorrt_version: Word
+    cuda_version: Word | None = None
     """Of the CUDA that the library was made for: its major version, e.g. 13."""
-    gpu_name: str | None = None
+    gpu_name: Word | None = None
     """tensorrt: the GPU that it was built on, as NVML names it. tensorrt_rtx builds without one."""
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[Word, ...]
     """tensorrt: that of the GPU. tensorrt_rtx: the targets; empty: every one that the library supports."""
-    profiles: tuple[str, ...]
+    profiles: tuple[Word, ...]
     """Names of the optimization profiles, by index."""
     tensors: Annotated[tuple[TensorRange, ...], FailFast()]
     weights_bytes: Count | None = None
@@ -247,12 +249,12 @@ class QuantizationRecord(_Record):
 class Selectors(_Record):
     """By what a consumer chooses among the releases of a model."""
 
-    backend: str
-    precision: str
+    backend: Word
+    precision: Word
     """Quantization algorithm, or the model's dtype."""
     tp: Count
     pp: Count
-    gpu: str
+    gpu: Word
     """Name of the GPU, or the compute capabilities, or any."""
 
 
@@ -260,12 +262,12 @@ class Manifest(_Record):
     """What was published."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
-    media_type: str = MEDIA_TYPE
+    media_type: Word = MEDIA_TYPE
     name: str = Field(pattern=RELEASE_NAME)
     version: str = Field(pattern=RELEASE_VERSION)
-    build_key: str
+    build_key: Word
     """Digest of the inputs; the engines' own digests stand with their files."""
-    created_at: str
+    created_at: Word
     source: Annotated[tuple[SourceFileRecord, ...], FailFast()]
     model: ModelConfig
     selectors: Selectors
@@ -303,8 +305,11 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _files_do_not_collide(self) -> Self:
+        files = self.all_files()
+        if len(files) > _LIMIT_FILES:
+            raise ValueError(f"{len(files):,} files are more than any release has")
         found: dict[str, FileRecord] = {}
-        for file in self.all_files():
+        for file in files:
             if found.setdefault(file.path, file) != file:
                 raise ValueError(f"{file.path} is described twice, as different files")
         check_disjoint(found)
@@ -351,8 +356,11 @@ def parse_manifest(data: bytes, address: str) -> Manifest:
 
 def _unsealed(data: bytes, address: str) -> dict[str, Any]:
     """Its fields. Raises SchemaVersionError, and ValueError and the like for what is no manifest."""
-    if len(data) > LIMIT_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > _LIMIT_VALUES:
+    if len(data) > LIMIT_BYTES:
         raise ValueError(f"{len(data):,} bytes are more than any manifest has")
+    num_values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if num_values > _LIMIT_VALUES:
+        raise ValueError(f"about {num_values:,} values are more than any manifest has")
     plain: dict[str, Any] = json.loads(data)
     version = plain["schema_version"]
     if type(version) is not int or version < 1:

@@ -50,4 +50,17 @@ def _tensor(kind: str, tensor: TensorRange) -> str:
     if tensor.dtype not in _TYPES:
         raise SpecError(f"{tensor.name} is {tensor.dtype}, which Triton's model configuration does not have", "Use --layout flat.")
     dims = ", ".join("-1" if isinstance(size, str) else str(size) for size in tensor.shape)
-    return f'{kind} [\n  {{ name: "{tensor.name}" data_type: {_TYPES[tensor.dtype]} dims: [ {dims} ] }}\n]'
+    return f"{kind} [\n  {{ name: {_quoted(tensor.name)} data_type: {_TYPES[tensor.dtype]} dims: [ {dims} ] }}\n]"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: nothing in a name of the manifest ends it."""
+    return (
+        '"'
+        + "".join(character if character.isprintable() and character not in '"\\' else _octal(character) for character in text)
+        + '"'
+    )
+
+
+def _octal(character: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in character.encode())

@@ -6,14 +6,18 @@ config.json has the shape that TensorRT-LLM 0.16's `EngineConfig` reads: version
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.core.errors import DigestError
 from orchestrator.core.manifest import Manifest
 from orchestrator.core.model_config import to_trtllm
 from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.topology import Topology
 from orchestrator.layouts import Arrangement, Request, identity_files
 
+T = TypeVar("T", bound=BaseModel)
 _VERSION = "0.16.0"
 """Of the TensorRT-LLM whose directory this is."""
 
@@ -28,23 +32,44 @@ def arrange(request: Request) -> Arrangement:
     return Arrangement(places, {**identity_files(request), "config.json": config})
 
 
+class _Asked(BaseModel):
+    """What is read of a manifest's engine_config."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    max_batch_size: int
+    opt_batch_size: int
+    max_input_len: int
+    max_seq_len: int | None = None
+    max_logits_per_sequence: int = 1
+    weight_streaming: bool = False
+
+
+def _decoded(model: type[T], plain: Any, what: str) -> T:
+    """Raises DigestError."""
+    try:
+        return model.model_validate(plain)
+    except ValidationError as error:
+        raise DigestError(f"the manifest's {what} cannot be read: {error.error_count()} of its fields are wrong") from None
+
+
 def engine_config(manifest: Manifest) -> dict[str, Any]:
-    """What stands in config.json."""
+    """What stands in config.json. Raises DigestError for a manifest that does not hold it."""
     layers = [next(r.num_layers for r in manifest.ranks if r.pp_rank == stage) for stage in range(manifest.pp)]
     topology = Topology(manifest.tp, manifest.pp, tuple(layers), manifest.moe_ep, manifest.cp)
-    quantization = ModelQuantization.model_validate(manifest.quantization.model) if manifest.quantization else None
-    asked = manifest.engine_config
+    quantization = _decoded(ModelQuantization, manifest.quantization.model, "quantization") if manifest.quantization else None
+    asked = _decoded(_Asked, manifest.engine_config, "engine_config")
     return {
         "version": _VERSION,
         "pretrained_config": to_trtllm(manifest.model, topology, quantization),
         "build_config": {
-            "max_batch_size": asked["max_batch_size"],
-            "opt_batch_size": asked["opt_batch_size"],
-            "max_input_len": asked["max_input_len"],
-            "max_seq_len": asked.get("max_seq_len") or manifest.model.max_position_embeddings,
+            "max_batch_size": asked.max_batch_size,
+            "opt_batch_size": asked.opt_batch_size,
+            "max_input_len": asked.max_input_len,
+            "max_seq_len": asked.max_seq_len or manifest.model.max_position_embeddings,
             "max_beam_width": 1,
-            "gather_context_logits": asked.get("max_logits_per_sequence", 1) > 1,
+            "gather_context_logits": asked.max_logits_per_sequence > 1,
             "strongly_typed": True,
-            "weight_streaming": asked.get("weight_streaming", False),
+            "weight_streaming": asked.weight_streaming,
         },
     }

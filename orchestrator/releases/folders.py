@@ -93,9 +93,8 @@ class Spot:
             os.unlink(self.name, dir_fd=self.folder)
 
     def move_to(self, target: Spot) -> None:
-        """Give it the name of `target`, and let that survive a crash."""
+        """Give it the name of `target`; `OutputFolder.sync` lets the name survive a crash."""
         os.rename(self.name, target.name, src_dir_fd=self.folder, dst_dir_fd=target.folder)
-        os.fsync(target.folder)
 
 
 class OutputFolder:
@@ -144,7 +143,7 @@ class OutputFolder:
             raise error from None
 
     def rename_folder(self, source: str, target: str) -> None:
-        """Give a folder below its final name, and let that survive a crash. Raises StoreError."""
+        """Give a folder below its final name. Raises StoreError."""
         first, second = self.spot(source), self.spot(target)
         with writing(second.path):
             first.move_to(second)
@@ -164,6 +163,12 @@ class OutputFolder:
                 temporary.move_to(target)
             finally:
                 temporary.unlink()
+
+    def sync(self) -> None:
+        """Let all names that were given in its folders survive a crash. Raises StoreError."""
+        with writing(self.path):
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
 
     def free_bytes(self) -> int:
         with writing(self.path):

@@ -101,10 +101,13 @@ def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, 
         staged = {final: temporary for temporary, final in arrangement.renames if output.spot(final).stat() is None}
         places = {file.path: _staged(arrangement.places[file.path], staged) for file in wanted}
         download(release.store, [Wanted(file, places[file.path]) for file in wanted], output, listener)
+        output.sync()  # what names the files is written when they are there to stay
         for path, data in arrangement.written.items():
             output.write_whole(_staged(path, staged), data)
+        output.sync()
         for final, temporary in staged.items():
             output.rename_folder(temporary, final)
+        output.sync()
     return [folder / arrangement.places[file.path] for file in wanted]
 
 

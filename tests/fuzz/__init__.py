@@ -9,6 +9,7 @@ To add a kind, write `tests/fuzz/<kind>.py` with a class that is a `harness.Fuzz
 from __future__ import annotations
 
 FUZZERS: dict[str, tuple[str, str]] = {
+    "manifests": ("tests.fuzz.manifests", "Manifests"),
     "specs": ("tests.fuzz.specs", "Specs"),
     "sources": ("tests.fuzz.sources", "Sources"),
 }

@@ -6,6 +6,7 @@ with short messages and little memory. A case is a function of its kind, seed an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import random
@@ -71,7 +72,8 @@ class Ended:
             return f"exit code {self.code}, which no error of ours has"
         if self.memory_bytes > MEMORY_BYTES:
             return f"{self.memory_bytes / 1e9:.1f} GB of memory"
-        longest = max(map(len, self.stdout.split(b"\n")))
+        # What a command was asked for as JSON is data, not a message.
+        longest = 0 if self.code == 0 and "--json" in self.words else max(map(len, self.stdout.split(b"\n")))
         if len(self.stderr) > MESSAGE_BYTES or longest > MESSAGE_BYTES:
             return f"a message of {max(len(self.stderr), longest):,} bytes"
         return ""
@@ -81,6 +83,7 @@ def open_fuzzer(kind: str) -> Fuzzer:
     """The fuzzer of a kind of FUZZERS."""
     module, name = FUZZERS[kind]
     made: Fuzzer = getattr(importlib.import_module(module), name)()
+    _command()
     return made
 
 
@@ -107,7 +110,12 @@ def run_case(fuzzer: Fuzzer, kind: str, seed: int, number: int, folder: Path) ->
     remove(folder)
     folder.mkdir(parents=True)
     for words in fuzzer.make(random.Random(f"{kind}:{seed}:{number}"), folder):
-        yield run_command(tuple(words), folder, _command_line)
+        yield run_line(words, folder)
+
+
+def run_line(words: Sequence[str], folder: Path) -> Ended:
+    """Run `orchestrator WORDS` in a folder."""
+    return run_command(tuple(words), folder, _command_line)
 
 
 def remove(folder: Path) -> None:
@@ -155,12 +163,20 @@ def _in_child(words: tuple[str, ...], folder: Path, outputs: list[Path], run: Ca
         os._exit(code)
 
 
-def _command_line(words: tuple[str, ...]) -> int:
-    """Exit code of `orchestrator WORDS`; lets out what the command line lets out."""
+@functools.cache
+def _command() -> Callable[..., object]:
+    """All commands, put together once for all children: that takes longer than most of them."""
+    from typer.main import get_command
+
     from orchestrator.cli import app
 
+    return get_command(app)
+
+
+def _command_line(words: tuple[str, ...]) -> int:
+    """Exit code of `orchestrator WORDS`; lets out what the command line lets out."""
     try:
-        app(list(words), prog_name="orchestrator")
+        _command()(list(words), prog_name="orchestrator")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     return 0
