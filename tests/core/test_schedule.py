@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from orchestrator.core.plan import Plan
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.schedule import Schedule, Start
+from orchestrator.core.schedule import MAX_REPEATS, Schedule, Start
 from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Failure, FailureKind, Kind, Outcome, Step
+from orchestrator.core.step import Consumed, Failure, FailureKind, Kind, Outcome, Output, Step
 from tests.models.plans import LOST, WRONG, fake_plan, named, outcome_of
 
 RETRIES = RetrySpec(max_attempts=3, backoff_seconds=2.0, max_backoff_seconds=3.0)
@@ -273,3 +273,73 @@ def test_handle_handed_over_step_does_not_use_up_its_attempts() -> None:
     assert schedule.failures[step.digest].message == "node lost (attempt 3 of 3)"
     handed, lost = FailureKind.HANDED_OVER, FailureKind.INFRASTRUCTURE
     assert [(each.kind, each.attempt) for each in schedule.lost[step.digest]] == [(handed, 1), (handed, 2), (lost, 3), (lost, 4)]
+
+
+def _written(step: Step, attempt: str) -> Outcome:
+    output = Output(name="out", key=f"steps/{step.digest}/{attempt}/out", num_bytes=1, sha256="ab" * 32)
+    return outcome_of(step).model_copy(update={"outputs": (output,), "node": attempt})
+
+
+def _made_from(step: Step, need: Step, sha256: str = "ab" * 32) -> StepSucceeded:
+    outcome = outcome_of(step).model_copy(update={"consumed": (Consumed(step=need.digest, name="out", sha256=sha256),)})
+    return StepSucceeded(digest=step.digest, outcome=outcome)
+
+
+def _damaged(outcome: Outcome) -> Failure:
+    return Failure(kind=FailureKind.APPLICATION, message="it is not what was written", damaged=outcome.outputs[0].key)
+
+
+PAIR = fake_plan({"maker": [], "x": ["maker"], "y": ["maker"]})
+MAKER, X, Y = (named(PAIR, name) for name in ("maker", "x", "y"))
+
+
+def test_handle_damaged_input_its_maker_runs_again_and_then_whoever_read_it() -> None:
+    first, second = _written(MAKER, "one"), _written(MAKER, "two")
+    schedule = schedule_of(PAIR, {MAKER.digest: first})
+    assert names(schedule.start()) == ["x", "y"]
+    assert schedule.handle(failed(X, _damaged(first))) == [Start(MAKER, 2)]
+    (taken,) = schedule.taken_back()
+    assert (taken.outcome, taken.damaged, schedule.taken_back()) == (first, True, [])
+    assert schedule.handle(failed(Y, _damaged(first))) == []  # the same damage, found later
+    assert schedule.taken_back() == []
+    commands = schedule.handle(StepSucceeded(digest=MAKER.digest, outcome=second))
+    assert commands == [Start(X, 2), Start(Y, 2)]
+    for step in (X, Y):
+        schedule.handle(_made_from(step, MAKER))
+    assert schedule.done
+    assert schedule.failures == {}
+    assert [len(schedule.lost[step.digest]) for step in (MAKER, X, Y)] == [1, 1, 1]
+
+
+def test_handle_input_that_is_damaged_each_time_is_given_up() -> None:
+    schedule = schedule_of(PAIR, {})
+    schedule.start()
+    for attempt in range(MAX_REPEATS + 1):
+        outcome = _written(MAKER, str(attempt))
+        schedule.handle(StepSucceeded(digest=MAKER.digest, outcome=outcome))
+        schedule.handle(failed(X, _damaged(outcome)))
+        if attempt == 0:
+            schedule.handle(failed(Y, _damaged(outcome)))
+    schedule.handle(failed(Y, WRONG))
+    assert schedule.done
+    assert next(iter(schedule.failures)) == MAKER.digest
+    assert "each time it was wrong again" in schedule.failures[MAKER.digest].message
+
+
+def test_handle_outcome_made_from_other_bytes_than_there_are_now_runs_again() -> None:
+    """It ended before its maker had to run again, and that came out otherwise."""
+    first = _written(MAKER, "one")
+    schedule = schedule_of(PAIR, {MAKER.digest: first})
+    schedule.start()
+    schedule.handle(_made_from(X, MAKER))
+    schedule.handle(failed(Y, _damaged(first)))
+    schedule.taken_back()
+    (output,) = _written(MAKER, "two").outputs
+    other = first.model_copy(update={"outputs": (output.model_copy(update={"sha256": "cd" * 32}),)})
+    assert schedule.handle(StepSucceeded(digest=MAKER.digest, outcome=other)) == [Start(X, 2), Start(Y, 2)]
+    (taken,) = schedule.taken_back()
+    assert (taken.outcome.name, taken.damaged) == ("x", False)
+    for step in (X, Y):
+        schedule.handle(_made_from(step, MAKER, "cd" * 32))
+    assert schedule.done
+    assert schedule.failures == {}
