@@ -57,7 +57,7 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
 def _top_names(place: Place, address: str) -> list[str]:
     """Names of the files right at the place: a folder of this machine may have a whole disk below it."""
     if isinstance(place, LocalPlace):
-        return sorted(path.name for path in place.folder.iterdir() if path.is_file()) if place.folder.is_dir() else []
+        return place.top_names()
     try:
         return [name for name in place.names() if "/" not in name]
     except SourceMissingError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator import cache
 from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.hub import pinned
 from orchestrator.clusters import Cluster, Probing
 from orchestrator.core import topology as topologies
 from orchestrator.core.checkpoint import CheckpointIndex
@@ -77,6 +78,7 @@ def _plan(spec: BuildSpec) -> Plan:
     from orchestrator.quantizers import tolerance
     from orchestrator.quantizing import resolve as resolve_quantization
 
+    spec = spec.model_copy(update={"source": spec.source.model_copy(update={"path": pinned(spec.source.path)})})
     index, extra_files = read_source(spec.source.path, spec.source.format)
     family, architecture, ignored = _family(spec, index)
     config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config, ignored)

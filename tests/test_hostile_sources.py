@@ -93,6 +93,7 @@ def test_plan_of_a_config_of_a_terabyte_does_not_read_it(source: Path) -> None:
     [
         (b"[" * 100_000, "is not JSON: maximum recursion depth"),
         (b'{"a":' * 50_000, "is not JSON: maximum recursion depth"),
+        (b'{"a": "\\uD800"}', "half of a character"),
         (b"[1]", "is a JSON list, an object was expected"),
         (b"7", "is a JSON number"),
         (b"null", "is a JSON null"),
@@ -161,6 +162,7 @@ ENTRY = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}
         ({"a": {**ENTRY, "data_offsets": ["0", "4"]}}, "a has the data_offsets"),
         ({"a": {**ENTRY, "data_offsets": [4, 0]}}, "a: bytes 4..0 do not hold"),
         ({"a": {**ENTRY, "data_offsets": [4, 8]}}, "a starts at byte"),
+        ({"\ud800": ENTRY}, "is no text"),
         ({"a": ENTRY, "b": ENTRY}, "b starts at byte"),
         ({"a": ENTRY, "__metadata__": [1]}, "__metadata__ is no JSON object"),
         ({"x" * 10**6: {**ENTRY, "shape": [3]}}, "do not hold"),

@@ -60,6 +60,7 @@ TABLE: dict[str, Row] = {
     "orchestrator.families": Row(_own("families", "core.config_table", "core.rules", "core.spec", "core.errors")),
     "orchestrator.stores": Row(_own("core", "stores"), STORAGE | PLAIN, frozenset({"botocore"})),
     "orchestrator.checkpoints": Row(_own("core", "families", "stores", "checkpoints"), STORAGE | {"numpy"}, frozenset({"gguf"})),
+    "orchestrator.checkpoints.hub": Row(_own("core", "checkpoints"), inside=frozenset({"huggingface_hub"})),
     "orchestrator.cache": Row(_own("core", "stores"), STORAGE | PLAIN),
     "orchestrator.networks": Row(_own("core", "families", "networks"), frozenset({"numpy", "onnx"})),
     "orchestrator.quantizers": Row(_own("core", "quantizers"), frozenset({"numpy"}), HEAVY),

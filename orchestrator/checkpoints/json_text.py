@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from orchestrator.core.errors import SourceCorruptError, abbreviated
+from orchestrator.core.errors import SourceCorruptError, abbreviated, is_text
 
 _ADVICE = "Download the file again: whoever wrote it wrote JSON."
 
@@ -17,7 +17,10 @@ def json_value(data: bytes, where: str) -> Any:
     read, as Python's own writer writes them.
     """
     try:
-        return json.loads(data, object_pairs_hook=_object)
+        value = json.loads(data, object_pairs_hook=_object)
+        if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("it holds half of a character (U+D800 to U+DFFF)")
+        return value
     except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits, thousands of brackets
         raise SourceCorruptError(f"{where} is not JSON: {abbreviated(str(error), 200)}", _ADVICE) from None
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.checkpoints.identity import identity, matches
 from orchestrator.core.checkpoint import SourceFile, TensorInfo
 from orchestrator.core.dtypes import num_bytes
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SourceUnreadableError
+from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SourceUnreadableError, is_text
 from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
 
 LFS_MAGIC = b"version https://git-lfs"
@@ -93,6 +93,10 @@ def open_place(url: str) -> Place:
         return LocalPlace(Path(url))
     if url.startswith("file://"):
         return LocalPlace(Path(unquote(urlsplit(url).path)))
+    if url.startswith("hf://"):
+        from orchestrator.checkpoints.hub import HubPlace
+
+        return HubPlace(url)
     from orchestrator.checkpoints.remote import RemotePlace
 
     return RemotePlace(url)
@@ -110,11 +114,22 @@ def check_folder(folder: Path) -> None:
     try:
         is_folder = stat.S_ISDIR(folder.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        raise SourceMissingError(f"there is no folder {folder}", "Check source.path in the spec.") from None
+        raise SourceMissingError(f"there is no folder {folder}", _advice(folder)) from None
     except (OSError, ValueError) as error:
         raise SourceUnreadableError(f"cannot look into {folder}: {error}") from None
     if not is_folder:
         raise SourceMissingError(f"{folder} is a file, not a folder", f"Give the folder that holds it: {folder.parent}.")
+
+
+def _advice(folder: Path) -> str:
+    """For a folder that is not there: it may be meant as a name of the hub, which has no folder of the organization either."""
+    name = "/".join(folder.parts[-2:])
+    if folder.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return "Check source.path in the spec: a relative one counts from the folder of the spec."
+    return (
+        f"Check source.path. If {name} is a model of the Hugging Face hub: hf download {name} --local-dir FOLDER, and give FOLDER; "
+        f"or write hf://{name} to read it from the hub."
+    )
 
 
 def _cannot_list(error: OSError) -> NoReturn:
@@ -136,6 +151,15 @@ class LocalPlace:
             below = Path(path).relative_to(self.folder)
             found.extend((below / name).as_posix() for name in files)
         return sorted(found)
+
+    def top_names(self) -> list[str]:
+        """Names of the files right in the folder; none of what is no folder. Raises SourceUnreadableError."""
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if not path.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            _cannot_list(error)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         path = self.folder / name
@@ -172,6 +196,8 @@ class LocalPlace:
         Any rewrite of a file changes its times, so the worst case is a needless rebuild, never a stale engine.
         """
         found = self._stat(name)
+        if not is_text(name):
+            raise SourceCorruptError(f"the name of the file {self.folder}/{name!a} is no UTF-8", "Rename it.")
         return SourceFile(name, found.st_size, identity(self.folder, name, found))
 
     def as_planned(self, planned: SourceFile) -> SourceFile:

@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 
 from orchestrator.checkpoints.places import ByteSource, PlannedRange, check_unchanged
 from orchestrator.core.checkpoint import SourceFile
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError, StoreError
+from orchestrator.core.errors import OrchestratorError, SourceCorruptError, SourceMissingError, StoreError
 from orchestrator.core.secrets import refuse_secret
 from orchestrator.stores.folders import find_files
 
@@ -44,7 +44,7 @@ _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 30.0
 _PERMANENT_ERRNOS = frozenset({errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", -1)})
 _PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "gcsfs", "azure"})
+_NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "httpx", "httpcore", "gcsfs", "azure"})
 _LASTING_ERRORS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"})
 _CONTENT_FIELDS = ("md5Hash", "content_md5")
 """MD5 of the content, on Google's and Azure's stores: there an ETag changes when only metadata does."""
@@ -152,7 +152,7 @@ class RemotePlace:
         for left in reversed(range(_ATTEMPTS)):
             try:
                 return attempt()
-            except (FileNotFoundError, SourceCorruptError):
+            except (FileNotFoundError, OrchestratorError):
                 raise
             except Exception as error:
                 if not left or not is_transient(error):

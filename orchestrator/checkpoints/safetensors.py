@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.checkpoints.places import LFS_MAGIC, LocalPlace, Place
 from orchestrator.core.dtypes import ITEM_BITS, num_bytes
-from orchestrator.core.errors import LfsPointerError, SourceCorruptError, abbreviated
+from orchestrator.core.errors import LfsPointerError, SourceCorruptError, abbreviated, is_text
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -101,6 +101,8 @@ def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
     shown = abbreviated(name, 100)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise ValueError(f"{shown} has no dtype, shape and data_offsets")
+    if not is_text(name):
+        raise ValueError(f"the name {shown!a} is no text")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"{shown} has the unknown dtype {abbreviated(repr(dtype), 40)}")

@@ -6,10 +6,11 @@ and reports each attempt with exactly one final event.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-from orchestrator.core.nodes import NodeFacts
+from orchestrator.core.nodes import HUB_OFFLINE, NodeFacts
 from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
 from orchestrator.core.step import Task
 
@@ -54,6 +55,7 @@ def worker_environment(threads: int, *, gpu: bool) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
+        HUB_OFFLINE: os.environ.get("HF_HUB_OFFLINE", "0"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
     }  # fmt: skip
     return environment if gpu else {**environment, "CUDA_VISIBLE_DEVICES": ""}

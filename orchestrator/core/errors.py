@@ -37,6 +37,11 @@ def bounded(text: str, limit_bytes: int) -> str:
     return text
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: names of files and escapes of JSON and YAML may hold halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class OrchestratorError(Exception):
     """Base of everything that a user can cause or mend."""
 

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.step import Kind, Step
 
+HUB_OFFLINE = "TRT_ORCHESTRATOR_HF_HUB_OFFLINE"
+"""Environment variable of workers, whose libraries are offline: HF_HUB_OFFLINE as it is where the build was started."""
+
 
 class GpuFacts(BaseModel):
     """A device, as its driver describes it."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.core.errors import SpecError, abbreviated
+from orchestrator.core.errors import SpecError, abbreviated, is_text
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -164,6 +164,8 @@ class _Reader:
 
     def _scalar(self, event: Any) -> Any:
         text: str = event.value
+        if not is_text(text):
+            raise self._error(event, "half of a character (U+D800 to U+DFFF)", "Remove the escape.")
         if not event.implicit[0] or event.tag == _STRING_TAG:  # in quotes, a block, or !!str
             return text
         if text in _SPECIAL:

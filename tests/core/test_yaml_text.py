@@ -44,6 +44,7 @@ def refused(data: bytes | str) -> SpecError:
         ("a: 1\n---\nb: 2\n", "line 2, column 1: a second document begins here"),
         ("a: &x [*x]\n", "*x stands within &x"),
         ("a: *x\n", "*x names no anchor before it"),
+        ('a: "\\ud800"', "line 1, column 4: half of a character"),
         ("1: a\n", "the key 1 is not text"),
         ("null: a\n", "the key null is not text"),
         ("? [a]\n: b\n", "a key that is a list"),
