@@ -77,11 +77,11 @@ class HubPlace(RemotePlace):
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def source_file(self, name: str) -> SourceFile:
-        """Identity: the sha256 of a large file, of any other the name of its blob in git."""
+    def source_version(self, name: str) -> tuple[SourceFile, str]:
+        """Identity: the sha256 of a large file, of any other the name of its blob in git. What a commit holds stays as it is."""
         file = self._file(name)
         identity = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-        return SourceFile(name, int(file.size), identity)
+        return SourceFile(name, int(file.size), identity), ""
 
     def _info(self, name: str) -> dict[str, Any]:
         return {"type": "file", "size": self._file(name).size}
@@ -91,7 +91,7 @@ class HubPlace(RemotePlace):
             raise SourceMissingError(f"{self.url}/{name} is not there")
         return self._files[name]
 
-    def _fetch_once(self, name: str, begin: int, end: int, identity: str | None) -> bytes:
+    def _fetch_once(self, name: str, begin: int, end: int, etag: str) -> bytes:  # a commit is one version
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
