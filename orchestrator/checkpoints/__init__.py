@@ -109,12 +109,13 @@ def _as_sets(names: list[str]) -> str:
 def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
     """The tokenizer and config files that are there, identified by their content.
 
-    Raises LfsPointerError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
+    Raises LfsPointerError, SourceLinkError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
     """
+    from orchestrator.checkpoints.confined import read_companion
     from orchestrator.checkpoints.huggingface import parse_json
     from orchestrator.core.digest import digest_bytes
 
-    contents = {name: place.read(name) for name in COMPANIONS if name in names}
+    contents = {name: read_companion(place, name) for name in COMPANIONS if name in names}
     for name, data in contents.items():
         if data.startswith(LFS_MAGIC):
             raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer, not a tokenizer or config")

@@ -102,6 +102,13 @@ class SourceUnreadableError(OrchestratorError):
     default_advice = "Give the user that builds the right to read the source's folder and every file in it (ls -lL)."
 
 
+class SourceLinkError(OrchestratorError):
+    """A file that would be published with the release is a link out of the source."""
+
+    exit_code = 37
+    default_advice = "Copy the file into the source's folder, if it is meant to be published, or remove the link."
+
+
 class LfsPointerError(OrchestratorError):
     """A Git-LFS pointer stands where weights should be."""
 

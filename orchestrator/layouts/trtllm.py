@@ -6,18 +6,14 @@ config.json has the shape that TensorRT-LLM 0.16's `EngineConfig` reads: version
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from orchestrator.core.errors import DigestError
+from orchestrator.core.asked import asked_engine, model_quantization
 from orchestrator.core.manifest import Manifest
 from orchestrator.core.model_config import to_trtllm
-from orchestrator.core.quantization import ModelQuantization
 from orchestrator.core.topology import Topology
 from orchestrator.layouts import Arrangement, Request, identity_files
 
-T = TypeVar("T", bound=BaseModel)
 _VERSION = "0.16.0"
 """Of the TensorRT-LLM whose directory this is."""
 
@@ -32,33 +28,12 @@ def arrange(request: Request) -> Arrangement:
     return Arrangement(places, {**identity_files(request), "config.json": config})
 
 
-class _Asked(BaseModel):
-    """What is read of a manifest's engine_config."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
-
-    max_batch_size: int
-    opt_batch_size: int
-    max_input_len: int
-    max_seq_len: int | None = None
-    max_logits_per_sequence: int = 1
-    weight_streaming: bool = False
-
-
-def _decoded(model: type[T], plain: Any, what: str) -> T:
-    """Raises DigestError."""
-    try:
-        return model.model_validate(plain)
-    except ValidationError as error:
-        raise DigestError(f"the manifest's {what} cannot be read: {error.error_count()} of its fields are wrong") from None
-
-
 def engine_config(manifest: Manifest) -> dict[str, Any]:
     """What stands in config.json. Raises DigestError for a manifest that does not hold it."""
     layers = [next(r.num_layers for r in manifest.ranks if r.pp_rank == stage) for stage in range(manifest.pp)]
     topology = Topology(manifest.tp, manifest.pp, tuple(layers), manifest.moe_ep, manifest.cp)
-    quantization = _decoded(ModelQuantization, manifest.quantization.model, "quantization") if manifest.quantization else None
-    asked = _decoded(_Asked, manifest.engine_config, "engine_config")
+    quantization = model_quantization(manifest)
+    asked = asked_engine(manifest)
     return {
         "version": _VERSION,
         "pretrained_config": to_trtllm(manifest.model, topology, quantization),

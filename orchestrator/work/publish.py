@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import signing
+from orchestrator.checkpoints.confined import read_companion
 from orchestrator.checkpoints.places import open_place
 from orchestrator.core.consumption import outdated
 from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
@@ -233,7 +234,7 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
     source = open_place(plan.inputs.source)
     for file in plan.inputs.extra_files:
-        content = source.read(file.name)
+        content = read_companion(source, file.name)
         if file.identity != "sha256:" + digest_bytes(content):
             raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
         media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"
