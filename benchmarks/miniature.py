@@ -2,7 +2,7 @@
 
     python -m benchmarks.miniature [--only WORD] [--build] [--model DIR]
 
-`seconds` are those of the step without its imports, in one process on one thread; `layouts` are one rank, tp=2, tp=2 with ep=2
+`CPU` is that of the step without its imports, seconds of one thread; `layouts` are one rank, tp=2, tp=2 with ep=2
 where there are experts, and two stages. `--build` builds `--model` (tp=2, pp=2) and prints what the miniature's step took of it.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,11 +47,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console(width=190)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
-    console.print(f"imports, in a process of their own: {time.perf_counter() - began:.1f} s")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    console.print(f"imports, in a process of their own: {time.perf_counter() - began:.1f} s, {used:.1f} s of CPU")
     measured("warm up", tiny_config_json("llama"))
-    table = Table("model", "family", "layers", "worst error", "layouts", "longer than (in the miniature)", "seconds", box=None)
+    table = Table("model", "family", "layers", "worst error", "layouts", "longer than (in the miniature)", "CPU", box=None)
     wrong, times = 0, []
     for name, config in configs():
         if arguments.only in name:
@@ -60,7 +63,9 @@ def main() -> None:
             times.append(seconds)
     console.print(table)
     spread = f"median {statistics.median(times):.2f}, longest {max(times):.2f}, sum {sum(times):.0f}"
-    console.print(f"{len(times)} configs, {wrong} wrong; seconds: {spread}")
+    console.print(
+        f"{len(times)} configs, {wrong} wrong; CPU seconds: {spread}; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+    )
     if arguments.build:
         console.print(of_a_build(arguments.model.resolve()))
 
@@ -73,20 +78,20 @@ def configs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def measured(name: str, config: dict[str, Any]) -> tuple[list[str], float, bool]:
-    """A row of the table, seconds, and whether both sides agreed."""
+    """A row of the table, CPU seconds, and whether both sides agreed."""
     from orchestrator.work.miniature.proof import prove
 
     architecture = config["architectures"][0]
     family = family_for(architecture).name
     options = MiniatureOptions(config=config, family=family, architecture=architecture)
-    began = time.perf_counter()
+    began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="miniature-") as folder:
         try:
             found = prove(options, Path(folder), lambda done, total: None)
         except OrchestratorError as error:
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             return [name, family, "", "wrong", "", error.message, f"{seconds:.2f}"], seconds, False
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     error = f"{found.max_relative_error:.1e}"
     return [name, family, f"{found.num_layers}", error, f"{len(found.cases)}", lengths(found), f"{seconds:.2f}"], seconds, True
 
