@@ -63,9 +63,8 @@ def main() -> None:
             times.append(seconds)
     console.print(table)
     spread = f"median {statistics.median(times):.2f}, longest {max(times):.2f}, sum {sum(times):.0f}"
-    console.print(
-        f"{len(times)} configs, {wrong} wrong; CPU seconds: {spread}; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-    )
+    load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+    console.print(f"{len(times)} configs, {wrong} wrong; CPU seconds: {spread}; {load}")
     if arguments.build:
         console.print(of_a_build(arguments.model.resolve()))
 

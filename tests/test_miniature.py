@@ -22,7 +22,9 @@ from orchestrator.core.topology import Topology
 from orchestrator.families import FAMILIES, family_for
 from orchestrator.stores import open_store
 from orchestrator.work.miniature import proof
+from orchestrator.work.miniature.model import class_defaults, loaded_config
 from orchestrator.work.miniature.ranks import Layout
+from orchestrator.work.miniature.scaling import Scaling, is_count
 from tests.models.families import TINY, tiny_config_json, write_tiny
 from tests.models.here import HereCluster, run_here
 from tests.models.wrong_rules import WRONG_RULES, Rule, WrongRule, hub_config
@@ -176,6 +178,19 @@ def test_wrong_default_of_a_window_is_caught(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(FAMILIES, "gemma2", replace(family, config=table))
     with pytest.raises(MiniatureError, match="suspect sliding_window 4096"):
         prove(config, tmp_path / "wrong")
+
+
+UNSCALED = {"query_pre_attn_scalar"}
+"""Numbers of transformers' config classes that are no size and no length."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_size_or_length_that_transformers_knows_is_left_as_it_is(family: str, tmp_path: Path) -> None:
+    """A length that is not scaled down is crossed by no text: a new key of a family has to be named in scaling.py."""
+    defaults = class_defaults(loaded_config({"model_type": FAMILIES[family].config.model_types[0]}, tmp_path))
+    found = Scaling({}, defaults).scaled(defaults)
+    kept = {key for key, value in found.items() if is_count(value) and value > 200 and value == defaults[key]}
+    assert {key for key in kept if not key.endswith("_token_id")} <= UNSCALED
 
 
 def test_config_without_a_type_is_read_by_transformers_as_its_family(tmp_path: Path) -> None:
