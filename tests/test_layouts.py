@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SpecError
+from orchestrator.core.errors import DigestError, SpecError
 from orchestrator.core.model_config import from_trtllm
+from orchestrator.layouts import Request, arrange
 from orchestrator.releases import pull
 from tests.models.releases import Published, files_below, make_keys, publish_tiny
 
@@ -79,3 +80,22 @@ def test_layout_that_is_not_there_is_refused_before_any_byte(published: Publishe
         pull(published.url, tmp_path / "out", layout="zip", check=False)
     assert "flat, oci, triton, trtllm" in caught.value.advice
     assert not (tmp_path / "out").exists()
+
+
+def test_triton_layout_of_a_tensor_whose_name_ends_a_string_stays_one_string(published: Published) -> None:
+    record = published.manifest.ranks[0]
+    tensor = record.engine.tensors[0].model_copy(update={"name": 'a" }\n]\nmodel_warmup [ { name: "é'})
+    engine = record.engine.model_copy(update={"tensors": (tensor, *record.engine.tensors[1:])})
+    changed = record.model_copy(update={"engine": engine})
+    manifest = published.manifest.model_copy(update={"ranks": (changed, *published.manifest.ranks[1:])})
+    request = Request(manifest, (0,), tuple(record.files), manifest.to_json(), None)
+    config = arrange("triton", request).written["tiny-rank0/config.pbtxt"].decode()
+    assert '{ name: "a\\042 }\\012]\\012model_warmup [ { name: \\042é" data_type' in config
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_batch_size": "x"}, {"max_batch_size": 1, "opt_batch_size": 1, "max_input_len": []}])
+def test_trtllm_layout_of_a_manifest_without_what_it_needs_is_refused(published: Published, asked: dict[str, object]) -> None:
+    manifest = published.manifest.model_copy(update={"engine_config": asked})
+    request = Request(manifest, (0,), tuple(manifest.ranks[0].files), manifest.to_json(), None)
+    with pytest.raises(DigestError, match="engine_config cannot be read"):
+        arrange("trtllm", request)
