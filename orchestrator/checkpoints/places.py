@@ -155,7 +155,8 @@ class LocalPlace:
     def top_names(self) -> list[str]:
         """Names of the files right in the folder; none of what is no folder. Raises SourceUnreadableError."""
         try:
-            return sorted(path.name for path in self.folder.iterdir() if not path.is_dir())
+            with os.scandir(self.folder) as found:
+                return sorted(entry.name for entry in found if not entry.is_dir(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
