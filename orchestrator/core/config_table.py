@@ -72,6 +72,8 @@ class ConfigTable:
     """Fields of ModelConfig that every model of the family has."""
     derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Field of ModelConfig -> (name in model_config.TRANSFORMS, key of config.json)."""
+    whole_heads: bool = False
+    """Whether hidden_size must be a multiple of num_attention_heads, even where head_dim is given."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})

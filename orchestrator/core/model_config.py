@@ -193,6 +193,8 @@ def _translate(keys: Keys) -> dict[str, Any]:
     kv_heads = keys.maybe_count("num_key_value_heads") or heads
     if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
+    if keys.table.whole_heads and keys.count("hidden_size") % heads:
+        raise keys.error("hidden_size", f"is {keys.get('hidden_size')}, no multiple of the {heads} attention heads")
     head_size = keys.maybe_count("head_dim") or _quotient(keys, heads)
     return {
         "vocab_size": keys.count("vocab_size"),

@@ -90,6 +90,7 @@ GEMMA2 = Family(
         nullable=_NULLABLE | {"attn_logit_softcapping"},
         constants={"norm_placement": "sandwich", "exact_norms": True},
         derived={**_SCALED, "attn_logit_softcapping": ("is", "attn_logit_softcapping")},
+        whole_heads=True,
         activation="hidden_activation",
         windows="every_other",
         passed_over={
@@ -117,6 +118,7 @@ GEMMA3 = Family(
         nullable=_NULLABLE,
         constants={"norm_placement": "sandwich", "qk_layernorm": "head", "exact_norms": True},
         derived=_SCALED,
+        whole_heads=True,
         activation="hidden_activation",
         windows="pattern",
         rotary=RotaryTable(theta=1_000_000.0, local_theta=10_000.0),

@@ -39,6 +39,7 @@ LLAMA = Family(
         },
         nullable=frozenset({"num_key_value_heads", "head_dim"}),
         derived=LLAMA_BIASES,
+        whole_heads=True,
         passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )
