@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ from actors.postmortem import Evidence, WorkerFacts, examine
 from actors.step_actor import Message
 from actors.workers import Worker, Workers
 from orchestrator.clusters import AnyEvent, worker_environment
-from orchestrator.core.errors import ClusterError
+from orchestrator.core.errors import ClusterError, Interrupted
 from orchestrator.core.nodes import NodeFacts
 from orchestrator.core.progress import EVENT, StepFailed
 from orchestrator.core.retry import leaves_drained_node
 from orchestrator.core.spec import ClusterSpec
 from orchestrator.core.step import Cause, Failure, FailureKind, Task
 from orchestrator.work.probe import probe_here
-from orchestrator.work.process import scratch_root
+from orchestrator.work.process import end_descendants, scratch_root
 from orchestrator.work.scratch import remove_dead
 
 _OBJECT_STORE_BYTES = 200 * 10**6
@@ -46,6 +47,8 @@ _EVIDENCE_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
 """Between two looks at what time and nodes decide."""
 _DEMAND_SECONDS = 5.0
+_WORKER_NAME = "ray::"
+"""How the command line of a worker begins."""
 
 
 @dataclass
@@ -68,8 +71,9 @@ class RayCluster:
         if self._owns_ray:
             try:
                 _connect(spec)
-            except BaseException:  # stopped meanwhile: nobody else knows of what has been started
-                ray.shutdown()
+            except BaseException as error:  # nobody else knows of what has been started
+                if not isinstance(error, Interrupted | SystemExit):
+                    ray.shutdown()
                 raise
         self._watch = NodeWatch()
         self._placement = Placement(spec)
@@ -111,7 +115,10 @@ class RayCluster:
             self._workers.close()
             if self._asked:
                 _demand([])
-        if self._owns_ray and ray.is_initialized():
+        if isinstance(sys.exc_info()[1], Interrupted):
+            # The program leaves in a moment, and ends what it has started: Ray's own end takes seconds, and crashes at times.
+            end_descendants(_WORKER_NAME)
+        elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
         if self._owns_ray and self._spec.address is None:  # its workers were of this machine, and have ended
             with contextlib.suppress(OSError):

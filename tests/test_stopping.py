@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.stopping import descendants
 from orchestrator.models import LLaMAForCausalLM
+from orchestrator.work.process import descendants
 from tests.models.signals import hear_interrupts
 
 SIGNALS = [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")]

@@ -15,11 +15,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from orchestrator.core.errors import Interrupted, OrchestratorError, interruption
+from orchestrator.work.process import end_descendants
 
 GRACE_SECONDS = 4.0
 """What cleaning up may take; a command ends within five seconds."""
@@ -154,22 +154,6 @@ def take_back() -> None:
 def _end_now(code: int) -> NoReturn:
     """End this process and all that it has started, without another word."""
     try:
-        for process in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        end_descendants()
     finally:
         os._exit(code)
-
-
-def descendants(process: int) -> list[int]:
-    """Processes that a process has started, and those that they have started, by /proc."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(folder.name))
-    found = [process]
-    for each in found:
-        found.extend(children.get(each, []))
-    return found[1:]

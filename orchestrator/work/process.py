@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import tempfile
@@ -45,3 +47,25 @@ def is_full(folder: Path) -> bool:
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without what MPI and Slurm told this process: a child is no rank of that job, and may start one of its own."""
     return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process has started, and those that they have started, by /proc."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(folder.name))
+    found = [process]
+    for each in found:
+        found.extend(children.get(each, []))
+    return found[1:]
+
+
+def end_descendants(name: str = "") -> None:
+    """Kill what this process has started and what that has started, where its command line begins with `name`."""
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if not name or Path(f"/proc/{process}/cmdline").read_text(errors="replace").startswith(name):
+                os.kill(process, signal.SIGKILL)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.stopping import descendants
+from orchestrator.work.process import descendants
 from tests.models.signals import hear_interrupts
 
 
