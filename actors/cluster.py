@@ -47,6 +47,7 @@ _EVIDENCE_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
 """Between two looks at what time and nodes decide."""
 _DEMAND_SECONDS = 5.0
+_DYING_SECONDS = 1.0
 _WORKER_NAME = "ray::"
 """How the command line of a worker begins."""
 
@@ -117,7 +118,7 @@ class RayCluster:
                 _demand([])
         if isinstance(sys.exc_info()[1], Interrupted):
             # The program leaves in a moment, and ends what it has started: Ray's own end takes seconds, and crashes at times.
-            end_descendants(_WORKER_NAME)
+            end_descendants(_WORKER_NAME, _DYING_SECONDS)
         elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
         if self._owns_ray and self._spec.address is None:  # its workers were of this machine, and have ended

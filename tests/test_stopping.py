@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.models import LLaMAForCausalLM
-from orchestrator.work.process import descendants
+from orchestrator.work.process import descendants, end_descendants, is_running
+from orchestrator.work.scratch import remove_dead
 from tests.models.signals import hear_interrupts
 
 SIGNALS = [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
@@ -90,11 +91,7 @@ def test_command_that_loses_the_interrupt_is_ended_with_all_that_it_started(numb
     found, seconds, said = stop(process, number)
     assert (found, f"error: {words}" in said) == (code, True)
     assert seconds < 5
-    assert not any(Path(f"/proc/{child}/cmdline").exists() and running(child) for child in children)
-
-
-def running(process: int) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    assert not any(is_running(child) for child in children)
 
 
 def test_command_that_finishes_although_the_interrupt_was_lost_does_not_end_with_success() -> None:
@@ -124,6 +121,27 @@ def test_descendants_are_children_and_theirs() -> None:
         grandchild = int(process.stdout.readline())
         assert {process.pid, grandchild} <= set(descendants(os.getpid()))
         os.kill(grandchild, signal.SIGKILL)
+
+
+OWNER = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_SH); print(1, flush=True); time.sleep(60)"
+
+
+def test_descendants_of_a_name_are_ended_and_have_let_go_of_their_locks(tmp_path: Path) -> None:
+    name = f"owner-{os.getpid()}"  # what else this test run has started is left alone
+    folder = tmp_path / "trt-orchestrator--0123456789ab"
+    folder.mkdir()
+    words = [name, "-c", OWNER, str(folder)]
+    with (
+        subprocess.Popen(words, executable=sys.executable, stdout=subprocess.PIPE) as process,
+        subprocess.Popen(["sleep", "60"]) as other,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        assert remove_dead(tmp_path) == []
+        end_descendants(name, 10.0)
+        assert remove_dead(tmp_path) == [folder]
+        assert is_running(other.pid)
+        other.kill()
 
 
 @pytest.mark.parametrize(("number", "code", "words"), SIGNALS)

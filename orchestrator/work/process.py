@@ -8,12 +8,14 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _ROOM_BYTES = 2**20
 """A disk with less is full: who writes in blocks leaves a part of one."""
+_POLL_SECONDS = 0.01
 _LIBC = ctypes.CDLL(None)
 _LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "MPIR_", "PRTE_", "SLURM_", "HYDRA_", "HYDI_")
 
@@ -63,9 +65,25 @@ def descendants(process: int) -> list[int]:
     return found[1:]
 
 
-def end_descendants(name: str = "") -> None:
-    """Kill what this process has started and what that has started, where its command line begins with `name`."""
+def end_descendants(name: str = "", wait_seconds: float = 0.0) -> None:
+    """Kill what this process has started and what that has started, where its command line begins with `name`.
+
+    Waits so long at most until the killed ones have let go of their files and locks.
+    """
+    killed = []
     for process in descendants(os.getpid()):
         with contextlib.suppress(OSError):
             if not name or Path(f"/proc/{process}/cmdline").read_text(errors="replace").startswith(name):
                 os.kill(process, signal.SIGKILL)
+                killed.append(process)
+    end = time.monotonic() + wait_seconds
+    while time.monotonic() < end and any(is_running(process) for process in killed):
+        time.sleep(_POLL_SECONDS)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and is no zombie, which waits for its parent only."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
