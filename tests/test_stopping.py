@@ -78,6 +78,20 @@ def test_command_whose_library_took_the_signals_ends_with_the_signals_code(numbe
 
 
 @pytest.mark.parametrize(("number", "code", "words"), SIGNALS)
+def test_command_whose_library_wants_the_signals_while_they_are_kept_cleans_up(number: int, code: int, words: str) -> None:
+    """Ray's handler kills its processes, and Ray aborts ours when they are gone."""
+    body = (
+        "from orchestrator.cli.stopping import kept\n"
+        "before = signal.signal\n"
+        f"with kept():\n    signal.signal({int(number)}, lambda number, frame: os.abort())\n"
+        "assert signal.signal is before\n"
+        "try:\n    wait()\nfinally:\n    print('cleaned up', flush=True)"
+    )
+    found, _, said = stop(command(body), number)
+    assert (found, f"error: {words}" in said, "cleaned up" in said) == (code, True, True)
+
+
+@pytest.mark.parametrize(("number", "code", "words"), SIGNALS)
 def test_command_that_loses_the_interrupt_is_ended_with_all_that_it_started(number: int, code: int, words: str) -> None:
     """As native code does that calls back into Python."""
     body = (

@@ -24,7 +24,7 @@ from orchestrator.cli.console import (
     plain,
     show,
 )
-from orchestrator.cli.stopping import take_back
+from orchestrator.cli.stopping import kept
 from orchestrator.core.errors import SpecError
 from orchestrator.core.rates import RatesSpec
 from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
@@ -58,10 +58,8 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
     if place.kind == "ray":
         from actors import RayCluster
 
-        try:
+        with kept():
             return RayCluster(place)
-        finally:
-            take_back()  # Ray handles SIGTERM itself, in every process that starts or joins a cluster
     if place.kind == "mpi":
         from orchestrator.clusters.mpi import MpiCluster
 

@@ -52,7 +52,8 @@ class Stopping:
         os.set_blocking(self._notify, False)
         signal.set_wakeup_fd(self._notify, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(notices,), name="stopping", daemon=True).start()
-        self.take_back()
+        for number in self._before:
+            signal.signal(number, self._interrupt)
 
     def uninstall(self) -> None:
         """End: the signals do again what they did before."""
@@ -62,10 +63,10 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def take_back(self) -> None:
-        """Handle the signals again, after a library took them."""
-        for number in self._before:
-            signal.signal(number, self._interrupt)
+    @property
+    def handled(self) -> frozenset[int]:
+        """The signals that are not ignored."""
+        return frozenset(self._before)
 
     def _interrupt(self, number: int, _frame: FrameType | None) -> None:
         """Raise once: a second signal must not end the cleaning up."""
@@ -145,10 +146,23 @@ def stoppable() -> Iterator[Stopping]:
         stopping.uninstall()
 
 
-def take_back() -> None:
-    """Handle the signals again, after a library took them."""
-    if _current is not None:
-        _current.take_back()
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within the block a library that takes the signals does not get them.
+
+    Ray does when it starts, and on SIGTERM ends its processes at once, which aborts this one before it has cleaned up.
+    """
+    mine = _current.handled if _current is not None else frozenset[int]()
+    original = signal.signal
+
+    def take(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in mine else original(number, handler)
+
+    signal.signal = take  # type: ignore[assignment]  # stricter where it is declared
+    try:
+        yield
+    finally:
+        signal.signal = original
 
 
 def _end_now(code: int) -> NoReturn:
