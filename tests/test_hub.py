@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from orchestrator import verbs
+from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.hub import HubPlace
 from orchestrator.core.errors import OrchestratorError, SourceMissingError, SourceUnreadableError, SpecError
 from orchestrator.core.step import Kind
@@ -103,6 +104,23 @@ def test_plan_of_a_hub_that_does_not_answer_says_so_after_some_tries(hub: FakeHu
         place.names()
     assert "hf download acme/tiny" in caught.value.advice
     assert len(delays) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "advice"),
+    [
+        ("adapter_config.json", "is an adapter", "merge_and_unload"),
+        ("model_index.json", "is a diffusers pipeline", "language models"),
+        ("notes.txt", "holds no checkpoint of a known format: it holds notes.txt", "Formats: "),
+        (None, "it holds no file", "Formats: "),
+    ],
+)
+def test_plan_of_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, name: str | None, words: str, advice: str) -> None:
+    if name is not None:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceMissingError, match=words) as caught:
+        read_source(str(tmp_path))
+    assert advice in caught.value.advice
 
 
 def test_plan_of_a_hub_name_without_a_folder_says_how_to_get_the_model(tmp_path: Path) -> None:

@@ -65,10 +65,30 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
     if source_format == "auto":
         source_format = next((name for name in FORMATS if format_named(name).matches(names)), "")
         if not source_format:
-            raise SourceMissingError(f"{path} holds no checkpoint of a known format", f"Formats: {', '.join(FORMATS)}.")
+            raise _unknown(path, names)
     index = format_named(source_format).read_index(place)
     _check_indexes(place, names)
     return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(place, names)
+
+
+_FOREIGN = {
+    "adapter_config.json": (
+        "is an adapter (LoRA), not a model",
+        "Merge it into its base model first (peft: merge_and_unload, then save_pretrained), and build from that folder.",
+    ),
+    "model_index.json": ("is a diffusers pipeline", "Decoder-only language models are built here: give the folder of one."),
+    "modules.json": ("is a sentence-transformers model", "Decoder-only language models are built here: give the folder of one."),
+}
+"""Files by which folders of other kinds are known: what it is, and what to do."""
+
+
+def _unknown(path: str, names: list[str]) -> SourceMissingError:
+    """The error of a folder in which no format finds its files, to be raised."""
+    for name, (what, advice) in _FOREIGN.items():
+        if name in names:
+            return SourceMissingError(f"{path} {what}: it holds {name} and no weights of a model", advice)
+    held = f"it holds {', '.join(sorted(names)[:5])}" if names else "it holds no file"
+    return SourceMissingError(f"{path} holds no checkpoint of a known format: {held}", f"Formats: {', '.join(FORMATS)}.")
 
 
 def _check_indexes(place: Place, names: list[str]) -> None:

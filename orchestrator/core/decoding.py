@@ -109,6 +109,9 @@ def _line(model: type[BaseModel], entry: Mapping[str, Any], marks: Mapping[Path,
     if kind == "string_type" and isinstance(given, (int, float)) and mark is not None and mark.text is not None:
         written = abbreviated(mark.text, 40)
         return f'{path}{where}: {written} is a {_kind_name(given)}, text was expected: put it in quotes: "{written}"'
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        fields = ", ".join(_field_names(model, loc)[:3])
+        return f"{path}{where}: expected a mapping{f' with fields such as {fields}' * bool(fields)}, not {abbreviated(repr(given), 60)}"
     shown = f", not {abbreviated(repr(given), 60)}" if kind in ("literal_error", "string_pattern_mismatch") else ""
     return f"{path}{where}: {abbreviated(entry['msg'].removeprefix('Value error, '), 300)}{shown}"
 

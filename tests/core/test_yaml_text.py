@@ -136,6 +136,7 @@ def test_parse_yaml_of_any_bytes_raises_nothing_else(data: bytes) -> None:
         ("verification:\n  tolerance: {max_mean_kl: 1e999}", "verification.tolerance.max_mean_kl (line 4): "),
         ("topolgy: {tp: 2}", "unknown key topolgy (line 3) (did you mean topology?)"),
         ("dtype: int8", "dtype (line 3): Input should be"),
+        ("topology: 2", "topology (line 3): expected a mapping with fields such as tp, pp, "),
         ("x" * 900 + ": 1", "unknown key xxx"),
     ],
 )
