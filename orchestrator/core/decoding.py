@@ -111,7 +111,8 @@ def _line(model: type[BaseModel], entry: Mapping[str, Any], marks: Mapping[Path,
         return f'{path}{where}: {written} is a {_kind_name(given)}, text was expected: put it in quotes: "{written}"'
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         fields = ", ".join(_field_names(model, loc)[:3])
-        return f"{path}{where}: expected a mapping{f' with fields such as {fields}' * bool(fields)}, not {abbreviated(repr(given), 60)}"
+        expected = f"a mapping with fields such as {fields}" if fields else "a mapping"
+        return f"{path}{where}: expected {expected}, not {abbreviated(repr(given), 60)}"
     shown = f", not {abbreviated(repr(given), 60)}" if kind in ("literal_error", "string_pattern_mismatch") else ""
     return f"{path}{where}: {abbreviated(entry['msg'].removeprefix('Value error, '), 300)}{shown}"
 
