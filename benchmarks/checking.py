@@ -1,4 +1,4 @@
-"""What it costs to check inputs and to read back what is published: builds with and without, in one run.
+"""Cost of checking inputs and to read back what is published: builds with and without, in one run.
 
     python -m benchmarks.checking [--folder DIR] [--layers N] [--shards] [--demo SOURCE] [--rounds N]
 
@@ -69,7 +69,7 @@ class Measured:
     convert_seconds: float
     published_bytes: int
     read_bytes: int
-    """Of the inputs of all steps."""
+    """Bytes of all steps' inputs."""
     read_back_seconds: float
     """From the end of the last step to the manifest."""
 
@@ -178,7 +178,7 @@ def timed(what: str, total: Total | None = None) -> Iterator[Total]:
 
 @dataclass
 class Total:
-    """What a block took."""
+    """Time that a block took."""
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -53,7 +53,7 @@ class Bed:
 
     @property
     def output(self) -> Path:
-        """Of the command: its store, or the folder that it writes."""
+        """Folder that the command writes: its store, or its output."""
         return self.root / "output"
 
     def command(self, case: str) -> list[str]:
@@ -111,7 +111,7 @@ class Row:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with it."""
+        """Faults of the stop; empty: none."""
         if self.is_early_end:
             return list(self.left)
         found = list(self.left)
@@ -180,7 +180,7 @@ def stop(bed: Bed, case: str, number: signal.Signals, moment: float) -> Row:
 
 
 def left(bed: Bed, mark: str) -> Iterator[str]:
-    """What a stopped command left, but for its scratch."""
+    """Leftovers of a stopped command, its scratch excepted."""
     end = time.monotonic() + _DYING_SECONDS
     while (living := marked(mark)) and time.monotonic() < end:
         time.sleep(0.1)

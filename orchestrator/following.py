@@ -276,7 +276,7 @@ class LogReader:
 
 
 def conclude(last_word: Published | Errored | None, *, stopped: bool, where: str, reason: str = "") -> Published:
-    """What an ended driver's build came to. Raises the build's own error, TerminatedError, or DriverLostError with `reason`."""
+    """Outcome of the build of an ended driver. Raises the build's own error, TerminatedError, or DriverLostError with `reason`."""
     if isinstance(last_word, Published):
         return last_word
     if last_word is not None:

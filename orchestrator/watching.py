@@ -105,7 +105,7 @@ class Watch:
                 raise ReleaseAddressError(f"{where} names {event.manifest} as its release, planned was {self._release}", _ADVICE)
 
     def conclusion(self) -> Published:
-        """What the build came to. Raises its own error, DriverLostError, or ReleaseAddressError for a manifest put in its place."""
+        """Outcome of the build. Raises its own error, DriverLostError, or ReleaseAddressError for a manifest put in its place."""
         reason = f"nothing was heard of it for {self._clock() - self._heard:.0f} s"
         where = f"build {self._run.build_key[:12]}"
         made = conclude(self._reader.last_word, stopped=False, where=where, reason=reason)
@@ -113,7 +113,7 @@ class Watch:
         return made
 
     def _check_manifest(self, made: Published) -> None:
-        """What lies at the address now is that build's, or nothing: a release may be deleted, never replaced."""
+        """Check that the address holds that build's release, or nothing: a release may be deleted, never replaced."""
         parts = address_parts(made.manifest)
         key = release_prefix(*parts) + MANIFEST if parts else ""
         try:

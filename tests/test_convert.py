@@ -201,7 +201,7 @@ def test_convert_any_model_and_topology_equals_plain_slices(
 
 
 ROWS = 7
-ROW_BYTES = 2 * 6
+ROW_BYTES = 2 * 8
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ ROW_BYTES = 2 * 6
 def test_convert_blocks_of_any_size_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, tied: bool
 ) -> None:
-    config = model_config(hidden_size=6, vocab_size=ROWS, num_hidden_layers=1, tie_word_embeddings=tied)
+    config = model_config(hidden_size=8, vocab_size=ROWS, num_hidden_layers=1, tie_word_embeddings=tied)
     arrays, topology = random_arrays(config), Topology(4, 1)
     monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
     check_everything(conversion(tmp_path, config, arrays, topology), config, topology, arrays)

@@ -112,7 +112,7 @@ class HubPlace(RemotePlace):
         return self._retried(doing, lambda: self._refused(request))
 
     def _refused(self, request: Callable[[], T]) -> T:
-        """What trying again would not change becomes an error of ours."""
+        """Turn an answer that a retry would not change into an error of ours."""
         from huggingface_hub import errors
 
         try:

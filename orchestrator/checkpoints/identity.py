@@ -55,7 +55,7 @@ def _blob(path: Path) -> str | None:
 
 
 def _claimed(folder: Path, name: str, found: os.stat_result) -> str | None:
-    """What somebody has written down since the file was touched last."""
+    """Digest that somebody has written down since the file was touched last."""
     beside = (folder / name).parent
     for claim, line in (
         (folder / _HUB_METADATA.format(name=name), rf"\S+\n({_SHA256.pattern})\n"),

@@ -103,7 +103,7 @@ def open_place(url: str) -> Place:
 
 
 MAX_WHOLE_BYTES = 256 * 2**20
-"""Of a file that is read whole: the largest tokenizers have a tenth of it."""
+"""Largest file that is read whole; the largest tokenizers have a tenth of it."""
 _NO_FILE = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
@@ -175,7 +175,7 @@ class LocalPlace:
             raise SourceUnreadableError(f"cannot read {path}: {error.strerror}") from None
 
     def _stat(self, name: str) -> os.stat_result:
-        """Of a file, or of the file that a link leads to. Raises SourceMissingError, SourceCorruptError, SourceUnreadableError."""
+        """Status of a file or of a link's target. Raises SourceMissingError, SourceCorruptError, SourceUnreadableError."""
         path = self.folder / name
         try:
             found = path.stat()

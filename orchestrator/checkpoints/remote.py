@@ -210,7 +210,7 @@ def _identity(info: dict[str, Any]) -> str:
 
 
 def _sha256(info: dict[str, Any]) -> str:
-    """Of the whole content: S3's checksum of an object that was uploaded at once with one, or the hub's of a file of Git LFS."""
+    """sha256 of the content: S3's checksum of an object that was uploaded at once with one, or the hub's of a file of Git LFS."""
     lfs = info.get("lfs")
     if isinstance(lfs, dict) and re.fullmatch(r"[0-9a-f]{64}", str(lfs.get("sha256", ""))):
         return str(lfs["sha256"])
@@ -295,7 +295,7 @@ class RemoteSource:
         self._windows = windows(planned)
         self._held = 0
         self._etags: dict[int, str] = {}
-        """Of the version that is read, by number of the file."""
+        """ETag of the version that is read, by number of the file."""
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(_THREADS, "fetch")
         self.bytes_read = 0

@@ -143,7 +143,7 @@ class _Share:
     piece: Piece
     dtype: str
     added: float
-    """What every element holds too much."""
+    """Number that is added to every element."""
 
 
 def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topology: Topology) -> dict[str, TensorInfo]:
@@ -317,7 +317,7 @@ def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
-    """What the family's rule for windows reads."""
+    """Keys that the family's rule for windows reads."""
     if table.windows == "none":
         return {}
     made: dict[str, Any] = {"sliding_window": config.sliding_window}

@@ -63,7 +63,7 @@ def exit_codes(as_json: bool = False) -> Iterator[None]:
 
 _USAGE: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 _OF_THE_COMMAND_LINE = (typer.Exit, typer.Abort, _USAGE, BrokenPipeError)
-"""What typer raises to end a command or to say how one is used, and a reader of our output that has seen enough."""
+"""Exceptions with which typer ends a command or shows its usage, and that of a reader that has closed our output."""
 
 
 def start(verbose: bool) -> None:
@@ -77,7 +77,7 @@ def start(verbose: bool) -> None:
 
 
 def _as_ours(error: BaseException, number: int) -> OrchestratorError:
-    """What a command ends with. After a signal that is the signal, whatever it made others raise; raises what is typer's."""
+    """Exit code of a command. After a signal it is the signal's, whatever that made others raise; raises what is typer's."""
     if number:
         return interruption(number)
     if isinstance(error, KeyboardInterrupt):

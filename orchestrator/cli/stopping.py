@@ -22,7 +22,7 @@ from orchestrator.core.errors import Interrupted, OrchestratorError, interruptio
 from orchestrator.work.process import end_descendants
 
 GRACE_SECONDS = 4.0
-"""What cleaning up may take; a command ends within five seconds."""
+"""Seconds that cleaning up may take; a command ends within five seconds."""
 _REPORT_SECONDS = 0.3
 _NOTICE_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

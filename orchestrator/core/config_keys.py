@@ -122,7 +122,7 @@ def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable,
 
 
 def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigTable) -> tuple[str, ...]:
-    """What config.json says that is not built because transformers does not read it, and what is built although in doubt."""
+    """Warnings: keys that are not built because transformers does not read it, and what is built although in doubt."""
     found = [
         f"{key} {shown(config[key])} in config.json of {architecture} is passed over, as transformers does: {passed.why}"
         for key, passed in table.passed_over.items()

@@ -71,7 +71,7 @@ def _given(keys: Keys) -> dict[str, Any]:
 
 
 def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the layers that see everything and of those with a window (Gemma 3)."""
+    """Rotary parameters of the layers that see everything, and of those with a window (Gemma 3)."""
     where = _where(keys)
     nested = _dictionary(keys.given.get("rope_parameters") or {}, where)
     stray = sorted(set(nested) - _KINDS_OF_LAYERS)

@@ -122,7 +122,7 @@ def _kind_name(value: object) -> str:
 
 
 def _mark(loc: Path, marks: Mapping[Path, Mark]) -> Mark | None:
-    """That of the value, or of the nearest that it would stand in."""
+    """Mark of the value, or of the nearest mapping that it would stand in."""
     return next((marks[loc[:end]] for end in range(len(loc), -1, -1) if loc[:end] in marks), None)
 
 

@@ -14,7 +14,7 @@ BUG = "This is a bug: report it, with the command and the step's log."
 """Advice where no user is at fault."""
 
 MESSAGE_BYTES, ADVICE_BYTES = 3000, 800
-"""What an error says at most, so that what is printed of it stays below 4 kB."""
+"""Longest message of an error, so that what is printed of it stays below 4 kB."""
 
 
 def abbreviated(text: str, limit: int) -> str:
@@ -170,7 +170,7 @@ class DamagedOutputError(DigestError):
     def __init__(self, message: str, advice: str = "", key: str = "") -> None:
         super().__init__(message, advice)
         self.key = key
-        """Of the object in the store."""
+        """Key of the object in the store."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.advice, self.key)

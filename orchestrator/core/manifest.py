@@ -193,7 +193,7 @@ class MiniatureThreshold(_Record):
     """A length at which the model changes what it computes."""
 
     key: str
-    """Of config.json."""
+    """Key of config.json that names the length."""
     value: int
     tokens: int
     """In the miniature."""

@@ -104,7 +104,7 @@ class Consumed(_Value):
     """Digest of the step that wrote it."""
     name: str
     sha256: str
-    """Of the bytes that were read."""
+    """sha256 of the bytes that were read."""
 
 
 class Usage(_Value):
@@ -191,7 +191,7 @@ _ADVICE = {
     Cause.STORE: "See that the node reaches the store" + _AGAIN,
     Cause.PLACE: "Compare the pools of the cluster file with what the nodes have, and mend one of them" + _AGAIN,
 }
-"""What to do about what lay under a step, where its own error says nothing."""
+"""Advice by the cause of a lost step, where its own error has none."""
 
 
 class Failure(_Value):

@@ -20,7 +20,7 @@ from orchestrator.core.errors import SpecError, abbreviated, is_text
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_VALUES = 50_000
-"""Of scalars, lists and mappings, those that aliases repeat included."""
+"""Most scalars, lists and mappings in a document, those that aliases repeat included."""
 _MAX_DIGITS = 40
 _STRING_TAG = "tag:yaml.org,2002:str"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+")
@@ -42,7 +42,7 @@ class Mark:
     line: int
     """From 1."""
     text: str | None = None
-    """Of a plain scalar."""
+    """Text of a plain scalar."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
 _PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
-"""What to install: of the CUDA that this project is tested with, as in pyproject.toml."""
+"""Package to install: for the CUDA that this project is tested with, as in pyproject.toml."""
 
 
 @dataclass(frozen=True, slots=True)

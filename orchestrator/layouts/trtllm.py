@@ -29,7 +29,7 @@ def arrange(request: Request) -> Arrangement:
 
 
 def engine_config(manifest: Manifest) -> dict[str, Any]:
-    """What stands in config.json. Raises DigestError for a manifest that does not hold it."""
+    """Content of config.json. Raises DigestError for a manifest that does not hold it."""
     layers = [next(r.num_layers for r in manifest.ranks if r.pp_rank == stage) for stage in range(manifest.pp)]
     topology = Topology(manifest.tp, manifest.pp, tuple(layers), manifest.moe_ep, manifest.cp)
     quantization = model_quantization(manifest)

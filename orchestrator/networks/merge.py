@@ -96,7 +96,7 @@ def _rename(rank: int, kept: set[str]) -> Rename:
 
 
 def _meet(collectives: Sequence[onnx.NodeProto], renames: Sequence[Rename]) -> onnx.NodeProto:
-    """What the ranks' collectives compute together, in rank order."""
+    """Result of the ranks' collectives together, in rank order."""
     first = collectives[0]
     inputs = [rename(node.input[0]) for node, rename in zip(collectives, renames, strict=True)]
     match _attribute(first, "collective_operation"):

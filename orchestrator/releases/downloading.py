@@ -72,7 +72,7 @@ def download(store: Store, wanted: Iterable[Wanted], output: OutputFolder, liste
 
 @dataclass(frozen=True, slots=True)
 class _Fetching:
-    """What all files of a pull share."""
+    """State that all files of a pull share."""
 
     store: Store
     pool: ThreadPoolExecutor
@@ -285,7 +285,7 @@ def _check_room(items: list[Wanted], output: OutputFolder) -> None:
 
 
 def _begun_bytes(item: Wanted, output: OutputFolder) -> int:
-    """What an earlier attempt's part of it takes on the disk."""
+    """Bytes on the disk of the part that an earlier attempt left."""
     found = _part_of(item.file, output.spot(item.place)).stat()
     return found.st_blocks * 512 if found else 0
 

@@ -39,7 +39,7 @@ class Spot:
         return Spot(self.folder, name, self.path.with_name(name))
 
     def stat(self) -> os.stat_result | None:
-        """What stands there, links not followed; None when nothing does."""
+        """Status of what stands there, links not followed; None when nothing does."""
         try:
             return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
         except FileNotFoundError:

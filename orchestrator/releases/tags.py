@@ -48,7 +48,7 @@ class Tag(BaseModel):
     """Signature of the other fields, as signing.py makes it; None: not signed."""
 
     def signed_digests(self) -> dict[str, str]:
-        """What a signature of it covers: all other fields, under the tag's own key."""
+        """Digests that a signature of the tag covers: all other fields, under the tag's own key."""
         return {_key(self.name, self.number): digest_of(self.model_dump(mode="json", exclude={_SIGNATURE}))}
 
 

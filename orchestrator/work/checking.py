@@ -89,7 +89,7 @@ class InputChecks:
             raise DamagedOutputError(f"{output.key} cannot be read: {error.strerror}", key=output.key) from error
 
     def _sha256(self, file: int) -> str | None:
-        """Of the whole file; None when it was stopped."""
+        """sha256 of the whole file; None when it was stopped."""
         hasher, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
         view = memoryview(buffer)
         while count := os.readv(file, [buffer]):
@@ -120,7 +120,7 @@ class InputChecks:
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    """What changes with every write: the time of change cannot be set back."""
+    """Identity that changes with every write: the time of change cannot be set back."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 

@@ -76,7 +76,7 @@ _RANDOM = " The source has no tokenizer, so random tokens were compared: with on
 
 
 def advice(*, quantized: bool, text: bool) -> str:
-    """What to do about a verification above tolerance. `text`: the model read text, not random tokens."""
+    """Advice for a verification above tolerance. `text`: the model read text, not random tokens."""
     return _NOT_PUBLISHED + (_QUANTIZED + ("" if text else _RANDOM) if quantized else _EXACT)
 
 

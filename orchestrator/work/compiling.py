@@ -27,7 +27,7 @@ from orchestrator.work.scratch import remove_dead, scratch_folder
 
 
 class CompileJob(BaseModel):
-    """What the process is given."""
+    """Input of the process."""
 
     checkpoint: str
     """TensorRT-LLM checkpoint folder."""

@@ -41,7 +41,7 @@ class Context:
     """Digest of the step that wrote an input, by its key."""
     checks: InputChecks = field(default_factory=InputChecks)
     consumed: list[Consumed] = field(default_factory=list)
-    """What was fetched."""
+    """Outputs that were fetched."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     """Called when the outcome is committed: what only later attempts would have needed is removed."""
 

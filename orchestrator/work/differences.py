@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def differences(published: Manifest, plan: Plan) -> list[str]:
-    """What differs, the most telling first: files of the source, else fields of the spec, else versions."""
+    """Differences, the most telling first: files of the source, else fields of the spec, else versions."""
     now = {file.name: file for file in plan.inputs.index.files + plan.inputs.extra_files}
     then = {file.path: file for file in published.source}
     files = [

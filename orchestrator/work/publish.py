@@ -111,7 +111,7 @@ class Engines:
     """The ranks of a release whose engines are in place and were read back."""
 
     folder: str
-    """Of this attempt, relative to the release; ends with '/'."""
+    """Folder of this attempt, relative to the release; ends with '/'."""
     ranks: tuple[RankRecord, ...]
 
 

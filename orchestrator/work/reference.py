@@ -1,4 +1,4 @@
-"""What the source model itself says: transformers in float32 on the verification text, one layer in memory at a time.
+"""Logits of the source model on the verification text: transformers in float32, one layer in memory at a time.
 
 Weights are first rounded to the build's dtype, so that a comparison measures conversion and graph, not the dtype. Nothing
 here depends on a topology: one reference serves every build of a source.

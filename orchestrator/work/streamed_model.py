@@ -116,7 +116,7 @@ class StreamedModel:
         return tensor.dtype != MODEL_DTYPES[self._dtype]
 
     def _embed(self, calls: Calls, opened: ByteSource, *, cached: bool) -> tuple[Calls, Calls | None, Arguments]:
-        """What the first layer gets, from rounded weights and, where they differ, from the source's own."""
+        """Input of the first layer, from rounded weights and, where they differ, from the source's own."""
         import torch
 
         ids = sorted({int(token) for sequence in calls for call in sequence for token in call[0]})

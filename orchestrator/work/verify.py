@@ -92,7 +92,7 @@ def _earlier_errors(task: Task) -> dict[int, float]:
 
 
 def _advice(task: Task) -> str:
-    """What to do about ranks that differ from the reference."""
+    """Advice for ranks that differ from the reference."""
     options = VerifyOptions.model_validate(task.step.options)
     reference = next(task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.REFERENCE)
     is_text = reference.facts.get("text") == "text"

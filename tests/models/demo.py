@@ -194,7 +194,7 @@ class Demo:
 
     def verify(self) -> str:
         found = json.loads(self._run("verify", self._url, *self._key, "--json"))
-        assert found["signature"].startswith("signed with the key")
+        assert found["signature"].startswith("signed by the key")
         return f"{found['files']} files, {found['bytes']:,} bytes, signature right"
 
     def releases(self) -> str:
@@ -207,7 +207,7 @@ class Demo:
 
     def tag(self) -> str:
         for version in ("2", "1"):
-            self._run("tag", f"{self._url[:-1]}{version}", "demo/prod")
+            self._run("tag", f"{self._url[:-1]}{version}", "demo/prod", "--sign-key", str(self.folder / "key.pem"))
         shown = " ".join(self._run("inspect", f"{self.store}/tags/demo/prod").split())
         assert f"{self.spec['release']['name']} 1" in shown
         return "demo/prod moved from version 2 to 1"

@@ -20,11 +20,12 @@ def parallel_models(draw: st.DrawFn, max_tp: int = 6, max_layers: int = 5) -> tu
     layers = draw(st.integers(1, max_layers))
     pp = draw(st.integers(1, layers))
     bias = draw(st.booleans())
+    heads = math.lcm(tp, kv_heads) * draw(st.integers(1, 2))
     config = model_config(
-        num_attention_heads=math.lcm(tp, kv_heads) * draw(st.integers(1, 2)),
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_size=draw(st.integers(1, 4)),
-        hidden_size=draw(st.integers(1, 12)),
+        hidden_size=heads * draw(st.integers(1, 3)),  # transformers wants a multiple of the heads, whatever their size
         intermediate_size=tp * draw(st.integers(1, 5)),
         vocab_size=draw(st.integers(1, 40)),
         num_hidden_layers=layers,

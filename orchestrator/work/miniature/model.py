@@ -31,7 +31,7 @@ def loaded_config(config: Mapping[str, Any], folder: Path) -> Any:
 
 
 def class_defaults(loaded: Any) -> dict[str, Any]:
-    """What the config's class assumes for keys that config.json lacks, before anything is derived from them."""
+    """Values that the config's class assumes for keys that config.json lacks, before anything is derived from them."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(type(loaded)):
         if field.default is not dataclasses.MISSING:

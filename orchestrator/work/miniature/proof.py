@@ -24,7 +24,7 @@ from orchestrator.work.miniature.scaling import EXPERTS, Scaling, Threshold
 Floats = npt.NDArray[np.floating]
 Progress = Callable[[int, int], None]
 _LEFT_OUT = ("quantization_config", "auto_map")
-"""Of the files, not of the model."""
+"""Keys that describe the files, not the model."""
 _SEEDS = 2
 """Rounding may decide a tie between experts otherwise than transformers': a failure must repeat with other weights."""
 
@@ -200,7 +200,7 @@ def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: Miniatur
 
 
 def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:
-    """What sets the wrong cases apart from the right ones."""
+    """Thresholds that set the wrong cases apart from the right ones."""
     names = {case.layout.name for case in wrong}
     right = [case for case in cases if case not in wrong]
     if names < {case.layout.name for case in cases}:

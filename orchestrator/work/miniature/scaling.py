@@ -79,7 +79,7 @@ class Scaling:
         return {key: self._value(key, value) for key, value in config.items()}
 
     def scaled_only(self, defaults: Config) -> dict[str, Any]:
-        """Of a table of defaults only what scaling changes or may change: no null, nothing that has no map."""
+        """Entries of a table of defaults that scaling changes or may change: no null, nothing that has no map."""
         return {key: self._maps[key](value) for key, value in defaults.items() if key in self._maps and value is not None}
 
     def _value(self, key: str, value: Any) -> Any:
