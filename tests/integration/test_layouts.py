@@ -117,7 +117,12 @@ def test_rank_files_hold_what_tensorrt_llms_rules_say(
     assert set(ranks) == set(range(plan.topology.world_size))
     for rank, tensors in ranks.items():
         wanted = expected(whole, plan, rank)
-        assert set(tensors) == set(wanted)
+        # Beside them Gemma's norms stand exactly: TensorRT-LLM warns of tensors that it does not know, and goes on.
+        twins = {f"{name}_float32": name for name in wanted if family == "gemma" and name.endswith(("norm.weight", "ln_f.weight"))}
+        assert set(tensors) == set(wanted) | set(twins)
+        for twin, name in twins.items():
+            assert tensors[twin].dtype == torch.float32
+            assert torch.equal(tensors[twin].bfloat16(), wanted[name])
         for name, tensor in wanted.items():
             assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape), name
             assert torch.equal(tensors[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
