@@ -184,8 +184,12 @@ def test_calibration_reports_what_it_read_and_the_range_of_its_inputs(source: Pa
 def test_calibration_of_a_source_without_a_weight_of_the_model_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_mine = part_model._is_mine
-    monkeypatch.setattr(part_model, "_is_mine", lambda name, options: is_mine(name, options) and "1.mlp.up_proj" not in name)
+    all_of = part_model.layer_tensors
+
+    def but_one(*layers: Any) -> dict[str, Any]:
+        return {name: tensor for name, tensor in all_of(*layers).items() if "1.mlp.up_proj" not in name}
+
+    monkeypatch.setattr(part_model, "layer_tensors", but_one)
     with pytest.raises(QuantizationError, match=r"1 weights .* model.layers.1.mlp.up_proj.weight"):
         run_here(verbs.plan(spec(source, 1, 1, algorithm="FP8")), tmp_path, [Kind.CALIBRATE])
 
