@@ -132,7 +132,7 @@ class KubernetesContract:
         bed.submit(made)
         config = bed.api.get(CONFIG_MAP, bed.namespace, made.name)
         assert config is not None
-        assert set(config["data"]) == {"spec.yaml", "cluster.yaml"}
+        assert set(config["data"]) == {"spec.yaml", "cluster.yaml", "build.sh"}
         assert bed.owners(made) == {bed.job(made)["metadata"]["uid"]}
         account = bed.api.get(Kind("v1", "ServiceAccount"), bed.namespace, "trt-orchestrator")
         assert account is not None
