@@ -130,6 +130,10 @@ def test_tokenizer_that_is_a_git_lfs_pointer_is_refused(source: Path) -> None:
 def test_embedding_split_by_a_hidden_size_that_does_not_divide_names_the_legal_tp(tmp_path: Path) -> None:
     config = model_config(hidden_size=18)
     folder = write_source(tmp_path / "source", config, random_arrays(config))
+    plain = json.loads((folder / "config.json").read_text())
+    # Llama's hidden size is a multiple of the heads, and so of every legal tp; Mistral's need not be.
+    plain |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps(plain))
     conversion = {"use_parallel_embedding": True, "embedding_sharding_dim": 1}
     with pytest.raises(TopologyError, match="tp=4 does not divide hidden_size 18") as caught:
         verbs.plan(build_spec(folder, topology={"tp": 4}, conversion=conversion))
