@@ -116,14 +116,15 @@ class RayCluster:
             self._workers.close()
             if self._asked:
                 _demand([])
-        if isinstance(sys.exc_info()[1], Interrupted):
+        interrupted = isinstance(sys.exc_info()[1], Interrupted)
+        if interrupted:
             # The program leaves in a moment, and ends what it has started: Ray's own end takes seconds, and crashes at times.
             end_descendants(_WORKER_NAME, _DYING_SECONDS)
         elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
         if self._owns_ray and self._spec.address is None:  # its workers were of this machine, and have ended
             with contextlib.suppress(OSError):
-                remove_dead(scratch_root(self._spec.scratch))
+                remove_dead(scratch_root(self._spec.scratch), _DYING_SECONDS if interrupted else 0.0)
 
     def probe(self, places: Iterable[str]) -> list[NodeFacts]:
         """Ask every node in a small task of its own. A node that is silent too long is one with an error."""

@@ -67,6 +67,18 @@ def test_scratch_of_a_living_process_is_kept(tmp_path: Path) -> None:
     assert not mine.exists()
 
 
+def test_scratch_of_a_dying_process_is_waited_for_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with owner(tmp_path) as (process, folder):
+
+        def die(seconds: float) -> None:
+            process.kill()
+            process.wait()
+
+        monkeypatch.setattr(scratch.time, "sleep", die)
+        assert remove_dead(tmp_path, patience_seconds=60.0) == [folder]
+    assert not folder.exists()
+
+
 def test_scratch_of_a_stopped_process_is_kept(tmp_path: Path) -> None:
     """It may go on."""
     with owner(tmp_path) as (process, folder):

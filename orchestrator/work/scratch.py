@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from orchestrator.core.errors import store_error
 _PREFIX = "trt-orchestrator-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")
 """The root may be /tmp, which others use too: nothing of another name is ever touched."""
+_LOOK_SECONDS = 0.05
 
 
 @contextlib.contextmanager
@@ -36,13 +38,29 @@ def scratch_folder(root: str | Path, build_id: str = "") -> Iterator[Path]:
         os.close(lock)
 
 
-def remove_dead(root: str | Path) -> list[Path]:
-    """Remove the scratch folders below `root` that no living process owns; returns them. Never raises."""
+def remove_dead(root: str | Path, patience_seconds: float = 0.0) -> list[Path]:
+    """Remove the scratch folders below `root` that no living process owns; returns them. Never raises.
+
+    `patience_seconds`: how long to wait for owners that are dying; a folder whose owner lives on costs all of it.
+    """
     removed: list[Path] = []
+    end = time.monotonic() + patience_seconds
+    while True:
+        removed += _remove_unlocked(root, _folders(root))
+        if not _folders(root) or time.monotonic() >= end:
+            return removed
+        time.sleep(_LOOK_SECONDS)
+
+
+def _folders(root: str | Path) -> list[str]:
     try:
-        names = [entry.name for entry in os.scandir(root) if _NAME.fullmatch(entry.name)]
+        return [entry.name for entry in os.scandir(root) if _NAME.fullmatch(entry.name)]
     except OSError:
-        return removed
+        return []
+
+
+def _remove_unlocked(root: str | Path, names: list[str]) -> list[Path]:
+    removed: list[Path] = []
     for name in names:
         path = Path(root) / name
         with contextlib.suppress(OSError), _opened(path) as folder:
