@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -49,12 +50,24 @@ class Sources:
         base = rng.choice(sorted(path.name for path in self._bases.iterdir()))
         source = Path(shutil.copytree(self._bases / base, folder / "source"))
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            rng.choices([change for change, _ in _CHANGES], [weight for _, weight in _CHANGES])[0](rng, source)
+            with contextlib.suppress(_NotAFileError):  # an earlier change has put something else there
+                rng.choices([change for change, _ in _CHANGES], [weight for _, weight in _CHANGES])[0](rng, source)
         (folder / "spec.yaml").write_text(_SPEC)
         commands = [rng.choice((["plan", "spec.yaml"], ["plan", "spec.yaml", "--json"], ["inspect", "source"]))]
         if rng.random() < _CONVERTED:
             commands.append(["convert", "--source", "source", "--output", "out", "--tp", "2"])
         return commands
+
+
+class _NotAFileError(OSError):
+    """A pipe, folder or link to nowhere in place of a file."""
+
+
+def _content(path: Path) -> bytes:
+    """Read a file; a pipe would be waited for without end."""
+    if not path.is_file():
+        raise _NotAFileError(path)
+    return path.read_bytes()
 
 
 def _write_bases(folder: Path) -> None:
@@ -99,7 +112,7 @@ def _change_json(rng: random.Random, source: Path) -> None:
     if path is None:
         return
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(_content(path))
     except (ValueError, RecursionError, OSError):
         return
     for _ in range(rng.choice((1, 1, 2))):
@@ -111,7 +124,7 @@ def _change_config(rng: random.Random, source: Path) -> None:
     """A key of config.json that decides much, or another family's architecture."""
     path = source / "config.json"
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(_content(path))
         tree["architectures"] = rng.choice(([rng.choice(_ARCHITECTURES)], tree.get("architectures")))
     except (ValueError, TypeError, AttributeError, RecursionError, OSError):
         return
@@ -134,7 +147,7 @@ def _spoil_json(rng: random.Random, source: Path) -> None:
     path = _pick(rng, source, ".json")
     if path is None:
         return
-    data = path.read_bytes()
+    data = _content(path)
     path.write_bytes(
         rng.choice(
             (b"", b"[]", b"1", b"null", b"NaN", b'"x"', b"\xff\xfe" + data, data.decode(errors="replace").encode("utf-16"),
@@ -152,7 +165,7 @@ def _change_header(rng: random.Random, source: Path) -> None:
     path = _pick(rng, source, ".safetensors")
     if path is None:
         return
-    data = path.read_bytes()
+    data = _content(path)
     length = int.from_bytes(data[:8], "little")
     text, body = data[8 : 8 + length], data[8 + length :]
     try:
@@ -206,7 +219,7 @@ def _change_bytes(rng: random.Random, source: Path) -> None:
     path = _pick(rng, source, "")
     if path is None:
         return
-    data = path.read_bytes()
+    data = _content(path)
     size = min(len(data), rng.choice((64, 1024, 16_384)))
     if rng.random() < 0.5:
         path.write_bytes(corrupted(rng, data[:size]) + data[size:])
@@ -219,7 +232,7 @@ def _cut(rng: random.Random, source: Path) -> None:
     path = _pick(rng, source, "")
     if path is None:
         return
-    data = path.read_bytes()
+    data = _content(path)
     path.write_bytes(
         data[: rng.choice((0, 1, 7, 8, 9, len(data) // 2, max(len(data) - 1, 0)))] if rng.random() < 0.8 else data + b"\x00" * 9
     )
@@ -230,7 +243,7 @@ def _replace(rng: random.Random, source: Path) -> None:
     path = _pick(rng, source, "")
     if path is None:
         return
-    kept = path.read_bytes()
+    kept = _content(path)
     path.unlink()
     kind = rng.choice(("gone", "folder", "fifo", "loop", "dangling", "device", "secret", "other", "outside"))
     if kind == "folder":
@@ -305,7 +318,7 @@ def _lie_in_index(rng: random.Random, source: Path) -> None:
         return
     path = rng.choice(found)
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(_content(path))
         listed = tree["weight_map"]
         victim = rng.choice(sorted(listed))
         listed[victim] = rng.choice(
