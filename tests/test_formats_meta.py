@@ -188,5 +188,7 @@ def test_meta_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> N
     del state["output.weight"]
     torch.save(state, tmp_path / "consolidated.02.pth")
     refused(tmp_path, SourceCorruptError, r"output.weight is in consolidated\.00\.pth but not in all")
-    (tmp_path / "consolidated.02.pth").unlink()
+    (tmp_path / "consolidated.02.pth").rename(tmp_path / f"consolidated.{10**20}.pth")
+    refused(tmp_path, SourceMissingError, r"lacks consolidated\.02\.pth of 1")
+    (tmp_path / f"consolidated.{10**20}.pth").unlink()
     refused(tmp_path, SourceMissingError, r"lacks consolidated\.02\.pth of 4 files")

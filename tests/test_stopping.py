@@ -119,6 +119,22 @@ def test_command_asked_twice_cleans_up_all_the_same() -> None:
     assert (found, "cleaned up" in said) == (143, True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_that_has_ended_is_not_killed_while_the_interpreter_ends(number: int) -> None:
+    """An object of a module dies after the signals have lost their handlers."""
+    body = """import sys, types
+class Last:
+    def __del__(self, os=__import__("os"), time=__import__("time")):
+        os.write(1, b"ready\\n")
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+sys.modules["last"] = types.ModuleType("last")
+sys.modules["last"].last = Last()"""
+    code, _, _ = stop(command(body), number)
+    assert code == 0
+
+
 def test_command_under_nohup_ignores_the_signal() -> None:
     body = "print('ready', flush=True)\nsignal.raise_signal(signal.SIGINT)\nprint('went on', flush=True)"
 

@@ -8,6 +8,7 @@ transformers' convert_llama_weights_to_hf.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -111,9 +112,9 @@ def _file_names(place: Place) -> list[str]:
     numbers = {int(found[1]): name for name in place.names() if (found := _FILE.fullmatch(name))}
     if not numbers:
         raise SourceMissingError(f"{place.url} has no consolidated.NN.pth")
-    missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
-    if missing:
-        raise SourceMissingError(f"{place.url} lacks consolidated.{missing[0]:02d}.pth of {max(numbers) + 1} files")
+    if len(numbers) <= max(numbers):
+        missing = next(number for number in itertools.count() if number not in numbers)
+        raise SourceMissingError(f"{place.url} lacks consolidated.{missing:02d}.pth of {max(numbers) + 1} files")
     return [numbers[number] for number in sorted(numbers)]
 
 

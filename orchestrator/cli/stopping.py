@@ -8,6 +8,7 @@ started when cleaning up takes too long.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -95,6 +96,15 @@ class Stopping:
             self._noticed.wait(_NOTICE_SECONDS)
         return self.number
 
+    def finish(self) -> None:
+        """Pass over signals from now on: only Python's own end is left, which would die of them with a code of its own.
+
+        Not where Ray is: its end may hang, and must be stopped then.
+        """
+        if "ray" not in sys.modules:
+            for number in self._before:
+                signal.signal(number, signal.SIG_IGN)
+
     def leave(self) -> NoReturn:
         """End the program after its cleaning up, and whatever it started that still runs.
 
@@ -124,6 +134,7 @@ def install() -> Stopping:
     global _current
     _current = Stopping()
     _current.install()
+    atexit.register(_current.finish)  # first in, last out: the ends of libraries can still be stopped
     return _current
 
 
