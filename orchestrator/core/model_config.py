@@ -313,6 +313,13 @@ def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
     Raises TopologyError for a mapping that contradicts itself, ValueError for values that no model can have.
     """
     check_sizes(config, "config.json of the TensorRT-LLM checkpoint")
+    try:
+        return _from_trtllm(config)
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"a value is of the wrong type: {error}") from None
+
+
+def _from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
     topology = _mapping(config.get("mapping") or {}, has_experts=bool((config.get("moe") or {}).get("num_experts")))
     known = {key: value for key, value in config.items() if key in ModelConfig.model_fields and value is not None}
     heads = known.get("num_attention_heads", 1)

@@ -194,6 +194,13 @@ def test_to_trtllm_explicit_partition_is_kept() -> None:
     assert from_trtllm(written)[1] == topology
 
 
+@pytest.mark.parametrize("change", [{"num_attention_heads": "4"}, {"hidden_size": [1]}, {"mapping": 3}, {"moe": "many"}])
+def test_from_trtllm_value_of_another_type_is_a_value_error(change: dict[str, Any]) -> None:
+    plain = to_trtllm(model_config(), Topology(1, 1))
+    with pytest.raises(ValueError):  # noqa: PT011  # pydantic's words, or ours
+        from_trtllm({**plain, "head_size": None, **change})
+
+
 def test_from_trtllm_keys_of_nvidia_that_we_do_not_know_are_passed_over() -> None:
     config, topology = from_trtllm(NVIDIA)
     assert topology == Topology(2, 2, None)
