@@ -34,6 +34,7 @@ SECONDS = 5.0
 _GIVEN_UP_SECONDS = 20.0
 _DYING_SECONDS = 3.0
 """How long after the command its processes may take to be gone: Ray's and MPI's notice by themselves."""
+_ENDING_SECONDS = 0.5
 _MARK = "STOPPING_BENCHMARK"
 _CODES = {signal.SIGINT: CancelledError.exit_code, signal.SIGTERM: TerminatedError.exit_code}
 _OPTIONS = ["--max-batch-size", "2", "--max-input-len", "16", "--max-seq-len", "64"]
@@ -106,8 +107,8 @@ class Row:
 
     @property
     def is_early_end(self) -> bool:
-        """The command was faster than its moment."""
-        return self.code == 0 and self.seconds == 0.0
+        """The command was faster than its moment, or had nothing left but Python's own end."""
+        return self.code == 0 and self.seconds < _ENDING_SECONDS
 
     @property
     def problems(self) -> list[str]:
