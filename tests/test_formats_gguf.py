@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def test_gguf_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path.with_name("second.gguf").write_bytes(b"")
     with pytest.raises(SourceMissingError, match=r"2 \.gguf files"):
         read_source(str(tmp_path / "short"))
+
+
+def test_gguf_array_of_more_elements_than_the_file_has_bytes_is_refused_at_once(tmp_path: Path) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    array = struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 10**18)  # a key, the kind ARRAY of UINT32, a count
+    (tmp_path / "model.gguf").write_bytes(header + array + bytes(64))
+    with pytest.raises(SourceCorruptError, match="an array of 1000000000000000000 elements"):
+        read_source(str(tmp_path))

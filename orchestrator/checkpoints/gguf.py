@@ -6,6 +6,7 @@ attn_k are llama.cpp's (convert_hf_to_gguf.py, `LlamaModel`): the rows of a head
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -107,13 +108,29 @@ def _open(place: Place) -> tuple[str, gguf.GGUFReader]:
     if place.read(names[0], 0, 7) == b"version":
         raise LfsPointerError(f"{place.url}/{names[0]} is a Git-LFS pointer, not weights")
     try:
-        import gguf
+        reader = _bounded_reader()
     except ImportError:
         raise ToolError("reading GGUF needs the package gguf", "pip install gguf") from None
     try:
-        return names[0], gguf.GGUFReader(place.folder / names[0])
+        return names[0], reader(place.folder / names[0])
     except Exception as error:  # the reader raises nearly anything for a damaged file
         raise SourceCorruptError(f"{place.url}/{names[0]} is truncated or damaged: {error}") from None
+
+
+@functools.cache
+def _bounded_reader() -> type[gguf.GGUFReader]:
+    """The package's reader, which believes every count: it would build the elements of an array that no file could hold."""
+    import gguf
+
+    class BoundedReader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                count = int(self._get(orig_offs + 4, np.uint64)[0])
+                if count > len(self.data) - orig_offs:
+                    raise ValueError(f"an array of {count} elements stands in a file of {len(self.data)} bytes")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return BoundedReader
 
 
 def _tensor(entry: gguf.ReaderTensor, head_size: int) -> TensorInfo:
