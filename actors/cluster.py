@@ -24,13 +24,13 @@ from actors.placement import Placed, Placement
 from actors.postmortem import Evidence, WorkerFacts, examine
 from actors.step_actor import Message
 from actors.workers import Worker, Workers
-from orchestrator.clusters import AnyEvent, worker_environment
-from orchestrator.core.errors import ClusterError, Interrupted
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.progress import EVENT, StepFailed
-from orchestrator.core.retry import leaves_drained_node
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Cause, Failure, FailureKind, Task
+from orchestrator.base.errors import ClusterError, Interrupted
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import EVENT, AnyEvent, StepFailed
+from orchestrator.planning.steps import Cause, Failure, FailureKind, Task
+from orchestrator.run.cluster import worker_environment
+from orchestrator.run.retry import leaves_drained_node
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.probe import probe_here
 from orchestrator.work.process import end_descendants, scratch_root
 from orchestrator.work.scratch import remove_dead

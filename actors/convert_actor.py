@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from actors.step_actor import StepActor
-from orchestrator.core.step import Kind
+from orchestrator.planning.steps import Kind
 
 
 class ConvertActor(StepActor):
-    """Runs orchestrator.work.convert."""
+    """Runs orchestrator.work.convert.step."""
 
     kinds = (Kind.CONVERT,)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from actors.step_actor import StepActor
-from orchestrator.core.step import Kind
+from orchestrator.planning.steps import Kind
 
 
 class EngineActor(StepActor):
-    """Runs orchestrator.work.build, and orchestrator.work.convert for the next stage between the engines of two."""
+    """Runs orchestrator.work.build.step, and orchestrator.work.convert.step for the next stage between the engines of two."""
 
     kinds = (Kind.BUILD,)
     also = (Kind.CONVERT,)

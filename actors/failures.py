@@ -9,7 +9,7 @@ from ray import exceptions
 
 from actors.placement import Node
 from actors.postmortem import Evidence
-from orchestrator.core.step import Cause, Failure, FailureKind
+from orchestrator.planning.steps import Cause, Failure, FailureKind
 from orchestrator.work.failures import cause_of
 
 _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (

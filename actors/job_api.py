@@ -22,8 +22,7 @@ from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.dashboard.utils import get_address_for_submission_client
 from ray.job_submission import JobSubmissionClient
 
-from orchestrator.clusters.labels import selects
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     AuthenticationError,
     ClusterError,
     DriverLostError,
@@ -34,7 +33,8 @@ from orchestrator.core.errors import (
     UnreachableError,
     error_classes,
 )
-from orchestrator.core.spec import DriverSpec
+from orchestrator.run.labels import selects
+from orchestrator.spec.cluster import DriverSpec
 
 _REQUEST_SECONDS = 30.0
 _NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}

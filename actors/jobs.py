@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from actors.job_api import DuplicateJobError, Job, JobApi, RayJobApi, is_here, unmet
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     ClusterError,
     DriverLostError,
     NotStartedError,
@@ -34,10 +34,11 @@ from orchestrator.core.errors import (
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.core.manifest import MANIFEST, release_prefix
-from orchestrator.core.spec import BuildSpec, ClusterSpec, DriverSpec
-from orchestrator.following import BuildEvent, Errored, LogReader, Published, conclude
-from orchestrator.submission import ENTRYPOINT, bundle, expected_on_nodes, pack, submission_id
+from orchestrator.events.builds import BuildEvent, Errored, LogReader, Published, conclude
+from orchestrator.releases.manifest import MANIFEST, release_prefix
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, DriverSpec
+from orchestrator.submit.submission import ENTRYPOINT, bundle, expected_on_nodes, pack, submission_id
 
 T = TypeVar("T")
 START_SECONDS = 900.0

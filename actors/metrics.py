@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core.step import Failure, FailureKind, Outcome
-from orchestrator.following import BuildEvent, Planned, Retrying, Stepped
+from orchestrator.events.builds import BuildEvent, Planned, Retrying, Stepped
+from orchestrator.planning.steps import Failure, FailureKind, Outcome
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "trt_build_steps_total": ("Attempts of steps that ended.", ("release", "kind", "result")),

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from actors.placement import Node
-from orchestrator.core.step import Resources
+from orchestrator.planning.steps import Resources
 
 _PERIOD_SECONDS = 0.5
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.clusters.labels import selects
-from orchestrator.core.nodes import NodeFacts, unfit
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Cause, Failure, Kind, Resources, Step, Task
+from orchestrator.events.nodes import NodeFacts, unfit
+from orchestrator.planning.steps import Cause, Failure, Kind, Resources, Step, Task
+from orchestrator.run.labels import selects
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 _SUSPECT_SECONDS = 30.0
 """A node that lost a worker may be dead before the cluster knows: others are preferred for so long."""

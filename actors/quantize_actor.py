@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from actors.step_actor import StepActor
-from orchestrator.core.step import Kind
+from orchestrator.planning.steps import Kind
 
 
 class QuantizeActor(StepActor):
-    """Runs orchestrator.work.quantize."""
+    """Runs orchestrator.work.calibrate.step."""
 
     kinds = (Kind.CALIBRATE,)

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 from actors.node_watch import node_name
 from actors.postmortem import facts_here
-from orchestrator.core.errors import BUG, ToolError
-from orchestrator.core.step import Kind, Task
+from orchestrator.base.errors import BUG, ToolError
+from orchestrator.planning.steps import Kind, Task
 from orchestrator.work.process import without_launcher
 from orchestrator.work.streaming import stream
 from orchestrator.work.usage import resident_bytes

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from actors.step_actor import StepActor
-from orchestrator.core.step import Kind
+from orchestrator.planning.steps import Kind
 
 
 class VerifyActor(StepActor):
-    """Runs orchestrator.work.verify, orchestrator.work.reference and orchestrator.work.miniature."""
+    """Runs orchestrator.work.verify.step, orchestrator.work.reference.step and orchestrator.work.miniature."""
 
     kinds = (Kind.VERIFY, Kind.REFERENCE, Kind.MINIATURE)

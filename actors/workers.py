@@ -14,8 +14,8 @@ from actors.placement import Node, Placed
 from actors.quantize_actor import QuantizeActor
 from actors.step_actor import KEPT_BYTES, StepActor
 from actors.verify_actor import VerifyActor
-from orchestrator.clusters import worker_environment
-from orchestrator.core.step import Resources
+from orchestrator.planning.steps import Resources
+from orchestrator.run.cluster import worker_environment
 
 ACTORS: dict[str, type[StepActor]] = {
     kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds

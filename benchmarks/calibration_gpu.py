@@ -130,8 +130,7 @@ def _write_model(folder: Path, tiny: bool) -> Path:
 def _tokens(tiny: bool) -> Any:
     import torch
 
-    from orchestrator.core.options import CalibrationData
-    from orchestrator.work.calibration_data import calibration_tokens
+    from orchestrator.quantizers.calibration_data import CalibrationData, calibration_tokens
 
     samples, length, batch = DATA[tiny]
     data = CalibrationData(dataset="default", digest=None, num_samples=samples, max_length=length, batch_size=batch, seed=1234)
@@ -188,17 +187,18 @@ def _run_ours(folder: Path, source: Path, algorithm: str, tiny: bool, *, gpu: bo
     import shutil
 
     from actors import RayCluster
-    from orchestrator import cache, verbs
-    from orchestrator.core.step import Kind
+    from orchestrator.planning import preparation
+    from orchestrator.planning.steps import Kind
+    from orchestrator.quantizing import calibrate
+    from orchestrator.run import commits
     from orchestrator.stores import open_store
-    from orchestrator.sweep import calibrate
 
     spec, place = _asked(folder, source, algorithm, tiny, num_gpus=int(gpu))
     output = folder / f"ours-{algorithm}"
     shutil.rmtree(output, ignore_errors=True)
-    (step,) = verbs.plan(spec).of_kind(Kind.CALIBRATE)
+    (step,) = preparation.plan(spec).of_kind(Kind.CALIBRATE)
     calibrate(spec, output, place, open_cluster=RayCluster)
-    outcome = cache.lookup(open_store(place.store), step.digest)
+    outcome = commits.lookup(open_store(place.store), step.digest)
     assert outcome is not None
     return {
         "seconds": outcome.seconds,
@@ -212,7 +212,9 @@ def _asked(folder: Path, source: Path, algorithm: str, tiny: bool, *, num_gpus: 
     """Spec and cluster of a calibration, with a store of its own: a step that is committed already would not be run again."""
     import tempfile
 
-    from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+    from orchestrator.spec.build import BuildSpec
+    from orchestrator.spec.cluster import ClusterSpec
+    from orchestrator.spec.decoding import decode
 
     samples, length, batch = DATA[tiny]
     data = {
@@ -251,14 +253,15 @@ def _parts(
 ) -> tuple[float, dict[str, tuple[float, float, str]]]:
     """Seconds of the whole, and of every step its begin, end and node."""
     from actors import RayCluster
-    from orchestrator import verbs
-    from orchestrator.core.step import Kind
-    from orchestrator.report import SilentListener
-    from orchestrator.sweep import only, union
+    from orchestrator.planning import preparation
+    from orchestrator.planning.steps import Kind
+    from orchestrator.quantizing import only, union
+    from orchestrator.run import execute
+    from orchestrator.run.listener import SilentListener
 
     began = time.monotonic()
     asked = [_asked(folder, source, algorithm, tiny, num_gpus=num_gpus, num_stages=2) for algorithm in algorithms]
-    made = union([only(verbs.plan(spec), (Kind.CALIBRATE,)) for spec, _ in asked], algorithms)
+    made = union([only(preparation.plan(spec), (Kind.CALIBRATE,)) for spec, _ in asked], algorithms)
     spans: dict[str, tuple[float, float, str]] = {}
 
     class Clock(SilentListener):
@@ -269,7 +272,7 @@ def _parts(
             elif event.type == "succeeded":
                 spans[name] = (spans[name][0], now, spans[name][2])
 
-    result = verbs.run(made, {}, asked[0][1], RayCluster, Clock())
+    result = execute.execute(made, {}, asked[0][1], RayCluster, Clock())
     result.raise_failures(made)
     return time.monotonic() - began, spans
 

@@ -25,14 +25,19 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.sources import write_llama
-from orchestrator import verbs
-from orchestrator.clusters import AnyEvent
+from orchestrator import building
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.report import SilentListener
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.releases import publish
+from orchestrator.run import execute
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
-from orchestrator.work import checking, publish
+from orchestrator.work import checking
 from orchestrator.work.streaming import stream
 
 GB = 10**9
@@ -134,11 +139,11 @@ def check_shards(source: Path, sections: dict[str, Any], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     spec = decode(BuildSpec, {"source": {"path": str(source.resolve())}, "release": {"name": "b", "version": "1"}, **sections}, "b")
-    made = verbs.plan(spec)
+    made = preparation.plan(spec)
     only = replace(made, steps=tuple(made.of_kind(Kind.CONVERT)))
     store = open_store(folder.resolve().as_uri())
     with timed("convert") as total:
-        result = verbs.run(only, {}, ClusterSpec(store=store.url), LocalCluster, SilentListener())
+        result = execute.execute(only, {}, ClusterSpec(store=store.url), LocalCluster, SilentListener())
         result.raise_failures(only)
         subprocess.run(["sync", "-f", str(folder)], check=True)
     outputs = [output for outcome in result.outcomes.values() for output in outcome.outputs]
@@ -190,8 +195,8 @@ def build(spec: BuildSpec, folder: Path) -> Measured:
     folder.mkdir(parents=True)
     before, began = _cpu(), time.monotonic()
     ended: list[float] = []
-    with mock.patch.object(verbs, "drive", _timed(verbs.drive, ended)):
-        done = verbs.build(spec, ClusterSpec(store=folder.resolve().as_uri()), open_cluster=lambda place: InTurn(folder))
+    with mock.patch.object(execute, "drive", _timed(execute.drive, ended)):
+        done = building.build(spec, ClusterSpec(store=folder.resolve().as_uri()), open_cluster=lambda place: InTurn(folder))
     wall = time.monotonic() - began
     assert done.result is not None
     outcomes: list[Outcome] = list(done.result.outcomes.values())

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.sources import write_llama
-from orchestrator import verbs
-from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome, Step, Task
+from orchestrator.events.steps import EVENT, StepFailed, StepSucceeded
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind, Outcome, Step, Task
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 
 GB = 10**9
 
@@ -76,7 +77,7 @@ def plan_step(source: Path) -> Step:
         },
         "benchmark",
     )  # fmt: skip
-    (step,) = verbs.plan(spec).of_kind(Kind.CONVERT)
+    (step,) = preparation.plan(spec).of_kind(Kind.CONVERT)
     return step
 
 

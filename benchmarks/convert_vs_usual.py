@@ -21,13 +21,16 @@ from pathlib import Path
 
 from benchmarks.convert import copy_seconds
 from benchmarks.sources import write_llama
-from orchestrator import verbs
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.report import SilentListener
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.run import execute
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 
 GB = 10**9
@@ -100,7 +103,7 @@ def convert_plan(source: Path) -> Plan:
         },
         "benchmark",
     )  # fmt: skip
-    made = verbs.plan(spec)
+    made = preparation.plan(spec)
     return Plan(made.spec, made.inputs, tuple(made.of_kind(Kind.CONVERT)))
 
 
@@ -110,7 +113,7 @@ def convert(plan: Plan, folder: Path) -> tuple[Measured, list[Outcome]]:
     url = folder.resolve().as_uri()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    result = verbs.run(plan, {}, ClusterSpec(store=url), LocalCluster, SilentListener())
+    result = execute.execute(plan, {}, ClusterSpec(store=url), LocalCluster, SilentListener())
     result.raise_failures(plan)
     subprocess.run(["sync", "-f", str(folder)], check=True)
     wall = time.monotonic() - began

@@ -14,11 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import verbs, work
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.core.topology import problems
+from orchestrator import work
+from orchestrator.model.topology import problems
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 from tests.models.families import TINY, write_tiny
 
 TOPOLOGIES: dict[str, dict[str, int]] = {
@@ -54,7 +56,7 @@ def plan(source: Path, topology: dict[str, int]) -> Plan:
         "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
         "verification": {"max_tokens": 12, "decode_steps": 3},
     }  # fmt: skip
-    return verbs.plan(decode(BuildSpec, plain, "benchmark"))
+    return preparation.plan(decode(BuildSpec, plain, "benchmark"))
 
 
 def run(made: Plan, store: Path, kinds: tuple[Kind, ...]) -> dict[str, Outcome]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.core.spec import StoreOptions
+from orchestrator.spec.cluster import StoreOptions
 from tests.models.bed_build import BedBuild, checkpoint, published, started_again
 from tests.models.bed_faults import FAULTS, LONG_FAULTS, Scene
 from tests.models.ray_nodes import GUEST, BedOptions, RayNodes, ray_nodes, skip_reason

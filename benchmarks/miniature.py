@@ -24,14 +24,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import verbs
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.core.manifest import Miniature
-from orchestrator.core.options import MiniatureOptions
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind
+from orchestrator import building
+from orchestrator.base.errors import OrchestratorError
 from orchestrator.families import family_for
+from orchestrator.planning.facts import Miniature
+from orchestrator.planning.options import MiniatureOptions
+from orchestrator.planning.steps import Kind
 from orchestrator.report import format_seconds
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from tests.models.families import TINY, tiny_config_json
 from tests.models.wrong_rules import CONFIGS
 
@@ -114,7 +116,7 @@ def of_a_build(model: Path) -> str:
                 "engine": {"max_batch_size": batch, "max_input_len": 128, "max_seq_len": 256},
             }  # fmt: skip
             began = time.perf_counter()
-            done = verbs.build(decode(BuildSpec, plain, "benchmark"), place)
+            done = building.build(decode(BuildSpec, plain, "benchmark"), place)
             took = time.perf_counter() - began
             assert done.result is not None
             (step,) = done.plan.of_kind(Kind.MINIATURE)

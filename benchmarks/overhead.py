@@ -18,11 +18,11 @@ from pathlib import Path
 import ray
 
 from actors import RayCluster
-from orchestrator import cache
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.driver import drive
-from orchestrator.report import SilentListener
+from orchestrator.planning.plan import Plan
+from orchestrator.run import commits
+from orchestrator.run.driver import drive
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.models.plans import fake_plan, outcome_of
 
@@ -49,7 +49,7 @@ def prepared(count: int, folder: Path) -> tuple[Plan, str]:
     plan = fake_plan({f"step{number}": [] for number in range(count)}, memory_bytes=10**6)
     store = open_store((folder / "store").as_uri())
     for step in plan.steps:
-        cache.commit(store, outcome_of(step))
+        commits.commit(store, outcome_of(step))
     return plan, store.url
 
 

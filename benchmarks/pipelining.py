@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 from actors import RayCluster
-from orchestrator import verbs
-from orchestrator.clusters import AnyEvent
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, PoolSpec, QuantizationSpec, SourceSpec
-from orchestrator.core.step import Kind
-from orchestrator.loading import load_spec
-from orchestrator.report import SilentListener
+from orchestrator import building
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.build import QuantizationSpec, SourceSpec
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
+from orchestrator.spec.loading import load_spec
 
 _NUM_ORDERS = 10_000
 
@@ -95,7 +96,7 @@ def main() -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         place = ClusterSpec(kind="ray", store=Path(folder).as_uri(), pools={"default": PoolSpec(cpus=options.cpus)})
-        plan = verbs.build(spec, place, open_cluster=RayCluster, listener=clock).plan
+        plan = building.build(spec, place, open_cluster=RayCluster, listener=clock).plan
     seconds = {digest: clock.ended[digest] - clock.began[digest] for digest in clock.ended}
     cores = {step.digest: min(step.resources.cpus, options.cpus) for step in plan.steps}
     zero = min(clock.began.values())

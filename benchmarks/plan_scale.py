@@ -22,7 +22,8 @@ _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
 from orchestrator import verbs
-from orchestrator.core.spec import BuildSpec, decode
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 imported = time.monotonic()
 if sys.argv[2]:
     import cProfile

@@ -22,11 +22,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import verbs, work
+from orchestrator import work
 from orchestrator.checkpoints.safetensors import encode_header
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
 KINDS = (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
@@ -69,7 +71,7 @@ def plan(source: Path, tp: int, pp: int) -> Plan:
         "source": {"path": str(source.resolve())}, "topology": {"tp": tp, "pp": pp}, "release": {"name": "proof", "version": "1"},
         "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
     }  # fmt: skip
-    return verbs.plan(decode(BuildSpec, plain, "benchmark"))
+    return preparation.plan(decode(BuildSpec, plain, "benchmark"))
 
 
 def run(made: Plan, folder: Path, name: str) -> dict[str, float | None]:

@@ -16,10 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import verbs
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator import building
+from orchestrator.base.errors import OrchestratorError
 from orchestrator.quantizers import QUANTIZERS
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 
 KV_ONLY = {"FP8 KV cache": {"kv_cache": "FP8"}, "INT8 KV cache": {"kv_cache": "INT8"}}
 BOTH = {"FP8 + FP8 KV cache": {"algorithm": "FP8", "kv_cache": "FP8"}}
@@ -64,7 +66,7 @@ def build(model: Path, quantization: dict[str, Any], store: str, version: str) -
     )
     began = time.monotonic()
     try:
-        made = verbs.build(spec, ClusterSpec(store=store))
+        made = building.build(spec, ClusterSpec(store=store))
     except OrchestratorError as error:
         return "no", error.message[:80], "", "", "", "", f"{time.monotonic() - began:.0f}"
     found = made.manifest.verification

@@ -13,11 +13,16 @@ import shutil
 import time
 from pathlib import Path
 
-from orchestrator import cache, simulation, verbs
-from orchestrator.clusters import AnyEvent
-from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.report import SilentListener
+from orchestrator import building
+from orchestrator.clusters import simulation
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning import preparation
+from orchestrator.run import commits
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.rates import RatesSpec
 from orchestrator.stores import open_store
 
 
@@ -45,8 +50,8 @@ def spec_of(source: Path, pp: int) -> BuildSpec:
 def build(spec: BuildSpec, place: ClusterSpec) -> tuple[float, RatesSpec]:
     """Build it; returns the makespan of its steps in seconds, and the rates that they showed."""
     clock = Clock()
-    made = verbs.build(spec, place, listener=clock)
-    committed = cache.committed(open_store(place.store), (step.digest for step in made.plan.steps))
+    made = building.build(spec, place, listener=clock)
+    committed = commits.committed(open_store(place.store), (step.digest for step in made.plan.steps))
     return clock.last - clock.first, RatesSpec.model_validate({"steps": simulation.measured(made.plan, committed)})
 
 
@@ -59,7 +64,7 @@ def main() -> None:
     shutil.rmtree(arguments.folder, ignore_errors=True)
     places = [ClusterSpec(store=(arguments.folder.resolve() / name).as_uri()) for name in ("measured", "predicted")]
     spec = spec_of(arguments.source, pp=2)
-    made = verbs.plan(spec)
+    made = preparation.plan(spec)
     _, rates = build(spec_of(arguments.source, pp=1), places[0])
     predicted = simulation.simulate(made, places[1], rates).makespan_seconds
     real, own = build(spec, places[1])

@@ -21,8 +21,10 @@ _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
 from orchestrator import simulation, verbs
-from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
+from orchestrator.spec.rates import RatesSpec
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 imported = time.monotonic()
 given = json.loads(sys.argv[1])
 made = verbs.plan(decode(BuildSpec, given["spec"], "benchmark"))

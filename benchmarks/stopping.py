@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.core.errors import CancelledError, TerminatedError
+from orchestrator.base.errors import CancelledError, TerminatedError
 from tests.models.signals import hear_interrupts
 
 SECONDS = 5.0
@@ -74,7 +74,7 @@ CASES = ("build/local", "build/ray", "quantize/local", "quantize/ray", "convert/
 
 def make_bed(root: Path) -> Bed:
     """A tiny model, its checkpoint, specs and cluster files."""
-    from orchestrator.models import LLaMAForCausalLM
+    from orchestrator.compat.models import LLaMAForCausalLM
     from tests.models.tiny import write_tiny_llama
 
     bed = Bed(root)

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.core.spec import StoreOptions
-from orchestrator.programs import find_program
+from orchestrator.base.programs import find_program
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.work.context import HashingWriter, download
 from tests.models.s3_server import BUCKET, S3Server

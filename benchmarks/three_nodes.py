@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator import cache
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.loading import load_spec
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.run import commits
+from orchestrator.spec.loading import load_spec
 from orchestrator.stores import open_store
 from tests.models.ray_nodes import BedOptions, RayNodes, ray_nodes, skip_reason
 from tests.models.smollm2 import smollm2
@@ -65,8 +65,8 @@ def submission(bed: RayNodes, folder: Path) -> list[str]:
 def outcomes(bed: RayNodes) -> list[Outcome]:
     """Of every step that was committed."""
     store = open_store(bed.store_url)
-    digests = [found.key.removeprefix(cache.OUTCOMES).removesuffix(".json") for found in store.list(cache.OUTCOMES)]
-    return [outcome for digest in digests if (outcome := cache.lookup(store, digest)) is not None]
+    digests = [found.key.removeprefix(commits.OUTCOMES).removesuffix(".json") for found in store.list(commits.OUTCOMES)]
+    return [outcome for digest in digests if (outcome := commits.lookup(store, digest)) is not None]
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import cache, verbs
-from orchestrator.core.manifest import Verification
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind
-from orchestrator.report import SilentListener
+from orchestrator import clusters
+from orchestrator.planning import preparation
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
+from orchestrator.run import commits, execute
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 
 TOPOLOGIES = ((1, 1), (3, 1), (1, 2), (3, 2))
@@ -47,10 +51,10 @@ def verify(model: Path, tp: int, pp: int, store: str) -> Verification:
         {"source": {"path": str(model.resolve())}, "topology": {"tp": tp, "pp": pp}, "release": {"name": "none", "version": "0"}},
         "benchmark",
     )
-    made = verbs.plan(spec)
+    made = preparation.plan(spec)
     only = Plan(made.spec, made.inputs, tuple(step for step in made.steps if step.kind is not Kind.BUILD))
-    committed = cache.committed(open_store(store), (step.digest for step in only.steps))
-    result = verbs.run(only, committed, ClusterSpec(store=store), verbs.local_cluster, SilentListener())
+    committed = commits.committed(open_store(store), (step.digest for step in only.steps))
+    result = execute.execute(only, committed, ClusterSpec(store=store), clusters.local_cluster, SilentListener())
     result.raise_failures(only)
     last = list(only.of_kind(Kind.VERIFY))[-1]
     return Verification.model_validate(result.outcomes[last.digest].facts["verification"])

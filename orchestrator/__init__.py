@@ -15,14 +15,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.core.errors import OrchestratorError
-    from orchestrator.core.manifest import Manifest
-    from orchestrator.core.plan import Plan
-    from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec
-    from orchestrator.core.topology import Topology
-    from orchestrator.loading import load_cluster, load_spec
+    from orchestrator.base.errors import OrchestratorError
+    from orchestrator.building import Build, build
+    from orchestrator.model.topology import Topology
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.preparation import plan
     from orchestrator.releases import pull, read_release
-    from orchestrator.verbs import Build, build, convert, plan
+    from orchestrator.releases.manifest import Manifest
+    from orchestrator.spec.build import BuildConfig, BuildSpec
+    from orchestrator.spec.cluster import ClusterSpec
+    from orchestrator.spec.loading import load_cluster, load_spec
+    from orchestrator.stages import convert
 
 __all__ = [
     "Build",
@@ -43,14 +46,17 @@ __all__ = [
 ]
 
 _PLACES = {
-    "core.errors": ("OrchestratorError",),
-    "core.manifest": ("Manifest",),
-    "core.plan": ("Plan",),
-    "core.spec": ("BuildConfig", "BuildSpec", "ClusterSpec"),
-    "core.topology": ("Topology",),
-    "loading": ("load_cluster", "load_spec"),
+    "base.errors": ("OrchestratorError",),
+    "releases.manifest": ("Manifest",),
+    "planning.plan": ("Plan",),
+    "planning.preparation": ("plan",),
+    "spec.build": ("BuildConfig", "BuildSpec"),
+    "spec.cluster": ("ClusterSpec",),
+    "model.topology": ("Topology",),
+    "spec.loading": ("load_cluster", "load_spec"),
     "releases": ("pull", "read_release"),
-    "verbs": ("Build", "build", "convert", "plan"),
+    "building": ("Build", "build"),
+    "stages": ("convert",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

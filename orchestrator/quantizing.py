@@ -1,84 +1,241 @@
-"""From the spec's quantization to what a plan needs of it: formats, methods, the identity of data and of given scales."""
+"""Several quantization algorithms side by side, and a calibration artifact for itself: what is run is the build without engines.
+
+Because steps are shared by content, a sweep calibrates once for all algorithms that need only amax values and computes the
+reference once for all.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from orchestrator.core.calibration import DATA_SUFFIXES, MAX, Quantization
-from orchestrator.core.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
-from orchestrator.core.options import CalibrationData
-from orchestrator.core.quantization import ModelQuantization
-from orchestrator.core.spec import CalibrationSpec, QuantizationSpec
-from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
+from orchestrator.base.errors import QuantizationError, StoreError, VerificationError
+from orchestrator.clusters import local_cluster
+from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
+from orchestrator.planning.calibration import layer_of
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.preparation import plan
+from orchestrator.planning.quantization import resolve_data
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.quantizers import QUANTIZERS
+from orchestrator.quantizers.resolve import quantizer_named
+from orchestrator.run import commits
+from orchestrator.run.driver import Result
+from orchestrator.run.execute import OpenCluster, execute
+from orchestrator.run.listener import Listener, SilentListener
+from orchestrator.run.preflight import check_steps
+from orchestrator.spec.build import BuildSpec, QuantizationSpec, ToleranceSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stages import check_kept
+from orchestrator.stores import open_store
+from orchestrator.stores.file import write_whole
+from orchestrator.stores.store import check_writable
 
-SCALES = "scales.safetensors"
+UNQUANTIZED = "none"
+_ANY = ToleranceSpec(max_relative_error=None, max_mean_kl=1e9, min_top1_agreement=0.0)
+"""A sweep measures; nothing in it fails for being inexact."""
 
 
-def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
-    """Raises QuantizationError, SourceMissingError for data or scales that are not there, TopologyError for too many parts."""
-    model = model_quantization(spec, num_layers)
-    algorithms = {fmt.algorithm for fmt in model.formats()}
-    calibrated = {name for name in algorithms if quantizer_named(name).calibration is not None}
-    methods = {name: calibration_method(spec, name) for name in calibrated}
-    calibration = spec.calibration
-    if calibration.num_stages is not None and calibration.num_stages > num_layers:
-        raise TopologyError(f"quantization.calibration.num_stages is {calibration.num_stages}, the model has {num_layers} layers")
-    needed = bool(methods or spec.kv_cache)
-    data, dataset = resolve_data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
-    return Quantization(
-        model=model,
-        methods=methods if methods else ({"kv_cache": MAX} if spec.kv_cache else {}),
-        data=data,
-        dataset=dataset,
-        device=calibration.device,
-        layerwise=calibration.layerwise,
-        num_stages=calibration.num_stages,
-        scales=spec.scales if needed else None,
-        scales_sha256=_scales_sha256(Path(spec.scales)) if spec.scales is not None and needed else None,
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One algorithm of a sweep."""
+
+    algorithm: str
+    checkpoint_bytes: int
+    """Of all ranks."""
+    verification: Verification
+    worst_linear: str
+    """The linear with the largest weight error; empty: none is quantized."""
+    worst_error: float
+    num_steps_run: int
+    """Steps that were not there yet; one that several algorithms share counts for the first."""
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "verification": self.verification.model_dump()}
+
+
+def sweep(
+    spec: BuildSpec,
+    algorithms: Sequence[str],
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+) -> list[SweepRow]:
+    """Calibrate, convert and verify `spec` under each algorithm (`none`: as it is), all of them at once.
+
+    Steps that algorithms share run once. Raises QuantizationError before any work.
+    """
+    specs = [_under(spec, algorithm) for algorithm in algorithms]
+    plans = [only(plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
+    result = _run(union(plans, algorithms), place, open_cluster, listener or SilentListener())
+    rows, counted = [], set[str]()
+    for algorithm, made in zip(algorithms, plans, strict=True):
+        own = {step.digest for step in made.steps} - counted
+        counted |= own
+        rows.append(_row(algorithm, made, result, len(own & result.ran)))
+    return rows
+
+
+def union(plans: Sequence[Plan], labels: Sequence[str]) -> Plan:
+    """One plan with the steps of all, each once; a step that only some need carries their label in its name."""
+    owners: dict[str, list[str]] = {}
+    for label, made in zip(labels, plans, strict=True):
+        for step in made.steps:
+            owners.setdefault(step.digest, []).append(label)
+    steps = {step.digest: step for made in plans for step in made.steps}
+    named = [
+        step
+        if len(owners[digest]) == len(plans)
+        else step.model_copy(update={"name": f"{step.name} ({', '.join(owners[digest])})"})
+        for digest, step in steps.items()
+    ]
+    return replace(plans[0], steps=tuple(named))
+
+
+def calibrate(
+    spec: BuildSpec,
+    output: Path,
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+) -> list[Path]:
+    """Write the calibration artifact of `spec` to the folder `output`, for `quantization.scales` of other specs.
+
+    Returns the files. Raises QuantizationError when the spec needs no calibration, StoreError when there is one already.
+    """
+    if (output / "scales.safetensors").exists():
+        raise StoreError(f"{output} already holds a calibration artifact", "Choose another --output, or remove it.")
+    made = only(plan(spec), (Kind.CALIBRATE,))
+    if not made.steps:
+        raise QuantizationError("this spec calibrates nothing", "Choose a calibrated algorithm or a kv_cache format.")
+    result = _run(made, place, open_cluster, listener or SilentListener())
+    outcomes = [result.outcomes[step.digest] for step in made.steps]
+    return _write_artifact([(step.name, outcome) for step, outcome in zip(made.steps, outcomes, strict=True)], place, output)
+
+
+def choose(
+    spec: BuildSpec, algorithms: Sequence[str], effective_bits: float, output: Path, log: Callable[[str], None] = lambda line: None
+) -> dict[str, LinearFormat | None]:
+    """Search per-layer formats among `algorithms` within a budget and write them as a quant_cfg.json to `output`.
+
+    Runs in this process, on the whole model. Raises QuantizationError, StoreError when `output` is there already.
+    """
+    from orchestrator.stores import open_place
+    from orchestrator.stores.source import LocalPlace
+    from orchestrator.work.calibrate.auto_quantize import choose_formats
+
+    if output.exists():
+        raise StoreError(f"{output} is there already", "Choose another --output, or remove it.")
+    made = plan(spec.model_copy(update={"quantization": QuantizationSpec(algorithm="FP8")}))
+    place = open_place(made.inputs.source)
+    if made.inputs.index.format != "huggingface" or not isinstance(place, LocalPlace):
+        raise QuantizationError("the search needs a Hugging Face folder on this machine", "Copy or convert the source first.")
+    asked = spec.quantization or QuantizationSpec(algorithm="FP8")
+    formats = [_sized(quantizer_named(name).linear, asked.group_size) for name in algorithms]
+    data, dataset = resolve_data(asked.calibration)
+    dtype = made.inputs.config.dtype
+    chosen = choose_formats(place.folder, dtype, _linears(made), formats, effective_bits, data, dataset, log)
+    mixture = quant_cfg(ModelQuantization(algorithm=MIXED_PRECISION, layers=chosen))
+    write_whole(output, (json.dumps(mixture, indent=1) + "\n").encode())
+    return chosen
+
+
+def _sized(fmt: LinearFormat, group_size: int | None) -> LinearFormat:
+    is_int4 = fmt.weight.value.startswith("int4")
+    return fmt.model_copy(update={"block_size": group_size}) if group_size and is_int4 else fmt
+
+
+def _linears(made: Plan) -> dict[str, tuple[str, ...]]:
+    """Every quantizable linear by its global name, and the source modules that it is joined from."""
+    found: dict[str, tuple[str, ...]] = {}
+    for group in made.inputs.weights.groups:
+        for target in group.targets:
+            if target.quantized is not None:
+                modules = tuple(dict.fromkeys(target.quantized.modules))
+                local = int(target.name.split(".", 3)[2])
+                found[global_name(target.name.removesuffix(".weight"), local, layer_of(modules[0]))] = modules
+    return found
+
+
+def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
+    """`spec` with another algorithm; options that it does not have are left out."""
+    verification = spec.verification.model_copy(update={"enabled": True, "tolerance": _ANY})
+    if algorithm == UNQUANTIZED:
+        return spec.model_copy(update={"quantization": None, "verification": verification})
+    quantizer = quantizer_named(algorithm)
+    asked = spec.quantization.model_dump() if spec.quantization else {}
+    fits = {
+        "group_size": quantizer.linear.weight.value.startswith("int4"),
+        "alpha": quantizer.calibration is not None and quantizer.calibration.alpha is not None,
+        "meta_recipe": algorithm == "FP8_PER_CHANNEL_PER_TOKEN",
+        "quant_cfg": False,
+        "scales": False,
+    }
+    kept = {name: value for name, value in asked.items() if fits.get(name, True)}
+    quantization = QuantizationSpec.model_validate({**kept, "algorithm": algorithm})
+    return spec.model_copy(update={"quantization": quantization, "verification": verification})
+
+
+def only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
+    """The plan's steps of some kinds."""
+    return replace(made, steps=tuple(step for step in made.steps if step.kind in kinds))
+
+
+def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
+    store = open_store(place.store, place.store_options)
+    check_writable(store)
+    with commits.in_use(store, [step.digest for step in made.steps]):
+        committed, again = commits.agreeing(store, made, commits.committed(store, (step.digest for step in made.steps)))
+        made = replace(made, warnings=made.warnings + again + check_steps(made, committed, place, store))
+        listener.on_plan(made, committed, already_published=False)
+        accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
+        result = execute(made, committed, place, open_cluster, listener, accept)
+    result.raise_failures(made)
+    return result
+
+
+def _row(algorithm: str, made: Plan, result: Result, num_steps_run: int) -> SweepRow:
+    converts = [result.outcomes[step.digest] for step in made.of_kind(Kind.CONVERT)]
+    errors = {name: error for outcome in converts for name, error in outcome.facts.get("quantization_errors", {}).items()}
+    worst = max(errors, key=lambda name: errors[name], default="")
+    numbers = [result.outcomes[step.digest].facts.get("verification") for step in made.of_kind(Kind.VERIFY)]
+    found = next((item for item in numbers if item), None)
+    if found is None:
+        raise VerificationError(f"the verification of {algorithm} left no numbers")
+    return SweepRow(
+        algorithm=algorithm,
+        checkpoint_bytes=sum(output.num_bytes for outcome in converts for output in outcome.outputs),
+        verification=Verification.model_validate(found),
+        worst_linear=worst,
+        worst_error=errors.get(worst, 0.0),
+        num_steps_run=num_steps_run,
     )
 
 
-def read_checkpoint_quantization(folder: Path) -> ModelQuantization | None:
-    """The formats of a TensorRT-LLM checkpoint folder; None: it is not quantized. Raises SpecError, QuantizationError."""
-    try:
-        block = json.loads((folder / "config.json").read_bytes()).get("quantization") or {}
-        mixture = folder / "quant_cfg.json"
-        return from_checkpoint(block, json.loads(mixture.read_bytes()) if mixture.is_file() else None)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
+def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, output: Path) -> list[Path]:
+    """One scales file of all parts, and each part's recipe."""
+    from safetensors.numpy import load, save
+
+    store = open_store(place.store, place.store_options)
+    output.mkdir(parents=True, exist_ok=True)
+    merged, written = {}, []
+    for name, outcome in named:
+        merged.update(load(store.get(outcome.output("scales.safetensors").key)))
+        recipe = output / f"{name.replace('/', '-')}.recipe.json"
+        write_whole(recipe, store.get(outcome.output("recipe.json").key))
+        written.append(recipe)
+    write_whole(output / "scales.safetensors", save(merged))
+    return [output / "scales.safetensors", *written]
 
 
-def _no_data(spec: CalibrationSpec) -> CalibrationData:
-    return CalibrationData(
-        dataset="", digest=None, num_samples=spec.num_samples, max_length=spec.max_length,
-        batch_size=spec.batch_size, seed=spec.seed,
-    )  # fmt: skip
-
-
-def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
-    """The identity of the data, and the place of a local file. Raises SourceMissingError, QuantizationError."""
-    from orchestrator.work.calibration_data import DEFAULT, check_data, default_digest
-
-    path = Path(spec.dataset)
-    is_file = path.suffix in DATA_SUFFIXES
-    if is_file and not path.is_file():
-        raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
-    if is_file:
-        check_data(path)
-        return _no_data(spec).model_copy(update={"dataset": path.name, "digest": _sha256(path)}), str(path.resolve())
-    digest = default_digest() if spec.dataset == DEFAULT else None
-    return _no_data(spec).model_copy(update={"dataset": spec.dataset, "digest": digest}), ""
-
-
-def _scales_sha256(folder: Path) -> str:
-    path = folder / SCALES
-    if not path.is_file():
-        raise QuantizationError(f"{folder} holds no calibration artifact", "Make one with `orchestrator quantize --output`.")
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def all_algorithms() -> list[str]:
+    """Every algorithm there is, after the unquantized model."""
+    return [UNQUANTIZED, *QUANTIZERS]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.spec import BuildSpec, decode
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 from tests.models.ceph import run_ceph
 from tests.models.ray_nodes import RayNodes, skip_reason
 from tests.models.ray_nodes import ray_nodes as make_ray_nodes

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.core.errors import DigestError, QuantizationError, SourceMissingError
-from orchestrator.core.options import CalibrationData
-from orchestrator.core.spec import QuantizationSpec
-from orchestrator.quantizing import resolve
-from orchestrator.work.calibration_data import DEFAULT, Tokens, calibration_tokens
+from orchestrator.base.errors import DigestError, QuantizationError, SourceMissingError
+from orchestrator.planning.quantization import resolve
+from orchestrator.quantizers.calibration_data import DEFAULT, CalibrationData, Tokens, calibration_tokens
+from orchestrator.spec.build import QuantizationSpec
 
 BOS, CHAT, UNKNOWN = 0, 1, 2
 FIRST_WORD = 3

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.work.calls import Call, Ints, make_calls, positions_of
+from orchestrator.work.verify.inputs import Call, Ints, make_calls, positions_of
 
 lengths_of = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 steps_of = st.integers(1, 6)

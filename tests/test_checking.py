@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DamagedOutputError
-from orchestrator.core.step import Output
-from orchestrator.work.checking import InputChecks, forget
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DamagedOutputError
+from orchestrator.planning.steps import Output
+from orchestrator.run.checking import InputChecks, forget
 
 DATA = bytes(range(256)) * 20_000
 

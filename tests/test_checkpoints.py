@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from orchestrator.base.errors import LfsPointerError, OrchestratorError, QuantizationError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import companions, huggingface, safetensors
-from orchestrator.checkpoints.places import FileSource, LocalPlace
-from orchestrator.core.checkpoint import SourceFile
-from orchestrator.core.errors import (
-    LfsPointerError,
-    OrchestratorError,
-    QuantizationError,
-    SourceCorruptError,
-    SourceMissingError,
-)
+from orchestrator.model.checkpoint import SourceFile
+from orchestrator.stores.source import FileSource, LocalPlace
 from tests.models.synthetic import FIXED_TIME_NS, encode_safetensors, frame, model_config, random_arrays, write_source
 
 CONFIG = model_config()

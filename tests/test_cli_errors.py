@@ -14,9 +14,9 @@ from typing import NoReturn
 import pytest
 from typer.testing import CliRunner, Result
 
-from orchestrator import verbs
+from orchestrator.base.errors import MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded
 from orchestrator.cli import app
-from orchestrator.core.errors import MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded
+from orchestrator.planning import preparation
 
 
 def plan(tmp_path: Path, *words: str) -> Result:
@@ -28,7 +28,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(verbs, "plan", fail)
+    monkeypatch.setattr(preparation, "plan", fail)
 
 
 def test_a_bug_is_one_line_that_says_where_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_bounded_keeps_beginning_and_end() -> None:
 def test_an_error_of_the_python_api_prints_its_advice_in_tracebacks_also_after_a_pickle() -> None:
     for error in (SpecError("wrong", "do this"), pickle.loads(pickle.dumps(SpecError("wrong", "do this")))):
         assert "".join(traceback.format_exception_only(error)).splitlines() == [
-            "orchestrator.core.errors.SpecError: wrong",
+            "orchestrator.base.errors.SpecError: wrong",
             "do this",
         ]
     assert str(SpecError("wrong", "do this")) == "wrong"

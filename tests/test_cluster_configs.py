@@ -12,12 +12,12 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.core.plan import unplaceable
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Kind
-from orchestrator.loading import load_cluster, load_rates, load_spec
-from orchestrator.programs import find_program
-from orchestrator.simulation import simulate
+from orchestrator.base.programs import find_program
+from orchestrator.clusters.simulation import simulate
+from orchestrator.planning.plan import unplaceable
+from orchestrator.planning.steps import Kind
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.loading import load_cluster, load_rates, load_spec
 from tests.models.plans import fake_plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "cluster_configs"

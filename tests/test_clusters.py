@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clusters import Cluster
-from orchestrator.clusters.admission import Admission, Node, by_pool
-from orchestrator.clusters.labels import selects
+from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.processes import StepProcesses, devices
 from orchestrator.clusters.simulated import SimulatedCluster
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import FailureKind, Kind, Resources, Task
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import StepFailed, StepStarted, StepSucceeded
+from orchestrator.planning.steps import FailureKind, Kind, Resources, Task
+from orchestrator.run.admission import Admission, Node, by_pool
+from orchestrator.run.cluster import Cluster
+from orchestrator.run.labels import selects
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
 from tests.models.plans import LOST, WRONG, task
 

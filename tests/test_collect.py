@@ -19,16 +19,18 @@ from fsspec.spec import AbstractFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import cache, verbs
-from orchestrator.core.errors import SpecError, StoreError
-from orchestrator.core.manifest import MANIFEST
-from orchestrator.core.spec import ClusterSpec, StoreOptions
-from orchestrator.core.step import Kind, Outcome, Output
+from orchestrator import building
+from orchestrator.base.errors import SpecError, StoreError
+from orchestrator.planning.steps import Kind, Outcome, Output
 from orchestrator.releases import collect, collecting, list_releases, open_release, tag, verify
-from orchestrator.stores import Store, open_store
+from orchestrator.releases.manifest import MANIFEST
+from orchestrator.run import commits
+from orchestrator.spec.cluster import ClusterSpec, StoreOptions
+from orchestrator.stores import open_store
 from orchestrator.stores.folders import find_files
 from orchestrator.stores.retrying import Backoff, TransientError
 from orchestrator.stores.s3 import S3Store
+from orchestrator.stores.store import Store
 from tests.models.releases import Published, flip, publish_tiny
 
 GRACE = datetime.timedelta(days=7)
@@ -41,17 +43,17 @@ def _later(days: float) -> datetime.datetime:
 
 def _keys(store: Store) -> set[str]:
     """Without those of what builds have said: they are no part of a release."""
-    return {info.key for info in store.list("") if not info.key.startswith(cache.EVENTS)} - {collecting.SEEN}
+    return {info.key for info in store.list("") if not info.key.startswith(commits.EVENTS)} - {collecting.SEEN}
 
 
 def _stray(store: Store, digest: str, committed: bool) -> set[str]:
     """A step that no release was made of, committed or broken off."""
-    key = cache.attempt_prefix(digest, "attempt") + "out"
+    key = commits.attempt_prefix(digest, "attempt") + "out"
     store.put(key, b"bytes")
     if committed:
         output = Output(name="out", key=key, num_bytes=5, sha256="00" * 32)
-        cache.commit(store, Outcome(digest=digest, name="stray", kind=Kind.CONVERT, outputs=(output,)))
-        return {key, cache.outcome_key(digest)}
+        commits.commit(store, Outcome(digest=digest, name="stray", kind=Kind.CONVERT, outputs=(output,)))
+        return {key, commits.outcome_key(digest)}
     return {key}
 
 
@@ -61,7 +63,7 @@ def published(tmp_path: Path) -> Published:
 
 
 def test_collect_by_default_deletes_nothing_and_tells_what_waits(published: Published) -> None:
-    said = {info.key for info in published.store.list(cache.EVENTS)}
+    said = {info.key for info in published.store.list(commits.EVENTS)}
     strays = _stray(published.store, "ab" * 32, committed=True) | said
     before = _keys(published.store)
     first = collect(published.store.url, GRACE, now=START)
@@ -89,7 +91,7 @@ def test_collect_keeps_the_cache_of_a_release(published: Published) -> None:
         collect(published.store.url, GRACE, delete=True, now=_later(day))
     spec = published.plan.spec
     again = spec.model_copy(update={"release": spec.release.model_copy(update={"version": "2"})})
-    done = verbs.build(again, ClusterSpec(store=published.store.url))
+    done = building.build(again, ClusterSpec(store=published.store.url))
     assert done.result is not None
     assert done.result.ran == frozenset()
 
@@ -98,18 +100,18 @@ def test_collect_keeps_what_a_running_build_counts_on(published: Published) -> N
     digest = "ab" * 32
     strays = _stray(published.store, digest, committed=True)
     collect(published.store.url, GRACE, now=START)
-    with cache.in_use(published.store, [digest], "releases/tiny/2/"):
+    with commits.in_use(published.store, [digest], "releases/tiny/2/"):
         published.store.put("releases/tiny/2/new/rank0.engine", b"just copied")
         collect(published.store.url, GRACE, delete=True, now=START + GRACE - datetime.timedelta(seconds=1))
         found = collect(published.store.url, datetime.timedelta(minutes=5), delete=True)
-        assert [key for key in found.due if not key.startswith(cache.EVENTS)] == []
+        assert [key for key in found.due if not key.startswith(commits.EVENTS)] == []
         assert strays < _keys(published.store)
 
 
 def test_collect_a_build_that_died_is_not_believed_for_ever(published: Published) -> None:
     digest = "ab" * 32
     strays = _stray(published.store, digest, committed=True)
-    live = cache.LiveBuild(started_at=START, steps=(digest,), release="releases/tiny/2/")
+    live = commits.LiveBuild(started_at=START, steps=(digest,), release="releases/tiny/2/")
     published.store.put("live/dead.json", live.model_dump_json().encode())
     collect(published.store.url, GRACE, delete=True, now=_later(1))
     assert strays < _keys(published.store)
@@ -124,11 +126,11 @@ def test_collect_puts_back_what_a_build_that_began_meanwhile_has_seen(
     digest = "ab" * 32
     strays = _stray(published.store, digest, committed=True)
     collect(published.store.url, GRACE, now=START)
-    announced = cache.in_use(published.store, [digest], "releases/tiny/2/")
+    announced = commits.in_use(published.store, [digest], "releases/tiny/2/")
     original, looks = collecting._live, []
 
     def live(store: Store, oldest: datetime.datetime) -> collecting._Live:
-        looks.append(cache.lookup(published.store, digest) is not None)
+        looks.append(commits.lookup(published.store, digest) is not None)
         if len(looks) == 2:  # after the outcomes were deleted: a build announced itself just before that
             announced.__enter__()
         return original(store, START - GRACE)
@@ -138,7 +140,7 @@ def test_collect_puts_back_what_a_build_that_began_meanwhile_has_seen(
     announced.__exit__(None, None, None)
     assert looks == [True, False]
     assert not strays & set(found.due)
-    assert cache.lookup(published.store, digest) is not None
+    assert commits.lookup(published.store, digest) is not None
 
 
 def test_collect_leaves_a_release_whose_manifest_it_cannot_read(published: Published) -> None:
@@ -173,10 +175,10 @@ def test_collect_never_removes_what_a_manifest_or_a_running_build_needs(
         if what == "stray":
             added = _stray(store, str(value), flag)
             if value in announced:
-                needed |= {key for key in added if cache.lookup(store, str(value)) or key.startswith("steps/")}
+                needed |= {key for key in added if commits.lookup(store, str(value)) or key.startswith("steps/")}
         elif what == "announce":
             announced.add(str(value))
-            live = cache.LiveBuild(started_at=_later(1000), steps=(str(value),), release="releases/x/1/")
+            live = commits.LiveBuild(started_at=_later(1000), steps=(str(value),), release="releases/x/1/")
             store.put(f"live/{value}.json", live.model_dump_json().encode())
             needed |= {key for key in _keys(store) if str(value) in key}
         else:
@@ -200,16 +202,16 @@ def store_archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_collect_removes_the_events_of_ended_builds_and_keeps_those_of_live_ones(published: Published) -> None:
-    events = {info.key for info in published.store.list(cache.EVENTS)}
+    events = {info.key for info in published.store.list(commits.EVENTS)}
     assert events
     collect(published.store.url, GRACE, delete=True, now=START)
-    live = cache.LiveBuild(started_at=_later(7), steps=(), build_key=published.plan.build_key)
+    live = commits.LiveBuild(started_at=_later(7), steps=(), build_key=published.plan.build_key)
     published.store.put("live/now.json", live.model_dump_json().encode())
     assert not events & collect(published.store.url, GRACE, delete=True, now=_later(7)).due.keys()
     published.store.delete("live/now.json")
     assert not events & collect(published.store.url, GRACE, delete=True, now=_later(8)).due.keys()  # unneeded since now
     assert events <= collect(published.store.url, GRACE, delete=True, now=_later(16)).due.keys()
-    assert list(published.store.list(cache.EVENTS)) == []
+    assert list(published.store.list(commits.EVENTS)) == []
 
 
 def _strays_are_due(published: Published) -> set[str]:
@@ -221,7 +223,7 @@ def _strays_are_due(published: Published) -> set[str]:
 
 AS_NOBODY = """
 import os, sys, datetime
-from orchestrator.core.errors import StoreError
+from orchestrator.base.errors import StoreError
 from orchestrator.releases import collect
 collect(sys.argv[1])  # as root: imports what it needs
 os.chmod(sys.argv[2], 0o300)
@@ -348,7 +350,7 @@ def test_collect_announcement_that_is_not_understood_is_believed_for_the_grace_p
 def test_collect_outcome_that_is_not_understood_keeps_its_outputs_for_the_release(published: Published) -> None:
     digest = next(iter(published.manifest.steps.values()))
     needed = _keys(published.store)
-    published.store.put(cache.outcome_key(digest), b'{"of": "a newer program"}')
+    published.store.put(commits.outcome_key(digest), b'{"of": "a newer program"}')
     for day in (0, 10, 20):
         collect(published.store.url, GRACE, delete=True, now=_later(day))
     assert needed <= _keys(published.store)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import cache, verbs
+from orchestrator.base.errors import SourceLinkError
 from orchestrator.checkpoints import companions, read_source
-from orchestrator.checkpoints.places import LocalPlace
 from orchestrator.cli import app
-from orchestrator.core.errors import SourceLinkError
+from orchestrator.planning import preparation
+from orchestrator.releases.publish import place_engines, publish
+from orchestrator.run import commits
 from orchestrator.stores import open_store
-from orchestrator.work.publish import place_engines, publish
+from orchestrator.stores.source import LocalPlace
 from tests.models.releases import pretend_to_run, release_spec, tiny_source
 
 
@@ -42,7 +43,7 @@ def test_plan_of_a_source_whose_tokenizer_links_outside_is_refused(tmp_path: Pat
         (source / "other.json").symlink_to(secret)
         link.symlink_to("other.json")
     with pytest.raises(SourceLinkError, match="link out of the source"):
-        verbs.plan(release_spec(source))
+        preparation.plan(release_spec(source))
 
 
 def test_plan_command_of_such_a_source_ends_with_its_own_code(tmp_path: Path, secret: Path) -> None:
@@ -60,9 +61,9 @@ def test_publish_of_a_file_that_became_a_link_outside_is_refused(tmp_path: Path,
     source = tiny_source(tmp_path / "source")
     store = open_store((tmp_path / "store").as_uri())
     spec = release_spec(source)
-    plan = verbs.plan(spec)
+    plan = preparation.plan(spec)
     pretend_to_run(plan, store)
-    outcomes = cache.committed(store, (step.digest for step in plan.steps))
+    outcomes = commits.committed(store, (step.digest for step in plan.steps))
     engines = place_engines(store, plan, outcomes)
     secret.write_bytes((source / "tokenizer.json").read_bytes())  # even with the same content: it may change
     (source / "tokenizer.json").unlink()
@@ -100,4 +101,4 @@ def test_companions_linked_within_the_source_are_read(tmp_path: Path) -> None:
     source = tiny_source(tmp_path / "source")
     (source / "tokenizer.json").rename(source / "real.json")
     (source / "tokenizer.json").symlink_to("real.json")
-    assert verbs.plan(release_spec(source)).inputs.extra_files[1].name == "tokenizer.json"
+    assert preparation.plan(release_spec(source)).inputs.extra_files[1].name == "tokenizer.json"

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import VerificationError
-from orchestrator.core.manifest import Verification
-from orchestrator.core.spec import ToleranceSpec
-from orchestrator.work.compare import check, compare
+from orchestrator.base.errors import VerificationError
+from orchestrator.planning.facts import Verification
+from orchestrator.spec.build import ToleranceSpec
+from orchestrator.work.verify.compare import check, compare
 
 REFERENCE = np.array([[1.0, 4.0, 2.0], [0.0, -8.0, 3.0]], np.float32)
 EXACT = {"num_positions": 2, "max_absolute_error": 0.0, "max_relative_error": 0.0, "mean_kl": 0.0, "top1_agreement": 1.0}

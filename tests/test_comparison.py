@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from orchestrator import comparison, verbs
+from orchestrator import stages
+from orchestrator.base.errors import SourceMissingError
+from orchestrator.checkpoints import compare as comparison
+from orchestrator.checkpoints.compare import Difference, compare
 from orchestrator.cli import app
-from orchestrator.comparison import Difference, compare
-from orchestrator.core.errors import SourceMissingError
 from tests.models.synthetic import Array, build_spec, model_config, random_arrays, write_source
 
 CONFIG = model_config()
@@ -148,7 +149,7 @@ def test_command_with_no_checkpoint_has_the_exit_code_of_a_missing_source(tmp_pa
 
 def test_compare_of_a_checkpoint_and_its_own_conversion_is_identical(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
-    verbs.convert(build_spec(source, topology={"tp": 2, "pp": 2}), tmp_path / "converted")
+    stages.convert(build_spec(source, topology={"tp": 2, "pp": 2}), tmp_path / "converted")
     found = compare(source, str(tmp_path / "converted"))
     assert found.same
     assert found.num_identical == len(random_arrays(CONFIG))

@@ -17,11 +17,11 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.config_keys import DOES_NOT_MATTER, MUST_BE, REQUIRED, ROTARY_KEYS, config_warnings
-from orchestrator.core.config_table import PassedOver
-from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
+from orchestrator.base.errors import ArchitectureError
 from orchestrator.families import FAMILIES, family_for
+from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config_keys import DOES_NOT_MATTER, MUST_BE, REQUIRED, ROTARY_KEYS, config_warnings
+from orchestrator.model.config_table import PassedOver
 from tests.models.families import TINY
 from tests.models.resolution import REFUSALS, Resolution, differences, ours, resolved
 

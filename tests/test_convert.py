@@ -20,11 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from orchestrator import cache, verbs, work
-from orchestrator.checkpoints.places import LocalPlace
-from orchestrator.checkpoints.safetensors import read_header
-from orchestrator.core.checkpoint import TensorInfo
-from orchestrator.core.errors import (
+from orchestrator import stages, work
+from orchestrator.base.errors import (
     DtypeError,
     OrchestratorError,
     SourceCorruptError,
@@ -32,21 +29,28 @@ from orchestrator.core.errors import (
     StoreError,
     WeightMapError,
 )
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import ConvertOptions
-from orchestrator.core.pages import is_on_page
-from orchestrator.core.plan import Plan
-from orchestrator.core.progress import StepProgress
-from orchestrator.core.rules import Span
-from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.core.targets import PackedScale, QuantizedWeight, Read, Target
-from orchestrator.core.topology import Topology
+from orchestrator.base.pages import is_on_page
+from orchestrator.checkpoints import trtllm
+from orchestrator.checkpoints.safetensors import read_header
+from orchestrator.events.steps import StepProgress
+from orchestrator.model.checkpoint import TensorInfo
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.rules import Span
+from orchestrator.model.targets import PackedScale, QuantizedWeight, Read, Target
+from orchestrator.model.topology import Topology
+from orchestrator.planning import preparation
+from orchestrator.planning.options import ConvertOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows
-from orchestrator.stores import Store, open_store
-from orchestrator.work import convert as converting
-from orchestrator.work import cutting, packing
+from orchestrator.run import commits
+from orchestrator.stores import open_store
+from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.store import Store
 from orchestrator.work.context import HashingWriter, SharedBlock
+from orchestrator.work.convert import cutting, packing
+from orchestrator.work.convert import step as converting
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import NUMPY_DTYPES, SAFETENSORS_DTYPES, Array, build_spec, model_config, random_arrays, write_source
 
@@ -134,7 +138,7 @@ def conversion(
     wanted = topology or Topology(1, 1)
     source = write_source(folder / "source", config, arrays, num_files=sections.pop("num_files", 1))
     split = {"tp": wanted.tp, "pp": wanted.pp, "pp_partition": wanted.pp_partition}
-    made = verbs.plan(build_spec(source, **{"dtype": config.dtype, "topology": split, **sections}))
+    made = preparation.plan(build_spec(source, **{"dtype": config.dtype, "topology": split, **sections}))
     (folder / "scratch").mkdir()
     return Conversion(made, open_store((folder / "store").as_uri()), folder / "scratch")
 
@@ -231,7 +235,7 @@ def test_convert_tied_embedding_is_read_once_by_each_task(tmp_path: Path, pp: in
     made = conversion(tmp_path, config, arrays, topology)
     check_everything(made, config, topology, arrays)
     others = sum(array.nbytes for name, array in arrays.items() if name != "model.embed_tokens.weight")
-    done = cache.committed(made.store, (step.digest for step in made.plan.steps))
+    done = commits.committed(made.store, (step.digest for step in made.plan.steps))
     total = sum(outcome.facts["source_bytes_read"] for outcome in done.values())
     assert total == others + times_read * arrays["model.embed_tokens.weight"].nbytes
 
@@ -292,7 +296,7 @@ def fails_and_leaves_nothing(made: Conversion, error: type[OrchestratorError], w
     with pytest.raises(error, match=words) as caught:
         made.run_step(0)
     assert objects(made.store) == []
-    assert cache.committed(made.store, (step.digest for step in made.plan.steps)) == {}
+    assert commits.committed(made.store, (step.digest for step in made.plan.steps)) == {}
     assert list(made.scratch.iterdir()) == []
     return caught.value
 
@@ -632,13 +636,13 @@ def test_verbs_convert_folder_has_config_indexes_and_every_rank(tmp_path: Path) 
     source = write_source(tmp_path / "source", config, arrays)
     split = {"topology": {"tp": 2, "pp": 2}, "conversion": {"max_shard_bytes": 4000}}
     output = tmp_path / "checkpoint"
-    verbs.convert(build_spec(source, **split), output)
-    assert verbs.read_checkpoint_config(output) == (config, topology)
+    stages.convert(build_spec(source, **split), output)
+    assert trtllm.read_checkpoint_config(output) == (config, topology)
     for rank in range(4):
         assert folder_rank(output, rank) == expected_rank(arrays, config, topology, rank)
     assert not (output / ".staging").exists()
     with pytest.raises(StoreError, match="already holds a checkpoint"):
-        verbs.convert(build_spec(source, **split), output)
+        stages.convert(build_spec(source, **split), output)
 
 
 def folder_rank(folder: Path, rank: int) -> Tensors:

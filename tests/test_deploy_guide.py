@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.kubernetes.manifests import load_manifests
-from orchestrator.kubernetes.rules import RULES
-from orchestrator.kubernetes.validate import problems
+from orchestrator.submit.kubernetes.manifests import load_manifests
+from orchestrator.submit.kubernetes.rules import RULES
+from orchestrator.submit.kubernetes.validate import problems
 from tests.kubernetes.overlays import KUBERAY, OVERLAYS, cluster_spec, of_kind
 
 ROOT = Path(__file__).resolve().parents[1]

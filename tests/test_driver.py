@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from orchestrator.clusters import AnyEvent
+from orchestrator.base.errors import DtypeError, StepFailedError
 from orchestrator.clusters.simulated import SimulatedCluster
-from orchestrator.core.errors import DtypeError, StepFailedError
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.plan import Plan
-from orchestrator.core.schedule import Start
-from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
-from orchestrator.core.step import Failure, FailureKind, Outcome, Task
-from orchestrator.driver import Result, drive
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Failure, FailureKind, Outcome, Task
 from orchestrator.report import Finished
+from orchestrator.run.driver import Result, drive
+from orchestrator.run.schedule import Start
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.models.plans import LOST, WRONG, fake_plan, named, outcome_of
 
 SPEC = ClusterSpec(

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.errors import SpecError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.spec import BuildConfig
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import SpecError
 from orchestrator.engines import EngineRequest, backend
 from orchestrator.engines.profiles import resolved
 from orchestrator.engines.tensorrt import Reported
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.topology import Topology
+from orchestrator.spec.build import BuildConfig
 from tests.contracts.engine_contract import EngineContract
 
 

@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import verbs
-from orchestrator.core.errors import DriverLostError, OrchestratorError, TerminatedError, error_classes
-from orchestrator.core.plan import Plan
-from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.schedule import Start
-from orchestrator.driver import Result
-from orchestrator.following import (
+from orchestrator.base.errors import DriverLostError, OrchestratorError, TerminatedError, error_classes
+from orchestrator.events.builds import (
     BuildEvent,
     Errored,
     Finished,
@@ -28,7 +23,12 @@ from orchestrator.following import (
     conclude,
     decode_line,
 )
+from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
 from orchestrator.report import JsonListener
+from orchestrator.run.driver import Result
+from orchestrator.run.schedule import Start
 from tests.conftest import SpecMaker
 from tests.models.plans import LOST, outcome_of
 from tests.models.synthetic import model_config, random_arrays, write_source
@@ -39,7 +39,7 @@ PUBLISHED = {"event": "published", "manifest": "s3://b/releases/tiny/1/manifest.
 @pytest.fixture
 def plan(tmp_path: Path, make_spec: SpecMaker) -> Plan:
     config = model_config()
-    return verbs.plan(make_spec(write_source(tmp_path / "source", config, random_arrays(config))))
+    return preparation.plan(make_spec(write_source(tmp_path / "source", config, random_arrays(config))))
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.base.errors import ArchitectureError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import gguf, read_source
-from orchestrator.checkpoints.places import LocalPlace
-from orchestrator.core.errors import ArchitectureError, SourceCorruptError, SourceMissingError
+from orchestrator.stores.source import LocalPlace
 from tests.models.gguf import write_gguf
 from tests.models.synthetic import model_config, random_arrays
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.base.errors import ArchitectureError, OrchestratorError, QuantizationError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import format_named, meta, read_source
-from orchestrator.checkpoints.places import LocalPlace
-from orchestrator.core.checkpoint import CheckpointIndex
-from orchestrator.core.errors import ArchitectureError, OrchestratorError, QuantizationError, SourceCorruptError, SourceMissingError
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.model.checkpoint import CheckpointIndex
+from orchestrator.model.config import ModelConfig
+from orchestrator.stores.source import LocalPlace
 from tests.models.meta import write_meta
 from tests.models.synthetic import Array, model_config, random_arrays, write_source
 

@@ -17,11 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, SourceMissingError, UnsafePickleError
 from orchestrator.checkpoints import bin as bin_format
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.places import LocalPlace
 from orchestrator.checkpoints.torch_zip import read_tensors
-from orchestrator.core.errors import LfsPointerError, OrchestratorError, SourceCorruptError, SourceMissingError, UnsafePickleError
+from orchestrator.stores.source import LocalPlace
 from tests.models.meta import write_bin
 from tests.models.synthetic import model_config, random_arrays, write_source
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.places import MAX_WHOLE_BYTES
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     ArchitectureError,
     OrchestratorError,
     SourceCorruptError,
     SourceMissingError,
     SourceUnreadableError,
 )
+from orchestrator.checkpoints import read_source
+from orchestrator.planning import preparation
+from orchestrator.stores.source import MAX_WHOLE_BYTES
 from tests.models.ordinary_user import ordinary_user
 from tests.models.synthetic import build_spec, frame, model_config, random_arrays, write_source
 
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 def refused(source: Path, error: type[OrchestratorError], *words: str) -> None:
     with ordinary_user(), pytest.raises(error) as caught:
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
     for word in words:
         assert word in caught.value.message
     assert len(caught.value.message) < 600
@@ -112,7 +112,7 @@ def test_plan_of_a_config_that_is_no_json_object_says_what_it_is(source: Path, d
 def test_plan_of_a_config_that_says_the_same_twice_goes_on(source: Path) -> None:
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace("{", '{"hidden_size": 16,', 1))
-    assert verbs.plan(build_spec(source)).inputs.config.hidden_size == 16
+    assert preparation.plan(build_spec(source)).inputs.config.hidden_size == 16
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from orchestrator import verbs
+from orchestrator import stages
+from orchestrator.base.errors import OrchestratorError, SourceMissingError, SourceUnreadableError, SpecError
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.hub import HubPlace
-from orchestrator.core.errors import OrchestratorError, SourceMissingError, SourceUnreadableError, SpecError
-from orchestrator.core.step import Kind
-from orchestrator.loading import load_spec
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
+from orchestrator.spec.loading import load_spec
+from orchestrator.stores.hub import HubPlace
 from tests.models.fake_hub import FakeHub, run_hub
 from tests.models.synthetic import build_spec, model_config, random_arrays, write_source
 
@@ -36,25 +37,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def test_plan_of_a_model_of_the_hub_reads_headers_and_is_that_of_its_commit(hub: FakeHub) -> None:
-    made = verbs.plan(build_spec("hf://acme/tiny"))
+    made = preparation.plan(build_spec("hf://acme/tiny"))
     assert made.inputs.source == f"hf://acme/tiny@{ONE}"
     assert {file.identity.partition(":")[0] for file in made.inputs.index.files} == {"sha256"}
     assert not any("model.norm" in path for _, path, _ in hub.requests)
-    local = verbs.plan(build_spec(hub.folders[ONE]))
+    local = preparation.plan(build_spec(hub.folders[ONE]))
     assert made.inputs.index.tensors == local.inputs.index.tensors
 
 
 def test_plan_of_a_branch_that_has_moved_is_another_build(hub: FakeHub) -> None:
-    before = verbs.plan(build_spec("hf://acme/tiny@main"))
+    before = preparation.plan(build_spec("hf://acme/tiny@main"))
     hub.branches["main"] = TWO
-    after = verbs.plan(build_spec("hf://acme/tiny@main"))
+    after = preparation.plan(build_spec("hf://acme/tiny@main"))
     assert before.build_key != after.build_key
-    assert verbs.plan(build_spec(f"hf://acme/tiny@{ONE}")).build_key == before.build_key
+    assert preparation.plan(build_spec(f"hf://acme/tiny@{ONE}")).build_key == before.build_key
 
 
 def test_convert_from_the_hub_equals_convert_from_the_folder_and_fetches_each_byte_once(hub: FakeHub, tmp_path: Path) -> None:
-    verbs.convert(build_spec(hub.folders[ONE]), tmp_path / "local")
-    made = verbs.convert(build_spec("hf://acme/tiny"), tmp_path / "remote")
+    stages.convert(build_spec(hub.folders[ONE]), tmp_path / "local")
+    made = stages.convert(build_spec("hf://acme/tiny"), tmp_path / "remote")
     for path in sorted((tmp_path / "local").iterdir()):
         assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes(), path.name
     assert any(step.kind is Kind.CONVERT for step in made.steps)
@@ -81,7 +82,7 @@ def test_plan_of_what_the_hub_does_not_give_says_why(
 ) -> None:
     hub.refusal = refusal
     with pytest.raises(error) as caught:
-        verbs.plan(build_spec(url))
+        preparation.plan(build_spec(url))
     assert words in caught.value.message
     assert advice in caught.value.advice
     assert len(hub.requests) <= 2
@@ -90,7 +91,7 @@ def test_plan_of_what_the_hub_does_not_give_says_why(
 def test_plan_without_a_network_says_how_to_get_the_model(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceUnreadableError) as caught:
-        verbs.plan(build_spec("hf://acme/tiny"))
+        preparation.plan(build_spec("hf://acme/tiny"))
     assert "offline" in caught.value.message
     assert "hf download acme/tiny --local-dir" in caught.value.advice
 
@@ -126,6 +127,6 @@ def test_plan_of_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, name:
 def test_plan_of_a_hub_name_without_a_folder_says_how_to_get_the_model(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text("source: {path: meta-llama/Llama-3.1-8B}\nrelease: {name: a, version: '1'}\n")
     with pytest.raises(SourceMissingError) as caught:
-        verbs.plan(load_spec(tmp_path / "spec.yaml"))
+        preparation.plan(load_spec(tmp_path / "spec.yaml"))
     assert "hf download meta-llama/Llama-3.1-8B --local-dir" in caught.value.advice
     assert "hf://meta-llama/Llama-3.1-8B" in caught.value.advice

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config_keys import config_warnings
-from orchestrator.core.model_config import from_hugging_face
 from orchestrator.families import FAMILIES, family_for
+from orchestrator.model.config import from_hugging_face
+from orchestrator.model.config_keys import config_warnings
 from tests.models.resolution import differences, ours, resolved
 
 CONFIGS = sorted((Path(__file__).parent / "data" / "configs").glob("*.json"))

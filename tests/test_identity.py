@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.checkpoints import identity
-from orchestrator.checkpoints.places import LocalPlace
-from orchestrator.checkpoints.remote import _identity
-from orchestrator.core.errors import ReleaseExistsError, SourceCorruptError
-from orchestrator.core.spec import ClusterSpec
+from orchestrator import building
+from orchestrator.base.errors import ReleaseExistsError, SourceCorruptError
+from orchestrator.planning import preparation
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import identity
+from orchestrator.stores.remote import _identity
+from orchestrator.stores.source import LocalPlace
 from tests.models.releases import publish_tiny, release_spec, tiny_source
 
 NAME = "model.safetensors"
@@ -68,19 +69,19 @@ claims = pytest.mark.parametrize("claim", [by_hub, by_sums, by_sidecar])
 @claims
 def test_build_key_touched_file_whose_content_is_written_down_is_the_same(source: Path, claim: Callable[[Path], None]) -> None:
     claim(source)
-    before = verbs.plan(release_spec(source))
+    before = preparation.plan(release_spec(source))
     assert found(source) == f"sha256:{sha256(source)}"
     (source / NAME).touch()
-    assert verbs.plan(release_spec(source)).build_key == before.build_key
+    assert preparation.plan(release_spec(source)).build_key == before.build_key
 
 
 @claims
 def test_build_key_changed_file_is_another_whatever_is_written_down(source: Path, claim: Callable[[Path], None]) -> None:
     claim(source)
-    before, state = verbs.plan(release_spec(source)), (source / NAME).stat()
+    before, state = preparation.plan(release_spec(source)), (source / NAME).stat()
     flip(source)
     os.utime(source / NAME, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert verbs.plan(release_spec(source)).build_key != before.build_key
+    assert preparation.plan(release_spec(source)).build_key != before.build_key
     assert found(source) == f"sha256:{sha256(source)}"
 
 
@@ -195,7 +196,7 @@ def test_build_published_by_another_build_says_that_only_a_time_differs(tmp_path
     published = publish_tiny(tmp_path)
     os.utime(tmp_path / "source" / NAME, ns=(1, 1_700_000_001_000_000_000))
     with pytest.raises(ReleaseExistsError, match=r"model\.safetensors: only its time of modification differs") as caught:
-        verbs.build(published.plan.spec, ClusterSpec(store=published.store.url))
+        building.build(published.plan.spec, ClusterSpec(store=published.store.url))
     assert "touch --date=@1700000000.000000000" in caught.value.advice
     assert "SHA256SUMS" in caught.value.advice
 
@@ -216,7 +217,7 @@ def test_build_published_by_another_build_says_which_file_differs_and_how(
     published = publish_tiny(tmp_path)
     change(tmp_path / "source")
     with pytest.raises(ReleaseExistsError, match=said) as caught:
-        verbs.build(published.plan.spec, ClusterSpec(store=published.store.url))
+        building.build(published.plan.spec, ClusterSpec(store=published.store.url))
     assert "touch" not in caught.value.advice
 
 
@@ -225,4 +226,4 @@ def test_build_published_by_another_build_says_what_else_differs(tmp_path: Path)
     spec = published.plan.spec
     other = spec.model_copy(update={"engine": spec.engine.model_copy(update={"max_batch_size": 1})})
     with pytest.raises(ReleaseExistsError, match=r"engine\.max_batch_size: 1, then 2"):
-        verbs.build(other, ClusterSpec(store=published.store.url))
+        building.build(other, ClusterSpec(store=published.store.url))

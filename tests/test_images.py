@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from orchestrator.programs import find_program
+from orchestrator.base.programs import find_program
 from tests.kubernetes.overlays import cluster_spec, overlay
 
 HADOLINT = find_program("hadolint") or "hadolint"

@@ -13,8 +13,7 @@ from typer.testing import CliRunner, Result
 
 from actors.job_api import DuplicateJobError, Job, NodeOffer, check_open, refusal, unmet
 from actors.jobs import Client, Clock, Submission, choose
-from orchestrator.cli import app
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     AuthenticationError,
     CancelledError,
     DriverLostError,
@@ -25,10 +24,13 @@ from orchestrator.core.errors import (
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.core.spec import BuildSpec, ClusterSpec, DriverSpec, decode
-from orchestrator.following import Finished, Published, Retrying
-from orchestrator.loading import load_spec
-from orchestrator.submission import ENTRYPOINT, submission_id
+from orchestrator.cli import app
+from orchestrator.events.builds import Finished, Published, Retrying
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, DriverSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.loading import load_spec
+from orchestrator.submit.submission import ENTRYPOINT, submission_id
 
 PLACE = ClusterSpec(kind="ray", store="s3://bucket", address="ray://elsewhere:10001")
 PUBLISHED = json.dumps({"event": "published", "manifest": "s3://bucket/m.json", "steps_run": 2, "verification": None})

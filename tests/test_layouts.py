@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DigestError, SpecError
-from orchestrator.core.model_config import from_trtllm
-from orchestrator.layouts import Request, arrange
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, SpecError
+from orchestrator.model.config import from_trtllm
 from orchestrator.releases import pull
+from orchestrator.releases.layouts import Request, arrange
 from tests.models.releases import Published, files_below, make_keys, publish_tiny
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import SpecError
-from orchestrator.loading import load_cluster, load_rates, load_spec
+from orchestrator.base.errors import SpecError
+from orchestrator.spec.loading import load_cluster, load_rates, load_spec
 
 SPEC = """
 source: {path: model}

@@ -13,18 +13,19 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import VerificationError
-from orchestrator.core.options import StageNetwork, VerifyOptions
-from orchestrator.core.step import Kind
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import VerificationError
+from orchestrator.model.stage import StageNetwork
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.slices import cut
+from orchestrator.planning import preparation
+from orchestrator.planning.options import VerifyOptions
+from orchestrator.planning.steps import Kind
 from orchestrator.work.binding import bind_portable
-from orchestrator.work.calls import make_calls
-from orchestrator.work.lockstep import Lockstep
-from orchestrator.work.ort import ort_value
 from orchestrator.work.shards import Weight, map_shards
+from orchestrator.work.verify.inputs import make_calls
+from orchestrator.work.verify.lockstep import Lockstep
+from orchestrator.work.verify.ort import ort_value
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, forge, run_steps
 from tests.models.families import TINY, write_tiny
@@ -40,7 +41,8 @@ CALLS = make_calls(TOKENS, LENGTHS, DECODE_STEPS)
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[StageNetwork, list[dict[str, Weight]]]]:
     """The network of a family's only stage, and the weights of its ranks, from a real conversion."""
-    from orchestrator.core.spec import BuildSpec, decode
+    from orchestrator.spec.build import BuildSpec
+    from orchestrator.spec.decoding import decode
 
     def convert(family: str, tp: int) -> tuple[StageNetwork, list[dict[str, Weight]]]:
         folder = tmp_path_factory.mktemp(family)
@@ -48,7 +50,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[S
             "source": {"path": str(write_tiny(family, folder / "model"))}, "topology": {"tp": tp},
             "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}, "release": {"name": "tiny", "version": "1"},
         }  # fmt: skip
-        made = verbs.plan(decode(BuildSpec, plain, "test"))
+        made = preparation.plan(decode(BuildSpec, plain, "test"))
         outcomes = run_steps(made, (folder / "store").as_uri(), (Kind.CONVERT,))
         outputs = [output for outcome in outcomes.values() for output in outcome.outputs]
         network = VerifyOptions.model_validate(next(made.of_kind(Kind.VERIFY)).options).network
@@ -172,7 +174,7 @@ def swap_heads(values: npt.NDArray[np.uint16]) -> None:
 def test_verification_of_a_fault_on_one_rank_fails_and_names_its_layer(
     tmp_path: Path, store_url: str, make_spec: SpecMaker, name: str, change: Callable[[npt.NDArray[np.uint16]], None], place: str
 ) -> None:
-    made = verbs.plan(make_spec(write_tiny("llama", tmp_path / "model"), topology={"tp": 2}))
+    made = preparation.plan(make_spec(write_tiny("llama", tmp_path / "model"), topology={"tp": 2}))
     outcomes = run_steps(made, store_url, (Kind.CONVERT,))
     shard = Path(store_url.removeprefix("file://")) / outcomes["convert/stage0/group0"].outputs[1].key
     weight = map_shards([shard])[name]

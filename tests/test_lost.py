@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.step import Cause, FailureKind
+from orchestrator.planning.steps import Cause, FailureKind
 from orchestrator.work import lost
 from orchestrator.work.lost import crash, memory_group, oom_kills
 from tests.models.memory_groups import MemoryGroup, place_for_groups

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.base.errors import VerificationError
 from orchestrator.checkpoints import read_source
-from orchestrator.core.errors import VerificationError
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
-from orchestrator.core.options import StageNetwork, StageOptions
-from orchestrator.core.topology import Topology
 from orchestrator.families import FAMILIES
+from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.merge import merge_ranks
-from orchestrator.work.calls import make_calls
-from orchestrator.work.lockstep import Lockstep
-from orchestrator.work.merged_stage import MergedStage
 from orchestrator.work.miniature.prompts import prompts
 from orchestrator.work.miniature.ranks import Ranks, convert
+from orchestrator.work.verify.inputs import make_calls
+from orchestrator.work.verify.lockstep import Lockstep
+from orchestrator.work.verify.merged_stage import MergedStage
 from tests.models.families import write_tiny
 
 SLOTS = 16

@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 
-from orchestrator import cache, verbs
-from orchestrator.clusters import AnyEvent
-from orchestrator.core.errors import MiniatureError
-from orchestrator.core.manifest import Miniature
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
-from orchestrator.core.options import MiniatureOptions, StageOptions
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind, Task
-from orchestrator.core.topology import Topology
+from orchestrator import building
+from orchestrator.base.errors import MiniatureError
+from orchestrator.events.steps import AnyEvent
 from orchestrator.families import FAMILIES, family_for
+from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.stage import StageOptions
+from orchestrator.model.topology import Topology
+from orchestrator.planning import preparation
+from orchestrator.planning.facts import Miniature
+from orchestrator.planning.options import MiniatureOptions
+from orchestrator.planning.steps import Kind, Task
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 from orchestrator.work.miniature import proof
 from orchestrator.work.miniature.model import class_defaults, loaded_config
@@ -252,9 +257,9 @@ def test_build_whose_miniature_fails_ends_before_anything_long_and_publishes_not
     plant(lambda _config, _found: {"sliding_window": None}, monkeypatch)
     spec, place = tiny_plan(source, **sections), ClusterSpec(store=(tmp_path / "store").as_uri())
     with pytest.raises(MiniatureError, match=r"miniature: the model of this config\.json"):
-        verbs.build(spec, place, open_cluster=lambda _place: OneAtATime())
+        building.build(spec, place, open_cluster=lambda _place: OneAtATime())
     store = open_store(place.store)
-    assert not cache.committed(store, (step.digest for step in verbs.plan(spec).steps))
+    assert not commits.committed(store, (step.digest for step in preparation.plan(spec).steps))
     assert not list(store.list("releases/"))
 
 
@@ -278,7 +283,7 @@ class OneAtATime(HereCluster):
 def test_miniature_as_a_step_commits_what_the_manifest_says_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = verbs.plan(tiny_plan(write_tiny("mistral", tmp_path / "source")))
+    made = preparation.plan(tiny_plan(write_tiny("mistral", tmp_path / "source")))
     outcome = run_here(made, tmp_path / "store", [Kind.MINIATURE])["miniature"]
     found = Miniature.model_validate(outcome.facts["miniature"])
     assert [case.ranks for case in found.cases] == ["one rank", "tp=2", "pp=2"]
@@ -286,5 +291,5 @@ def test_miniature_as_a_step_commits_what_the_manifest_says_and_is_not_repeated(
     assert "transformers" in outcome.tools
     assert "tp=2" in outcome.log_tail
     monkeypatch.setattr(proof, "run", lambda *given: pytest.fail("it ran again"))
-    other = verbs.plan(tiny_plan(tmp_path / "source", topology={"tp": 2, "pp": 2}, verification={"enabled": False}))
+    other = preparation.plan(tiny_plan(tmp_path / "source", topology={"tp": 2, "pp": 2}, verification={"enabled": False}))
     assert run_here(other, tmp_path / "store", [Kind.MINIATURE])["miniature"] == outcome

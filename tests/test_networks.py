@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageNetwork, StageOptions
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, check_supported, decoder_network
 from orchestrator.networks.positions import rotary_tables
 from orchestrator.networks.rotary import inverse_frequencies

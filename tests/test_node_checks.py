@@ -7,26 +7,27 @@ from typing import Any
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import ClusterError, OrchestratorError, SourceMissingError, StoreError, ToolError
-from orchestrator.core.nodes import GpuFacts, NodeFacts
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.node_checks import check_nodes, read_places
+from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMissingError, StoreError, ToolError
+from orchestrator.events.nodes import GpuFacts, NodeFacts
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.run.node_checks import check_nodes, read_places
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 H100 = PoolSpec(labels={"ray.io/accelerator-type": "H100"})
 
 
 @pytest.fixture(scope="module")
 def made(tiny_llama: Path) -> Plan:
-    from orchestrator.core.spec import BuildSpec, decode
+    from orchestrator.spec.build import BuildSpec
+    from orchestrator.spec.decoding import decode
 
     plain = {
         "source": {"path": str(tiny_llama)},
         "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
         "release": {"name": "tiny", "version": "1"},
     }
-    return verbs.plan(decode(BuildSpec, plain, "test"))
+    return preparation.plan(decode(BuildSpec, plain, "test"))
 
 
 def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:

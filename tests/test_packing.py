@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.checkpoint import TensorInfo
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import LinearFormat, WeightFormat, packed, scale_tensors
-from orchestrator.core.rules import Span
-from orchestrator.core.targets import PackedScale, QuantizedWeight, Read, Target
+from orchestrator.base.errors import QuantizationError
+from orchestrator.model.checkpoint import TensorInfo
+from orchestrator.model.quantization import LinearFormat, WeightFormat, packed, scale_tensors
+from orchestrator.model.rules import Span
+from orchestrator.model.targets import PackedScale, QuantizedWeight, Read, Target
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows, smoothed, unpack_rows
-from orchestrator.work.packing import Packer
+from orchestrator.work.convert.packing import Packer
 from orchestrator.work.scales import Scales
 
 MODULE = "model.layers.0.mlp.up_proj"

@@ -20,16 +20,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import verbs, work
+from orchestrator import work
+from orchestrator.base.errors import SourceCorruptError, SourceMissingError, SpecError, StoreError
+from orchestrator.base.pages import page_buffer
+from orchestrator.base.urls import is_url
 from orchestrator.checkpoints import huggingface, read_source
-from orchestrator.checkpoints.places import LocalPlace, Place, PlannedRange, is_url, open_place, planned_ranges
-from orchestrator.checkpoints.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemotePlace, is_transient, windows
-from orchestrator.core.checkpoint import Assembly, Piece, SourceFile, TensorInfo
-from orchestrator.core.errors import SourceCorruptError, SourceMissingError, SpecError, StoreError
-from orchestrator.core.pages import page_buffer
-from orchestrator.core.step import Kind, Task
-from orchestrator.loading import load_spec, resolve_source
-from orchestrator.stores import open_store
+from orchestrator.model.checkpoint import Assembly, Piece, SourceFile, TensorInfo
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind, Task
+from orchestrator.spec.loading import load_spec, resolve_source
+from orchestrator.stores import open_place, open_store
+from orchestrator.stores.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemotePlace, is_transient, windows
+from orchestrator.stores.source import LocalPlace, Place, PlannedRange, planned_ranges
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from tests.models.synthetic import build_spec, model_config, random_arrays, write_source
@@ -397,7 +399,7 @@ def test_small_reads_that_nobody_planned_are_fetched_alone(planned: list[Planned
 
 
 def test_windows_over_the_memory_limit_are_read_one_by_one_and_no_byte_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.checkpoints.remote._HELD_BYTES", 250)
+    monkeypatch.setattr("orchestrator.stores.remote._HELD_BYTES", 250)
     faulty = Faulty(bytes(range(250)) * 40)
     spans = [(begin, begin + 100) for start in (0, 3000, 6000) for begin in (start, start + 100)]
     with faulty.place.open((faulty.place.source_file("x"),), [(0, *span) for span in spans]) as source:
@@ -488,7 +490,7 @@ def test_convert_from_a_url_gives_the_same_bytes_and_reads_each_once(remote_mode
     folder, url = remote_model
     found = []
     for source in (str(folder), url):
-        made = verbs.plan(build_spec(source, topology={"tp": 2}))
+        made = preparation.plan(build_spec(source, topology={"tp": 2}))
         (step,) = made.of_kind(Kind.CONVERT)
         store = (tmp_path / re.sub(r"\W", "", source)).as_uri()
         outcome = work.run(Task(step=step, inputs={}, attempt=1, store=store), lambda event: None)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import ArchitectureError, OrchestratorError, SourceCorruptError, SpecError, WeightMapError
-from orchestrator.core.options import ReferenceOptions
-from orchestrator.core.spec import BuildSpec
-from orchestrator.models import DecoderModelForCausalLM
-from orchestrator.work import reference
+from orchestrator import stages
+from orchestrator.base.errors import ArchitectureError, OrchestratorError, SourceCorruptError, SpecError, WeightMapError
+from orchestrator.compat.models import DecoderModelForCausalLM
+from orchestrator.planning import preparation
+from orchestrator.planning.options import ReferenceOptions
+from orchestrator.spec.build import BuildSpec
+from orchestrator.work.reference import step as reference
 from tests.models.synthetic import Array, build_spec, model_config, random_arrays, write_source
 
 CONFIG = model_config()
@@ -35,10 +36,10 @@ def refusal(source: Path, tmp_path: Path, **sections: Any) -> OrchestratorError:
     """The error of `plan`; `convert` ends with the same, and writes nothing."""
     spec = build_spec(source, **sections)
     with pytest.raises(OrchestratorError) as planned:
-        verbs.plan(spec)
+        preparation.plan(spec)
     output = tmp_path / "checkpoint"
     with pytest.raises(type(planned.value)):
-        verbs.convert(spec, output)
+        stages.convert(spec, output)
     assert not output.exists()
     return planned.value
 
@@ -71,7 +72,7 @@ def test_plan_of_an_unknown_key_that_the_spec_ignores_is_made(source: Path) -> N
     change(source, novel_feature=3)
     spec = build_spec(source)
     ignoring = spec.model_copy(update={"source": spec.source.model_copy(update={"ignored_keys": ("novel_feature",)})})
-    assert verbs.plan(ignoring).inputs.config == CONFIG
+    assert preparation.plan(ignoring).inputs.config == CONFIG
 
 
 def of_family(source: Path, family: str) -> BuildSpec:
@@ -81,20 +82,20 @@ def of_family(source: Path, family: str) -> BuildSpec:
 
 def test_plan_of_a_family_that_transformers_would_not_load_is_refused(source: Path) -> None:
     with pytest.raises(ArchitectureError, match=r"source.family is mistral, and model_type .* 'llama'"):
-        verbs.plan(of_family(source, "mistral"))
+        preparation.plan(of_family(source, "mistral"))
 
 
 def test_plan_of_a_named_family_and_a_type_that_nobody_knows_is_made(source: Path) -> None:
     change(source, model_type="my_llama", architectures=["MyLlamaForCausalLM"])
-    assert verbs.plan(of_family(source, "llama")).inputs.config.num_hidden_layers == CONFIG.num_hidden_layers
+    assert preparation.plan(of_family(source, "llama")).inputs.config.num_hidden_layers == CONFIG.num_hidden_layers
     change(source, model_type=None, architectures=["LlamaForCausalLM"])
     with pytest.raises(ArchitectureError, match="model_type"):
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
 
 
 def test_plan_warns_of_keys_that_are_passed_over(source: Path) -> None:
     change(source, sliding_window=4096)
-    assert any("sliding_window 4096" in warning for warning in verbs.plan(build_spec(source)).warnings)
+    assert any("sliding_window 4096" in warning for warning in preparation.plan(build_spec(source)).warnings)
 
 
 Rename = Callable[[str], str]

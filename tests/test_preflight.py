@@ -19,16 +19,17 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from orchestrator import preflight, verbs
+from orchestrator import building, stages
+from orchestrator.base.errors import ClusterError, LfsPointerError, QuantizationError, StoreError, TopologyError
 from orchestrator.checkpoints import read_source
 from orchestrator.cli import app
-from orchestrator.clusters import admission
-from orchestrator.core.errors import ClusterError, LfsPointerError, QuantizationError, StoreError, TopologyError
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Kind
-from orchestrator.models import DecoderModelForCausalLM
-from orchestrator.models import build as build_in_process
+from orchestrator.compat.models import DecoderModelForCausalLM
+from orchestrator.compat.models import build as build_in_process
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
 from orchestrator.report import ConsoleListener, JsonListener
+from orchestrator.run import admission, preflight
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.models.meta import write_bin, write_meta
 from tests.models.synthetic import build_spec, encode_safetensors, model_config, random_arrays, write_source
@@ -69,7 +70,7 @@ def test_source_that_is_quantized_is_named_with_advice(source: Path, name: str) 
     found, words, advice = QUANTIZED[name]
     change_config(source, quantization_config=found)
     with pytest.raises(QuantizationError, match=words) as caught:
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
     assert advice in caught.value.advice
 
 
@@ -79,13 +80,13 @@ def test_source_that_is_quantized_is_named_with_advice(source: Path, name: str) 
 def test_source_that_only_a_file_beside_calls_quantized_is_refused(source: Path, mark: str, method: str) -> None:
     (source / mark).write_text("{}")
     with pytest.raises(QuantizationError, match=rf"\({method}\).*{mark} says so"):
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
 
 
 def test_compression_config_of_older_llm_compressor_is_refused(source: Path) -> None:
     change_config(source, compression_config={"quant_method": "compressed-tensors"})
     with pytest.raises(QuantizationError, match="compressed-tensors"):
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -94,7 +95,7 @@ def test_source_of_float8_without_a_word_in_its_config_is_called_quantized(tmp_p
     tensors = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in ARRAYS.items()}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(QuantizationError, match="F8_E4M3: it is quantized"):
-        verbs.plan(build_spec(folder, dtype=dtype))
+        preparation.plan(build_spec(folder, dtype=dtype))
 
 
 def test_source_of_one_weight_set_has_no_warnings(source: Path) -> None:
@@ -110,7 +111,7 @@ def test_second_weight_sets_are_named_as_passed_over(source: Path) -> None:
     for name in ("consolidated.safetensors", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
                  "original/consolidated.00.pth", "original/consolidated.01.pth"):  # fmt: skip
         (source / name).write_bytes(b"never opened")
-    (said,) = verbs.plan(build_spec(source)).inputs.index.warnings
+    (said,) = preparation.plan(build_spec(source)).inputs.index.warnings
     assert "not read: consolidated.safetensors, original/consolidated.*.pth (2 files), pytorch_model-*-of-*.bin (2 files)." in said
     assert "reads model-*-of-*.safetensors (3 files) (source.format huggingface)" in said
 
@@ -124,7 +125,7 @@ def test_forced_format_names_the_safetensors_that_it_passes_over(source: Path) -
 def test_tokenizer_that_is_a_git_lfs_pointer_is_refused(source: Path) -> None:
     (source / "tokenizer.json").write_text(POINTER)
     with pytest.raises(LfsPointerError, match=r"tokenizer\.json is a Git-LFS pointer"):
-        verbs.plan(build_spec(source))
+        preparation.plan(build_spec(source))
 
 
 def test_embedding_split_by_a_hidden_size_that_does_not_divide_names_the_legal_tp(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_embedding_split_by_a_hidden_size_that_does_not_divide_names_the_legal_t
     (folder / "config.json").write_text(json.dumps(plain))
     conversion = {"use_parallel_embedding": True, "embedding_sharding_dim": 1}
     with pytest.raises(TopologyError, match="tp=4 does not divide hidden_size 18") as caught:
-        verbs.plan(build_spec(folder, topology={"tp": 4}, conversion=conversion))
+        preparation.plan(build_spec(folder, topology={"tp": 4}, conversion=conversion))
     assert "tp in {1, 2}" in caught.value.advice
 
 
@@ -155,7 +156,7 @@ def test_convert_onto_a_disk_that_is_too_small_is_refused_before_any_step(
 ) -> None:
     small_disk(monkeypatch, 1000)
     with pytest.raises(StoreError, match="1,000 bytes free, the steps write about 1"):
-        verbs.convert(build_spec(source), tmp_path / "output")
+        stages.convert(build_spec(source), tmp_path / "output")
     assert not list((tmp_path / "output").rglob("*.safetensors"))
 
 
@@ -164,7 +165,7 @@ def test_build_onto_a_disk_that_is_too_small_is_refused_before_the_cluster_opens
 ) -> None:
     small_disk(monkeypatch, 1000)
     with pytest.raises(StoreError, match="the steps write about"):
-        verbs.build(build_spec(source), ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=never)
+        building.build(build_spec(source), ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=never)
 
 
 def never(place: ClusterSpec) -> Any:
@@ -191,10 +192,10 @@ def test_build_for_gpus_without_the_number_format_is_refused_before_the_cluster_
     engine = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64, "compute_capabilities": ["8.6"]}
     spec = build_spec(folder, quantization={"algorithm": "MXFP8"}, engine=engine)
     with pytest.raises(QuantizationError, match=r"MXFP8 needs compute capability 8\.9 or newer"):
-        verbs.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=never)
-    verbs.convert(spec, tmp_path / "checkpoint")
+        building.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=never)
+    stages.convert(spec, tmp_path / "checkpoint")
     with pytest.raises(QuantizationError, match=r"engine\.compute_capabilities has 8\.6"):
-        verbs.build_engine(tmp_path / "checkpoint", None, tmp_path / "engines", spec.engine, lambda *_: None)
+        stages.build_engine(tmp_path / "checkpoint", None, tmp_path / "engines", spec.engine, lambda *_: None)
     assert not (tmp_path / "engines").exists()
     model = DecoderModelForCausalLM.from_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(QuantizationError, match=r"MXFP8 needs compute capability 8\.9"):
@@ -204,7 +205,7 @@ def test_build_for_gpus_without_the_number_format_is_refused_before_the_cluster_
 def test_scratch_room_is_that_of_the_largest_copy(source: Path, tmp_path: Path, memory_url: str) -> None:
     remote = open_store(f"{memory_url}/store")
     folder = open_store((tmp_path / "store").as_uri())
-    made = verbs.plan(build_spec(source))
+    made = preparation.plan(build_spec(source))
     (reference,) = made.of_kind(Kind.REFERENCE)
     (build,) = made.of_kind(Kind.BUILD)
     assert preflight._scratch_bytes(reference, remote) == 0
@@ -215,7 +216,7 @@ def test_scratch_room_is_that_of_the_largest_copy(source: Path, tmp_path: Path, 
 def test_memory_that_the_machine_lacks_is_a_warning_and_that_a_pool_lacks_an_error(
     monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
 ) -> None:
-    made = verbs.plan(build_spec(source, topology={"tp": 2}))
+    made = preparation.plan(build_spec(source, topology={"tp": 2}))
     place = ClusterSpec(store=(tmp_path / "store").as_uri())
     store = open_store(place.store)
     monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 10**12)
@@ -249,7 +250,7 @@ def test_plan_prints_warnings_and_notes(source: Path, tmp_path: Path) -> None:
 
 
 def test_listeners_show_warnings_before_the_first_step(source: Path) -> None:
-    made = dataclasses.replace(verbs.plan(build_spec(source)), warnings=("mind [the] gap",), notes=("a note",))
+    made = dataclasses.replace(preparation.plan(build_spec(source)), warnings=("mind [the] gap",), notes=("a note",))
     text = io.StringIO()
     listener = ConsoleListener(Console(file=text, width=80))
     listener.on_plan(made, {step.digest: None for step in made.steps}, already_published=False)  # type: ignore[misc]
@@ -271,7 +272,7 @@ def inspected(url: str | Path) -> dict[str, Any]:
 
 
 def test_inspect_of_every_format_at_a_url_equals_that_of_the_folder(source: Path, tmp_path: Path, memory_url: str) -> None:
-    verbs.convert(build_spec(source, topology={"tp": 2, "cp": 2}), tmp_path / "trtllm")
+    stages.convert(build_spec(source, topology={"tp": 2, "cp": 2}), tmp_path / "trtllm")
     write_meta(tmp_path / "meta", CONFIG, ARRAYS, 1)
     write_bin(tmp_path / "bin", CONFIG, ARRAYS)
     for name, found_format in (("source", "huggingface"), ("trtllm", "trtllm"), ("meta", "meta"), ("bin", "bin")):

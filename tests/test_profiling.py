@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from orchestrator import verbs
+from orchestrator.base.errors import ToolError
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.errors import ToolError
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, ProfileSpec
-from orchestrator.core.step import Kind, Task
-from orchestrator.driver import Result, drive
-from orchestrator.report import SilentListener
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Task
+from orchestrator.run.driver import Result, drive
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec, ProfileSpec
 from orchestrator.stores import open_store
 from orchestrator.work.logs import StepLog
-from orchestrator.work.ranges import Ranges
+from orchestrator.work.nvtx import Ranges
 from tests.models.releases import release_spec, tiny_source
 
 NSYS = """#!/bin/sh
@@ -40,7 +40,7 @@ exit $code
 
 @pytest.fixture
 def conversion(tmp_path: Path) -> Plan:
-    made = verbs.plan(release_spec(tiny_source(tmp_path / "source")))
+    made = preparation.plan(release_spec(tiny_source(tmp_path / "source")))
     return Plan(made.spec, made.inputs, tuple(made.of_kind(Kind.CONVERT))[:1])
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cache, verbs
-from orchestrator.core.errors import VerificationError
-from orchestrator.core.manifest import MANIFEST
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import VerificationError
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
+from orchestrator.releases.describe import describe
+from orchestrator.releases.manifest import MANIFEST
+from orchestrator.releases.publish import place_engines, publish
+from orchestrator.run import commits
 from orchestrator.stores import open_store
-from orchestrator.work.describing import describe
-from orchestrator.work.publish import place_engines, publish
 from tests.models.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
 
 
@@ -32,7 +33,7 @@ def test_manifest_of_a_build_says_what_an_engines_user_needs(tmp_path: Path) -> 
 
 
 def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> None:
-    plan = verbs.plan(release_spec(tiny_source(tmp_path / "source")))
+    plan = preparation.plan(release_spec(tiny_source(tmp_path / "source")))
     store = open_store((tmp_path / "store").as_uri())
     outcomes = pretend_to_run(plan, store)
     (step,) = plan.of_kind(Kind.MINIATURE)
@@ -47,7 +48,7 @@ def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> No
 
 def test_describe_quantized_build_names_scales_and_worst_linears(tmp_path: Path) -> None:
     spec = release_spec(tiny_source(tmp_path / "source"), quantization={"algorithm": "FP8"})
-    plan = verbs.plan(spec)
+    plan = preparation.plan(spec)
     outcomes = pretend_to_run(plan, open_store((tmp_path / "store").as_uri()))
     errors = {f"transformer.layers.{layer}.mlp.fc": layer / 100 for layer in range(30)}
     convert = next(plan.of_kind(Kind.CONVERT)).digest
@@ -84,7 +85,7 @@ def test_describe_source_with_credentials_in_its_url_shows_none(tmp_path: Path) 
     spec = plan.spec.model_copy(update={"source": plan.spec.source.model_copy(update={"path": url})})
     inputs = type(plan.inputs)(**{**vars(plan.inputs), "source": url})
     changed = type(plan)(spec, inputs, plan.steps)
-    outcomes = cache.committed(published.store, (step.digest for step in plan.steps))
+    outcomes = commits.committed(published.store, (step.digest for step in plan.steps))
     data = describe(changed, outcomes, published.manifest.ranks, published.manifest.shared).to_json()
     assert b"s3://bucket/models/tiny" in data
     assert b"planted" not in data

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import DigestError, StoreError
-from orchestrator.core.manifest import MANIFEST, seal
-from orchestrator.core.paths import check_disjoint, check_path
+from orchestrator.base.errors import DigestError, StoreError
+from orchestrator.base.paths import check_disjoint, check_path
 from orchestrator.releases import pull, verify
+from orchestrator.releases.manifest import MANIFEST, seal
 from orchestrator.stores import open_store
 from tests.models.releases import Published, publish_tiny, reseal
 

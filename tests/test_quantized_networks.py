@@ -13,9 +13,9 @@ import torch
 from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 from onnx.reference import ReferenceEvaluator
 
-from orchestrator.core.options import StageOptions
-from orchestrator.core.quantization import ActivationFormat, LinearFormat, ModelQuantization, WeightFormat, packed, scale_tensors
-from orchestrator.core.topology import Topology
+from orchestrator.model.quantization import ActivationFormat, LinearFormat, ModelQuantization, WeightFormat, packed, scale_tensors
+from orchestrator.model.stage import StageOptions
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Network
 from orchestrator.networks.attention import causal_mask
 from orchestrator.networks.graph import GraphWriter
@@ -25,8 +25,8 @@ from orchestrator.networks.shape import RankShape
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows, unpack_rows
 from orchestrator.work.binding import bind, bind_portable
-from orchestrator.work.ort import ort_value
 from orchestrator.work.shards import Weight
+from orchestrator.work.verify.ort import ort_value
 from tests.models.synthetic import model_config
 
 PREFIX = "transformer.layers.0.mlp.fc"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import ManifestError, SpecError, StoreError
 from orchestrator.cli import app
-from orchestrator.core.errors import ManifestError, SpecError, StoreError
 from tests.models.ordinary_user import ordinary_user
 from tests.models.synthetic import model_config, random_arrays, write_source
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import DigestError, ReleaseAddressError, SignatureError
 from orchestrator.cli import app
-from orchestrator.core.errors import DigestError, ReleaseAddressError, SignatureError
-from orchestrator.core.manifest import MANIFEST, Chunks, address_parts
-from orchestrator.following import Planned, Published, encode_line
+from orchestrator.events.builds import Planned, Published, encode_line
 from orchestrator.releases import list_releases, open_release, pull, tag, verify
+from orchestrator.releases.manifest import MANIFEST, Chunks, address_parts
+from orchestrator.releases.signing import fingerprint
 from orchestrator.report.journal import segment_key
-from orchestrator.signing import fingerprint
 from orchestrator.stores import open_store
-from orchestrator.watching import Watch, find_run
+from orchestrator.submit.watching import Watch, find_run
 from tests.models.releases import Published as Release
 from tests.models.releases import copy_release, make_keys, publish_tiny, reseal
 

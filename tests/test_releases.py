@@ -14,21 +14,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, MachineError, ReleaseMissingError, SignatureError, SpecError, StoreError
 from orchestrator.cli import app
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import (
-    DigestError,
-    MachineError,
-    ReleaseMissingError,
-    SignatureError,
-    SpecError,
-    StoreError,
-)
-from orchestrator.core.manifest import MANIFEST
 from orchestrator.engines.device import Gpu, parse_smi, select
 from orchestrator.releases import list_releases, open_release, pull, reading, tag, verify
 from orchestrator.releases.machine import Machine, check_machine, problems
-from orchestrator.signing import fingerprint
+from orchestrator.releases.manifest import MANIFEST
+from orchestrator.releases.signing import fingerprint
 from orchestrator.stores import open_store
 from tests.models.releases import Published, copy_release, cut_small, files_below, flip, make_keys, publish_tiny
 

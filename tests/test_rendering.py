@@ -11,15 +11,16 @@ import onnx
 import pytest
 import transformers
 
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
-from orchestrator.core.options import StageNetwork, StageOptions
-from orchestrator.core.quantization import ModelQuantization
-from orchestrator.core.spec import QuantizationSpec
-from orchestrator.core.topology import Topology
 from orchestrator.families import family_for
+from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.quantization import ModelQuantization
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Rendering, decoder_network
 from orchestrator.networks import decoder as decoder_module
-from orchestrator.quantizers import QUANTIZERS, model_quantization
+from orchestrator.quantizers import QUANTIZERS
+from orchestrator.quantizers.resolve import model_quantization
+from orchestrator.spec.build import QuantizationSpec
 from tests.models.families import BASE, TINY
 
 TOPOLOGIES = (Topology(1, 1), Topology(2, 2))

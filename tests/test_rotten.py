@@ -15,19 +15,23 @@ from typing import Any
 
 import pytest
 
-from orchestrator import cache, verbs, work
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DamagedOutputError, DigestError, SourceCorruptError
-from orchestrator.core.options import BuildOptions
-from orchestrator.core.schedule import MAX_REPEATS
-from orchestrator.core.spec import BuildSpec, ClusterSpec, StoreOptions
-from orchestrator.core.step import Kind, Outcome, Output, Task
-from orchestrator.following import encode_line
+from orchestrator import building, stages, work
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DamagedOutputError, DigestError, SourceCorruptError
+from orchestrator.events.builds import encode_line
+from orchestrator.planning import preparation
+from orchestrator.planning.options import BuildOptions
+from orchestrator.planning.steps import Kind, Outcome, Output, Task
 from orchestrator.releases import collect, verify
+from orchestrator.releases.publish import place_engines
 from orchestrator.report import EventListener
-from orchestrator.stores import Store, open_store
+from orchestrator.run import commits
+from orchestrator.run.schedule import MAX_REPEATS
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, StoreOptions
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
 from orchestrator.work.context import Context
-from orchestrator.work.publish import place_engines
 from orchestrator.work.shards import rank_shards
 from tests.models.here import HereCluster
 from tests.models.releases import engine_facts, release_spec, tiny_source
@@ -85,11 +89,11 @@ class Bench:
     def spec(self, version: str, **sections: Any) -> BuildSpec:
         return release_spec(self.source, topology={"tp": 2}, release={"name": "tiny", "version": version}, **sections)
 
-    def build(self, version: str, **sections: Any) -> verbs.Build:
+    def build(self, version: str, **sections: Any) -> building.Build:
         self.ran.clear()
         self.said.clear()
         place = ClusterSpec(store=self.store.url, store_options=self.options)
-        return verbs.build(
+        return building.build(
             self.spec(version, **sections),
             place,
             open_cluster=lambda place: Watched(self.ran, lambda task: self.before(task)),
@@ -97,8 +101,8 @@ class Bench:
         )
 
     def outcome(self, version: str, kind: Kind, number: int = 0, **sections: Any) -> Outcome:
-        step = list(verbs.plan(self.spec(version, **sections)).of_kind(kind))[number]
-        found = cache.lookup(self.store, step.digest)
+        step = list(preparation.plan(self.spec(version, **sections)).of_kind(kind))[number]
+        found = commits.lookup(self.store, step.digest)
         assert found is not None
         return found
 
@@ -113,7 +117,7 @@ class Bench:
         else:
             self.store.put(output.key, bytes(data))
 
-    def engines(self, done: verbs.Build) -> list[bytes]:
+    def engines(self, done: building.Build) -> list[bytes]:
         prefix = f"releases/tiny/{done.manifest.version}/"
         return [self.store.get(prefix + rank.files[0].key) for rank in done.manifest.ranks]
 
@@ -157,7 +161,7 @@ def test_build_rotten_shard_is_converted_again_and_the_engine_is_made_of_right_b
     assert bench.engines(done) == expected
     for ours, first in zip(expected, right, strict=True):
         assert ours.partition(b"max_batch_size")[0] == first.partition(b"max_batch_size")[0]
-    aside = cache.Aside.model_validate_json(bench.store.get(cache.aside_key(shard.key.split("/")[1], damaged=True)))
+    aside = commits.Aside.model_validate_json(bench.store.get(commits.aside_key(shard.key.split("/")[1], damaged=True)))
     assert aside.outcome.output("rank1.safetensors") == shard
     assert "rank1.safetensors" in aside.reason
     assert done.result is not None
@@ -193,7 +197,7 @@ VERIFIED = {"verification": {"max_tokens": 12}}
 
 @pytest.mark.parametrize("kind", [Kind.REFERENCE, Kind.CONVERT])
 def test_build_verification_checks_what_it_reads(file_bench: Bench, kind: Kind) -> None:
-    plan = verbs.plan(file_bench.spec("1", **VERIFIED))
+    plan = preparation.plan(file_bench.spec("1", **VERIFIED))
 
     def rot(task: Task) -> None:
         if task.step.kind is Kind.VERIFY and task.attempt == 1:
@@ -219,8 +223,8 @@ def test_build_store_that_rots_every_time_ends_with_a_clear_error(file_bench: Be
         file_bench.build("1")
     assert "mend it, or use another store" in caught.value.advice
     assert file_bench.ran.count("convert/stage0/group0") == 1 + MAX_REPEATS
-    step = next(verbs.plan(file_bench.spec("1")).of_kind(Kind.CONVERT))
-    assert cache.lookup(file_bench.store, step.digest) is None
+    step = next(preparation.plan(file_bench.spec("1")).of_kind(Kind.CONVERT))
+    assert commits.lookup(file_bench.store, step.digest) is None
 
 
 def test_build_rotten_source_under_a_rotten_shard_is_refused_and_not_published(file_bench: Bench) -> None:
@@ -249,7 +253,7 @@ def test_build_outcome_made_from_other_bytes_than_its_need_holds_is_made_again(f
         output.model_copy(update={"sha256": digest_bytes(data)}) if output == changed else output for output in converted.outputs
     )
     other = converted.model_copy(update={"outputs": outputs})
-    file_bench.store.put(cache.outcome_key(other.digest), other.model_dump_json().encode())
+    file_bench.store.put(commits.outcome_key(other.digest), other.model_dump_json().encode())
     done = file_bench.build("2", **VERIFIED)
     assert sorted(file_bench.ran) == ["build/rank0", "verify/stage0"]
     assert "build/rank0 was made from another rank0.safetensors" in file_bench.said[0]
@@ -284,14 +288,14 @@ def test_convert_rotten_shard_of_a_killed_run_is_converted_again(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", _killed)
         with pytest.raises(KeyboardInterrupt):
-            verbs.convert(spec, output)
-    whole = verbs.convert(spec, tmp_path / "whole")
+            stages.convert(spec, output)
+    whole = stages.convert(spec, tmp_path / "whole")
     staged = sorted((output / ".staging").rglob("rank0-*.safetensors"))
     assert staged
     data = bytearray(staged[0].read_bytes())
     data[-9] ^= 4
     staged[0].write_bytes(data)
-    verbs.convert(spec, output)
+    stages.convert(spec, output)
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert whole.topology.tp == 2
@@ -310,10 +314,10 @@ def test_collect_removes_what_was_set_aside_after_the_grace_period(file_bench: B
     file_bench.build("1")
     file_bench.rot(file_bench.outcome("1", Kind.CONVERT).outputs[0])
     file_bench.build("2", **SMALLER)
-    aside = {info.key for info in file_bench.store.list(cache.ASIDE)}
+    aside = {info.key for info in file_bench.store.list(commits.ASIDE)}
     assert len(aside) == 1
     now = datetime.datetime.now(datetime.UTC)
     collect(file_bench.store.url, delete=True, now=now)
     found = collect(file_bench.store.url, delete=True, now=now + datetime.timedelta(days=8))
     assert aside < set(found.due)
-    assert list(file_bench.store.list(cache.ASIDE)) == []
+    assert list(file_bench.store.list(commits.ASIDE)) == []

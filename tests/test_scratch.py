@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import verbs, work
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Kind, Task
+from orchestrator import clusters, work
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind, Task
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work import scratch
 from orchestrator.work.context import Context
 from orchestrator.work.probe import probe_here
@@ -127,7 +128,7 @@ def test_scratch_root_that_is_not_there_has_nothing_dead(tmp_path: Path) -> None
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     """A convert step."""
-    plan = verbs.plan(release_spec(tiny_source(tmp_path / "source")))
+    plan = preparation.plan(release_spec(tiny_source(tmp_path / "source")))
     root = tmp_path / "scratch"
     root.mkdir()
     step = next(iter(plan.of_kind(Kind.CONVERT)))
@@ -162,7 +163,7 @@ def test_local_cluster_that_is_closed_leaves_no_scratch_of_the_steps_that_it_kil
     root, fifo = Path(task.scratch), tmp_path / "source" / "model.safetensors"
     fifo.unlink()
     os.mkfifo(fifo)  # the step waits for its source
-    cluster = verbs.local_cluster(ClusterSpec(store=task.store, scratch=task.scratch))
+    cluster = clusters.local_cluster(ClusterSpec(store=task.store, scratch=task.scratch))
     cluster.start(task)
     assert cluster.events(60)[0].type == "started"
     seen = threading.Event()

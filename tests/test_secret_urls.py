@@ -11,12 +11,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from orchestrator import verbs
+from orchestrator.base.errors import OrchestratorError, SpecError
 from orchestrator.cli import app
-from orchestrator.core.errors import OrchestratorError, SpecError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, StoreOptions, decode, holds_secret
-from orchestrator.loading import load_cluster, load_spec, resolve_source, resolve_store
+from orchestrator.planning import preparation
 from orchestrator.releases import pull, verify
+from orchestrator.spec.build import BuildSpec, holds_secret
+from orchestrator.spec.cluster import ClusterSpec, StoreOptions
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.loading import load_cluster, load_spec, resolve_source, resolve_store
 from orchestrator.stores import open_store
 
 SECRET = "wJalrXUtnFEMI"
@@ -162,7 +164,7 @@ def test_functions_that_take_a_url_refuse_a_secret_without_showing_it(tmp_path: 
         lambda: open_store(URL),
         lambda: pull(URL, tmp_path / "out"),
         lambda: verify(URL),
-        lambda: verbs.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"path": URL})})),
+        lambda: preparation.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"path": URL})})),
         lambda: load_spec(tmp_path / "none.yaml"),
     ]
     for call in calls:

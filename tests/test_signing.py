@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import signing, verbs
-from orchestrator.core.errors import SignatureError
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.releases import pull
+from orchestrator import building
+from orchestrator.base.errors import SignatureError
+from orchestrator.releases import pull, signing
+from orchestrator.spec.cluster import ClusterSpec
 from tests.models.releases import flip, make_keys, publish_tiny, release_spec, tiny_source
 
 DIGESTS = {"rank0.engine": "ab" * 32, "tokenizer/é.json": "cd" * 32}
@@ -72,7 +72,7 @@ def test_build_with_a_key_that_cannot_sign_is_refused_before_any_work(tmp_path: 
     key = _wrong_keys(tmp_path)[kind]
     spec = release_spec(tiny_source(tmp_path / "source"))
     with pytest.raises(SignatureError, match="key") as caught:
-        verbs.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), sign_key=key)
+        building.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), sign_key=key)
     assert "openssl ecparam -name prime256v1" in caught.value.advice
     assert not (tmp_path / "store").exists()
 
@@ -80,7 +80,7 @@ def test_build_with_a_key_that_cannot_sign_is_refused_before_any_work(tmp_path: 
 def test_build_again_with_the_same_key_is_done_and_with_another_refused(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     published = publish_tiny(tmp_path, keys[0])
     place = ClusterSpec(store=published.store.url)
-    assert verbs.build(published.plan.spec, place, sign_key=keys[0]).manifest == published.manifest
+    assert building.build(published.plan.spec, place, sign_key=keys[0]).manifest == published.manifest
     other, _ = make_keys(tmp_path / "other")
     with pytest.raises(SignatureError, match="not signed with"):
-        verbs.build(published.plan.spec, place, sign_key=other)
+        building.build(published.plan.spec, place, sign_key=other)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import ClusterError, SpecError
-from orchestrator.core.plan import Plan
-from orchestrator.core.rates import PoolRates, RatesSpec, StepRate
-from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
-from orchestrator.core.step import Estimate, Failure, FailureKind, Kind, Resources, Step
-from orchestrator.simulation import Simulation, longest_chain, measured, parse_failures, seconds_alone, simulate, timeline
+from orchestrator.base.errors import ClusterError, SpecError
+from orchestrator.clusters.simulation import Simulation, longest_chain, measured, parse_failures, seconds_alone, simulate, timeline
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Estimate, Failure, FailureKind, Kind, Resources, Step
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
+from orchestrator.spec.rates import PoolRates, RatesSpec, StepRate
 from tests.models.plans import LOST, WRONG, named, outcome_of
 
 GB = 10**9

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.models import LLaMAForCausalLM
+from orchestrator.compat.models import LLaMAForCausalLM
 from orchestrator.work.process import descendants, end_descendants, is_running
 from orchestrator.work.scratch import remove_dead
 from tests.models.signals import hear_interrupts

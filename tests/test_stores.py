@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import StoreError
-from orchestrator.core.pages import page_buffer
-from orchestrator.stores import Store, check_writable, file, open_store
+from orchestrator.base.errors import StoreError
+from orchestrator.base.pages import page_buffer
+from orchestrator.stores import file, open_store
 from orchestrator.stores.file import FileStore
+from orchestrator.stores.store import Store, check_writable
 from tests.contracts.store_contract import StoreContract, listed, write_half_and_fail
 
 STAGE_BYTES = 2 * 4096

@@ -15,13 +15,14 @@ from typing import Literal
 
 import pytest
 
-from orchestrator.core.errors import DigestError, StoreError
-from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import ObjectChangedError, ObjectExistsError, ObjectMissingError, check_writable, s3, s3_client
+from orchestrator.base.errors import DigestError, StoreError
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores import s3, s3_client
 from orchestrator.stores.obstore import BotocoreCredentials
 from orchestrator.stores.retrying import Backoff
 from orchestrator.stores.s3 import S3Store
 from orchestrator.stores.s3_client import S3Client
+from orchestrator.stores.store import ObjectChangedError, ObjectExistsError, ObjectMissingError, check_writable
 from orchestrator.work.context import download
 from tests.contracts.store_contract import listed, write_half_and_fail
 from tests.models.fault_proxy import Fault, FaultProxy, run_fault_proxy
@@ -337,7 +338,7 @@ def test_download_to_a_place_that_takes_no_more_is_a_store_error_and_leaves_noth
 
 _WRITE_AND_WAIT = """
 import sys
-from orchestrator.core.spec import StoreOptions
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import s3, s3_client
 s3.BLOCK_BYTES = s3_client.BLOCK_BYTES = 5 * 2**20
 store = s3.S3Store(sys.argv[1], StoreOptions(transfer=sys.argv[2]))

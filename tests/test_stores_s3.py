@@ -11,28 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import verbs
+from orchestrator.base.errors import SpecError, StoreError
 from orchestrator.clusters.__init__ import worker_environment
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.errors import SpecError, StoreError
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, StoreOptions, decode
-from orchestrator.core.step import Kind, Task
-from orchestrator.report import SilentListener
-from orchestrator.stores import (
-    BLOCK_BYTES,
-    ObjectExistsError,
-    ObjectMissingError,
-    Store,
-    check_writable,
-    obstore,
-    open_store,
-    s3,
-    s3_client,
-)
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Task
+from orchestrator.run import execute
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec, StoreOptions
+from orchestrator.spec.decoding import decode
+from orchestrator.stores import obstore, open_store, s3, s3_client
 from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
 from orchestrator.stores.s3 import S3Store
 from orchestrator.stores.s3_client import NoSuchUploadError, S3Client, part_bytes, refusal
+from orchestrator.stores.store import BLOCK_BYTES, ObjectExistsError, ObjectMissingError, Store, check_writable
 from tests.conftest import SpecMaker
 from tests.contracts.store_contract import NUM_RACERS, StoreContract
 from tests.models.s3_server import SECRET, S3Server
@@ -86,12 +79,12 @@ def test_no_secret_in_what_leaves_the_process(
 ) -> None:
     """A conversion into the store; then everything that it has written, said, pickled or sends to a worker is searched."""
     caplog.set_level("DEBUG")
-    plan = verbs.plan(make_spec(tiny_llama))
+    plan = preparation.plan(make_spec(tiny_llama))
     only = Plan(plan.spec, plan.inputs, tuple(plan.of_kind(Kind.CONVERT)))
     place = ClusterSpec(store=url, store_options=StoreOptions(region="us-east-1"))
     store = open_store(url, place.store_options)
     check_writable(store)
-    result = verbs.run(only, {}, place, LocalCluster, SilentListener())
+    result = execute.execute(only, {}, place, LocalCluster, SilentListener())
     result.raise_failures(only)
     with pytest.raises(StoreError) as caught:
         store.get("no/such")

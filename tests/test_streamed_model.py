@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
+from orchestrator.base.errors import QuantizationError, ToolError
 from orchestrator.checkpoints import read_source
-from orchestrator.core.errors import QuantizationError, ToolError
-from orchestrator.work.streamed_model import StreamedModel
+from orchestrator.work.reference.streamed_model import StreamedModel
 from tests.models.families import TINY, write_tiny
 
 SEQUENCES = [[int(token) for token in np.random.default_rng(seed).integers(3, 131, length)] for seed, length in ((1, 12), (2, 8))]

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import SourceMissingError, SpecError, ToolError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, SourceSpec, decode
-from orchestrator.following import Errored, decode_line
-from orchestrator.loading import load_cluster, load_spec
-from orchestrator.submission import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
+from orchestrator.base.errors import SourceMissingError, SpecError, ToolError
+from orchestrator.events.builds import Errored, decode_line
+from orchestrator.spec.build import BuildSpec, SourceSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.loading import load_cluster, load_spec
+from orchestrator.submit.submission import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
 
 
 @pytest.fixture

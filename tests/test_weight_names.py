@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core.errors import WeightMapError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions, network_of
-from orchestrator.core.rules import Rule
-from orchestrator.core.spec import BuildConfig
-from orchestrator.core.topology import Topology
-from orchestrator.core.weight_names import bound_names, check_names
-from orchestrator.engines.profiles import resolved
+from orchestrator.base.errors import WeightMapError
+from orchestrator.engines.profiles import network_of, resolved
 from orchestrator.families import FAMILIES
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.rules import Rule
+from orchestrator.model.stage import StageOptions
+from orchestrator.model.topology import Topology
+from orchestrator.model.weight_names import bound_names, check_names
 from orchestrator.networks import Rendering, decoder_network
+from orchestrator.spec.build import BuildConfig
 from tests.models.families import TINY, tiny_config
 
 BIASED = {"llama": {"attention_bias": True, "mlp_bias": True}, "gemma3": {"attention_bias": True}, "qwen2_moe": {"qkv_bias": False}}

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from orchestrator.core.errors import DtypeError, SourceCorruptError, StoreError
-from orchestrator.core.step import Cause, FailureKind
+from orchestrator.base.errors import DtypeError, SourceCorruptError, StoreError
+from orchestrator.planning.steps import Cause, FailureKind
 from orchestrator.work.failures import cause_of, failure_of
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator import verbs, work
-from orchestrator.core.step import Cause, Kind, Task
+from orchestrator import work
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Cause, Kind, Task
 from orchestrator.work.context import Context
 from orchestrator.work.failures import cause_of
 from tests.models.releases import release_spec, tiny_source
@@ -33,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     """Writes 8 MiB to its scratch folder and fails."""
     monkeypatch.setitem(work.FUNCTIONS, Kind.CONVERT, f"{__name__}:write_much_and_fail")
-    plan = verbs.plan(release_spec(tiny_source(tmp_path / "source")))
+    plan = preparation.plan(release_spec(tiny_source(tmp_path / "source")))
     return Task(step=next(iter(plan.of_kind(Kind.CONVERT))), inputs={}, attempt=1, store=f"file://{tmp_path}/store")
 
 

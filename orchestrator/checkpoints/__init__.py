@@ -11,9 +11,10 @@ import re
 from dataclasses import replace
 from typing import Protocol
 
-from orchestrator.checkpoints.places import LFS_MAGIC, ByteSource, Place, open_place
-from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
-from orchestrator.core.errors import LfsPointerError, SourceMissingError, SpecError
+from orchestrator.base.errors import LfsPointerError, SourceMissingError, SpecError
+from orchestrator.model.checkpoint import CheckpointIndex, SourceFile, TensorInfo
+from orchestrator.stores import open_place
+from orchestrator.stores.source import LFS_MAGIC, ByteSource, Place
 
 FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
@@ -131,9 +132,9 @@ def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
 
     Raises LfsPointerError, SourceLinkError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
     """
-    from orchestrator.checkpoints.confined import read_companion
+    from orchestrator.base.digest import digest_bytes
     from orchestrator.checkpoints.huggingface import parse_json
-    from orchestrator.core.digest import digest_bytes
+    from orchestrator.stores.confined import read_companion
 
     contents = {name: read_companion(place, name) for name in COMPANIONS if name in names}
     for name, data in contents.items():
@@ -142,10 +143,3 @@ def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
         if name.endswith(".json"):
             parse_json(data, f"{place.url}/{name}")
     return tuple(SourceFile(name, len(data), "sha256:" + digest_bytes(data)) for name, data in contents.items())
-
-
-def read_contiguous_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
-    """`Format.read_rows` of every format that stores a tensor as one run of its elements."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    row_bytes = tensor.num_bytes // rows if rows else 0
-    source.read_into(tensor.file, tensor.offset + begin * row_bytes, out[: (end - begin) * row_bytes])

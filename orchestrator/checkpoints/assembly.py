@@ -7,10 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoints import read_contiguous_rows
-from orchestrator.checkpoints.places import ByteSource
-from orchestrator.core.checkpoint import Assembly, Piece, TensorInfo
-from orchestrator.core.dtypes import num_bytes
+from orchestrator.base.dtypes import num_bytes
+from orchestrator.checkpoints.rows import read_contiguous_rows
+from orchestrator.model.checkpoint import Assembly, Piece, TensorInfo
+from orchestrator.stores.source import ByteSource
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from orchestrator.checkpoints import read_contiguous_rows
 from orchestrator.checkpoints.huggingface import read_shards
-from orchestrator.checkpoints.places import Place
+from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.torch_zip import read_tensors
-from orchestrator.core.checkpoint import CheckpointIndex
+from orchestrator.model.checkpoint import CheckpointIndex
+from orchestrator.stores.source import Place
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoints.assembly import assembled, paired_order, read_assembled_rows
-from orchestrator.checkpoints.places import ByteSource, LocalPlace, Place
-from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     ArchitectureError,
     LfsPointerError,
     QuantizationError,
@@ -25,6 +22,9 @@ from orchestrator.core.errors import (
     SourceMissingError,
     ToolError,
 )
+from orchestrator.checkpoints.assembly import assembled, paired_order, read_assembled_rows
+from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.stores.source import ByteSource, LocalPlace, Place
 
 if TYPE_CHECKING:
     import gguf

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from orchestrator.checkpoints import read_contiguous_rows
+from orchestrator.base.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
 from orchestrator.checkpoints.json_text import json_value
-from orchestrator.checkpoints.places import LFS_MAGIC, Place
 from orchestrator.checkpoints.quantized import refuse_quantized
+from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
-from orchestrator.core.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.core.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
+from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
+from orchestrator.stores.source import LFS_MAGIC, Place
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from orchestrator.core.errors import SourceCorruptError, abbreviated, is_text
+from orchestrator.base.errors import SourceCorruptError, abbreviated, is_text
 
 _ADVICE = "Download the file again: whoever wrote it wrote JSON."
 

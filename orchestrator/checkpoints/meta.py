@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from orchestrator.base.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, abbreviated
 from orchestrator.checkpoints.assembly import assembled, read_assembled_rows
 from orchestrator.checkpoints.huggingface import read_json
-from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry
 from orchestrator.checkpoints.torch_zip import read_tensors
-from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, abbreviated
+from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.stores.source import Place
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")

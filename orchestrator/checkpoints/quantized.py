@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.core.errors import QuantizationError
+from orchestrator.base.errors import QuantizationError
 
 _ORIGINAL = "Build from the unquantized checkpoint"
 _DEQUANTIZE = f"{_ORIGINAL}, or write one with transformers: from_pretrained(...).dequantize(), then save_pretrained."

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoints.places import LFS_MAGIC, LocalPlace, Place
-from orchestrator.core.dtypes import ITEM_BITS, num_bytes
-from orchestrator.core.errors import LfsPointerError, SourceCorruptError, abbreviated, is_text
+from orchestrator.base.dtypes import ITEM_BITS, num_bytes
+from orchestrator.base.errors import LfsPointerError, SourceCorruptError, abbreviated, is_text
+from orchestrator.stores.source import LFS_MAGIC, LocalPlace, Place
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""

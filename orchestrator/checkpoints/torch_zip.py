@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoints.places import LFS_MAGIC, Place
+from orchestrator.base.dtypes import num_bytes
+from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, UnsafePickleError
 from orchestrator.checkpoints.safetensors import HeaderEntry
-from orchestrator.core.dtypes import num_bytes
-from orchestrator.core.errors import LfsPointerError, OrchestratorError, SourceCorruptError, UnsafePickleError
+from orchestrator.stores.source import LFS_MAGIC, Place
 
 _DTYPES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",

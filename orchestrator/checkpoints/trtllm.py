@@ -6,27 +6,38 @@ own topology, read backwards. So every family can be gathered, and one table des
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
+from orchestrator.base.errors import (
+    ArchitectureError,
+    QuantizationError,
+    SourceCorruptError,
+    SourceMissingError,
+    SpecError,
+    WeightMapError,
+)
 from orchestrator.checkpoints.assembly import assembled, read_assembled_rows
 from orchestrator.checkpoints.huggingface import check_file_names, read_json
-from orchestrator.checkpoints.places import Place
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
-from orchestrator.core.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.core.config_table import ConfigTable
-from orchestrator.core.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
-from orchestrator.core.errors import ArchitectureError, QuantizationError, SourceCorruptError, SourceMissingError, WeightMapError
-from orchestrator.core.model_config import ModelConfig, from_hugging_face, from_trtllm
-from orchestrator.core.rules import Family, Span, Where
-from orchestrator.core.targets import Read, Target
-from orchestrator.core.topology import Topology, check
-from orchestrator.core.weight_map import weight_map
 from orchestrator.families import family_for
+from orchestrator.model import topology as topologies
+from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.model.config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config_table import ConfigTable
+from orchestrator.model.quantization import ModelQuantization, quant_cfg
+from orchestrator.model.rules import Family, Span, Where
+from orchestrator.model.targets import Read, Target
+from orchestrator.model.topology import Topology, check
+from orchestrator.model.weight_map import weight_map
+from orchestrator.stores.source import Place
 
 CONFIG = "config.json"
 _HEADER_THREADS = 8
@@ -339,3 +350,29 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     if experts.shared_size:
         made[experts.shared_size] = moe.shared_expert_intermediate_size
     return made
+
+
+def write_checkpoint_config(
+    folder: Path, config: ModelConfig, topology: topologies.Topology, quantization: ModelQuantization | None
+) -> None:
+    """config.json of a TensorRT-LLM checkpoint, last, and before it quant_cfg.json where linears differ in their format."""
+    mixture = quant_cfg(quantization) if quantization else None
+    if mixture is not None:
+        write_json(folder / "quant_cfg.json", mixture)
+    write_json(folder / "config.json", to_trtllm(config, topology, quantization))
+
+
+def write_json(path: Path, value: Any, indent: int = 4) -> None:
+    """Write a JSON file, whole or not at all."""
+    from orchestrator.stores.file import write_whole
+
+    write_whole(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:
+    """Model and topology of a TensorRT-LLM checkpoint folder. Raises SpecError when it is none."""
+    try:
+        plain: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        return from_trtllm(plain)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from orchestrator.base.errors import interruption
 from orchestrator.cli.stopping import install
-from orchestrator.core.errors import interruption
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import BaseModel
 
+from orchestrator.base.errors import SpecError
 from orchestrator.cli.console import (
     ClusterFile,
     Json,
@@ -25,13 +26,14 @@ from orchestrator.cli.console import (
     show,
 )
 from orchestrator.cli.stopping import kept
-from orchestrator.core.errors import SpecError
-from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, decode
+from orchestrator.spec.build import BuildConfig, BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.rates import RatesSpec
 
 if TYPE_CHECKING:
-    from orchestrator.clusters import Cluster
-    from orchestrator.report import Listener
+    from orchestrator.run.cluster import Cluster
+    from orchestrator.run.listener import Listener
 
 app = typer.Typer()
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints themselves.")
@@ -49,7 +51,8 @@ def _listener_at(place: ClusterSpec, as_json: bool) -> Listener:
     if place.kind != "ray":
         return _listener(as_json)
     from actors.metrics import Metrics
-    from orchestrator.report import EventListener, Listeners
+    from orchestrator.report import EventListener
+    from orchestrator.run.listener import Listeners
 
     return Listeners(_listener(as_json), EventListener(Metrics().tell))
 
@@ -64,7 +67,7 @@ def _open_cluster(place: ClusterSpec) -> Cluster:
         from orchestrator.clusters.mpi import MpiCluster
 
         return MpiCluster(place)
-    from orchestrator.verbs import local_cluster
+    from orchestrator.clusters import local_cluster
 
     return local_cluster(place)
 
@@ -82,12 +85,12 @@ def build(
 ) -> None:
     """Build, verify and publish. Run it again after any interruption: committed steps are not repeated."""
     with exit_codes(as_json):
-        from orchestrator import verbs
-        from orchestrator.loading import load_spec
+        from orchestrator import building
+        from orchestrator.spec.loading import load_spec
 
         wanted = load_spec(spec)
         place = place_of(cluster, store)
-        made = verbs.build(
+        made = building.build(
             wanted, place, open_cluster=_open_cluster, listener=_listener_at(place, as_json), sign_key=sign_key, report=report
         )
         _report_build(made, as_json)
@@ -97,7 +100,7 @@ def _report_build(made: Any, as_json: bool) -> None:
     manifest = made.manifest
     address = f"{made.address}/manifest.json"
     if as_json:
-        from orchestrator.following import Published, encode_line
+        from orchestrator.events.builds import Published, encode_line
 
         ran = 0 if made.result is None else len(made.result.ran)
         verification = manifest.verification.model_dump() if manifest.verification else None
@@ -128,7 +131,7 @@ def inspect(
 ) -> None:
     """Print a release or a checkpoint as a table."""
     with exit_codes(as_json):
-        from orchestrator import inspection
+        from orchestrator.cli import inspection
 
         facts, tables = inspection.inspect(url, public_key)
         show(facts, tables, as_json)
@@ -147,8 +150,8 @@ def convert(
 ) -> None:
     """Write a TensorRT-LLM checkpoint, as convert_checkpoint.py did."""
     with exit_codes(as_json):
-        from orchestrator import verbs
-        from orchestrator.loading import resolve_source
+        from orchestrator import stages
+        from orchestrator.spec.loading import resolve_source
 
         spec = decode(
             BuildSpec,
@@ -164,7 +167,7 @@ def convert(
         )
         from orchestrator.report import format_count
 
-        made = verbs.convert(spec, output, _listener(as_json))
+        made = stages.convert(spec, output, _listener(as_json))
         if not as_json:
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
             out.print(f"{format_count(made.topology.world_size, 'rank')}{shared} in {output}")
@@ -185,9 +188,9 @@ def quantize(
 ) -> None:
     """Calibrate for itself, compare algorithms, or search formats per layer."""
     with exit_codes(as_json):
-        from orchestrator import sweep as sweeping
-        from orchestrator.loading import load_spec
-        from orchestrator.report import sweep_table
+        from orchestrator import quantizing as sweeping
+        from orchestrator.cli.sweeps import sweep_table
+        from orchestrator.spec.loading import load_spec
 
         wanted = load_spec(spec)
         if auto:
@@ -230,7 +233,7 @@ def build_engine(
 ) -> None:
     """Compile ranks of a checkpoint, as trtllm-build did. No verification, no publishing: `build` does those."""
     with exit_codes():
-        from orchestrator import verbs
+        from orchestrator import stages
         from orchestrator.report import format_bytes
 
         fields = {
@@ -239,7 +242,7 @@ def build_engine(
         }  # fmt: skip
         engine = decode(BuildConfig, fields, "command line")
         with out.status("compiling") as status:
-            ranks = verbs.build_engine(
+            ranks = stages.build_engine(
                 checkpoint, parse_ranks(rank), output, engine,
                 lambda number, phase, done, total: status.update(f"rank {number}: {phase} {done}/{total}"),
             )  # fmt: skip
@@ -260,10 +263,10 @@ def compare(
 ) -> None:
     """Compare two checkpoints tensor by tensor. Ends with exit code 0 when they are the same, 1 when they differ."""
     with exit_codes(as_json):
-        from orchestrator import comparison
-        from orchestrator.loading import resolve_source
+        from orchestrator.checkpoints import compare
+        from orchestrator.spec.loading import resolve_source
 
-        found = comparison.compare(resolve_source(a, Path.cwd()), resolve_source(b, Path.cwd()), tolerance)
+        found = compare.compare(resolve_source(a, Path.cwd()), resolve_source(b, Path.cwd()), tolerance)
         if as_json:
             print(json.dumps(found.to_plain(), indent=1))
         else:
@@ -276,7 +279,7 @@ def compare(
 @app.command()
 def schema(what: Annotated[Literal["build", "cluster", "rates", "manifest"], typer.Argument(help="Which file.")]) -> None:
     """Print the JSON Schema of a build spec, a cluster file, a rates file or a manifest."""
-    from orchestrator.core.manifest import manifest_schema
+    from orchestrator.releases.manifest import manifest_schema
 
     models: dict[str, type[BaseModel]] = {"build": BuildSpec, "cluster": ClusterSpec, "rates": RatesSpec}
     print(json.dumps(models[what].model_json_schema() if what in models else manifest_schema(), indent=1))

@@ -21,13 +21,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.base.errors import ADVICE_BYTES, MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded, interruption
 from orchestrator.cli.stopping import stoppable
-from orchestrator.core.errors import ADVICE_BYTES, MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded, interruption
-from orchestrator.core.manifest import Verification
-from orchestrator.core.spec import ClusterSpec
+from orchestrator.planning.facts import Verification
+from orchestrator.spec.cluster import ClusterSpec
 
 if TYPE_CHECKING:
-    from orchestrator.following import Published
+    from orchestrator.events.builds import Published
 
 _WIDTH = None if sys.stdout.isatty() else 160
 # Without emoji codes: build/rank3:x: is a step and an attempt.
@@ -115,7 +115,7 @@ def show_error(error: OrchestratorError, as_json: bool) -> None:
 
 
 def _event_line(error: OrchestratorError) -> str:
-    from orchestrator.following import Errored, encode_line
+    from orchestrator.events.builds import Errored, encode_line
 
     event = Errored.of(error, time.time())
     if type(error) is OrchestratorError and error.__cause__ is not None:
@@ -133,7 +133,7 @@ def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
 
 def place_of(cluster: Path | None, store: str | None) -> ClusterSpec:
     """The cluster file, with --store in place of its own; without a file: this machine. Raises SpecError."""
-    from orchestrator.loading import load_cluster, resolve_store
+    from orchestrator.spec.loading import load_cluster, resolve_store
 
     url = resolve_store(store, Path.cwd()) if store else None
     if cluster is not None:

@@ -40,7 +40,7 @@ def submit(
 ) -> None:
     """Hand a build over to a Ray cluster. The same build again attaches to its job; a failed one goes on where it was."""
     with exit_codes(as_json):
-        from orchestrator.loading import load_spec
+        from orchestrator.spec.loading import load_spec
 
         wanted, place = load_spec(spec), place_of(cluster, store)
         client = _client(address)
@@ -170,7 +170,7 @@ def _follow(client: Client, submission: Submission, as_json: bool) -> None:
 
 def _follow_as_json(client: Client, submission: Submission) -> None:
     """The driver's own lines, the last of them its result or error; then its exit code."""
-    from orchestrator.following import Errored
+    from orchestrator.events.builds import Errored
 
     try:
         for line in submission.lines():

@@ -25,10 +25,10 @@ def validate(
 ) -> None:
     """Check manifests against the operator's rules, pod security and this program's needs, without a cluster."""
     with exit_codes(as_json):
-        from orchestrator.core.errors import ManifestError
-        from orchestrator.kubernetes import validate as validating
-        from orchestrator.kubernetes.manifests import load_manifests
-        from orchestrator.kubernetes.rules import RULES
+        from orchestrator.base.errors import ManifestError
+        from orchestrator.submit.kubernetes import validate as validating
+        from orchestrator.submit.kubernetes.manifests import load_manifests
+        from orchestrator.submit.kubernetes.rules import RULES
 
         objects = load_manifests(path)
         if as_json:
@@ -42,7 +42,7 @@ def validate(
 @k8s_app.command("rules")
 def rules() -> None:
     """List what `validate` checks."""
-    from orchestrator.kubernetes.rules import RULES
+    from orchestrator.submit.kubernetes.rules import RULES
 
     for rule in RULES:
         out.print(f"{rule.id}  {plain(rule.title)}", soft_wrap=True)

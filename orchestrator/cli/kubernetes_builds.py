@@ -12,13 +12,13 @@ import typer
 from orchestrator.cli.console import Json, SpecFile, exit_codes, out, plain, show
 
 if TYPE_CHECKING:
-    from orchestrator.following import BuildEvent
-    from orchestrator.kubernetes.api import KubernetesApi
-    from orchestrator.kubernetes.builds import Status
-    from orchestrator.kubernetes.progress import StoreProgress
-    from orchestrator.kubernetes.render import Rendered
-    from orchestrator.kubernetes.states import State
+    from orchestrator.events.builds import BuildEvent
     from orchestrator.report import LiveView
+    from orchestrator.submit.kubernetes.api import KubernetesApi
+    from orchestrator.submit.kubernetes.builds import Status
+    from orchestrator.submit.kubernetes.progress import StoreProgress
+    from orchestrator.submit.kubernetes.render import Rendered
+    from orchestrator.submit.kubernetes.states import State
 
 app = typer.Typer()
 
@@ -45,7 +45,7 @@ _NAMESPACE = "trt-builds"
 def overlays(deploy: Deploy = None) -> None:
     """List the overlays that a build can be rendered with."""
     with exit_codes():
-        from orchestrator.kubernetes.overlays import OWN, overlay_names
+        from orchestrator.submit.kubernetes.overlays import OWN, overlay_names
 
         for name in overlay_names(deploy or OWN):
             out.print(name)
@@ -55,10 +55,10 @@ def _rendered(
     spec: Path, overlay: str, cluster: Path | None, store: str | None, name: str | None, namespace: str | None,
     images: list[str] | None, deploy: Path | None,
 ) -> Rendered:  # fmt: skip
-    from orchestrator.kubernetes.overlays import OWN, load_overlay
-    from orchestrator.kubernetes.render import overlay_cluster, render
-    from orchestrator.loading import load_cluster, load_spec
-    from orchestrator.submission import pack
+    from orchestrator.spec.loading import load_cluster, load_spec
+    from orchestrator.submit.kubernetes.overlays import OWN, load_overlay
+    from orchestrator.submit.kubernetes.render import overlay_cluster, render
+    from orchestrator.submit.submission import pack
 
     packed = pack(load_spec(spec))
     objects = load_overlay(overlay, deploy or OWN)
@@ -113,9 +113,9 @@ def submit_command(
 ) -> None:
     """Build on the cluster. The same build again attaches to its RayJob; a failed one goes on where it was."""
     with exit_codes(as_json):
-        from orchestrator.kubernetes.api import KubernetesApi
-        from orchestrator.kubernetes.builds import submit
-        from orchestrator.kubernetes.render import refuse_placeholder_images
+        from orchestrator.submit.kubernetes.api import KubernetesApi
+        from orchestrator.submit.kubernetes.builds import submit
+        from orchestrator.submit.kubernetes.render import refuse_placeholder_images
 
         made = _rendered(spec, overlay, cluster, store, name, namespace, image, deploy)
         refuse_placeholder_images(made)
@@ -134,8 +134,8 @@ def submit_command(
 def status_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
     """Say where a build stands, and why its pods do not run."""
     with exit_codes(as_json):
-        from orchestrator.kubernetes.api import KubernetesApi
-        from orchestrator.kubernetes.builds import status
+        from orchestrator.submit.kubernetes.api import KubernetesApi
+        from orchestrator.submit.kubernetes.builds import status
 
         facts = _facts(status(KubernetesApi(context), namespace, name))
         if as_json:
@@ -153,8 +153,8 @@ def list_command(namespace: Namespace = _NAMESPACE, context: Context = None, as_
     with exit_codes(as_json):
         from rich.table import Table
 
-        from orchestrator.kubernetes.api import KubernetesApi
-        from orchestrator.kubernetes.builds import list_builds
+        from orchestrator.submit.kubernetes.api import KubernetesApi
+        from orchestrator.submit.kubernetes.builds import list_builds
 
         facts = [_facts(found) for found in list_builds(KubernetesApi(context), namespace)]
         table = Table("name", "state", "attempt", "created", "release", box=None, pad_edge=False)
@@ -167,8 +167,8 @@ def list_command(namespace: Namespace = _NAMESPACE, context: Context = None, as_
 def stop_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
     """End a build and take its pods away; what is committed stays, and a new submission goes on from there."""
     with exit_codes(as_json):
-        from orchestrator.kubernetes.api import KubernetesApi
-        from orchestrator.kubernetes.builds import stop
+        from orchestrator.submit.kubernetes.api import KubernetesApi
+        from orchestrator.submit.kubernetes.builds import stop
 
         api = KubernetesApi(context)
         if not as_json:
@@ -221,7 +221,7 @@ class _Told:
         out.print(f"{state.name}: {state.phase.value}{attempt}{where}", soft_wrap=True)
 
     def on_event(self, event: BuildEvent) -> None:
-        from orchestrator.following import Errored, Published, encode_line
+        from orchestrator.events.builds import Errored, Published, encode_line
         from orchestrator.report import LiveView
 
         if not self._as_json:
@@ -243,8 +243,8 @@ class _Told:
 
 
 def _progress(api: KubernetesApi, namespace: str, name: str, told: _Told) -> StoreProgress | None:
-    from orchestrator.core.errors import AuthenticationError, SpecError, StoreError, ToolError
-    from orchestrator.kubernetes.progress import progress_of
+    from orchestrator.base.errors import AuthenticationError, SpecError, StoreError, ToolError
+    from orchestrator.submit.kubernetes.progress import progress_of
 
     try:
         return progress_of(api, namespace, name)
@@ -262,11 +262,11 @@ def logs_command(
 ) -> None:
     """Print the driver's events, JSON lines of the store; of a driver that failed, the end of its log too."""
     with exit_codes():
-        from orchestrator.core.errors import StoreError
-        from orchestrator.following import encode_line
-        from orchestrator.kubernetes.api import KubernetesApi
-        from orchestrator.kubernetes.builds import status
-        from orchestrator.kubernetes.progress import progress_of
+        from orchestrator.base.errors import StoreError
+        from orchestrator.events.builds import encode_line
+        from orchestrator.submit.kubernetes.api import KubernetesApi
+        from orchestrator.submit.kubernetes.builds import status
+        from orchestrator.submit.kubernetes.progress import progress_of
 
         api = KubernetesApi(context)
         if follow:
@@ -284,8 +284,8 @@ def logs_command(
 
 def _follow(api: KubernetesApi, namespace: str, name: str, as_json: bool) -> None:
     """To the end of the build: its release, or its own error and exit code."""
-    from orchestrator.kubernetes.builds import status
-    from orchestrator.kubernetes.follow import follow
+    from orchestrator.submit.kubernetes.builds import status
+    from orchestrator.submit.kubernetes.follow import follow
 
     told = _Told(as_json)
     try:

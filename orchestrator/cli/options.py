@@ -7,9 +7,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from orchestrator.base.errors import SpecError
+from orchestrator.base.urls import refuse_secrets
 from orchestrator.cli import console
-from orchestrator.core.errors import SpecError
-from orchestrator.core.secrets import refuse_secrets
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _VERBOSE = {"-v", "--verbose"}

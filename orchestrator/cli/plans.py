@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from orchestrator.base.errors import SpecError
 from orchestrator.cli.console import ClusterFile, Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show
-from orchestrator.core.errors import SpecError
-from orchestrator.core.spec import ClusterSpec
+from orchestrator.spec.cluster import ClusterSpec
 
 if TYPE_CHECKING:
-    from orchestrator.core.plan import Plan
-    from orchestrator.simulation import Simulation
+    from orchestrator.clusters.simulation import Simulation
+    from orchestrator.planning.plan import Plan
 
 app = typer.Typer()
 
@@ -42,12 +42,12 @@ def plan(
     your machines, build a model there and run `orchestrator rates SPEC --store STORE`.
     """
     with exit_codes(as_json):
-        from orchestrator import verbs
-        from orchestrator.loading import load_spec
+        from orchestrator.planning import preparation
+        from orchestrator.spec.loading import load_spec
 
         if not simulate and (cluster or rates or fail):
             raise SpecError("--cluster, --rates and --fail say how to simulate", "Add --simulate.")
-        made = verbs.plan(load_spec(spec))
+        made = preparation.plan(load_spec(spec))
         if simulate:
             _simulate(made, cluster, rates, fail or [], as_json)
         else:
@@ -74,10 +74,10 @@ def _print(made: Plan, as_json: bool) -> None:
 
 
 def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[str], as_json: bool) -> None:
-    from orchestrator import simulation
-    from orchestrator.core.rates import RatesSpec
-    from orchestrator.loading import load_cluster, load_rates
+    from orchestrator.clusters import simulation
     from orchestrator.report import format_bytes
+    from orchestrator.spec.loading import load_cluster, load_rates
+    from orchestrator.spec.rates import RatesSpec
 
     place = load_cluster(cluster) if cluster else ClusterSpec(store="memory://simulation")
     speeds = load_rates(rates) if rates else RatesSpec()
@@ -102,7 +102,7 @@ def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[s
 
 
 def _timeline(found: Simulation) -> Table:
-    from orchestrator.simulation import timeline
+    from orchestrator.clusters.simulation import timeline
 
     table = Table("pool", "kind", f"0 to {found.makespan_seconds:,.1f} s", "at once", box=None, pad_edge=False)
     for pool, kind, bars, most in timeline(found.spans, found.makespan_seconds, _COLUMNS):
@@ -134,13 +134,15 @@ def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -
     with exit_codes():
         import yaml
 
-        from orchestrator import cache, simulation, verbs
-        from orchestrator.loading import load_spec
+        from orchestrator.clusters import simulation
+        from orchestrator.planning import preparation
+        from orchestrator.run import commits
+        from orchestrator.spec.loading import load_spec
         from orchestrator.stores import open_store
 
         place = place_of(cluster, store)
-        made = verbs.plan(load_spec(spec))
-        committed = cache.committed(open_store(place.store, place.store_options), (step.digest for step in made.steps))
+        made = preparation.plan(load_spec(spec))
+        committed = commits.committed(open_store(place.store, place.store_options), (step.digest for step in made.steps))
         found = simulation.measured(made, committed)
         if not found:
             raise SpecError(f"{place.store} holds no finished step of this plan", "Build it there first.")

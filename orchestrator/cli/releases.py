@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.base.errors import SpecError
 from orchestrator.cli.console import Json, PublicKey, Ranks, exit_codes, out, parse_ranks, plain, show
-from orchestrator.core.errors import SpecError
-from orchestrator.core.spec import StoreOptions
+from orchestrator.spec.cluster import StoreOptions
 
 if TYPE_CHECKING:
     from orchestrator.releases import Collected, Listed, Release
@@ -203,14 +203,14 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
 
 
 def _address(url: str) -> str:
-    from orchestrator.loading import resolve_store
+    from orchestrator.spec.loading import resolve_store
 
     return resolve_store(url, Path.cwd())
 
 
 def _store(store: str | None, cluster: Path | None) -> str:
     """The store's URL. Raises SpecError when neither is given."""
-    from orchestrator.loading import load_cluster
+    from orchestrator.spec.loading import load_cluster
 
     if store is not None:
         return _address(store)
@@ -220,7 +220,7 @@ def _store(store: str | None, cluster: Path | None) -> str:
 
 
 def _options(cluster: Path | None) -> StoreOptions | None:
-    from orchestrator.loading import load_cluster
+    from orchestrator.spec.loading import load_cluster
 
     return load_cluster(cluster).store_options if cluster is not None else None
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn
 
-from orchestrator.core.errors import Interrupted, OrchestratorError, interruption
+from orchestrator.base.errors import Interrupted, OrchestratorError, interruption
 from orchestrator.work.process import end_descendants
 
 GRACE_SECONDS = 4.0

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Json, exit_codes, out, show_published
-from orchestrator.core.spec import StoreOptions
+from orchestrator.spec.cluster import StoreOptions
 
 if TYPE_CHECKING:
-    from orchestrator.watching import Watch
+    from orchestrator.submit.watching import Watch
 
 app = typer.Typer()
 
@@ -25,9 +25,9 @@ def watch(
 ) -> None:
     """Follow a build from anywhere, or replay one that has ended; ends with its exit code. Ctrl-C only looks away."""
     with exit_codes(as_json):
-        from orchestrator.loading import load_cluster, resolve_store
+        from orchestrator.spec.loading import load_cluster, resolve_store
         from orchestrator.stores import open_store
-        from orchestrator.watching import Watch, find_run
+        from orchestrator.submit.watching import Watch, find_run
 
         place, _, release = resolve_store(url, Path.cwd()).partition("/releases/")
         options = load_cluster(cluster).store_options if cluster else StoreOptions()
@@ -41,7 +41,7 @@ def watch(
 
 
 def _print_lines(watched: Watch) -> None:
-    from orchestrator.following import Errored, encode_line
+    from orchestrator.events.builds import Errored, encode_line
 
     last = None
     try:

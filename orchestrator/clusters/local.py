@@ -6,12 +6,11 @@ import contextlib
 import queue
 import time
 
-from orchestrator.clusters import AnyEvent
-from orchestrator.clusters.admission import Admission
 from orchestrator.clusters.processes import StepProcesses
-from orchestrator.core.progress import StepFailed, StepSucceeded
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Task
+from orchestrator.events.steps import AnyEvent, StepFailed, StepSucceeded
+from orchestrator.planning.steps import Task
+from orchestrator.run.admission import Admission
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.process import scratch_root
 from orchestrator.work.scratch import remove_dead
 

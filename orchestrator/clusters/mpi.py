@@ -20,14 +20,13 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from orchestrator.clusters import AnyEvent
-from orchestrator.clusters.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
+from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.processes import StepProcesses
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Resources, Task
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import EVENT, AnyEvent, StepFailed, StepSucceeded
+from orchestrator.planning.steps import Resources, Task
+from orchestrator.run.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.probe import probe_here
 
 LABELS_VARIABLE = "ORCHESTRATOR_NODE_LABELS"

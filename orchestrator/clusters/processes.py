@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable
 from typing import IO
 
-from orchestrator.clusters import AnyEvent, worker_environment
-from orchestrator.core.progress import EVENT, StepFailed, StepSucceeded
-from orchestrator.core.step import Task
+from orchestrator.events.steps import EVENT, AnyEvent, StepFailed, StepSucceeded
+from orchestrator.planning.steps import Task
+from orchestrator.run.cluster import worker_environment
 from orchestrator.work.lost import crash, oom_kills
 from orchestrator.work.process import belong_to_parent, without_launcher
 

@@ -11,13 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.clusters import AnyEvent
-from orchestrator.clusters.admission import Admission, Node, Placement, machine_cpus, machine_memory_bytes
 from orchestrator.clusters.links import Links
-from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
-from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Failure, Kind, Outcome, Resources, Step, Task
+from orchestrator.events.steps import AnyEvent, StepFailed, StepStarted, StepSucceeded
+from orchestrator.planning.steps import Failure, Kind, Outcome, Resources, Step, Task
+from orchestrator.run.admission import Admission, Node, Placement, machine_cpus, machine_memory_bytes
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.rates import RatesSpec
 
 STORE_READ, STORE_WRITE = "store/read", "store/write"
 

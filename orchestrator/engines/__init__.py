@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from orchestrator.core.errors import ToolError
-from orchestrator.core.manifest import EngineRecord
-from orchestrator.core.spec import BuildConfig
+from orchestrator.base.errors import ToolError
+from orchestrator.engines.record import EngineRecord
+from orchestrator.spec.build import BuildConfig
 
 BACKENDS: dict[str, str] = {
     "tensorrt": "orchestrator.engines.tensorrt",

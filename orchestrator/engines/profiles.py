@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from orchestrator.core.errors import SpecError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageNetwork
-from orchestrator.core.spec import BuildConfig
+from orchestrator.base.errors import SpecError
 from orchestrator.engines import Profile
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.spec.build import BuildConfig
 
 PREFILL, DECODE = "prefill", "decode"
 Shape = tuple[int, ...]
@@ -33,6 +33,12 @@ def resolved(config: ModelConfig, engine: BuildConfig) -> BuildConfig:
         )
     usual = min(engine.opt_input_len or max(tokens // 2, 1), tokens)
     return engine.model_copy(update={"max_seq_len": slots, "max_input_len": tokens, "opt_input_len": usual})
+
+
+def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
+    """The networks of a stage for an engine whose limits are resolved (`engines.profiles.resolved`)."""
+    assert engine.max_seq_len is not None
+    return StageNetwork(stage=stage, max_seq_len=engine.max_seq_len, gather_logits=engine.gather_logits)
 
 
 def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, Profile]:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core.errors import EngineBuildError, SpecError, ToolError
-from orchestrator.core.manifest import EngineRecord, TensorRange
-from orchestrator.core.spec import BuildConfig
+from orchestrator.base.errors import EngineBuildError, SpecError, ToolError
 from orchestrator.engines import EngineRequest, Profile, cuda_version, require_version
 from orchestrator.engines.device import visible_gpus
+from orchestrator.engines.record import EngineRecord, TensorRange
+from orchestrator.spec.build import BuildConfig
 
 _VERBOSITY = {"layer_names_only": "LAYER_NAMES_ONLY", "detailed": "DETAILED", "none": "NONE"}
 _MAX_ERRORS = 5

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.rules import Family
+from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
@@ -19,6 +18,7 @@ from orchestrator.families.mixtral import MIXTRAL
 from orchestrator.families.olmo import OLMO2
 from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from orchestrator.model.rules import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.core.config_table import PassedOver
-from orchestrator.core.rules import (
+from orchestrator.model.config_table import PassedOver
+from orchestrator.model.rules import (
     COLUMN,
     EXPERT_COLUMN,
     EXPERT_ROW,

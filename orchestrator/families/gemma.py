@@ -6,8 +6,6 @@ window in five of six layers, and another rotary base in those.
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import PassedOver, RotaryTable
-from orchestrator.core.rules import ConfigTable, Family
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
@@ -21,6 +19,8 @@ from orchestrator.families.common import (
     offset,
     qk_norms,
 )
+from orchestrator.model.config_table import PassedOver, RotaryTable
+from orchestrator.model.rules import ConfigTable, Family
 
 _DEFAULTS = {
     "head_dim": 256,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.core.rules import ConfigTable, Family
 from orchestrator.families.llama import LLAMA, LLAMA_BIASES
+from orchestrator.model.rules import ConfigTable, Family
 
 GRANITE = Family(
     name="granite",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.core.rules import ConfigTable, Family
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
@@ -14,6 +13,7 @@ from orchestrator.families.common import (
     PRE_NORMS,
     final,
 )
+from orchestrator.model.rules import ConfigTable, Family
 
 LLAMA_BIASES = {
     "attn_bias": ("is", "attention_bias"),

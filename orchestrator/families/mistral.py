@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import PassedOver
-from orchestrator.core.rules import ConfigTable, Family
 from orchestrator.families.common import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.llama import LLAMA
+from orchestrator.model.config_table import PassedOver
+from orchestrator.model.rules import ConfigTable, Family
 
 ALWAYS_USED = {
     "use_sliding_window": PassedOver("sliding_window alone decides", (None, True)),

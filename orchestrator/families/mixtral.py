@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import ExpertTable, PassedOver, RotaryTable
-from orchestrator.core.rules import ConfigTable, Family
 from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, NO_CAPS, ONE_ACTIVATION, PRE_NORMS, experts, final
 from orchestrator.families.mistral import ALWAYS_USED
+from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
+from orchestrator.model.rules import ConfigTable, Family
 
 _EXPERTS = experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}.", "w3", "w1", "w2")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.core.rules import HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
@@ -16,6 +15,7 @@ from orchestrator.families.common import (
     final,
     norm,
 )
+from orchestrator.model.rules import HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
 
 OLMO2 = Family(
     name="olmo2",

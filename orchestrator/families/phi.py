@@ -5,8 +5,6 @@ TensorRT-LLM keeps the second fusion, with the halves the other way round: each 
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import SWIGLU, RotaryTable
-from orchestrator.core.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
 from orchestrator.families.common import (
     DENSE,
     EMBEDDING,
@@ -20,6 +18,8 @@ from orchestrator.families.common import (
     final,
 )
 from orchestrator.families.mistral import ALWAYS_USED
+from orchestrator.model.config_table import SWIGLU, RotaryTable
+from orchestrator.model.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
 
 _QKV = SOURCE + "self_attn.qkv_proj.weight"
 _QKV_SECTIONS = ("q", "kv", "kv")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import ExpertTable, PassedOver
-from orchestrator.core.rules import COLUMN, ROW, ConfigTable, Family, Part, Rule
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
@@ -18,6 +16,8 @@ from orchestrator.families.common import (
     final,
     qk_norms,
 )
+from orchestrator.model.config_table import ExpertTable, PassedOver
+from orchestrator.model.rules import COLUMN, ROW, ConfigTable, Family, Part, Rule
 
 _DEFAULTS = {
     "num_key_value_heads": 32,

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageNetwork, StageOptions
-from orchestrator.core.quantization import LinearFormat
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import LinearFormat
+from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.networks import layers
 from orchestrator.networks.attention import LayerInputs, attention, causal_mask, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter

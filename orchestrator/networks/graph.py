@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from orchestrator.core.quantization import LinearFormat
+from orchestrator.model.quantization import LinearFormat
 
 OPSET = 24
 IR_VERSION = 11

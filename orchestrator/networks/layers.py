@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.core.config_table import ACTIVATIONS, SWIGLU
-from orchestrator.core.errors import ArchitectureError
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.model.config_table import ACTIVATIONS, SWIGLU
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.quantized import quantized_matmul
 from orchestrator.networks.shape import RankShape

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageNetwork
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.stage import StageNetwork
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.rotary import inverse_frequencies
 

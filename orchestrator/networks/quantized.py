@@ -13,15 +13,7 @@ from typing import Any
 
 import onnx
 
-from orchestrator.core.quantization import (
-    FP4_MAX,
-    FP8_MAX,
-    MXFP8_BLOCK,
-    NVFP4_BLOCK,
-    ActivationFormat,
-    LinearFormat,
-    WeightFormat,
-)
+from orchestrator.model.quantization import FP4_MAX, FP8_MAX, MXFP8_BLOCK, NVFP4_BLOCK, ActivationFormat, LinearFormat, WeightFormat
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.shape import RankShape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.core.options import StageNetwork
+from orchestrator.model.stage import StageNetwork
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.model.config import ModelConfig
 
 Table = npt.NDArray[np.float32]
 Scaling = Mapping[str, Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageOptions
-from orchestrator.core.quantization import LINEARS, KvCacheFormat, LinearFormat
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import LINEARS, KvCacheFormat, LinearFormat
+from orchestrator.model.stage import StageOptions
 
 
 @dataclass(frozen=True, slots=True)

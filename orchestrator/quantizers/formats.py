@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.core.quantization import FP4_MAX, FP8_MAX, MXFP8_BLOCK, NVFP4_BLOCK, LinearFormat, WeightFormat
+from orchestrator.model.quantization import FP4_MAX, FP8_MAX, MXFP8_BLOCK, NVFP4_BLOCK, LinearFormat, WeightFormat
 
 if TYPE_CHECKING:
     import torch

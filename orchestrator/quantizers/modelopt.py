@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import (
+from orchestrator.base.errors import QuantizationError
+from orchestrator.model.quantization import (
     MXFP8_BLOCK,
     NVFP4_BLOCK,
     ActivationFormat,

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.quantization import ALWAYS_EXCLUDED, MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
-from orchestrator.core.spec import QuantizationSpec, ToleranceSpec
-from orchestrator.quantizers.quantizer import Quantizer
+from orchestrator.base.errors import QuantizationError
+from orchestrator.model.quantization import ALWAYS_EXCLUDED, MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
+from orchestrator.quantizers import QUANTIZERS, Quantizer
+from orchestrator.spec.build import QuantizationSpec, ToleranceSpec
 
 KV_CACHE_TOLERANCES = {
     "INT8": ToleranceSpec(max_relative_error=None, max_mean_kl=0.01, min_top1_agreement=0.95),
@@ -23,8 +23,6 @@ _META_LIMIT = 1200.0
 
 def quantizer_named(name: str) -> Quantizer:
     """Raises QuantizationError with the names that there are."""
-    from orchestrator.quantizers import QUANTIZERS
-
     if name not in QUANTIZERS:
         near = difflib.get_close_matches(name.upper(), QUANTIZERS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""

@@ -13,7 +13,8 @@ from orchestrator.releases.collecting import Collected, collect
 from orchestrator.releases.listing import Listed, list_releases
 from orchestrator.releases.pulling import fetch, pull
 from orchestrator.releases.reading import Release, open_release, read_release
-from orchestrator.releases.tags import Tag, tag
+from orchestrator.releases.tagging import tag
+from orchestrator.releases.tags import Tag
 from orchestrator.releases.verifying import Verified, check_files, verify
 
 __all__ = [

@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from orchestrator.cache import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DigestError, SchemaVersionError, SpecError
-from orchestrator.core.manifest import MANIFEST, Manifest, parse_manifest, signature_key
-from orchestrator.core.spec import StoreOptions
-from orchestrator.core.step import Outcome
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, SchemaVersionError, SpecError
+from orchestrator.planning.steps import Outcome
 from orchestrator.releases.listing import RELEASES
-from orchestrator.stores import ObjectExistsError, ObjectMissingError, Store, Upload, check_present, open_store
+from orchestrator.releases.manifest import MANIFEST, Manifest, parse_manifest, signature_key
+from orchestrator.run.commits import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores import open_store
+from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store, Upload, check_present
 
 GRACE = datetime.timedelta(days=7)
 """Longer than the longest build."""

@@ -18,11 +18,11 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from orchestrator.core.errors import DigestError, StoreFullError
-from orchestrator.core.manifest import FileRecord
+from orchestrator.base.errors import DigestError, StoreFullError
 from orchestrator.releases.folders import OutputFolder, Spot, writing
+from orchestrator.releases.manifest import FileRecord
 from orchestrator.releases.transfers import Listener
-from orchestrator.stores import Store
+from orchestrator.stores.store import Store
 
 FILES_AT_ONCE = 4
 """sha256 of a whole file is computed in order, so one file alone is as fast as one core hashes."""

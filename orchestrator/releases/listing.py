@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.core.errors import DigestError, SchemaVersionError, SpecError
-from orchestrator.core.manifest import MANIFEST, Manifest
-from orchestrator.core.spec import StoreOptions
+from orchestrator.base.errors import DigestError, SchemaVersionError, SpecError
+from orchestrator.releases.manifest import MANIFEST, Manifest
 from orchestrator.releases.reading import open_release
 from orchestrator.releases.tags import current_tags
-from orchestrator.stores import Store, check_present, open_store
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store, check_present
 
 RELEASES = "releases/"
 SELECTORS = ("backend", "precision", "tp", "pp", "gpu")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.core.errors import MachineError
-from orchestrator.core.manifest import Manifest, RankRecord
+from orchestrator.base.errors import MachineError
 from orchestrator.engines import BACKENDS, installed_version
 from orchestrator.engines.device import Gpu, visible_gpus
+from orchestrator.releases.manifest import Manifest, RankRecord
 
 
 @dataclass(frozen=True, slots=True)

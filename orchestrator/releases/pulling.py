@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from orchestrator.core.errors import DigestError, ReleaseMissingError, SpecError
-from orchestrator.core.manifest import FileRecord, Manifest
-from orchestrator.core.paths import check_disjoint, check_path
-from orchestrator.core.spec import StoreOptions
-from orchestrator.layouts import Arrangement, Request, arrange
+from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError
+from orchestrator.base.paths import check_disjoint, check_path
 from orchestrator.releases.downloading import Wanted, download
 from orchestrator.releases.folders import OutputFolder
+from orchestrator.releases.layouts import Arrangement, Request, arrange
 from orchestrator.releases.machine import check_machine, this_machine
+from orchestrator.releases.manifest import FileRecord, Manifest
 from orchestrator.releases.reading import Release, open_release
 from orchestrator.releases.transfers import Listener, Silent
+from orchestrator.spec.cluster import StoreOptions
 
 
 def pull(
@@ -34,7 +34,7 @@ def pull(
 
     `ranks`, or the ranks `node` * `gpus_per_node` and following, or all. Every byte is verified before a file gets its name; files
     that are right already are kept, and a broken pull goes on where it was. With `public_key` (PEM) the release must be signed
-    with that key; with `check` this machine must be able to run the ranks. `layout` is a name of orchestrator/layouts.
+    with that key; with `check` this machine must be able to run the ranks. `layout` is a name of orchestrator/releases/layouts.
 
     Raises ReleaseMissingError, SchemaVersionError, DigestError, SignatureError, MachineError, SpecError, StoreError.
     """

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import DigestError, ReleaseMissingError, SignatureError
-from orchestrator.core.manifest import LIMIT_BYTES, MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
-from orchestrator.core.spec import StoreOptions
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, ReleaseMissingError, SignatureError
 from orchestrator.releases import tags
-from orchestrator.stores import Store, open_store
+from orchestrator.releases.manifest import LIMIT_BYTES, MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
 
 _SIGNATURE_LIMIT_BYTES = 16 * 2**20
 
@@ -78,7 +79,7 @@ def open_release(url: str, public_key: Path | None = None, options: StoreOptions
         )
     if public_key is None:
         return release
-    from orchestrator.signing import fingerprint
+    from orchestrator.releases.signing import fingerprint
 
     if release.tag is not None:
         tags.check_signature(release.tag, public_key)
@@ -94,7 +95,7 @@ def read_release(url: str) -> tuple[Store, Manifest]:
 
 def check_signature(release: Release, public_key: Path) -> None:
     """Raises SignatureError unless the owner of `public_key` has signed this very manifest and every file that it names."""
-    from orchestrator.signing import signed_files
+    from orchestrator.releases.signing import signed_files
 
     signature = release.signature()
     if signature is None:

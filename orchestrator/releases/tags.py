@@ -9,24 +9,21 @@ signed release, such as an old one.
 
 from __future__ import annotations
 
-import datetime
 import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from orchestrator import signing
-from orchestrator.core.digest import digest_of
-from orchestrator.core.errors import DigestError, SignatureError, SpecError, StoreError
-from orchestrator.core.manifest import RELEASES, address_parts
-from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import ObjectExistsError, Store, open_store
+from orchestrator.base.digest import digest_of
+from orchestrator.base.errors import DigestError, SignatureError
+from orchestrator.releases import signing
+from orchestrator.releases.manifest import RELEASES
+from orchestrator.stores.store import Store
 
 TAGS = "tags/"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})*")
 _NUMBER_DIGITS = 8
-_RACES = 100
 _LIMIT_BYTES = 2**20
 _SIGNATURE = "signature"
 
@@ -49,54 +46,7 @@ class Tag(BaseModel):
 
     def signed_digests(self) -> dict[str, str]:
         """Digests that a signature of the tag covers: all other fields, under the tag's own key."""
-        return {_key(self.name, self.number): digest_of(self.model_dump(mode="json", exclude={_SIGNATURE}))}
-
-
-def tag(url: str, name: str, options: StoreOptions | None = None, *, sign_key: Path | None = None) -> Tag:
-    """Let `name` stand for the release at `url` from now on, signed with `sign_key` (PEM); nothing is written when it does already.
-
-    Raises SpecError for what is no name, ReleaseMissingError, DigestError, SignatureError for a key that cannot sign, StoreError.
-    """
-    from orchestrator.releases.reading import open_release
-
-    if not is_name(name):
-        raise SpecError(
-            f"{name!r} is no name of a tag", "Use lower-case letters, digits, '.', '_' and '-', e.g. prod or llama/prod."
-        )
-    release = open_release(url, options=options)
-    if sign_key is not None:
-        signing.check_sign_key(sign_key)
-    root, _, _ = release.store.url.rpartition(f"/{RELEASES}/")
-    parts = address_parts(release.store.url)
-    if parts is None:
-        raise SpecError(f"{url} is not in a store", "Give the URL of a release: <store>/releases/<name>/<version>.")
-    folder = "/".join((RELEASES, *parts))
-    store = open_store(root, options)
-    for _ in range(_RACES):
-        last = current(store, name)
-        is_same = last is not None and (last.release, last.manifest_sha256) == (folder, release.digest)
-        if last is not None and is_same and (sign_key is None or _is_signed(last, sign_key)):
-            return last
-        made = Tag(
-            name=name,
-            number=last.number + 1 if last else 1,
-            release=folder,
-            manifest_sha256=release.digest,
-            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
-        if sign_key is not None:
-            signature = signing.sign(made.signed_digests(), name, sign_key).decode()
-            made = made.model_copy(update={_SIGNATURE: signature})
-        try:
-            store.put(_key(name, made.number), made.model_dump_json(indent=1).encode(), create=True)
-        except ObjectExistsError:
-            continue  # someone else was faster: ours comes after his
-        return made
-    raise StoreError(f"tag {name} in {root} is being set by too many others", "Try again.")
-
-
-def _is_signed(tag: Tag, key: Path) -> bool:
-    return tag.signature is not None and signing.is_signed_by(tag.signature.encode(), key)
+        return {tag_key(self.name, self.number): digest_of(self.model_dump(mode="json", exclude={_SIGNATURE}))}
 
 
 def check_signature(tag: Tag, public_key: Path) -> None:
@@ -132,7 +82,7 @@ def current_tags(store: Store) -> list[Tag]:
 
 
 def _load(store: Store, name: str, number: int) -> Tag:
-    key = _key(name, number)
+    key = tag_key(name, number)
     try:
         if (store.size(key) or 0) > _LIMIT_BYTES:
             raise DigestError(f"{store.url}/{key} is too large for a version of a tag", "Set the tag again.")
@@ -144,7 +94,8 @@ def _load(store: Store, name: str, number: int) -> Tag:
     return found
 
 
-def _key(name: str, number: int) -> str:
+def tag_key(name: str, number: int) -> str:
+    """Key of one version of a tag."""
     return f"{TAGS}{name}/{number:0{_NUMBER_DIGITS}d}.json"
 
 

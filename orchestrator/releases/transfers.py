@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from orchestrator.core.manifest import FileRecord
+from orchestrator.releases.manifest import FileRecord
 
 
 class Listener(Protocol):

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.core.digest import ChunkHasher
-from orchestrator.core.errors import DigestError
-from orchestrator.core.manifest import MANIFEST, SIGNATURE, FileRecord
-from orchestrator.core.spec import StoreOptions
+from orchestrator.base.digest import ChunkHasher
+from orchestrator.base.errors import DigestError
+from orchestrator.releases.manifest import MANIFEST, SIGNATURE, FileRecord
 from orchestrator.releases.reading import Release, open_release
 from orchestrator.releases.transfers import Listener, Silent
-from orchestrator.stores import ObjectMissingError, Store
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores.store import ObjectMissingError, Store
 
 _FILES_IN_FLIGHT = 4
 _SHOWN = 20

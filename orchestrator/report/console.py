@@ -6,11 +6,11 @@ import time
 
 from rich.console import Console
 
-from orchestrator.core.plan import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.report.lines import Clock, EventListener
-from orchestrator.report.listener import Finished
 from orchestrator.report.tables import step_table
 from orchestrator.report.view import LiveView
+from orchestrator.run.listener import Finished
 
 
 class ConsoleListener(EventListener):

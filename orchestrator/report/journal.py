@@ -17,11 +17,11 @@ import uuid
 from types import TracebackType
 from typing import Self
 
-from orchestrator.cache import EVENTS
-from orchestrator.core.errors import OrchestratorError, StepFailedError, interruption
-from orchestrator.following import Alive, BuildEvent, Errored, Published, Stepped, encode_line
+from orchestrator.base.errors import OrchestratorError, StepFailedError, interruption
+from orchestrator.events.builds import Alive, BuildEvent, Errored, Published, Stepped, encode_line
 from orchestrator.report.lines import Clock
-from orchestrator.stores import Store
+from orchestrator.run.commits import EVENTS
+from orchestrator.stores.store import Store
 
 ALIVE_SECONDS = 30.0
 """So often a driver that has nothing to say says that it is there."""

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-from orchestrator.clusters import AnyEvent
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.plan import Plan
-from orchestrator.core.schedule import Start
-from orchestrator.core.step import Outcome
-from orchestrator.following import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped, encode_line
-from orchestrator.report.listener import Finished as Result
+from orchestrator.events.builds import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped, encode_line
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Outcome
+from orchestrator.run.listener import Finished as Result
+from orchestrator.run.schedule import Start
 
 Clock = Callable[[], float]
 """Seconds since 1970."""

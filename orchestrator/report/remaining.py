@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.following import place_of
+from orchestrator.events.builds import place_of
 
 
 class Remaining:

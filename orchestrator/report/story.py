@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.step import FailureKind
-from orchestrator.following import BuildEvent, NodesSeen, Planned, Stepped
+from orchestrator.events.builds import BuildEvent, NodesSeen, Planned, Stepped
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.planning.steps import FailureKind
 
 State = Literal["running", "succeeded", "failed", "moved"]
 

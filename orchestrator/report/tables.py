@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from rich.table import Table
 
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Kind
-from orchestrator.report.listener import Finished
-
-if TYPE_CHECKING:
-    from orchestrator.sweep import SweepRow
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
+from orchestrator.run.listener import Finished
 
 
 def format_bytes(count: float) -> str:
@@ -69,23 +66,6 @@ def plan_table(plan: Plan) -> Table:
             format_bytes(step.resources.memory_bytes),
             step.digest[:12],
             needs,
-        )
-    return table
-
-
-def sweep_table(rows: Sequence[SweepRow]) -> Table:
-    """Algorithms side by side: size, how far from the unquantized model, the worst linear."""
-    table = Table("algorithm", "checkpoint", "perplexity", "KL", "top-1", "worst linear", "its error", box=None, pad_edge=False)
-    for row in rows:
-        found = row.verification
-        table.add_row(
-            row.algorithm,
-            format_bytes(row.checkpoint_bytes),
-            "" if found.perplexity_ratio is None else f"x {found.perplexity_ratio:.3f}",
-            f"{found.mean_kl:.2e}",
-            f"{found.top1_agreement:.3f}",
-            row.worst_linear,
-            f"{row.worst_error:.3f}" if row.worst_linear else "",
         )
     return table
 

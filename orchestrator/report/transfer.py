@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from orchestrator.core.manifest import FileRecord
+from orchestrator.releases.manifest import FileRecord
 from orchestrator.report.tables import format_bytes, format_count, format_seconds
 
 LINE_SECONDS = 10.0

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.step import FailureKind, Outcome
-from orchestrator.following import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
+from orchestrator.events.builds import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
+from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.steps import FailureKind, Outcome
 from orchestrator.report.remaining import Remaining
 from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds
 

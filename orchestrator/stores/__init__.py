@@ -1,135 +1,15 @@
-"""Stores: where bytes go. The protocol, and the table of members by URL scheme.
-
-Every member passes tests/contracts/store_contract.py. An object appears whole or not at all; an exception inside a
-writer publishes nothing. Clients are made by the first request, in the process that makes it; a pickled store is its URL and
-its options, so that no credential ever leaves a process.
-"""
+"""Stores, where bytes go, and sources, where a checkpoint lies: each member chosen by the scheme of a URL."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from orchestrator.core.errors import StoreError
-from orchestrator.core.secrets import ADVICE, holds_secret
-from orchestrator.core.spec import StoreOptions
-
-BLOCK_BYTES = 8 * 2**20
-"""What `Store.blocks` yields at a time, and the least part of an upload."""
-Block = bytes | memoryview
-
-
-class ObjectExistsError(StoreError):
-    """put(create=True) met an object."""
-
-
-class ObjectMissingError(StoreError):
-    """There is no such object."""
-
-    default_advice = "It was deleted or never written."
-
-
-class ObjectChangedError(StoreError):
-    """An object was replaced while it was read."""
-
-    default_advice = "Read it again; leave the store's objects alone while others read them."
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
-    """One object of a listing."""
-
-    key: str
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """What a writer has begun and not ended: invisible, but it takes room. A killed process leaves it for ever."""
-
-    key: str
-    """Of the object that it was to become, or of the temporary object that it is."""
-    upload_id: str
-    """The store's own name for it; empty where the key says it all."""
-    started_at: datetime
-
-
-class Writer(Protocol):
-    """A streaming write: appears under its key when the block ends, vanishes when it ends with an exception."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> int: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
-
-
-class Store(Protocol):
-    """Objects under keys ('/'-separated, no leading slash) below one URL. All methods raise StoreError on failure."""
-
-    @property
-    def url(self) -> str: ...
-
-    def get(self, key: str) -> bytes:
-        """The whole object. Raises ObjectMissingError."""
-        ...
-
-    def get_range(self, key: str, begin: int, end: int) -> bytes:
-        """Bytes [begin, end). Raises ObjectMissingError."""
-        ...
-
-    def blocks(self, key: str) -> Iterator[Block]:
-        """The whole object in order, in blocks of at most BLOCK_BYTES, several fetched ahead; all of one version of it.
-
-        Raises ObjectMissingError, and ObjectChangedError when the object was replaced before its last block was read.
-        """
-        ...
-
-    def size(self, key: str) -> int | None:
-        """Bytes of the object; None when there is none."""
-        ...
-
-    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
-        """Write a small object at once. With `create`, raises ObjectExistsError if there is one; of several at once one wins."""
-        ...
-
-    def writer(self, key: str, num_bytes: int | None = None) -> Writer:
-        """Stream an object; `num_bytes` is its size where known, so that room is reserved first."""
-        ...
-
-    def copy(self, source: str, target: str) -> None:
-        """Copy within the store, without the bytes passing through this process where the store can."""
-        ...
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix` (a folder: end it with '/')."""
-        ...
-
-    def delete(self, key: str) -> None:
-        """Remove an object; none there is no error."""
-        ...
-
-    def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """What was begun under keys that start with `prefix` and is not ended, by anyone: running or dead."""
-        ...
-
-    def abort_upload(self, upload: Upload) -> None:
-        """Remove what an upload has stored; none there is no error. Its writer, if it still runs, fails."""
-        ...
-
-    def check_uploads(self, key: str) -> None:
-        """Write a few bytes to `key` the way that large objects are. Raises StoreError that says what the server cannot do."""
-        ...
-
-    def local_path(self, key: str) -> Path | None:
-        """The object as a file of this machine, where it is one."""
-        ...
+from orchestrator.base.errors import StoreError
+from orchestrator.base.urls import ADVICE, holds_secret, is_url
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores.source import LocalPlace, Place
+from orchestrator.stores.store import Store
 
 
 def open_store(url: str, options: StoreOptions | None = None) -> Store:
@@ -155,53 +35,19 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     return FsspecStore(url)
 
 
-NO_KEY = "Names in a store are relative paths without '..': whatever names this one was damaged, or made by someone else."
+def open_place(url: str) -> Place:
+    """The place at `url`: a path of this machine, a file:// URL, or any URL that fsspec knows.
 
-
-def check_key(key: str) -> None:
-    """Raises StoreError for what is no key: empty, absolute, or leading out of the store."""
-    if not key or key.startswith("/") or ".." in key.split("/"):
-        raise StoreError(f"{key!r} is not a key", NO_KEY)
-
-
-def check_present(store: Store) -> None:
-    """Raises StoreError for a store that nobody has written to: its address is mistyped, or relative to another folder."""
-    folder = store.local_path("probe")
-    found = folder.parent.is_dir() if folder is not None else next(iter(store.list("")), None) is not None
-    if not found:
-        raise StoreError(
-            f"there is no store at {store.url}", "Check the URL or folder; a relative one counts from the current folder."
-        )
-
-
-def check_writable(store: Store) -> None:
-    """Prove with a probe object that the store does what a build needs of it. Raises StoreError that says what it cannot do.
-
-    A build commits by put-if-absent: a store that ignores the condition would let two builds overwrite each other.
+    Raises StoreError for a scheme that fsspec does not know, SpecError for a URL with a password in it.
     """
-    key, copy = (f"probes/{uuid.uuid4().hex}" for _ in range(2))
-    data = b"trt-orchestrator"
-    store.put(key, data, create=True)
-    try:
-        if store.get(key) != data or store.get_range(key, 4, 9) != data[4:9]:
-            raise StoreError(
-                f"store {store.url} returned other bytes than were written",
-                "If it is not AWS, set store_options.checksums: when_required in the cluster file.",
-            )
-        _check_create_is_refused(store, key)
-        store.copy(key, copy)
-        store.check_uploads(copy)
-    finally:
-        store.delete(key)
-        store.delete(copy)
+    if not is_url(url):
+        return LocalPlace(Path(url))
+    if url.startswith("file://"):
+        return LocalPlace(Path(unquote(urlsplit(url).path)))
+    if url.startswith("hf://"):
+        from orchestrator.stores.hub import HubPlace
 
+        return HubPlace(url)
+    from orchestrator.stores.remote import RemotePlace
 
-def _check_create_is_refused(store: Store, key: str) -> None:
-    try:
-        store.put(key, b"a second object", create=True)
-    except ObjectExistsError:
-        return
-    raise StoreError(
-        f"store {store.url} ignores put-if-absent (If-None-Match: *): two builds could overwrite each other's commits",
-        "Use a server that has conditional writes (AWS S3, Ceph RGW, SeaweedFS, MinIO), or a file:// store on a shared folder.",
-    )
+    return RemotePlace(url)

@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.core.errors import BUG, StoreError, store_error
-from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
-from orchestrator.stores import BLOCK_BYTES, NO_KEY, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
+from orchestrator.base.errors import BUG, StoreError, store_error
+from orchestrator.base.pages import PAGE_BYTES, is_on_page, page_buffer
 from orchestrator.stores.folders import files_below
+from orchestrator.stores.store import BLOCK_BYTES, NO_KEY, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from orchestrator.core.errors import BUG, StoreError, store_error
-from orchestrator.stores import (
+from orchestrator.base.errors import BUG, StoreError, store_error
+from orchestrator.stores.folders import find_files
+from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
     ObjectChangedError,
@@ -29,7 +30,6 @@ from orchestrator.stores import (
     Upload,
     check_key,
 )
-from orchestrator.stores.folders import find_files
 
 _BLOCK_BYTES = 16 * 2**20
 _TEMPORARY = ".tmp-"

@@ -19,11 +19,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from orchestrator.core.errors import BUG, StoreError
-from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import ObjectMissingError
+from orchestrator.base.errors import BUG, StoreError
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
 from orchestrator.stores.s3_client import BehindEndError, Fetched, refusal
+from orchestrator.stores.store import ObjectMissingError
 
 if TYPE_CHECKING:
     from orchestrator.stores.s3 import S3Store

@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from orchestrator.core.errors import StoreError, StoreFullError
-from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import (
+from orchestrator.base.errors import StoreError, StoreFullError
+from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores.obstore import ObstoreBulk, ObstoreWriter, Seats, open_bulk
+from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
+from orchestrator.stores.s3_client import BehindEndError, Fetched, NoSuchUploadError, S3Client, part_bytes
+from orchestrator.stores.s3_writer import Slots, UploadWriter
+from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
     ObjectChangedError,
@@ -35,10 +39,6 @@ from orchestrator.stores import (
     Writer,
     check_key,
 )
-from orchestrator.stores.obstore import ObstoreBulk, ObstoreWriter, Seats, open_bulk
-from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
-from orchestrator.stores.s3_client import BehindEndError, Fetched, NoSuchUploadError, S3Client, part_bytes
-from orchestrator.stores.s3_writer import Slots, UploadWriter
 
 T = TypeVar("T")
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from orchestrator.core.errors import StoreError, StoreFullError
-from orchestrator.core.spec import StoreOptions
-from orchestrator.stores import BLOCK_BYTES, Block, ObjectExistsError, ObjectMissingError
+from orchestrator.base.errors import StoreError, StoreFullError
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores.retrying import RefusedCredentialsError, TransientError
+from orchestrator.stores.store import BLOCK_BYTES, Block, ObjectExistsError, ObjectMissingError
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from orchestrator.core.errors import BUG, StoreError
-from orchestrator.stores import Upload
+from orchestrator.base.errors import BUG, StoreError
 from orchestrator.stores.retrying import TransientError
 from orchestrator.stores.s3_client import NoSuchUploadError
+from orchestrator.stores.store import Upload
 
 if TYPE_CHECKING:
     from orchestrator.stores.s3 import S3Store

@@ -16,26 +16,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator import cache
-from orchestrator.core.errors import DamagedOutputError
-from orchestrator.core.progress import StepProgress
-from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.stores import Store, open_store
-from orchestrator.work.checking import InputChecks
+from orchestrator.base.errors import DamagedOutputError
+from orchestrator.events.steps import StepProgress
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.run import commits
+from orchestrator.run.checking import InputChecks
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
 from orchestrator.work.context import Context, Unit
 from orchestrator.work.logs import StepLog
+from orchestrator.work.nvtx import Ranges, find_marker
 from orchestrator.work.process import is_full, scratch_root
-from orchestrator.work.ranges import Ranges, find_marker
 from orchestrator.work.scratch import remove_dead, scratch_folder
 from orchestrator.work.usage import Sampler
 
 FUNCTIONS: dict[Kind, str] = {
     Kind.MINIATURE: "orchestrator.work.miniature:miniature",
-    Kind.REFERENCE: "orchestrator.work.reference:reference",
-    Kind.CALIBRATE: "orchestrator.work.quantize:calibrate",
-    Kind.CONVERT: "orchestrator.work.convert:convert",
-    Kind.BUILD: "orchestrator.work.build:build",
-    Kind.VERIFY: "orchestrator.work.verify:verify",
+    Kind.REFERENCE: "orchestrator.work.reference.step:reference",
+    Kind.CALIBRATE: "orchestrator.work.calibrate.step:calibrate",
+    Kind.CONVERT: "orchestrator.work.convert.step:convert",
+    Kind.BUILD: "orchestrator.work.build.step:build",
+    Kind.VERIFY: "orchestrator.work.verify.step:verify",
 }
 """Imported when a step of the kind runs, because their imports are heavy."""
 
@@ -52,7 +53,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
     """
     store = open_store(task.store, task.store_options)
     digest = task.step.digest
-    known = cache.lookup(store, digest)
+    known = commits.lookup(store, digest)
     if known is not None:
         return known
     root = scratch_root(task.scratch)
@@ -72,7 +73,7 @@ def _attempt(
     lines = log.lines
     context = Context(
         store=store,
-        prefix=cache.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),
+        prefix=commits.attempt_prefix(digest, task.build_id + uuid.uuid4().hex[:12]),
         scratch=scratch,
         report=_throttled(digest, emit, ranges),
         log=log.write,
@@ -110,8 +111,8 @@ def _attempt(
         log=context.prefix + LOG if lines else "",
         log_tail="\n".join(lines[-_LOG_TAIL_LINES:]),
     )
-    cache.check_same_again(store, outcome)
-    committed = cache.commit(store, outcome)
+    commits.check_same_again(store, outcome)
+    committed = commits.commit(store, outcome)
     for action in context.after_commit:
         action()
     return committed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from orchestrator.core.step import Task
+from orchestrator.planning.steps import Task
 from orchestrator.work.streaming import stream
 
 

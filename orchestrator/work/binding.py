@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from orchestrator.core.errors import SourceCorruptError
-from orchestrator.core.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat
+from orchestrator.base.errors import SourceCorruptError
+from orchestrator.model.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat
 from orchestrator.networks import Network
 from orchestrator.work.shards import Weight, require
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from orchestrator.checkpoints.places import open_place
-from orchestrator.core.checkpoint import SourceFile
-from orchestrator.core.digest import digest_bytes
-from orchestrator.core.errors import SourceCorruptError
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import SourceCorruptError
+from orchestrator.model.checkpoint import SourceFile
+from orchestrator.stores import open_place
 from orchestrator.work.context import Context
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.core.digest import ChunkHasher
-from orchestrator.core.errors import DamagedOutputError, DigestError
-from orchestrator.core.step import Consumed, Output
-from orchestrator.stores import ObjectMissingError, Store, Writer
+from orchestrator.base.digest import ChunkHasher
+from orchestrator.base.errors import DamagedOutputError, DigestError
+from orchestrator.planning.steps import Consumed, Output
+from orchestrator.run.checking import InputChecks
 from orchestrator.stores.file import FileStore
-from orchestrator.work.checking import InputChecks
+from orchestrator.stores.store import ObjectMissingError, Store, Writer
 
 Unit = Literal["bytes", "steps"]
 

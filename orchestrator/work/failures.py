@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from orchestrator.core.errors import StoreError
-from orchestrator.core.step import Cause, Failure, FailureKind
+from orchestrator.base.errors import StoreError
+from orchestrator.planning.steps import Cause, Failure, FailureKind
 
 _NETWORK = {
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,

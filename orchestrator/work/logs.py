@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from orchestrator.core.step import Task
+from orchestrator.planning.steps import Task
 
 
 class StepLog(logging.Handler):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from orchestrator.core.step import Cause, Failure, FailureKind
+from orchestrator.planning.steps import Cause, Failure, FailureKind
 
 _TAIL_BYTES = 4000
 _KILLED_CODES = (-9, 9, 137)

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.core.nodes import GpuFacts, NodeFacts
-from orchestrator.core.spec import StoreOptions
+from orchestrator.base.errors import OrchestratorError
+from orchestrator.events.nodes import GpuFacts, NodeFacts
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.work.process import scratch_root
 from orchestrator.work.scratch import remove_dead
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator import cache
-from orchestrator.core.errors import ToolError
-from orchestrator.core.progress import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.step import Failure, FailureKind, Task
+from orchestrator.base.errors import ToolError
+from orchestrator.events.steps import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.steps import Failure, FailureKind, Task
+from orchestrator.run import commits
 from orchestrator.stores import open_store
 from orchestrator.work.process import die_with_parent, scratch_root
 from orchestrator.work.scratch import scratch_folder
@@ -23,7 +23,7 @@ _TAIL = 4000
 
 def trace_key(task: Task) -> str:
     """Where the trace of a step stands in the store; `collect` removes it with what no release needs."""
-    return cache.attempt_prefix(task.step.digest, f"{task.build_id}profile{task.attempt}") + _TRACE
+    return commits.attempt_prefix(task.step.digest, f"{task.build_id}profile{task.attempt}") + _TRACE
 
 
 def stream_profiled(task: Task, node: str) -> Iterator[Event]:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import DigestError, QuantizationError
-from orchestrator.core.options import ConvertOptions
-from orchestrator.core.quantization import WeightFormat
-from orchestrator.core.step import Kind, Task
-from orchestrator.core.targets import ArtifactScale
+from orchestrator.base.errors import DigestError, QuantizationError
+from orchestrator.model.quantization import WeightFormat
+from orchestrator.model.targets import ArtifactScale
+from orchestrator.planning.options import ConvertOptions
+from orchestrator.planning.steps import Kind, Task
 from orchestrator.work.context import Context
 
 SCALES = "scales.safetensors"
-"""An output of calibrate steps: {module}.{quantity}, see `work/quantize.py`."""
+"""An output of calibrate steps: {module}.{quantity}, see `work/calibrate/step.py`."""
 Floats = npt.NDArray[np.float32]
 
 

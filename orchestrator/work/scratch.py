@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.core.errors import store_error
+from orchestrator.base.errors import store_error
 
 _PREFIX = "trt-orchestrator-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")

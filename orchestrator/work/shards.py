@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.base.errors import SourceMissingError
 from orchestrator.checkpoints.safetensors import read_header
-from orchestrator.core.errors import SourceMissingError
-from orchestrator.core.step import Task
+from orchestrator.planning.steps import Task
 from orchestrator.work.context import Context
 
 _ADVICE = "Make the checkpoint again with `orchestrator convert`: every rank that is compiled must be in it, whole."

@@ -8,8 +8,8 @@ import threading
 import traceback
 from collections.abc import Iterator
 
-from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.step import Task
+from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.steps import Task
 from orchestrator.work import log_of, run
 from orchestrator.work.failures import failure_of
 from orchestrator.work.profiling import stream_profiled

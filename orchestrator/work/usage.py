@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from orchestrator.core.step import Usage
+from orchestrator.planning.steps import Usage
 
 _SECONDS = 1.0
 

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from actors import RayCluster
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.spec import ClusterSpec
+from orchestrator.base.errors import ClusterError
+from orchestrator.spec.cluster import ClusterSpec
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from ray import exceptions
 from actors.failures import failure_of, with_evidence
 from actors.placement import Node
 from actors.postmortem import Evidence, WorkerFacts, facts_here, kernel_lines
-from orchestrator.core.errors import DtypeError
-from orchestrator.core.step import Cause, FailureKind, Resources
+from orchestrator.base.errors import DtypeError
+from orchestrator.planning.steps import Cause, FailureKind, Resources
 from orchestrator.work.lost import memory_group
 
 NODE = Node("id", "host/id", Resources())

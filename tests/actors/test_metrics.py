@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from actors.metrics import COUNTERS, GAUGES, PREFIX, Metrics
-from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Outcome, Output, Usage
-from orchestrator.following import Planned, Retrying, Stepped
+from orchestrator.events.builds import Planned, Retrying, Stepped
+from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Usage
 
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.placement import Node, Placement
-from orchestrator.core.nodes import GpuFacts, NodeFacts
-from orchestrator.core.spec import ClusterSpec, PoolSpec
-from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Task
+from orchestrator.events.nodes import GpuFacts, NodeFacts
+from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Task
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.models.placing import GB, node
 from tests.models.plans import task
 

@@ -9,7 +9,7 @@ from actors.engine_actor import EngineActor
 from actors.placement import Node, Placed
 from actors.step_actor import StepActor
 from actors.workers import Worker
-from orchestrator.core.step import Kind, Resources
+from orchestrator.planning.steps import Kind, Resources
 from tests.models.placing import GB, node
 from tests.models.plans import task
 

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.clusters import AnyEvent, Cluster
-from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
-from orchestrator.core.step import FailureKind, Resources, Task
+from orchestrator.events.steps import AnyEvent, StepFailed, StepStarted, StepSucceeded
+from orchestrator.planning.steps import FailureKind, Resources, Task
+from orchestrator.run.cluster import Cluster
 
 PATIENCE_SECONDS = 120.0
 """Real seconds after which a cluster that reports nothing has failed the test."""

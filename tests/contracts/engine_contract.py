@@ -8,15 +8,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from orchestrator.core.errors import EngineBuildError, StoreError, ToolError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import StageNetwork, StageOptions
-from orchestrator.core.spec import BuildConfig
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import EngineBuildError, StoreError, ToolError
 from orchestrator.engines import EngineRequest, backend, require_version
 from orchestrator.engines.profiles import rank_profiles, resolved
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, decoder_network
-from orchestrator.work.build import bind
+from orchestrator.spec.build import BuildConfig
+from orchestrator.work.build.step import bind
 from orchestrator.work.shards import Weight
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     CancelledError,
     ClusterError,
     DeadlineError,
@@ -23,14 +23,14 @@ from orchestrator.core.errors import (
     UnknownSubmissionError,
     VerificationError,
 )
-from orchestrator.core.spec import BuildSpec
-from orchestrator.following import BuildEvent, Errored, Published
-from orchestrator.kubernetes.api import RAY_JOB, Api, Kind
-from orchestrator.kubernetes.builds import Timing, list_builds, status, stop, submit
-from orchestrator.kubernetes.follow import follow
-from orchestrator.kubernetes.manifests import Fields
-from orchestrator.kubernetes.render import Rendered, overlay_cluster, render
-from orchestrator.kubernetes.states import Phase, State
+from orchestrator.events.builds import BuildEvent, Errored, Published
+from orchestrator.spec.build import BuildSpec
+from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
+from orchestrator.submit.kubernetes.builds import Timing, list_builds, status, stop, submit
+from orchestrator.submit.kubernetes.follow import follow
+from orchestrator.submit.kubernetes.manifests import Fields
+from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, render
+from orchestrator.submit.kubernetes.states import Phase, State
 from tests.kubernetes.overlays import overlay
 from tests.models.kuberay_operator import Driver, Operator, error_line, ray_failure
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.core.errors import StoreError
-from orchestrator.stores import ObjectExistsError, ObjectInfo, ObjectMissingError, Store, Writer, check_writable
+from orchestrator.base.errors import StoreError
+from orchestrator.stores.store import ObjectExistsError, ObjectInfo, ObjectMissingError, Store, Writer, check_writable
 
 NUM_RACERS = 16
 BAD_KEYS = ("", "/absolute", "..", "../outside", "a/../../outside", "a/..")

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.advice import gemm_warnings, padding_notes, repeated_reads
-from orchestrator.core.model_config import ModelConfig, MoeConfig
-from orchestrator.core.quantization import LinearFormat, ModelQuantization, WeightFormat
-from orchestrator.core.topology import Topology, legal_tp
-from orchestrator.core.weight_map import weight_map
 from orchestrator.families.llama import LLAMA
+from orchestrator.model.config import ModelConfig, MoeConfig
+from orchestrator.model.quantization import LinearFormat, ModelQuantization, WeightFormat
+from orchestrator.model.topology import Topology, legal_tp
+from orchestrator.model.weight_map import weight_map
+from orchestrator.planning.advice import gemm_warnings, padding_notes, repeated_reads
 from tests.models.synthetic import model_config, synthetic_index
 
 NO_LIMIT = 2**62

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.core.compute_capability import check_target, parse
-from orchestrator.core.errors import QuantizationError, SpecError
-from orchestrator.core.quantization import KvCacheFormat, ModelQuantization
+from orchestrator.base.errors import QuantizationError, SpecError
+from orchestrator.model.compute_capability import check_target, parse
+from orchestrator.model.quantization import KvCacheFormat, ModelQuantization
 from orchestrator.quantizers import QUANTIZERS
 
 LEAST = {

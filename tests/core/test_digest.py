@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.digest import canonical_json, digest_bytes, digest_of
+from orchestrator.base.digest import canonical_json, digest_bytes, digest_of
 
 words = st.text(st.characters(codec="utf-8"))
 plain = st.recursive(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core import errors
-from orchestrator.core.errors import (
+from orchestrator.base import errors
+from orchestrator.base.errors import (
     BUG,
     OrchestratorError,
     StepFailedError,
@@ -20,13 +20,13 @@ from orchestrator.core.errors import (
     error_classes,
     store_error,
 )
-from orchestrator.core.manifest import Verification
-from orchestrator.core.spec import ToleranceSpec
-from orchestrator.core.step import Cause, Failure, FailureKind
 from orchestrator.engines import require_version
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.steps import Cause, Failure, FailureKind
+from orchestrator.spec.build import ToleranceSpec
 from orchestrator.stores.file import FileStore
 from orchestrator.stores.s3_client import refusal
-from orchestrator.work import compare
+from orchestrator.work.verify import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 

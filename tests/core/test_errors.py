@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from orchestrator import stores
-from orchestrator.core import errors
-from orchestrator.core.errors import OrchestratorError, StoreError, error_classes
+from orchestrator.stores import store as stores
+from orchestrator.base import errors
+from orchestrator.base.errors import OrchestratorError, StoreError, error_classes
 from orchestrator.stores.s3_client import NoSuchUploadError
 
 STORE_SUBCLASSES = {stores.ObjectExistsError, stores.ObjectMissingError, stores.ObjectChangedError, NoSuchUploadError}

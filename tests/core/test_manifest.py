@@ -8,33 +8,24 @@ from typing import Any
 import jsonschema
 import pytest
 
-from orchestrator.core import manifest as manifest_module
-from orchestrator.core.digest import CHUNK_BYTES, canonical_json
-from orchestrator.core.errors import DigestError, SchemaVersionError
-from orchestrator.core.manifest import (
+from orchestrator.base.digest import CHUNK_BYTES, canonical_json
+from orchestrator.base.errors import DigestError, SchemaVersionError
+from orchestrator.engines.memory import memory_needed
+from orchestrator.engines.record import EngineRecord, TensorRange
+from orchestrator.planning.facts import Verification
+from orchestrator.releases import manifest as manifest_module
+from orchestrator.releases.manifest import (
     SCHEMA_VERSION,
-    EngineRecord,
     FileRecord,
     Manifest,
     RankRecord,
     Selectors,
     SourceFileRecord,
-    TensorRange,
-    Verification,
     manifest_schema,
     parse_manifest,
     seal,
 )
-from orchestrator.core.memory import memory_needed
-from orchestrator.core.provenance import (
-    BuildDefinition,
-    Builder,
-    BuildMetadata,
-    Provenance,
-    RunDetails,
-    identified,
-    public_uri,
-)
+from orchestrator.releases.provenance import BuildDefinition, Builder, BuildMetadata, Provenance, RunDetails, identified, public_uri
 from tests.models.synthetic import model_config
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "manifest_tiny.json"
@@ -191,7 +182,7 @@ def test_schema_published_file_is_that_of_the_code() -> None:
     text = json.dumps(manifest_schema(), indent=1) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
-    assert path.read_text() == text, "run: orchestrator schema manifest > orchestrator/core/manifest.schema.json"
+    assert path.read_text() == text, "run: orchestrator schema manifest > orchestrator/releases/manifest.schema.json"
 
 
 def test_schema_accepts_the_golden_manifest_and_refuses_a_spoilt_one() -> None:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import ArchitectureError
-from orchestrator.core.model_config import ModelConfig, MoeConfig, from_hugging_face, from_trtllm, to_trtllm
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.mistral import MISTRAL
+from orchestrator.model.config import ModelConfig, MoeConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.topology import Topology
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import hugging_face_config, model_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.core.pages import PAGE_BYTES, is_on_page, page_buffer
+from orchestrator.base.pages import PAGE_BYTES, is_on_page, page_buffer
 
 
 @pytest.mark.parametrize("num_bytes", [1, PAGE_BYTES - 1, PAGE_BYTES, 5 * 2**20 + 3])

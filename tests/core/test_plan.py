@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoints import companions, huggingface
-from orchestrator.checkpoints.places import LocalPlace
-from orchestrator.core.checkpoint import SourceFile
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import ConvertOptions
-from orchestrator.core.plan import Inputs, Plan, make_plan, unplaceable
-from orchestrator.core.spec import BuildConfig, BuildSpec, ClusterSpec, PoolSpec
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.core.weight_map import weight_map
 from orchestrator.families.llama import LLAMA
-from orchestrator.quantizing import resolve
+from orchestrator.model.checkpoint import SourceFile
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.weight_map import weight_map
+from orchestrator.planning.options import ConvertOptions
+from orchestrator.planning.plan import Inputs, Plan, make_plan, unplaceable
+from orchestrator.planning.quantization import resolve
+from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.report import describe_plan
+from orchestrator.spec.build import BuildConfig, BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
+from orchestrator.stores.source import LocalPlace
 from tests.models.plans import named, outcome_of
 from tests.models.synthetic import build_spec, model_config, random_arrays, synthetic_index, write_source
 

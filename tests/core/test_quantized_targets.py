@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.dtypes import num_bytes
-from orchestrator.core.errors import QuantizationError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.quantization import LinearFormat, ModelQuantization, linear_of
-from orchestrator.core.spec import QuantizationSpec
-from orchestrator.core.targets import ArtifactScale, PackedScale, Target
-from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import weight_map
+from orchestrator.base.dtypes import num_bytes
+from orchestrator.base.errors import QuantizationError
 from orchestrator.families.llama import LLAMA
-from orchestrator.quantizers import QUANTIZERS, model_quantization
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import LinearFormat, ModelQuantization, linear_of
+from orchestrator.model.targets import ArtifactScale, PackedScale, Target
+from orchestrator.model.topology import Topology
+from orchestrator.model.weight_map import weight_map
+from orchestrator.quantizers import QUANTIZERS
+from orchestrator.quantizers.resolve import model_quantization
+from orchestrator.spec.build import QuantizationSpec
 from tests.models.synthetic import model_config, synthetic_index
 
 UNLIMITED = 10**18

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import SpecError
-from orchestrator.core.rates import STEP_RATES, PoolRates, RatesSpec, StepRate, fit
-from orchestrator.core.spec import decode
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import SpecError
+from orchestrator.planning.steps import Kind
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.rates import STEP_RATES, PoolRates, RatesSpec, StepRate, fit
 
 GB = 10**9
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.retry import GiveUp, Retry, decide, leaves_drained_node
-from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Failure, FailureKind
+from orchestrator.planning.steps import Failure, FailureKind
+from orchestrator.run.retry import GiveUp, Retry, decide, leaves_drained_node
+from orchestrator.spec.cluster import RetrySpec
 from tests.models.plans import LOST, WRONG
 
 POLICY = RetrySpec(max_attempts=5, backoff_seconds=2.0, max_backoff_seconds=7.0)

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import TopologyError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.rules import COLUMN, HEADS, HEADS_IN, KV_HEADS, ROW, VOCAB, Cut, Ignored, Part, Rule, Span, spans
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import TopologyError
 from orchestrator.families import FAMILIES
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.rules import COLUMN, HEADS, HEADS_IN, KV_HEADS, ROW, VOCAB, Cut, Ignored, Part, Rule, Span, spans
+from orchestrator.model.topology import Topology
 from tests.models.synthetic import model_config
 
 tp_sizes = st.integers(1, 9)

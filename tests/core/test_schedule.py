@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.plan import Plan
-from orchestrator.core.progress import StepFailed, StepProgress, StepStarted, StepSucceeded
-from orchestrator.core.schedule import MAX_REPEATS, Schedule, Start
-from orchestrator.core.spec import RetrySpec
-from orchestrator.core.step import Consumed, Failure, FailureKind, Kind, Outcome, Output, Step
+from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Consumed, Failure, FailureKind, Kind, Outcome, Output, Step
+from orchestrator.run.schedule import MAX_REPEATS, Schedule, Start
+from orchestrator.spec.cluster import RetrySpec
 from tests.models.plans import LOST, WRONG, fake_plan, named, outcome_of
 
 RETRIES = RetrySpec(max_attempts=3, backoff_seconds=2.0, max_backoff_seconds=3.0)

@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.core.errors import SpecError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode, parse_bytes
-from orchestrator.core.topology import Topology
+from orchestrator.base.errors import SpecError
+from orchestrator.model.topology import Topology
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.values import parse_bytes
 
 PLAIN: dict[str, Any] = {"source": {"path": "model"}, "release": {"name": "tiny", "version": "1.0"}}
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.core.errors import DtypeError, OrchestratorError, StepFailedError, error_classes
-from orchestrator.core.step import Estimate, Failure, FailureKind, Kind, Outcome, Output, Resources, Step, Task
+from orchestrator.base.errors import DtypeError, OrchestratorError, StepFailedError, error_classes
+from orchestrator.planning.steps import Estimate, Failure, FailureKind, Kind, Outcome, Output, Resources, Step, Task
 
 BASE: dict[str, Any] = {"kind": Kind.CONVERT, "version": 1, "name": "convert/stage0/group0", "options": {"shards": ["a"], "n": 1.5}}
 OUTCOME = Outcome(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import TopologyError
-from orchestrator.core.topology import (
+from orchestrator.base.errors import TopologyError
+from orchestrator.model.topology import (
     Coordinates,
     ParallelLimits,
     Topology,

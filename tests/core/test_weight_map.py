@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.checkpoint import CheckpointIndex
-from orchestrator.core.errors import WeightMapError
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.topology import Topology
-from orchestrator.core.weight_map import LayerGroup, WeightMap, weight_map
+from orchestrator.base.errors import WeightMapError
 from orchestrator.families.llama import LLAMA
+from orchestrator.model.checkpoint import CheckpointIndex
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.topology import Topology
+from orchestrator.model.weight_map import LayerGroup, WeightMap, weight_map
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import model_config, synthetic_index
 

@@ -12,9 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import SpecError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode_yaml
-from orchestrator.core.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
+from orchestrator.base.errors import SpecError
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode_yaml
+from orchestrator.spec.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
 from tests.fuzz.specs import bomb
 
 SPEC = "source: {path: model}\nrelease: {name: a, version: '1'}\n"

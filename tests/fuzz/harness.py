@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from orchestrator.core.errors import OrchestratorError, error_classes
+from orchestrator.base.errors import OrchestratorError, error_classes
 from tests.fuzz import FUZZERS
 from tests.models.ordinary_user import give_up_powers
 

@@ -72,9 +72,10 @@ def _content(path: Path) -> bytes:
 
 def _write_bases(folder: Path) -> None:
     """One small model in every source format."""
-    from orchestrator.core.errors import OrchestratorError
-    from orchestrator.core.spec import BuildSpec, decode
-    from orchestrator.verbs import convert
+    from orchestrator.base.errors import OrchestratorError
+    from orchestrator.spec.build import BuildSpec
+    from orchestrator.spec.decoding import decode
+    from orchestrator.stages import convert
     from tests.models.gguf import write_gguf
     from tests.models.meta import write_bin, write_meta
 

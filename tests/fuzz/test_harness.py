@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import OrchestratorError, SpecError
+from orchestrator.base.errors import OrchestratorError, SpecError
 from tests.fuzz import FUZZERS, harness
 from tests.fuzz.harness import open_fuzzer, run_command
 from tests.models.ordinary_user import ordinary_user

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import MachineError
+from orchestrator.base.errors import MachineError
 from tests.fuzz import manifests
 from tests.fuzz.harness import open_fuzzer, remove, run_case, run_line
 from tests.fuzz.manifests import COMMANDS, SPECIALS, TEXTS, Manifests

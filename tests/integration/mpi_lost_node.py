@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 
+from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import MpiCluster
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Kind, Step, Task
+from orchestrator.planning.steps import Kind, Step, Task
+from orchestrator.spec.cluster import ClusterSpec
 
 
 def main() -> None:

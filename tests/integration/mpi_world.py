@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clusters import AnyEvent, Cluster
+from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import MpiCluster
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
-from orchestrator.core.step import FailureKind
-from orchestrator.driver import drive
-from orchestrator.report import SilentListener
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import FailureKind
+from orchestrator.run.cluster import Cluster
+from orchestrator.run.driver import drive
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.contracts.cluster_contract import ClusterContract
 from tests.integration.test_real_clusters import conversion, tasks
 

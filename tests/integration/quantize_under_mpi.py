@@ -14,9 +14,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from orchestrator import calibrating
-from orchestrator.core.errors import OrchestratorError, ToolError
-from orchestrator.models import LLaMAForCausalLM, Mapping, QuantizationSpec
+from orchestrator.base.errors import OrchestratorError, ToolError
+from orchestrator.compat import calibrating
+from orchestrator.compat.models import LLaMAForCausalLM, Mapping, QuantizationSpec
 from orchestrator.quantizers import modelopt
 
 CALIBRATION = {"num_samples": 2, "max_length": 8, "batch_size": 2}

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from orchestrator import cache, work
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator import work
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.run import commits
 
 
 def run_steps(plan: Plan, store: str, kinds: Collection[Kind] = tuple(Kind)) -> dict[str, Outcome]:
@@ -28,7 +29,7 @@ def forge(store: Path, outcome: Outcome) -> None:
         for output in outcome.outputs
         for data in [(store / output.key).read_bytes()]
     )
-    path = store / cache.outcome_key(outcome.digest)
+    path = store / commits.outcome_key(outcome.digest)
     path.unlink()
     path.write_text(outcome.model_copy(update={"outputs": outputs}).model_dump_json())
 

@@ -6,27 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
-from orchestrator.core.spec import BuildSpec, ClusterSpec
-from orchestrator.core.step import Kind
+from orchestrator import building
+from orchestrator.base.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
+from orchestrator.planning.steps import Kind
 from orchestrator.releases import pull
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.context import file_sha256
 from tests.conftest import SpecMaker
 
 ENGINE = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
 
 
-def build(spec: BuildSpec, store: str) -> verbs.Build:
-    return verbs.build(spec, ClusterSpec(store=store))
+def build(spec: BuildSpec, store: str) -> building.Build:
+    return building.build(spec, ClusterSpec(store=store))
 
 
-def ran(done: verbs.Build) -> list[str]:
+def ran(done: building.Build) -> list[str]:
     return sorted(done.plan.step(digest).name for digest in done.result.ran) if done.result else []
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> verbs.Build:
+def published(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> building.Build:
     """tp=2, pp=2 of the tiny Llama, built once for the tests that only read it."""
     spec = BuildSpec.model_validate(
         {
@@ -37,7 +38,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> ver
     return build(spec, tmp_path_factory.mktemp("published").as_uri())
 
 
-def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) -> None:
+def test_build_of_four_ranks_publishes_verified_engines(published: building.Build) -> None:
     manifest = published.manifest
     assert [(record.rank, record.tp_rank, record.pp_rank) for record in manifest.ranks] == [
         (0, 0, 0),
@@ -66,21 +67,21 @@ def test_build_of_four_ranks_publishes_verified_engines(published: verbs.Build) 
     assert present.aliases == "past_key_values.0.key"
 
 
-def test_build_keeps_tensorrts_own_log_with_the_step(published: verbs.Build) -> None:
+def test_build_keeps_tensorrts_own_log_with_the_step(published: building.Build) -> None:
     assert published.result is not None
     store = Path(published.address.removeprefix("file://").partition("/releases/")[0])
     for step in published.plan.of_kind(Kind.BUILD):
         assert "[INFO]" in (store / published.result.outcomes[step.digest].log).read_text()
 
 
-def test_build_a_second_time_runs_no_step(published: verbs.Build) -> None:
+def test_build_a_second_time_runs_no_step(published: building.Build) -> None:
     store = published.address.partition("/releases/")[0]
     again = build(published.plan.spec, store)
     assert again.result is None
     assert again.manifest == published.manifest
 
 
-def test_build_with_another_version_reuses_every_step(published: verbs.Build) -> None:
+def test_build_with_another_version_reuses_every_step(published: building.Build) -> None:
     store = published.address.partition("/releases/")[0]
     spec = published.plan.spec
     again = build(spec.model_copy(update={"release": spec.release.model_copy(update={"version": "2"})}), store)
@@ -88,7 +89,7 @@ def test_build_with_another_version_reuses_every_step(published: verbs.Build) ->
     assert again.address.endswith("/tiny/2")
 
 
-def test_build_with_another_engine_option_rebuilds_engines_only(published: verbs.Build) -> None:
+def test_build_with_another_engine_option_rebuilds_engines_only(published: building.Build) -> None:
     store = published.address.partition("/releases/")[0]
     spec = published.plan.spec
     changed = {
@@ -98,7 +99,7 @@ def test_build_with_another_engine_option_rebuilds_engines_only(published: verbs
     assert ran(build(spec.model_copy(update=changed), store)) == ["build/rank0", "build/rank1", "build/rank2", "build/rank3"]
 
 
-def test_build_under_a_published_version_is_refused(published: verbs.Build) -> None:
+def test_build_under_a_published_version_is_refused(published: building.Build) -> None:
     store = published.address.partition("/releases/")[0]
     spec = published.plan.spec
     other = spec.model_copy(update={"engine": spec.engine.model_copy(update={"opt_batch_size": 2})})
@@ -106,7 +107,7 @@ def test_build_under_a_published_version_is_refused(published: verbs.Build) -> N
         build(other, store)
 
 
-def test_pull_of_a_rank_fetches_what_it_needs(published: verbs.Build, tmp_path: Path) -> None:
+def test_pull_of_a_rank_fetches_what_it_needs(published: building.Build, tmp_path: Path) -> None:
     paths = pull(published.address, tmp_path, ranks=[2], check=False)
     names = {path.relative_to(tmp_path).as_posix() for path in paths}
     assert "rank2.engine" in names
@@ -116,7 +117,7 @@ def test_pull_of_a_rank_fetches_what_it_needs(published: verbs.Build, tmp_path: 
     assert file_sha256(tmp_path / "rank2.engine") == record.sha256
 
 
-def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: verbs.Build, tmp_path: Path) -> None:
+def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: building.Build, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "release"
@@ -130,7 +131,7 @@ def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: verbs
     assert not (tmp_path / "out" / "rank1.engine").exists()
 
 
-def test_pull_of_an_unknown_rank_is_refused(published: verbs.Build, tmp_path: Path) -> None:
+def test_pull_of_an_unknown_rank_is_refused(published: building.Build, tmp_path: Path) -> None:
     with pytest.raises(ReleaseMissingError, match="no rank 9"):
         pull(published.address, tmp_path, ranks=[9], check=False)
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from orchestrator.base import errors
 from orchestrator.cli import app
-from orchestrator.core import errors
-from orchestrator.core.manifest import MANIFEST
+from orchestrator.releases.manifest import MANIFEST
 
 
 class Workplace:

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from orchestrator import verbs
+from orchestrator import stages
+from orchestrator.base.errors import SourceMissingError, TopologyError
 from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.compare import compare
 from orchestrator.cli import app
-from orchestrator.comparison import compare
-from orchestrator.core.errors import SourceMissingError, TopologyError
-from orchestrator.core.model_config import ModelConfig, MoeConfig, from_trtllm, to_trtllm
-from orchestrator.core.topology import Topology
-from orchestrator.models import BuildConfig, LLaMAForCausalLM, Mapping, build
+from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, build
+from orchestrator.model.config import ModelConfig, MoeConfig, from_trtllm, to_trtllm
+from orchestrator.model.topology import Topology
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import build_spec, model_config, random_arrays, write_source
 
@@ -93,7 +93,7 @@ def test_engines_of_cp_ranks_are_refused_everywhere(converted: Path, source: Pat
 
 def test_convert_of_ranks_with_cp_to_other_ranks_equals_direct_conversion(converted: Path, source: Path, tmp_path: Path) -> None:
     for name, origin in (("again", converted), ("direct", source)):
-        verbs.convert(build_spec(origin, topology={"tp": 4}, dtype="bfloat16"), tmp_path / name)
+        stages.convert(build_spec(origin, topology={"tp": 4}, dtype="bfloat16"), tmp_path / name)
     assert files(tmp_path / "again") == files(tmp_path / "direct")
 
 

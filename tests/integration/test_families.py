@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import ArchitectureError, TopologyError
-from orchestrator.core.manifest import Verification
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import ArchitectureError, TopologyError
 from orchestrator.families import FAMILIES
+from orchestrator.planning import preparation
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
 from tests.models.families import TINY, write_tiny
@@ -29,7 +29,7 @@ def source(folder: Path, family: str) -> Path:
 
 
 def verified(folder: Path, family: str, topology: dict[str, int], make_spec: SpecMaker, *, engines: bool = False) -> Verification:
-    made = verbs.plan(make_spec(source(folder, family), topology=topology))
+    made = preparation.plan(make_spec(source(folder, family), topology=topology))
     outcomes = run_steps(made, (folder / "store").as_uri(), tuple(Kind) if engines else WITHOUT_ENGINES)
     if engines:
         built = [outcome for outcome in outcomes.values() if outcome.kind is Kind.BUILD]
@@ -71,19 +71,19 @@ def test_experts_in_parallel_agree_with_transformers(
 
 def test_experts_of_a_dense_model_are_refused(folder: Path, make_spec: SpecMaker) -> None:
     with pytest.raises(TopologyError, match="the model has no experts"):
-        verbs.plan(make_spec(source(folder, "llama"), topology={"tp": 2, "moe_ep": 2}))
+        preparation.plan(make_spec(source(folder, "llama"), topology={"tp": 2, "moe_ep": 2}))
 
 
 def test_experts_that_do_not_divide_are_refused(folder: Path, make_spec: SpecMaker) -> None:
     three = write_tiny("mixtral", folder / "three-experts", num_local_experts=3)
     with pytest.raises(TopologyError, match="moe_ep=2 does not divide the 3 experts"):
-        verbs.plan(make_spec(three, topology={"tp": 2, "moe_ep": 2}))
+        preparation.plan(make_spec(three, topology={"tp": 2, "moe_ep": 2}))
 
 
 def test_experts_in_some_layers_only_are_refused(folder: Path, make_spec: SpecMaker) -> None:
     mixed = write_tiny("qwen3_moe", folder / "mixed", mlp_only_layers=[1])
     with pytest.raises(ArchitectureError, match="layers without experts"):
-        verbs.plan(make_spec(mixed))
+        preparation.plan(make_spec(mixed))
 
 
 ROTARY: dict[str, dict[str, Any]] = {
@@ -96,7 +96,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ROTARY)
 def test_rotary_scaling_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker, kind: str) -> None:
     made = write_tiny("llama", tmp_path / "model", rope_parameters=ROTARY[kind])
-    plan = verbs.plan(make_spec(made))
+    plan = preparation.plan(make_spec(made))
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
     check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))
 
@@ -108,6 +108,6 @@ def test_longrope_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker,
         "short_factor": [1.0 + 0.1 * number for number in range(8)], "long_factor": [2.0 + 0.3 * number for number in range(8)],
     }  # fmt: skip
     made = write_tiny("phi3", tmp_path / "model", rope_parameters=rope, original_max_position_embeddings=original)
-    plan = verbs.plan(make_spec(made))
+    plan = preparation.plan(make_spec(made))
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
     check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))

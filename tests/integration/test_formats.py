@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from orchestrator import verbs
-from orchestrator.checkpoints import read_source, trtllm
-from orchestrator.comparison import compare
-from orchestrator.core.errors import (
+from orchestrator import building, stages
+from orchestrator.base.errors import (
     ArchitectureError,
     OrchestratorError,
     QuantizationError,
@@ -25,11 +23,14 @@ from orchestrator.core.errors import (
     SourceMissingError,
     WeightMapError,
 )
-from orchestrator.core.model_config import ModelConfig, MoeConfig, to_trtllm
-from orchestrator.core.step import Kind
+from orchestrator.checkpoints import read_source, trtllm
+from orchestrator.checkpoints.compare import compare
+from orchestrator.compat.models import LLaMAForCausalLM
+from orchestrator.compat.models import Mapping as Place
 from orchestrator.families import family_named
-from orchestrator.models import LLaMAForCausalLM
-from orchestrator.models import Mapping as Place
+from orchestrator.model.config import ModelConfig, MoeConfig, to_trtllm
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
 from orchestrator.stores.file import FileStore
 from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
@@ -49,7 +50,7 @@ ARRAYS = random_arrays(CONFIG)
 
 def converted(source: Path, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any) -> dict[str, str]:
     """sha256 by file name of what conversion writes."""
-    made = verbs.plan(build_spec(source, topology=dict(topology), dtype=dtype, **sections))
+    made = preparation.plan(build_spec(source, topology=dict(topology), dtype=dtype, **sections))
     outcomes = run_steps(made, store.as_uri(), (Kind.CONVERT,))
     return {output.name: output.sha256 for outcome in outcomes.values() for output in outcome.outputs}
 
@@ -128,7 +129,7 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
     write_ranks(source, tmp_path / "trtllm", {"tp": 2})
     write_gguf(tmp_path / "gguf", config, {name: array.astype(np.float32) for name, array in arrays.items()}, "F32")
     for name in ("bin", "meta", "trtllm", "gguf"):
-        made = verbs.plan(build_spec(tmp_path / name, dtype="bfloat16"))
+        made = preparation.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         kinds = (Kind.MINIATURE, Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), kinds)
         assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, name
@@ -153,7 +154,7 @@ def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, 
 def scales(source: str, store: Path) -> dict[str, float]:
     """What calibration in two parts finds, every amax."""
     calibration = {"num_samples": 2, "max_length": 8, "num_stages": 2}
-    made = verbs.plan(build_spec(source, dtype="bfloat16", quantization={"algorithm": "FP8", "calibration": calibration}))
+    made = preparation.plan(build_spec(source, dtype="bfloat16", quantization={"algorithm": "FP8", "calibration": calibration}))
     outcomes = run_steps(made, store.as_uri(), (Kind.CALIBRATE,))
     values = [safetensors.numpy.load(FileStore(store.as_uri()).get(outcome.output(SCALES).key)) for outcome in outcomes.values()]
     return {name: float(value) for part in values for name, value in part.items()}
@@ -168,7 +169,7 @@ def test_reference_of_a_forced_format_is_of_its_weights_and_not_of_those_beside(
     write_meta(both, config, sets[1], 1)
     for forced in ("huggingface", "bin", "meta"):
         spec = build_spec(both, dtype="bfloat16")
-        made = verbs.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"format": forced})}))
+        made = preparation.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"format": forced})}))
         outcomes = run_steps(made, (tmp_path / forced).as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
         assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, forced
 
@@ -179,7 +180,7 @@ def test_reference_of_an_index_beside_a_single_file_is_of_the_index(tmp_path: Pa
     sets = [small_arrays(config, seed) for seed in (1, 2)]
     folder = write_source(tmp_path / "source", config, sets[0], num_files=2)
     write_source(folder, config, sets[1])
-    made = verbs.plan(build_spec(folder, dtype="bfloat16"))
+    made = preparation.plan(build_spec(folder, dtype="bfloat16"))
     assert "not read: model.safetensors." in made.warnings[0]
     outcomes = run_steps(made, (tmp_path / "store").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
     assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3
@@ -205,7 +206,7 @@ def test_convert_from_object_storage_equals_that_of_the_folder(
     expected = converted(direct, tmp_path / "direct", {"tp": 4})
     ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2, "pp": 2})
     for source in (metas[4, False], write_bin(tmp_path / "bin", CONFIG, ARRAYS), ranks):
-        made = verbs.plan(build_spec(upload(source), topology={"tp": 4}, dtype="bfloat16"))
+        made = preparation.plan(build_spec(upload(source), topology={"tp": 4}, dtype="bfloat16"))
         outcomes = run_steps(made, (tmp_path / f"{source.name}-built").as_uri(), (Kind.CONVERT,))
         found = {output.name: output.sha256 for outcome in outcomes.values() for output in outcome.outputs}
         assert found == expected, source.name
@@ -215,13 +216,13 @@ def test_convert_from_object_storage_equals_that_of_the_folder(
 
 def test_convert_step_names_the_files_of_its_pieces_alone(tmp_path: Path, direct: Path) -> None:
     ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2, "pp": 2})
-    steps = list(verbs.plan(build_spec(ranks, topology={"tp": 4, "pp": 2}, dtype="bfloat16")).of_kind(Kind.CONVERT))
+    steps = list(preparation.plan(build_spec(ranks, topology={"tp": 4, "pp": 2}, dtype="bfloat16")).of_kind(Kind.CONVERT))
     named = [[file["name"] for file in step.options["files"]] for step in steps]
     assert named == [["rank0.safetensors", "rank1.safetensors"], ["rank2.safetensors", "rank3.safetensors"]]
 
 
 def test_convert_step_of_plain_tensors_says_nothing_of_pieces(direct: Path) -> None:
-    (step,) = verbs.plan(build_spec(direct, dtype="bfloat16")).of_kind(Kind.CONVERT)
+    (step,) = preparation.plan(build_spec(direct, dtype="bfloat16")).of_kind(Kind.CONVERT)
     assert "assembly" not in json.dumps(step.options)
 
 
@@ -246,13 +247,13 @@ def write_ranks(source: Path, folder: Path, topology: Mapping[str, Any], max_sha
     """A TensorRT-LLM checkpoint folder, as `orchestrator convert` leaves it."""
     dtype = json.loads((source / "config.json").read_text())["dtype"]
     conversion = {"max_shard_bytes": max_shard_bytes}
-    made = verbs.plan(build_spec(source, topology=dict(topology), dtype=dtype, conversion=conversion))
+    made = preparation.plan(build_spec(source, topology=dict(topology), dtype=dtype, conversion=conversion))
     store = FileStore((folder.parent / f"{folder.name}-store").as_uri())
     folder.mkdir()
     for outcome in run_steps(made, store.url, (Kind.CONVERT,)).values():
         for output in outcome.outputs:
             (folder / output.name).write_bytes(store.get(output.key))
-    verbs._write_indexes(made, folder)
+    building._write_indexes(made, folder)
     (folder / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology)))
     return folder
 
@@ -375,7 +376,7 @@ def test_convert_of_phi3_joins_up_and_gate_as_tensorrt_llm_does(tmp_path: Path, 
     arrays = {key: generator.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16) for key, tensor in whole.items()}
     source = write_source(tmp_path / "source", config, arrays)
     (source / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
-    verbs.convert(build_spec(source, topology={"tp": tp}), tmp_path / "ranks")
+    stages.convert(build_spec(source, topology={"tp": tp}), tmp_path / "ranks")
     written = json.loads((tmp_path / "ranks" / "config.json").read_text())
     assert (written["architecture"], written["hidden_act"]) == ("Phi3ForCausalLM", "swiglu")
     gate, up = np.split(arrays["model.layers.0.mlp.gate_up_proj.weight"], 2)
@@ -396,7 +397,7 @@ def test_ranks_whose_rotary_scaling_is_written_as_hugging_face_has_it_are_read(
     ranks = write_ranks(direct, tmp_path / "ranks", {"tp": 2})
     plain = json.loads((ranks / "config.json").read_text())
     (ranks / "config.json").write_text(json.dumps({**plain, "rotary_scaling": scaling}))
-    read = verbs.plan(build_spec(ranks)).inputs.config.rotary_scaling
+    read = preparation.plan(build_spec(ranks)).inputs.config.rotary_scaling
     assert read is not None
     assert (read["rope_type"], read["factor"]) == (scaling.get("rope_type", scaling.get("type")), scaling["factor"])
 

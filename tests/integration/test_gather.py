@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.comparison import compare
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.topology import Topology, legal_tp
-from orchestrator.models import LLaMAForCausalLM, Mapping
+from orchestrator.checkpoints.compare import compare
+from orchestrator.compat.models import LLaMAForCausalLM, Mapping
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.topology import Topology, legal_tp
 from tests.models.strategies import parallel_models
 from tests.models.synthetic import random_arrays, write_source
 

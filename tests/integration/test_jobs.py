@@ -11,16 +11,17 @@ import pytest
 from typer.testing import CliRunner
 
 from actors import Client, Submission
-from orchestrator import cache
+from orchestrator.base.errors import NotStartedError, TerminatedError, TopologyError
 from orchestrator.cli import app
-from orchestrator.core.errors import NotStartedError, TerminatedError, TopologyError
-from orchestrator.core.progress import StepStarted, StepSucceeded
-from orchestrator.core.spec import BuildSpec, ClusterSpec, DriverSpec
-from orchestrator.core.step import Kind
-from orchestrator.following import Errored, Finished, Planned, Published, Stepped
+from orchestrator.events.builds import Errored, Finished, Planned, Published, Stepped
+from orchestrator.events.steps import StepStarted, StepSucceeded
+from orchestrator.planning.steps import Kind
 from orchestrator.releases import read_release
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.stores import open_store
-from orchestrator.submission import bundle
+from orchestrator.submit.submission import bundle
 from tests.conftest import SpecMaker
 from tests.models.ray_nodes import RayNodes, skip_reason
 
@@ -139,8 +140,8 @@ def test_build_stopped_in_its_middle_ends_cleanly_and_goes_on_when_submitted_aga
     assert caught.value.exit_code == 143
     assert json.loads(job.logs().rstrip().splitlines()[-1])["error"] == "TerminatedError"
     store = open_store(place.store)
-    assert not list(store.list_uploads(cache.STEPS))
-    assert not list(store.list(cache.LIVE))
+    assert not list(store.list_uploads(commits.STEPS))
+    assert not list(store.list(commits.LIVE))
     bed.wait(lambda: not {name for name in living_actors(bed) if name.endswith("Actor")}, "the end of the steps' actors", 60)
 
     again = client.submit(spec, place)

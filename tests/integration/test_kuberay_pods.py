@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.kubernetes.overlays import load_overlay
-from orchestrator.submission import CLUSTER_FILE, bundle
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.submit.kubernetes.overlays import load_overlay
+from orchestrator.submit.submission import CLUSTER_FILE, bundle
 from tests.conftest import SpecMaker
 from tests.kubernetes.overlays import cluster_spec, of_kind
 from tests.models.ray_nodes import HEAD, BedOptions, RayNodes, skip_reason

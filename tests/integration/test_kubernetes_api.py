@@ -21,14 +21,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
 from orchestrator.cli import app
-from orchestrator.core.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
-from orchestrator.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
-from orchestrator.kubernetes.builds import Timing, list_builds, stop
-from orchestrator.kubernetes.manifests import Fields, at, load_manifests
-from orchestrator.kubernetes.states import Phase
 from orchestrator.releases import read_release
 from orchestrator.stores import open_store
+from orchestrator.submit.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
+from orchestrator.submit.kubernetes.builds import Timing, list_builds, stop
+from orchestrator.submit.kubernetes.manifests import Fields, at, load_manifests
+from orchestrator.submit.kubernetes.states import Phase
 from tests.contracts.kubernetes_contract import SPEC, Bed, KubernetesContract, Recorder
 from tests.integration.test_kubernetes_entrypoint import lay_out
 from tests.models.fake_kubernetes import FakeKubernetes
@@ -300,7 +300,7 @@ def write_overlay(folder: Path, *more: Fields) -> None:
 def submission(kuberay: KubeApiserver, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`orchestrator k8s submit` as a submitter types it, with an overlay of his own that Kubernetes 1.20 takes."""
     store = open_store((tmp_path / "store").as_uri())
-    monkeypatch.setattr("orchestrator.kubernetes.progress.open_store", lambda url, options: store)
+    monkeypatch.setattr("orchestrator.submit.kubernetes.progress.open_store", lambda url, options: store)
     monkeypatch.setenv("KUBECONFIG", str(kuberay.kubeconfig("submitter")))
     write_overlay(tmp_path)
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC, "release": {"name": "llama", "version": namespace}}))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.spec import PoolSpec
-from orchestrator.kubernetes.manifests import Fields
-from orchestrator.kubernetes.overlays import load_overlay
-from orchestrator.kubernetes.render import overlay_cluster, render
 from orchestrator.releases import read_release
-from orchestrator.submission import ENTRYPOINT, pack
+from orchestrator.spec.cluster import PoolSpec
+from orchestrator.submit.kubernetes.manifests import Fields
+from orchestrator.submit.kubernetes.overlays import load_overlay
+from orchestrator.submit.kubernetes.render import overlay_cluster, render
+from orchestrator.submit.submission import ENTRYPOINT, pack
 from tests.conftest import SpecMaker
 from tests.models.ray_nodes import RayNodes, skip_reason
 

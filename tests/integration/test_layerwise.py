@@ -13,16 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import cache, verbs, work
-from orchestrator.core.errors import StoreError
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind, Outcome, Task
-from orchestrator.stores import Block, ObjectMissingError, open_store
+from orchestrator import work
+from orchestrator.base.errors import StoreError
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.stores import open_store
 from orchestrator.stores.file import FileStore
+from orchestrator.stores.store import Block, ObjectMissingError
+from orchestrator.work.calibrate.layerwise import LayerwiseFolder
+from orchestrator.work.calibrate.part_model import PartModel
 from orchestrator.work.context import Context
-from orchestrator.work.layerwise import LayerwiseFolder
-from orchestrator.work.part_model import PartModel
 from tests.models.families import write_tiny
 from tests.models.here import run_here, scales_of
 
@@ -30,7 +34,7 @@ NUM_LAYERS, NUM_BATCHES = 4, 2
 KILLED = """
 import os, signal, sys
 from orchestrator import work
-from orchestrator.core.step import Task
+from orchestrator.planning.steps import Task
 from orchestrator.work.part_model import PartModel
 task, last = Task.model_validate_json(open(sys.argv[1]).read()), int(sys.argv[2])
 original, num_calls = PartModel.run, 0
@@ -63,7 +67,7 @@ def plan_of(source: Path, algorithm: str, *, layerwise: bool, num_stages: int = 
         "source": {"path": str(source)}, "quantization": quantization, "engine": {"max_input_len": 16, "max_seq_len": 32},
         "release": {"name": "tiny", "version": "1"},
     }  # fmt: skip
-    return verbs.plan(decode(BuildSpec, plain, "spec"))
+    return preparation.plan(decode(BuildSpec, plain, "spec"))
 
 
 def calibrated(plan: Plan, store: Path) -> tuple[dict[str, torch.Tensor], list[Outcome]]:
@@ -124,7 +128,7 @@ def test_layerwise_calibration_that_is_interrupted_resumes_at_the_layer_reached(
     # A pass to the first layer, one more per finished layer, and one batch for the layer that it does not finish.
     finished = 2
     interrupted(task, NUM_BATCHES * (1 + finished) + 1, tmp_path, monkeypatch)
-    assert cache.lookup(store, step.digest) is None
+    assert commits.lookup(store, step.digest) is None
     kept = {info.key for info in store.list(f"resume/{step.digest}/")}
     assert sum(key.endswith("next_inputs.pt") for key in kept) == 1
 

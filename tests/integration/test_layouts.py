@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator import verbs
-from orchestrator.core.errors import NotFiniteError, WeightMapError
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import NotFiniteError, WeightMapError
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
 from tests.models.families import TINY, write_tiny
@@ -111,7 +111,7 @@ def test_rank_files_hold_what_tensorrt_llms_rules_say(
     source = folder / family
     if not source.is_dir():
         write_tiny(family, source)
-    plan = verbs.plan(make_spec(source, topology=topology))
+    plan = preparation.plan(make_spec(source, topology=topology))
     whole = load_file(source / "model.safetensors")
     ranks = converted(plan, tmp_path / "store")
     assert set(ranks) == set(range(plan.topology.world_size))
@@ -133,7 +133,7 @@ def test_every_source_byte_is_read_once(folder: Path, make_spec: SpecMaker, fami
     source = folder / family
     if not source.is_dir():
         write_tiny(family, source)
-    plan = verbs.plan(make_spec(source, topology={"tp": 2}))
+    plan = preparation.plan(make_spec(source, topology={"tp": 2}))
     outcomes = run_steps(plan, (folder / "once").as_uri(), (Kind.CONVERT,))
     assert sum(outcome.facts["source_bytes_read"] for outcome in outcomes.values()) == plan.inputs.index.num_bytes
 
@@ -152,10 +152,10 @@ def test_convert_of_weights_that_are_not_finite_names_them(tmp_path: Path, make_
     source = write_tiny("llama", tmp_path / "model", dtype=dtype)
     victim = "model.layers.1.mlp.down_proj.weight"
     spoil(source, victim, value)
-    warned = verbs.plan(make_spec(source, topology={"tp": 2}, dtype=dtype))
+    warned = preparation.plan(make_spec(source, topology={"tp": 2}, dtype=dtype))
     (outcome,) = run_steps(warned, (tmp_path / "store").as_uri(), (Kind.CONVERT,)).values()
     assert outcome.facts["not_finite"] == [victim]
-    refused = verbs.plan(make_spec(source, topology={"tp": 2}, dtype=dtype, conversion={"not_finite": "error"}))
+    refused = preparation.plan(make_spec(source, topology={"tp": 2}, dtype=dtype, conversion={"not_finite": "error"}))
     with pytest.raises(NotFiniteError, match="down_proj"):
         run_steps(refused, (tmp_path / "other").as_uri(), (Kind.CONVERT,))
     assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
@@ -165,7 +165,7 @@ def test_convert_of_weights_that_are_not_finite_names_them(tmp_path: Path, make_
 def test_convert_of_large_and_small_finite_weights_warns_of_nothing(tmp_path: Path, make_spec: SpecMaker, value: float) -> None:
     source = write_tiny("llama", tmp_path / "model")
     spoil(source, "model.layers.0.mlp.up_proj.weight", value)
-    (outcome,) = run_steps(verbs.plan(make_spec(source)), (tmp_path / "store").as_uri(), (Kind.CONVERT,)).values()
+    (outcome,) = run_steps(preparation.plan(make_spec(source)), (tmp_path / "store").as_uri(), (Kind.CONVERT,)).values()
     assert outcome.facts["not_finite"] == []
 
 
@@ -177,4 +177,4 @@ def test_plan_of_a_norm_that_is_no_float_is_refused(tmp_path: Path, make_spec: S
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int64)
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(WeightMapError, match=r"model\.norm\.weight is I64"):
-        verbs.plan(make_spec(source))
+        preparation.plan(make_spec(source))

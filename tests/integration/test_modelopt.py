@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator import verbs
-from orchestrator.core.errors import QuantizationError, ToolError
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import QuantizationError, ToolError
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
 from orchestrator.quantizers import modelopt as quantizer
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
-from orchestrator.work import part_model
+from orchestrator.work.calibrate import part_model
 from tests.models import modelopt
 from tests.models.families import write_tiny
 from tests.models.here import convert_here, run_here, scales_of
@@ -112,7 +113,9 @@ def test_rank_files_of_heads_held_twice_are_those_of_modelopts_exporter(source: 
 @pytest.mark.parametrize("algorithm", ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A8_AWQ"])
 def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, source: Path, store: Path) -> None:
     whole, parts = (
-        run_here(verbs.plan(spec(source, 1, 1, algorithm=algorithm, calibration={"num_stages": count})), store, [Kind.CALIBRATE])
+        run_here(
+            preparation.plan(spec(source, 1, 1, algorithm=algorithm, calibration={"num_stages": count})), store, [Kind.CALIBRATE]
+        )
         for count in (1, 2)
     )
     (one,) = whole.values()
@@ -129,7 +132,7 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
 def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
     folder = write_tiny(family, tmp_path / family)
     whole, parts = (
-        run_here(verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": count})), store, [Kind.CALIBRATE])
+        run_here(preparation.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": count})), store, [Kind.CALIBRATE])
         for count in (1, 2)
     )
     (one,) = whole.values()
@@ -142,7 +145,7 @@ def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(fami
 
 def test_calibration_awq_of_experts_scales_each_and_they_agree_on_one_vector(store: Path, tmp_path: Path) -> None:
     folder = write_tiny("mixtral", tmp_path / "mixtral", hidden_size=64, intermediate_size=64)
-    made = verbs.plan(spec(folder, 1, 1, algorithm="W4A16_AWQ", group_size=32))
+    made = preparation.plan(spec(folder, 1, 1, algorithm="W4A16_AWQ", group_size=32))
     (one,) = run_here(made, store, [Kind.CALIBRATE]).values()
     scales = scales_of(one, store)
     prefix = "model.layers.1.block_sparse_moe.experts."
@@ -157,7 +160,7 @@ def test_calibration_awq_of_experts_scales_each_and_they_agree_on_one_vector(sto
 
 def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(store: Path, tmp_path: Path) -> None:
     folder = write_tiny("mixtral", tmp_path / "mixtral", num_local_experts=16)
-    made = verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_samples": 1, "max_length": 4}))
+    made = preparation.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_samples": 1, "max_length": 4}))
     (one,) = run_here(made, store, [Kind.CALIBRATE]).values()
     unseen = one.facts["unseen"]
     assert len(unseen) >= 3 * 3 * 8  # four tokens reach at most eight of sixteen experts in each of three layers
@@ -169,7 +172,7 @@ def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(s
 
 
 def test_calibration_reports_what_it_read_and_the_range_of_its_inputs(source: Path, store: Path) -> None:
-    (one,) = run_here(verbs.plan(spec(source, 1, 1, algorithm="FP8")), store, [Kind.CALIBRATE]).values()
+    (one,) = run_here(preparation.plan(spec(source, 1, 1, algorithm="FP8")), store, [Kind.CALIBRATE]).values()
     facts, scales = one.facts, scales_of(one, store)
     assert (facts["num_samples"], facts["num_tokens"]) == (modelopt.NUM_SAMPLES, modelopt.NUM_SAMPLES * modelopt.MAX_LENGTH)
     assert facts["unseen"] == []
@@ -191,7 +194,7 @@ def test_calibration_of_a_source_without_a_weight_of_the_model_is_refused(
 
     monkeypatch.setattr(part_model, "layer_tensors", but_one)
     with pytest.raises(QuantizationError, match=r"1 weights .* model.layers.1.mlp.up_proj.weight"):
-        run_here(verbs.plan(spec(source, 1, 1, algorithm="FP8")), tmp_path, [Kind.CALIBRATE])
+        run_here(preparation.plan(spec(source, 1, 1, algorithm="FP8")), tmp_path, [Kind.CALIBRATE])
 
 
 def test_calibration_by_a_model_optimizer_that_smooths_elsewhere_is_refused(
@@ -211,7 +214,7 @@ def test_calibration_by_a_model_optimizer_that_smooths_elsewhere_is_refused(
 
     monkeypatch.setattr(quantizer, "_recorded_smoothing", bypassed)
     with pytest.raises(QuantizationError, match="in a way that was not seen"):
-        run_here(verbs.plan(spec(source, 1, 1, algorithm="W8A8_SQ_PER_CHANNEL")), tmp_path, [Kind.CALIBRATE])
+        run_here(preparation.plan(spec(source, 1, 1, algorithm="W8A8_SQ_PER_CHANNEL")), tmp_path, [Kind.CALIBRATE])
 
 
 def test_calibration_on_a_gpu_that_is_not_there_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_calibration_on_a_gpu_that_is_not_there_is_refused_before_any_work(sourc
         pytest.skip("there is a GPU")
     wanted = spec(source, 1, 1, algorithm="FP8", calibration={"device": "cuda"})
     with pytest.raises(ToolError, match="sees no GPU"):
-        run_here(verbs.plan(wanted), tmp_path, [Kind.CALIBRATE])
+        run_here(preparation.plan(wanted), tmp_path, [Kind.CALIBRATE])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
@@ -233,6 +236,6 @@ def test_calibration_of_a_family_part_by_part_finds_what_modelopt_finds_in_the_w
         for name, quantity in (("input", "input_amax"), ("weight", "weight_amax"), ("k_bmm", "k_amax"), ("v_bmm", "v_amax"))
         if (quantizer := getattr(module, f"{name}_quantizer", None)) is not None and quantizer.is_enabled
     }
-    parts = run_here(verbs.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": 2})), store, [Kind.CALIBRATE])
+    parts = run_here(preparation.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": 2})), store, [Kind.CALIBRATE])
     found = {name: value.item() for part in parts.values() for name, value in scales_of(part, store).items()}
     assert found == expected

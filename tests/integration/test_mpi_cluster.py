@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import LABELS_VARIABLE, MpiCluster, accelerator_type
-from orchestrator.core.errors import ClusterError
-from orchestrator.core.spec import ClusterSpec
+from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.process import without_launcher
 from tests.models.mpi import find_mpiexec
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.programs import find_program
+from orchestrator.base.programs import find_program
 from tests.kubernetes.overlays import CORE_GROUPS, KUBERAY, OVERLAYS, overlay, pods, rendered
 from tests.models.kube_apiserver import definition, for_1_20, run_apiserver, skip_reason
 

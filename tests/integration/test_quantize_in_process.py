@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.errors import QuantizationError, SourceMissingError
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.models import BuildConfig, DecoderModelForCausalLM, LLaMAForCausalLM, Mapping, QuantizationSpec, build
+from orchestrator.base.errors import QuantizationError, SourceMissingError
+from orchestrator.compat.models import BuildConfig, DecoderModelForCausalLM, LLaMAForCausalLM, Mapping, QuantizationSpec, build
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 from orchestrator.work.shards import map_checkpoint_rank
 from tests.integration.quantize_under_mpi import CALIBRATION, SPEC
 from tests.models.families import write_tiny

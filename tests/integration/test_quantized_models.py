@@ -13,19 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator import verbs
-from orchestrator.core.compute_capability import check_target
-from orchestrator.core.errors import EngineBuildError, QuantizationError
-from orchestrator.core.manifest import EngineRecord
-from orchestrator.core.options import BuildOptions, StageNetwork
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, decode
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import EngineBuildError, QuantizationError
+from orchestrator.engines.record import EngineRecord
+from orchestrator.model.compute_capability import check_target
+from orchestrator.model.stage import StageNetwork
+from orchestrator.planning import preparation
+from orchestrator.planning.options import BuildOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
 from orchestrator.quantizers import QUANTIZERS
-from orchestrator.work.build import compile_rank
-from orchestrator.work.calls import make_calls, positions_of
-from orchestrator.work.lockstep import Lockstep
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.work.build.step import compile_rank
 from orchestrator.work.shards import map_checkpoint_rank
+from orchestrator.work.verify.inputs import make_calls, positions_of
+from orchestrator.work.verify.lockstep import Lockstep
 from tests.models.artifact import write_artifact
 from tests.models.fake_quant import FakeQuantDecoder
 from tests.models.families import write_tiny
@@ -72,7 +74,7 @@ class Models:
         self.checkpoint = functools.cache(self._checkpoint)
 
     def plan(self, case: Case, tp: int) -> Plan:
-        return verbs.plan(spec_of(self._source, self._artifact, case, tp))
+        return preparation.plan(spec_of(self._source, self._artifact, case, tp))
 
     def _checkpoint(self, case: Case, tp: int) -> Path:
         output = self._folder / f"{case_id(case)}-tp{tp}"

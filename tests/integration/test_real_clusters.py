@@ -17,16 +17,17 @@ import ray
 from actors import RayCluster
 from actors.convert_actor import ConvertActor
 from actors.placement import Node
-from orchestrator import verbs
-from orchestrator.clusters import AnyEvent, Cluster
+from orchestrator import building
+from orchestrator.base.errors import ClusterError, ToolError
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.errors import ClusterError, ToolError
-from orchestrator.core.plan import Plan
-from orchestrator.core.progress import StepFailed, StepSucceeded
-from orchestrator.core.spec import ClusterSpec, PoolSpec, RetrySpec
-from orchestrator.core.step import Cause, FailureKind, Kind, Resources, Task
-from orchestrator.driver import drive
-from orchestrator.report import SilentListener
+from orchestrator.events.steps import AnyEvent, StepFailed, StepSucceeded
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Cause, FailureKind, Kind, Resources, Task
+from orchestrator.run.cluster import Cluster
+from orchestrator.run.driver import drive
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.conftest import SpecMaker
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks
 
@@ -36,7 +37,7 @@ RETRIES = RetrySpec(max_attempts=3, backoff_seconds=0.05)
 @pytest.fixture
 def conversion(tiny_llama: Path, make_spec: SpecMaker) -> Plan:
     """Several convert steps of a tiny model that need nothing."""
-    made = verbs.plan(make_spec(tiny_llama, conversion={"max_shard_bytes": "100KB"}))
+    made = preparation.plan(make_spec(tiny_llama, conversion={"max_shard_bytes": "100KB"}))
     return Plan(made.spec, made.inputs, tuple(made.of_kind(Kind.CONVERT)))
 
 
@@ -152,7 +153,7 @@ def test_ray_step_on_a_node_that_leaves_too_soon_is_handed_over(
     tiny_llama: Path, make_spec: SpecMaker, store_url: str, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
-    step = next(verbs.plan(make_spec(source)).of_kind(Kind.CONVERT))
+    step = next(preparation.plan(make_spec(source)).of_kind(Kind.CONVERT))
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")  # whoever opens it waits
     cluster = RayCluster(ClusterSpec(kind="ray", store=store_url))
@@ -216,8 +217,8 @@ def test_build_on_ray_publishes_what_a_local_build_publishes(tiny_llama: Path, t
     spec = make_spec(tiny_llama, topology={"tp": 2, "pp": 2})
     on_ray = ClusterSpec(kind="ray", store=(tmp_path / "ray").as_uri())
     locally = ClusterSpec(store=(tmp_path / "local").as_uri())
-    first = verbs.build(spec, on_ray, open_cluster=RayCluster)
-    second = verbs.build(spec, locally)
+    first = building.build(spec, on_ray, open_cluster=RayCluster)
+    second = building.build(spec, locally)
     assert first.manifest.build_key == second.manifest.build_key
     assert first.result is not None
     assert second.result is not None

@@ -11,16 +11,17 @@ import pytest
 from fsspec.asyn import sync
 from typer.testing import CliRunner
 
-from orchestrator import verbs
-from orchestrator.checkpoints.places import open_place
-from orchestrator.checkpoints.remote import RemotePlace
+from orchestrator.base.errors import SourceCorruptError, StoreError
 from orchestrator.cli import app
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.core.errors import SourceCorruptError, StoreError
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Kind, Outcome
-from orchestrator.report import SilentListener
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.run import execute
+from orchestrator.run.listener import SilentListener
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import open_place
+from orchestrator.stores.remote import RemotePlace
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
 from tests.models.s3_server import BUCKET, SECRET, S3Server
@@ -42,7 +43,7 @@ def upload(fs: Any, folder: Path, prefix: str) -> str:
 def convert_with_processes(plan: Plan, store: str) -> list[Outcome]:
     """The convert steps as a build runs them: each in a process of its own."""
     only = Plan(plan.spec, plan.inputs, tuple(plan.of_kind(Kind.CONVERT)))
-    result = verbs.run(only, {}, ClusterSpec(store=store), LocalCluster, SilentListener())
+    result = execute.execute(only, {}, ClusterSpec(store=store), LocalCluster, SilentListener())
     result.raise_failures(only)
     return [result.outcomes[step.digest] for step in only.steps]
 
@@ -52,8 +53,8 @@ def test_convert_from_s3_reads_each_byte_once_and_gives_the_local_bytes(
 ) -> None:
     url = upload(s3, sharded_llama, "llama")
     sections = {"topology": {"tp": 2}, "conversion": {"max_shard_bytes": "120KB"}}
-    local = verbs.plan(make_spec(sharded_llama, **sections))
-    remote = verbs.plan(make_spec(url, **sections))
+    local = preparation.plan(make_spec(sharded_llama, **sections))
+    remote = preparation.plan(make_spec(url, **sections))
     assert len(list(remote.of_kind(Kind.CONVERT))) > 1
     wanted = run_steps(local, (tmp_path / "local").as_uri(), (Kind.CONVERT,))
     found = convert_with_processes(remote, (tmp_path / "remote").as_uri())
@@ -70,8 +71,8 @@ def test_build_steps_from_s3_verify_against_a_reference_read_from_there(
     s3: Any, tiny_llama: Path, make_spec: SpecMaker, tmp_path: Path
 ) -> None:
     url = upload(s3, tiny_llama, "reference")
-    outcomes = run_steps(verbs.plan(make_spec(url)), (tmp_path / "store").as_uri(), (Kind.REFERENCE,))
-    local = run_steps(verbs.plan(make_spec(tiny_llama)), (tmp_path / "local").as_uri(), (Kind.REFERENCE,))
+    outcomes = run_steps(preparation.plan(make_spec(url)), (tmp_path / "store").as_uri(), (Kind.REFERENCE,))
+    local = run_steps(preparation.plan(make_spec(tiny_llama)), (tmp_path / "local").as_uri(), (Kind.REFERENCE,))
     assert outcomes["reference"].outputs[0].sha256 == local["reference"].outputs[0].sha256
 
 

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from orchestrator.base import errors
 from orchestrator.cli import app
-from orchestrator.core import errors
-from orchestrator.core.rates import RatesSpec
-from orchestrator.core.spec import decode
-from orchestrator.core.step import Kind
-from orchestrator.loading import load_spec
-from orchestrator.verbs import plan as make_plan
+from orchestrator.planning.preparation import plan as make_plan
+from orchestrator.planning.steps import Kind
+from orchestrator.spec.decoding import decode
+from orchestrator.spec.loading import load_spec
+from orchestrator.spec.rates import RatesSpec
 from tests.integration.steps import run_steps
 
 

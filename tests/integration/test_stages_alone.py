@@ -11,9 +11,9 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import ArchitectureError, TopologyError, WeightMapError
 from orchestrator.cli import app
-from orchestrator.core.errors import ArchitectureError, TopologyError, WeightMapError
-from orchestrator.models import BuildConfig, LLaMAForCausalLM, Mapping, MistralForCausalLM, build
+from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, MistralForCausalLM, build
 
 CONFIG = BuildConfig(max_batch_size=2, max_input_len=16, max_seq_len=64)
 

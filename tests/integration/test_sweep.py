@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator import sweep, verbs
-from orchestrator.core.errors import QuantizationError, StoreError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Kind
+from orchestrator import quantizing
+from orchestrator.base.errors import QuantizationError, StoreError
+from orchestrator.planning import preparation
+from orchestrator.planning.steps import Kind
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from tests.models import modelopt
 from tests.models.here import HereCluster, run_here
 
@@ -39,7 +42,7 @@ def test_sweep_algorithms_that_need_only_amax_calibrate_once_and_the_reference_i
     source: Path, tmp_path: Path
 ) -> None:
     algorithms = ["none", "FP8", "W4A16_NVFP4"]
-    rows = sweep.sweep(spec(source, algorithm="FP8"), algorithms, at(tmp_path), open_cluster=lambda place: HereCluster())
+    rows = quantizing.sweep(spec(source, algorithm="FP8"), algorithms, at(tmp_path), open_cluster=lambda place: HereCluster())
     assert [row.algorithm for row in rows] == algorithms
     # reference, convert, verify; calibrate, convert, verify; convert, verify
     assert [row.num_steps_run for row in rows] == [3, 3, 2]
@@ -56,27 +59,27 @@ def test_sweep_of_an_algorithm_that_does_not_exist_is_refused_before_any_step(so
         raise AssertionError("a step was run")
 
     with pytest.raises(QuantizationError, match="FP9"):
-        sweep.sweep(spec(source, algorithm="FP8"), ["W8A16", "FP9"], at(tmp_path), open_cluster=no_cluster)
+        quantizing.sweep(spec(source, algorithm="FP8"), ["W8A16", "FP9"], at(tmp_path), open_cluster=no_cluster)
 
 
 def test_calibrate_artifact_given_to_another_build_spares_its_calibration(source: Path, tmp_path: Path) -> None:
     wanted = spec(source, algorithm="W4A16_AWQ")
     artifact = tmp_path / "artifact"
-    files = sweep.calibrate(wanted, artifact, at(tmp_path / "store"), open_cluster=lambda place: HereCluster())
+    files = quantizing.calibrate(wanted, artifact, at(tmp_path / "store"), open_cluster=lambda place: HereCluster())
     assert [path.name for path in files] == ["scales.safetensors", "calibrate-awq_lite-part0.recipe.json"]
-    own = run_here(verbs.plan(wanted), tmp_path / "own", (Kind.CALIBRATE, Kind.CONVERT))
-    given = verbs.plan(spec(source, algorithm="W4A16_AWQ", scales=str(artifact)))
+    own = run_here(preparation.plan(wanted), tmp_path / "own", (Kind.CALIBRATE, Kind.CONVERT))
+    given = preparation.plan(spec(source, algorithm="W4A16_AWQ", scales=str(artifact)))
     assert not list(given.of_kind(Kind.CALIBRATE))
     brought = run_here(given, tmp_path / "given", (Kind.CONVERT,))
     digests = [run["convert/stage0/group0"].output("rank0.safetensors").sha256 for run in (own, brought)]
     assert digests[0] == digests[1]
     with pytest.raises(StoreError, match="already holds"):
-        sweep.calibrate(wanted, artifact, at(tmp_path / "store"))
+        quantizing.calibrate(wanted, artifact, at(tmp_path / "store"))
 
 
 def test_calibrate_data_free_algorithm_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="calibrates nothing"):
-        sweep.calibrate(spec(source, algorithm="W8A16"), tmp_path / "artifact", at(tmp_path))
+        quantizing.calibrate(spec(source, algorithm="W8A16"), tmp_path / "artifact", at(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -84,14 +87,14 @@ def test_choose_spends_a_larger_budget_and_its_mixture_is_built_from(source: Pat
     chosen = {}
     for bits in (5.0, 9.0):
         path = tmp_path / f"{bits}.json"
-        chosen[bits] = sweep.choose(spec(source, algorithm="FP8"), ["FP8", "W4A16_AWQ"], bits, path)
+        chosen[bits] = quantizing.choose(spec(source, algorithm="FP8"), ["FP8", "W4A16_AWQ"], bits, path)
     num_int4 = {
         bits: sum(fmt is not None and fmt.algorithm == "W4A16_AWQ" for fmt in found.values()) for bits, found in chosen.items()
     }
     assert num_int4[5.0] > num_int4[9.0]
     listed = json.loads((tmp_path / "5.0.json").read_text())["quantized_layers"]
     assert listed == {name: entry for name, entry in listed.items() if chosen[5.0][name] is not None}
-    mixed = verbs.plan(spec(source, algorithm="MIXED_PRECISION", quant_cfg=str(tmp_path / "5.0.json")))
+    mixed = preparation.plan(spec(source, algorithm="MIXED_PRECISION", quant_cfg=str(tmp_path / "5.0.json")))
     outcomes = run_here(mixed, tmp_path / "store", (Kind.CALIBRATE, Kind.CONVERT))
     assert set(outcomes["convert/stage0/group0"].facts["quantization_errors"]) == set(listed)
 
@@ -99,11 +102,11 @@ def test_choose_spends_a_larger_budget_and_its_mixture_is_built_from(source: Pat
 @pytest.mark.parametrize("bits", [6.0, 8.0000001])
 def test_choose_within_a_budget_that_no_mixture_meets_is_refused(source: Path, tmp_path: Path, bits: float) -> None:
     with pytest.raises(QuantizationError, match="no mixture of these formats meets the budget: "):
-        sweep.choose(spec(source, algorithm="FP8"), ["FP8"], bits, tmp_path / "quant_cfg.json")
+        quantizing.choose(spec(source, algorithm="FP8"), ["FP8"], bits, tmp_path / "quant_cfg.json")
     assert not (tmp_path / "quant_cfg.json").exists()
 
 
 def test_choose_format_that_this_machine_cannot_execute_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="NVFP4 needs a GPU"):
-        sweep.choose(spec(source, algorithm="FP8"), ["NVFP4"], 4.5, tmp_path / "quant_cfg.json")
+        quantizing.choose(spec(source, algorithm="FP8"), ["NVFP4"], 4.5, tmp_path / "quant_cfg.json")
     assert not (tmp_path / "quant_cfg.json").exists()

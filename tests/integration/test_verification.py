@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import verbs
-from orchestrator.core.errors import VerificationError
-from orchestrator.core.manifest import Verification
-from orchestrator.core.step import Kind
+from orchestrator.base.errors import VerificationError
+from orchestrator.planning import preparation
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, forge, run_steps
 from tests.models.smollm2 import smollm2
@@ -24,7 +24,7 @@ LLAMA3_ROPE = {
 
 
 def verify(spec: Any, store: str) -> Verification:
-    made = verbs.plan(spec)
+    made = preparation.plan(spec)
     outcomes = run_steps(made, store, WITHOUT_ENGINES)
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
     return Verification.model_validate(outcomes[last].facts["verification"])
@@ -89,12 +89,12 @@ def test_verification_of_smollm2_on_real_text_agrees_with_transformers(
 
 def test_verification_of_a_config_that_lies_fails_the_step(tmp_path: Path, store_url: str, make_spec: SpecMaker) -> None:
     source = write_tiny_llama(tmp_path / "model")
-    made = verbs.plan(make_spec(source))
+    made = preparation.plan(make_spec(source))
     run_steps(made, store_url, (Kind.REFERENCE,))
     config = json.loads((source / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 20000.0
     (source / "config.json").write_text(json.dumps(config))
-    lying = verbs.plan(make_spec(source))
+    lying = preparation.plan(make_spec(source))
     truthful = {step.name: step for step in made.steps}
     steps = tuple(
         truthful["reference"]
@@ -113,7 +113,7 @@ def _with_reference(step: Any, lying: Any, truthful: Any) -> tuple[str, ...]:
 
 def test_verification_of_a_wrong_shard_fails_the_step(tiny_llama: Path, tmp_path: Path, make_spec: SpecMaker) -> None:
     store = tmp_path / "store"
-    made = verbs.plan(make_spec(tiny_llama, topology={"tp": 2}))
+    made = preparation.plan(make_spec(tiny_llama, topology={"tp": 2}))
     outcomes = run_steps(made, store.as_uri(), (Kind.REFERENCE, Kind.CONVERT))
     first, second = (store / output.key for output in outcomes["convert/stage0/group0"].outputs)
     second.unlink()

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from orchestrator.kubernetes.manifests import load_manifests
+from orchestrator.submit.kubernetes.manifests import load_manifests
 
 KUBERAY = Path(__file__).resolve().parents[2] / "deploy" / "kuberay"
 OVERLAYS = sorted(path.parent.name for path in KUBERAY.glob("overlays/*/kustomization.yaml"))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.errors import AuthenticationError, UnreachableError
-from orchestrator.kubernetes.api import ConflictError
-from orchestrator.kubernetes.builds import Timing
-from orchestrator.kubernetes.manifests import Fields
-from orchestrator.kubernetes.states import Phase
+from orchestrator.base.errors import AuthenticationError, UnreachableError
+from orchestrator.submit.kubernetes.api import ConflictError
+from orchestrator.submit.kubernetes.builds import Timing
+from orchestrator.submit.kubernetes.manifests import Fields
+from orchestrator.submit.kubernetes.states import Phase
 from tests.contracts.kubernetes_contract import Bed, KubernetesContract, Recorder
 from tests.models.fake_kubernetes import FakeKubernetes
 from tests.models.kuberay_operator import Driver, Operator

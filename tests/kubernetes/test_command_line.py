@@ -10,8 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
-from orchestrator.core.errors import (
+from orchestrator.base.errors import (
     CancelledError,
     DriverLostError,
     SpecError,
@@ -19,10 +18,12 @@ from orchestrator.core.errors import (
     UnknownSubmissionError,
     VerificationError,
 )
-from orchestrator.following import BuildEvent, Errored, Planned
-from orchestrator.kubernetes.builds import Timing
+from orchestrator.cli import app
+from orchestrator.events.builds import BuildEvent, Errored, Planned
 from orchestrator.report.journal import Journal
-from orchestrator.stores import Store, open_store
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
+from orchestrator.submit.kubernetes.builds import Timing
 from tests.contracts.kubernetes_contract import SPEC
 from tests.models.fake_kubernetes import FakeKubernetes
 from tests.models.kuberay_operator import Driver, Operator, error_line, ray_failure
@@ -36,7 +37,7 @@ BEFORE, AFTER = datetime.datetime(2025, 12, 31, tzinfo=datetime.UTC), datetime.d
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """What stands for the builds' store."""
     found = open_store((tmp_path / "store").as_uri())
-    monkeypatch.setattr("orchestrator.kubernetes.progress.open_store", lambda url, options: found)
+    monkeypatch.setattr("orchestrator.submit.kubernetes.progress.open_store", lambda url, options: found)
     return found
 
 
@@ -47,9 +48,9 @@ def operator(store: Store, monkeypatch: pytest.MonkeyPatch) -> Operator:
     operator = Operator(fake, fake.now)
     fake.idle = operator.step
     timing = Timing(now=fake.now, sleep=fake.sleep)
-    monkeypatch.setattr("orchestrator.kubernetes.api.KubernetesApi", lambda context: fake)
+    monkeypatch.setattr("orchestrator.submit.kubernetes.api.KubernetesApi", lambda context: fake)
     for module in ("builds", "follow"):
-        monkeypatch.setattr(f"orchestrator.kubernetes.{module}.Timing", lambda: timing)
+        monkeypatch.setattr(f"orchestrator.submit.kubernetes.{module}.Timing", lambda: timing)
     return operator
 
 
@@ -180,7 +181,7 @@ def test_submit_store_that_cannot_be_read_from_here_is_told_once(
     def refuse(*_: object) -> None:
         raise StoreError("no credentials")
 
-    monkeypatch.setattr("orchestrator.kubernetes.progress.find_run", refuse)
+    monkeypatch.setattr("orchestrator.submit.kubernetes.progress.find_run", refuse)
     code, text = run(*submission)
     assert code == 0
     assert text.count("the driver's events are not seen from here: no credentials") == 1

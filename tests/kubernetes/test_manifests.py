@@ -10,10 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import ManifestError, ToolError
 from orchestrator.cli import app
-from orchestrator.core.errors import ManifestError, ToolError
-from orchestrator.kubernetes.manifests import load_manifests
-from orchestrator.kubernetes.rules import RULES
+from orchestrator.submit.kubernetes.manifests import load_manifests
+from orchestrator.submit.kubernetes.rules import RULES
 from tests.kubernetes.overlays import KUBERAY, overlay
 
 OBJECT = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}}

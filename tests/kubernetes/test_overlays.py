@@ -11,10 +11,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.kubernetes.manifests import load_manifests
-from orchestrator.kubernetes.validate import problems
-from orchestrator.submission import ENTRYPOINT
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.submit.kubernetes.manifests import load_manifests
+from orchestrator.submit.kubernetes.validate import problems
+from orchestrator.submit.submission import ENTRYPOINT
 from tests.kubernetes.overlays import COMPONENTS, CORE_GROUPS, KUBERAY, OVERLAYS, cluster_spec, of_kind, overlay, pods, rendered
 from tests.models.kuberay import KINDS, cel_errors, schema_errors
 

@@ -12,15 +12,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from orchestrator.base.errors import ClusterError, ManifestError, OrchestratorError, SpecError
 from orchestrator.cli import app
-from orchestrator.core.errors import ClusterError, ManifestError, OrchestratorError, SpecError
-from orchestrator.core.spec import BuildSpec, ClusterSpec
-from orchestrator.kubernetes.fitting import quantity
-from orchestrator.kubernetes.manifests import Fields
-from orchestrator.kubernetes.overlays import OWN, load_overlay, overlay_names
-from orchestrator.kubernetes.render import Rendered, overlay_cluster, refuse_placeholder_images, render
-from orchestrator.loading import load_cluster, load_spec
-from orchestrator.submission import ENTRYPOINT, submission_id
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.loading import load_cluster, load_spec
+from orchestrator.submit.kubernetes.fitting import quantity
+from orchestrator.submit.kubernetes.manifests import Fields
+from orchestrator.submit.kubernetes.overlays import OWN, load_overlay, overlay_names
+from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, refuse_placeholder_images, render
+from orchestrator.submit.submission import ENTRYPOINT, submission_id
 
 STORE = "s3://mine/builds"
 SPEC = {"source": {"path": "s3://mine/models/llama"}, "topology": {"tp": 2}, "release": {"name": "llama-3.1", "version": "1"}}
@@ -270,7 +271,7 @@ def test_overlays_of_the_package_are_those_of_the_repository_and_travel_in_the_w
     assert OWN.resolve() == root / "deploy/kuberay"
     assert "cpu-aot" in overlay_names()
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["orchestrator"]
-    assert "kubernetes/kuberay/**/*" in patterns
+    assert "submit/kubernetes/kuberay/**/*" in patterns
 
 
 @pytest.fixture

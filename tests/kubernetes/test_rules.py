@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import ManifestError
-from orchestrator.kubernetes.rules import RULES
-from orchestrator.kubernetes.validate import problems, validate
+from orchestrator.base.errors import ManifestError
+from orchestrator.submit.kubernetes.rules import RULES
+from orchestrator.submit.kubernetes.validate import problems, validate
 from tests.kubernetes.overlays import overlay
 
 Objects = list[dict[str, Any]]

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from orchestrator.cache import OUTCOMES, outcome_key
-from orchestrator.core.spec import StoreOptions
+from orchestrator.run.commits import OUTCOMES, outcome_key
+from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from tests.models.ray_nodes import RayNodes
 
@@ -189,7 +189,7 @@ def checkpoint(build: BedBuild) -> dict[str, str]:
 
 def published(build: BedBuild) -> str:
     """What is wrong with the release; empty: it is there, its ranks were executed, and every byte is what the manifest says."""
-    from orchestrator.core.errors import OrchestratorError
+    from orchestrator.base.errors import OrchestratorError
     from orchestrator.releases import verify
 
     url = f"{build.store}/releases/tiny/{build.version}"

@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
-from orchestrator.core.errors import DigestError, ReleaseExistsError, SignatureError
-from orchestrator.core.manifest import MANIFEST
-from orchestrator.core.step import Kind
-from orchestrator.stores import Store, open_store
+from orchestrator.base.errors import DigestError, ReleaseExistsError, SignatureError
+from orchestrator.planning.steps import Kind
+from orchestrator.releases.manifest import MANIFEST
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
 
 _UPLOAD_BYTES = 20 * 2**20
 _WAIT_SECONDS = 60

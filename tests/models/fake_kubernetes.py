@@ -6,14 +6,14 @@ import copy
 import datetime
 from collections.abc import Callable, Iterator
 
-from orchestrator.kubernetes.api import ConflictError, ExpiredError, Kind
-from orchestrator.kubernetes.manifests import Fields, at
+from orchestrator.submit.kubernetes.api import ConflictError, ExpiredError, Kind
+from orchestrator.submit.kubernetes.manifests import Fields, at
 
 Key = tuple[str, str, str]
 
 
 class FakeKubernetes:
-    """See orchestrator.kubernetes.api.Api; also the Admin of an operator."""
+    """See orchestrator.submit.kubernetes.api.Api; also the Admin of an operator."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as functional
 
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.quantization import ActivationFormat, KvCacheFormat, LinearFormat, ModelQuantization, WeightFormat
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import ActivationFormat, KvCacheFormat, LinearFormat, ModelQuantization, WeightFormat
 
 Rank = dict[str, torch.Tensor]
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

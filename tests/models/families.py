@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
 from orchestrator.families import FAMILIES
+from orchestrator.model.config import ModelConfig, from_hugging_face
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,

@@ -9,7 +9,7 @@ import gguf as library
 import numpy as np
 
 from orchestrator.checkpoints import gguf
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.model.config import ModelConfig
 from tests.models.meta import interleave
 from tests.models.synthetic import Array
 

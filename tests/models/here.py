@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from orchestrator import cache, verbs, work
-from orchestrator.clusters import AnyEvent
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec
-from orchestrator.core.step import Kind, Outcome, Task
+from orchestrator import work
+from orchestrator.events.steps import AnyEvent
+from orchestrator.planning import preparation
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
 from orchestrator.stores import open_store
 from orchestrator.work.streaming import stream
 
@@ -26,7 +28,7 @@ def run_here(plan: Plan, folder: Path, kinds: Iterable[Kind]) -> dict[str, Outco
         if step.kind in wanted:
             inputs = {need: outcomes[need] for need in step.needs if need in outcomes}
             task = Task(step=step, inputs=inputs, attempt=1, store=store.url)
-            outcomes[step.digest] = cache.lookup(store, step.digest) or work.run(task, lambda progress: None)
+            outcomes[step.digest] = commits.lookup(store, step.digest) or work.run(task, lambda progress: None)
     return {outcome.name: outcome for outcome in outcomes.values()}
 
 
@@ -41,7 +43,7 @@ def convert_here(spec: BuildSpec, store: Path, output: Path) -> Path:
     """The rank files of `spec` in the folder `output`."""
     output.mkdir()
     found = open_store(store.resolve().as_uri())
-    for outcome in run_here(verbs.plan(spec), store, (Kind.CALIBRATE, Kind.CONVERT)).values():
+    for outcome in run_here(preparation.plan(spec), store, (Kind.CALIBRATE, Kind.CONVERT)).values():
         if outcome.kind is Kind.CONVERT:
             for written in outcome.outputs:
                 path = found.local_path(written.key)

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.kubernetes.manifests import Fields, at
+from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.work.process import die_with_parent
 from tests.models.kuberay import api_schema
 from tests.models.s3_server import free_ports

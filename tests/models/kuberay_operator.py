@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from orchestrator.kubernetes.manifests import Fields, at
+from orchestrator.submit.kubernetes.manifests import Fields, at
 
 FINALIZER = "ray.io/rayjob-finalizer"
 SUCCESS = "Job finished successfully."

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.model.config import ModelConfig
 from tests.models.synthetic import Array, hugging_face_config
 
 _NAMES = {

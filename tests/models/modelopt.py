@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.core.options import CalibrationData
-from orchestrator.work.calibration_data import calibration_tokens
+from orchestrator.quantizers.calibration_data import CalibrationData, calibration_tokens
 
 NUM_SAMPLES, MAX_LENGTH = 8, 24
 KV_CACHES: dict[str, Any] = {

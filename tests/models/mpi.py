@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from orchestrator.programs import find_program
+from orchestrator.base.programs import find_program
 from orchestrator.work.process import without_launcher
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors.placement import Node
-from orchestrator.core.step import Resources
+from orchestrator.planning.steps import Resources
 
 GB = 10**9
 

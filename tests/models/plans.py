@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Estimate, Failure, FailureKind, Kind, Outcome, Resources, Step, Task
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Estimate, Failure, FailureKind, Kind, Outcome, Resources, Step, Task
 
 
 def fake_plan(needs: Mapping[str, Sequence[str]], seconds: Mapping[str, float] | None = None, memory_bytes: int = 0) -> Plan:

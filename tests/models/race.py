@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.errors import OrchestratorError, ReleaseExistsError
+from orchestrator.base.errors import OrchestratorError, ReleaseExistsError
 
 ENGINE = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
 
@@ -75,9 +75,9 @@ def _check(first: dict[str, Any], second: dict[str, Any], is_same: bool) -> None
 
 def check_store(store: str, public_key: Path, rounds: int) -> str:
     """After the races: every release verifies, what is committed is whole, and collecting finds losers' objects only."""
-    from orchestrator import cache
-    from orchestrator.core.step import Outcome
+    from orchestrator.planning.steps import Outcome
     from orchestrator.releases import collect, list_releases, verify
+    from orchestrator.run import commits
     from orchestrator.stores import open_store
 
     opened = open_store(store)
@@ -85,10 +85,10 @@ def check_store(store: str, public_key: Path, rounds: int) -> str:
     assert [item.problem for item in listed] == [""] * rounds
     for item in listed:
         verify(f"{store}/{item.folder}", public_key)
-    outcomes = [Outcome.model_validate_json(opened.get(info.key)) for info in opened.list(cache.OUTCOMES)]
+    outcomes = [Outcome.model_validate_json(opened.get(info.key)) for info in opened.list(commits.OUTCOMES)]
     digests = {outcome.digest for outcome in outcomes}
-    assert cache.committed(opened, digests).keys() == digests
-    assert [*opened.list(cache.LIVE), *opened.list_uploads("")] == []
+    assert commits.committed(opened, digests).keys() == digests
+    assert [*opened.list(commits.LIVE), *opened.list_uploads("")] == []
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
     removed = collect(store, datetime.timedelta(0), delete=True, now=later)
     for item in listed:
@@ -97,10 +97,12 @@ def check_store(store: str, public_key: Path, rounds: int) -> str:
 
 
 def _main() -> None:
-    from orchestrator import verbs
-    from orchestrator.core.digest import digest_bytes
-    from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-    from orchestrator.work import publish
+    from orchestrator import building
+    from orchestrator.base.digest import digest_bytes
+    from orchestrator.releases import publish
+    from orchestrator.spec.build import BuildSpec
+    from orchestrator.spec.cluster import ClusterSpec
+    from orchestrator.spec.decoding import decode
     from tests.models.here import HereCluster
 
     plain = json.loads(sys.argv[1])
@@ -133,7 +135,7 @@ def _main() -> None:
         sys.stdin.readline()
         try:
             place = ClusterSpec(store=plain["store"])
-            done = verbs.build(spec, place, open_cluster=lambda _: HereCluster(), sign_key=Path(plain["key"]))
+            done = building.build(spec, place, open_cluster=lambda _: HereCluster(), sign_key=Path(plain["key"]))
             say("end", code=0, sha256=digest_bytes(done.manifest.to_json()))
         except OrchestratorError as error:
             say("end", code=error.exit_code, message=error.message)

@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import cache, signing, verbs
-from orchestrator.core.digest import ChunkHasher, chunk_digests, digest_bytes
-from orchestrator.core.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
-from orchestrator.core.options import BuildOptions, VerifyOptions
-from orchestrator.core.plan import Plan
-from orchestrator.core.spec import BuildSpec, ClusterSpec, decode
-from orchestrator.core.step import Consumed, Kind, Outcome, Output, Step
-from orchestrator.stores import Store, open_store
-from orchestrator.work.publish import signed_digests
+from orchestrator import building
+from orchestrator.base.digest import ChunkHasher, chunk_digests, digest_bytes
+from orchestrator.planning import preparation
+from orchestrator.planning.options import BuildOptions, VerifyOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Consumed, Kind, Outcome, Output, Step
+from orchestrator.releases import signing
+from orchestrator.releases.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
+from orchestrator.releases.publish import signed_digests
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
 from tests.models.synthetic import model_config, random_arrays, write_source
 
 SMALL_CHUNK = 1000
@@ -49,10 +55,10 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
     for step in plan.steps:
         name = f"rank{BuildOptions.model_validate(step.options).rank}.engine" if step.kind is Kind.BUILD else "out"
         data = (step.digest * 60).encode()[:3500]
-        key = cache.attempt_prefix(step.digest, "attempt") + name
+        key = commits.attempt_prefix(step.digest, "attempt") + name
         store.put(key, data)
         output = Output(name=name, key=key, num_bytes=len(data), sha256=digest_bytes(data), chunks=chunk_digests(data))
-        outcomes[step.digest] = cache.commit(
+        outcomes[step.digest] = commits.commit(
             store,
             Outcome(
                 digest=step.digest,
@@ -105,8 +111,8 @@ def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = N
         tiny_source(source)
     store = open_store(url or (folder / "store").as_uri())
     spec = release_spec(source, **sections)
-    pretend_to_run(verbs.plan(spec), store)
-    done = verbs.build(spec, ClusterSpec(store=store.url), sign_key=sign_key)
+    pretend_to_run(preparation.plan(spec), store)
+    done = building.build(spec, ClusterSpec(store=store.url), sign_key=sign_key)
     return Published(done.address, done.manifest, store, Path(done.address.removeprefix("file://")), done.plan)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.model.config import ModelConfig
 
 NUM_TOKENS = 12
 """More than any window that the tests draw."""

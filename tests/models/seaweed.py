@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.programs import find_program
+from orchestrator.base.programs import find_program
 from tests.models.s3_server import BUCKET, KEY, SECRET, S3Server, free_ports, wait_ready
 
 

@@ -7,10 +7,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator import verbs
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.core.spec import BuildSpec, ClusterSpec, RetrySpec, StoreOptions, decode
+from orchestrator import building
+from orchestrator.base.errors import OrchestratorError
 from orchestrator.releases import collect, list_releases, verify
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec, RetrySpec, StoreOptions
+from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 from tests.models.fault_proxy import Fault, FaultProxy
 from tests.models.here import HereCluster
@@ -75,10 +77,10 @@ def weather(proxy: FaultProxy, url: str, source: Path, seed: int, rate: float) -
     return found
 
 
-def _until_built(spec: BuildSpec, place: ClusterSpec, found: Weathered) -> verbs.Build:
+def _until_built(spec: BuildSpec, place: ClusterSpec, found: Weathered) -> building.Build:
     while len(found.errors) < MAX_RUNS:
         try:
-            return verbs.build(spec, place, open_cluster=lambda _: HereCluster())
+            return building.build(spec, place, open_cluster=lambda _: HereCluster())
         except OrchestratorError as error:
             said = f"{type(error).__name__} ({error.exit_code}): {error.message}"
             is_clear = error.exit_code > 2 and bool(error.advice)

@@ -7,8 +7,8 @@ import math
 
 from hypothesis import strategies as st
 
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.topology import Topology
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.topology import Topology
 from tests.models.synthetic import model_config
 
 

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.checkpoint import CheckpointIndex, SourceFile, TensorInfo
-from orchestrator.core.dtypes import num_bytes
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.spec import BuildSpec, decode
+from orchestrator.base.dtypes import num_bytes
+from orchestrator.model.checkpoint import CheckpointIndex, SourceFile, TensorInfo
+from orchestrator.model.config import ModelConfig
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 
 Array = npt.NDArray[Any]
 NUMPY_DTYPES: dict[str, Any] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.model_config import ModelConfig
+from orchestrator.model.config import ModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "data" / "configs"
 Rule = Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]]

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import cache, verbs
-from orchestrator.cli import app
-from orchestrator.core.errors import (
+from orchestrator import building
+from orchestrator.base.errors import (
     CancelledError,
     DriverLostError,
     Interrupted,
@@ -20,12 +19,16 @@ from orchestrator.core.errors import (
     TerminatedError,
     VerificationError,
 )
-from orchestrator.core.progress import StepProgress, StepStarted
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.following import Alive, BuildEvent, Errored, Finished, Planned, Published, Stepped
+from orchestrator.cli import app
+from orchestrator.events.builds import Alive, BuildEvent, Errored, Finished, Planned, Published, Stepped
+from orchestrator.events.steps import StepProgress, StepStarted
+from orchestrator.planning import preparation
 from orchestrator.report.journal import ALIVE_SECONDS, Journal, segment_key
-from orchestrator.stores import Store, open_store
-from orchestrator.watching import PATIENCE_SECONDS, Run, Watch, find_run, list_runs
+from orchestrator.run import commits
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
+from orchestrator.submit.watching import PATIENCE_SECONDS, Run, Watch, find_run, list_runs
 from tests.models.releases import pretend_to_run, release_spec, tiny_source
 
 KEY = "k" * 64
@@ -164,9 +167,9 @@ def test_watch_of_a_live_build_shows_what_comes_later(store: Store, clock: Clock
 def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
     store = open_store((tmp_path / "store").as_uri())
     spec = release_spec(tiny_source(tmp_path / "source"))
-    plan = verbs.plan(spec)
+    plan = preparation.plan(spec)
     pretend_to_run(plan, store)
-    done = verbs.build(spec, ClusterSpec(store=store.url))
+    done = building.build(spec, ClusterSpec(store=store.url))
     (run,) = list_runs(store)
     assert run == find_run(store, "tiny/1") == find_run(store, "tiny") == find_run(store, build=plan.build_key[:8])
     planned, finished, published = Watch(store, run).events()
@@ -209,7 +212,7 @@ def test_build_that_fails_leaves_its_error_to_those_who_watch(tmp_path: Path) ->
         raise VerificationError("rank 1 differs", "compare")
 
     with pytest.raises(VerificationError):
-        verbs.build(spec, place, open_cluster=no_cluster)  # type: ignore[arg-type]
+        building.build(spec, place, open_cluster=no_cluster)  # type: ignore[arg-type]
     result = CliRunner().invoke(app, ["watch", place.store])
     assert (result.exit_code, "rank 1 differs" in result.output) == (VerificationError.exit_code, True)
-    assert list(open_store(place.store).list(cache.LIVE)) == []
+    assert list(open_store(place.store).list(commits.LIVE)) == []

@@ -12,19 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import recording, verbs
-from orchestrator.core.errors import StepFailedError, StoreError
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.core.plan import Plan
-from orchestrator.core.progress import StepFailed, StepStarted, StepSucceeded
-from orchestrator.core.spec import ClusterSpec
-from orchestrator.core.step import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
-from orchestrator.following import NodesSeen, Planned, Stepped
+from orchestrator import building
+from orchestrator.base.errors import StepFailedError, StoreError
+from orchestrator.events.builds import NodesSeen, Planned, Stepped
+from orchestrator.events.nodes import NodeFacts
+from orchestrator.events.steps import StepFailed, StepStarted, StepSucceeded
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
+from orchestrator.report import recording
 from orchestrator.report.html import REPORT, Told, render
 from orchestrator.report.html.errors_plot import by_layer, errors_picture
 from orchestrator.report.html.svg import ticks
 from orchestrator.report.html.timeline import time_ticks
 from orchestrator.report.story import Story
+from orchestrator.spec.cluster import ClusterSpec
 from tests.models.releases import Published, publish_tiny, release_spec, tiny_source
 from tests.report.browser import find_chromium, measure, screenshot
 
@@ -132,7 +133,7 @@ def test_report_is_published_with_the_release_and_needs_nothing_else(published: 
 def test_build_writes_the_report_and_again_that_of_the_release(tmp_path: Path) -> None:
     spec, place = release_spec(tiny_source(tmp_path / "source")), ClusterSpec(store=(tmp_path / "store").as_uri())
     first = publish_tiny(tmp_path)
-    verbs.build(spec, place, report=tmp_path / "again.html")
+    building.build(spec, place, report=tmp_path / "again.html")
     (record,) = first.manifest.documents
     assert (tmp_path / "again.html").read_bytes() == first.store.get(f"releases/tiny/1/{record.key}")
 
@@ -144,7 +145,7 @@ def test_build_that_fails_writes_its_report_and_publishes_none(tmp_path: Path) -
         raise StepFailedError("no <cluster> today")
 
     with pytest.raises(StepFailedError):
-        verbs.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=no_cluster, report=tmp_path / "r.html")  # type: ignore[arg-type]
+        building.build(spec, ClusterSpec(store=(tmp_path / "store").as_uri()), open_cluster=no_cluster, report=tmp_path / "r.html")  # type: ignore[arg-type]
     text = (tmp_path / "r.html").read_text()
     assert "no &lt;cluster&gt; today" in text
     assert "verified and published" not in text
@@ -154,7 +155,7 @@ def test_build_whose_report_cannot_be_written_is_refused_before_it_begins(tmp_pa
     spec, place = release_spec(tiny_source(tmp_path / "source")), ClusterSpec(store=(tmp_path / "store").as_uri())
     for path in (tmp_path, tmp_path / "nowhere" / "r.html"):
         with pytest.raises(StoreError, match="cannot write the report"):
-            verbs.build(spec, place, report=path)
+            building.build(spec, place, report=path)
     assert not (tmp_path / "store").exists()
 
 

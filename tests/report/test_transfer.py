@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from orchestrator.core.manifest import Chunks, FileRecord
+from orchestrator.releases.manifest import Chunks, FileRecord
 from orchestrator.report.transfer import TransferView
 
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from orchestrator.core.nodes import NodeFacts
-from orchestrator.following import NodesSeen
+from orchestrator.events.builds import NodesSeen
+from orchestrator.events.nodes import NodeFacts
 from orchestrator.report import LiveView
 
 

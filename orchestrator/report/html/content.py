@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.core.manifest import Manifest
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Failure, Kind, Outcome, Step
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Failure, Kind, Outcome, Step
+from orchestrator.releases.manifest import Manifest
 from orchestrator.report.html.errors_plot import by_layer, errors_picture
 from orchestrator.report.html.graph import plan_picture
 from orchestrator.report.html.timeline import timeline_picture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.core.plan import Plan
-from orchestrator.core.step import Kind, Step
-from orchestrator.following import place_of
+from orchestrator.events.builds import place_of
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Step
 from orchestrator.report.html.svg import element, picture, shorten, text, title
 from orchestrator.report.tables import format_bytes, format_seconds
 

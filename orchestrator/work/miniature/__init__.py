@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.core.options import MiniatureOptions
-from orchestrator.core.step import Task
+from orchestrator.planning.options import MiniatureOptions
+from orchestrator.planning.steps import Task
 from orchestrator.work.context import Context
 from orchestrator.work.miniature.proof import prove
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.core.errors import MiniatureError, OrchestratorError
-from orchestrator.core.manifest import Miniature, MiniatureCase, MiniatureThreshold
-from orchestrator.core.model_config import ModelConfig, from_hugging_face
-from orchestrator.core.options import MiniatureOptions
-from orchestrator.core.rules import Family
+from orchestrator.base.errors import MiniatureError, OrchestratorError
 from orchestrator.families import family_named
+from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.rules import Family
+from orchestrator.planning.facts import Miniature, MiniatureCase, MiniatureThreshold
+from orchestrator.planning.options import MiniatureOptions
 from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model, save
 from orchestrator.work.miniature.prompts import Prompt, crossable, prompts
 from orchestrator.work.miniature.ranks import Layout, Ranks, convert, layouts

@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.places import open_place, planned_ranges
-from orchestrator.core.model_config import ModelConfig
-from orchestrator.core.options import ConvertOptions, StageNetwork, StageOptions
-from orchestrator.core.rules import Family
-from orchestrator.core.topology import Topology, problems
-from orchestrator.core.weight_map import weight_map
-from orchestrator.work.calls import make_calls
-from orchestrator.work.convert import write_shards
-from orchestrator.work.merged_stage import MergedStage
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.rules import Family
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology, problems
+from orchestrator.model.weight_map import weight_map
+from orchestrator.planning.options import ConvertOptions
+from orchestrator.stores import open_place
+from orchestrator.stores.source import planned_ranges
+from orchestrator.work.convert.step import write_shards
 from orchestrator.work.miniature.prompts import Prompt
 from orchestrator.work.shards import Weight, map_shards
+from orchestrator.work.verify.inputs import make_calls
+from orchestrator.work.verify.merged_stage import MergedStage
 
 Floats = npt.NDArray[np.float32]
 _SHARD_BYTES = 2**62

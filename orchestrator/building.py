@@ -1,0 +1,87 @@
+"""What a user can ask for of a build: plan, build, convert, build_engine. Each a short story. Releases: orchestrator/releases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.clusters import local_cluster
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.preparation import plan
+from orchestrator.releases.manifest import MANIFEST, Manifest, release_prefix
+from orchestrator.report.recording import Recording, check_report, fetch_report
+from orchestrator.run import commits
+from orchestrator.run.driver import Result
+from orchestrator.run.execute import OpenCluster, execute
+from orchestrator.run.listener import Listener, Listeners, SilentListener
+from orchestrator.run.preflight import check_build
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import open_store
+from orchestrator.stores.store import check_writable
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build."""
+
+    plan: Plan
+    manifest: Manifest
+    address: str
+    """URL of the release."""
+    result: Result | None
+    """None: the release was there already."""
+
+
+def build(
+    spec: BuildSpec,
+    place: ClusterSpec,
+    *,
+    open_cluster: OpenCluster = local_cluster,
+    listener: Listener | None = None,
+    sign_key: Path | None = None,
+    report: Path | None = None,
+) -> Build:
+    """Build, verify and publish `spec` at `place`, on the cluster that `open_cluster` opens there.
+
+    The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
+    release that this very build has published already is returned as it is. With `sign_key`, a PEM file with a P-256 private
+    key of this machine, the release is signed. The report of the build, of a failed one too, is written to `report`.
+    Raises an OrchestratorError of the situation.
+    """
+    from orchestrator.releases.publish import Engines, check_free, place_engines, publish
+    from orchestrator.releases.signing import check_sign_key
+
+    reports = listener or SilentListener()
+    if sign_key is not None:
+        check_sign_key(sign_key)
+    if report is not None:
+        check_report(report)
+    made = plan(spec)
+    target = open_store(place.store, place.store_options)
+    address = f"{target.url}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/")
+    check_writable(target)
+    existing = check_free(target, made, sign_key)
+    if existing is not None:
+        reports.on_plan(made, {}, already_published=True)
+        if report is not None:
+            fetch_report(target, release_prefix(spec.release.name, spec.release.version), existing, report)
+        return Build(made, existing, address, None)
+    prefix = release_prefix(spec.release.name, spec.release.version)
+    with (
+        commits.in_use(target, [step.digest for step in made.steps], prefix, made.build_key),
+        Recording(target, made, report) as recording,
+    ):
+        reports = Listeners(reports, recording.listener)
+        committed, again = commits.agreeing(target, made, commits.committed(target, (step.digest for step in made.steps)))
+        made = replace(made, warnings=made.warnings + again + check_build(made, committed, place, target))
+        reports.on_plan(made, committed, already_published=False)
+        placed: list[Engines] = []
+        result = execute(
+            made, committed, place, open_cluster, reports, lambda outcomes: placed.append(place_engines(target, made, outcomes))
+        )
+        recording.ended(result)
+        result.raise_failures(made)
+        manifest = publish(target, made, result.outcomes, placed[-1], sign_key, recording.page)
+        recording.published(f"{address}/{MANIFEST}", manifest)
+        return Build(made, manifest, address, result)

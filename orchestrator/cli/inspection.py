@@ -1,0 +1,151 @@
+"""What lies at a URL: a release or a checkpoint, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.base.errors import OrchestratorError, SourceCorruptError, SourceMissingError
+from orchestrator.checkpoints import FORMATS, format_named, read_source
+from orchestrator.checkpoints.huggingface import read_json
+from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
+from orchestrator.model.checkpoint import TensorInfo
+from orchestrator.model.config import from_trtllm
+from orchestrator.releases import Release, open_release
+from orchestrator.releases.tags import TAGS
+from orchestrator.report import counted, format_bytes
+from orchestrator.stores import open_place
+from orchestrator.stores.source import LocalPlace, Place
+
+_MANIFEST = "manifest.json"
+_TITLES = {
+    "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
+    "gguf": "GGUF model",
+}  # fmt: skip
+
+
+def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], list[Table]]:
+    """Facts for machines and tables for people about the release or the checkpoint, of any source format, at `url`.
+
+    A bare path is a folder of this machine. With `public_key` it must be a release signed with that key. Raises
+    ReleaseMissingError, SignatureError, SourceMissingError, DigestError, StoreError, and the errors of the source's format.
+    """
+    address = url.removesuffix("/" + _MANIFEST)
+    place = open_place(address)
+    if isinstance(place, LocalPlace):
+        place = LocalPlace(place.folder.resolve())
+        address = place.folder.as_uri()
+    if public_key is not None:
+        return _release(open_release(address, public_key), public_key)
+    names = _top_names(place, address)
+    if _MANIFEST in names:
+        return _release(open_release(address))
+    known = next((name for name in FORMATS if format_named(name).matches(names)), None)
+    if known is None and f"/{TAGS}" in address:
+        return _release(open_release(address))
+    if known is None:
+        raise SourceMissingError(
+            f"{place.url} is neither a release nor a checkpoint",
+            f"Give a folder with {_MANIFEST}, or with a checkpoint: {', '.join(FORMATS)}.",
+        )
+    return _ranks(place, names) if known == "trtllm" else _source(place)
+
+
+def _top_names(place: Place, address: str) -> list[str]:
+    """Names of the files right at the place: a folder of this machine may have a whole disk below it."""
+    if isinstance(place, LocalPlace):
+        return place.top_names()
+    try:
+        return [name for name in place.names() if "/" not in name]
+    except SourceMissingError as error:
+        raise SourceMissingError(error.message, f"Check the URL {address}.") from None
+
+
+def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str, Any], list[Table]]:
+    manifest = release.manifest
+    head = Table(box=None, show_header=False, pad_edge=False)
+    head.add_row("release", f"{manifest.name} {manifest.version}")
+    head.add_row("created", manifest.created_at)
+    head.add_row("build key", manifest.build_key[:16])
+    head.add_row("model", f"{manifest.model.architecture}, {manifest.model.num_hidden_layers} layers, {manifest.model.dtype}")
+    head.add_row("topology", f"tp={manifest.tp} pp={manifest.pp}")
+    head.add_row("size", format_bytes(manifest.num_bytes))
+    head.add_row("selectors", ", ".join(f"{name}={value}" for name, value in manifest.selectors.model_dump().items()))
+    head.add_row("manifest", f"sha256:{release.digest}")
+    signer = f"of {release.signer} ({public_key})" if release.signer else "not checked (--public-key)"
+    head.add_row("signature", "none" if release.signature() is None else signer)
+    head.add_row("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+    if manifest.verification is not None:
+        found = manifest.verification
+        head.add_row(
+            "verified",
+            f"{found.num_positions} positions: relative error {found.relative_errors()}, "
+            f"KL {found.mean_kl:.2e}, top-1 {found.top1_agreement:.3f}",
+        )
+    ranks = Table("rank", "tp", "pp", "layers", "engine", "sha256", "GPU memory", "built for", box=None, pad_edge=False)
+    for record in manifest.ranks:
+        for file in record.files:
+            built_for = ", ".join(record.engine.compute_capabilities) or "library default"
+            layers = f"{record.first_layer}-{record.first_layer + record.num_layers - 1}"
+            ranks.add_row(
+                str(record.rank), str(record.tp_rank), str(record.pp_rank), layers,
+                f"{file.path} ({format_bytes(file.num_bytes)})", file.sha256[:16],
+                format_bytes(record.memory.total_bytes),
+                f"{record.engine.backend} {record.engine.tensorrt_version}, {built_for}",
+            )  # fmt: skip
+    return manifest.model_dump(mode="json"), [head, ranks]
+
+
+def _ranks(place: Place, names: list[str]) -> tuple[dict[str, Any], list[Table]]:
+    """A TensorRT-LLM checkpoint as it lies: files of ranks, quantized or not."""
+    try:
+        config, topology = from_trtllm(read_json(place, "config.json"))
+    except ValueError as error:
+        raise SourceCorruptError(f"{place.url}/config.json is not of a TensorRT-LLM checkpoint: {error}") from None
+    shards = [name for name in names if name.startswith("rank") and name.endswith(".safetensors")]
+    entries = {name: read_header_at(place, name)[0] for name in sorted(shards, key=lambda name: (len(name), name))}
+    files, table = _files(entries, {name: sum(entry.num_bytes for entry in found) for name, found in entries.items()})
+    sizes = f"tp={topology.tp} pp={topology.pp}" + (f" cp={topology.cp}" if topology.cp > 1 else "")
+    head = _head("TensorRT-LLM checkpoint", config.architecture, f"{sizes}, {config.dtype}")
+    return {"format": "trtllm", "config": config.model_dump(mode="json"), "files": files}, [head, table]
+
+
+def _source(place: Place) -> tuple[dict[str, Any], list[Table]]:
+    try:
+        index, _ = read_source(place.url)
+    except OrchestratorError as error:
+        raise type(error)(f"{place.url} is no readable checkpoint: {error.message}", error.advice) from None
+    entries: dict[str, list[TensorInfo]] = {file.name: [] for file in index.files}
+    for tensor in index.tensors.values():
+        entries[index.files[tensor.file].name].append(tensor)
+    files, table = _files(entries, {file.name: file.num_bytes for file in index.files})
+    architecture = ", ".join(index.config.get("architectures") or ["unknown"])
+    head = _head(_TITLES[index.format], architecture, format_bytes(index.num_bytes))
+    for warning in index.warnings:
+        head.add_row("warning", escape(warning), "")
+    facts = {"format": index.format, "architecture": architecture, "files": files, "warnings": list(index.warnings)}
+    return facts, [head, table]
+
+
+def _files(
+    entries: Mapping[str, Sequence[HeaderEntry | TensorInfo]], num_bytes: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], Table]:
+    """Tensors, bytes and dtypes of each file."""
+    table = Table("file", "tensors", "bytes", "dtypes", box=None, pad_edge=False)
+    files = []
+    for name, found in entries.items():
+        dtypes = counted(entry.dtype for entry in found)
+        shown = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
+        table.add_row(name, str(len(found)), format_bytes(num_bytes[name]), shown)
+        files.append({"file": name, "tensors": len(found), "bytes": num_bytes[name], "dtypes": dtypes})
+    return files, table
+
+
+def _head(kind: str, architecture: str, note: str) -> Table:
+    head = Table(box=None, show_header=False, pad_edge=False)
+    head.add_row(kind, architecture, note)
+    return head

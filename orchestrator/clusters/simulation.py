@@ -1,0 +1,239 @@
+"""What a build would take: the real driver on a cluster that jumps from event to event, at stated rates, with scripted failures."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from orchestrator.base.errors import ClusterError, SpecError
+from orchestrator.clusters.simulated import STORE_READ, STORE_WRITE, SimulatedCluster, Span, node_links
+from orchestrator.planning.plan import Plan, unplaceable
+from orchestrator.planning.steps import Failure, FailureKind, Kind, Outcome, Step
+from orchestrator.run.driver import Result, drive
+from orchestrator.run.listener import SilentListener
+from orchestrator.run.schedule import Start
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.rates import STEP_RATES, RatesSpec, StepRate, fit
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """What a pool's nodes did until the build was over."""
+
+    nodes: int
+    slots: int
+    """Of all nodes."""
+    busy_seconds: float
+    """Of slots: the sum over attempts."""
+    utilization: float
+    """Of the slots, over the makespan; 0 to 1."""
+    peak_memory_bytes: int
+    """The most that steps reserved on one node."""
+    read_bytes: int
+    """From the store."""
+    write_bytes: int
+    """To the store."""
+    cost: float
+    """All nodes for the whole makespan."""
+
+
+@dataclass(frozen=True)
+class LinkUse:
+    """What went over one of the store's two directions, all nodes together."""
+
+    num_bytes: int
+    bytes_per_second: int | None
+    """Its limit."""
+    utilization: float | None
+    """Of the limit, over the makespan."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A build that did not happen."""
+
+    makespan_seconds: float
+    critical_seconds: float
+    """The longest chain of steps, each at the speed that it has alone: no number of nodes makes the build faster."""
+    critical_path: tuple[str, ...]
+    pools: dict[str, PoolUse]
+    links: dict[str, LinkUse]
+    cost: float
+    retries: int
+    failures: dict[str, str]
+    """By step: why the build would end without a release."""
+    spans: tuple[Span, ...] = field(repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        """For machines."""
+        plain = asdict(self)
+        plain["spans"] = [{**span, "kind": span["kind"].value} for span in plain["spans"]]
+        return plain
+
+
+class _Retries(SilentListener):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_retry(self, command: Start) -> None:
+        self.count += 1
+
+
+def simulate(
+    plan: Plan, place: ClusterSpec, rates: RatesSpec, failures: Mapping[tuple[str, int], Failure] | None = None
+) -> Simulation:
+    """Drive the whole plan, nothing committed.
+
+    Raises ClusterError when a pool lacks a step's resources, SpecError for rates of pools that are not there.
+    """
+    unknown = [name for name in rates.pools if name not in place.pools]
+    if unknown:
+        raise SpecError(
+            f"the rates name pools that the cluster does not have: {', '.join(unknown)}", f"It has: {', '.join(place.pools)}."
+        )
+    problems = unplaceable(plan, place)
+    if problems:
+        raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps.")
+    cluster = SimulatedCluster(place, failures, rates)
+    retries = _Retries()
+    result = drive(plan, {}, cluster, place, retries)
+    return _measure(plan, place, rates, cluster, result, retries.count)
+
+
+def _measure(
+    plan: Plan, place: ClusterSpec, rates: RatesSpec, cluster: SimulatedCluster, result: Result, num_retries: int
+) -> Simulation:
+    makespan = max((span.end for span in cluster.spans), default=0.0)
+    alone = {step.digest: seconds_alone(step, place, rates) for step in plan.steps}
+    critical, path = longest_chain(plan, alone)
+    slots = cluster.admission.slots()
+    pools = {}
+    for name, nodes in cluster.nodes.items():
+        busy = sum(span.end - span.start for span in cluster.spans if span.pool == name)
+        links = [node_links(node.name) for node in nodes]
+        pools[name] = PoolUse(
+            nodes=len(nodes),
+            slots=slots[name],
+            busy_seconds=busy,
+            utilization=busy / (slots[name] * makespan) if makespan else 0.0,
+            peak_memory_bytes=cluster.peak_memory_bytes.get(name, 0),
+            read_bytes=sum(cluster.links.carried.get(inward, 0) for inward, _, _ in links),
+            write_bytes=sum(cluster.links.carried.get(outward, 0) for _, outward, _ in links),
+            cost=len(nodes) * rates.pool(name).price_per_hour * makespan / 3600,
+        )
+    return Simulation(
+        makespan_seconds=makespan,
+        critical_seconds=critical,
+        critical_path=tuple(step.name for step in path),
+        pools=pools,
+        links={
+            name: _link_use(cluster.links.carried.get(name, 0), limit, makespan)
+            for name, limit in ((STORE_READ, rates.store_read), (STORE_WRITE, rates.store_write))
+        },
+        cost=sum(pool.cost for pool in pools.values()),
+        retries=num_retries,
+        failures={plan.step(digest).name: failure.message for digest, failure in result.failures.items()},
+        spans=tuple(cluster.spans),
+    )
+
+
+def _link_use(num_bytes: int, limit: int | None, makespan: float) -> LinkUse:
+    return LinkUse(num_bytes, limit, num_bytes / (limit * makespan) if limit and makespan else None)
+
+
+def seconds_alone(step: Step, place: ClusterSpec, rates: RatesSpec) -> float:
+    """What a step takes when nothing else runs."""
+    pool = place.pool_name_for(step.kind.value)
+    assert pool is not None, f"no pool runs {step.kind.value} steps"  # the plan was placed before
+    node = rates.pool(pool)
+    estimate = step.estimate
+    seconds = rates.compute_seconds(step.kind.value, estimate.work_bytes, pool)
+    for num_bytes, store in ((estimate.read_bytes, rates.store_read), (estimate.write_bytes, rates.store_write)):
+        limits = [limit for limit in (store, node.network, node.disk) if limit is not None]
+        seconds += num_bytes / min(limits) if limits else 0.0
+    return seconds
+
+
+def longest_chain(plan: Plan, seconds: Mapping[str, float]) -> tuple[float, list[Step]]:
+    """The chain of needs that takes longest, and its seconds."""
+    ends: dict[str, float] = {}
+    before: dict[str, str | None] = {}
+    for step in plan.steps:
+        before[step.digest] = max(step.needs, key=lambda need: ends[need], default=None)
+        ends[step.digest] = seconds[step.digest] + max((ends[need] for need in step.needs), default=0.0)
+    last: str | None = max(ends, key=lambda digest: ends[digest], default=None)
+    total = ends[last] if last is not None else 0.0
+    path: list[Step] = []
+    while last is not None:
+        path.append(plan.step(last))
+        last = before[last]
+    return total, path[::-1]
+
+
+def parse_failures(words: Iterable[str], plan: Plan) -> dict[tuple[str, int], Failure]:
+    """Scripted failures from `STEP:ATTEMPT` or `STEP:ATTEMPT:KIND`. Raises SpecError naming what is wrong."""
+    names = [step.name for step in plan.steps]
+    found = {}
+    for word in words:
+        name, _, rest = word.partition(":")
+        attempt, _, kind = rest.partition(":")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise SpecError(
+                f"--fail {word}: the plan has no step {name!r}" + (f" (did you mean {near[0]}?)" if near else ""),
+                "`orchestrator plan SPEC` lists the steps.",
+            )
+        if not attempt.isdigit() or int(attempt) < 1 or kind not in ("", FailureKind.INFRASTRUCTURE, FailureKind.APPLICATION):
+            raise SpecError(
+                f"--fail {word}: expected STEP:ATTEMPT or STEP:ATTEMPT:KIND",
+                "E.g. build/rank3:1 (infrastructure: it is tried again) or build/rank3:1:application (its own error: it is not).",
+            )
+        failure = FailureKind(kind or FailureKind.INFRASTRUCTURE)
+        found[name, int(attempt)] = Failure(kind=failure, message="failed, as the script says")
+    return found
+
+
+def measured(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, StepRate]:
+    """The step rates that committed outcomes of a plan show, by kind."""
+    found = {}
+    for kind in Kind:
+        points = [
+            (step.estimate.work_bytes, outcomes[step.digest].seconds) for step in plan.of_kind(kind) if step.digest in outcomes
+        ]
+        rate = fit(points, STEP_RATES[kind.value])
+        if rate is not None:
+            found[kind.value] = rate
+    return found
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def timeline(spans: Sequence[Span], makespan: float, columns: int) -> list[tuple[str, Kind, str, int]]:
+    """Pool, kind, a bar per piece of time, and the most attempts at once; the fullest piece of a row is a whole bar."""
+    rows = []
+    keys = sorted(
+        {(span.pool, span.kind) for span in spans}, key=lambda key: min(s.start for s in spans if (s.pool, s.kind) == key)
+    )
+    for pool, kind in keys:
+        mine = [span for span in spans if (span.pool, span.kind) == (pool, kind)]
+        width = makespan / columns or 1.0
+        busy = [
+            sum(max(min(span.end, (column + 1) * width) - max(span.start, column * width), 0.0) for span in mine) / width
+            for column in range(columns)
+        ]
+        top = max(busy)
+        bars = "".join(_BARS[-(-int(value / top * 800) // 100)] if value else " " for value in busy)
+        rows.append((pool, kind, bars, _most_at_once(mine)))
+    return rows
+
+
+def _most_at_once(spans: Sequence[Span]) -> int:
+    changes = sorted([(span.start, 1) for span in spans] + [(span.end, -1) for span in spans])
+    running = most = 0
+    for _, change in changes:
+        running += change
+        most = max(most, running)
+    return most

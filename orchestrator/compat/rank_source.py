@@ -1,0 +1,161 @@
+"""One rank of a model still in its source's files: which rows it takes, quantized how, and the one pass that cuts them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.base.errors import store_error
+from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.rules import Family
+from orchestrator.model.targets import ArtifactScale, QuantizedWeight, Read, Target
+from orchestrator.model.topology import Topology
+from orchestrator.model.weight_map import WeightMap, weight_map
+from orchestrator.planning.options import ConvertOptions
+from orchestrator.planning.plan import Inputs
+from orchestrator.planning.quantization import resolve
+from orchestrator.spec.build import BuildConfig, QuantizationSpec
+from orchestrator.stores import open_place
+from orchestrator.work.convert.step import write_shards
+from orchestrator.work.scales import Scales
+from orchestrator.work.shards import Weight
+
+NO_LIMIT = 2**62
+"""Of the bytes in a shard: a rank is one file here."""
+
+
+def rank_options(weights: WeightMap, index: CheckpointIndex, topology: Topology, rank: int) -> ConvertOptions:
+    """The program for one tensor-parallel rank: it reads only the rows that this rank takes."""
+    place = topology.coordinates(rank)
+    (group,) = weights.stage(place.pp_rank)
+    options, tp_rank = ConvertOptions.of(group, index, topology), place.tp_rank
+
+    def only(target: Target) -> Target:
+        taken = [number for number, read in enumerate(target.reads) if not read.ranks or tp_rank in read.ranks]
+        return replace(
+            target,
+            reads=tuple(_narrow(target.reads[number], tp_rank) for number in taken),
+            quantized=_only_modules(target.quantized, taken) if target.quantized else None,
+            scale=_only_rank(target.scale, tp_rank) if isinstance(target.scale, ArtifactScale) else target.scale,
+        )
+
+    return ConvertOptions(
+        format=options.format,
+        files=options.files,
+        targets=tuple(only(target) for target in options.targets),
+        shards=(options.shards[tp_rank],),
+    )
+
+
+def _only_modules(quantized: QuantizedWeight, taken: list[int]) -> QuantizedWeight:
+    modules, amax_modules = quantized.modules, quantized.amax_modules
+    return replace(
+        quantized,
+        modules=tuple(modules[number] for number in taken),
+        amax_modules=tuple(amax_modules[number] for number in taken),
+    )
+
+
+def _only_rank(scale: ArtifactScale, tp_rank: int) -> ArtifactScale:
+    return replace(scale, entries=(scale.entries[tp_rank],), spans=(scale.spans[tp_rank],) if scale.spans else ())
+
+
+def _narrow(read: Read, tp_rank: int) -> Read:
+    if not read.spans:
+        return read
+    position = read.ranks.index(tp_rank) if read.ranks else tp_rank
+    return replace(read, spans=(read.spans[position],), ranks=())
+
+
+@dataclass(frozen=True)
+class RankSource:
+    """A rank's tensors still in the source's files."""
+
+    folder: Path
+    index: CheckpointIndex
+    extra_files: tuple[SourceFile, ...]
+    family: Family
+    options: ConvertOptions
+    scales: Scales | None = None
+
+    def inputs(self, config: ModelConfig, topology: Topology, quantization: QuantizationSpec) -> Inputs:
+        """What quantized conversion follows from. Raises QuantizationError, SourceMissingError, TopologyError."""
+        asked = resolve(quantization, config.num_hidden_layers)
+        # One process calibrates: in one go, unless it is asked to hold a part at a time.
+        asked = replace(asked, num_stages=asked.num_stages or 1)
+        weights = weight_map(self.index, self.family, config, topology, NO_LIMIT, asked.model)
+        return Inputs(
+            self.index, self.extra_files, str(self.folder), config, weights, None, BuildConfig(), asked, family=self.family.name
+        )
+
+    def quantized(self, inputs: Inputs, topology: Topology, rank: int, scales: Scales | None) -> RankSource:
+        """The same source, cut and quantized as `inputs` says."""
+        return replace(self, options=rank_options(inputs.weights, self.index, topology, rank), scales=scales)
+
+    def write(self, path: Path) -> None:
+        @contextmanager
+        def output(_name: str, _num_bytes: int) -> Iterator[_Sink]:
+            with new_file(path) as write:
+                yield _Sink(write)
+
+        self._run(output)
+
+    def materialize(self) -> dict[str, Weight]:
+        """Cut every tensor into one buffer of the rank's size."""
+        buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        position = 0
+
+        def append(data: memoryview) -> None:
+            nonlocal position
+            buffers[0][position : position + len(data)] = np.frombuffer(data, np.uint8)
+            position += len(data)
+
+        @contextmanager
+        def output(_name: str, num_bytes: int) -> Iterator[_Sink]:
+            buffers.append(np.empty(num_bytes, np.uint8))
+            yield _Sink(append)
+
+        self._run(output)
+        (buffer,) = buffers
+        offset = len(buffer) - sum(target.num_bytes for target in self.options.targets)
+        weights = {}
+        for target in self.options.targets:
+            weights[target.name] = Weight(target.dtype, target.shape, buffer[offset : offset + target.num_bytes])
+            offset += target.num_bytes
+        return weights
+
+    def _run(self, output: Any) -> None:
+        with open_place(str(self.folder)).open(self.options.files) as source:
+            write_shards(self.options, source, output, lambda num_bytes: None, self.scales)
+
+
+@dataclass(frozen=True)
+class _Sink:
+    append: Callable[[memoryview], None]
+
+    def write(self, data: memoryview) -> None:
+        self.append(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
+    """Write beside the name and rename at a clean end. Raises StoreError."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield lambda data: _write_all(file, data)
+        temporary.replace(path)
+    except OSError as error:
+        raise store_error(f"cannot write {path}", error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    file.write(data)

@@ -1,0 +1,1 @@
+"""What a build reports while it runs: values, JSON lines, and back."""

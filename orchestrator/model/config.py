@@ -1,0 +1,364 @@
+"""The shape of a decoder model, in TensorRT-LLM's terms (`PretrainedConfig` of TensorRT-LLM 0.16), global, never per rank.
+
+Everything that a rank's network and weights follow from stands here as data; what tells families apart is values, not code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.base.errors import ArchitectureError, TopologyError
+from orchestrator.model.config_keys import Keys, check_keys, shown
+from orchestrator.model.config_rotary import rotary
+from orchestrator.model.config_sizes import check_sizes
+from orchestrator.model.config_table import SWIGLU, ExpertTable
+from orchestrator.model.config_table import ConfigTable as ConfigTable  # read from here by name
+from orchestrator.model.config_windows import windows
+from orchestrator.model.quantization import ModelQuantization, quantization_config
+from orchestrator.model.topology import ParallelLimits, Topology
+
+
+class MoeConfig(BaseModel):
+    """Mixture of experts, with the names of TensorRT-LLM's `moe` dictionary."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    num_experts: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    normalization_mode: int = 1
+    """1: the chosen experts' probabilities are scaled to sum to one; 0: they are not."""
+    shared_expert_intermediate_size: int = 0
+    """0: no shared expert."""
+
+
+class ModelConfig(BaseModel):
+    """What a rank's network and its weights follow from."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    architecture: str
+    dtype: Literal["float16", "bfloat16", "float32"]
+    vocab_size: int = Field(ge=1)
+    """Unpadded."""
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    hidden_act: str
+    norm_epsilon: float
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Norms before attention and MLP, after them (OLMo 2), or both (Gemma 2 and 3)."""
+    max_position_embeddings: int = Field(ge=1)
+    rotary_base: float
+    rotary_scaling: dict[str, Any] | None = None
+    """Hugging Face's dictionary, complete for its rope_type and without the base; None: plain rotary embedding."""
+    rotary_base_local: float | None = None
+    """Of the layers with a window, unscaled, where it differs (Gemma 3)."""
+    rotary_embedding_dim: int | None = None
+    """Leading elements of a head that are rotated; None: all."""
+    sliding_window: int | None = None
+    """A token attends to this many positions, itself included; None: to all before it."""
+    window_layers: tuple[bool, ...] | None = None
+    """Which layers have the window; None: all, if there is one."""
+    attn_bias: bool = False
+    """Of queries, keys and values."""
+    attn_dense_bias: bool = False
+    mlp_bias: bool = False
+    exact_norms: bool = False
+    """Norms' weights stand a second time in the rank files, in float32 (`..._float32`), and the graph reads those. Families whose
+    norms scale by weight + 1 have them: rounded to bfloat16, as TensorRT-LLM stores it, the sum loses up to 2 ** -8 of it."""
+    qk_layernorm: Literal["none", "head", "full"] = "none"
+    """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
+    attention_scale: float | None = None
+    """None: head_size ** -0.5."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    """Logits are divided by it."""
+    tie_word_embeddings: bool = False
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    """With use_parallel_embedding: 0 by vocabulary (padded), 1 by hidden size."""
+    moe: MoeConfig | None = None
+    moe_intermediate_size: int | None = None
+    """Of each expert; None: intermediate_size."""
+
+    def limits(self) -> ParallelLimits:
+        """The numbers that decide which topologies are legal."""
+        experts = self.moe.num_experts if self.moe else 0
+        return ParallelLimits(
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self._dense_size(),
+            experts,
+            self.expert_size,
+        )
+
+    def _dense_size(self) -> int:
+        """The intermediate size that all tp ranks share: of the MLP, or of the shared expert beside experts."""
+        if self.moe is None:
+            return self.intermediate_size
+        return self.moe.shared_expert_intermediate_size
+
+    @property
+    def expert_size(self) -> int:
+        """Intermediate size of an expert."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    def dims(self) -> dict[str, int]:
+        """The sizes that rules name in their shapes."""
+        moe = self.moe
+        return {
+            "hidden": self.hidden_size,
+            "q": self.num_attention_heads * self.head_size,
+            "kv": self.num_key_value_heads * self.head_size,
+            "head": self.head_size,
+            "inter": self.intermediate_size,
+            "vocab": self.vocab_size,
+            "one": 1,
+            "experts": moe.num_experts if moe else 0,
+            "expert_inter": self.expert_size,
+            "shared_inter": moe.shared_expert_intermediate_size if moe else 0,
+        }
+
+    @property
+    def trained_length(self) -> int:
+        """Positions of the texts that the model was trained on, before its rotary scaling."""
+        scaling = self.rotary_scaling or {}
+        # Dynamic scaling counts from the model's positions, whatever else its dictionary holds (transformers 5).
+        original = None if scaling.get("rope_type") == "dynamic" else scaling.get("original_max_position_embeddings")
+        return int(original or self.max_position_embeddings)
+
+    def rotary_depends_on_length(self, length: int) -> bool:
+        """Whether a text of up to `length` positions may need other frequencies than a short one."""
+        kind = (self.rotary_scaling or {}).get("rope_type")
+        return kind in ("longrope", "dynamic") and length > self.trained_length
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model may be used with: its own, or those that its rotary scaling stretches the trained ones to."""
+        scaling = self.rotary_scaling or {}
+        stretched = 0
+        if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+            stretched = int(self.trained_length * float(scaling.get("factor") or 1.0))
+        return max(self.max_position_embeddings, stretched)
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a global layer attends through the window only."""
+        return self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
+
+    def kv_heads_per_rank(self, tp: int) -> int:
+        """max(K / tp, 1): with more ranks than key/value heads each head is held by tp / K ranks."""
+        return max(self.num_key_value_heads // tp, 1)
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """ceil(V / tp) * tp, as TensorRT-LLM's `pad_vocab_size`."""
+        return -(-self.vocab_size // tp) * tp
+
+
+TRANSFORMS: dict[str, Callable[[float], float]] = {
+    "is": lambda value: value,
+    "sqrt": lambda value: value**0.5,
+    "rsqrt": lambda value: value**-0.5,
+}
+
+
+def from_hugging_face(
+    config: Mapping[str, Any], architecture: str, dtype: str, table: ConfigTable, ignored: frozenset[str] = frozenset()
+) -> ModelConfig:
+    """Translate a Hugging Face config.json of transformers 4 or 5, as transformers 5 reads it. `ignored` keys are not looked at.
+
+    Raises ArchitectureError naming the key that is missing, unknown, impossible or not built.
+    """
+    check_sizes(config, f"config.json of {architecture}")
+    check_keys(config, architecture, table, ignored)
+    keys = Keys({key: value for key, value in config.items() if key not in ignored}, architecture, table)
+    try:
+        fields = _translate(keys)
+        return ModelConfig.model_validate({"architecture": architecture, "dtype": dtype, **fields, **table.constants})
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ArchitectureError(f"config.json of {architecture} holds an impossible value: {error}") from None
+
+
+def _translate(keys: Keys) -> dict[str, Any]:
+    heads, layers = keys.count("num_attention_heads"), keys.count("num_hidden_layers")
+    kv_heads = keys.maybe_count("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise keys.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
+    if keys.table.whole_heads and keys.count("hidden_size") % heads:
+        raise keys.error("hidden_size", f"is {keys.get('hidden_size')}, no multiple of the {heads} attention heads")
+    head_size = keys.maybe_count("head_dim") or _quotient(keys, heads)
+    return {
+        "vocab_size": keys.count("vocab_size"),
+        "hidden_size": keys.count("hidden_size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_size": head_size,
+        "intermediate_size": keys.count("intermediate_size"),
+        "hidden_act": keys.activation(),
+        "norm_epsilon": keys.number("rms_norm_eps"),
+        "max_position_embeddings": keys.count("max_position_embeddings"),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings"),
+        **rotary(keys, head_size),
+        **windows(keys, layers),
+        **_experts(keys),
+        **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
+    }
+
+
+def _quotient(keys: Keys, heads: int) -> int:
+    """The head size that follows from the others; transformers drops the remainder."""
+    size = keys.count("hidden_size") // heads
+    if not size:
+        raise keys.error("num_attention_heads", f"is {heads}, more than hidden_size")
+    return size
+
+
+def _derived(keys: Keys, transform: str, key: str) -> Any:
+    if keys.get(key) is None:
+        return None
+    if isinstance(keys.table.defaults.get(key), bool):
+        return keys.flag(key)
+    value = keys.number(key)
+    if value <= 0:
+        raise keys.error(key, f"is {value:g}, not positive")
+    return TRANSFORMS[transform](value)
+
+
+def _experts(keys: Keys) -> dict[str, Any]:
+    """moe and moe_intermediate_size."""
+    table = keys.table.experts
+    if table is None:
+        return {}
+    if keys.get("mlp_only_layers") or keys.get("decoder_sparse_step") not in (None, 1):
+        raise keys.error(
+            "mlp_only_layers" if keys.get("mlp_only_layers") else "decoder_sparse_step",
+            "makes layers without experts between layers with experts, which is not supported",
+        )
+    count = keys.count(_name_of_count(keys, table))
+    chosen = keys.count("num_experts_per_tok")
+    if chosen > count:
+        raise keys.error("num_experts_per_tok", f"is {chosen}, and there are {count} experts")
+    moe = {
+        "num_experts": count,
+        "top_k": chosen,
+        "normalization_mode": 1 if table.normalized is None else int(keys.flag(table.normalized)),
+        "shared_expert_intermediate_size": keys.count(table.shared_size) if table.shared_size else 0,
+    }
+    return {"moe": moe, "moe_intermediate_size": None if table.size == "intermediate_size" else keys.count(table.size)}
+
+
+def _name_of_count(keys: Keys, table: ExpertTable) -> str:
+    """The key that counts the experts: transformers knows one by two names in some families, and saves either."""
+    if table.alias is None or table.alias not in keys.given:
+        return table.count
+    if table.count in keys.given and keys.get(table.count) != keys.get(table.alias):
+        raise keys.error(table.count, f"is {shown(keys.get(table.count))}, {table.alias} is {shown(keys.get(table.alias))}")
+    return table.alias
+
+
+def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> dict[str, Any]:
+    """config.json of a TensorRT-LLM checkpoint (field names and values as TensorRT-LLM 0.16 writes them).
+
+    Fields of ours that TensorRT-LLM has no name for are written only where they differ from their default: its reader sets
+    unknown keys with a warning.
+    """
+    mapping: dict[str, Any] = {
+        "world_size": topology.world_size, "gpus_per_node": 8,
+        "cp_size": topology.cp, "tp_size": topology.tp, "pp_size": topology.pp,
+        "moe_tp_size": topology.moe_tp, "moe_ep_size": topology.moe_ep,
+    }  # fmt: skip
+    if topology.pp_partition is not None:
+        mapping["pp_partition"] = list(topology.pp_partition)
+    fields = {
+        name: value
+        for name, value in config.model_dump(mode="json").items()
+        if name in _ALWAYS or value != ModelConfig.model_fields[name].default
+    }
+    if config.moe is not None and config.hidden_act in ("silu", "swish"):
+        fields["hidden_act"] = SWIGLU  # TensorRT-LLM's experts are gated when their activation says so
+    return {
+        **fields,
+        "logits_dtype": "float32",
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_embedding_dim": config.rotary_embedding_dim or config.head_size,
+        "use_parallel_embedding": config.use_parallel_embedding,
+        "embedding_sharding_dim": config.embedding_sharding_dim,
+        "qk_layernorm": config.qk_layernorm != "none",
+        "qk_layernorm_kind": config.qk_layernorm,
+        "mapping": mapping,
+        "quantization": quantization_config(quantization),
+    }
+
+
+_ALWAYS = {
+    "architecture", "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_size", "intermediate_size", "hidden_act", "norm_epsilon", "max_position_embeddings", "rotary_base", "rotary_scaling",
+    "attn_bias", "mlp_bias", "tie_word_embeddings",
+}  # fmt: skip
+
+
+def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
+    """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's; keys that do not concern us are passed over.
+
+    Raises TopologyError for a mapping that contradicts itself, ValueError for values that no model can have.
+    """
+    check_sizes(config, "config.json of the TensorRT-LLM checkpoint")
+    try:
+        return _from_trtllm(config)
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"a value is of the wrong type: {error}") from None
+
+
+def _from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
+    topology = _mapping(config.get("mapping") or {}, has_experts=bool((config.get("moe") or {}).get("num_experts")))
+    known = {key: value for key, value in config.items() if key in ModelConfig.model_fields and value is not None}
+    heads = known.get("num_attention_heads", 1)
+    known.setdefault("num_key_value_heads", heads)
+    known.setdefault("head_size", known.get("hidden_size", 1) // heads)
+    known.setdefault("rotary_base", 10000.0)
+    known.setdefault("norm_epsilon", 1e-5)
+    architecture = str(known.get("architecture", ""))
+    known.setdefault("attn_dense_bias", bool(known.get("attn_bias")) and "Qwen" not in architecture)
+    known["qk_layernorm"] = config.get("qk_layernorm_kind") or ("head" if config.get("qk_layernorm") else "none")
+    if known.get("rotary_embedding_dim") == known["head_size"]:
+        del known["rotary_embedding_dim"]
+    if not (known.get("moe") or {}).get("num_experts"):
+        known.pop("moe", None)
+    elif known.get("hidden_act") == SWIGLU:
+        known["hidden_act"] = "silu"
+    return ModelConfig.model_validate(known), topology
+
+
+def _mapping(mapping: Mapping[str, Any], *, has_experts: bool) -> Topology:
+    """The topology of `mapping`: all keys (TensorRT-LLM's converter) or only world_size, tp_size and pp_size (Model Optimizer).
+
+    Without experts the moe sizes decide nothing, and versions differ in what they write there.
+    """
+    tp, pp, cp = (int(mapping.get(key) or 1) for key in ("tp_size", "pp_size", "cp_size"))
+    moe_ep = int(mapping.get("moe_ep_size") or 1) if has_experts else 1
+    moe_tp = int(mapping.get("moe_tp_size") or -1)
+    partition = mapping.get("pp_partition")
+    topology = Topology(tp, pp, tuple(partition) if partition else None, max(moe_ep, 1), cp)
+    world_size = mapping.get("world_size", topology.world_size)
+    if world_size != topology.world_size:
+        raise TopologyError(
+            f"mapping of config.json: world_size {world_size} is not tp_size {tp} x pp_size {pp} x cp_size {cp}",
+            f"Set world_size to {topology.world_size}, or the sizes to those that the checkpoint was written with.",
+        )
+    if has_experts and moe_tp > 0 and moe_tp * topology.moe_ep != tp:
+        legal = ", ".join(f"{tp // ep} x {ep}" for ep in range(1, tp + 1) if tp % ep == 0)
+        raise TopologyError(
+            f"mapping of config.json: moe_tp_size {moe_tp} x moe_ep_size {topology.moe_ep} is not tp_size {tp}",
+            f"Legal here: moe_tp_size x moe_ep_size in {legal}.",
+        )
+    return topology

@@ -1,0 +1,204 @@
+"""Keys of config.json: which are known, which do not matter and why, and the values of the known ones, typed.
+
+A key that nobody here knows is refused by name: it may change what the model computes. To allow one, find out what it does:
+list it with its concern in DOES_NOT_MATTER, or with the only value that is built in MUST_BE, or give it a meaning in a family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.model.config_table import ConfigTable
+
+ROTARY_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Read by config_rotary in every family, which holds their defaults."""
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""The size of the model. transformers has defaults for these too, but a config.json without them is not complete."""
+_LARGEST = 2**31 - 1
+_MOST = {"num_hidden_layers": 10_000, "num_local_experts": 10_000, "num_experts": 10_000}
+
+DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
+    "training: nothing is dropped, disturbed or penalized in inference": (
+        "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
+        "classifier_dropout", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "neftune_noise_alpha",
+        "gradient_checkpointing", "embedding_dropout", "rescale_layer", "initializer_std",
+    ),
+    "how training split the model: the sums are the same": ("pretraining_tp", "tensor_parallel_degree", "tp_plan"),
+    "labels of classifiers": ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    "the tokenizer's business": (
+        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
+        "decoder_start_token_id", "tokenizer_class", "prefix", "suffix", "chat_template", "boi_token_index", "eoi_token_index",
+        "image_token_index",
+    ),
+    "lengths that only tokenizers and servers read": (
+        "max_sequence_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side", "seq_length",
+        "max_length",
+    ),
+    "generation: the engine computes logits, whoever runs it chooses tokens": (
+        "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "diversity_penalty",
+        "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff",
+        "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty",
+        "min_length", "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups",
+        "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+        "return_dict_in_generate", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p",
+        "use_cache", "max_new_tokens", "generation_config", "sampling_params",
+    ),
+    "what transformers' call returns": ("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
+    "how transformers or another program runs it": (
+        "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
+        "_experts_implementation", "_experts_implementation_internal", "experts_implementation", "_flash_attn_2_enabled",
+        "use_flash_attn", "use_flash_attention", "use_flash_attention_2", "cache_implementation", "torchscript", "use_bfloat16",
+        "chunk_size_feed_forward", "transformers.js_config", "attn_weights_dtype", "onnx", "ollama",
+    ),
+    "where the file comes from": (
+        "architectures", "model_type", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "auto_map",
+        "custom_pipelines", "torch_dtype", "dtype", "is_llama_config", "unsloth_version", "unsloth_fixed", "_from_model_config",
+        "model_name", "license", "language", "author", "version",
+    ),
+    "another key says the same, and that one is read": ("sliding_window_size", "_sliding_window_pattern"),
+    "marks of decoders, which all of these are": ("is_decoder",),
+}  # fmt: skip
+"""Concern and reason -> keys."""
+
+MUST_BE: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False,),
+    "attention_bias": (False,),
+    "qkv_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "bias": (False,),
+    "no_bias": (True,),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "pruned_heads": ({},),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "num_nextn_predict_layers": (0,),
+    "quantization_config": ({},),
+}
+"""Keys of switches that no family here has -> the values at which they change nothing. Null changes nothing either."""
+
+_IRRELEVANT = {key for keys in DOES_NOT_MATTER.values() for key in keys}
+
+
+def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
+    """Raises ArchitectureError that names every key that is unknown, and every switch that is not built."""
+    kind = config.get("model_type")
+    if "model_type" in config and "model_type" not in ignored and table.model_types and kind not in table.model_types:
+        raise ArchitectureError(
+            f"model_type in config.json of {architecture} is {kind!r}: transformers would load another model",
+            f"The model_type of {architecture} is {', '.join(table.model_types)}; set source.family if `architectures` is wrong.",
+        )
+    known = {*table.defaults, *table.passed_over, *ROTARY_KEYS, *REQUIRED, table.experts and table.experts.alias}
+    unknown = []
+    for key, value in config.items():
+        if key in known or value is None or key in ignored:
+            continue
+        if key in MUST_BE:
+            if value not in MUST_BE[key]:
+                raise ArchitectureError(
+                    f"{key} in config.json of {architecture} is {shown(value)}, which this family does not have",
+                    f"Built is {key}: {shown(MUST_BE[key][0])}. If the model does not depend on it, remove it from config.json.",
+                )
+        elif key not in _IRRELEVANT:
+            unknown.append(key)
+    if unknown:
+        names = ", ".join(repr(shorten(key)) for key in sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise ArchitectureError(
+            f"config.json of {architecture} has keys that this family does not know: {names}",
+            "If the model does not depend on them, name them in source.ignored_keys of the spec, or remove them from config.json.",
+        )
+
+
+def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigTable) -> tuple[str, ...]:
+    """Warnings: keys that are not built because transformers does not read it, and what is built although in doubt."""
+    found = [
+        f"{key} {shown(config[key])} in config.json of {architecture} is passed over, as transformers does: {passed.why}"
+        for key, passed in table.passed_over.items()
+        if key in config and passed.quiet is not None and config[key] not in passed.quiet
+    ]
+    read = {**table.defaults, **config}
+    found += [
+        f"{key} {value!r} in config.json of {architecture}: {why}"
+        for (key, value), why in table.doubts.items()
+        if read.get(key) == value
+    ]
+    return tuple(found)
+
+
+def shown(value: Any) -> str:
+    """The value for a message, cut short."""
+    return shorten(repr(value))
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """The text, or its beginning."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class Keys:
+    """The keys of one config.json over the family's defaults, read with their types. Raises ArchitectureError naming the key."""
+
+    def __init__(self, config: Mapping[str, Any], architecture: str, table: ConfigTable) -> None:
+        self.given, self.architecture, self.table = config, architecture, table
+        for key in (*table.defaults, *REQUIRED):
+            if key in config and config[key] is None and key not in table.nullable:
+                raise self.error(key, "is null, which transformers does not take there", "Remove the key, or give it a value.")
+        self._values = {**table.defaults, **config}
+
+    def error(
+        self, key: str, problem: str, advice: str = "Use the config.json that was published with the model."
+    ) -> ArchitectureError:
+        """The error for `key`, to be raised."""
+        return ArchitectureError(f"{key} in config.json of {self.architecture} {problem}", advice)
+
+    def get(self, key: str) -> Any:
+        """The value, the family's default where config.json omits it, or None."""
+        return self._values.get(key)
+
+    def count(self, key: str, least: int = 1) -> int:
+        if key not in self._values:
+            raise ArchitectureError(
+                f"config.json of {self.architecture} has no {key!r}", "Use the complete config.json of the model."
+            )
+        value, most = self._values[key], _MOST.get(key, _LARGEST)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.error(key, f"is {shown(value)}, not a whole number from {least} to {most}")
+        return value
+
+    def maybe_count(self, key: str) -> int | None:
+        return None if self._values.get(key) is None else self.count(key)
+
+    def number(self, key: str) -> float:
+        return number(self._values.get(key), f"{key} in config.json of {self.architecture}")
+
+    def flag(self, key: str) -> bool:
+        value = self._values.get(key)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {shown(value)}, neither true nor false")
+        return value
+
+    def activation(self) -> str:
+        key, known = self.table.activation, self.table.activations
+        value = self._values.get(key)
+        if not isinstance(value, str) or value not in known:
+            raise self.error(key, f"is {shown(value)}, which is not supported", f"Supported: {', '.join(known)}.")
+        return known[value]
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number. Raises ArchitectureError naming `where`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ArchitectureError(f"{where} is {shown(value)}, not a number")
+    return float(value)

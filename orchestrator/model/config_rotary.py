@@ -1,0 +1,174 @@
+"""The rotary embedding as config.json describes it: transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+
+Precedence is transformers': `rope_scaling`, unless empty, replaces `rope_parameters`; a base within it comes before
+`rope_theta`. Dictionaries are complete when they leave here: what a formula needs is there, and of the right type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.model.config_keys import Keys, number, shown
+from orchestrator.model.config_table import RotaryTable
+
+_NUMBERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_OPTIONAL_NUMBERS = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "longrope": ("attention_factor", "factor"),
+}
+_LISTS = {"longrope": ("short_factor", "long_factor")}
+_FLAGS = {"yarn": ("truncate",)}
+_TRAINED = ("llama3", "yarn", "longrope")
+"""Kinds that need the length that the model was trained with."""
+_ORIGINAL = "original_max_position_embeddings"
+_OF_NO_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"}
+"""Keys that may stand in every dictionary; `finetuned` says how the model was trained."""
+_OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS) for names in table.values() for name in names}
+"""transformers passes over those of another kind than the dictionary's."""
+_KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
+    """rotary_base, rotary_scaling, rotary_base_local and rotary_embedding_dim of ModelConfig. Raises ArchitectureError."""
+    table = keys.table.rotary
+    found = _by_layer_kind(keys) if table.local_theta is not None else (_given(keys), None)
+    parameters, local = found
+    where = _where(keys)
+    base = _base(parameters, keys, "rope_theta", table.theta)
+    kind = _kind(parameters, table, where)
+    dim = _rotated(parameters, keys, kind, head_size)
+    scaling = None if kind == "default" else _scaling(parameters, kind, keys, dim)
+    made: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
+    if local is not None:
+        if _kind(local, table, where) != "default":
+            raise ArchitectureError(f"{where} scales the layers with a window", "Built is rope_type default there.")
+        made["rotary_base_local"] = _base(local, keys, "rope_local_base_freq", table.local_theta or 0.0)
+    made["rotary_embedding_dim"] = None if dim == head_size else dim
+    return made
+
+
+def _where(keys: Keys) -> str:
+    name = "rope_scaling" if keys.given.get("rope_scaling") else "rope_parameters"
+    return f"{name} in config.json of {keys.architecture}"
+
+
+def _dictionary(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArchitectureError(f"{where} is {shown(value)}, not a dictionary")
+    return dict(value)
+
+
+def _given(keys: Keys) -> dict[str, Any]:
+    scaling = keys.given.get("rope_scaling") or keys.given.get("rope_parameters")
+    return _dictionary(scaling if scaling is not None else {}, _where(keys))
+
+
+def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rotary parameters of the layers that see everything, and of those with a window (Gemma 3)."""
+    where = _where(keys)
+    nested = _dictionary(keys.given.get("rope_parameters") or {}, where)
+    stray = sorted(set(nested) - _KINDS_OF_LAYERS)
+    if stray:
+        raise ArchitectureError(
+            f"{where} has {shown(stray[0])} beside the kinds of layers", f"Its keys are {' and '.join(sorted(_KINDS_OF_LAYERS))}."
+        )
+    full, sliding = (_dictionary(nested.get(kind) or {}, where) for kind in ("full_attention", "sliding_attention"))
+    full |= _dictionary(keys.given.get("rope_scaling") or {}, where)
+    return full, sliding
+
+
+def _base(parameters: Mapping[str, Any], keys: Keys, key: str, default: float) -> float:
+    value = parameters["rope_theta"] if "rope_theta" in parameters else keys.given.get(key, default)
+    found = number(value, f"{key} in config.json of {keys.architecture}")
+    if found <= 1:
+        raise keys.error(key, f"is {shown(value)}: frequencies would not fall")
+    return found
+
+
+def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = table.aliases.get(kind, kind) if isinstance(kind, str) else kind
+    if kind not in table.kinds:
+        raise ArchitectureError(f"{where}: the kind {shown(kind)} is not supported", f"Supported: {', '.join(table.kinds)}.")
+    for key in parameters:
+        if key not in _OF_NO_KIND and key not in _OF_SOME_KIND:
+            raise ArchitectureError(f"{where} has the unknown key {shown(key)}", "Remove it if the model does not depend on it.")
+    return str(kind)
+
+
+def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int) -> int:
+    """Leading elements of a head that are rotated."""
+    given = [place["partial_rotary_factor"] for place in (parameters, keys.given) if place.get("partial_rotary_factor") is not None]
+    factors = {number(value, f"partial_rotary_factor in config.json of {keys.architecture}") for value in given} or {1.0}
+    if not keys.table.rotary.partial:
+        if kind != "default" and factors != {1.0}:
+            raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family cannot", "Remove it.")
+        return head_size
+    if len(factors) > 1:
+        raise keys.error("partial_rotary_factor", f"has two values, {sorted(factors)}", "Leave one of them.")
+    (factor,) = factors
+    dim = int(head_size * factor)
+    if not 0 < factor <= 1 or dim < 2 or dim % 2:
+        raise keys.error("partial_rotary_factor", f"is {factor}: it would rotate {dim} of {head_size} elements")
+    return dim
+
+
+def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> dict[str, Any]:
+    """The dictionary, complete for its kind."""
+    where = _where(keys)
+    found: dict[str, Any] = {"rope_type": kind}
+    for name in (*_NUMBERS.get(kind, ()), *_LISTS.get(kind, ())):
+        if name not in parameters:
+            raise ArchitectureError(f"{where} lacks {name!r}, which {kind} needs", "Use the complete config.json of the model.")
+    for name in _NUMBERS.get(kind, ()):
+        found[name] = _positive(parameters[name], f"{name} of {where}")
+    for name in _OPTIONAL_NUMBERS.get(kind, ()):
+        if parameters.get(name) is not None:
+            found[name] = _positive(parameters[name], f"{name} of {where}")
+    for name in _LISTS.get(kind, ()):
+        found[name] = _factors(parameters[name], name, where, dim // 2)
+    found |= {name: bool(parameters[name]) for name in _FLAGS.get(kind, ()) if name in parameters}
+    if kind in _TRAINED:
+        found[_ORIGINAL] = _original(parameters, keys)
+    _check_factors(found, where)
+    return found
+
+
+def _check_factors(scaling: Mapping[str, Any], where: str) -> None:
+    if scaling.get("factor", 1.0) < 1:
+        raise ArchitectureError(f"factor of {where} is {scaling['factor']}, less than 1")
+    if scaling["rope_type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ArchitectureError(f"{where}: low_freq_factor is not less than high_freq_factor")
+
+
+def _positive(value: Any, where: str) -> float:
+    found = number(value, where)
+    if found <= 0:
+        raise ArchitectureError(f"{where} is {shown(value)}, not positive")
+    return found
+
+
+def _factors(value: Any, name: str, where: str, length: int) -> list[float]:
+    if not isinstance(value, list) or len(value) != length:
+        what = f"has {len(value)} entries" if isinstance(value, list) else f"is {shown(value)}"
+        raise ArchitectureError(f"{name} of {where} {what}, not {length} numbers: one for each rotated pair")
+    return [_positive(item, f"{name} of {where}") for item in value]
+
+
+def _original(parameters: Mapping[str, Any], keys: Keys) -> int:
+    """The trained length: the key of config.json itself comes before the dictionary's, then the model's positions."""
+    if keys.get(_ORIGINAL) is not None:
+        return keys.count(_ORIGINAL)
+    if _ORIGINAL not in parameters:
+        return keys.count("max_position_embeddings")
+    value = parameters[_ORIGINAL]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArchitectureError(f"{_ORIGINAL} of {_where(keys)} is {shown(value)}, not a positive number")
+    return value

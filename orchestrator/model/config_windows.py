@@ -1,0 +1,84 @@
+"""Which layers attend through a window: the rules of the families' config classes and modeling code, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.model.config_keys import Keys, shown
+
+WINDOW, FULL = "sliding_attention", "full_attention"
+Rule = Callable[[Keys, int, "int | None"], list[bool]]
+
+
+def _none(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    return [False] * layers
+
+
+def _all(_keys: Keys, layers: int, window: int | None) -> list[bool]:
+    """Mistral, Mixtral, Phi-3, Qwen 3 MoE: one mask for all layers, with the window if there is one."""
+    return [window is not None] * layers
+
+
+def _from_max_window_layers(keys: Keys, layers: int, window: int | None) -> list[bool]:
+    """Qwen 2 and 3: the first max_window_layers layers see everything."""
+    first = keys.count("max_window_layers", 0)
+    return [window is not None and layer >= first for layer in range(layers)]
+
+
+def _even_below_max_window_layers(keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Qwen 2 MoE: every other of the first max_window_layers layers."""
+    last = keys.count("max_window_layers", 0)
+    return [keys.flag("use_sliding_window") and layer % 2 == 0 and layer < last for layer in range(layers)]
+
+
+def _every_other(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Gemma 2: whatever sliding_window_pattern may say."""
+    return [layer % 2 == 0 for layer in range(layers)]
+
+
+def _pattern(keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Gemma 3: every sliding_window_pattern-th layer sees everything."""
+    pattern = keys.count("sliding_window_pattern")
+    return [(layer + 1) % pattern != 0 for layer in range(layers)]
+
+
+WINDOW_RULES: dict[str, Rule] = {
+    "none": _none,
+    "all": _all,
+    "from_max_window_layers": _from_max_window_layers,
+    "even_below_max_window_layers": _even_below_max_window_layers,
+    "every_other": _every_other,
+    "pattern": _pattern,
+}
+
+
+def windows(keys: Keys, layers: int) -> dict[str, Any]:
+    """sliding_window and window_layers of ModelConfig. Raises ArchitectureError."""
+    table = keys.table
+    if table.windows == "none":
+        _check_kinds(keys, layers)
+        return {"sliding_window": None}
+    used = "use_sliding_window" not in table.defaults or keys.flag("use_sliding_window")
+    window = keys.maybe_count("sliding_window") if used else None
+    kinds = _check_kinds(keys, layers)
+    listed = kinds is not None and "layer_types" in table.defaults
+    chosen = [kind == WINDOW for kind in kinds or ()] if listed else WINDOW_RULES[table.windows](keys, layers, window)
+    if any(chosen) and window is None:
+        what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
+        raise keys.error(what, "gives layers a window, and there is no sliding_window", "Set sliding_window, or give no layer one.")
+    if not any(chosen):
+        return {"sliding_window": None}
+    return {"sliding_window": window, "window_layers": None if all(chosen) else tuple(chosen)}
+
+
+def _check_kinds(keys: Keys, layers: int) -> list[str] | None:
+    """layer_types, also of families that do not read it: transformers checks it in all of them."""
+    kinds = keys.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or any(kind not in (WINDOW, FULL) for kind in kinds):
+        raise keys.error("layer_types", f"is {shown(kinds)}", f"Its entries must be {WINDOW} or {FULL}.")
+    if len(kinds) != layers:
+        raise keys.error("layer_types", f"has {len(kinds)} entries for {layers} layers")
+    return kinds

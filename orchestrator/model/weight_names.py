@@ -1,0 +1,99 @@
+"""The names of the weights that a stage's network binds, from the config alone: what conversion must write.
+
+A second derivation of what networks/ writes into its graphs, without onnx, so that `plan` can compare it with the family's rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from orchestrator.base.errors import BUG, WeightMapError
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_table import SWIGLU
+from orchestrator.model.rules import Family, Where
+from orchestrator.model.stage import StageOptions
+from orchestrator.model.topology import Topology
+
+_TWIN = "_float32"
+"""Ending of a norm that is stored twice: once as TensorRT-LLM demands, once exactly, as the network reads it."""
+
+
+def bound_names(stage: StageOptions) -> Iterator[str]:
+    """Every weight that the network of a stage binds, of a model that is not quantized; the same on all its ranks."""
+    config = stage.config
+    if stage.is_first:
+        yield "transformer.vocab_embedding.weight"
+    for layer in range(stage.num_layers):
+        prefix = f"transformer.layers.{layer}"
+        yield from (_norm(config, f"{prefix}.{name}") for name in _layer_norms(config))
+        yield from _linear(f"{prefix}.attention.qkv", config.attn_bias)
+        yield from _linear(f"{prefix}.attention.dense", config.attn_dense_bias)
+        yield from _mlp(config, f"{prefix}.mlp")
+    if stage.is_last:
+        yield _norm(config, "transformer.ln_f")
+        yield "lm_head.weight"
+
+
+def _layer_norms(config: ModelConfig) -> Iterator[str]:
+    if config.norm_placement != "post":
+        yield "input_layernorm"
+    yield "post_layernorm"
+    if config.norm_placement == "sandwich":
+        yield "pre_feedforward_layernorm"
+    if config.norm_placement != "pre":
+        yield "post_feedforward_layernorm"
+    if config.qk_layernorm != "none":
+        yield from ("attention.q_layernorm", "attention.k_layernorm")
+
+
+def _norm(config: ModelConfig, name: str) -> str:
+    return f"{name}.weight{_TWIN}" if config.exact_norms else f"{name}.weight"
+
+
+def _linear(name: str, bias: bool) -> Iterator[str]:
+    yield f"{name}.weight"
+    if bias:
+        yield f"{name}.bias"
+
+
+def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:
+    if config.moe is None:
+        for name in ("fc", "proj") if config.hidden_act == SWIGLU else ("fc", "gate", "proj"):
+            yield from _linear(f"{prefix}.{name}", config.mlp_bias)
+        return
+    yield from (f"{prefix}.{name}.weight" for name in ("router", "fc", "proj"))
+    if config.moe.shared_expert_intermediate_size:
+        yield from (f"{prefix}.{name}.weight" for name in ("shared_expert.fc", "shared_expert.proj", "shared_expert_gate"))
+
+
+def check_names(family: Family, config: ModelConfig, topology: Topology) -> None:
+    """Raises WeightMapError when what the networks bind is not what the family's rules write, on any stage."""
+    for pp_rank in range(topology.pp):
+        stage = StageOptions.of(config, topology, pp_rank)
+        bound, written = set(bound_names(stage)), Counter(_written(family, stage))
+        twins = {name.removesuffix(_TWIN) for name in bound if name.endswith(_TWIN)}
+        missing, unused = sorted(bound - written.keys()), sorted(written.keys() - bound - twins)
+        double = sorted(name for name, times in written.items() if times > 1)
+        for problem, names in (
+            ("are bound and not written", missing),
+            ("are written and not bound", unused),
+            ("are written twice", double),
+        ):
+            if names:
+                raise WeightMapError(
+                    f"the network of stage {pp_rank} and the rules of {family.name} disagree: {len(names)} weights {problem}, "
+                    f"such as {names[0]}",
+                    BUG,
+                )
+
+
+def _written(family: Family, stage: StageOptions) -> Iterator[str]:
+    """Targets of the rules that apply to a stage."""
+    for rule in family.rules:
+        if not rule.applies(stage.config):
+            continue
+        if rule.where is Where.EVERY_LAYER:
+            yield from (rule.target.format(layer=layer) for layer in range(stage.num_layers))
+        elif (rule.where is Where.FIRST_STAGE and stage.is_first) or (rule.where is Where.LAST_STAGE and stage.is_last):
+            yield rule.target

@@ -1,0 +1,96 @@
+"""What a legal build should still be told: widths that GEMM kernels do badly with, rows that are padding, bytes read twice.
+
+Nothing here refuses anything; what cannot be built is said by `topology.check` and the weight map.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import ModelQuantization, packed
+from orchestrator.model.topology import Topology, as_set, legal_tp
+from orchestrator.model.weight_map import WeightMap
+
+_VECTOR_BYTES = 16
+"""What a tensor-core kernel loads at a time: cuBLAS's and CUTLASS's rule for leading dimensions."""
+_SECTOR_BYTES = 32
+"""What GPU memory moves at a time."""
+
+
+def gemm_warnings(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> tuple[str, ...]:
+    """A warning for each of a rank's GEMM widths whose bytes are not a multiple of 32, with the tp that would make it one.
+
+    Bytes are those of stored weights: 4 bits per element where a format packs two to a byte.
+    """
+    kind, bits = _narrowest(config, quantization)
+    found = []
+    for name, width in local_widths(config, topology).items():
+        size = width * bits / 8
+        if size % _SECTOR_BYTES:
+            rule = f"not a multiple of {_VECTOR_BYTES if size % _VECTOR_BYTES else _SECTOR_BYTES} as fast GEMM kernels want"
+            found.append(f"{name}: {width} elements of {kind}, {size:g} bytes, {rule}; {_aligned(name, bits, config, topology)}")
+    return tuple(found)
+
+
+def _narrowest(config: ModelConfig, quantization: ModelQuantization | None) -> tuple[str, int]:
+    """Name and bits per element of the narrowest weights of the model."""
+    kinds: dict[str, int] = {config.dtype: ITEM_BITS[MODEL_DTYPES[config.dtype]]}
+    for fmt in quantization.formats() if quantization is not None else ():
+        dtype, (rows, columns) = packed(fmt, (2, 2))
+        kinds[fmt.algorithm] = ITEM_BITS[dtype] * rows * columns // 4
+    return min(kinds.items(), key=lambda item: item[1])
+
+
+def local_widths(config: ModelConfig, topology: Topology) -> dict[str, int]:
+    """Rows or columns of a rank's weight matrices, in elements, by the name that a user knows them by."""
+    tp, head = topology.tp, config.head_size
+    widths = {
+        "hidden_size": config.hidden_size,
+        "query heads of a rank": config.num_attention_heads // tp * head,
+        "key/value heads of a rank": config.kv_heads_per_rank(tp) * head,
+    }
+    limits = config.limits()
+    if limits.intermediate_size:
+        widths["intermediate_size of a rank"] = limits.intermediate_size // tp
+    if config.moe is not None:
+        widths["intermediate size of an expert on a rank"] = config.expert_size // topology.moe_tp
+    return widths
+
+
+def _aligned(name: str, bits: int, config: ModelConfig, topology: Topology) -> str:
+    """Which legal tp, beside the same moe_ep, give this width whole sectors."""
+    sizes = [
+        tp
+        for tp in legal_tp(config.limits(), topology.moe_ep)
+        if local_widths(config, Topology(tp, 1, moe_ep=topology.moe_ep))[name] * bits % (8 * _SECTOR_BYTES) == 0
+    ]
+    return f"a multiple of {_SECTOR_BYTES} with tp in {as_set(sizes)}" if sizes else "no legal tp makes it one"
+
+
+def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:
+    """Says how many rows of zeros end the vocabulary, if any."""
+    padded = config.padded_vocab_size(topology.tp)
+    rows = padded - config.vocab_size
+    if not rows:
+        return ()
+    split_too = config.use_parallel_embedding and config.embedding_sharding_dim == 0
+    where = "lm_head and embedding" if split_too else "lm_head"
+    count = "1 row" if rows == 1 else f"{rows} rows"
+    return (
+        f"the vocabulary of {config.vocab_size} is padded to {padded} for tp={topology.tp}: {count} of zeros at the end of {where}",
+    )
+
+
+def repeated_reads(weights: WeightMap) -> tuple[str, ...]:
+    """Names each source tensor that several conversion tasks read: an embedding that is the head of another group."""
+    groups = Counter(name for group in weights.groups for name in group.sources())
+    repeated = [name for name, count in groups.items() if count > 1]
+    if not repeated:
+        return ()
+    tensors = {name: tensor for group in weights.groups for name, tensor in group.sources().items() if name in repeated}
+    return tuple(
+        f"{name} ({tensors[name].num_bytes:,} bytes) is read {groups[name]} times: conversion tasks that run apart need it"
+        for name in repeated
+    )

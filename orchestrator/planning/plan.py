@@ -1,0 +1,357 @@
+"""The plan of a build: a value that can be printed, hashed, simulated and resumed. Made from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from orchestrator.base.digest import digest_of
+from orchestrator.engines.profiles import network_of
+from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.quantization import ModelQuantization
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.model.topology import Topology
+from orchestrator.model.weight_map import LayerGroup, WeightMap
+from orchestrator.planning.advice import gemm_warnings, padding_notes, repeated_reads
+from orchestrator.planning.calibration import Quantization, calibrations, in_layers, layer_of
+from orchestrator.planning.options import (
+    BuildOptions,
+    CalibrateOptions,
+    ConvertOptions,
+    MiniatureOptions,
+    ReferenceOptions,
+    VerifyOptions,
+)
+from orchestrator.planning.steps import Estimate, Kind, Outcome, Resources, Step
+from orchestrator.spec.build import BuildConfig, BuildSpec, ToleranceSpec
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
+from orchestrator.spec.rates import STEP_RATES
+
+VERSIONS: dict[Kind, int] = {
+    Kind.MINIATURE: 1,
+    Kind.REFERENCE: 3,
+    Kind.CALIBRATE: 2,
+    Kind.CONVERT: 1,
+    Kind.BUILD: 2,
+    Kind.VERIFY: 3,
+}
+"""Raise one when its code would give other outputs for the same options."""
+
+_GB = 10**9
+_MINIATURE_BYTES = _GB
+"""Memory of torch, transformers and ONNX Runtime; the model is nothing beside them."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a plan follows from, besides the spec."""
+
+    index: CheckpointIndex
+    extra_files: tuple[SourceFile, ...]
+    """Tokenizer and config files of the source."""
+    source: str
+    """Absolute place of the source; not identity."""
+    config: ModelConfig
+    weights: WeightMap
+    tensorrt_version: str | None
+    engine: BuildConfig
+    """The spec's, resolved for this model: no limit left open."""
+    quantization: Quantization | None = None
+    tolerance: ToleranceSpec = field(default_factory=ToleranceSpec)
+    """Of verification, where the spec gives none."""
+    family: str = field(kw_only=True)
+    """Name of the family whose tables read the source."""
+    ignored_keys: frozenset[str] = frozenset()
+    """Keys of config.json that are not looked at."""
+
+    @property
+    def model_quantization(self) -> ModelQuantization | None:
+        return self.quantization.model if self.quantization else None
+
+    def network(self, topology: Topology, pp_rank: int) -> StageNetwork:
+        """The networks of a stage: one value for what is compiled and what is verified."""
+        return network_of(StageOptions.of(self.config, topology, pp_rank, self.model_quantization), self.engine)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a build, needs before those that need them."""
+
+    spec: BuildSpec
+    inputs: Inputs
+    steps: tuple[Step, ...]
+    warnings: tuple[str, ...] = ()
+    """What may be a mistake, or will be slow; the build goes on."""
+    notes: tuple[str, ...] = ()
+    """What happens that the spec does not say."""
+
+    @property
+    def topology(self) -> Topology:
+        return self.spec.topology.topology()
+
+    @property
+    def build_key(self) -> str:
+        """The address of the inputs: the same inputs give the same key, on any machine."""
+        files = sorted([file.name, file.identity] for file in self.inputs.extra_files)
+        return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files})
+
+    @cached_property
+    def _by_digest(self) -> dict[str, Step]:
+        return {step.digest: step for step in self.steps}
+
+    def step(self, digest: str) -> Step:
+        return self._by_digest[digest]
+
+    def of_kind(self, kind: Kind) -> Iterator[Step]:
+        return (step for step in self.steps if step.kind is kind)
+
+    def sinks(self) -> list[Step]:
+        """Steps that no other step needs: what the release is made of."""
+        needed = {need for step in self.steps for need in step.needs}
+        return [step for step in self.steps if step.digest not in needed]
+
+    def pending(self, committed: Mapping[str, Outcome]) -> list[Step]:
+        """The steps to run, in plan order. A committed step hides whatever only it needs."""
+        wanted: set[str] = set()
+        frontier = [step.digest for step in self.sinks()]
+        while frontier:
+            digest = frontier.pop()
+            if digest in wanted or digest in committed:
+                continue
+            wanted.add(digest)
+            frontier.extend(self.step(digest).needs)
+        return [step for step in self.steps if step.digest in wanted]
+
+    def order(self) -> dict[str, int]:
+        """By digest: what goes first among steps that could start. As the plan lists them, stage by stage: the first engine begins
+        while later stages are still converted, and shows early what TensorRT thinks of the network.
+        """
+        return {step.digest: number for number, step in enumerate(self.steps)}
+
+
+def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
+    """Lay out the steps: miniature | reference | calibrate and convert per stage | build per rank | verify per stage."""
+    topology = spec.topology.topology()
+    steps: list[Step] = [_miniature(inputs)]
+    reference = _reference(spec, inputs) if spec.verification.enabled else None
+    if reference is not None:
+        steps.append(reference)
+    calibrates = calibrate_steps(inputs, topology)
+    steps.extend(calibrates)
+    previous: Step | None = None
+    for pp_rank in range(topology.pp):
+        network = inputs.network(topology, pp_rank)
+        groups = inputs.weights.stage(pp_rank)
+        converts = [_convert(group, inputs, topology, calibrates, spec.conversion.not_finite) for group in groups]
+        rank_bytes = sum(group.shard_bytes for group in groups)
+        steps.extend(converts)
+        steps.extend(_build(inputs, network, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
+        if reference is not None:
+            previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
+            steps.append(previous)
+    warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
+    notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
+    return Plan(spec, inputs, tuple(steps), warnings, notes)
+
+
+def _miniature(inputs: Inputs) -> Step:
+    """First of all, since it needs nothing but the config and takes seconds; the release waits for it."""
+    config = inputs.config
+    options = MiniatureOptions(
+        config=dict(inputs.index.config),
+        family=inputs.family,
+        architecture=config.architecture,
+        ignored_keys=tuple(sorted(inputs.ignored_keys)),
+        use_parallel_embedding=config.use_parallel_embedding,
+        embedding_sharding_dim=config.embedding_sharding_dim,
+    )
+    return Step(
+        kind=Kind.MINIATURE,
+        version=VERSIONS[Kind.MINIATURE],
+        name="miniature",
+        options=options.model_dump(mode="json"),
+        resources=Resources(memory_bytes=_MINIATURE_BYTES),
+        estimate=_estimate(Kind.MINIATURE, read_bytes=0, work_bytes=0),
+    )
+
+
+def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
+    verification = spec.verification
+    options = ReferenceOptions(
+        format=inputs.index.format,
+        files=inputs.index.files + inputs.extra_files,
+        dtype=inputs.config.dtype,
+        vocab_size=inputs.config.vocab_size,
+        exact_weights=inputs.weights.exact_sources(),
+        decode_steps=verification.decode_steps if inputs.config.rotary_depends_on_length(verification.max_tokens) else None,
+        prompts=verification.prompts,
+        max_tokens=verification.max_tokens,
+    )
+    source_bytes = inputs.index.num_bytes
+    return Step(
+        kind=Kind.REFERENCE,
+        version=VERSIONS[Kind.REFERENCE],
+        name="reference",
+        options=options.model_dump(mode="json"),
+        places={"source": inputs.source},
+        # A layer in float32, the next one's beside it, and one on its way through transformers' loader.
+        resources=Resources(memory_bytes=3 * _largest_layer_bytes(inputs.index) + 2 * _GB),
+        estimate=_estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
+    )
+
+
+def _largest_layer_bytes(index: CheckpointIndex) -> int:
+    """Bytes in float32 of the source's largest layer."""
+    sizes: dict[int, int] = {}
+    for name, tensor in index.tensors.items():
+        if ".layers." in name:
+            sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + tensor.num_elements * 4
+    return max(sizes.values(), default=0)
+
+
+def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:
+    """Every calibration of the build, those that feed others first."""
+    quantization = inputs.quantization
+    if quantization is None:
+        return []
+    layers = inputs.config.num_hidden_layers
+    parts = topology.stages(layers) if quantization.num_stages is None else Topology(1, quantization.num_stages).stages(layers)
+    steps: list[Step] = []
+    for chain in calibrations(quantization, inputs.index, inputs.extra_files, inputs.config, inputs.weights, parts):
+        previous: Step | None = None
+        for number, options in enumerate(chain):
+            previous = _calibrate(inputs, options, number, previous)
+            steps.append(previous)
+    return steps
+
+
+def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous: Step | None) -> Step:
+    assert inputs.quantization is not None
+    tensors = inputs.index.tensors.items()
+    part = range(options.first_layer, options.first_layer + options.num_layers)
+    part_bytes = sum(tensor.num_bytes for name, tensor in tensors if in_layers(name, part))
+    passes = {"max": 1, "smoothquant": 1, "awq_lite": 12}[options.method.method]
+    data = options.data
+    hidden_bytes = data.num_samples * data.max_length * options.config.hidden_size * 4
+    return Step(
+        kind=Kind.CALIBRATE,
+        version=VERSIONS[Kind.CALIBRATE],
+        name=f"calibrate/{options.method.method}/part{number}",
+        options=options.model_dump(mode="json"),
+        needs=(previous.digest,) if previous else (),
+        places={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
+        resources=Resources(
+            gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=2 * part_bytes + 2 * hidden_bytes + 2 * _GB
+        ),
+        estimate=_estimate(
+            Kind.CALIBRATE,
+            read_bytes=part_bytes,
+            write_bytes=0 if options.is_last else hidden_bytes,
+            work_bytes=passes * part_bytes,
+        ),
+    )
+
+
+def _convert(
+    group: LayerGroup, inputs: Inputs, topology: Topology, calibrates: list[Step], not_finite: Literal["warn", "error"]
+) -> Step:
+    quantization = inputs.quantization
+    scales = quantization.scales_sha256 if quantization and group.needs_scales else None
+    options = ConvertOptions.of(group, inputs.index, topology, not_finite, scales)
+    needs = [step.digest for step in calibrates if group.needs_scales and _overlap(step, group.layers)]
+    sources = group.sources().values()
+    read_bytes = sum(tensor.num_bytes for tensor in sources)
+    write_bytes = group.shard_bytes * topology.tp
+    largest = max((tensor.num_bytes for tensor in sources), default=0)
+    return Step(
+        kind=Kind.CONVERT,
+        version=VERSIONS[Kind.CONVERT],
+        name=f"convert/stage{group.pp_rank}/group{group.index}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(needs),
+        places={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
+        resources=Resources(memory_bytes=2 * largest + 300_000_000),
+        estimate=_estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
+    )
+
+
+def _overlap(calibrate: Step, layers: range) -> bool:
+    first, count = calibrate.options["first_layer"], calibrate.options["num_layers"]
+    return bool(first < layers.stop and layers.start < first + count)
+
+
+def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
+    options = BuildOptions(network=network, tp_rank=tp_rank, engine=inputs.engine, tensorrt_version=inputs.tensorrt_version)
+    return Step(
+        kind=Kind.BUILD,
+        version=VERSIONS[Kind.BUILD],
+        name=f"build/rank{options.rank}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(step.digest for step in converts),
+        resources=Resources(
+            gpus=1 if inputs.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB, scratch_bytes=rank_bytes
+        ),
+        estimate=_estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
+    )
+
+
+def _verify(
+    spec: BuildSpec,
+    inputs: Inputs,
+    network: StageNetwork,
+    converts: list[Step],
+    reference: Step,
+    previous: Step | None,
+    rank_bytes: int,
+) -> Step:
+    stage = network.stage
+    options = VerifyOptions(
+        network=network,
+        decode_steps=spec.verification.decode_steps,
+        tolerance=spec.verification.tolerance or inputs.tolerance,
+    )
+    needs = [step.digest for step in converts] + [reference.digest] + ([previous.digest] if previous else [])
+    return Step(
+        kind=Kind.VERIFY,
+        version=VERSIONS[Kind.VERIFY],
+        name=f"verify/stage{stage.pp_rank}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(needs),
+        resources=Resources(
+            # The weights of one slice of one rank, the next one's beside them, and one of them on its way to float32.
+            memory_bytes=3 * inputs.weights.largest_layer_bytes(stage.pp_rank) + 500_000_000,
+            scratch_bytes=stage.tp * rank_bytes,
+        ),
+        estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
+    )
+
+
+def _estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int = 0) -> Estimate:
+    seconds = STEP_RATES[kind.value].of(work_bytes)
+    return Estimate(read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=work_bytes, seconds=seconds)
+
+
+def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
+    """Steps that no pool of `cluster` can ever hold, those with the same reason together; empty when all fit."""
+    found: dict[str, list[str]] = {}
+    for step in plan.steps:
+        if reason := _why_unplaceable(step, cluster.pool_for(step.kind.value)):
+            found.setdefault(reason, []).append(step.name)
+    return [f"{_shortened(names)}: {reason}" for reason, names in found.items()]
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _why_unplaceable(step: Step, pool: PoolSpec | None) -> str:
+    if pool is None:
+        return f"no pool runs {step.kind.value} steps"
+    if pool.gpus < step.resources.gpus:
+        return f"needs {step.resources.gpus} GPU, its pool has too few"
+    if pool.memory is not None and pool.memory < step.resources.memory_bytes:
+        return f"needs about {step.resources.memory_bytes:,} bytes of memory, its pool has {pool.memory:,}"
+    return ""

@@ -1,0 +1,84 @@
+"""From the spec's quantization to what a plan needs of it: formats, methods, the identity of data and of given scales."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from orchestrator.base.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
+from orchestrator.model.quantization import ModelQuantization
+from orchestrator.planning.calibration import MAX, Quantization
+from orchestrator.quantizers.calibration_data import CalibrationData
+from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
+from orchestrator.spec.build import DATA_SUFFIXES, CalibrationSpec, QuantizationSpec
+
+SCALES = "scales.safetensors"
+
+
+def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
+    """Raises QuantizationError, SourceMissingError for data or scales that are not there, TopologyError for too many parts."""
+    model = model_quantization(spec, num_layers)
+    algorithms = {fmt.algorithm for fmt in model.formats()}
+    calibrated = {name for name in algorithms if quantizer_named(name).calibration is not None}
+    methods = {name: calibration_method(spec, name) for name in calibrated}
+    calibration = spec.calibration
+    if calibration.num_stages is not None and calibration.num_stages > num_layers:
+        raise TopologyError(f"quantization.calibration.num_stages is {calibration.num_stages}, the model has {num_layers} layers")
+    needed = bool(methods or spec.kv_cache)
+    data, dataset = resolve_data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
+    return Quantization(
+        model=model,
+        methods=methods if methods else ({"kv_cache": MAX} if spec.kv_cache else {}),
+        data=data,
+        dataset=dataset,
+        device=calibration.device,
+        layerwise=calibration.layerwise,
+        num_stages=calibration.num_stages,
+        scales=spec.scales if needed else None,
+        scales_sha256=_scales_sha256(Path(spec.scales)) if spec.scales is not None and needed else None,
+    )
+
+
+def read_checkpoint_quantization(folder: Path) -> ModelQuantization | None:
+    """The formats of a TensorRT-LLM checkpoint folder; None: it is not quantized. Raises SpecError, QuantizationError."""
+    try:
+        block = json.loads((folder / "config.json").read_bytes()).get("quantization") or {}
+        mixture = folder / "quant_cfg.json"
+        return from_checkpoint(block, json.loads(mixture.read_bytes()) if mixture.is_file() else None)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
+
+
+def _no_data(spec: CalibrationSpec) -> CalibrationData:
+    return CalibrationData(
+        dataset="", digest=None, num_samples=spec.num_samples, max_length=spec.max_length,
+        batch_size=spec.batch_size, seed=spec.seed,
+    )  # fmt: skip
+
+
+def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
+    """The identity of the data, and the place of a local file. Raises SourceMissingError, QuantizationError."""
+    from orchestrator.quantizers.calibration_data import DEFAULT, check_data, default_digest
+
+    path = Path(spec.dataset)
+    is_file = path.suffix in DATA_SUFFIXES
+    if is_file and not path.is_file():
+        raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
+    if is_file:
+        check_data(path)
+        return _no_data(spec).model_copy(update={"dataset": path.name, "digest": _sha256(path)}), str(path.resolve())
+    digest = default_digest() if spec.dataset == DEFAULT else None
+    return _no_data(spec).model_copy(update={"dataset": spec.dataset, "digest": digest}), ""
+
+
+def _scales_sha256(folder: Path) -> str:
+    path = folder / SCALES
+    if not path.is_file():
+        raise QuantizationError(f"{folder} holds no calibration artifact", "Make one with `orchestrator quantize --output`.")
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,232 @@
+"""The tokens that a model reads while it is calibrated: rows of equal length, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, QuantizationError, SourceMissingError
+
+
+class CalibrationData(BaseModel):
+    """Which tokens the model reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    """default, the name of a Hugging Face dataset, or a local file's name without its folder."""
+    digest: str | None
+    """sha256 of a local file, or of the text that comes with the package."""
+    num_samples: int
+    max_length: int
+    batch_size: int
+    seed: int
+
+
+Tokens = npt.NDArray[np.int64]
+DEFAULT = "default"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEXT_FILE = "calibration_text.md"
+_CHOICE = 8
+"""Of a large data set, this many times the tokens asked for are read, for the seed to choose among."""
+_TOKENIZER = "Put the tokenizer of this model beside its weights."
+_RECORDS = "Give a .txt file, or a .jsonl or .parquet file whose records have `text`, or `messages` for the model's chat template."
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether transformers finds a tokenizer there."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Path, vocab_size: int) -> Tokens:
+    """int64 [samples, length]: texts one after the other, cut into rows, `num_samples` of them chosen by the seed.
+
+    There is no padding. The text of the package gives as many rows as it has; other data must have enough. A model without a
+    tokenizer reads seeded random ids. `dataset`: the place of a local file. Raises SourceMissingError, QuantizationError,
+    DigestError.
+    """
+    generator = np.random.default_rng(data.seed)
+    if not has_tokenizer(tokenizer_folder):
+        if data.dataset != DEFAULT:
+            raise QuantizationError(
+                f"the model has no tokenizer to read {data.dataset} with",
+                f"Put one of {', '.join(_TOKENIZER_FILES)} beside the model, or use dataset: {DEFAULT} (random ids then).",
+            )
+        return generator.integers(0, vocab_size, (data.num_samples, data.max_length), dtype=np.int64)
+    tokenizer = _tokenizer(tokenizer_folder)
+    needed = data.num_samples * data.max_length
+    ids = _first_ids(tokenizer, _texts(data, dataset, tokenizer), needed * _CHOICE)
+    length = data.max_length
+    if len(ids) < needed and data.dataset != DEFAULT:
+        raise QuantizationError(
+            f"the calibration data {data.dataset} has {len(ids)} tokens, {data.num_samples} samples of {length} are asked for",
+            f"Give more text, or set quantization.calibration.num_samples to {max(len(ids) // length, 1)} at most.",
+        )
+    if ids and max(ids) >= vocab_size:
+        raise QuantizationError(
+            f"the tokenizer is another model's: it gives id {max(ids)}, the vocabulary has {vocab_size}", _TOKENIZER
+        )
+    length = min(length, len(ids))
+    rows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    chosen = generator.permutation(len(rows))[: data.num_samples]
+    return rows[np.sort(chosen)]
+
+
+def default_digest() -> str:
+    """sha256 of the text that comes with the package."""
+    return digest_bytes(_default_text())
+
+
+def _default_text() -> bytes:
+    return importlib.resources.files("orchestrator.quantizers").joinpath(_TEXT_FILE).read_bytes()
+
+
+def check_data(path: Path) -> None:
+    """Refuse a local file whose first record cannot be used, before anything is planned with it. Raises QuantizationError."""
+    if path.suffix == ".jsonl":
+        first = next(_entries(path), None)
+        if first is None:
+            raise QuantizationError(f"the calibration file {path} is empty", _RECORDS)
+        _check_record(first, str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    text: str
+    is_chat: bool = False
+    """Written by the chat template, which puts special tokens itself."""
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the many tokenizer classes raise
+        raise QuantizationError(
+            f"the source's tokenizer cannot be loaded: {error}", "Put the model's tokenizer.json beside the weights."
+        ) from error
+
+
+def _first_ids(tokenizer: Any, texts: Iterable[_Text], limit: int) -> list[int]:
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text.text, add_special_tokens=not text.is_chat, verbose=False)["input_ids"])
+        if len(ids) >= limit:
+            break
+    return ids[:limit]
+
+
+def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Text]:
+    if data.dataset == DEFAULT:
+        text = _default_text()
+        if data.digest is not None and digest_bytes(text) != data.digest:
+            raise DigestError("this node's package holds another calibration text", "Install one version on every node.")
+        lines = text.decode().partition("-->")[2].splitlines(keepends=True)
+        return (_Text(paragraph) for paragraph in _paragraphs(lines))
+    if dataset:
+        path = Path(dataset)
+        _check_same(path, data)
+        return (_as_text(entry, tokenizer, str(path)) for entry in _entries(path))
+    return (_as_text(entry, tokenizer, data.dataset) for entry in _hub_entries(data.dataset))
+
+
+def _check_same(path: Path, data: CalibrationData) -> None:
+    if not path.is_file():
+        raise SourceMissingError(
+            f"{path} is not there on this node", "Every node that calibrates must see the file under that path."
+        )
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != data.digest:
+            raise DigestError(f"{path} is not the file that the plan was made with", "Run the build again.")
+
+
+def _entries(path: Path) -> Iterator[Any]:
+    """A text file's paragraphs, or the records of a .jsonl or .parquet file."""
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        if path.suffix == ".txt":
+            yield from _paragraphs(file)
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise QuantizationError(f"{path}, line {number} is not JSON: {error}", _RECORDS) from None
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between empty lines."""
+    held: list[str] = []
+    for line in lines:
+        if line.strip():
+            held.append(line)
+        elif held:
+            yield "".join(held).strip("\n")
+            held = []
+    if held:
+        yield "".join(held).strip("\n")
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise QuantizationError(f"{path} needs pyarrow", "pip install pyarrow, or give a .jsonl or .txt file.") from None
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise QuantizationError(f"{path} cannot be read: {error}", _RECORDS) from error
+
+
+def _hub_entries(name: str) -> Iterator[Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise QuantizationError(
+            f"the data set {name} needs the package datasets", "pip install datasets, or give a .txt, .jsonl or .parquet file."
+        ) from None
+    try:
+        yield from datasets.load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # whatever the hub, the network or the data set's own code raises
+        raise QuantizationError(
+            f"the data set {name} cannot be read: {error}", "Give a .txt, .jsonl or .parquet file instead."
+        ) from error
+
+
+def _check_record(entry: Any, origin: str) -> None:
+    if isinstance(entry, str) or (
+        isinstance(entry, dict) and (isinstance(entry.get("text"), str) or isinstance(entry.get("messages"), list))
+    ):
+        return
+    known = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
+    raise QuantizationError(f"a record of {origin} has neither text nor messages (it has: {known})", _RECORDS)
+
+
+def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
+    """A plain text, or a record with `text`, or with `messages` under the tokenizer's chat template."""
+    _check_record(entry, origin)
+    if isinstance(entry, str):
+        return _Text(entry)
+    if isinstance(entry.get("text"), str):
+        return _Text(entry["text"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise QuantizationError(f"{origin} holds messages, the model's tokenizer has no chat template", "Give a text field.")
+    try:
+        return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)
+    except Exception as error:  # whatever the template, which came with the model, raises
+        raise QuantizationError(f"the model's chat template refuses messages of {origin}: {error}", _RECORDS) from error

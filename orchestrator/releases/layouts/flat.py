@@ -1,0 +1,10 @@
+"""Files under their paths, with manifest.json and the signature: what was signed, as it was signed."""
+
+from __future__ import annotations
+
+from orchestrator.releases.layouts import Arrangement, Request, identity_files
+
+
+def arrange(request: Request) -> Arrangement:
+    """See Layout."""
+    return Arrangement({file.path: file.path for file in request.files}, identity_files(request))

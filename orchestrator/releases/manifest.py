@@ -1,0 +1,322 @@
+"""The manifest of a release: the only contract with those who load engines.
+
+Schema version 1, published as manifest.schema.json beside this file. Within a major version fields are only added, and a
+reader keeps those that it does not know; it refuses a newer major version. The field `digest` is the digest of the rest: it
+finds accidents. What finds intent is the signature (orchestrator/releases/signing.py), which covers these bytes.
+
+A manifest is input from strangers: decoding is strict about types, bounded in size, and refuses paths that lead anywhere but below
+the folder that a release is pulled to, ranks that do not add up, and an address that belongs to another release.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
+
+from pydantic import FailFast, Field, ValidationError, model_validator
+
+from orchestrator.base.digest import CHUNK_BYTES, canonical_json, digest_of
+from orchestrator.base.errors import DigestError, ReleaseAddressError, SchemaVersionError
+from orchestrator.base.paths import check_disjoint, check_path
+from orchestrator.base.records import LARGEST, Count, Record, Sha256, Word
+from orchestrator.engines.record import EngineRecord, MemoryNeed
+from orchestrator.model.config import ModelConfig
+from orchestrator.planning.facts import Miniature, Verification
+from orchestrator.releases.provenance import Provenance
+from orchestrator.spec.build import RELEASE_NAME, RELEASE_VERSION
+
+SCHEMA_VERSION = 1
+MEDIA_TYPE = "application/vnd.trt-orchestrator.release.v1+json"
+RELEASES = "releases"
+MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"
+"""Name of a release's signature in a pulled folder."""
+_SEAL = "digest"
+LIMIT_BYTES = 32 * 2**20
+"""Size of the largest manifest that is read. One of 1,000 ranks has about a fifth of it."""
+_LIMIT_VALUES = 1_000_000
+"""JSON values in it: a few bytes of text may stand for a hundred of memory."""
+_LIMIT_FILES = 10_000
+_LISTED_PROBLEMS = 1000
+"""More are counted only: a list of them takes a kilobyte each."""
+_SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
+
+
+Role = Literal["engine", "tokenizer", "config", "report"]
+
+
+class Chunks(Record):
+    """The pieces of a file, each with its digest, so that each is fetched and verified alone."""
+
+    num_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=LARGEST)
+    """Of every chunk but the last."""
+    sha256: Annotated[tuple[Sha256, ...], FailFast()]
+
+
+class FileRecord(Record):
+    """One published object."""
+
+    path: str
+    """Where a consumer puts it, relative to a folder of his."""
+    key: str
+    """Where it lies, relative to the manifest."""
+    role: Role
+    media_type: Word
+    num_bytes: Count
+    sha256: Sha256
+    chunks: Chunks
+
+    @model_validator(mode="after")
+    def _stays_below_its_folder(self) -> Self:
+        check_path(self.path)
+        check_path(self.key)
+        if self.path.casefold() in (MANIFEST, SIGNATURE):
+            raise ValueError(f"{self.path} is the name of the manifest or of its signature")
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_cover_it(self) -> Self:
+        if len(self.chunks.sha256) != -(-self.num_bytes // self.chunks.num_bytes):
+            raise ValueError(f"{self.path} has {self.num_bytes} bytes and {len(self.chunks.sha256)} chunks")
+        return self
+
+
+class RankRecord(Record):
+    """One rank: where it stands, what it loads."""
+
+    rank: Count
+    tp_rank: Count
+    pp_rank: Count
+    cp_rank: Count = 0
+    ep_rank: Count = 0
+    """Expert-parallel group that it belongs to."""
+    first_layer: Count
+    num_layers: Count
+    engine: EngineRecord
+    memory: MemoryNeed
+    files: Annotated[tuple[FileRecord, ...], FailFast()]
+
+
+class SourceFileRecord(Record):
+    """A file of the source, as the plan identified it."""
+
+    path: str
+    num_bytes: Count
+    identity: str
+
+
+class ArtifactRecord(Record):
+    """Something that the build made and used, by its digest; not published with the release."""
+
+    name: str
+    num_bytes: Count | None = None
+    sha256: str
+
+
+class QuantizationRecord(Record):
+    """In which formats the weights are stored, and what that did to them."""
+
+    spec: dict[str, Any]
+    """As it was asked for; paths by their names alone."""
+    model: dict[str, Any]
+    """Formats by linear: ModelQuantization of model/quantization.py, as the network was built with it."""
+    calibration: tuple[ArtifactRecord, ...]
+    """The scales that were applied; empty for algorithms without calibration."""
+    worst_errors: dict[str, float]
+    """|stored - weight| / |weight| of the linears where it is largest, largest first; empty when the weights came from
+    conversions whose outcomes are gone."""
+
+
+class Selectors(Record):
+    """By what a consumer chooses among the releases of a model."""
+
+    backend: Word
+    precision: Word
+    """Quantization algorithm, or the model's dtype."""
+    tp: Count
+    pp: Count
+    gpu: Word
+    """Name of the GPU, or the compute capabilities, or any."""
+
+
+class Manifest(Record):
+    """What was published."""
+
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
+    media_type: Word = MEDIA_TYPE
+    name: str = Field(pattern=RELEASE_NAME)
+    version: str = Field(pattern=RELEASE_VERSION)
+    build_key: Word
+    """Digest of the inputs; the engines' own digests stand with their files."""
+    created_at: Word
+    source: Annotated[tuple[SourceFileRecord, ...], FailFast()]
+    model: ModelConfig
+    selectors: Selectors
+    tp: int = Field(ge=1, le=LARGEST)
+    pp: int = Field(ge=1, le=LARGEST)
+    cp: int = Field(default=1, ge=1, le=LARGEST)
+    moe_ep: int = Field(default=1, ge=1, le=LARGEST)
+    """Expert-parallel groups among the tensor-parallel ranks."""
+    ranks: Annotated[tuple[RankRecord, ...], FailFast()]
+    shared: Annotated[tuple[FileRecord, ...], FailFast()]
+    """What every rank needs: tokenizer and config."""
+    documents: Annotated[tuple[FileRecord, ...], FailFast()] = ()
+    """For people: the report of the build."""
+    engine_config: dict[str, Any]
+    """How TensorRT was asked to compile: BuildConfig of spec/build.py."""
+    quantization: QuantizationRecord | None = None
+    verification: Verification | None = None
+    """None: the spec had switched verification off."""
+    miniature: Miniature | None = None
+    """None: published before there were any."""
+    tools: dict[str, str]
+    steps: dict[str, str]
+    """Step name to digest: where this release came from."""
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _ranks_are_all_there(self) -> Self:
+        count = self.tp * self.pp * self.cp
+        if sorted(record.rank for record in self.ranks) != list(range(min(count, len(self.ranks) + 1))):
+            raise ValueError(f"tp={self.tp} pp={self.pp} cp={self.cp} has {count} ranks, 0 and up; {len(self.ranks)} are described")
+        places = {(record.tp_rank, record.pp_rank, record.cp_rank) for record in self.ranks}
+        if len(places) != count or any(tp >= self.tp or pp >= self.pp or cp >= self.cp for tp, pp, cp in places):
+            raise ValueError("its ranks do not each have a place of their own in tp, pp and cp")
+        return self
+
+    @model_validator(mode="after")
+    def _files_do_not_collide(self) -> Self:
+        files = self.all_files()
+        if len(files) > _LIMIT_FILES:
+            raise ValueError(f"{len(files):,} files are more than any release has")
+        found: dict[str, FileRecord] = {}
+        for file in files:
+            if found.setdefault(file.path, file) != file:
+                raise ValueError(f"{file.path} is described twice, as different files")
+        check_disjoint(found)
+        return self
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: the bytes that are stored and signed."""
+        return seal(self.model_dump(mode="json"))
+
+    def all_files(self) -> list[FileRecord]:
+        return [file for rank in self.ranks for file in rank.files] + [*self.shared, *self.documents]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.all_files())
+
+    def rank(self, number: int) -> RankRecord:
+        """Raises KeyError."""
+        for record in self.ranks:
+            if record.rank == number:
+                return record
+        raise KeyError(number)
+
+
+def seal(plain: dict[str, Any]) -> bytes:
+    """The canonical JSON of a manifest's fields with the digest of them all among them."""
+    rest = {name: value for name, value in plain.items() if name != _SEAL}
+    return canonical_json({**rest, _SEAL: digest_of(rest)})
+
+
+def parse_manifest(data: bytes, address: str) -> Manifest:
+    """Decode the manifest that was read at `address`, the URL or the key of the object.
+
+    Raises SchemaVersionError for a newer one, ReleaseAddressError when `address` is that of a release with another name or version,
+    DigestError when it is damaged or none at all.
+    """
+    try:
+        found = Manifest.model_validate_json(canonical_json(_unsealed(data, address)), strict=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DigestError(f"{address} is not a release manifest: {_reason(error)}") from None
+    check_address(found, address)
+    return found
+
+
+def _unsealed(data: bytes, address: str) -> dict[str, Any]:
+    """Its fields. Raises SchemaVersionError, and ValueError and the like for what is no manifest."""
+    if len(data) > LIMIT_BYTES:
+        raise ValueError(f"{len(data):,} bytes are more than any manifest has")
+    num_values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if num_values > _LIMIT_VALUES:
+        raise ValueError(f"about {num_values:,} values are more than any manifest has")
+    plain: dict[str, Any] = json.loads(data)
+    version = plain["schema_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError("schema_version is not a number from 1")
+    if version > SCHEMA_VERSION:
+        raise SchemaVersionError(f"{address} has manifest schema {version}, this program reads up to {SCHEMA_VERSION}")
+    del plain[_SEAL]
+    if seal(plain) != data:
+        raise ValueError("it is not what its own digest says: it was changed after it was written")
+    return plain
+
+
+def _reason(error: Exception) -> str:
+    """Why it does not decode, in a few words whatever it holds."""
+    if isinstance(error, ValidationError):
+        if error.error_count() > _LISTED_PROBLEMS:
+            return f"{error.error_count():,} of its values are not what they should be"
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        shown = [f"{'.'.join(map(str, entry['loc'])) or '(top)'}: {entry['msg']}" for entry in found[:_SHOWN_PROBLEMS]]
+        more = [f"and {len(found) - len(shown)} more"] if len(found) > len(shown) else []
+        return "; ".join([_cut(text.replace("Value error, ", "")) for text in shown] + more)
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return _cut(" ".join(str(error).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def check_address(manifest: Manifest, address: str) -> None:
+    """Raises ReleaseAddressError when `address` is that of a release and not this one's.
+
+    A signature covers bytes, not the place where they lie: an older release, copied over a newer one, is signed too.
+    """
+    expected = address_parts(address)
+    if expected is not None and expected != (manifest.name, manifest.version):
+        raise ReleaseAddressError(
+            f"{address} is the address of {expected[0]} {expected[1]}, the manifest there is that of "
+            f"{manifest.name} {manifest.version}"
+        )
+
+
+def address_parts(address: str) -> tuple[str, str] | None:
+    """Name and version that an address states, .../releases/<name>/<version>; None for another, such as a pulled folder's."""
+    scheme, marked, rest = address.rpartition("://")
+    parts: list[str] = []
+    for part in (unquote(rest) if scheme == "file" else rest if marked else address).split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part not in ("", "."):
+            parts.append(part)
+    parts = parts[:-1] if parts[-1:] == [MANIFEST] else parts
+    return (parts[-2], parts[-1]) if parts[-3:-2] == [RELEASES] else None
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON Schema of a manifest as it is stored."""
+    found = Manifest.model_json_schema(mode="serialization")
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    found["properties"][_SEAL] = {
+        "type": "string",
+        "pattern": "^[0-9a-f]{64}$",
+        "description": "sha256 of the canonical JSON of the other fields.",
+    }
+    found["required"] = sorted([*found["required"], _SEAL])
+    return found
+
+
+def release_prefix(name: str, version: str) -> str:
+    """Key prefix of a release in its store; ends with '/'."""
+    return f"{RELEASES}/{name}/{version}/"
+
+
+def signature_key(manifest_digest: str) -> str:
+    """Where the signature of a manifest stands, relative to it: by digest, so that no other manifest can be given it."""
+    return f"signatures/{manifest_digest}.sig"

@@ -1,0 +1,46 @@
+"""The last look before a release is published: what was compiled is what was executed, and the miniature was proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.base.errors import VerificationError
+from orchestrator.planning.options import BuildOptions, VerifyOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome
+
+
+def check_miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
+    """Raises VerificationError for a build without the outcome of its miniature."""
+    for step in plan.of_kind(Kind.MINIATURE):
+        if step.digest in outcomes and "miniature" in outcomes[step.digest].facts:
+            return
+    raise VerificationError(
+        "nothing proves that config.json means here what it means in transformers: the build's miniature has no outcome",
+        "Delete its outcome in the store, if there is one, and build again.",
+    )
+
+
+def check_networks(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
+    """Compare the network that each engine was compiled from with the one that was executed for its rank.
+
+    Does nothing for a plan without verification. Raises VerificationError that names the ranks.
+    """
+    executed: dict[int, str | None] = {}
+    for step in plan.of_kind(Kind.VERIFY):
+        stage = VerifyOptions.model_validate(step.options).network.stage
+        recorded = outcomes[step.digest].facts.get("networks", [None] * stage.tp)
+        executed |= {stage.rank(tp_rank): digest for tp_rank, digest in enumerate(recorded)}
+    if not executed:
+        return
+    compiled = {
+        BuildOptions.model_validate(step.options).rank: outcomes[step.digest].facts.get("network")
+        for step in plan.of_kind(Kind.BUILD)
+    }
+    differing = [rank for rank, digest in sorted(compiled.items()) if digest is None or digest != executed.get(rank)]
+    if differing:
+        ranks = ", ".join(map(str, differing))
+        raise VerificationError(
+            f"the networks that the engines of ranks {ranks} were compiled from are not those that were verified",
+            "Delete the outcomes of these build and verify steps in the store, and build again.",
+        )

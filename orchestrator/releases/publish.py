@@ -1,0 +1,265 @@
+"""Publish a finished build: objects first, then the signature, the manifest last and only if there is none.
+
+    releases/<name>/<version>/manifest.json
+    releases/<name>/<version>/signatures/<digest of the manifest>.sig
+    releases/<name>/<version>/<build>-<id>/...   objects, in a folder of this attempt's own, begun by the build key
+
+What is published is what is stored: every object of the release is read back, after it was copied or written and before the
+manifest is signed, whoever wrote it and when. The step of an engine that reads wrong has to run again.
+
+Two builds that publish one version at once write to different folders; whose manifest lands first wins, and the manifest
+always names its own objects. No key is ever used again, so that `collect` can take what a dead attempt left.
+A signature is found by the digest of what it signs, so the loser's is of no use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.base.digest import ChunkHasher, chunk_digests, digest_bytes
+from orchestrator.base.errors import (
+    DamagedOutputError,
+    DigestError,
+    ReleaseExistsError,
+    SignatureError,
+    SourceCorruptError,
+    StoreError,
+)
+from orchestrator.model.config import to_trtllm
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome, Output
+from orchestrator.releases import signing
+from orchestrator.releases.describe import describe, describe_rank
+from orchestrator.releases.differences import differences, times_back
+from orchestrator.releases.manifest import (
+    MANIFEST,
+    Chunks,
+    FileRecord,
+    Manifest,
+    RankRecord,
+    Role,
+    parse_manifest,
+    release_prefix,
+    signature_key,
+)
+from orchestrator.releases.proof import check_miniature, check_networks
+from orchestrator.run.consumption import outdated
+from orchestrator.stores import open_place
+from orchestrator.stores.confined import read_companion
+from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store
+
+_ENGINE_TYPE = "application/vnd.nvidia.tensorrt.engine"
+_BUILD_DIGITS = 12
+_BLOCK_BYTES = 8 * 2**20
+_READERS = 4
+"""Objects that are read back at once."""
+
+
+def check_free(store: Store, plan: Plan, sign_key: Path | None = None) -> Manifest | None:
+    """The release if this very build is published already; None when the version is free.
+
+    Raises ReleaseExistsError when another build has it, and SignatureError when it is this build's but not signed with `sign_key`:
+    to sign later what lies in a store would vouch for bytes that nobody has seen being made.
+    """
+    release, build_key = plan.spec.release, plan.build_key
+    prefix = release_prefix(release.name, release.version)
+    try:
+        data = store.get(prefix + MANIFEST)
+    except ObjectMissingError:
+        return None
+    existing = parse_manifest(data, f"{store.url}/{prefix}{MANIFEST}")
+    if existing.build_key != build_key:
+        raise ReleaseExistsError(
+            f"{release.name} {release.version} is already published in {store.url} by another build "
+            f"(build key {existing.build_key[:_BUILD_DIGITS]}, this one is {build_key[:_BUILD_DIGITS]}). "
+            f"Different: {'; '.join(differences(existing, plan))}",
+            _advice(times_back(existing, plan)),
+        )
+    if sign_key is not None and not _is_signed(store, prefix, data, sign_key):
+        raise SignatureError(
+            f"{release.name} {release.version} is already published in {store.url}, and not signed with {sign_key}",
+            "Raise release.version in the spec: no step is repeated.",
+        )
+    return existing
+
+
+def _advice(commands: str) -> str:
+    if not commands:
+        return ""
+    return (
+        f"Raise release.version in the spec. If the files are the same, give them their times back: {commands}. With a SHA256SUMS "
+        "file beside the weights (sha256sum *.safetensors > SHA256SUMS), times say nothing any more."
+    )
+
+
+def _is_signed(store: Store, prefix: str, manifest: bytes, sign_key: Path) -> bool:
+    try:
+        signature = store.get(prefix + signature_key(digest_bytes(manifest)))
+    except ObjectMissingError:
+        return False
+    return signing.is_signed_by(signature, sign_key)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The ranks of a release whose engines are in place and were read back."""
+
+    folder: str
+    """Folder of this attempt, relative to the release; ends with '/'."""
+    ranks: tuple[RankRecord, ...]
+
+
+def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> Engines:
+    """Copy the engines into the release and read them back.
+
+    Raises DamagedOutputError for an engine that is not what its step wrote, with the key of the step's output; DigestError when the
+    outcomes do not belong together; VerificationError when what was compiled is not what was verified.
+    """
+    check_miniature(plan, outcomes)
+    check_networks(plan, outcomes)
+    reasons = outdated(plan, outcomes)
+    if reasons:
+        raise DigestError(next(iter(reasons.values())), "Run the build again: the steps concerned run again.")
+    release = plan.spec.release
+    prefix = release_prefix(release.name, release.version)
+    folder = f"{plan.build_key[:_BUILD_DIGITS]}-{uuid.uuid4().hex[:8]}/"
+    built = [outcomes[step.digest] for step in plan.of_kind(Kind.BUILD)]
+    with ThreadPoolExecutor(_READERS, "read-back") as pool:
+        ranks = pool.map(lambda outcome: _publish_rank(store, prefix, folder, plan, outcome), built)
+        return Engines(folder, tuple(ranks))
+
+
+def publish(
+    store: Store,
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    engines: Engines,
+    sign_key: Path | None = None,
+    report: Callable[[Manifest], bytes] | None = None,
+) -> Manifest:
+    """Write small files beside the engines, sign, then commit the manifest.
+
+    `report` makes the page that is published with the release, from the manifest that does not name it yet.
+    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
+    ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
+    """
+    release, folder = plan.spec.release, engines.folder
+    prefix = release_prefix(release.name, release.version)
+    shared = tuple(_publish_shared(store, prefix, folder, plan))
+    manifest = describe(plan, outcomes, engines.ranks, shared)
+    if report is not None:
+        page = _put(store, prefix, folder, "report.html", "report", "text/html", report(manifest))
+        manifest = manifest.model_copy(update={"documents": (page,)})
+    data = manifest.to_json()
+    if sign_key is not None:
+        digests = signed_digests(manifest, data)
+        _put_checked(store, prefix + signature_key(digests[MANIFEST]), signing.sign(digests, release.name, sign_key))
+    try:
+        store.put(prefix + MANIFEST, data, create=True)
+    except ObjectExistsError:
+        return check_free(store, plan, sign_key) or manifest
+    _check_small(store, prefix + MANIFEST, data)
+    return manifest
+
+
+def damaged(store: Store, outputs: Iterable[Output]) -> DamagedOutputError | None:
+    """The first of some outputs whose bytes are not what was written, as an error; None: all are right."""
+    with ThreadPoolExecutor(_READERS, "read-back") as pool:
+        return next(filter(None, pool.map(lambda output: _damage(store, output.key, output), list(outputs))), None)
+
+
+def _damage(store: Store, key: str, output: Output) -> DamagedOutputError | None:
+    """Read an object that is to hold the bytes of `output`."""
+    hasher = hashlib.sha256()
+    try:
+        for block in store.blocks(key):
+            hasher.update(block)
+    except ObjectMissingError:
+        return DamagedOutputError(f"{key} is gone", key=output.key)
+    if hasher.hexdigest() == output.sha256:
+        return None
+    return DamagedOutputError(
+        f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {output.sha256}", key=output.key
+    )
+
+
+def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
+    """What a signature covers: every file of a whole pulled release by its path, the manifest's own bytes `data` among them."""
+    return {**{file.path: file.sha256 for file in manifest.all_files()}, MANIFEST: digest_bytes(data)}
+
+
+def _publish_rank(store: Store, prefix: str, folder: str, plan: Plan, outcome: Outcome) -> RankRecord:
+    (output,) = outcome.outputs
+    key = folder + output.name
+    try:
+        store.copy(output.key, prefix + key)
+    except ObjectMissingError as error:
+        raise DamagedOutputError(f"{output.key} is gone", key=output.key) from error
+    damage = _damage(store, prefix + key, output)
+    if damage is not None:
+        raise damage
+    file = FileRecord(
+        path=output.name,
+        key=key,
+        role="engine",
+        media_type=_ENGINE_TYPE,
+        num_bytes=output.num_bytes,
+        sha256=output.sha256,
+        chunks=Chunks(sha256=output.chunks or _read_chunks(store, output)),
+    )
+    return describe_rank(plan, outcome, file)
+
+
+def _read_chunks(store: Store, output: Output) -> tuple[str, ...]:
+    """Of an engine that was built before chunks were hashed on the way."""
+    hasher = ChunkHasher()
+    for begin in range(0, output.num_bytes, _BLOCK_BYTES):
+        hasher.update(store.get_range(output.key, begin, min(begin + _BLOCK_BYTES, output.num_bytes)))
+    return hasher.digests()
+
+
+def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[FileRecord]:
+    """The runtime's config and the source's tokenizer and config files."""
+    config = {
+        "pretrained_config": to_trtllm(plan.inputs.config, plan.topology, plan.inputs.model_quantization),
+        "build_config": plan.spec.engine.model_dump(mode="json"),
+    }
+    data = json.dumps(config, indent=2).encode()
+    records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
+    source = open_place(plan.inputs.source)
+    for file in plan.inputs.extra_files:
+        content = read_companion(source, file.name)
+        if file.identity != "sha256:" + digest_bytes(content):
+            raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
+        media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"
+        records.append(_put(store, prefix, folder, f"tokenizer/{file.name}", "tokenizer", media_type, content))
+    return records
+
+
+def _put(store: Store, prefix: str, folder: str, path: str, role: Role, media_type: str, data: bytes) -> FileRecord:
+    _put_checked(store, prefix + folder + path, data)
+    return FileRecord(
+        path=path,
+        key=folder + path,
+        role=role,
+        media_type=media_type,
+        num_bytes=len(data),
+        sha256=digest_bytes(data),
+        chunks=Chunks(sha256=chunk_digests(data)),
+    )
+
+
+def _put_checked(store: Store, key: str, data: bytes) -> None:
+    store.put(key, data)
+    _check_small(store, key, data)
+
+
+def _check_small(store: Store, key: str, data: bytes) -> None:
+    if store.get(key) != data:
+        raise StoreError(f"{key} in {store.url} is not what was just written", "Check the disk, server or network under the store.")

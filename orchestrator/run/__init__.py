@@ -1,0 +1,1 @@
+"""Driving a plan: what starts when and where, and what is committed."""

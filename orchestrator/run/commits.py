@@ -1,0 +1,208 @@
+"""Where a step's outputs live in a store, and which digests are committed.
+
+    steps/<digest>/<attempt>/<name>     outputs; the attempt's random name keeps a lost worker's late writes apart
+    outcomes/<digest>.json              the commit: written last, put-if-absent, names the outputs
+    aside/<digest>.json                 a commit whose outputs were found damaged, and why; .outdated.json: made from other bytes
+    live/<id>.json                      a build that runs: what it counts on, so that nothing of it is collected
+    events/<build key>/<run>/...        what a run of a build has said: report/journal.py
+
+There is no state file and no lock: a committed outcome under a digest is never computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.base.errors import SourceCorruptError, StoreError
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.run.consumption import outdated
+from orchestrator.run.schedule import TakenBack
+from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store
+
+OUTCOMES, STEPS, LIVE, EVENTS, ASIDE = "outcomes/", "steps/", "live/", "events/", "aside/"
+_LOOKUP_THREADS = 16
+_LOOKS, _DYING_SECONDS = 3, 0.5
+"""What a killed worker may take to be dead, and a store to show the upload that it began last."""
+
+
+class LiveBuild(BaseModel):
+    """What a running build says of itself before it looks up what is committed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    started_at: datetime.datetime
+    """UTC."""
+    steps: tuple[str, ...]
+    """Digests: their outcomes and outputs are in use."""
+    release: str | None = None
+    """Key prefix that it is going to publish under; None: it publishes nothing."""
+    build_key: str | None = None
+    """Its events are being written."""
+
+
+class Aside(BaseModel):
+    """A commit that no longer counts."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    outcome: Outcome
+    reason: str
+    at: datetime.datetime
+
+
+def outcome_key(digest: str) -> str:
+    """Where the commit of a step stands."""
+    return f"{OUTCOMES}{digest}.json"
+
+
+def aside_key(digest: str, *, damaged: bool) -> str:
+    """Where a commit goes that is set aside."""
+    return f"{ASIDE}{digest}.json" if damaged else f"{ASIDE}{digest}.outdated.json"
+
+
+def attempt_prefix(digest: str, attempt: str) -> str:
+    """Where one attempt writes its outputs; ends with '/'."""
+    return f"{STEPS}{digest}/{attempt}/"
+
+
+def commit(store: Store, outcome: Outcome) -> Outcome:
+    """Commit `outcome`, or return the one that another attempt has committed before."""
+    data = outcome.model_dump_json(indent=1).encode()
+    try:
+        store.put(outcome_key(outcome.digest), data, create=True)
+    except ObjectExistsError:
+        winner = lookup(store, outcome.digest)
+        if winner is not None:
+            return winner
+        # The committed outcome lost its outputs: ours replaces it.
+        store.put(outcome_key(outcome.digest), data)
+    return outcome
+
+
+def lookup(store: Store, digest: str) -> Outcome | None:
+    """The committed outcome of a step; None when there is none or its outputs are gone."""
+    try:
+        outcome = Outcome.model_validate_json(store.get(outcome_key(digest)))
+    except (ObjectMissingError, ValidationError):
+        return None
+    intact = all(store.size(output.key) == output.num_bytes for output in outcome.outputs)
+    return outcome if intact else None
+
+
+def set_aside(store: Store, taken: TakenBack) -> None:
+    """Keep a commit that no longer counts under another name, and remove it under its own, so that its step can run again.
+
+    One that another build has replaced meanwhile stays. Its outputs stay where they are until `collect` finds them unneeded.
+    """
+    outcome = taken.outcome
+    key = outcome_key(outcome.digest)
+    try:
+        current = Outcome.model_validate_json(store.get(key))
+    except ObjectMissingError:
+        return
+    except ValidationError:
+        current = None
+    if current is not None and current.model_dump_json() != outcome.model_dump_json():
+        return
+    record = Aside(outcome=outcome, reason=taken.reason, at=datetime.datetime.now(datetime.UTC))
+    store.put(aside_key(outcome.digest, damaged=taken.damaged), record.model_dump_json(indent=1).encode())
+    store.delete(key)
+
+
+def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], tuple[str, ...]]:
+    """`outcomes` without those that were made from other bytes than the others hold, and warnings of these; they are set aside."""
+    kept, warnings = dict(outcomes), []
+    while reasons := outdated(plan, kept):
+        for digest, reason in reasons.items():
+            set_aside(store, TakenBack(kept.pop(digest), reason, damaged=False))
+            warnings.append(f"{reason}: it runs again")
+    return kept, tuple(warnings)
+
+
+def check_same_again(store: Store, outcome: Outcome) -> None:
+    """Compare a conversion that runs again, because its first outputs were damaged, with what was written the first time.
+
+    The same files give the same bytes, and the digest says that they are the same files. Raises SourceCorruptError.
+    """
+    if outcome.kind is not Kind.CONVERT:
+        return
+    key = aside_key(outcome.digest, damaged=True)
+    try:
+        first = Aside.model_validate_json(store.get(key)).outcome
+    except (ObjectMissingError, ValidationError):
+        return
+    written = {output.name: output.sha256 for output in first.outputs}
+    others = [output.name for output in outcome.outputs if output.sha256 != written.get(output.name, output.sha256)]
+    if others and first.consumed == outcome.consumed:
+        raise SourceCorruptError(
+            f"{outcome.name} made another {', '.join(others[:3])} than the first time, from files of the source that look the "
+            "same: the source was damaged or changed since",
+            "Compare the source with the publisher's checksums and download what differs. If it is right as it is now, delete "
+            f"{key} from the store.",
+        )
+
+
+def find(store: Store, digest: str) -> Outcome | None:
+    """As `lookup`; None also while the store cannot be reached."""
+    try:
+        return lookup(store, digest)
+    except StoreError:
+        return None
+
+
+def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
+    """The committed outcomes among `digests`."""
+    with ThreadPoolExecutor(_LOOKUP_THREADS) as pool:
+        found = pool.map(lambda digest: lookup(store, digest), list(digests))
+        return {outcome.digest: outcome for outcome in found if outcome is not None}
+
+
+@contextlib.contextmanager
+def in_use(store: Store, digests: Iterable[str], release: str | None = None, build_key: str | None = None) -> Iterator[None]:
+    """Announce a build as long as the block runs. A killed one stays announced until `collect` finds it too old to be true."""
+    key = f"{LIVE}{uuid.uuid4().hex}.json"
+    began = datetime.datetime.now(datetime.UTC)
+    live = LiveBuild(started_at=began, steps=tuple(digests), release=release, build_key=build_key)
+    store.put(key, live.model_dump_json().encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(StoreError):  # what the build came to matters more
+            store.delete(key)
+
+
+@contextlib.contextmanager
+def nothing_left_begun(store: Store, build_id: str) -> Iterator[None]:
+    """When the block ends by an exception, Ctrl-C too, remove the unfinished uploads of attempts whose names begin with `build_id`.
+
+    The workers of such a block were killed and could not. Around the block that closes the cluster, never inside it.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):  # why the block ended matters more
+            abort_attempts(store, build_id)
+        raise
+
+
+def abort_attempts(store: Store, build_id: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Remove the unfinished uploads of one run of a build. Looks more than once: a killed worker may just be dying."""
+    for look in range(_LOOKS):
+        if look:
+            sleep(_DYING_SECONDS)
+        begun = [upload for upload in store.list_uploads(STEPS) if _attempt_of(upload.key).startswith(build_id)]
+        for upload in begun:
+            store.abort_upload(upload)
+
+
+def _attempt_of(key: str) -> str:
+    parts = key.split("/")
+    return parts[2] if len(parts) > 3 else ""

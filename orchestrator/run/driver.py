@@ -1,0 +1,130 @@
+"""The loop: schedule -> commands -> cluster -> events -> schedule. No step's bytes pass through here."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.base.errors import StepFailedError
+from orchestrator.events.steps import AnyEvent, StepSucceeded
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Failure, Outcome, Task
+from orchestrator.run.cluster import Cluster
+from orchestrator.run.listener import Listener
+from orchestrator.run.schedule import Schedule, Start, TakenBack
+from orchestrator.spec.cluster import ClusterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a plan ended."""
+
+    outcomes: Mapping[str, Outcome]
+    """By digest: committed before or now."""
+    ran: frozenset[str]
+    """Digests that ran in this build."""
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    lost: Mapping[str, list[Failure]] = field(default_factory=dict)
+    """Attempts that came to nothing before the last one, by digest."""
+
+    def raise_failures(self, plan: Plan) -> None:
+        """Raise the first failure as the error that it was; others are counted in the message."""
+        if not self.failures:
+            return
+        digest, failure = next(iter(self.failures.items()))
+        error = failure.to_error(plan.step(digest).name)
+        if len(self.failures) > 1:
+            others = ", ".join(plan.step(other).name for other in list(self.failures)[1:])
+            raise type(error)(f"{error.message} (also failed: {others})", error.advice) from None
+        raise error
+
+
+Lookup = Callable[[str], Outcome | None]
+SetAside = Callable[[TakenBack], object]
+
+
+def drive(
+    plan: Plan,
+    committed: Mapping[str, Outcome],
+    cluster: Cluster,
+    spec: ClusterSpec,
+    listener: Listener,
+    lookup: Lookup = lambda digest: None,
+    build_id: str = "",
+    set_aside: SetAside = lambda taken: None,
+) -> Result:
+    """Run what is pending until everything is committed or a step has failed for good.
+
+    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
+    `build_id` begins the names of this run's attempts. `set_aside` removes the commit of an outcome whose step is to run again.
+    """
+    return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id, set_aside).run()
+
+
+@dataclass
+class _Drive:
+    schedule: Schedule
+    cluster: Cluster
+    spec: ClusterSpec
+    listener: Listener
+    lookup: Lookup
+    build_id: str
+    set_aside: SetAside
+    delayed: list[tuple[float, int, Start]] = field(default_factory=list)
+    """Commands by the time that they are due, then by the order in which they were given."""
+    ran: set[str] = field(default_factory=set)
+    count: int = 0
+
+    def run(self) -> Result:
+        schedule = self.schedule
+        self.launch(schedule.start())
+        while not schedule.done:
+            wait = max(self.delayed[0][0] - self.cluster.now(), 0.0) if self.delayed else None
+            commands = [command for event in self.cluster.events(wait) for command in self.take(event)]
+            self.launch(commands)
+            if schedule.num_running == 0 and not self.delayed and not schedule.done:
+                raise StepFailedError("the plan cannot go on: nothing runs and something is pending", "This is a bug: report it.")
+        return Result(schedule.outcomes, frozenset(self.ran), schedule.failures, schedule.lost)
+
+    def take(self, event: AnyEvent) -> list[Start]:
+        self.listener.on_event(event)
+        if event.type == "succeeded":
+            self.ran.add(event.digest)
+        commands = self.schedule.handle(event)
+        for taken in self.schedule.taken_back():
+            self.set_aside(taken)
+        return commands
+
+    def launch(self, commands: list[Start]) -> None:
+        for command in commands:
+            self.count += 1
+            heapq.heappush(self.delayed, (self.cluster.now() + command.delay_seconds, self.count, command))
+            if command.attempt > 1:
+                self.listener.on_retry(command)
+        while self.delayed and self.delayed[0][0] <= self.cluster.now():
+            self.begin(heapq.heappop(self.delayed)[2])
+
+    def begin(self, due: Start) -> None:
+        if not self.schedule.begin(due):
+            return
+        step = due.step
+        known = self.lookup(step.digest) if due.attempt > 1 else None
+        if known is not None:
+            self.launch(self.take(StepSucceeded(digest=step.digest, outcome=known)))
+            return
+        profile = self.spec.profile
+        self.cluster.start(
+            Task(
+                step=step,
+                inputs={need: self.schedule.outcomes[need] for need in step.needs},
+                attempt=due.attempt,
+                order=self.schedule.order[step.digest],
+                store=self.spec.store,
+                store_options=self.spec.store_options,
+                scratch=self.spec.scratch,
+                build_id=self.build_id,
+                profile=profile.nsys if profile and step.kind.value in profile.steps else None,
+                log_format=self.spec.log_format,
+            )
+        )

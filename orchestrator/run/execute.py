@@ -1,0 +1,84 @@
+"""Run a plan to its end: probe the nodes, drive the steps, look at what came of them."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from orchestrator.base.errors import DamagedOutputError
+from orchestrator.events.steps import StepFailed
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Failure, Outcome
+from orchestrator.run import commits
+from orchestrator.run.checking import forget
+from orchestrator.run.cluster import Cluster, Probing
+from orchestrator.run.driver import Result, drive
+from orchestrator.run.listener import Listener
+from orchestrator.run.node_checks import check_nodes, read_places
+from orchestrator.run.schedule import MAX_REPEATS, Start, taken_back
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import open_store
+
+_BUILD_ID_DIGITS = 8
+
+
+OpenCluster = Callable[[ClusterSpec], Cluster]
+
+
+def execute(
+    made: Plan,
+    committed: Mapping[str, Outcome],
+    place: ClusterSpec,
+    open_cluster: OpenCluster,
+    listener: Listener,
+    accept: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
+) -> Result:
+    """Drive the plan; a plan with nothing pending opens no cluster.
+
+    `accept` looks at the outcomes of a plan that succeeded. For a DamagedOutputError of it, the step that wrote the object runs
+    again, a few times at most; then the error is raised.
+    """
+    target = open_store(place.store, place.store_options)
+    result = _drive(made, committed, place, open_cluster, listener)
+    for left in reversed(range(MAX_REPEATS + 1)):
+        if result.failures:
+            break
+        try:
+            accept(result.outcomes)
+            break
+        except DamagedOutputError as damage:
+            taken = taken_back(result.outcomes, damage)
+            commits.set_aside(target, taken)
+            if not left:
+                raise
+            rest = {digest: outcome for digest, outcome in result.outcomes.items() if outcome is not taken.outcome}
+            step = made.step(taken.outcome.digest)
+            listener.on_event(StepFailed(digest=step.digest, failure=Failure.of(damage, taken.outcome.node)))
+            listener.on_retry(Start(step, 2))
+            again = _drive(made, rest, place, open_cluster, listener)
+            result = replace(again, ran=result.ran | again.ran)
+    listener.on_finish(made, result)
+    return result
+
+
+def _drive(
+    made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener
+) -> Result:
+    if not made.pending(committed):
+        return Result(committed, frozenset())
+    build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
+    target = open_store(place.store, place.store_options)
+    with commits.nothing_left_begun(target, build_id):
+        cluster = open_cluster(place)
+        try:
+            if isinstance(cluster, Probing):
+                nodes = cluster.probe(read_places(made, committed))
+                listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
+            lookup, set_aside = functools.partial(commits.find, target), functools.partial(commits.set_aside, target)
+            return drive(made, committed, cluster, place, listener, lookup, build_id, set_aside)
+        finally:
+            cluster.close()
+            forget(place.scratch or tempfile.gettempdir(), build_id)

@@ -1,0 +1,102 @@
+"""What would fail later and can be known before the first step: pools, memory, disks, tools.
+
+Knows the plan and the place; what is wrong with the source or the topology was said when the plan was made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.base.errors import ClusterError, StoreFullError
+from orchestrator.model.compute_capability import check_target
+from orchestrator.planning.plan import Plan, unplaceable
+from orchestrator.planning.steps import Kind, Outcome, Step
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores.store import Store
+
+
+def check_build(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
+    """Check a build at a place; returns warnings.
+
+    Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
+    """
+    from orchestrator.networks import check_supported
+
+    check_supported(made.inputs.config)
+    check_target(made.inputs.model_quantization, made.spec.engine.compute_capabilities)
+    warnings = check_steps(made, committed, place, store)
+    pending = made.pending(committed)
+    if place.kind == "local":
+        _check_tools(made, {step.kind for step in pending})
+        _check_scratch(pending, place, store)
+    return warnings
+
+
+def check_steps(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
+    """Check that every step finds a pool and that the store has room; returns warnings. Raises ClusterError, StoreError."""
+    problems = unplaceable(made, place)
+    if problems:
+        raise ClusterError(
+            "the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file."
+        )
+    pending = made.pending(committed)
+    folder = store.local_path("probe")
+    if folder is not None:
+        needed = sum(step.estimate.write_bytes for step in pending)
+        _check_room(folder, needed, store.url, "the steps write", "Free space, or choose another place to write to.")
+    return memory_warnings(pending, place)
+
+
+def memory_warnings(steps: Sequence[Step], place: ClusterSpec) -> tuple[str, ...]:
+    """A warning when steps of this machine's pools reserve more memory than it has; such a step is run alone.
+
+    A pool with a memory of its own is a promise, and `unplaceable` an error; this is an estimate against what is there.
+    """
+    from orchestrator.run.admission import machine_memory_bytes
+
+    if place.kind != "local":
+        return ()
+    present = machine_memory_bytes()
+    unbounded = [step for step in steps if (pool := place.pool_for(step.kind.value)) is not None and pool.memory is None]
+    large = sorted(
+        (step for step in unbounded if step.resources.memory_bytes > present), key=lambda step: -step.resources.memory_bytes
+    )
+    if not large:
+        return ()
+    return (
+        f"{len(large)} steps need more memory than this machine's {present:,} bytes, {large[0].name} about "
+        f"{large[0].resources.memory_bytes:,}: each runs alone and may be killed. More tp or pp makes ranks smaller",
+    )
+
+
+def _check_tools(made: Plan, kinds: set[Kind]) -> None:
+    from orchestrator.engines import require_version
+
+    if Kind.BUILD in kinds:
+        require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
+
+
+def _check_scratch(pending: Sequence[Step], place: ClusterSpec, store: Store) -> None:
+    """Raises StoreError when the largest copy that one step makes in scratch does not fit."""
+    scratch = Path(place.scratch or tempfile.gettempdir())
+    copies = {step.name: _scratch_bytes(step, store) for step in pending}
+    name = max(copies, key=lambda step: copies[step], default=None)
+    if name is not None and copies[name]:
+        advice = "Set scratch in the cluster file to a larger folder."
+        _check_room(scratch / "step", copies[name], f"scratch ({scratch})", f"{name} copies", advice)
+
+
+def _scratch_bytes(step: Step, store: Store) -> int:
+    """Bytes that a step copies to scratch: shards of a remote store."""
+    if step.kind in (Kind.BUILD, Kind.VERIFY) and store.local_path("probe") is None:
+        return step.estimate.read_bytes
+    return 0
+
+
+def _check_room(path: Path, needed: int, where: str, what: str, advice: str) -> None:
+    free = shutil.disk_usage(next(parent for parent in path.resolve().parents if parent.exists())).free
+    if needed > free:
+        raise StoreFullError(f"{where} has {free:,} bytes free, {what} about {needed:,}", advice)

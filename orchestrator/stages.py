@@ -1,0 +1,116 @@
+"""Stages of a build alone: convert a whole checkpoint, compile engines from one."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.base.errors import StoreError
+from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config, write_json
+from orchestrator.clusters import local_cluster
+from orchestrator.engines.profiles import network_of
+from orchestrator.model import topology as topologies
+from orchestrator.model.compute_capability import check_target
+from orchestrator.model.config import to_trtllm
+from orchestrator.model.stage import StageOptions
+from orchestrator.planning.options import BuildOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.preparation import plan_conversion
+from orchestrator.planning.steps import Kind, Outcome
+from orchestrator.run import commits
+from orchestrator.run.execute import execute
+from orchestrator.run.listener import Listener, SilentListener
+from orchestrator.run.preflight import check_steps
+from orchestrator.spec.build import BuildConfig, BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store, check_writable
+
+
+def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
+    """Write a whole TensorRT-LLM checkpoint to the folder `output`: config.json last. Resumes after a kill.
+
+    `spec.topology.cp` may be above 1. Raises StoreError when `output` already holds one or has too little room; else as `plan`.
+    """
+    if (output / "config.json").exists():
+        raise StoreError(f"{output} already holds a checkpoint", "Choose another --output, or remove it.")
+    made = plan_conversion(spec)
+    staging = output / ".staging"
+    store = open_store(staging.resolve().as_uri())
+    check_writable(store)
+    only = replace(made, steps=tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
+    committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
+    place = ClusterSpec(store=store.url)
+    only = replace(only, warnings=only.warnings + again + check_steps(only, committed, place, store))
+    reports = listener or SilentListener()
+    reports.on_plan(only, committed, already_published=False)
+    result = execute(only, committed, place, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed))
+    result.raise_failures(only)
+    for step in only.of_kind(Kind.CONVERT):
+        for written in result.outcomes[step.digest].outputs:
+            path = store.local_path(written.key)
+            assert path is not None  # the staging store is a folder
+            path.replace(output / written.name)
+    _write_indexes(made, output)
+    write_checkpoint_config(output, made.inputs.config, made.topology, made.inputs.model_quantization)
+    shutil.rmtree(staging)
+    return made
+
+
+def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
+    """Read the outputs of steps of `kind` that an earlier run has left. Raises DamagedOutputError."""
+    from orchestrator.releases.publish import damaged
+
+    kept = [outcome for digest, outcome in outcomes.items() if committed.get(digest) is outcome and outcome.kind is kind]
+    damage = damaged(store, (output for outcome in kept for output in outcome.outputs))
+    if damage is not None:
+        raise damage
+
+
+def _write_indexes(made: Plan, output: Path) -> None:
+    """rank{N}.safetensors.index.json for ranks of several shards, as Hugging Face writes them."""
+    for number in range(made.topology.num_files):
+        groups = made.inputs.weights.stage(number // made.topology.tp)
+        if len(groups) == 1:
+            continue
+        listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}
+        index = {"metadata": {"total_size": sum(group.shard_bytes for group in groups)}, "weight_map": listed}
+        write_json(output / f"rank{number}.safetensors.index.json", index, indent=2)
+
+
+def build_engine(
+    checkpoint: Path, ranks: Iterable[int] | None, output: Path, engine: BuildConfig, progress: Callable[[int, str, int, int], None]
+) -> list[int]:
+    """Compile ranks of a TensorRT-LLM checkpoint folder into rank{N}.engine files, with config.json beside them.
+
+    `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
+    QuantizationError for GPUs that lack a number format, EngineBuildError.
+    """
+    from orchestrator.engines.profiles import resolved
+    from orchestrator.planning.quantization import read_checkpoint_quantization
+    from orchestrator.work.build.compiling import compile_apart
+
+    config, topology = read_checkpoint_config(checkpoint)
+    quantization = read_checkpoint_quantization(checkpoint)
+    topologies.check(topology, config.limits())
+    topologies.check_engines(topology)
+    check_target(quantization, engine.compute_capabilities)
+    engine = resolved(config, engine)
+    wanted = list(ranks) if ranks is not None else list(range(topology.world_size))
+    places = [topology.coordinates(rank) for rank in wanted]
+    options = {
+        place.rank: BuildOptions(
+            network=network_of(StageOptions.of(config, topology, place.pp_rank, quantization), engine),
+            tp_rank=place.tp_rank,
+            engine=engine,
+            tensorrt_version=None,
+        )
+        for place in places
+    }
+    compile_apart(checkpoint, options, output, progress)
+    written = {"pretrained_config": to_trtllm(config, topology, quantization), "build_config": engine.model_dump(mode="json")}
+    write_json(output / "config.json", written)
+    return wanted

@@ -1,0 +1,155 @@
+"""Models of the Hugging Face hub as sources: hf://ORG/MODEL, or hf://ORG/MODEL@REVISION. Read by ranges, nothing is downloaded.
+
+A plan is made of one commit: `pinned` finds that of a branch or tag, and every node reads that. Files are identified by what the
+hub says of their content, the sha256 of large ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+from orchestrator.base.errors import SourceMissingError, SourceUnreadableError, SpecError
+from orchestrator.model.checkpoint import SourceFile
+from orchestrator.stores.remote import RemotePlace, TruncatedError
+
+HUB_OFFLINE = "TRT_ORCHESTRATOR_HF_HUB_OFFLINE"
+"""Environment variable of workers, whose libraries are offline: HF_HUB_OFFLINE as it is where the build was started."""
+SCHEME = "hf://"
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+def is_hub(url: str) -> bool:
+    """Whether a source is a model of the hub."""
+    return url.startswith(SCHEME)
+
+
+def pinned(url: str) -> str:
+    """The URL of a source with the commit in place of a branch or tag; other URLs and paths are as they were."""
+    return HubPlace(url).pinned if is_hub(url) else url
+
+
+class HubPlace(RemotePlace):
+    """A model of the hub, at one revision."""
+
+    def __init__(self, url: str) -> None:
+        """Raises SpecError."""
+        super().__init__(url)
+        found = _NAME.fullmatch(self.url.removeprefix(SCHEME))
+        if found is None:
+            raise SpecError(f"{url!r} is no model of the hub", "Write hf://ORG/MODEL, or hf://ORG/MODEL@REVISION.")
+        self._repo, self._asked = found["repo"], found["revision"] or "main"
+
+    @cached_property
+    def _api(self) -> Any:
+        from huggingface_hub import HfApi, constants
+
+        # Libraries of a worker ask for nothing of their own accord; its source is read as the user's own process would.
+        choice = os.environ.get(HUB_OFFLINE)
+        if choice is not None:
+            constants.HF_HUB_OFFLINE = choice.upper() in {"1", "ON", "YES", "TRUE"}
+        return HfApi()
+
+    @cached_property
+    def _commit(self) -> str:
+        if _COMMIT.fullmatch(self._asked):
+            return self._asked
+        found = self._ask("look at it", partial(self._api.model_info, self._repo, revision=self._asked, timeout=_TIMEOUT_SECONDS))
+        return str(found.sha)
+
+    @property
+    def pinned(self) -> str:
+        """The URL of this very commit."""
+        return f"{SCHEME}{self._repo}@{self._commit}"
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        tree = partial(self._api.list_repo_tree, self._repo, recursive=True, revision=self._commit)
+        found = self._ask("list it", lambda: list(tree()))
+        return {item.path: item for item in found if hasattr(item, "blob_id")}
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def source_version(self, name: str) -> tuple[SourceFile, str]:
+        """Identity: the sha256 of a large file, of any other the name of its blob in git. What a commit holds stays as it is."""
+        file = self._file(name)
+        identity = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+        return SourceFile(name, int(file.size), identity), ""
+
+    def _info(self, name: str) -> dict[str, Any]:
+        return {"type": "file", "size": self._file(name).size}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            raise SourceMissingError(f"{self.url}/{name} is not there")
+        return self._files[name]
+
+    def _fetch_once(self, name: str, begin: int, end: int, etag: str) -> bytes:  # a commit is one version
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        def get() -> bytes:
+            headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+            url = hf_hub_url(self._repo, name, revision=self._commit, endpoint=self._api.endpoint)
+            answer = get_session().get(url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
+            hf_raise_for_status(answer)
+            data = bytes(answer.content)
+            return data[begin:end] if answer.status_code == 200 else data  # a server without ranges sends all
+
+        data = self._refused(get)
+        if len(data) != end - begin:
+            raise TruncatedError(f"{self.url}/{name} ended at byte {begin + len(data)}, asked for {begin} to {end}")
+        return data
+
+    def _ask(self, doing: str, request: Callable[[], T]) -> T:
+        return self._retried(doing, lambda: self._refused(request))
+
+    def _refused(self, request: Callable[[], T]) -> T:
+        """Turn an answer that a retry would not change into an error of ours."""
+        from huggingface_hub import errors
+
+        try:
+            return request()
+        except errors.GatedRepoError:
+            raise SourceUnreadableError(
+                f"{self._repo} is gated: the hub gives it to those who accepted its licence",
+                f"Accept it at https://huggingface.co/{self._repo}, then run `hf auth login`, or set HF_TOKEN on every node.",
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise SourceMissingError(f"{self._repo} has no revision {self._asked!r}", "Give a branch, a tag or a commit.") from None
+        except errors.RepositoryNotFoundError:
+            raise SourceMissingError(
+                f"the hub has no model {self._repo}, or does not show it to this user",
+                "Check the name; for a private model run `hf auth login`, or set HF_TOKEN on every node.",
+            ) from None
+        except errors.OfflineModeIsEnabled:
+            raise SourceUnreadableError(
+                f"{self.url} cannot be read offline (HF_HUB_OFFLINE is set)", self._without_network
+            ) from None
+        except errors.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403):
+                raise SourceUnreadableError(
+                    f"the hub refuses {self._repo}: {error.response.status_code}",
+                    "Run `hf auth login` with a token that may read it, or set HF_TOKEN on every node.",
+                ) from None
+            raise
+
+    def _given_up(self, doing: str, error: Exception) -> Any:
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests") or isinstance(error, ConnectionError):
+            return SourceUnreadableError(f"cannot {doing} at {self.url}: {type(error).__name__}: {error}", self._without_network)
+        return super()._given_up(doing, error)
+
+    @property
+    def _without_network(self) -> str:
+        return (
+            f"Where there is a network: hf download {self._repo} --local-dir FOLDER; then give FOLDER as source.path. "
+            "HF_ENDPOINT names a mirror."
+        )

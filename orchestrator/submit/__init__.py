@@ -1,0 +1,1 @@
+"""A build handed over to a cluster: how it is packed, followed and stopped."""

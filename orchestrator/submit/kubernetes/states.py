@@ -1,0 +1,215 @@
+"""What a RayJob's status means for the build in it. Pure: every decision of `orchestrator k8s` on what it sees is here.
+
+The words are those of KubeRay's RayJobStatus (apis/ray/v1/rayjob_types.go, v1.7).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from orchestrator.base.errors import (
+    DeadlineError,
+    DriverLostError,
+    ManifestError,
+    NotStartedError,
+    OrchestratorError,
+    TerminatedError,
+    error_classes,
+)
+from orchestrator.events.builds import Errored, LogReader, Published
+from orchestrator.submit.kubernetes.manifests import Fields, at
+
+_LOST = "the driver was lost before it could say why"
+
+
+class Phase(StrEnum):
+    """Where a build on Kubernetes stands."""
+
+    UNSEEN = "unseen"
+    """The operator has said nothing about it yet."""
+    WAITING = "waiting"
+    """Its Ray cluster is not up, or the driver waits for its place."""
+    RUNNING = "running"
+    RETRYING = "retrying"
+    """An attempt failed; the operator makes another Ray cluster."""
+    SUSPENDED = "suspended"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def is_over(self) -> bool:
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.STOPPED)
+
+
+@dataclass(frozen=True)
+class State:
+    """A RayJob, read."""
+
+    name: str
+    phase: Phase
+    reason: str = ""
+    """The operator's word for why it failed."""
+    message: str = ""
+    """The operator's or Ray's own; of a failed driver it holds the last lines of its log."""
+    job_id: str = ""
+    """Of the driver in Ray."""
+    ray_cluster: str = ""
+    attempt: int = 1
+    created: str = ""
+    started: str = ""
+    ended: str = ""
+    deleting: bool = False
+
+
+_DEPLOYMENT = {
+    "": Phase.UNSEEN,
+    "Initializing": Phase.WAITING,
+    "Waiting": Phase.WAITING,
+    "Running": Phase.RUNNING,
+    "Retrying": Phase.RETRYING,
+    "Suspending": Phase.SUSPENDED,
+    "Suspended": Phase.SUSPENDED,
+    "Complete": Phase.SUCCEEDED,
+    "Failed": Phase.FAILED,
+    "ValidationFailed": Phase.FAILED,
+}
+
+
+def state_of(job: Fields) -> State:
+    """Read a RayJob; a word of a newer operator counts as running."""
+    status = job.get("status") or {}
+    phase = _DEPLOYMENT.get(status.get("jobDeploymentStatus", ""), Phase.RUNNING)
+    ray = status.get("jobStatus", "")
+    if phase is Phase.RUNNING and ray in ("", "PENDING"):
+        phase = Phase.WAITING
+    elif phase is Phase.SUCCEEDED and ray in ("FAILED", "STOPPED"):
+        phase = Phase.FAILED if ray == "FAILED" else Phase.STOPPED
+    return State(
+        name=str(at(job, "metadata.name", "")),
+        phase=phase,
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        job_id=status.get("jobId", ""),
+        ray_cluster=status.get("rayClusterName", ""),
+        attempt=int(status.get("failed", 0)) + (phase is not Phase.FAILED),
+        created=str(at(job, "metadata.creationTimestamp", "")),
+        started=status.get("startTime", ""),
+        ended=status.get("endTime", ""),
+        deleting=at(job, "metadata.deletionTimestamp") is not None,
+    )
+
+
+def on_submit(there: State | None) -> Literal["create", "attach", "replace", "wait"]:
+    """What a submission does about a RayJob of its name: one that runs or succeeded is joined, one that failed is replaced."""
+    if there is None:
+        return "create"
+    if there.deleting:
+        return "wait"
+    return "replace" if there.phase in (Phase.FAILED, Phase.STOPPED) else "attach"
+
+
+def failure(state: State, last_word: Published | Errored | None = None) -> OrchestratorError | None:
+    """The error that an ended build stands for; None when it succeeded.
+
+    The driver's own error, if its last word was heard or stands in the status; else what the operator says; else what the
+    driver's exit code means.
+    """
+    if state.phase is Phase.SUCCEEDED:
+        return None
+    told = last_word if isinstance(last_word, Errored) else _last_word(state.message)
+    if state.reason in _BY_REASON:
+        return _by_reason(state)
+    if told is not None:
+        return told.to_error()
+    if state.phase is Phase.STOPPED:
+        return TerminatedError(f"{state.name} was stopped")
+    return _by_exit_code(state)
+
+
+def unchanging(state: State, seconds: float, patience_seconds: float) -> OrchestratorError | None:
+    """The error of a RayJob that nobody looks after, `seconds` after it was made; None while patience lasts."""
+    if state.phase is not Phase.UNSEEN or seconds < patience_seconds:
+        return None
+    return NotStartedError(
+        f"RayJob {state.name} was made {seconds:.0f} s ago and no operator has touched it",
+        "Check that the KubeRay operator runs and watches this namespace, and that no queue (Kueue) holds the job back.",
+    )
+
+
+def _by_reason(state: State) -> OrchestratorError:
+    cls, what, advice = _BY_REASON[state.reason]
+    return cls(f"{state.name} {what}: {_first_line(state.message) or state.reason}", advice)
+
+
+_BY_REASON: dict[str, tuple[type[OrchestratorError], str, str]] = {
+    "PreRunningDeadlineExceeded": (
+        NotStartedError, "did not start before its preRunningDeadlineSeconds",
+        "Look at the pods' events (`orchestrator k8s status` shows them): quota, GPUs, image. Then submit again.",
+    ),
+    "DeadlineExceeded": (
+        DeadlineError, "ran longer than its activeDeadlineSeconds",
+        "Raise activeDeadlineSeconds in an overlay of your own, or submit again: committed steps are not repeated.",
+    ),
+    "ValidationFailed": (
+        ManifestError, "was refused by the operator",
+        "Correct the overlay; if `orchestrator k8s validate` did not find it, the operator is newer than these rules.",
+    ),
+    "SubmissionFailed": (
+        DriverLostError, "could not be given to its Ray cluster", "Look at the operator's log, then submit again.",
+    ),
+}  # fmt: skip
+
+
+def _by_exit_code(state: State) -> OrchestratorError:
+    found = re.search(r"exit code (-?[0-9]+)", state.message)
+    code = int(found.group(1)) if found else None
+    reader = LogReader()
+    reader.feed(re.sub(r"^Job entrypoint command failed with [^\n]*", "", state.message) + "\n")  # Ray's words before the log
+    tail = f"\n{reader.tail}" if reader.tail else ""
+    cls = next((cls for cls in error_classes().values() if cls.exit_code == code and code != 1), DriverLostError)
+    if cls is DriverLostError:
+        return DriverLostError(f"{state.name}: {_LOST}" + (f", exit code {code}" if code is not None else "") + tail)
+    return cls(f"{state.name}: the driver ended with exit code {code}{tail}")
+
+
+def _last_word(message: str) -> Errored | None:
+    reader = LogReader()
+    reader.feed(message + "\n")
+    return reader.last_word if isinstance(reader.last_word, Errored) else None
+
+
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0]
+
+
+def troubles(pods: list[Fields]) -> list[str]:
+    """Why pods do not run, one line each: not scheduled, image not found, killed for memory."""
+    found: list[str] = []
+    for pod in pods:
+        name = str(at(pod, "metadata.name", "?"))
+        found.extend(
+            f"{name}: {condition.get('reason', 'Unschedulable')}: {condition.get('message', '')}"
+            for condition in at(pod, "status.conditions", []) or []
+            if condition.get("type") == "PodScheduled" and condition.get("status") == "False"
+        )
+        for status in at(pod, "status.containerStatuses", []) or []:
+            found.extend(f"{name}: {line}" for line in _container_troubles(status))
+    return found
+
+
+_HARMLESS = {"ContainerCreating", "PodInitializing", "Completed"}
+
+
+def _container_troubles(status: Fields) -> list[str]:
+    waiting, last = at(status, "state.waiting") or {}, at(status, "lastState.terminated") or {}
+    ended = at(status, "state.terminated") or last
+    lines = []
+    if waiting.get("reason", "ContainerCreating") not in _HARMLESS:
+        lines.append(f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": "))
+    if ended.get("reason", "Completed") not in _HARMLESS:
+        lines.append(f"container {status.get('name')} ended: {ended['reason']}, exit code {ended.get('exitCode')}")
+    return lines

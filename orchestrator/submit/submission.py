@@ -1,0 +1,174 @@
+"""A build on its way to a cluster: the files that travel, and the one command that runs them there.
+
+Whoever brings a build to a cluster (Ray's job API, a RayJob of Kubernetes) sends these files and runs ENTRYPOINT in the folder
+that holds them. Spec and cluster file are decoded here first, so that a mistake is told before anything is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base.digest import digest_of
+from orchestrator.base.errors import SourceMissingError, SpecError, ToolError
+from orchestrator.base.urls import is_url
+from orchestrator.events.builds import Errored, encode_line
+from orchestrator.spec.build import DATA_SUFFIXES, BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.yaml_text import dump_yaml
+
+SPEC_FILE, CLUSTER_FILE, SCRIPT_FILE = "spec.yaml", "cluster.yaml", "build.sh"
+ENTRYPOINT = f"exec sh {SCRIPT_FILE}"
+"""Prints its events as JSON lines; ends with the build's own exit code.
+
+`exec`: Ray runs it through a shell, and on stop ends the shell first. A driver left behind by it would belong to the container's
+first process, and where that waits for no orphans, Ray would take the driver that has ended for one that does not end.
+"""
+_SCRIPT = """\
+# The driver of a build, under a Python that has this program: the one that is named here, else that of Ray, else of the PATH.
+ray_python() {  # the raylet above names it on its command line
+    process=$PPID
+    while [ "${process:-0}" -gt 1 ]; do
+        found=$(tr '\\0' '\\n' 2> /dev/null < "/proc/$process/cmdline" | sed -n 's/^--python_worker_command=\\([^ ]*\\) .*/\\1/p')
+        if [ -n "$found" ]; then
+            printf '%s' "$found"
+            return
+        fi
+        process=$(sed 's/.*) [^ ]* \\([0-9]*\\) .*/\\1/' "/proc/$process/stat" 2> /dev/null)
+    done
+}
+named=@NAMED@
+if [ -n "$named" ]; then set -- "$named"; else set -- "$(ray_python)" python python3; fi
+for python; do
+    if [ -n "$python" ] && "$python" -c 'import orchestrator.spec.build' 2> /dev/null; then
+        exec "$python" -m orchestrator.cli build @SPEC@ --cluster @CLUSTER@ --json
+    fi
+done
+echo '@ERROR@'
+exit @CODE@
+"""
+
+
+def bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
+    """The files that travel, by name: YAML that decodes to the same values, with places made absolute by the loader."""
+    return {
+        SPEC_FILE: _dump(spec.model_dump(mode="json", exclude_unset=True)),
+        CLUSTER_FILE: _dump(place.model_dump(mode="json", exclude_unset=True)),
+        SCRIPT_FILE: script(place.driver.python),
+    }
+
+
+def script(python: str | None) -> str:
+    """The shell script that ENTRYPOINT runs."""
+    tried = f"{python}, which the cluster file names" if python else "that of Ray, python and python3 were tried"
+    error = ToolError(
+        f"the driver's node has no Python that can import trt-orchestrator: {tried}",
+        "Install it into the environment that runs Ray, or name another Python in the cluster file (driver.python).",
+    )
+    words = {
+        "NAMED": shlex.quote(python or ""),
+        "SPEC": SPEC_FILE,
+        "CLUSTER": CLUSTER_FILE,
+        "ERROR": encode_line(Errored.of(error)).replace("'", "\\u0027"),
+        "CODE": str(error.exit_code),
+    }
+    return re.sub("@([A-Z]+)@", lambda match: words[match[1]], _SCRIPT)
+
+
+def submission_id(spec: BuildSpec, place: ClusterSpec) -> str:
+    """The same build at the same store has the same id, so that a second submission finds the first.
+
+    Also a DNS label, short enough for a RayJob of Kubernetes (47 characters).
+    """
+    wanted = {"spec": spec.model_dump(mode="json"), "store": place.store}
+    name = "".join(character if character.isalnum() else "-" for character in spec.release.name.lower()).strip("-")
+    return f"build-{name[:28].rstrip('-')}-{digest_of(wanted)[:12]}"
+
+
+_FILES = "files"
+_MAX_FILE_BYTES = 100 * 10**6
+"""Of all files together: they pass through the cluster's head to every node."""
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A spec whose local files travel with it."""
+
+    spec: BuildSpec
+    """Names them by their paths in the bundle, which begin with their digest: other content is another build."""
+    files: dict[str, Path]
+    """Path in the bundle -> the file here."""
+
+
+def pack(spec: BuildSpec) -> Packed:
+    """Let quant_cfg, scales and calibration data that lie on this machine travel in the bundle.
+
+    A path that is not here is taken for one that every node has when it is absolute. Raises SourceMissingError for a relative
+    one, SpecError for files that are too large to travel.
+    """
+    wanted = spec.quantization
+    if wanted is None:
+        return Packed(spec, {})
+    files: dict[str, Path] = {}
+    update: dict[str, Any] = {
+        name: _pack(place, files) for name in ("quant_cfg", "scales") if (place := getattr(wanted, name)) is not None
+    }
+    calibration = wanted.calibration
+    if Path(calibration.dataset).suffix in DATA_SUFFIXES:
+        dataset = _pack(calibration.dataset, files)
+        update["calibration"] = calibration.model_copy(update={"dataset": dataset})
+    size = sum(path.stat().st_size for path in files.values())
+    if size > _MAX_FILE_BYTES:
+        raise SpecError(
+            f"the files that the spec names have {size:,} bytes: more than {_MAX_FILE_BYTES:,} do not travel with a build",
+            "Put them on every node, or on a shared folder, and name them by that absolute path.",
+        )
+    return Packed(spec.model_copy(update={"quantization": wanted.model_copy(update=update)}), files)
+
+
+def _pack(place: str, files: dict[str, Path]) -> str:
+    path = Path(place).expanduser()
+    found = {path.name: path} if path.is_file() else _files_below(path)
+    if not found:
+        if path.is_absolute():
+            return place
+        raise SourceMissingError(f"there is no {place}, which the spec names", "A relative path counts from this folder.")
+    hasher = hashlib.sha256()
+    for name, file in found.items():
+        with file.open("rb") as opened:
+            hasher.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    folder = f"{_FILES}/{hasher.hexdigest()[:_DIGITS]}"
+    files |= {f"{folder}/{name}": file for name, file in found.items()}
+    return f"{folder}/{path.name}"
+
+
+def _files_below(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
+
+
+def expected_on_nodes(spec: BuildSpec, place: ClusterSpec) -> tuple[str, ...]:
+    """What does not travel and must be there: sentences for people who submit from another machine."""
+    found = []
+    if place.store.startswith("file:"):
+        found.append(f"the store {place.store} must be one folder that all nodes share")
+    if is_local(spec.source.path):
+        found.append(f"every node must have the source {spec.source.path} under this path")
+    wanted = spec.quantization
+    named = [wanted.quant_cfg, wanted.scales, wanted.calibration.dataset] if wanted else []
+    found += [f"every node must have {path}" for path in named if path is not None and Path(path).is_absolute()]
+    return tuple(found)
+
+
+def is_local(path: str) -> bool:
+    """Whether a place is a folder or file, which every node would have to have under the same path."""
+    return not is_url(path)
+
+
+def _dump(value: object) -> str:
+    return dump_yaml(value)

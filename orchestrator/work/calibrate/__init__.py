@@ -1,0 +1,1 @@
+"""Calibrate: collect the scales of some layers with Model Optimizer."""

@@ -1,0 +1,269 @@
+"""Some consecutive layers of a model as a Hugging Face model of their own, with weights read straight from the source.
+
+The part runs like the whole model does: the decoder of transformers builds masks and positions; a part that is not first
+gets its hidden states from the part before, in place of the embedding's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.errors import QuantizationError, SourceCorruptError
+from orchestrator.checkpoints import format_named, read_source
+from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
+from orchestrator.planning.calibration import layer_of
+from orchestrator.planning.options import CalibrateOptions
+from orchestrator.stores import open_place
+from orchestrator.stores.source import ByteSource, planned_ranges
+from orchestrator.work.as_hugging_face import loadable_config
+
+_EMBEDDING = "model.embed_tokens.weight"
+_TINY_VOCABULARY = 8
+"""Of a part that embeds nothing."""
+_READ_THREADS = 8
+
+
+@dataclass
+class PartModel:
+    """A loaded part."""
+
+    model: Any
+    """A causal LM of transformers without a head: layer-wise calibration must be called through the whole model."""
+    linears: dict[str, str]
+    """Path of each linear in the model -> source module."""
+    experts: dict[str, Any]
+    """Path -> what holds the experts of a layer. Kept here because layer-wise calibration hides finished layers."""
+
+    def unseen(self) -> list[str]:
+        """Source modules of experts that no token was routed to."""
+        found = []
+        for path, source in self.linears.items():
+            container, _, rest = path.rpartition(".experts.")
+            if container and not self.experts[f"{container}.experts"].num_tokens[int(rest.split(".")[0])]:
+                found.append(source)
+        return found
+
+    def token_counts(self) -> dict[str, list[int]]:
+        """How many tokens each expert has seen, by the path of the layer's experts."""
+        return {path: experts.num_tokens for path, experts in self.experts.items()}
+
+    def add_token_counts(self, counts: dict[str, list[int]]) -> None:
+        """Count what an earlier attempt has seen."""
+        for path, seen in counts.items():
+            experts = self.experts[path]
+            experts.num_tokens = [mine + theirs for mine, theirs in zip(experts.num_tokens, seen, strict=True)]
+
+    def run(self, batch: Any, first: bool) -> None:
+        """Pass token ids [B, T] (`first`) or hidden states [B, T, hidden] through the layers."""
+        import torch
+
+        with torch.inference_mode():
+            if first:
+                self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
+                return
+            with _first_input(self.model.model.layers[0], batch):
+                self.model(inputs_embeds=torch.zeros_like(batch), use_cache=False, logits_to_keep=1)
+
+
+@contextmanager
+def _first_input(layer: Any, hidden_states: Any) -> Iterator[None]:
+    """Whatever the decoder feeds its first layer is replaced: some families scale what they embedded."""
+
+    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (hidden_states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_states}
+
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
+    """Load the layers of `options`. Raises the source's errors, SourceCorruptError when it changed since the plan."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    index, _ = read_source(source, options.format)
+    if index.files != options.files[: options.num_weight_files]:
+        raise SourceCorruptError("the source was changed during the build", "Run the build again.")
+    plain = loadable_config(index)
+    whole = transformers.AutoConfig.for_model(**plain)
+    tensors = layer_tensors(index, options.first_layer, options.num_layers)
+    if options.is_first:
+        tensors[_EMBEDDING] = index.tensors[_EMBEDDING]
+    dtype = getattr(torch, options.config.dtype)
+    with open_place(source).open(index.files, planned_ranges(tensors.values())) as opened:
+        state = read_tensors(opened, index.format, tensors, dtype)
+    model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
+    del state
+    model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+    # Module by module, so that the device holds no tensor twice.
+    model = model.eval().requires_grad_(False).to(device)
+    linears = {_local_name(module, options.first_layer): module for module in options.modules if ".experts." not in module}
+    linears |= _unfuse_experts(model, options)
+    experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
+    return PartModel(model, linears, experts)
+
+
+def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dict[str, Any], dtype: Any) -> Any:
+    """Layers first..first+count-1 as a model of transformers, whose loader fuses experts and renames as it does for a whole one.
+
+    `state`: tensors by `layer_tensors`' names. Without an embedding in it the model embeds nothing. Raises QuantizationError for
+    weights that the source lacks.
+    """
+    config = _part_config(whole, first, count, embeds=_EMBEDDING in state)
+    with _quiet():
+        model, loading = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    _check_loaded(loading, {"model.norm.weight", "lm_head.weight", *({_EMBEDDING} - state.keys())}, first)
+    return model
+
+
+def _check_loaded(loading: dict[str, Any], spared: set[str], first_layer: int) -> None:
+    """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
+    wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
+    if wrong:
+        example = _local_name(wrong[0], -first_layer)
+        raise QuantizationError(
+            f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {example}",
+            "Use the complete checkpoint; one under other names, calibrate elsewhere and give its folder as quantization.scales.",
+        )
+
+
+def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
+    """The part's own config: lists with an entry per layer are cut, too."""
+    config, layers = copy.deepcopy(whole), whole.num_hidden_layers
+    for name, value in vars(whole).items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(config, name, value[first : first + count])
+    config.num_hidden_layers = count
+    config.tie_word_embeddings = True  # no memory for a head that is not run
+    if not embeds:
+        config.vocab_size, config.pad_token_id = _TINY_VOCABULARY, None
+    return config
+
+
+def layer_tensors(index: CheckpointIndex, first: int, count: int) -> dict[str, TensorInfo]:
+    """Tensors of layers first..first+count-1, by their names in a model that has these layers only."""
+    mine = [tensor for tensor in index.tensors.values() if ".layers." in tensor.name]
+    return {_local_name(tensor.name, first): tensor for tensor in mine if first <= layer_of(tensor.name) < first + count}
+
+
+def _local_name(name: str, first: int) -> str:
+    if ".layers." not in name:
+        return name
+    layer = layer_of(name)
+    return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
+
+
+def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any) -> dict[str, Any]:
+    """Every tensor in `dtype`, by the names given; several are read at once."""
+    with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
+
+        def read(tensor: TensorInfo) -> Any:
+            return read_tensor_rows(opened, source_format, tensor, 0, tensor.shape[0] if tensor.shape else 1).to(dtype)
+
+        return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
+
+
+def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo, begin: int, end: int) -> Any:
+    """Rows [begin, end) of a tensor, as the source holds them."""
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    rows = tensor.shape[0] if tensor.shape else 1
+    raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes // rows * (end - begin), np.uint8)
+    format_named(source_format).read_rows(opened, tensor, begin, end, raw.data)
+    return torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports the head and the norm that a part does not have, and its progress; nobody needs to know."""
+    from transformers.utils import logging
+
+    level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+_EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+"""Names of an expert's linears in checkpoints."""
+
+
+def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
+    """Replace transformers' fused experts by one linear each, which Model Optimizer calibrates like any other.
+
+    Returns path -> source module. The linears share the memory of the fused tensors.
+    """
+    found: dict[str, str] = {}
+    for number, layer in enumerate(model.model.layers):
+        mine = [name for name in options.modules if ".experts." in name and layer_of(name) == options.first_layer + number]
+        if not mine:
+            continue
+        parent = next(module for module in layer.modules() if hasattr(getattr(module, "experts", None), "gate_up_proj"))
+        parent.experts = _unfused(parent.experts)
+        path = next(name for name, module in model.named_modules() if module is parent.experts)
+        for source in mine:
+            prefix, _, linear = source.rpartition(".")
+            expert = prefix.rpartition(".")[2]
+            found[f"{path}.{expert}.{_EXPERT_LINEARS[linear]}"] = source
+    return found
+
+
+def _unfused(fused: Any) -> Any:
+    """transformers' eager experts (`MixtralExperts.forward` of transformers 5), each expert with linears of its own."""
+    import torch
+
+    class Expert(torch.nn.Module):
+        def __init__(self, gate_up: Any, down: Any) -> None:
+            super().__init__()
+            gate, up = gate_up.chunk(2, dim=0)
+            self.gate, self.up, self.down = (_linear(weight) for weight in (gate, up, down))
+
+    class Experts(torch.nn.ModuleList):
+        def __init__(self) -> None:
+            super().__init__(Expert(*pair) for pair in zip(fused.gate_up_proj, fused.down_proj, strict=True))
+            self.act_fn = fused.act_fn
+            self.num_tokens = [0] * len(self)
+
+        def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            total = torch.zeros_like(hidden_states)
+            for number in range(len(self)):
+                tokens, place = torch.where(top_k_index == number)
+                self.num_tokens[number] += len(tokens)
+                if not len(tokens):
+                    continue
+                expert: Any = self[number]
+                chosen = hidden_states[tokens]
+                result = expert.down(self.act_fn(expert.gate(chosen)) * expert.up(chosen))
+                weighted = result * top_k_weights[tokens, place, None]
+                total.index_add_(0, tokens, weighted.to(total.dtype))
+            return total
+
+    return Experts()
+
+
+def _linear(weight: Any) -> Any:
+    import torch
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear

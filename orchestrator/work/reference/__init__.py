@@ -1,0 +1,1 @@
+"""Reference: run the source model itself, layer by layer."""

@@ -1,0 +1,100 @@
+"""Logits of the source model on the verification text: transformers in float32, one layer in memory at a time.
+
+Weights are first rounded to the build's dtype, so that a comparison measures conversion and graph, not the dtype. Nothing
+here depends on a topology: one reference serves every build of a source.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.errors import SourceCorruptError, SpecError
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.safetensors import encode_header
+from orchestrator.planning.options import ReferenceOptions
+from orchestrator.planning.steps import Task
+from orchestrator.quantizers.calibration_data import has_tokenizer
+from orchestrator.work.companions import companion_folder
+from orchestrator.work.context import Context
+from orchestrator.work.reference.prompts import PROMPTS
+from orchestrator.work.reference.streamed_model import StreamedModel
+
+OUTPUT = "reference.safetensors"
+"""tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary].
+
+source_logits [B, T, vocabulary], where rounding to the build's dtype changes a weight: those of the source as it is.
+"""
+HIDDEN_STATES = "reference_hidden_states.safetensors"
+"""layer{i} float32 [positions, hidden]: at the end of every layer, one sequence after the other."""
+_RANDOM_SEED = 20
+
+
+def reference(task: Task, context: Context) -> dict[str, Any]:
+    """Write the reference logits. Facts: how many sequences and tokens, and whether the text was real.
+
+    Raises the source's errors, SourceCorruptError when it changed since the plan.
+    """
+    import safetensors.numpy
+    import transformers
+
+    options = ReferenceOptions.model_validate(task.step.options)
+    source = task.step.places["source"]
+    index, _ = read_source(source, options.format)
+    if index.files != options.files[: len(index.files)]:
+        raise SourceCorruptError("the source was changed during the build", "Run the build again.")
+    context.tools["transformers"] = transformers.__version__
+    sequences, text = _sequences(options, companion_folder(source, options.files[len(index.files) :], context))
+    context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
+    model = StreamedModel(source, index, options.dtype, options.exact_weights)
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    shape = (int(lengths.sum()), model.hidden_size)
+    header = encode_header(((f"layer{layer}", "F32", shape) for layer in range(model.num_layers)), {})
+    with context.output(HIDDEN_STATES, len(header) + 4 * math.prod((model.num_layers, *shape))) as writer:
+        writer.write(header)
+        logits, own = model.logits(
+            sequences,
+            options.decode_steps,
+            lambda done, total: context.report("reference", done, total, "steps"),
+            lambda layer, states: writer.write(states.tobytes()),
+        )
+    arrays = {
+        "tokens": _padded([np.array(sequence, np.int64) for sequence in sequences]),
+        "lengths": lengths,
+        "logits": _padded(logits),
+    }
+    if own is not None:
+        arrays["source_logits"] = _padded(own)
+    data = safetensors.numpy.save(arrays)
+    with context.output(OUTPUT, len(data)) as writer:
+        writer.write(data)
+    return {"num_sequences": len(sequences), "num_tokens": int(lengths.sum()), "text": text}
+
+
+def _padded(rows: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Rows of different lengths as one array, zeros behind each."""
+    longest = max(len(row) for row in rows)
+    return np.stack([np.pad(row, [(0, longest - len(row)), *([(0, 0)] * (row.ndim - 1))]) for row in rows])
+
+
+def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]], str]:
+    """Token ids, and what they are. A model without a tokenizer gets seeded random ids."""
+    if not has_tokenizer(folder):
+        generator = np.random.default_rng(_RANDOM_SEED)
+        lengths = [options.max_tokens, max(options.max_tokens * 2 // 3, 2), options.max_tokens]
+        return [generator.integers(0, options.vocab_size, length).tolist() for length in lengths], "random token ids"
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    prompts = options.prompts or PROMPTS
+    encoded: list[list[int]] = [tokenizer(prompt)["input_ids"][: options.max_tokens] for prompt in prompts]
+    for prompt, sequence in zip(prompts, encoded, strict=True):
+        if not sequence:
+            raise SpecError(
+                f"the tokenizer makes no token of the verification prompt {prompt[:40]!r}", "Remove or change the prompt."
+            )
+    return encoded, "text"

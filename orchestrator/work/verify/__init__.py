@@ -1,0 +1,1 @@
+"""Verify: execute every rank's graph in lockstep and compare with the reference."""

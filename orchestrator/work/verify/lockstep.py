@@ -1,0 +1,206 @@
+"""Execute the ranks of a pipeline stage in lockstep, in one process, with the weights of one slice of one rank in memory.
+
+For every slice of the graph: each rank's weights of it are read, widened and bound, all calls pass it, and the weights are
+dropped; then the collective that ends the slice is computed for every call. Keys and values of a layer live from its first
+slice to its last. What stays is the hidden states of all calls: neither layers nor ranks add to the peak.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.errors import VerificationError
+from orchestrator.model.stage import StageNetwork
+from orchestrator.networks import Network, Rendering, decoder_network
+from orchestrator.networks.kv_cache import past_name, present_name
+from orchestrator.networks.shape import RankShape
+from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executable, looked_up
+from orchestrator.work.binding import PortableWeights
+from orchestrator.work.shards import Weight
+from orchestrator.work.verify.inputs import Call
+from orchestrator.work.verify.ort import empty_cache, open_session, ort_value
+
+Array = npt.NDArray[Any]
+_RANKS_AGREE = 1e-5
+"""Largest difference between the ranks' hidden states, relative to the largest value."""
+
+
+@dataclass
+class _Rank:
+    """One rank's graph, weights and values."""
+
+    network: Network
+    sliced: Sliced
+    weights: PortableWeights
+    empty_cache: Any
+    """OrtValue with which every cache begins: a large number, so that reading an unwritten slot cannot pass for right."""
+    values: list[dict[str, Any]]
+    """By call: OrtValues by name, from the slice that makes them to the last one that reads them."""
+    cache: dict[str, Any] = field(default_factory=dict)
+    """Keys and values that the next call reads, by the name of the input."""
+
+
+class Lockstep:
+    """The ranks of a stage and the calls that pass them."""
+
+    def __init__(
+        self, network: StageNetwork, weights: Sequence[Mapping[str, Weight]], calls: Sequence[Call], hidden_states: Sequence[Array]
+    ) -> None:
+        """`weights` by tp_rank; `hidden_states` by call, of the stage before (empty on the first).
+
+        Raises SourceMissingError, SourceCorruptError, ArchitectureError.
+        """
+        self._stage, self._gather, self._calls = network.stage, network.gather_logits, calls
+        self._sessions: dict[bytes, Any] = {}
+        slots = 1 + max(int(call.position_ids.max()) for call in calls)
+        self._ranks = []
+        for tp_rank, mine in enumerate(weights):
+            graph = decoder_network(network, tp_rank, Rendering.executed())
+            shape = RankShape(network.stage, "float32", tp_rank, portable=True)
+            feeds = [_feeds(network, call, hidden_states[number] if hidden_states else None) for number, call in enumerate(calls)]
+            empty = empty_cache(shape, len(calls[0].input_ids), slots)
+            self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, feeds))
+
+    def run(
+        self,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        watch: Callable[[int, list[Array]], None] = lambda layer, hidden_states: None,
+    ) -> list[Array]:
+        """Hidden states by call [B, S, hidden], or logits [B, S, vocabulary] on the last stage.
+
+        `report` gets the slices that are done and their number; `watch` a layer's number in the model and the hidden states at its
+        end, by call. Raises VerificationError when the ranks' hidden states differ.
+        """
+        slices = self._ranks[0].sliced.slices
+        weights = self._weights_ahead()
+        for number, part in enumerate(slices):
+            for rank in self._ranks:
+                self._pass(rank, number, next(weights))
+            if part.collective is not None:
+                self._exchange(part.collective)
+            if part.layer is not None:
+                self._check_agreement(part.nodes[-1].name)
+                ended = [values[part.nodes[-1].name].numpy() for values in self._ranks[0].values]
+                watch(self._stage.first_layer + part.layer, ended)
+            self._forget(number, layer_ended=part.layer is not None)
+            report(number + 1, len(slices))
+        return self._results()
+
+    def _weights_ahead(self) -> Iterator[list[Any]]:
+        """The weights of each slice, rank after rank, as OrtValues; the next are read while a slice is executed."""
+        count = len(self._ranks[0].sliced.slices)
+        order = [(rank, number) for number in range(count) for rank in self._ranks]
+        with ThreadPoolExecutor(1, "weights") as pool:
+            coming = pool.submit(_bind, *order[0])
+            for following in [*order[1:], None]:
+                bound = [coming.result()]
+                if following is not None:
+                    coming = pool.submit(_bind, *following)
+                yield bound.pop()
+
+    def _pass(self, rank: _Rank, number: int, weights: list[Any]) -> None:
+        """All calls through one slice of one rank."""
+        part = rank.sliced.slices[number]
+        if not part.nodes:
+            return
+        session = None
+        for values in rank.values:
+            feeds = [_input(rank, part, values, name) for name in part.inputs] + weights
+            session = session or self._session(rank, part, feeds)
+            names = [value.name for value in session.get_inputs()]
+            outputs = session.run_with_ort_values(
+                [value.name for value in session.get_outputs()], dict(zip(names, feeds, strict=True))
+            )
+            for name, value in zip(part.outputs, outputs, strict=True):
+                if rank.sliced.is_read_after(name, number) or name == self._result:
+                    values[name] = value
+                if name.startswith(_PRESENT):
+                    rank.cache[_PAST + name.removeprefix(_PRESENT)] = value
+
+    def _session(self, rank: _Rank, part: Slice, feeds: Sequence[Any]) -> Any:
+        """Slices that are alike share one session."""
+        kinds = [value.element_type() for value in feeds]
+        model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
+        if model not in self._sessions:
+            self._sessions[model] = open_session(model)
+        return self._sessions[model]
+
+    def _exchange(self, collective: Collective) -> None:
+        """Every rank gets the sum of what all have, or all of it along axis 0."""
+        for call in range(len(self._calls)):
+            parts = [rank.values[call][collective.source].numpy() for rank in self._ranks]
+            together = functools.reduce(np.add, parts) if collective.operation == "all_reduce" else np.concatenate(parts)
+            shared = ort_value(np.ascontiguousarray(together))
+            for rank in self._ranks:
+                rank.values[call][collective.result] = shared
+
+    def _forget(self, number: int, *, layer_ended: bool) -> None:
+        for rank in self._ranks:
+            for values in rank.values:
+                for name in [name for name in values if rank.sliced.last_use.get(name) == number]:
+                    del values[name]
+            if layer_ended:
+                rank.cache.clear()
+
+    def _check_agreement(self, name: str) -> None:
+        """Raises VerificationError when a rank's hidden states at a layer's end differ from rank 0's."""
+        for call in range(len(self._calls)):
+            first, *others = (rank.values[call][name].numpy() for rank in self._ranks)
+            for tp_rank, other in enumerate(others, 1):
+                worst = float(np.abs(other - first).max(initial=0.0))
+                if not worst <= _RANKS_AGREE * float(np.abs(first).max(initial=0.0)):
+                    layer = self._stage.first_layer + int(name.split(".")[2])
+                    raise VerificationError(
+                        f"rank {self._stage.rank(tp_rank)} and rank {self._stage.rank(0)} differ by {worst:.3g} after layer {layer}"
+                    )
+
+    @property
+    def _result(self) -> str:
+        return "logits" if self._stage.is_last else "hidden_states_out"
+
+    def _results(self) -> list[Array]:
+        results = []
+        for call in range(len(self._calls)):
+            parts = [rank.values[call][self._result].numpy() for rank in self._ranks]
+            if self._stage.is_last and not self._gather:
+                parts = [np.concatenate(parts, axis=-1)[..., : self._stage.config.vocab_size]]
+            results.append(parts[0])
+        return results
+
+
+_PAST, _PRESENT = past_name(0, "").split(".", 1)[0], present_name(0, "").split(".", 1)[0]
+
+
+def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str) -> Any:
+    """A value of the call, or the cache as the call before left it."""
+    if not name.startswith(_PAST):
+        return values[name]
+    if _PRESENT + name.removeprefix(_PAST) in part.outputs:
+        return rank.cache.get(name, rank.empty_cache)
+    return rank.empty_cache  # only its shape is read: `cut` has made sure of that
+
+
+def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> dict[str, Any]:
+    feeds: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices}
+    if hidden_states is None:
+        feeds["input_ids"] = call.input_ids
+    else:
+        feeds["hidden_states"] = hidden_states
+    if network.stage.is_last:
+        feeds["logit_indices"] = call.logit_indices
+    return {name: ort_value(value) for name, value in feeds.items()}
+
+
+def _bind(rank: _Rank, number: int) -> list[Any]:
+    """The weights of a slice in the order in which it takes them."""
+    part = rank.sliced.slices[number]
+    rows_only = looked_up(part)
+    bound = (rank.weights.stored(name) if name in rows_only else rank.weights[name] for name in part.weights)
+    return [ort_value(value, kind) for value, kind in bound]

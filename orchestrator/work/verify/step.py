@@ -1,0 +1,126 @@
+"""Execute every rank of a pipeline stage in lockstep; on the last stage, compare with the reference.
+
+Stage after stage: the hidden states of all calls travel as one file from a stage's verify step to the next one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.errors import BUG, OrchestratorError, ToolError
+from orchestrator.planning.facts import Verification
+from orchestrator.planning.options import VerifyOptions
+from orchestrator.planning.steps import Kind, Output, Task
+from orchestrator.work.context import Context
+from orchestrator.work.reference.step import HIDDEN_STATES as REFERENCE_STATES
+from orchestrator.work.reference.step import OUTPUT as REFERENCE
+from orchestrator.work.shards import map_shards, rank_shards
+from orchestrator.work.verify import compare
+from orchestrator.work.verify.inputs import make_calls, positions_of
+from orchestrator.work.verify.lockstep import Lockstep
+
+Array = npt.NDArray[Any]
+HIDDEN_STATES = "hidden_states.safetensors"
+"""call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
+
+
+def verify(task: Task, context: Context) -> dict[str, Any]:
+    """Run the stage. Facts: the digests of the ranks' networks, the error of the hidden states at every layer's end from the first
+    layer on; on the last stage the verification numbers.
+
+    Raises VerificationError above tolerance, or when ranks differ where they must agree.
+    """
+    from safetensors.numpy import load_file, save
+
+    options = VerifyOptions.model_validate(task.step.options)
+    stage = options.network.stage
+    facts: dict[str, Any] = {
+        "stage": stage.pp_rank,
+        "networks": [options.network.digest(tp_rank) for tp_rank in range(stage.tp)],
+    }
+    weights = [map_shards(rank_shards(task, context, stage.rank(tp_rank))) for tp_rank in range(stage.tp)]
+    reference = load_file(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE)))
+    calls = make_calls(reference["tokens"], reference["lengths"], options.decode_steps)
+    previous: list[Array] = []
+    if not stage.is_first:
+        handed = load_file(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES)))
+        previous = [handed[f"call{number}"] for number in range(len(calls))]
+    ranks = Lockstep(options.network, weights, calls, previous)
+    layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
+    results = ranks.run(lambda done, total: context.report("verify", done, total, "steps"), layers.watch)
+    errors = {**_earlier_errors(task), **layers.errors}
+    facts["layer_errors"] = {str(layer): error for layer, error in errors.items()}
+    if not stage.is_last:
+        data = save({f"call{number}": np.ascontiguousarray(value) for number, value in enumerate(results)})
+        with context.output(HIDDEN_STATES, len(data)) as writer:
+            writer.write(data)
+        return facts
+    found = compare_with_reference(results, reference, options.decode_steps)
+    context.log(f"verification: {found.model_dump()}")
+    context.log("errors at the ends of the layers: " + ", ".join(f"{error:.1e}" for error in errors.values()))
+    compare.check(found, options.tolerance, _advice(task), compare.where(errors))
+    return {**facts, "verification": found.model_dump()}
+
+
+class _LayerErrors:
+    """Errors of the hidden states at the ends of layers, against the reference's."""
+
+    def __init__(self, path: Path, reference: Mapping[str, Array], decode_steps: int) -> None:
+        self._path = path
+        self._places = list(positions_of(reference["lengths"], decode_steps))
+        self.errors: dict[int, float] = {}
+
+    def watch(self, layer: int, hidden_states: Sequence[Array]) -> None:
+        """Compare the hidden states at a layer's end, [B, S, hidden] by call."""
+        from safetensors import safe_open
+
+        with safe_open(self._path, "numpy") as file:
+            expected = file.get_tensor(f"layer{layer}")
+        found = np.stack([hidden_states[call][sequence, row] for sequence, _, call, row in self._places])
+        self.errors[layer] = compare.relative_error(found, expected)
+
+
+def _earlier_errors(task: Task) -> dict[int, float]:
+    """Errors of the layers of the stages before."""
+    earlier = (task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.VERIFY)
+    return {int(layer): error for outcome in earlier for layer, error in outcome.facts.get("layer_errors", {}).items()}
+
+
+def _advice(task: Task) -> str:
+    """Advice for ranks that differ from the reference."""
+    options = VerifyOptions.model_validate(task.step.options)
+    reference = next(task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.REFERENCE)
+    is_text = reference.facts.get("text") == "text"
+    return compare.advice(quantized=options.network.stage.quantization is not None, text=is_text)
+
+
+def _needed(task: Task, kind: Kind, name: str) -> Output:
+    for need in task.step.needs:
+        if task.inputs[need].kind is kind:
+            return task.inputs[need].output(name)
+    raise ToolError(f"{task.step.name} has no {kind.value} step among its needs", BUG)
+
+
+def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array], decode_steps: int) -> Verification:
+    """Line up the logits of all calls with the reference's positions and compare them."""
+    try:
+        places = list(positions_of(theirs["lengths"], decode_steps))
+        logits = np.stack([results[call][sequence, row] for sequence, _, call, row in places])
+        expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
+    except (KeyError, IndexError) as error:
+        raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}", BUG) from error
+    last = theirs["lengths"] - 1
+    following = [
+        theirs["tokens"][sequence, position + 1] if position < last[sequence] else -1 for sequence, position, _, _ in places
+    ]
+    found = compare.compare(logits, expected, np.array(following))
+    to_source = found.max_relative_error
+    if "source_logits" in theirs:
+        own = np.stack([theirs["source_logits"][sequence, position] for sequence, position, _, _ in places])
+        to_source = compare.compare(logits, own).max_relative_error
+    return found.model_copy(update={"max_relative_error_to_source": to_source})
