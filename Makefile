@@ -49,14 +49,14 @@ storage: $(STAMP) $(MODEL)/config.json
 # Outside of CI, root on Debian bookworm: stores and the whole demo on Ceph RGW over https.
 ceph: $(STAMP) $(MODEL)/config.json
 	command -v ceph-osd || (apt-get update -qq && apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd)
-	S3_SERVER=ceph $(BIN)/python -m pytest tests/test_stores_s3.py tests/test_stores_faults.py tests/integration/test_remote_source.py
+	S3_SERVER=ceph $(BIN)/python -m pytest tests/stores/test_s3.py tests/stores/test_faults.py tests/integration/test_remote_source.py
 	$(BIN)/python -m benchmarks.storage --server ceph
 
 # A real Kubernetes API server for tests/integration/test_kubernetes_api.py: root on Debian bookworm, 6 to 15 minutes, once.
 apiserver: .cache/kube-apiserver
 
 .cache/kube-apiserver:
-	tests/tools/build_kube_apiserver.sh .cache
+	tests/support/build_kube_apiserver.sh .cache
 
 # Thirty builds on three real Ray nodes (namespaces of this machine, needs root), each with a fault at a random moment.
 faults: $(STAMP)
@@ -77,4 +77,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 $(MODEL)/config.json: | $(STAMP)
-	$(BIN)/python -m tests.models.smollm2 $(MODEL)
+	$(BIN)/python -m tests.support.smollm2 $(MODEL)

@@ -21,7 +21,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
-from tests.models.families import TINY, write_tiny
+from tests.support.families import TINY, write_tiny
 
 TOPOLOGIES: dict[str, dict[str, int]] = {
     "1x1": {}, "tp2": {"tp": 2}, "pp2 uneven": {"pp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}, "tp4 kv x2": {"tp": 4},

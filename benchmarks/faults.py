@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.spec.cluster import StoreOptions
-from tests.models.bed_build import BedBuild, checkpoint, published, started_again
-from tests.models.bed_faults import FAULTS, LONG_FAULTS, Scene
-from tests.models.ray_nodes import GUEST, BedOptions, RayNodes, ray_nodes, skip_reason
-from tests.models.s3_server import S3Server, in_environment
-from tests.models.seaweed import find_weed, run_seaweed
-from tests.models.tiny import write_tiny_llama
+from tests.support.bed_build import BedBuild, checkpoint, published, started_again
+from tests.support.bed_faults import FAULTS, LONG_FAULTS, Scene
+from tests.support.ray_nodes import GUEST, BedOptions, RayNodes, ray_nodes, skip_reason
+from tests.support.s3_server import S3Server, in_environment
+from tests.support.seaweed import find_weed, run_seaweed
+from tests.support.tiny import write_tiny_llama
 
 _MOST_DRIVERS = 4
 _ENDS_SECONDS = 300.0

@@ -34,8 +34,8 @@ from orchestrator.report import format_seconds
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
-from tests.models.families import TINY, tiny_config_json
-from tests.models.wrong_rules import CONFIGS
+from tests.support.families import TINY, tiny_config_json
+from tests.support.wrong_rules import CONFIGS
 
 _IMPORTS = "import onnxruntime, torch, transformers; from orchestrator.work.miniature import proof"
 

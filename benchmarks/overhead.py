@@ -24,7 +24,7 @@ from orchestrator.run.driver import drive
 from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
-from tests.models.plans import fake_plan, outcome_of
+from tests.support.plans import fake_plan, outcome_of
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from orchestrator.work.process import die_with_parent
-from tests.models.tiny import write_tiny_llama
+from tests.support.tiny import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_SECONDS = 60.0

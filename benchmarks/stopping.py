@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.base.errors import CancelledError, TerminatedError
-from tests.models.signals import hear_interrupts
+from tests.support.signals import hear_interrupts
 
 SECONDS = 5.0
 """By then a command has ended."""
@@ -75,7 +75,7 @@ CASES = ("build/local", "build/ray", "quantize/local", "quantize/ray", "convert/
 def make_bed(root: Path) -> Bed:
     """A tiny model, its checkpoint, specs and cluster files."""
     from orchestrator.compat.models import LLaMAForCausalLM
-    from tests.models.tiny import write_tiny_llama
+    from tests.support.tiny import write_tiny_llama
 
     bed = Bed(root)
     source = write_tiny_llama(root / "model")

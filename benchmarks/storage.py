@@ -4,7 +4,7 @@
 
 seaweed: SeaweedFS over http; ceph: Ceph RGW over https with a CA of its own (Debian's radosgw, ceph-mon and ceph-osd must be
 installed); file: a folder. Servers listen on loopback and end with the program. Prints a line per step and exits with 1 when one
-does not show what it must (tests/models/demo.py).
+does not show what it must (tests/support/demo.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.models.ceph import PACKAGES, missing_programs, run_ceph
-from tests.models.demo import Demo
-from tests.models.s3_server import SECRET, S3Server, in_environment
-from tests.models.seaweed import run_seaweed
+from tests.support.ceph import PACKAGES, missing_programs, run_ceph
+from tests.support.demo import Demo
+from tests.support.s3_server import SECRET, S3Server, in_environment
+from tests.support.seaweed import run_seaweed
 
 SPEC = {
     "topology": {"tp": 3, "pp": 2},

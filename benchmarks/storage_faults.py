@@ -4,7 +4,7 @@
 
 A hurt request is answered with 503 SlowDown, reset in the middle of its body, done and not answered, answered by half, or by half
 and then nothing. Steps have one attempt, requests four. A build must end right, or with an error that says what to do and right
-after running it again; then `collect` must leave nothing (tests/models/storm.py asserts all of it). Odd seeds transfer
+after running it again; then `collect` must leave nothing (tests/support/storm.py asserts all of it). Odd seeds transfer
 through obstore, even ones through s3fs. Prints a line per build; exits with 1 when one was not as it must be.
 """
 
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.storage import store
-from tests.models.fault_proxy import run_fault_proxy
-from tests.models.s3_server import S3Server
-from tests.models.storm import VOCAB_SIZE, Weathered, weather
-from tests.models.tiny import write_tiny_llama
+from tests.support.fault_proxy import run_fault_proxy
+from tests.support.s3_server import S3Server
+from tests.support.storm import VOCAB_SIZE, Weathered, weather
+from tests.support.tiny import write_tiny_llama
 
 
 def main() -> int:

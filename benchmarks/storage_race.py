@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.storage import store
-from tests.models.race import Racers, check_store, race
-from tests.models.releases import make_keys
-from tests.models.tiny import write_tiny_llama
+from tests.support.race import Racers, check_store, race
+from tests.support.releases import make_keys
+from tests.support.tiny import write_tiny_llama
 
 
 def main() -> int:

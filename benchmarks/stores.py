@@ -23,8 +23,8 @@ from orchestrator.base.programs import find_program
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.work.context import HashingWriter, download
-from tests.models.s3_server import BUCKET, S3Server
-from tests.models.seaweed import run_seaweed
+from tests.support.s3_server import BUCKET, S3Server
+from tests.support.seaweed import run_seaweed
 
 GB = 10**9
 PIECE_BYTES = 16 * 2**20

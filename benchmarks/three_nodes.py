@@ -1,6 +1,6 @@
 """The demo handed over to three real Ray nodes: `python -m benchmarks.three_nodes` (`make demo-cluster`).
 
-Each node has network, processes and shared memory of its own on this machine (tests/models/ray_nodes.py; needs root). SmolLM2 at
+Each node has network, processes and shared memory of its own on this machine (tests/support/ray_nodes.py; needs root). SmolLM2 at
 tp=3, pp=2 goes through `orchestrator submit --follow`, as from any machine that reaches the head; the driver is on a worker. Fails
 unless convert steps ran on several nodes and the set was published.
 """
@@ -20,8 +20,8 @@ from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.run import commits
 from orchestrator.spec.loading import load_spec
 from orchestrator.stores import open_store
-from tests.models.ray_nodes import BedOptions, RayNodes, ray_nodes, skip_reason
-from tests.models.smollm2 import smollm2
+from tests.support.ray_nodes import BedOptions, RayNodes, ray_nodes, skip_reason
+from tests.support.smollm2 import smollm2
 
 SPEC = Path(__file__).resolve().parents[1] / "cluster_configs" / "jobs" / "smollm2.yaml"
 SHARD_BYTES = 20_000_000

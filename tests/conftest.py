@@ -11,12 +11,12 @@ import pytest
 
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
-from tests.models.ceph import run_ceph
-from tests.models.ray_nodes import RayNodes, skip_reason
-from tests.models.ray_nodes import ray_nodes as make_ray_nodes
-from tests.models.s3_server import S3Server
-from tests.models.seaweed import find_weed, run_seaweed
-from tests.models.tiny import write_tiny_llama
+from tests.support.ceph import run_ceph
+from tests.support.ray_nodes import RayNodes, skip_reason
+from tests.support.ray_nodes import ray_nodes as make_ray_nodes
+from tests.support.s3_server import S3Server
+from tests.support.seaweed import find_weed, run_seaweed
+from tests.support.tiny import write_tiny_llama
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

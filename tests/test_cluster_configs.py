@@ -18,7 +18,7 @@ from orchestrator.planning.plan import unplaceable
 from orchestrator.planning.steps import Kind
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.loading import load_cluster, load_rates, load_spec
-from tests.models.plans import fake_plan
+from tests.support.plans import fake_plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "cluster_configs"
 LAUNCHERS = sorted(FOLDER.glob("*/launcher.yaml"))

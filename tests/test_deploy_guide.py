@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.submit.kubernetes.manifests import load_manifests
 from orchestrator.submit.kubernetes.rules import RULES
 from orchestrator.submit.kubernetes.validate import problems
-from tests.kubernetes.overlays import KUBERAY, OVERLAYS, cluster_spec, of_kind
+from tests.submit.kubernetes.overlays import KUBERAY, OVERLAYS, cluster_spec, of_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "deploy" / "README.md").read_text()

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from orchestrator.base.programs import find_program
-from tests.kubernetes.overlays import cluster_spec, overlay
+from tests.submit.kubernetes.overlays import cluster_spec, overlay
 
 HADOLINT = find_program("hadolint") or "hadolint"
 ROOT = Path(__file__).resolve().parents[1]

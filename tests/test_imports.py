@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.models.synthetic import model_config, random_arrays, write_source
+from tests.support.synthetic import model_config, random_arrays, write_source
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ from actors.placement import Node, Placement
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Task
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
-from tests.models.placing import GB, node
-from tests.models.plans import task
+from tests.support.placing import GB, node
+from tests.support.plans import task
 
 
 def spec(store: str = "file:///store", **pools: PoolSpec) -> ClusterSpec:

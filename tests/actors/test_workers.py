@@ -10,8 +10,8 @@ from actors.placement import Node, Placed
 from actors.step_actor import StepActor
 from actors.workers import Worker
 from orchestrator.planning.steps import Kind, Resources
-from tests.models.placing import GB, node
-from tests.models.plans import task
+from tests.support.placing import GB, node
+from tests.support.plans import task
 
 NODE = node("a", cpus=4, memory=16 * GB)
 

@@ -31,8 +31,8 @@ from orchestrator.submit.kubernetes.follow import follow
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, render
 from orchestrator.submit.kubernetes.states import Phase, State
-from tests.kubernetes.overlays import overlay
-from tests.models.kuberay_operator import Driver, Operator, error_line, ray_failure
+from tests.submit.kubernetes.overlays import overlay
+from tests.support.kuberay_operator import Driver, Operator, error_line, ray_failure
 
 CONFIG_MAP = Kind("v1", "ConfigMap")
 SPEC = {"source": {"path": "s3://mine/llama"}, "topology": {"tp": 2}, "release": {"name": "llama", "version": "1"}}

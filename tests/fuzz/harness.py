@@ -22,7 +22,7 @@ from typing import NoReturn, Protocol
 
 from orchestrator.base.errors import OrchestratorError, error_classes
 from tests.fuzz import FUZZERS
-from tests.models.ordinary_user import give_up_powers
+from tests.support.ordinary_user import give_up_powers
 
 TIMEOUT_SECONDS = 20.0
 _WAITING = 6

@@ -70,7 +70,7 @@ class Manifests:
     """See harness.Fuzzer."""
 
     def prepare(self, folder: Path) -> None:
-        from tests.models.releases import make_keys, publish_tiny
+        from tests.support.releases import make_keys, publish_tiny
 
         for module in _IMPORTED:
             importlib.import_module(f"orchestrator.{module}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.fuzz.harness import apart
 from tests.fuzz.mutate import SCALARS, corrupted, deep, hostile, mutated
-from tests.models.synthetic import encode_safetensors, frame, hugging_face_config, model_config, random_arrays, write_source
+from tests.support.synthetic import encode_safetensors, frame, hugging_face_config, model_config, random_arrays, write_source
 
 _CONFIG = model_config(vocab_size=38)
 _SPEC = """
@@ -76,8 +76,8 @@ def _write_bases(folder: Path) -> None:
     from orchestrator.spec.build import BuildSpec
     from orchestrator.spec.decoding import decode
     from orchestrator.stages import convert
-    from tests.models.gguf import write_gguf
-    from tests.models.meta import write_bin, write_meta
+    from tests.support.gguf import write_gguf
+    from tests.support.meta import write_bin, write_meta
 
     arrays = random_arrays(_CONFIG)
     plain = write_source(folder / "one", _CONFIG, arrays)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.fuzz.mutate import corrupted, mutated
-from tests.models.synthetic import model_config, random_arrays, write_source
+from tests.support.synthetic import model_config, random_arrays, write_source
 
 _SPEC: dict[str, Any] = {
     "source": {"path": "model", "format": "auto", "family": "auto"},

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.base.errors import OrchestratorError, SpecError
 from tests.fuzz import FUZZERS, harness
 from tests.fuzz.harness import open_fuzzer, run_command
-from tests.models.ordinary_user import ordinary_user
+from tests.support.ordinary_user import ordinary_user
 
 
 def _raise(_words: tuple[str, ...]) -> int:

@@ -19,8 +19,8 @@ from orchestrator.cli import app
 from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, build
 from orchestrator.model.config import ModelConfig, MoeConfig, from_trtllm, to_trtllm
 from orchestrator.model.topology import Topology
-from tests.models.strategies import parallel_models
-from tests.models.synthetic import build_spec, model_config, random_arrays, write_source
+from tests.support.strategies import parallel_models
+from tests.support.synthetic import build_spec, model_config, random_arrays, write_source
 
 CONFIG = model_config()
 

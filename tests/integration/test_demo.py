@@ -5,8 +5,8 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from tests.models.demo import Demo, run_here
-from tests.models.s3_server import SECRET, S3Server
+from tests.support.demo import Demo, run_here
+from tests.support.s3_server import SECRET, S3Server
 
 
 def test_demo_in_object_storage_shows_every_step(s3_environment: S3Server, tiny_llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from orchestrator.planning.facts import Verification
 from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
-from tests.models.families import TINY, write_tiny
+from tests.support.families import TINY, write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,9 @@ from orchestrator.planning.steps import Kind
 from orchestrator.stores.file import FileStore
 from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
-from tests.models.gguf import write_gguf
-from tests.models.meta import write_bin, write_meta
-from tests.models.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
+from tests.support.gguf import write_gguf
+from tests.support.meta import write_bin, write_meta
+from tests.support.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
 
 Writer = Callable[[Path, ModelConfig, Mapping[str, Array]], Path]
 

@@ -12,8 +12,8 @@ from orchestrator.checkpoints.compare import compare
 from orchestrator.compat.models import LLaMAForCausalLM, Mapping
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.topology import Topology, legal_tp
-from tests.models.strategies import parallel_models
-from tests.models.synthetic import random_arrays, write_source
+from tests.support.strategies import parallel_models
+from tests.support.synthetic import random_arrays, write_source
 
 
 @st.composite

@@ -23,7 +23,7 @@ from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.stores import open_store
 from orchestrator.submit.submission import bundle
 from tests.conftest import SpecMaker
-from tests.models.ray_nodes import RayNodes, skip_reason
+from tests.support.ray_nodes import RayNodes, skip_reason
 
 pytestmark = [
     pytest.mark.slow,

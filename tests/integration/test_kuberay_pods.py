@@ -14,8 +14,8 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.submit.kubernetes.overlays import load_overlay
 from orchestrator.submit.submission import CLUSTER_FILE, bundle
 from tests.conftest import SpecMaker
-from tests.kubernetes.overlays import cluster_spec, of_kind
-from tests.models.ray_nodes import HEAD, BedOptions, RayNodes, skip_reason
+from tests.submit.kubernetes.overlays import cluster_spec, of_kind
+from tests.support.ray_nodes import HEAD, BedOptions, RayNodes, skip_reason
 
 pytestmark = [
     pytest.mark.slow,

@@ -31,11 +31,11 @@ from orchestrator.submit.kubernetes.manifests import Fields, at, load_manifests
 from orchestrator.submit.kubernetes.states import Phase
 from tests.contracts.kubernetes_contract import SPEC, Bed, KubernetesContract, Recorder
 from tests.integration.test_kubernetes_entrypoint import lay_out
-from tests.models.fake_kubernetes import FakeKubernetes
-from tests.models.kube_apiserver import ROOT, KubeApiserver, definition, for_1_20, run_apiserver, skip_reason
-from tests.models.kuberay_operator import Driver, Operator, OperatorThread, error_line, ray_failure
-from tests.models.ray_nodes import RayNodes
-from tests.models.ray_nodes import skip_reason as ray_skip_reason
+from tests.support.fake_kubernetes import FakeKubernetes
+from tests.support.kube_apiserver import ROOT, KubeApiserver, definition, for_1_20, run_apiserver, skip_reason
+from tests.support.kuberay_operator import Driver, Operator, OperatorThread, error_line, ray_failure
+from tests.support.ray_nodes import RayNodes
+from tests.support.ray_nodes import skip_reason as ray_skip_reason
 
 _REASON = skip_reason()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -46,7 +46,7 @@ _NUMBERS = itertools.count()
 
 
 class ServerAdmin:
-    """See tests.models.kuberay_operator.Admin: an administrator of the server, in one namespace."""
+    """See tests.support.kuberay_operator.Admin: an administrator of the server, in one namespace."""
 
     def __init__(self, kubeconfig: Path, namespace: str) -> None:
         from kubernetes import config

@@ -17,7 +17,7 @@ from orchestrator.submit.kubernetes.overlays import load_overlay
 from orchestrator.submit.kubernetes.render import overlay_cluster, render
 from orchestrator.submit.submission import ENTRYPOINT, pack
 from tests.conftest import SpecMaker
-from tests.models.ray_nodes import RayNodes, skip_reason
+from tests.support.ray_nodes import RayNodes, skip_reason
 
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 

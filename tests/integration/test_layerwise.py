@@ -27,8 +27,8 @@ from orchestrator.stores.store import Block, ObjectMissingError
 from orchestrator.work.calibrate.layerwise import LayerwiseFolder
 from orchestrator.work.calibrate.part_model import PartModel
 from orchestrator.work.context import Context
-from tests.models.families import write_tiny
-from tests.models.here import run_here, scales_of
+from tests.support.families import write_tiny
+from tests.support.here import run_here, scales_of
 
 NUM_LAYERS, NUM_BATCHES = 4, 2
 KILLED = """

@@ -15,7 +15,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
-from tests.models.families import TINY, write_tiny
+from tests.support.families import TINY, write_tiny
 
 Tensors = dict[str, torch.Tensor]
 

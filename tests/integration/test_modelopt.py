@@ -21,9 +21,9 @@ from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 from orchestrator.work.calibrate import part_model
-from tests.models import modelopt
-from tests.models.families import write_tiny
-from tests.models.here import convert_here, run_here, scales_of
+from tests.support import modelopt
+from tests.support.families import write_tiny
+from tests.support.here import convert_here, run_here, scales_of
 
 TOPOLOGIES = [(1, 1), (3, 1), (1, 2), (3, 2)]
 

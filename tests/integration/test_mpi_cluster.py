@@ -20,7 +20,7 @@ from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import LABELS_VARIABLE, MpiCluster, accelerator_type
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.process import without_launcher
-from tests.models.mpi import find_mpiexec
+from tests.support.mpi import find_mpiexec
 
 PATIENCE_SECONDS = 400.0
 ROOT = Path(__file__).resolve().parents[2]

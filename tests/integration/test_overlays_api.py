@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from orchestrator.base.programs import find_program
-from tests.kubernetes.overlays import CORE_GROUPS, KUBERAY, OVERLAYS, overlay, pods, rendered
-from tests.models.kube_apiserver import definition, for_1_20, run_apiserver, skip_reason
+from tests.submit.kubernetes.overlays import CORE_GROUPS, KUBERAY, OVERLAYS, overlay, pods, rendered
+from tests.support.kube_apiserver import definition, for_1_20, run_apiserver, skip_reason
 
 KUBECTL = find_program("kubectl") or "kubectl"
 

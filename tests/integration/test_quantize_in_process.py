@@ -16,9 +16,9 @@ from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.work.shards import map_checkpoint_rank
 from tests.integration.quantize_under_mpi import CALIBRATION, SPEC
-from tests.models.families import write_tiny
-from tests.models.here import convert_here
-from tests.models.mpi import find_mpiexec, rank_environment
+from tests.support.families import write_tiny
+from tests.support.here import convert_here
+from tests.support.mpi import find_mpiexec, rank_environment
 
 
 @pytest.fixture(scope="module")

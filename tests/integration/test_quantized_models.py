@@ -28,10 +28,10 @@ from orchestrator.work.build.step import compile_rank
 from orchestrator.work.shards import map_checkpoint_rank
 from orchestrator.work.verify.inputs import make_calls, positions_of
 from orchestrator.work.verify.lockstep import Lockstep
-from tests.models.artifact import write_artifact
-from tests.models.fake_quant import FakeQuantDecoder
-from tests.models.families import write_tiny
-from tests.models.here import convert_here
+from tests.support.artifact import write_artifact
+from tests.support.fake_quant import FakeQuantDecoder
+from tests.support.families import write_tiny
+from tests.support.here import convert_here
 
 Case = tuple[str | None, str | None]
 """Algorithm, KV cache."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.race import Racers, check_store, race
-from tests.models.releases import make_keys
-from tests.models.s3_server import S3Server
+from tests.support.race import Racers, check_store, race
+from tests.support.releases import make_keys
+from tests.support.s3_server import S3Server
 
 
 @pytest.mark.parametrize(("scheme", "is_same", "rounds"), [("s3", False, 6), ("file", False, 20), ("file", True, 20)])

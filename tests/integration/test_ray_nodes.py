@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.models.bed_build import BedBuild, Line, is_start_of, published, started_again
-from tests.models.bed_faults import actors, step_processes
-from tests.models.ray_nodes import HEAD, RayNodes
-from tests.models.tiny import write_tiny_llama
+from tests.support.bed_build import BedBuild, Line, is_start_of, published, started_again
+from tests.support.bed_faults import actors, step_processes
+from tests.support.ray_nodes import HEAD, RayNodes
+from tests.support.tiny import write_tiny_llama
 
 UNPROVEN: dict[str, Any] = {"topology": {"tp": 2, "pp": 1}, "verification": {"enabled": False}}
 """Two engines, and nothing executed: faults in converts and engine builds are seen in a few seconds."""

@@ -24,7 +24,7 @@ from orchestrator.stores import open_place
 from orchestrator.stores.remote import RemotePlace
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
-from tests.models.s3_server import BUCKET, SECRET, S3Server
+from tests.support.s3_server import BUCKET, SECRET, S3Server
 
 
 @pytest.fixture

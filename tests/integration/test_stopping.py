@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.work.process import descendants
-from tests.models.signals import hear_interrupts
+from tests.support.signals import hear_interrupts
 
 
 def names_below(process: int) -> list[str]:

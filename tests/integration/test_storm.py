@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.fault_proxy import run_fault_proxy
-from tests.models.s3_server import S3Server
-from tests.models.storm import weather
-from tests.models.tiny import write_tiny_llama
+from tests.support.fault_proxy import run_fault_proxy
+from tests.support.s3_server import S3Server
+from tests.support.storm import weather
+from tests.support.tiny import write_tiny_llama
 
 
 @pytest.mark.parametrize("seed", [1, 2], ids=["obstore", "s3fs"])

@@ -13,8 +13,8 @@ from orchestrator.planning.steps import Kind
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
-from tests.models import modelopt
-from tests.models.here import HereCluster, run_here
+from tests.support import modelopt
+from tests.support.here import HereCluster, run_here
 
 
 @pytest.fixture(scope="module")

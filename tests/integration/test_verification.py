@@ -14,8 +14,8 @@ from orchestrator.planning.facts import Verification
 from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, forge, run_steps
-from tests.models.smollm2 import smollm2
-from tests.models.tiny import write_tiny_llama
+from tests.support.smollm2 import smollm2
+from tests.support.tiny import write_tiny_llama
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -16,8 +16,8 @@ from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.releases.proof import check_networks
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
-from tests.models.families import write_tiny
-from tests.models.tiny import write_tiny_llama
+from tests.support.families import write_tiny
+from tests.support.tiny import write_tiny_llama
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0],

@@ -29,7 +29,7 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 from orchestrator.submit.watching import PATIENCE_SECONDS, Run, Watch, find_run, list_runs
-from tests.models.releases import pretend_to_run, release_spec, tiny_source
+from tests.support.releases import pretend_to_run, release_spec, tiny_source
 
 KEY = "k" * 64
 

@@ -26,8 +26,8 @@ from orchestrator.report.html.svg import ticks
 from orchestrator.report.html.timeline import time_ticks
 from orchestrator.report.story import Story
 from orchestrator.spec.cluster import ClusterSpec
-from tests.models.releases import Published, publish_tiny, release_spec, tiny_source
 from tests.report.browser import find_chromium, measure, screenshot
+from tests.support.releases import Published, publish_tiny, release_spec, tiny_source
 
 LOST = Failure(
     kind=FailureKind.INFRASTRUCTURE, cause=Cause.NODE, message="the node <died>", node="node-1", kernel="oom-kill: & more"

@@ -1,0 +1,101 @@
+"""Layouts: what TensorRT-LLM, Triton and an OCI registry find in a pulled folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import DigestError, SpecError
+from orchestrator.model.config import from_trtllm
+from orchestrator.releases import pull
+from orchestrator.releases.layouts import Request, arrange
+from tests.support.releases import Published, files_below, make_keys, publish_tiny
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    folder = tmp_path_factory.mktemp("layouts")
+    return publish_tiny(folder, make_keys(folder / "keys")[0])
+
+
+def test_trtllm_layout_is_an_engine_directory(published: Published, tmp_path: Path) -> None:
+    pull(published.url, tmp_path, layout="trtllm", check=False)
+    found = files_below(tmp_path)
+    assert {f"rank{rank}.engine" for rank in range(4)} <= found.keys()
+    config = json.loads(found["config.json"])
+    assert set(config) == {"version", "pretrained_config", "build_config"}
+    model, topology = from_trtllm(config["pretrained_config"])
+    assert (model.architecture, topology.tp, topology.pp) == (published.manifest.model.architecture, 2, 2)
+    assert (config["build_config"]["max_batch_size"], config["build_config"]["max_seq_len"]) == (2, 64)
+
+
+def test_triton_layout_is_a_model_per_rank_whose_version_comes_last(published: Published, tmp_path: Path) -> None:
+    pull(published.url, tmp_path, ranks=[0, 3], layout="triton", check=False)
+    found = files_below(tmp_path)
+    assert {name for name in found if not name.startswith(".")} == {
+        f"tiny-rank{rank}/{name}" for rank in (0, 3) for name in ("config.pbtxt", "1/model.plan")
+    }
+    config = found["tiny-rank3/config.pbtxt"].decode()
+    assert 'platform: "tensorrt_plan"' in config
+    assert '{ name: "input_ids" data_type: TYPE_INT64 dims: [ -1, -1 ] }' in config
+    assert '{ name: "logits" data_type: TYPE_FP32 dims: [ -1, 1, 131 ] }' in config
+    assert re.search(r"gpus: \[ 1 \]", config)
+    assert config.count("[") == config.count("]")
+
+
+def test_triton_layout_pulled_again_keeps_the_version(published: Published, tmp_path: Path) -> None:
+    for _ in range(2):
+        pull(published.url, tmp_path, ranks=[1], layout="triton", check=False)
+    assert (tmp_path / "tiny-rank1" / "1" / "model.plan").read_bytes() == published.path(1).read_bytes()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_oci_layout_holds_every_blob_that_its_index_reaches(published: Published, tmp_path: Path) -> None:
+    pull(published.url, tmp_path, layout="oci", check=False)
+    assert json.loads((tmp_path / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+
+    def blob(descriptor: dict[str, object]) -> bytes:
+        data = (tmp_path / "blobs" / str(descriptor["digest"]).replace(":", "/")).read_bytes()
+        assert (f"sha256:{digest_bytes(data)}", len(data)) == (descriptor["digest"], descriptor["size"])
+        return data
+
+    (entry,) = json.loads((tmp_path / "index.json").read_text())["manifests"]
+    manifest = json.loads(blob(entry))
+    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
+    config = json.loads(blob(manifest["config"]))
+    assert config["modelfs"]["diffIds"] == [layer["digest"] for layer in manifest["layers"]]
+    paths = {layer["annotations"]["org.cncf.model.filepath"]: layer for layer in manifest["layers"]}
+    assert paths.keys() == {file.path for file in published.manifest.all_files()} | {"manifest.json", "model.sig"}
+    assert paths["rank2.engine"]["mediaType"] == "application/vnd.cncf.model.weight.v1.raw"
+    reached = {digest_bytes(blob(item)) for item in [entry, manifest["config"], *manifest["layers"]]}
+    assert reached == {path.name for path in (tmp_path / "blobs" / "sha256").iterdir()}
+
+
+def test_layout_that_is_not_there_is_refused_before_any_byte(published: Published, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no layout 'zip'") as caught:
+        pull(published.url, tmp_path / "out", layout="zip", check=False)
+    assert "flat, oci, triton, trtllm" in caught.value.advice
+    assert not (tmp_path / "out").exists()
+
+
+def test_triton_layout_of_a_tensor_whose_name_ends_a_string_stays_one_string(published: Published) -> None:
+    record = published.manifest.ranks[0]
+    tensor = record.engine.tensors[0].model_copy(update={"name": 'a" }\n]\nmodel_warmup [ { name: "é'})
+    engine = record.engine.model_copy(update={"tensors": (tensor, *record.engine.tensors[1:])})
+    changed = record.model_copy(update={"engine": engine})
+    manifest = published.manifest.model_copy(update={"ranks": (changed, *published.manifest.ranks[1:])})
+    request = Request(manifest, (0,), tuple(record.files), manifest.to_json(), None)
+    config = arrange("triton", request).written["tiny-rank0/config.pbtxt"].decode()
+    assert '{ name: "a\\042 }\\012]\\012model_warmup [ { name: \\042é" data_type' in config
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_batch_size": "x"}, {"max_batch_size": 1, "opt_batch_size": 1, "max_input_len": []}])
+def test_trtllm_layout_of_a_manifest_without_what_it_needs_is_refused(published: Published, asked: dict[str, object]) -> None:
+    manifest = published.manifest.model_copy(update={"engine_config": asked})
+    request = Request(manifest, (0,), tuple(manifest.ranks[0].files), manifest.to_json(), None)
+    with pytest.raises(DigestError, match="engine_config cannot be read"):
+        arrange("trtllm", request)

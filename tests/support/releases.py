@@ -1,0 +1,186 @@
+"""Releases of fake engines: a real plan of a tiny source, outcomes that nobody ran, published by the real code."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import building
+from orchestrator.base.digest import ChunkHasher, chunk_digests, digest_bytes
+from orchestrator.planning import preparation
+from orchestrator.planning.options import BuildOptions, VerifyOptions
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Consumed, Kind, Outcome, Output, Step
+from orchestrator.releases import signing
+from orchestrator.releases.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
+from orchestrator.releases.publish import signed_digests
+from orchestrator.run import commits
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
+from orchestrator.stores import open_store
+from orchestrator.stores.store import Store
+from tests.support.synthetic import model_config, random_arrays, write_source
+
+SMALL_CHUNK = 1000
+
+
+def tiny_source(folder: Path) -> Path:
+    """A seeded Llama-shaped source with a tokenizer file."""
+    config = model_config()
+    source = write_source(folder, config, random_arrays(config))
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    return source
+
+
+def release_spec(source: Path, **sections: Any) -> BuildSpec:
+    plain = {
+        "source": {"path": str(source)},
+        "topology": {"tp": 2, "pp": 2},
+        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+        "verification": {"enabled": False},
+        "release": {"name": "tiny", "version": "1"},
+        **sections,
+    }
+    return decode(BuildSpec, plain, "test")
+
+
+def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
+    """Commit an outcome for every step, with outputs of seeded bytes; an engine has several small chunks."""
+    outcomes = {}
+    for step in plan.steps:
+        name = f"rank{BuildOptions.model_validate(step.options).rank}.engine" if step.kind is Kind.BUILD else "out"
+        data = (step.digest * 60).encode()[:3500]
+        key = commits.attempt_prefix(step.digest, "attempt") + name
+        store.put(key, data)
+        output = Output(name=name, key=key, num_bytes=len(data), sha256=digest_bytes(data), chunks=chunk_digests(data))
+        outcomes[step.digest] = commits.commit(
+            store,
+            Outcome(
+                digest=step.digest,
+                name=step.name,
+                kind=step.kind,
+                outputs=(output,),
+                consumed=tuple(Consumed(step=need, name="out", sha256=outcomes[need].outputs[0].sha256) for need in step.needs),
+                facts=engine_facts(step),
+                tools={"tensorrt_rtx": "1.7.1.116"},
+                log_tail="a log may hold anything",
+            ),
+        )
+    return outcomes
+
+
+MINIATURE = {
+    "num_layers": 2,
+    "tolerance": 5e-5,
+    "cases": [{"ranks": "one rank", "num_prompts": 8, "num_positions": 100, "max_relative_error": 2e-6}],
+    "thresholds": [{"key": "max_position_embeddings", "value": 2048, "tokens": 32, "crossed": True}],
+}
+
+
+def engine_facts(step: Step) -> dict[str, Any]:
+    """What a step records of an engine that TensorRT did not make, or of its verification."""
+    if step.kind is Kind.VERIFY:
+        network = VerifyOptions.model_validate(step.options).network
+        return {"networks": [network.digest(tp_rank) for tp_rank in range(network.stage.tp)]}
+    if step.kind is Kind.MINIATURE:
+        return {"miniature": MINIATURE}
+    if step.kind is not Kind.BUILD:
+        return {}
+    options = BuildOptions.model_validate(step.options)
+    ids = {
+        "name": "input_ids", "dtype": "int64", "mode": "input", "shape": ["batch", "tokens"],
+        "profiles": {"prefill": {"min": [1, 1], "opt": [1, 8], "max": [2, 16]}},
+    }  # fmt: skip
+    logits = {"name": "logits", "dtype": "float", "mode": "output", "shape": ["batch", 1, 131]}
+    engine = {
+        "backend": options.engine.backend, "tensorrt_version": "1.7.1.116", "cuda_version": "13",
+        "compute_capabilities": ["8.9"], "profiles": ["prefill"], "tensors": [ids, logits],
+    }  # fmt: skip
+    return {"engine": engine, "options": step.options, "network": options.network.digest(options.tp_rank)}
+
+
+def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = None, **sections: Any) -> Published:
+    """Four ranks, built from nothing, in the store at `url`, or `folder`/store."""
+    source = folder / "source"
+    if not source.exists():
+        tiny_source(source)
+    store = open_store(url or (folder / "store").as_uri())
+    spec = release_spec(source, **sections)
+    pretend_to_run(preparation.plan(spec), store)
+    done = building.build(spec, ClusterSpec(store=store.url), sign_key=sign_key)
+    return Published(done.address, done.manifest, store, Path(done.address.removeprefix("file://")), done.plan)
+
+
+@dataclass(frozen=True)
+class Published:
+    url: str
+    manifest: Manifest
+    store: Store
+    folder: Path
+    plan: Plan
+
+    def path(self, rank: int) -> Path:
+        """Of an engine in the store."""
+        return self.folder / self.manifest.ranks[rank].files[0].key
+
+
+def copy_release(published: Published, name: str, version: str, sign_key: Path | None = None) -> Published:
+    """The same files published under another name or version, unsigned or signed."""
+    folder = Path(shutil.copytree(published.folder, published.folder.parents[1] / name / version))
+    shutil.rmtree(folder / "signatures", ignore_errors=True)
+    manifest = published.manifest.model_copy(update={"name": name, "version": version})
+    data = manifest.to_json()
+    (folder / MANIFEST).write_bytes(data)
+    if sign_key is not None:
+        digests = signed_digests(manifest, data)
+        place = folder / signature_key(digests[MANIFEST])
+        place.parent.mkdir()
+        place.write_bytes(signing.sign(digests, name, sign_key))
+    return Published(folder.as_uri(), manifest, published.store, folder, published.plan)
+
+
+def reseal(published: Published, **changed: Any) -> Manifest:
+    """Rewrite the manifest with other fields and a digest that fits them, as anyone may who can write to the store."""
+    manifest = published.manifest.model_copy(update=changed)
+    (published.folder / MANIFEST).write_bytes(manifest.to_json())
+    return manifest
+
+
+def cut_small(published: Published) -> None:
+    """Rewrite the manifest so that engines have several chunks of SMALL_CHUNK bytes."""
+
+    def cut(file: FileRecord) -> FileRecord:
+        hasher = ChunkHasher(SMALL_CHUNK)
+        hasher.update((published.folder / file.key).read_bytes())
+        return file.model_copy(update={"chunks": Chunks(num_bytes=SMALL_CHUNK, sha256=hasher.digests())})
+
+    ranks = tuple(
+        record.model_copy(update={"files": tuple(cut(file) for file in record.files)}) for record in published.manifest.ranks
+    )
+    (published.folder / MANIFEST).write_bytes(published.manifest.model_copy(update={"ranks": ranks}).to_json())
+
+
+def flip(path: Path, place: int) -> None:
+    """Damage one bit where nobody looks; links of the file elsewhere stay as they are."""
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << (place % 8)
+    path.unlink()
+    path.write_bytes(data)
+
+
+def make_keys(folder: Path) -> tuple[Path, Path]:
+    """A private and a public key, P-256, made by openssl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    private, public = folder / "key.pem", folder / "pub.pem"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(private)], check=True)
+    subprocess.run(["openssl", "ec", "-in", str(private), "-pubout", "-out", str(public)], check=True, capture_output=True)
+    return private, public
+
+
+def files_below(folder: Path) -> Mapping[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
