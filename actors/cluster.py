@@ -126,7 +126,7 @@ class RayCluster:
             with contextlib.suppress(OSError):
                 remove_dead(scratch_root(self._spec.scratch), _DYING_SECONDS if interrupted else 0.0)
 
-    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
+    def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
         """Ask every node in a small task of its own. A node that is silent too long is one with an error."""
         environment = {"env_vars": worker_environment(1, gpu=False)}
         asked = {}
@@ -135,7 +135,7 @@ class RayCluster:
                 num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": node.node_id}, runtime_env=environment
             )
             spec = self._spec
-            asked[remote.remote(spec.store, spec.store_options.model_dump_json(), spec.scratch, list(places))] = node
+            asked[remote.remote(spec.store, spec.store_options.model_dump_json(), spec.scratch, list(paths))] = node
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._spec.probe_timeout_seconds) if asked else ([], [])
         found = []
         for reference, node in asked.items():

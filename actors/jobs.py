@@ -104,30 +104,30 @@ class Client:
         return self._api.address
 
     def submit(
-        self, spec: BuildSpec, place: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS
+        self, spec: BuildSpec, cluster_spec: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS
     ) -> Submission:
         """Hand a build over, or attach to the job that it has already.
 
         `driver` replaces that of the cluster file. Raises SpecError for a cluster file that is not of Ray, SourceMissingError for
         a named file that is not here, UnreachableError, AuthenticationError, ClusterError.
         """
-        if place.kind != "ray":
-            raise SpecError(f"the cluster file is of kind {place.kind}, and this is a Ray cluster", "Write kind: ray in it.")
-        where = driver or place.driver
+        if cluster_spec.kind != "ray":
+            raise SpecError(f"the cluster file is of kind {cluster_spec.kind}, and this is a Ray cluster", "Write kind: ray in it.")
+        where = driver or cluster_spec.driver
         packed = pack(spec)
-        build = submission_id(packed.spec, place)
+        build = submission_id(packed.spec, cluster_spec)
         for _ in range(3):  # others may submit the same build in this moment
             choice = choose(build, where, self._api.jobs())
             if choice.withdraw:
                 self._api.stop(choice.withdraw)
             try:
                 if not choice.attach:
-                    self._send(choice.job_id, packed.spec, packed.files, place, where)
+                    self._send(choice.job_id, packed.spec, packed.files, cluster_spec, where)
             except DuplicateJobError:
                 continue
             return Submission(
                 self._api, choice.job_id, self._clock, start_seconds, where,
-                attached=choice.attach, warnings=self._warnings(packed.spec, place),
+                attached=choice.attach, warnings=self._warnings(packed.spec, cluster_spec),
             )  # fmt: skip
         raise ClusterError(f"others submit {build} again and again", "Look at `orchestrator list`.")
 
@@ -142,13 +142,13 @@ class Client:
         found = [job for job in self._api.jobs() if _MARK in job.metadata]
         return sorted(found, key=lambda job: job.submitted_at or 0.0)
 
-    def _send(self, job_id: str, spec: BuildSpec, files: dict[str, Path], place: ClusterSpec, driver: DriverSpec) -> None:
-        inside = place.model_copy(update={"address": "auto"})  # the driver belongs to the cluster that runs it
+    def _send(self, job_id: str, spec: BuildSpec, files: dict[str, Path], cluster_spec: ClusterSpec, driver: DriverSpec) -> None:
+        inside = cluster_spec.model_copy(update={"address": "auto"})  # the driver belongs to the cluster that runs it
         release = release_prefix(spec.release.name, spec.release.version)
         metadata = {
             _MARK: importlib.metadata.version(_MARK),
             "release": f"{spec.release.name} {spec.release.version}",
-            "manifest": f"{place.store.rstrip('/')}/{release.rstrip('/')}/{MANIFEST}",
+            "manifest": f"{cluster_spec.store.rstrip('/')}/{release.rstrip('/')}/{MANIFEST}",
             _DRIVER: _place_of(driver),
         }
         env = {"RAY_JOB_STOP_WAIT_TIME_S": str(driver.stop_seconds)}
@@ -161,8 +161,8 @@ class Client:
                 shutil.copyfile(path, folder / name)
             self._api.submit(job_id, ENTRYPOINT, folder, driver, metadata, env)
 
-    def _warnings(self, spec: BuildSpec, place: ClusterSpec) -> tuple[str, ...]:
-        return () if is_here(self.address) else expected_on_nodes(spec, place)
+    def _warnings(self, spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, ...]:
+        return () if is_here(self.address) else expected_on_nodes(spec, cluster_spec)
 
 
 class Submission:

@@ -71,7 +71,7 @@ class Placement:
 
     def add(self, task: Task, now: float) -> None:
         step = task.step
-        alike = f"{step.kind} {step.resources} {step.places} {step.options.get('engine')}"
+        alike = f"{step.kind} {step.resources} {step.locations} {step.options.get('engine')}"
         last = next(reversed(self._waiting.values()), None)
         self._waiting[step.digest] = _Waiting(task, alike, now)
         if last is not None and task.order < last.task.order:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.clusters import local_cluster
+from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.preparation import plan
 from orchestrator.releases.manifest import MANIFEST, Manifest, release_prefix
 from orchestrator.report.recording import Recording, check_report, fetch_report
 from orchestrator.run import commits
@@ -35,14 +35,14 @@ class Build:
 
 def build(
     spec: BuildSpec,
-    place: ClusterSpec,
+    cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
     sign_key: Path | None = None,
     report: Path | None = None,
 ) -> Build:
-    """Build, verify and publish `spec` at `place`, on the cluster that `open_cluster` opens there.
+    """Build, verify and publish `spec` at `cluster_spec`, on the cluster that `open_cluster` opens there.
 
     The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
     release that this very build has published already is returned as it is. With `sign_key`, a PEM file with a P-256 private
@@ -57,31 +57,36 @@ def build(
         check_sign_key(sign_key)
     if report is not None:
         check_report(report)
-    made = plan(spec)
-    target = open_store(place.store, place.store_options)
+    plan = preparation.plan(spec)
+    target = open_store(cluster_spec.store, cluster_spec.store_options)
     address = f"{target.url}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/")
     check_writable(target)
-    existing = check_free(target, made, sign_key)
+    existing = check_free(target, plan, sign_key)
     if existing is not None:
-        reports.on_plan(made, {}, already_published=True)
+        reports.on_plan(plan, {}, already_published=True)
         if report is not None:
             fetch_report(target, release_prefix(spec.release.name, spec.release.version), existing, report)
-        return Build(made, existing, address, None)
+        return Build(plan, existing, address, None)
     prefix = release_prefix(spec.release.name, spec.release.version)
     with (
-        commits.in_use(target, [step.digest for step in made.steps], prefix, made.build_key),
-        Recording(target, made, report) as recording,
+        commits.in_use(target, [step.digest for step in plan.steps], prefix, plan.build_key),
+        Recording(target, plan, report) as recording,
     ):
         reports = Listeners(reports, recording.listener)
-        committed, again = commits.agreeing(target, made, commits.committed(target, (step.digest for step in made.steps)))
-        made = replace(made, warnings=made.warnings + again + check_build(made, committed, place, target))
-        reports.on_plan(made, committed, already_published=False)
+        committed, again = commits.agreeing(target, plan, commits.committed(target, (step.digest for step in plan.steps)))
+        plan = replace(plan, warnings=plan.warnings + again + check_build(plan, committed, cluster_spec, target))
+        reports.on_plan(plan, committed, already_published=False)
         placed: list[Engines] = []
         result = execute(
-            made, committed, place, open_cluster, reports, lambda outcomes: placed.append(place_engines(target, made, outcomes))
+            plan,
+            committed,
+            cluster_spec,
+            open_cluster,
+            reports,
+            lambda outcomes: placed.append(place_engines(target, plan, outcomes)),
         )
         recording.ended(result)
-        result.raise_failures(made)
-        manifest = publish(target, made, result.outcomes, placed[-1], sign_key, recording.page)
+        result.raise_failures(plan)
+        manifest = publish(target, plan, result.outcomes, placed[-1], sign_key, recording.page)
         recording.published(f"{address}/{MANIFEST}", manifest)
-        return Build(made, manifest, address, result)
+        return Build(plan, manifest, address, result)

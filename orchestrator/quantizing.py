@@ -16,10 +16,10 @@ from typing import Any
 from orchestrator.base.errors import QuantizationError, StoreError, VerificationError
 from orchestrator.clusters import local_cluster
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
+from orchestrator.planning import preparation
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.facts import Verification
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.preparation import plan
 from orchestrator.planning.quantization import resolve_data
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.quantizers import QUANTIZERS
@@ -63,7 +63,7 @@ class SweepRow:
 def sweep(
     spec: BuildSpec,
     algorithms: Sequence[str],
-    place: ClusterSpec,
+    cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
@@ -73,8 +73,8 @@ def sweep(
     Steps that algorithms share run once. Raises QuantizationError before any work.
     """
     specs = [_under(spec, algorithm) for algorithm in algorithms]
-    plans = [only(plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
-    result = _run(union(plans, algorithms), place, open_cluster, listener or SilentListener())
+    plans = [only(preparation.plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
+    result = _run(union(plans, algorithms), cluster_spec, open_cluster, listener or SilentListener())
     rows, counted = [], set[str]()
     for algorithm, made in zip(algorithms, plans, strict=True):
         own = {step.digest for step in made.steps} - counted
@@ -102,7 +102,7 @@ def union(plans: Sequence[Plan], labels: Sequence[str]) -> Plan:
 def calibrate(
     spec: BuildSpec,
     output: Path,
-    place: ClusterSpec,
+    cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
@@ -113,12 +113,12 @@ def calibrate(
     """
     if (output / "scales.safetensors").exists():
         raise StoreError(f"{output} already holds a calibration artifact", "Choose another --output, or remove it.")
-    made = only(plan(spec), (Kind.CALIBRATE,))
-    if not made.steps:
+    plan = only(preparation.plan(spec), (Kind.CALIBRATE,))
+    if not plan.steps:
         raise QuantizationError("this spec calibrates nothing", "Choose a calibrated algorithm or a kv_cache format.")
-    result = _run(made, place, open_cluster, listener or SilentListener())
-    outcomes = [result.outcomes[step.digest] for step in made.steps]
-    return _write_artifact([(step.name, outcome) for step, outcome in zip(made.steps, outcomes, strict=True)], place, output)
+    result = _run(plan, cluster_spec, open_cluster, listener or SilentListener())
+    outcomes = [result.outcomes[step.digest] for step in plan.steps]
+    return _write_artifact([(step.name, outcome) for step, outcome in zip(plan.steps, outcomes, strict=True)], cluster_spec, output)
 
 
 def choose(
@@ -128,21 +128,21 @@ def choose(
 
     Runs in this process, on the whole model. Raises QuantizationError, StoreError when `output` is there already.
     """
-    from orchestrator.stores import open_place
-    from orchestrator.stores.source import LocalPlace
+    from orchestrator.stores import open_source
+    from orchestrator.stores.source import LocalFolder
     from orchestrator.work.calibrate.auto_quantize import choose_formats
 
     if output.exists():
         raise StoreError(f"{output} is there already", "Choose another --output, or remove it.")
-    made = plan(spec.model_copy(update={"quantization": QuantizationSpec(algorithm="FP8")}))
-    place = open_place(made.inputs.source)
-    if made.inputs.index.format != "huggingface" or not isinstance(place, LocalPlace):
+    plan = preparation.plan(spec.model_copy(update={"quantization": QuantizationSpec(algorithm="FP8")}))
+    folder = open_source(plan.inputs.source)
+    if plan.inputs.index.format != "huggingface" or not isinstance(folder, LocalFolder):
         raise QuantizationError("the search needs a Hugging Face folder on this machine", "Copy or convert the source first.")
     asked = spec.quantization or QuantizationSpec(algorithm="FP8")
     formats = [_sized(quantizer_named(name).linear, asked.group_size) for name in algorithms]
     data, dataset = resolve_data(asked.calibration)
-    dtype = made.inputs.config.dtype
-    chosen = choose_formats(place.folder, dtype, _linears(made), formats, effective_bits, data, dataset, log)
+    dtype = plan.inputs.config.dtype
+    chosen = choose_formats(folder.folder, dtype, _linears(plan), formats, effective_bits, data, dataset, log)
     mixture = quant_cfg(ModelQuantization(algorithm=MIXED_PRECISION, layers=chosen))
     write_whole(output, (json.dumps(mixture, indent=1) + "\n").encode())
     return chosen
@@ -153,10 +153,10 @@ def _sized(fmt: LinearFormat, group_size: int | None) -> LinearFormat:
     return fmt.model_copy(update={"block_size": group_size}) if group_size and is_int4 else fmt
 
 
-def _linears(made: Plan) -> dict[str, tuple[str, ...]]:
+def _linears(plan: Plan) -> dict[str, tuple[str, ...]]:
     """Every quantizable linear by its global name, and the source modules that it is joined from."""
     found: dict[str, tuple[str, ...]] = {}
-    for group in made.inputs.weights.groups:
+    for group in plan.inputs.weights.groups:
         for target in group.targets:
             if target.quantized is not None:
                 modules = tuple(dict.fromkeys(target.quantized.modules))
@@ -184,29 +184,29 @@ def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
     return spec.model_copy(update={"quantization": quantization, "verification": verification})
 
 
-def only(made: Plan, kinds: tuple[Kind, ...]) -> Plan:
+def only(plan: Plan, kinds: tuple[Kind, ...]) -> Plan:
     """The plan's steps of some kinds."""
-    return replace(made, steps=tuple(step for step in made.steps if step.kind in kinds))
+    return replace(plan, steps=tuple(step for step in plan.steps if step.kind in kinds))
 
 
-def _run(made: Plan, place: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
-    store = open_store(place.store, place.store_options)
+def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
+    store = open_store(cluster_spec.store, cluster_spec.store_options)
     check_writable(store)
-    with commits.in_use(store, [step.digest for step in made.steps]):
-        committed, again = commits.agreeing(store, made, commits.committed(store, (step.digest for step in made.steps)))
-        made = replace(made, warnings=made.warnings + again + check_steps(made, committed, place, store))
-        listener.on_plan(made, committed, already_published=False)
+    with commits.in_use(store, [step.digest for step in plan.steps]):
+        committed, again = commits.agreeing(store, plan, commits.committed(store, (step.digest for step in plan.steps)))
+        plan = replace(plan, warnings=plan.warnings + again + check_steps(plan, committed, cluster_spec, store))
+        listener.on_plan(plan, committed, already_published=False)
         accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
-        result = execute(made, committed, place, open_cluster, listener, accept)
-    result.raise_failures(made)
+        result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)
+    result.raise_failures(plan)
     return result
 
 
-def _row(algorithm: str, made: Plan, result: Result, num_steps_run: int) -> SweepRow:
-    converts = [result.outcomes[step.digest] for step in made.of_kind(Kind.CONVERT)]
+def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> SweepRow:
+    converts = [result.outcomes[step.digest] for step in plan.of_kind(Kind.CONVERT)]
     errors = {name: error for outcome in converts for name, error in outcome.facts.get("quantization_errors", {}).items()}
     worst = max(errors, key=lambda name: errors[name], default="")
-    numbers = [result.outcomes[step.digest].facts.get("verification") for step in made.of_kind(Kind.VERIFY)]
+    numbers = [result.outcomes[step.digest].facts.get("verification") for step in plan.of_kind(Kind.VERIFY)]
     found = next((item for item in numbers if item), None)
     if found is None:
         raise VerificationError(f"the verification of {algorithm} left no numbers")
@@ -220,11 +220,11 @@ def _row(algorithm: str, made: Plan, result: Result, num_steps_run: int) -> Swee
     )
 
 
-def _write_artifact(named: Sequence[tuple[str, Outcome]], place: ClusterSpec, output: Path) -> list[Path]:
+def _write_artifact(named: Sequence[tuple[str, Outcome]], cluster_spec: ClusterSpec, output: Path) -> list[Path]:
     """One scales file of all parts, and each part's recipe."""
     from safetensors.numpy import load, save
 
-    store = open_store(place.store, place.store_options)
+    store = open_store(cluster_spec.store, cluster_spec.store_options)
     output.mkdir(parents=True, exist_ok=True)
     merged, written = {}, []
     for name, outcome in named:

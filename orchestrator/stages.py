@@ -37,27 +37,29 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     """
     if (output / "config.json").exists():
         raise StoreError(f"{output} already holds a checkpoint", "Choose another --output, or remove it.")
-    made = plan_conversion(spec)
+    plan = plan_conversion(spec)
     staging = output / ".staging"
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
-    only = replace(made, steps=tuple(step for step in made.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
+    only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
     committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
-    place = ClusterSpec(store=store.url)
-    only = replace(only, warnings=only.warnings + again + check_steps(only, committed, place, store))
+    cluster_spec = ClusterSpec(store=store.url)
+    only = replace(only, warnings=only.warnings + again + check_steps(only, committed, cluster_spec, store))
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
-    result = execute(only, committed, place, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed))
+    result = execute(
+        only, committed, cluster_spec, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed)
+    )
     result.raise_failures(only)
     for step in only.of_kind(Kind.CONVERT):
         for written in result.outcomes[step.digest].outputs:
             path = store.local_path(written.key)
             assert path is not None  # the staging store is a folder
             path.replace(output / written.name)
-    _write_indexes(made, output)
-    write_checkpoint_config(output, made.inputs.config, made.topology, made.inputs.model_quantization)
+    _write_indexes(plan, output)
+    write_checkpoint_config(output, plan.inputs.config, plan.topology, plan.inputs.model_quantization)
     shutil.rmtree(staging)
-    return made
+    return plan
 
 
 def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
@@ -70,10 +72,10 @@ def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outco
         raise damage
 
 
-def _write_indexes(made: Plan, output: Path) -> None:
+def _write_indexes(plan: Plan, output: Path) -> None:
     """rank{N}.safetensors.index.json for ranks of several shards, as Hugging Face writes them."""
-    for number in range(made.topology.num_files):
-        groups = made.inputs.weights.stage(number // made.topology.tp)
+    for number in range(plan.topology.num_files):
+        groups = plan.inputs.weights.stage(number // plan.topology.tp)
         if len(groups) == 1:
             continue
         listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}

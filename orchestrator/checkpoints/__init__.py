@@ -13,8 +13,8 @@ from typing import Protocol
 
 from orchestrator.base.errors import LfsPointerError, SourceMissingError, SpecError
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile, TensorInfo
-from orchestrator.stores import open_place
-from orchestrator.stores.source import LFS_MAGIC, ByteSource, Place
+from orchestrator.stores import open_source
+from orchestrator.stores.source import LFS_MAGIC, ByteSource, SourceFolder
 
 FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
@@ -33,7 +33,7 @@ class Format(Protocol):
         """Whether a folder with these files is of this format."""
         ...
 
-    def read_index(self, place: Place) -> CheckpointIndex:
+    def read_index(self, folder: SourceFolder) -> CheckpointIndex:
         """Every tensor under its Hugging Face name, from headers only. Raises the Source... errors."""
         ...
 
@@ -61,15 +61,15 @@ def format_named(name: str) -> Format:
 
 def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
     """The index of the checkpoint at `path`, and its tokenizer and config files. Raises as the format's reader does."""
-    place = open_place(path)
-    names = place.names()
+    folder = open_source(path)
+    names = folder.names()
     if source_format == "auto":
         source_format = next((name for name in FORMATS if format_named(name).matches(names)), "")
         if not source_format:
             raise _unknown(path, names)
-    index = format_named(source_format).read_index(place)
-    _check_indexes(place, names)
-    return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(place, names)
+    index = format_named(source_format).read_index(folder)
+    _check_indexes(folder, names)
+    return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(folder, names)
 
 
 _FOREIGN = {
@@ -92,13 +92,13 @@ def _unknown(path: str, names: list[str]) -> SourceMissingError:
     return SourceMissingError(f"{path} holds no checkpoint of a known format: {held}", f"Formats: {', '.join(FORMATS)}.")
 
 
-def _check_indexes(place: Place, names: list[str]) -> None:
+def _check_indexes(folder: SourceFolder, names: list[str]) -> None:
     """Raises SourceCorruptError, LfsPointerError for an index of weights, read or not, that is not JSON."""
     from orchestrator.checkpoints.huggingface import read_json
 
     for name in names:
         if name.endswith(".index.json") and "/" not in name:
-            read_json(place, name)
+            read_json(folder, name)
 
 
 def passed_over(index: CheckpointIndex, names: list[str]) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def _as_sets(names: list[str]) -> str:
     return ", ".join(shown)
 
 
-def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
+def companions(folder: SourceFolder, names: list[str]) -> tuple[SourceFile, ...]:
     """The tokenizer and config files that are there, identified by their content.
 
     Raises LfsPointerError, SourceLinkError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
@@ -136,10 +136,10 @@ def companions(place: Place, names: list[str]) -> tuple[SourceFile, ...]:
     from orchestrator.checkpoints.huggingface import parse_json
     from orchestrator.stores.confined import read_companion
 
-    contents = {name: read_companion(place, name) for name in COMPANIONS if name in names}
+    contents = {name: read_companion(folder, name) for name in COMPANIONS if name in names}
     for name, data in contents.items():
         if data.startswith(LFS_MAGIC):
-            raise LfsPointerError(f"{place.url}/{name} is a Git-LFS pointer, not a tokenizer or config")
+            raise LfsPointerError(f"{folder.url}/{name} is a Git-LFS pointer, not a tokenizer or config")
         if name.endswith(".json"):
-            parse_json(data, f"{place.url}/{name}")
+            parse_json(data, f"{folder.url}/{name}")
     return tuple(SourceFile(name, len(data), "sha256:" + digest_bytes(data)) for name, data in contents.items())

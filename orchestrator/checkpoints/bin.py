@@ -6,7 +6,7 @@ from orchestrator.checkpoints.huggingface import read_shards
 from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.torch_zip import read_tensors
 from orchestrator.model.checkpoint import CheckpointIndex
-from orchestrator.stores.source import Place
+from orchestrator.stores.source import SourceFolder
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -20,17 +20,17 @@ def matches(names: list[str]) -> bool:
     return "config.json" in names and not safetensors and (SINGLE in names or INDEX in names)
 
 
-def read_index(place: Place) -> CheckpointIndex:
-    """Read the descriptions of the tensors at `place`; nothing that is pickled is run.
+def read_index(folder: SourceFolder) -> CheckpointIndex:
+    """Read the descriptions of the tensors at `folder`; nothing that is pickled is run.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for a source that is
     quantized.
     """
     return read_shards(
-        place,
+        folder,
         "bin",
         INDEX,
         r"[^/\\]+\.bin",
         single=lambda _place, _present: SINGLE,
-        read_entries=lambda name: read_tensors(place, name),
+        read_entries=lambda name: read_tensors(folder, name),
     )

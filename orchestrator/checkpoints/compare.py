@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from orchestrator.checkpoints import format_named, read_source
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
 
 BLOCK_BYTES = 4 * 2**20
@@ -153,7 +153,7 @@ def compare(a: str, b: str, tolerance: float | None = None) -> Comparison:
 
 def _open(stack: ExitStack, path: str, index: CheckpointIndex, names: list[str]) -> _Side:
     planned = planned_ranges(index.tensors[name] for name in names)
-    source = stack.enter_context(open_place(path).open(index.files, planned))
+    source = stack.enter_context(open_source(path).open(index.files, planned))
     return _Side(index, partial(format_named(index.format).read_rows, source))
 
 

@@ -24,7 +24,7 @@ from orchestrator.base.errors import (
 )
 from orchestrator.checkpoints.assembly import assembled, paired_order, read_assembled_rows
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.stores.source import ByteSource, LocalPlace, Place
+from orchestrator.stores.source import ByteSource, LocalFolder, SourceFolder
 
 if TYPE_CHECKING:
     import gguf
@@ -53,13 +53,13 @@ def matches(names: list[str]) -> bool:
     return any(name.endswith(".gguf") for name in top) and not any(name.endswith((".safetensors", ".bin")) for name in top)
 
 
-def read_index(place: Place) -> CheckpointIndex:
-    """Read the metadata of the one .gguf file at `place`, a folder of this machine.
+def read_index(folder: SourceFolder) -> CheckpointIndex:
+    """Read the metadata of the one .gguf file at `folder`, a folder of this machine.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, ToolError without the gguf package, QuantizationError for
     a kind that it cannot dequantize, ArchitectureError for other models than Llama.
     """
-    name, reader = _open(place)
+    name, reader = _open(folder)
     config = _config(reader)
     tensors: dict[str, TensorInfo] = {}
     for entry in reader.tensors:
@@ -67,10 +67,10 @@ def read_index(place: Place) -> CheckpointIndex:
             made = _tensor(entry, config["head_dim"])
             tensors[made.name] = made
     if "model.embed_tokens.weight" not in tensors:
-        raise SourceCorruptError(f"{place.url}/{name} lacks token_embd.weight")
+        raise SourceCorruptError(f"{folder.url}/{name} lacks token_embd.weight")
     config["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return CheckpointIndex("gguf", (place.source_file(name),), tensors, config)
+    return CheckpointIndex("gguf", (folder.source_file(name),), tensors, config)
 
 
 def read_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
@@ -99,22 +99,22 @@ def _dequantized(source: ByteSource, piece: Piece, encoding: str, begin: int, en
     return values
 
 
-def _open(place: Place) -> tuple[str, gguf.GGUFReader]:
-    names = [name for name in place.names() if name.endswith(".gguf") and "/" not in name]
+def _open(folder: SourceFolder) -> tuple[str, gguf.GGUFReader]:
+    names = [name for name in folder.names() if name.endswith(".gguf") and "/" not in name]
     if len(names) != 1:
-        raise SourceMissingError(f"{place.url} has {len(names)} .gguf files, one is needed", "Merge split files with gguf-split.")
-    if not isinstance(place, LocalPlace):
-        raise SourceMissingError(f"{place.url}: GGUF is read from folders of this machine only", "Download the file first.")
-    if place.read(names[0], 0, 7) == b"version":
-        raise LfsPointerError(f"{place.url}/{names[0]} is a Git-LFS pointer, not weights")
+        raise SourceMissingError(f"{folder.url} has {len(names)} .gguf files, one is needed", "Merge split files with gguf-split.")
+    if not isinstance(folder, LocalFolder):
+        raise SourceMissingError(f"{folder.url}: GGUF is read from folders of this machine only", "Download the file first.")
+    if folder.read(names[0], 0, 7) == b"version":
+        raise LfsPointerError(f"{folder.url}/{names[0]} is a Git-LFS pointer, not weights")
     try:
         reader = _bounded_reader()
     except ImportError:
         raise ToolError("reading GGUF needs the package gguf", "pip install gguf") from None
     try:
-        return names[0], reader(place.folder / names[0])
+        return names[0], reader(folder.folder / names[0])
     except Exception as error:  # the reader raises nearly anything for a damaged file
-        raise SourceCorruptError(f"{place.url}/{names[0]} is truncated or damaged: {error}") from None
+        raise SourceCorruptError(f"{folder.url}/{names[0]} is truncated or damaged: {error}") from None
 
 
 @functools.cache

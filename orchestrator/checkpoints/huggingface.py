@@ -13,7 +13,7 @@ from orchestrator.checkpoints.quantized import refuse_quantized
 from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.stores.source import LFS_MAGIC, Place
+from orchestrator.stores.source import LFS_MAGIC, SourceFolder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,28 +27,28 @@ def matches(names: list[str]) -> bool:
     return "config.json" in names and not any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
 
 
-def read_index(place: Place) -> CheckpointIndex:
-    """Read the headers of the checkpoint at `place`.
+def read_index(folder: SourceFolder) -> CheckpointIndex:
+    """Read the headers of the checkpoint at `folder`.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a source that is quantized.
     """
     return read_shards(
-        place,
+        folder,
         "huggingface",
         INDEX,
         r"[^/\\]+\.safetensors",
         single=_single_file,
-        read_entries=lambda name: read_header_at(place, name)[0],
+        read_entries=lambda name: read_header_at(folder, name)[0],
     )
 
 
 def read_shards(
-    place: Place,
+    folder: SourceFolder,
     source_format: str,
     index: str,
     pattern: str,
     *,
-    single: Callable[[Place, list[str]], str],
+    single: Callable[[SourceFolder, list[str]], str],
     read_entries: Callable[[str], Sequence[HeaderEntry]],
 ) -> CheckpointIndex:
     """The index of a folder with config.json and weights in one file, or in shards that the file `index` lists.
@@ -56,33 +56,33 @@ def read_shards(
     `pattern` is what names of shards must match, `single` finds the one file, `read_entries` describes a file's tensors.
     Raises SourceMissingError, SourceCorruptError, QuantizationError, and what `read_entries` raises.
     """
-    present = place.names()
-    config = read_config(place, present)
-    listed = _listed(place, present, index, pattern)
-    names = sorted(set(listed.values())) if listed else [single(place, present)]
+    present = folder.names()
+    config = read_config(folder, present)
+    listed = _listed(folder, present, index, pattern)
+    names = sorted(set(listed.values())) if listed else [single(folder, present)]
     for name in names:
         if name not in present:
-            raise SourceMissingError(f"{place.url}/{index} names the shard {abbreviated(name, 100)}, which is not there")
+            raise SourceMissingError(f"{folder.url}/{index} names the shard {abbreviated(name, 100)}, which is not there")
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         described = list(pool.map(read_entries, names))
-    tensors = _collect(place, names, described)
+    tensors = _collect(folder, names, described)
     for tensor, name in listed.items():
         if tensor not in tensors or names[tensors[tensor].file] != name:
-            raise SourceCorruptError(f"{place.url}/{index} says that {name} holds {tensor}, it does not")
-    return CheckpointIndex(source_format, tuple(place.source_file(name) for name in names), tensors, config)
+            raise SourceCorruptError(f"{folder.url}/{index} says that {name} holds {tensor}, it does not")
+    return CheckpointIndex(source_format, tuple(folder.source_file(name) for name in names), tensors, config)
 
 
-def read_config(place: Place, present: Sequence[str]) -> dict[str, Any]:
+def read_config(folder: SourceFolder, present: Sequence[str]) -> dict[str, Any]:
     """config.json of an unquantized model among the files `present`.
 
     Raises SourceMissingError, SourceCorruptError, QuantizationError.
     """
     try:
-        config = read_json(place, "config.json")
+        config = read_json(folder, "config.json")
     except SourceMissingError as error:
         raise SourceMissingError(error.message, "A Hugging Face checkpoint is a folder with config.json.") from None
-    _check_kinds(config, f"{place.url}/config.json")
-    refuse_quantized(place.url, config, present)
+    _check_kinds(config, f"{folder.url}/config.json")
+    refuse_quantized(folder.url, config, present)
     return config
 
 
@@ -109,9 +109,9 @@ def _kind(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def read_json(place: Place, name: str) -> dict[str, Any]:
+def read_json(folder: SourceFolder, name: str) -> dict[str, Any]:
     """A JSON object of the source. Raises SourceMissingError, LfsPointerError, SourceCorruptError."""
-    return parse_json(place.read(name), f"{place.url}/{name}")
+    return parse_json(folder.read(name), f"{folder.url}/{name}")
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -134,34 +134,34 @@ def check_file_names(names: list[Any], pattern: str, where: str) -> None:
             raise SourceCorruptError(f"{where} names {abbreviated(repr(name), 100)}, which is not a weights file of this folder")
 
 
-def _listed(place: Place, present: list[str], index: str, pattern: str) -> dict[str, str]:
+def _listed(folder: SourceFolder, present: list[str], index: str, pattern: str) -> dict[str, str]:
     """Tensor to shard, from the index; empty when there is none."""
     if index not in present:
         return {}
-    listed = read_json(place, index).get("weight_map")
+    listed = read_json(folder, index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise SourceCorruptError(f"{place.url}/{index} has no weight_map")
-    check_file_names(list(listed.values()), pattern, f"{place.url}/{index}")
+        raise SourceCorruptError(f"{folder.url}/{index} has no weight_map")
+    check_file_names(list(listed.values()), pattern, f"{folder.url}/{index}")
     return listed
 
 
-def _single_file(place: Place, present: list[str]) -> str:
+def _single_file(folder: SourceFolder, present: list[str]) -> str:
     if SINGLE in present:
         return SINGLE
     others = [name for name in present if name.endswith(".safetensors") and "/" not in name]
     if len(others) == 1:
         return others[0]
     if others:
-        raise SourceMissingError(f"{place.url} has {len(others)} safetensors files but no {INDEX}")
-    raise SourceMissingError(f"{place.url} has no safetensors weights", "Convert the weights to safetensors first.")
+        raise SourceMissingError(f"{folder.url} has {len(others)} safetensors files but no {INDEX}")
+    raise SourceMissingError(f"{folder.url} has no safetensors weights", "Convert the weights to safetensors first.")
 
 
-def _collect(place: Place, names: list[str], described: Sequence[Sequence[HeaderEntry]]) -> dict[str, TensorInfo]:
+def _collect(folder: SourceFolder, names: list[str], described: Sequence[Sequence[HeaderEntry]]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for number, entries in enumerate(described):
         for entry in entries:
             if entry.name in tensors:
                 other = names[tensors[entry.name].file]
-                raise SourceCorruptError(f"{place.url}: {entry.name} is in both {other} and {names[number]}")
+                raise SourceCorruptError(f"{folder.url}: {entry.name} is in both {other} and {names[number]}")
             tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, number, entry.offset, entry.num_bytes)
     return tensors

@@ -21,7 +21,7 @@ from orchestrator.checkpoints.huggingface import read_json
 from orchestrator.checkpoints.safetensors import HeaderEntry
 from orchestrator.checkpoints.torch_zip import read_tensors
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.stores.source import Place
+from orchestrator.stores.source import SourceFolder
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
@@ -66,73 +66,73 @@ def matches(names: list[str]) -> bool:
     return PARAMS in names and any(_FILE.fullmatch(name) for name in names) and not ("config.json" in names and others)
 
 
-def read_index(place: Place) -> CheckpointIndex:
-    """Read params.json and the descriptions of the tensors at `place`; nothing that is pickled is run.
+def read_index(folder: SourceFolder) -> CheckpointIndex:
+    """Read params.json and the descriptions of the tensors at `folder`; nothing that is pickled is run.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError, QuantizationError, ArchitectureError.
     """
-    params = _read_params(place)
-    names = _file_names(place)
+    params = _read_params(folder)
+    names = _file_names(folder)
     with ThreadPoolExecutor(_FILE_THREADS) as pool:
-        files = [{entry.name: entry for entry in entries} for entries in pool.map(lambda name: read_tensors(place, name), names)]
+        files = [{entry.name: entry for entry in entries} for entries in pool.map(lambda name: read_tensors(folder, name), names)]
     tensors: dict[str, TensorInfo] = {}
     for source in files[0]:
         if source != _COMPUTED:
-            made = _tensor(place, source, names, files, params)
+            made = _tensor(folder, source, names, files, params)
             tensors[made.name] = made
     for name, found in zip(names, files, strict=True):
         if found.keys() != files[0].keys():
             other = sorted(found.keys() ^ files[0].keys())[0]
-            raise SourceCorruptError(f"{place.url}: {other} is in only one of {names[0]} and {name}")
+            raise SourceCorruptError(f"{folder.url}: {other} is in only one of {names[0]} and {name}")
     config = _config(params, tensors)
-    return CheckpointIndex("meta", tuple(place.source_file(name) for name in names), tensors, config)
+    return CheckpointIndex("meta", tuple(folder.source_file(name) for name in names), tensors, config)
 
 
-def _read_params(place: Place) -> dict[str, Any]:
+def _read_params(folder: SourceFolder) -> dict[str, Any]:
     """params.json, checked for the keys that are needed."""
-    params = read_json(place, PARAMS)
+    params = read_json(folder, PARAMS)
     for key in _NUMBERS:
         value = params.get(key)
         if value is not None and not (type(value) in (int, float) and abs(value) < _MOST):
-            raise SourceCorruptError(f"{place.url}/{PARAMS}: {key} is {abbreviated(repr(value), 60)}, not a number of a model")
+            raise SourceCorruptError(f"{folder.url}/{PARAMS}: {key} is {abbreviated(repr(value), 60)}, not a number of a model")
     if params.get("quantization_args"):
-        raise QuantizationError(f"{place.url} is already quantized", "Build from the unquantized checkpoint.")
+        raise QuantizationError(f"{folder.url} is already quantized", "Build from the unquantized checkpoint.")
     if params.get("moe_args") or (params.get("vision_chunk_size") or 0) > 0:
-        raise ArchitectureError(f"{place.url} is not a dense text model", "Meta's format is read for Llama 1 to 3 only.")
+        raise ArchitectureError(f"{folder.url} is not a dense text model", "Meta's format is read for Llama 1 to 3 only.")
     for key in ("dim", "n_layers", "n_heads"):
         if not isinstance(params.get(key), int) or params[key] < 1:
-            raise SourceCorruptError(f"{place.url}/{PARAMS}: {key} is {params.get(key)!r}, not a positive number")
+            raise SourceCorruptError(f"{folder.url}/{PARAMS}: {key} is {params.get(key)!r}, not a positive number")
     if params["dim"] % params["n_heads"]:
-        raise SourceCorruptError(f"{place.url}/{PARAMS}: {params['n_heads']} heads do not divide dim {params['dim']}")
+        raise SourceCorruptError(f"{folder.url}/{PARAMS}: {params['n_heads']} heads do not divide dim {params['dim']}")
     return params
 
 
-def _file_names(place: Place) -> list[str]:
+def _file_names(folder: SourceFolder) -> list[str]:
     """consolidated.NN.pth by their number. Raises SourceMissingError when one lacks."""
-    numbers = {int(found[1]): name for name in place.names() if (found := _FILE.fullmatch(name))}
+    numbers = {int(found[1]): name for name in folder.names() if (found := _FILE.fullmatch(name))}
     if not numbers:
-        raise SourceMissingError(f"{place.url} has no consolidated.NN.pth")
+        raise SourceMissingError(f"{folder.url} has no consolidated.NN.pth")
     if len(numbers) <= max(numbers):
         missing = next(number for number in itertools.count() if number not in numbers)
-        raise SourceMissingError(f"{place.url} lacks consolidated.{missing:02d}.pth of {max(numbers) + 1} files")
+        raise SourceMissingError(f"{folder.url} lacks consolidated.{missing:02d}.pth of {max(numbers) + 1} files")
     return [numbers[number] for number in sorted(numbers)]
 
 
 def _tensor(
-    place: Place, source: str, names: Sequence[str], files: Sequence[Mapping[str, HeaderEntry]], params: Mapping[str, Any]
+    folder: SourceFolder, source: str, names: Sequence[str], files: Sequence[Mapping[str, HeaderEntry]], params: Mapping[str, Any]
 ) -> TensorInfo:
     """One tensor, joined over the files. A tensor that Llama does not have keeps its name, so that nobody drops it unseen."""
     name, split = _hugging_face_name(source)
     entries = [found[source] for found in files if source in found]
     if len(entries) != len(files):
-        raise SourceCorruptError(f"{place.url}: {source} is in {names[0]} but not in all of the {len(names)} files")
+        raise SourceCorruptError(f"{folder.url}: {source} is in {names[0]} but not in all of the {len(names)} files")
     if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
-        raise SourceCorruptError(f"{place.url}: {source} has not the same dtype and shape in all files")
+        raise SourceCorruptError(f"{folder.url}: {source} has not the same dtype and shape in all files")
     axis = _axis(split, entries[0], params["dim"])
     if axis is None or len(entries) == 1:
         entries, axis = entries[:1], 0
     if axis >= len(entries[0].shape):
-        raise SourceCorruptError(f"{place.url}: {source} has shape {list(entries[0].shape)}, two axes were expected")
+        raise SourceCorruptError(f"{folder.url}: {source} has shape {list(entries[0].shape)}, two axes were expected")
     pieces = tuple(Piece(file, entry.offset, entry.shape) for file, entry in enumerate(entries))
     paired = params["dim"] // params["n_heads"] if split == _PAIRED else 0
     return assembled(name, entries[0].dtype, Assembly(pieces, axis, paired))

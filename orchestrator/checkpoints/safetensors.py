@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.base.dtypes import ITEM_BITS, num_bytes
 from orchestrator.base.errors import LfsPointerError, SourceCorruptError, abbreviated, is_text
-from orchestrator.stores.source import LFS_MAGIC, LocalPlace, Place
+from orchestrator.stores.source import LFS_MAGIC, LocalFolder, SourceFolder
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -57,14 +57,14 @@ def read_header(path: Path) -> tuple[list[HeaderEntry], dict[str, str]]:
     Returns the tensors in file order and the metadata. Raises LfsPointerError and SourceCorruptError: a file that is
     shorter or longer than its header says, offsets that overlap, leave holes or contradict dtype and shape.
     """
-    return read_header_at(LocalPlace(path.parent), path.name)
+    return read_header_at(LocalFolder(path.parent), path.name)
 
 
-def read_header_at(place: Place, name: str) -> tuple[list[HeaderEntry], dict[str, str]]:
+def read_header_at(folder: SourceFolder, name: str) -> tuple[list[HeaderEntry], dict[str, str]]:
     """`read_header` of a file at any place."""
-    path = f"{place.url}/{name}"
-    total = place.source_file(name).num_bytes
-    start = place.read(name, 0, min(_FIRST_READ_BYTES, total))
+    path = f"{folder.url}/{name}"
+    total = folder.source_file(name).num_bytes
+    start = folder.read(name, 0, min(_FIRST_READ_BYTES, total))
     if start.startswith(LFS_MAGIC):
         raise LfsPointerError(f"{path} is a Git-LFS pointer, not weights")
     length = int.from_bytes(start[:8], "little")
@@ -72,7 +72,7 @@ def read_header_at(place: Place, name: str) -> tuple[list[HeaderEntry], dict[str
         raise SourceCorruptError(f"{path} is not a safetensors file, or is truncated: {total} bytes, header of {length}")
     text = start[8 : 8 + length]
     if len(text) < length:
-        text += place.read(name, len(start), 8 + length)
+        text += folder.read(name, len(start), 8 + length)
     try:
         plain = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(plain, dict):

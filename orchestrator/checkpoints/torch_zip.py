@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.base.dtypes import num_bytes
 from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, UnsafePickleError
 from orchestrator.checkpoints.safetensors import HeaderEntry
-from orchestrator.stores.source import LFS_MAGIC, Place
+from orchestrator.stores.source import LFS_MAGIC, SourceFolder
 
 _DTYPES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -51,16 +51,16 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def read_tensors(place: Place, name: str) -> list[HeaderEntry]:
+def read_tensors(folder: SourceFolder, name: str) -> list[HeaderEntry]:
     """Every tensor of the dictionary that torch.save wrote to `name`, in its order; tensors may share their bytes.
 
     Raises SourceMissingError, LfsPointerError, SourceCorruptError; UnsafePickleError for a pickle that names anything but
     tensors, and for the format before PyTorch 1.6, which cannot be read without running it.
     """
-    path, total = f"{place.url}/{name}", place.source_file(name).num_bytes
-    _check_magic(path, place.read(name, 0, min(total, len(LFS_MAGIC))))
+    path, total = f"{folder.url}/{name}", folder.source_file(name).num_bytes
+    _check_magic(path, folder.read(name, 0, min(total, len(LFS_MAGIC))))
     try:
-        with zipfile.ZipFile(io.BufferedReader(_PlaceFile(place, name, total), _BUFFER_BYTES)) as archive:
+        with zipfile.ZipFile(io.BufferedReader(_PlaceFile(folder, name, total), _BUFFER_BYTES)) as archive:
             members = {member.filename: member for member in archive.infolist()}
             prefix = _archive_name(path, members)
             tensors = _unpickle(path, archive.read(_pickle_member(path, members, prefix)))
@@ -70,7 +70,7 @@ def read_tensors(place: Place, name: str) -> list[HeaderEntry]:
         raise
     except Exception as error:  # zipfile raises nearly anything for a damaged archive
         raise SourceCorruptError(f"{path} is truncated or damaged: {error}") from None
-    starts = _data_starts(place, name, total, [_storage_member(path, members, prefix, tensor) for tensor in tensors.values()])
+    starts = _data_starts(folder, name, total, [_storage_member(path, members, prefix, tensor) for tensor in tensors.values()])
     return [_entry(path, key, tensor, members, starts, prefix) for key, tensor in tensors.items()]
 
 
@@ -87,8 +87,8 @@ def _check_magic(path: str, start: bytes) -> None:
 class _PlaceFile(io.RawIOBase):
     """A file of a place for zipfile: seekable, read by ranges."""
 
-    def __init__(self, place: Place, name: str, size: int) -> None:
-        self._place, self._name, self._size, self._position = place, name, size, 0
+    def __init__(self, folder: SourceFolder, name: str, size: int) -> None:
+        self._place, self._name, self._size, self._position = folder, name, size, 0
 
     def readable(self) -> bool:
         return True
@@ -213,18 +213,18 @@ def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str,
     return member
 
 
-def _data_starts(place: Place, name: str, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
+def _data_starts(folder: SourceFolder, name: str, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
     """Where each member's bytes start in the file: behind its local header, whose padding only it knows."""
     once = {member.filename: member for member in members}
 
     def start(member: zipfile.ZipInfo) -> int:
         header = member.header_offset
-        local = place.read(name, header, header + _LOCAL_HEADER_BYTES)
+        local = folder.read(name, header, header + _LOCAL_HEADER_BYTES)
         if len(local) < _LOCAL_HEADER_BYTES or not local.startswith(_LOCAL_HEADER_MAGIC):
-            raise SourceCorruptError(f"{place.url}/{name}: no member of the archive starts at byte {header}")
+            raise SourceCorruptError(f"{folder.url}/{name}: no member of the archive starts at byte {header}")
         data = header + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         if data + member.file_size > total:
-            raise SourceCorruptError(f"{place.url}/{name}: {member.filename} reaches beyond the end of the file")
+            raise SourceCorruptError(f"{folder.url}/{name}: {member.filename} reaches beyond the end of the file")
         return data
 
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:

@@ -37,7 +37,7 @@ from orchestrator.model.rules import Family, Span, Where
 from orchestrator.model.targets import Read, Target
 from orchestrator.model.topology import Topology, check
 from orchestrator.model.weight_map import weight_map
-from orchestrator.stores.source import Place
+from orchestrator.stores.source import SourceFolder
 
 CONFIG = "config.json"
 _HEADER_THREADS = 8
@@ -61,46 +61,48 @@ def matches(names: list[str]) -> bool:
     return CONFIG in names and any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
 
 
-def read_index(place: Place) -> CheckpointIndex:
+def read_index(folder: SourceFolder) -> CheckpointIndex:
     """Read config.json and every rank's headers.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, QuantizationError, ArchitectureError, TopologyError;
     WeightMapError for tensors that the family does not know.
     """
-    config, topology, family = _read_config(place)
-    present = set(place.names())
-    shards = [_rank_files(place, present, number) for number in range(topology.num_files)]
+    config, topology, family = _read_config(folder)
+    present = set(folder.names())
+    shards = [_rank_files(folder, present, number) for number in range(topology.num_files)]
     names = [name for files in shards for name in files]
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        headers = list(pool.map(lambda name: read_header_at(place, name)[0], names))
+        headers = list(pool.map(lambda name: read_header_at(folder, name)[0], names))
     ranks: list[_Rank] = []
     for rank, files in enumerate(shards):
         first = sum(len(earlier) for earlier in shards[:rank])
         found = {entry.name: (number, entry) for number in range(first, first + len(files)) for entry in headers[number]}
-        ranks.append(_Rank(f"{place.url}/rank{rank}", found))
+        ranks.append(_Rank(f"{folder.url}/rank{rank}", found))
     tensors = _gather(ranks, family, config, topology)
-    return CheckpointIndex("trtllm", tuple(place.source_file(name) for name in names), tensors, hugging_face_config(config, family))
+    return CheckpointIndex(
+        "trtllm", tuple(folder.source_file(name) for name in names), tensors, hugging_face_config(config, family)
+    )
 
 
-def _read_config(place: Place) -> tuple[ModelConfig, Topology, Family]:
-    plain = read_json(place, CONFIG)
+def _read_config(folder: SourceFolder) -> tuple[ModelConfig, Topology, Family]:
+    plain = read_json(folder, CONFIG)
     quantization = plain.get("quantization") or {}
     if not isinstance(quantization, dict):
-        raise SourceCorruptError(f"{place.url}/{CONFIG}: quantization is no JSON object")
+        raise SourceCorruptError(f"{folder.url}/{CONFIG}: quantization is no JSON object")
     algorithm = quantization.get("quant_algo") or quantization.get("kv_cache_quant_algo")
     if algorithm:
-        raise QuantizationError(f"{place.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")
+        raise QuantizationError(f"{folder.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")
     positions = plain.get("position_embedding_type")
     if positions not in (None, _POSITIONS):
         raise ArchitectureError(
-            f"position_embedding_type in {place.url}/{CONFIG} is {str(positions)[:40]!r}, which is not read from such checkpoints",
+            f"position_embedding_type in {folder.url}/{CONFIG} is {str(positions)[:40]!r}, which is not read from such checkpoints",
             "Build from the Hugging Face checkpoint.",
         )
     name = plain.get("architecture")
     try:
         config, topology = from_trtllm({**plain, "architecture": _SPELLINGS.get(str(name), name)})
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
-        raise SourceCorruptError(f"{place.url}/{CONFIG} is not of a TensorRT-LLM checkpoint: {error}") from None
+        raise SourceCorruptError(f"{folder.url}/{CONFIG} is not of a TensorRT-LLM checkpoint: {error}") from None
     family = family_for(config.architecture)
     check(topology, config.limits())
     return _normalized(config), topology, family
@@ -117,7 +119,7 @@ def _normalized(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update=changes)
 
 
-def _rank_files(place: Place, present: set[str], rank: int) -> list[str]:
+def _rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]:
     """The one file of a rank, or the shards of its index. `rank` leaves context parallelism out: such ranks share files.
 
     Raises SourceMissingError.
@@ -126,14 +128,14 @@ def _rank_files(place: Place, present: set[str], rank: int) -> list[str]:
     if single in present:
         return [single]
     if listing not in present:
-        raise SourceMissingError(f"{place.url} has no {single}", "Every rank that config.json's mapping names must be present.")
-    listed = read_json(place, listing).get("weight_map")
+        raise SourceMissingError(f"{folder.url} has no {single}", "Every rank that config.json's mapping names must be present.")
+    listed = read_json(folder, listing).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise SourceCorruptError(f"{place.url}/{listing} has no weight_map")
-    check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{place.url}/{listing}")
+        raise SourceCorruptError(f"{folder.url}/{listing} has no weight_map")
+    check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{folder.url}/{listing}")
     missing = sorted(set(listed.values()) - present)
     if missing:
-        raise SourceMissingError(f"{place.url}/{listing} names the shard {missing[0]}, which is not there")
+        raise SourceMissingError(f"{folder.url}/{listing} names the shard {missing[0]}, which is not there")
     return sorted(set(listed.values()))
 
 

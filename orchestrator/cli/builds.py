@@ -46,9 +46,9 @@ def _listener(as_json: bool) -> Listener:
     return JsonListener() if as_json else ConsoleListener(out)
 
 
-def _listener_at(place: ClusterSpec, as_json: bool) -> Listener:
+def _listener_at(cluster_spec: ClusterSpec, as_json: bool) -> Listener:
     """On Ray, metrics too: Ray exports them with its own."""
-    if place.kind != "ray":
+    if cluster_spec.kind != "ray":
         return _listener(as_json)
     from actors.metrics import Metrics
     from orchestrator.report import EventListener
@@ -57,19 +57,19 @@ def _listener_at(place: ClusterSpec, as_json: bool) -> Listener:
     return Listeners(_listener(as_json), EventListener(Metrics().tell))
 
 
-def _open_cluster(place: ClusterSpec) -> Cluster:
-    if place.kind == "ray":
+def _open_cluster(cluster_spec: ClusterSpec) -> Cluster:
+    if cluster_spec.kind == "ray":
         from actors import RayCluster
 
         with kept():
-            return RayCluster(place)
-    if place.kind == "mpi":
+            return RayCluster(cluster_spec)
+    if cluster_spec.kind == "mpi":
         from orchestrator.clusters.mpi import MpiCluster
 
-        return MpiCluster(place)
+        return MpiCluster(cluster_spec)
     from orchestrator.clusters import local_cluster
 
-    return local_cluster(place)
+    return local_cluster(cluster_spec)
 
 
 @app.command()
@@ -89,9 +89,14 @@ def build(
         from orchestrator.spec.loading import load_spec
 
         wanted = load_spec(spec)
-        place = place_of(cluster, store)
+        cluster_spec = place_of(cluster, store)
         made = building.build(
-            wanted, place, open_cluster=_open_cluster, listener=_listener_at(place, as_json), sign_key=sign_key, report=report
+            wanted,
+            cluster_spec,
+            open_cluster=_open_cluster,
+            listener=_listener_at(cluster_spec, as_json),
+            sign_key=sign_key,
+            report=report,
         )
         _report_build(made, as_json)
 
@@ -213,8 +218,8 @@ def quantize(
         else:
             if output is None:
                 raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
-            place = place_of(cluster, store)
-            written = sweeping.calibrate(wanted, output, place, open_cluster=_open_cluster, listener=_listener(as_json))
+            cluster_spec = place_of(cluster, store)
+            written = sweeping.calibrate(wanted, output, cluster_spec, open_cluster=_open_cluster, listener=_listener(as_json))
             show({"files": [str(path) for path in written]}, [], as_json)
             if not as_json:
                 out.print(f"{', '.join(path.name for path in written)} in {output}", soft_wrap=True)

@@ -18,8 +18,8 @@ from orchestrator.model.config import from_trtllm
 from orchestrator.releases import Release, open_release
 from orchestrator.releases.tags import TAGS
 from orchestrator.report import counted, format_bytes
-from orchestrator.stores import open_place
-from orchestrator.stores.source import LocalPlace, Place
+from orchestrator.stores import open_source
+from orchestrator.stores.source import LocalFolder, SourceFolder
 
 _MANIFEST = "manifest.json"
 _TITLES = {
@@ -35,13 +35,13 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
     ReleaseMissingError, SignatureError, SourceMissingError, DigestError, StoreError, and the errors of the source's format.
     """
     address = url.removesuffix("/" + _MANIFEST)
-    place = open_place(address)
-    if isinstance(place, LocalPlace):
-        place = LocalPlace(place.folder.resolve())
-        address = place.folder.as_uri()
+    folder = open_source(address)
+    if isinstance(folder, LocalFolder):
+        folder = LocalFolder(folder.folder.resolve())
+        address = folder.folder.as_uri()
     if public_key is not None:
         return _release(open_release(address, public_key), public_key)
-    names = _top_names(place, address)
+    names = _top_names(folder, address)
     if _MANIFEST in names:
         return _release(open_release(address))
     known = next((name for name in FORMATS if format_named(name).matches(names)), None)
@@ -49,18 +49,18 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
         return _release(open_release(address))
     if known is None:
         raise SourceMissingError(
-            f"{place.url} is neither a release nor a checkpoint",
+            f"{folder.url} is neither a release nor a checkpoint",
             f"Give a folder with {_MANIFEST}, or with a checkpoint: {', '.join(FORMATS)}.",
         )
-    return _ranks(place, names) if known == "trtllm" else _source(place)
+    return _ranks(folder, names) if known == "trtllm" else _source(folder)
 
 
-def _top_names(place: Place, address: str) -> list[str]:
+def _top_names(folder: SourceFolder, address: str) -> list[str]:
     """Names of the files right at the place: a folder of this machine may have a whole disk below it."""
-    if isinstance(place, LocalPlace):
-        return place.top_names()
+    if isinstance(folder, LocalFolder):
+        return folder.top_names()
     try:
-        return [name for name in place.names() if "/" not in name]
+        return [name for name in folder.names() if "/" not in name]
     except SourceMissingError as error:
         raise SourceMissingError(error.message, f"Check the URL {address}.") from None
 
@@ -100,25 +100,25 @@ def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str
     return manifest.model_dump(mode="json"), [head, ranks]
 
 
-def _ranks(place: Place, names: list[str]) -> tuple[dict[str, Any], list[Table]]:
+def _ranks(folder: SourceFolder, names: list[str]) -> tuple[dict[str, Any], list[Table]]:
     """A TensorRT-LLM checkpoint as it lies: files of ranks, quantized or not."""
     try:
-        config, topology = from_trtllm(read_json(place, "config.json"))
+        config, topology = from_trtllm(read_json(folder, "config.json"))
     except ValueError as error:
-        raise SourceCorruptError(f"{place.url}/config.json is not of a TensorRT-LLM checkpoint: {error}") from None
+        raise SourceCorruptError(f"{folder.url}/config.json is not of a TensorRT-LLM checkpoint: {error}") from None
     shards = [name for name in names if name.startswith("rank") and name.endswith(".safetensors")]
-    entries = {name: read_header_at(place, name)[0] for name in sorted(shards, key=lambda name: (len(name), name))}
+    entries = {name: read_header_at(folder, name)[0] for name in sorted(shards, key=lambda name: (len(name), name))}
     files, table = _files(entries, {name: sum(entry.num_bytes for entry in found) for name, found in entries.items()})
     sizes = f"tp={topology.tp} pp={topology.pp}" + (f" cp={topology.cp}" if topology.cp > 1 else "")
     head = _head("TensorRT-LLM checkpoint", config.architecture, f"{sizes}, {config.dtype}")
     return {"format": "trtllm", "config": config.model_dump(mode="json"), "files": files}, [head, table]
 
 
-def _source(place: Place) -> tuple[dict[str, Any], list[Table]]:
+def _source(folder: SourceFolder) -> tuple[dict[str, Any], list[Table]]:
     try:
-        index, _ = read_source(place.url)
+        index, _ = read_source(folder.url)
     except OrchestratorError as error:
-        raise type(error)(f"{place.url} is no readable checkpoint: {error.message}", error.advice) from None
+        raise type(error)(f"{folder.url} is no readable checkpoint: {error.message}", error.advice) from None
     entries: dict[str, list[TensorInfo]] = {file.name: [] for file in index.files}
     for tensor in index.tensors.values():
         entries[index.files[tensor.file].name].append(tensor)

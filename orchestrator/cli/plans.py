@@ -47,23 +47,23 @@ def plan(
 
         if not simulate and (cluster or rates or fail):
             raise SpecError("--cluster, --rates and --fail say how to simulate", "Add --simulate.")
-        made = preparation.plan(load_spec(spec))
+        plan = preparation.plan(load_spec(spec))
         if simulate:
-            _simulate(made, cluster, rates, fail or [], as_json)
+            _simulate(plan, cluster, rates, fail or [], as_json)
         else:
-            _print(made, as_json)
+            _print(plan, as_json)
 
 
-def _print(made: Plan, as_json: bool) -> None:
+def _print(plan: Plan, as_json: bool) -> None:
     from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
 
-    facts = describe_plan(made)
-    show(facts, [stage_table(made), plan_table(made)], as_json)
+    facts = describe_plan(plan)
+    show(facts, [stage_table(plan), plan_table(plan)], as_json)
     if as_json:
         return
     out.print(
-        f"{made.inputs.config.architecture}, {made.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
-        f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {made.build_key[:16]}."
+        f"{plan.inputs.config.architecture}, {plan.inputs.config.dtype}: source {format_bytes(facts['source_bytes'])}, "
+        f"conversion reads {format_bytes(facts['convert_read_bytes'])}. Build key {plan.build_key[:16]}."
     )
     for name, reason in facts["ignored"]:
         out.print(f"left out: {name} ({reason})")
@@ -73,7 +73,7 @@ def _print(made: Plan, as_json: bool) -> None:
         out.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
 
 
-def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[str], as_json: bool) -> None:
+def _simulate(plan: Plan, cluster: Path | None, rates: Path | None, fail: list[str], as_json: bool) -> None:
     from orchestrator.clusters import simulation
     from orchestrator.report import format_bytes
     from orchestrator.spec.loading import load_cluster, load_rates
@@ -81,7 +81,7 @@ def _simulate(made: Plan, cluster: Path | None, rates: Path | None, fail: list[s
 
     place = load_cluster(cluster) if cluster else ClusterSpec(store="memory://simulation")
     speeds = load_rates(rates) if rates else RatesSpec()
-    found = simulation.simulate(made, place, speeds, simulation.parse_failures(fail, made))
+    found = simulation.simulate(plan, place, speeds, simulation.parse_failures(fail, plan))
     show(found.facts(), [_timeline(found), _pools(found)], as_json)
     if as_json:
         return
@@ -140,11 +140,13 @@ def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -
         from orchestrator.spec.loading import load_spec
         from orchestrator.stores import open_store
 
-        place = place_of(cluster, store)
-        made = preparation.plan(load_spec(spec))
-        committed = commits.committed(open_store(place.store, place.store_options), (step.digest for step in made.steps))
-        found = simulation.measured(made, committed)
+        cluster_spec = place_of(cluster, store)
+        plan = preparation.plan(load_spec(spec))
+        committed = commits.committed(
+            open_store(cluster_spec.store, cluster_spec.store_options), (step.digest for step in plan.steps)
+        )
+        found = simulation.measured(plan, committed)
         if not found:
-            raise SpecError(f"{place.store} holds no finished step of this plan", "Build it there first.")
-        print(f"# {len(committed)} of {len(made.steps)} steps of {made.build_key[:16]}, seen in {place.store}")
+            raise SpecError(f"{cluster_spec.store} holds no finished step of this plan", "Build it there first.")
+        print(f"# {len(committed)} of {len(plan.steps)} steps of {plan.build_key[:16]}, seen in {cluster_spec.store}")
         print(yaml.safe_dump({"steps": {kind: rate.model_dump() for kind, rate in found.items()}}, sort_keys=False), end="")

@@ -6,8 +6,8 @@ from orchestrator.run.cluster import Cluster
 from orchestrator.spec.cluster import ClusterSpec
 
 
-def local_cluster(place: ClusterSpec) -> Cluster:
+def local_cluster(cluster_spec: ClusterSpec) -> Cluster:
     """Processes of this machine."""
     from orchestrator.clusters.local import LocalCluster
 
-    return LocalCluster(place)
+    return LocalCluster(cluster_spec)

@@ -90,10 +90,10 @@ class MpiCluster:
     def now(self) -> float:
         return time.monotonic()
 
-    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
+    def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
         """Ask every node. One that is silent too long is one with an error. Raises ClusterError when one was lost."""
         spec = self._spec
-        question = [spec.store, spec.store_options.model_dump_json(), spec.scratch, list(places)]
+        question = [spec.store, spec.store_options.model_dump_json(), spec.scratch, list(paths)]
         for rank in self._nodes:
             self._send(rank, {"probe": question})
         answers: dict[int, NodeFacts] = {}

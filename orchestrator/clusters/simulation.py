@@ -82,31 +82,32 @@ class _Retries(SilentListener):
 
 
 def simulate(
-    plan: Plan, place: ClusterSpec, rates: RatesSpec, failures: Mapping[tuple[str, int], Failure] | None = None
+    plan: Plan, cluster_spec: ClusterSpec, rates: RatesSpec, failures: Mapping[tuple[str, int], Failure] | None = None
 ) -> Simulation:
     """Drive the whole plan, nothing committed.
 
     Raises ClusterError when a pool lacks a step's resources, SpecError for rates of pools that are not there.
     """
-    unknown = [name for name in rates.pools if name not in place.pools]
+    unknown = [name for name in rates.pools if name not in cluster_spec.pools]
     if unknown:
         raise SpecError(
-            f"the rates name pools that the cluster does not have: {', '.join(unknown)}", f"It has: {', '.join(place.pools)}."
+            f"the rates name pools that the cluster does not have: {', '.join(unknown)}",
+            f"It has: {', '.join(cluster_spec.pools)}.",
         )
-    problems = unplaceable(plan, place)
+    problems = unplaceable(plan, cluster_spec)
     if problems:
         raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps.")
-    cluster = SimulatedCluster(place, failures, rates)
+    cluster = SimulatedCluster(cluster_spec, failures, rates)
     retries = _Retries()
-    result = drive(plan, {}, cluster, place, retries)
-    return _measure(plan, place, rates, cluster, result, retries.count)
+    result = drive(plan, {}, cluster, cluster_spec, retries)
+    return _measure(plan, cluster_spec, rates, cluster, result, retries.count)
 
 
 def _measure(
-    plan: Plan, place: ClusterSpec, rates: RatesSpec, cluster: SimulatedCluster, result: Result, num_retries: int
+    plan: Plan, cluster_spec: ClusterSpec, rates: RatesSpec, cluster: SimulatedCluster, result: Result, num_retries: int
 ) -> Simulation:
     makespan = max((span.end for span in cluster.spans), default=0.0)
-    alone = {step.digest: seconds_alone(step, place, rates) for step in plan.steps}
+    alone = {step.digest: seconds_alone(step, cluster_spec, rates) for step in plan.steps}
     critical, path = longest_chain(plan, alone)
     slots = cluster.admission.slots()
     pools = {}
@@ -143,9 +144,9 @@ def _link_use(num_bytes: int, limit: int | None, makespan: float) -> LinkUse:
     return LinkUse(num_bytes, limit, num_bytes / (limit * makespan) if limit and makespan else None)
 
 
-def seconds_alone(step: Step, place: ClusterSpec, rates: RatesSpec) -> float:
+def seconds_alone(step: Step, cluster_spec: ClusterSpec, rates: RatesSpec) -> float:
     """What a step takes when nothing else runs."""
-    pool = place.pool_name_for(step.kind.value)
+    pool = cluster_spec.pool_name_for(step.kind.value)
     assert pool is not None, f"no pool runs {step.kind.value} steps"  # the plan was placed before
     node = rates.pool(pool)
     estimate = step.estimate

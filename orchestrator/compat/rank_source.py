@@ -21,7 +21,7 @@ from orchestrator.planning.options import ConvertOptions
 from orchestrator.planning.plan import Inputs
 from orchestrator.planning.quantization import resolve
 from orchestrator.spec.build import BuildConfig, QuantizationSpec
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.work.convert.step import write_shards
 from orchestrator.work.scales import Scales
 from orchestrator.work.shards import Weight
@@ -131,7 +131,7 @@ class RankSource:
         return weights
 
     def _run(self, output: Any) -> None:
-        with open_place(str(self.folder)).open(self.options.files) as source:
+        with open_source(str(self.folder)).open(self.options.files) as source:
             write_shards(self.options, source, output, lambda num_bytes: None, self.scales)
 
 

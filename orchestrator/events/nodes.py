@@ -41,7 +41,7 @@ class NodeFacts(BaseModel):
     store_error: str = ""
     """Why a tiny object could not be written, read and removed; empty: it could."""
     store_seconds: float = 0.0
-    places: dict[str, bool] = Field(default_factory=dict)
+    paths: dict[str, bool] = Field(default_factory=dict)
     """Folders and files that steps read, and whether this node sees them."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Of Python and of packages; one that is not installed is absent."""
@@ -53,7 +53,7 @@ def unfit(node: NodeFacts, step: Step) -> str:
     """Why a step must not run on a node that answered so; empty: it may."""
     if node.error or node.store_error:
         return node.error or node.store_error
-    unseen = [place for place in step.places.values() if not node.places.get(place, True)]
+    unseen = [place for place in step.locations.values() if not node.paths.get(place, True)]
     if unseen:
         return f"{unseen[0]} is not there"
     if step.kind is Kind.BUILD:

@@ -196,7 +196,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         version=VERSIONS[Kind.REFERENCE],
         name="reference",
         options=options.model_dump(mode="json"),
-        places={"source": inputs.source},
+        locations={"source": inputs.source},
         # A layer in float32, the next one's beside it, and one on its way through transformers' loader.
         resources=Resources(memory_bytes=3 * _largest_layer_bytes(inputs.index) + 2 * _GB),
         estimate=_estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
@@ -242,7 +242,7 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         name=f"calibrate/{options.method.method}/part{number}",
         options=options.model_dump(mode="json"),
         needs=(previous.digest,) if previous else (),
-        places={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
+        locations={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
         resources=Resources(
             gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=2 * part_bytes + 2 * hidden_bytes + 2 * _GB
         ),
@@ -272,7 +272,7 @@ def _convert(
         name=f"convert/stage{group.pp_rank}/group{group.index}",
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
-        places={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
+        locations={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
         resources=Resources(memory_bytes=2 * largest + 300_000_000),
         estimate=_estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )

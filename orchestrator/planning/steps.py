@@ -51,7 +51,7 @@ class Estimate(_Value):
 
 
 class Step(_Value):
-    """A unit of work. Its digest covers kind, version, options and needs; never places, resources or estimates."""
+    """A unit of work. Its digest covers kind, version, options and needs; never locations, resources or estimates."""
 
     kind: Kind
     version: int
@@ -62,7 +62,7 @@ class Step(_Value):
     """Everything that decides the outputs: the JSON of one class of planning/options.py."""
     needs: tuple[str, ...] = ()
     """Digests of the steps whose outputs this one reads."""
-    places: dict[str, str] = Field(default_factory=dict)
+    locations: dict[str, str] = Field(default_factory=dict)
     """Where inputs are found; not identity."""
     resources: Resources = Resources()
     estimate: Estimate = Estimate()

@@ -50,7 +50,7 @@ from orchestrator.releases.manifest import (
 )
 from orchestrator.releases.proof import check_miniature, check_networks
 from orchestrator.run.consumption import outdated
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.confined import read_companion
 from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -232,7 +232,7 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     }
     data = json.dumps(config, indent=2).encode()
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
-    source = open_place(plan.inputs.source)
+    source = open_source(plan.inputs.source)
     for file in plan.inputs.extra_files:
         content = read_companion(source, file.name)
         if file.identity != "sha256:" + digest_bytes(content):

@@ -95,12 +95,12 @@ def _nodes(last: int) -> str:
 
 def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, folder: Path, listener: Listener) -> list[Path]:
     """Download to the places of the arrangement, then write its own files, then give folders their final names."""
-    _check_places(arrangement)
-    wanted = [file for file in files if file.path in arrangement.places]
+    _check_targets(arrangement)
+    wanted = [file for file in files if file.path in arrangement.paths]
     with OutputFolder(folder) as output:
         staged = {final: temporary for temporary, final in arrangement.renames if output.spot(final).stat() is None}
-        places = {file.path: _staged(arrangement.places[file.path], staged) for file in wanted}
-        download(release.store, [Wanted(file, places[file.path]) for file in wanted], output, listener)
+        targets = {file.path: _staged(arrangement.paths[file.path], staged) for file in wanted}
+        download(release.store, [Wanted(file, targets[file.path]) for file in wanted], output, listener)
         output.sync()  # what names the files is written when they are there to stay
         for path, data in arrangement.written.items():
             output.write_whole(_staged(path, staged), data)
@@ -108,19 +108,19 @@ def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, 
         for final, temporary in staged.items():
             output.rename_folder(temporary, final)
         output.sync()
-    return [folder / arrangement.places[file.path] for file in wanted]
+    return [folder / arrangement.paths[file.path] for file in wanted]
 
 
-def _check_places(arrangement: Arrangement) -> None:
+def _check_targets(arrangement: Arrangement) -> None:
     """Raises DigestError when the layout would write outside of the folder, or one file over another, whatever a manifest says."""
-    places = list({*arrangement.places.values(), *arrangement.written})
+    targets = list({*arrangement.paths.values(), *arrangement.written})
     try:
-        for path in places:
+        for path in targets:
             check_path(path)
-        check_disjoint(places)
+        check_disjoint(targets)
     except ValueError as error:
         raise DigestError(f"the release cannot be laid out: {error}") from None
-    overwritten = set(arrangement.places.values()) & arrangement.written.keys()
+    overwritten = set(arrangement.paths.values()) & arrangement.written.keys()
     if overwritten:
         raise DigestError(f"the release cannot be laid out: {min(overwritten)} is a file of the layout too")
 

@@ -43,8 +43,8 @@ class Cluster(Protocol):
 class Probing(Protocol):
     """What a cluster of other machines can do besides: ask them."""
 
-    def probe(self, places: Iterable[str]) -> list[NodeFacts]:
-        """What every node has, one answer per node that is alive. `places` are folders and files that steps will read."""
+    def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
+        """What every node has, one answer per node that is alive. `paths` are folders and files that steps will read."""
         ...
 
 

@@ -17,7 +17,7 @@ from orchestrator.run.checking import forget
 from orchestrator.run.cluster import Cluster, Probing
 from orchestrator.run.driver import Result, drive
 from orchestrator.run.listener import Listener
-from orchestrator.run.node_checks import check_nodes, read_places
+from orchestrator.run.node_checks import check_nodes, read_locations
 from orchestrator.run.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
@@ -29,9 +29,9 @@ OpenCluster = Callable[[ClusterSpec], Cluster]
 
 
 def execute(
-    made: Plan,
+    plan: Plan,
     committed: Mapping[str, Outcome],
-    place: ClusterSpec,
+    cluster_spec: ClusterSpec,
     open_cluster: OpenCluster,
     listener: Listener,
     accept: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
@@ -41,8 +41,8 @@ def execute(
     `accept` looks at the outcomes of a plan that succeeded. For a DamagedOutputError of it, the step that wrote the object runs
     again, a few times at most; then the error is raised.
     """
-    target = open_store(place.store, place.store_options)
-    result = _drive(made, committed, place, open_cluster, listener)
+    target = open_store(cluster_spec.store, cluster_spec.store_options)
+    result = _drive(plan, committed, cluster_spec, open_cluster, listener)
     for left in reversed(range(MAX_REPEATS + 1)):
         if result.failures:
             break
@@ -55,30 +55,30 @@ def execute(
             if not left:
                 raise
             rest = {digest: outcome for digest, outcome in result.outcomes.items() if outcome is not taken.outcome}
-            step = made.step(taken.outcome.digest)
+            step = plan.step(taken.outcome.digest)
             listener.on_event(StepFailed(digest=step.digest, failure=Failure.of(damage, taken.outcome.node)))
             listener.on_retry(Start(step, 2))
-            again = _drive(made, rest, place, open_cluster, listener)
+            again = _drive(plan, rest, cluster_spec, open_cluster, listener)
             result = replace(again, ran=result.ran | again.ran)
-    listener.on_finish(made, result)
+    listener.on_finish(plan, result)
     return result
 
 
 def _drive(
-    made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, open_cluster: OpenCluster, listener: Listener
+    plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, open_cluster: OpenCluster, listener: Listener
 ) -> Result:
-    if not made.pending(committed):
+    if not plan.pending(committed):
         return Result(committed, frozenset())
     build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
-    target = open_store(place.store, place.store_options)
+    target = open_store(cluster_spec.store, cluster_spec.store_options)
     with commits.nothing_left_begun(target, build_id):
-        cluster = open_cluster(place)
+        cluster = open_cluster(cluster_spec)
         try:
             if isinstance(cluster, Probing):
-                nodes = cluster.probe(read_places(made, committed))
-                listener.on_nodes(nodes, check_nodes(made, committed, place, nodes))
+                nodes = cluster.probe(read_locations(plan, committed))
+                listener.on_nodes(nodes, check_nodes(plan, committed, cluster_spec, nodes))
             lookup, set_aside = functools.partial(commits.find, target), functools.partial(commits.set_aside, target)
-            return drive(made, committed, cluster, place, listener, lookup, build_id, set_aside)
+            return drive(plan, committed, cluster, cluster_spec, listener, lookup, build_id, set_aside)
         finally:
             cluster.close()
-            forget(place.scratch or tempfile.gettempdir(), build_id)
+            forget(cluster_spec.scratch or tempfile.gettempdir(), build_id)

@@ -19,13 +19,15 @@ from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
-def read_places(made: Plan, committed: Mapping[str, Outcome]) -> list[str]:
+def read_locations(plan: Plan, committed: Mapping[str, Outcome]) -> list[str]:
     """Folders and files (no URLs) that pending steps read."""
-    named = {place for step in made.pending(committed) for name, place in step.places.items() if name in ("source", "scales")}
+    named = {place for step in plan.pending(committed) for name, place in step.locations.items() if name in ("source", "scales")}
     return sorted(place for place in named if place.startswith("/") and not is_url(place))
 
 
-def check_nodes(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, nodes: Sequence[NodeFacts]) -> tuple[str, ...]:
+def check_nodes(
+    plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, nodes: Sequence[NodeFacts]
+) -> tuple[str, ...]:
     """Check the answers of a cluster's nodes; returns warnings.
 
     Raises ClusterError (no node for a pool, no GPU where one is needed), StoreError (no node reaches it), ToolError (no node
@@ -37,16 +39,16 @@ def check_nodes(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec
         said = "; ".join(warnings) or "there are none"
         raise ClusterError(f"no node of the cluster answers: {said}", "See that the same package is installed on every node.")
     by_kind: dict[Kind, list[Step]] = {}
-    for step in made.pending(committed):
+    for step in plan.pending(committed):
         by_kind.setdefault(step.kind, []).append(step)
     for kind, steps in by_kind.items():
-        pool = place.pool_for(kind.value)
+        pool = cluster_spec.pool_for(kind.value)
         if pool is not None:
-            warnings.extend(_check_pool(made, steps, pool, answered))
+            warnings.extend(_check_pool(plan, steps, pool, answered))
     return (*dict.fromkeys(warnings), *_versions(answered))
 
 
-def _check_pool(made: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeFacts]) -> Iterator[str]:
+def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeFacts]) -> Iterator[str]:
     """The nodes of a pool against the steps of one kind that it runs; yields warnings."""
     kind = steps[0].kind.value
     mine = [node for node in nodes if any(selects(labels, node.labels) for labels in (pool.labels, *pool.fallback))]
@@ -59,7 +61,7 @@ def _check_pool(made: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
         )
     yield from _usable(mine, lambda node: node.store_error, StoreError, f"reach the store for {kind} steps", "")
     yield from _check_gpus(steps, mine)
-    yield from _check_tools(made, steps[0].kind, mine)
+    yield from _check_tools(plan, steps[0].kind, mine)
     advice = "Put it at the same path on every node, or into object storage."
     yield from _usable(mine, lambda node: unseen(node, steps), SourceMissingError, f"see the files of {kind} steps", advice)
     needed = max(step.resources.memory_bytes for step in steps)
@@ -70,8 +72,8 @@ def _check_pool(made: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
 
 def unseen(node: NodeFacts, steps: Iterable[Step]) -> str:
     """The first place that one of `steps` reads and the node does not see; empty: it sees all."""
-    places = (place for step in steps for place in step.places.values())
-    return next((f"{place} is not there" for place in places if not node.places.get(place, True)), "")
+    places = (place for step in steps for place in step.locations.values())
+    return next((f"{place} is not there" for place in places if not node.paths.get(place, True)), "")
 
 
 def _check_gpus(steps: list[Step], nodes: list[NodeFacts]) -> Iterator[str]:
@@ -96,9 +98,9 @@ def _check_gpus(steps: list[Step], nodes: list[NodeFacts]) -> Iterator[str]:
         yield f"{steps[0].kind.value} steps may run on different GPUs ({listed}): an engine runs on the kind that built it"
 
 
-def _check_tools(made: Plan, kind: Kind, nodes: list[NodeFacts]) -> Iterator[str]:
+def _check_tools(plan: Plan, kind: Kind, nodes: list[NodeFacts]) -> Iterator[str]:
     if kind is Kind.BUILD:
-        backend, wanted = made.spec.engine.backend, made.inputs.tensorrt_version
+        backend, wanted = plan.spec.engine.backend, plan.inputs.tensorrt_version
 
         def wrong(node: NodeFacts) -> str:
             found = node.versions.get(backend)

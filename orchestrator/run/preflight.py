@@ -18,49 +18,49 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores.store import Store
 
 
-def check_build(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
+def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:
     """Check a build at a place; returns warnings.
 
     Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
     """
     from orchestrator.networks import check_supported
 
-    check_supported(made.inputs.config)
-    check_target(made.inputs.model_quantization, made.spec.engine.compute_capabilities)
-    warnings = check_steps(made, committed, place, store)
-    pending = made.pending(committed)
-    if place.kind == "local":
-        _check_tools(made, {step.kind for step in pending})
-        _check_scratch(pending, place, store)
+    check_supported(plan.inputs.config)
+    check_target(plan.inputs.model_quantization, plan.spec.engine.compute_capabilities)
+    warnings = check_steps(plan, committed, cluster_spec, store)
+    pending = plan.pending(committed)
+    if cluster_spec.kind == "local":
+        _check_tools(plan, {step.kind for step in pending})
+        _check_scratch(pending, cluster_spec, store)
     return warnings
 
 
-def check_steps(made: Plan, committed: Mapping[str, Outcome], place: ClusterSpec, store: Store) -> tuple[str, ...]:
+def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:
     """Check that every step finds a pool and that the store has room; returns warnings. Raises ClusterError, StoreError."""
-    problems = unplaceable(made, place)
+    problems = unplaceable(plan, cluster_spec)
     if problems:
         raise ClusterError(
             "the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file."
         )
-    pending = made.pending(committed)
+    pending = plan.pending(committed)
     folder = store.local_path("probe")
     if folder is not None:
         needed = sum(step.estimate.write_bytes for step in pending)
         _check_room(folder, needed, store.url, "the steps write", "Free space, or choose another place to write to.")
-    return memory_warnings(pending, place)
+    return memory_warnings(pending, cluster_spec)
 
 
-def memory_warnings(steps: Sequence[Step], place: ClusterSpec) -> tuple[str, ...]:
+def memory_warnings(steps: Sequence[Step], cluster_spec: ClusterSpec) -> tuple[str, ...]:
     """A warning when steps of this machine's pools reserve more memory than it has; such a step is run alone.
 
     A pool with a memory of its own is a promise, and `unplaceable` an error; this is an estimate against what is there.
     """
     from orchestrator.run.admission import machine_memory_bytes
 
-    if place.kind != "local":
+    if cluster_spec.kind != "local":
         return ()
     present = machine_memory_bytes()
-    unbounded = [step for step in steps if (pool := place.pool_for(step.kind.value)) is not None and pool.memory is None]
+    unbounded = [step for step in steps if (pool := cluster_spec.pool_for(step.kind.value)) is not None and pool.memory is None]
     large = sorted(
         (step for step in unbounded if step.resources.memory_bytes > present), key=lambda step: -step.resources.memory_bytes
     )
@@ -72,16 +72,16 @@ def memory_warnings(steps: Sequence[Step], place: ClusterSpec) -> tuple[str, ...
     )
 
 
-def _check_tools(made: Plan, kinds: set[Kind]) -> None:
+def _check_tools(plan: Plan, kinds: set[Kind]) -> None:
     from orchestrator.engines import require_version
 
     if Kind.BUILD in kinds:
-        require_version(made.spec.engine.backend, made.inputs.tensorrt_version)
+        require_version(plan.spec.engine.backend, plan.inputs.tensorrt_version)
 
 
-def _check_scratch(pending: Sequence[Step], place: ClusterSpec, store: Store) -> None:
+def _check_scratch(pending: Sequence[Step], cluster_spec: ClusterSpec, store: Store) -> None:
     """Raises StoreError when the largest copy that one step makes in scratch does not fit."""
-    scratch = Path(place.scratch or tempfile.gettempdir())
+    scratch = Path(cluster_spec.scratch or tempfile.gettempdir())
     copies = {step.name: _scratch_bytes(step, store) for step in pending}
     name = max(copies, key=lambda step: copies[step], default=None)
     if name is not None and copies[name]:

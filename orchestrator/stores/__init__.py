@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.base.errors import StoreError
 from orchestrator.base.urls import ADVICE, holds_secret, is_url
 from orchestrator.spec.cluster import StoreOptions
-from orchestrator.stores.source import LocalPlace, Place
+from orchestrator.stores.source import LocalFolder, SourceFolder
 from orchestrator.stores.store import Store
 
 
@@ -35,19 +35,19 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     return FsspecStore(url)
 
 
-def open_place(url: str) -> Place:
+def open_source(url: str) -> SourceFolder:
     """The place at `url`: a path of this machine, a file:// URL, or any URL that fsspec knows.
 
     Raises StoreError for a scheme that fsspec does not know, SpecError for a URL with a password in it.
     """
     if not is_url(url):
-        return LocalPlace(Path(url))
+        return LocalFolder(Path(url))
     if url.startswith("file://"):
-        return LocalPlace(Path(unquote(urlsplit(url).path)))
+        return LocalFolder(Path(unquote(urlsplit(url).path)))
     if url.startswith("hf://"):
-        from orchestrator.stores.hub import HubPlace
+        from orchestrator.stores.hub import HubModel
 
-        return HubPlace(url)
-    from orchestrator.stores.remote import RemotePlace
+        return HubModel(url)
+    from orchestrator.stores.remote import RemoteFolder
 
-    return RemotePlace(url)
+    return RemoteFolder(url)

@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 from orchestrator.base.errors import SourceLinkError, SourceMissingError
-from orchestrator.stores.source import LocalPlace, Place
+from orchestrator.stores.source import LocalFolder, SourceFolder
 
 _SNAPSHOTS = "snapshots"
 
 
-def read_companion(place: Place, name: str) -> bytes:
-    """A tokenizer or config file. Raises SourceLinkError when it is a link out of the source, and as `Place.read`."""
-    if isinstance(place, LocalPlace):
-        _check_within(place.folder, name)
-    return place.read(name)
+def read_companion(folder: SourceFolder, name: str) -> bytes:
+    """A tokenizer or config file. Raises SourceLinkError when it is a link out of the source, and as `SourceFolder.read`."""
+    if isinstance(folder, LocalFolder):
+        _check_within(folder.folder, name)
+    return folder.read(name)
 
 
 def _check_within(folder: Path, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from orchestrator.base.errors import SourceMissingError, SourceUnreadableError, SpecError
 from orchestrator.model.checkpoint import SourceFile
-from orchestrator.stores.remote import RemotePlace, TruncatedError
+from orchestrator.stores.remote import RemoteFolder, TruncatedError
 
 HUB_OFFLINE = "TRT_ORCHESTRATOR_HF_HUB_OFFLINE"
 """Environment variable of workers, whose libraries are offline: HF_HUB_OFFLINE as it is where the build was started."""
@@ -33,10 +33,10 @@ def is_hub(url: str) -> bool:
 
 def pinned(url: str) -> str:
     """The URL of a source with the commit in place of a branch or tag; other URLs and paths are as they were."""
-    return HubPlace(url).pinned if is_hub(url) else url
+    return HubModel(url).pinned if is_hub(url) else url
 
 
-class HubPlace(RemotePlace):
+class HubModel(RemoteFolder):
     """A model of the hub, at one revision."""
 
     def __init__(self, url: str) -> None:

@@ -58,7 +58,7 @@ class TruncatedError(OSError):
     """A body ended before its range did."""
 
 
-class RemotePlace:
+class RemoteFolder:
     """A prefix of an object store."""
 
     def __init__(self, url: str, *, fs: Any = None, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -94,7 +94,7 @@ class RemotePlace:
         return names
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        """As Place says; a range that ends behind the file is cut there. Raises SourceMissingError, StoreError."""
+        """As SourceFolder says; a range that ends behind the file is cut there. Raises SourceMissingError, StoreError."""
         size = int(self._info(name)["size"])
         stop = size if end is None else min(end, size)
         return self.fetch(name, begin, stop) if begin < stop else b""
@@ -290,7 +290,7 @@ def windows(planned: Iterable[PlannedRange]) -> dict[int, list[Window]]:
 class RemoteSource:
     """Objects opened on first use. Several threads may read at once."""
 
-    def __init__(self, place: RemotePlace, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> None:
+    def __init__(self, place: RemoteFolder, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> None:
         self._place, self._files = place, files
         self._windows = windows(planned)
         self._held = 0

@@ -43,7 +43,7 @@ class ByteSource(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
-class Place(Protocol):
+class SourceFolder(Protocol):
     """A folder of files, wherever it is. `url` is what a worker opens it by."""
 
     url: str
@@ -112,7 +112,7 @@ def _cannot_list(error: OSError) -> NoReturn:
     raise SourceUnreadableError(f"cannot look into {error.filename}: {error.strerror}") from None
 
 
-class LocalPlace:
+class LocalFolder:
     """A folder of this machine."""
 
     def __init__(self, folder: Path) -> None:
@@ -196,7 +196,7 @@ class FileSource:
     filling the cache with it would cost more than all the copying of a conversion.
     """
 
-    def __init__(self, place: LocalPlace, files: tuple[SourceFile, ...]) -> None:
+    def __init__(self, place: LocalFolder, files: tuple[SourceFile, ...]) -> None:
         self._place, self._files = place, files
         self._descriptors: dict[int, int] = {}
         self._direct = _DirectReader()

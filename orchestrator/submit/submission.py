@@ -53,12 +53,12 @@ exit @CODE@
 """
 
 
-def bundle(spec: BuildSpec, place: ClusterSpec) -> dict[str, str]:
+def bundle(spec: BuildSpec, cluster_spec: ClusterSpec) -> dict[str, str]:
     """The files that travel, by name: YAML that decodes to the same values, with places made absolute by the loader."""
     return {
         SPEC_FILE: _dump(spec.model_dump(mode="json", exclude_unset=True)),
-        CLUSTER_FILE: _dump(place.model_dump(mode="json", exclude_unset=True)),
-        SCRIPT_FILE: script(place.driver.python),
+        CLUSTER_FILE: _dump(cluster_spec.model_dump(mode="json", exclude_unset=True)),
+        SCRIPT_FILE: script(cluster_spec.driver.python),
     }
 
 
@@ -79,12 +79,12 @@ def script(python: str | None) -> str:
     return re.sub("@([A-Z]+)@", lambda match: words[match[1]], _SCRIPT)
 
 
-def submission_id(spec: BuildSpec, place: ClusterSpec) -> str:
+def submission_id(spec: BuildSpec, cluster_spec: ClusterSpec) -> str:
     """The same build at the same store has the same id, so that a second submission finds the first.
 
     Also a DNS label, short enough for a RayJob of Kubernetes (47 characters).
     """
-    wanted = {"spec": spec.model_dump(mode="json"), "store": place.store}
+    wanted = {"spec": spec.model_dump(mode="json"), "store": cluster_spec.store}
     name = "".join(character if character.isalnum() else "-" for character in spec.release.name.lower()).strip("-")
     return f"build-{name[:28].rstrip('-')}-{digest_of(wanted)[:12]}"
 
@@ -152,11 +152,11 @@ def _files_below(folder: Path) -> dict[str, Path]:
     return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
 
 
-def expected_on_nodes(spec: BuildSpec, place: ClusterSpec) -> tuple[str, ...]:
+def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, ...]:
     """What does not travel and must be there: sentences for people who submit from another machine."""
     found = []
-    if place.store.startswith("file:"):
-        found.append(f"the store {place.store} must be one folder that all nodes share")
+    if cluster_spec.store.startswith("file:"):
+        found.append(f"the store {cluster_spec.store} must be one folder that all nodes share")
     if is_local(spec.source.path):
         found.append(f"every node must have the source {spec.source.path} under this path")
     wanted = spec.quantization

@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import SourceCorruptError
 from orchestrator.model.checkpoint import SourceFile
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.work.context import Context
 
 
@@ -16,9 +16,9 @@ def companion_folder(source: str, files: Iterable[SourceFile], context: Context)
     """Copy `files`, which the plan knows by their content, to scratch. Raises SourceMissingError, SourceCorruptError."""
     folder = context.scratch / "tokenizer"
     folder.mkdir()
-    place = open_place(source)
+    origin = open_source(source)
     for file in files:
-        data = place.read(file.name)
+        data = origin.read(file.name)
         if file.identity != "sha256:" + digest_bytes(data):
             raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
         (folder / file.name).write_bytes(data)

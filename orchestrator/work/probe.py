@@ -24,7 +24,7 @@ _PACKAGES = {
 }  # fmt: skip
 
 
-def probe_here(store: str, options_json: str, scratch: str | None, places: Iterable[str]) -> str:
+def probe_here(store: str, options_json: str, scratch: str | None, paths: Iterable[str]) -> str:
     """NodeFacts of this machine as JSON; whoever knows the cluster adds the node's name, labels and offer."""
     folder = scratch or tempfile.gettempdir()
     devices, driver = _devices()
@@ -37,7 +37,7 @@ def probe_here(store: str, options_json: str, scratch: str | None, places: Itera
         scratch_free_bytes=_scratch_free(scratch),
         store_error=error,
         store_seconds=round(seconds, 3),
-        places={place: Path(place).exists() for place in places},
+        paths={path: Path(path).exists() for path in paths},
         versions=_versions(),
     )
     return facts.model_dump_json()

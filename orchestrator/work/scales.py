@@ -66,7 +66,7 @@ class Scales:
 def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
     """The artifacts that the task's needs committed, or the one that the user brought. Raises DigestError, QuantizationError."""
     if options.scales_sha256 is not None:
-        path = Path(task.step.places["scales"]) / SCALES
+        path = Path(task.step.locations["scales"]) / SCALES
         if hashlib.sha256(path.read_bytes()).hexdigest() != options.scales_sha256:
             raise DigestError(f"{path} was changed during the build", "Run the build again.")
         return Scales.read([path])

@@ -90,8 +90,8 @@ def test_begin_scratch_is_reserved_where_the_store_is_remote() -> None:
 
 
 def test_begin_goes_where_the_source_is() -> None:
-    made = placement([node("a"), node("b")], [task(name, places={"source": "/models"}) for name in ("x", "y", "z")])
-    made.learn([facts("a", places={"/models": False}), facts("b", places={"/models": True})])
+    made = placement([node("a"), node("b")], [task(name, locations={"source": "/models"}) for name in ("x", "y", "z")])
+    made.learn([facts("a", paths={"/models": False}), facts("b", paths={"/models": True})])
     assert begun(made) == [("x", "b"), ("y", "b")]
 
 

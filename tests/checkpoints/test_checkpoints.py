@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from orchestrator.base.errors import LfsPointerError, OrchestratorError, QuantizationError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import companions, huggingface, safetensors
 from orchestrator.model.checkpoint import SourceFile
-from orchestrator.stores.source import FileSource, LocalPlace
+from orchestrator.stores.source import FileSource, LocalFolder
 from tests.support.synthetic import FIXED_TIME_NS, encode_safetensors, frame, model_config, random_arrays, write_source
 
 CONFIG = model_config()
@@ -43,14 +43,14 @@ def shard(folder: Path, number: int) -> Path:
 
 def refused(folder: Path, error: type[OrchestratorError], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
-        huggingface.read_index(LocalPlace(folder))
+        huggingface.read_index(LocalFolder(folder))
     assert type(caught.value) is error
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_read_index_every_tensor_points_at_its_bytes(tmp_path: Path, num_files: int) -> None:
     folder = write_source(tmp_path, CONFIG, ARRAYS, num_files=num_files)
-    index = huggingface.read_index(LocalPlace(folder))
+    index = huggingface.read_index(LocalFolder(folder))
     assert set(index.tensors) == set(ARRAYS)
     assert len(index.files) == num_files
     for name, tensor in index.tensors.items():
@@ -60,7 +60,7 @@ def test_read_index_every_tensor_points_at_its_bytes(tmp_path: Path, num_files: 
 
 
 def test_read_index_knows_sizes_and_config(single: Path) -> None:
-    index = huggingface.read_index(LocalPlace(single))
+    index = huggingface.read_index(LocalFolder(single))
     assert index.format == "huggingface"
     assert index.config["hidden_size"] == CONFIG.hidden_size
     assert index.num_bytes == sum(array.nbytes for array in ARRAYS.values())
@@ -69,12 +69,12 @@ def test_read_index_knows_sizes_and_config(single: Path) -> None:
 
 def test_read_index_one_file_of_any_name_is_enough(single: Path) -> None:
     (single / WEIGHTS).rename(single / "weights.safetensors")
-    assert [file.name for file in huggingface.read_index(LocalPlace(single)).files] == ["weights.safetensors"]
+    assert [file.name for file in huggingface.read_index(LocalFolder(single)).files] == ["weights.safetensors"]
 
 
 def test_read_index_files_are_sorted_and_unlisted_ones_left_out(sharded: Path) -> None:
     (sharded / "consolidated.safetensors").write_bytes(encode_safetensors(ARRAYS))
-    assert [file.name for file in huggingface.read_index(LocalPlace(sharded)).files] == [
+    assert [file.name for file in huggingface.read_index(LocalFolder(sharded)).files] == [
         shard(sharded, number).name for number in (1, 2, 3)
     ]
 
@@ -193,7 +193,7 @@ def test_read_index_lfs_pointer_is_recognised(single: Path, name: str) -> None:
     (single / name).write_bytes(POINTER)
     refused(single, LfsPointerError, f"{name} is a Git-LFS pointer")
     with pytest.raises(LfsPointerError) as caught:
-        huggingface.read_index(LocalPlace(single))
+        huggingface.read_index(LocalFolder(single))
     assert "git lfs pull" in caught.value.advice
 
 
@@ -256,10 +256,10 @@ def test_read_index_quantized_source_is_refused_by_method(single: Path) -> None:
 
 def test_identity_of_a_plain_file_is_its_time(single: Path) -> None:
     path = single / WEIGHTS
-    before = huggingface.read_index(LocalPlace(single)).files[0]
+    before = huggingface.read_index(LocalFolder(single)).files[0]
     assert before.identity == f"mtime:{FIXED_TIME_NS}"
     os.utime(path, ns=(FIXED_TIME_NS, FIXED_TIME_NS + 1))
-    assert huggingface.read_index(LocalPlace(single)).files[0].identity == f"mtime:{FIXED_TIME_NS + 1}"
+    assert huggingface.read_index(LocalFolder(single)).files[0].identity == f"mtime:{FIXED_TIME_NS + 1}"
 
 
 def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single: Path) -> None:
@@ -268,7 +268,7 @@ def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single
     (single / WEIGHTS).rename(blob)
     (single / WEIGHTS).symlink_to(Path("..", "blobs", blob.name))
     os.utime(blob, ns=(5, 5))
-    (file,) = huggingface.read_index(LocalPlace(single)).files
+    (file,) = huggingface.read_index(LocalFolder(single)).files
     assert file.identity == f"sha256:{blob.name}"
     assert file.num_bytes == blob.stat().st_size
 
@@ -276,13 +276,13 @@ def test_identity_of_a_hub_cache_link_is_its_blob_whenever_it_was_fetched(single
 def test_identity_of_a_link_to_an_ordinary_file_is_its_time(single: Path) -> None:
     (single / WEIGHTS).rename(single.parent / "weights")
     (single / WEIGHTS).symlink_to(single.parent / "weights")
-    assert huggingface.read_index(LocalPlace(single)).files[0].identity == f"mtime:{FIXED_TIME_NS}"
+    assert huggingface.read_index(LocalFolder(single)).files[0].identity == f"mtime:{FIXED_TIME_NS}"
 
 
 def test_companions_are_identified_by_content(single: Path) -> None:
     (single / "tokenizer.json").write_text("{}")
     (single / "README.md").write_text("not a companion")
-    found = {file.name: file for file in companions(LocalPlace(single), LocalPlace(single).names())}
+    found = {file.name: file for file in companions(LocalFolder(single), LocalFolder(single).names())}
     assert set(found) == {"config.json", "tokenizer.json"}
     empty_object = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert found["tokenizer.json"].identity == f"sha256:{empty_object}"
@@ -299,7 +299,9 @@ def test_file_source_reads_any_range_and_counts_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 10)
     (tmp_path / "b").write_bytes(bytes(range(100)))
-    with FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"), LocalPlace(tmp_path).source_file("b"))) as source:
+    with FileSource(
+        LocalFolder(tmp_path), (LocalFolder(tmp_path).source_file("a"), LocalFolder(tmp_path).source_file("b"))
+    ) as source:
         assert read(source, 1, 90, 10) == bytes(range(90, 100))
         assert read(source, 0, 0, 10) == b"a" * 10
         assert read(source, 0, 10, 0) == b""
@@ -309,7 +311,7 @@ def test_file_source_reads_any_range_and_counts_bytes(tmp_path: Path) -> None:
 def test_file_source_that_ends_early_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     with (
-        FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"),)) as source,
+        FileSource(LocalFolder(tmp_path), (LocalFolder(tmp_path).source_file("a"),)) as source,
         pytest.raises(SourceCorruptError, match="ended at byte 10"),
     ):
         read(source, 0, 5, 6)
@@ -317,10 +319,10 @@ def test_file_source_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 def test_file_source_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
-    planned = LocalPlace(tmp_path).source_file("a")
+    planned = LocalFolder(tmp_path).source_file("a")
     os.utime(tmp_path / "a", ns=(1, 1))
     with (
-        FileSource(LocalPlace(tmp_path), (planned,)) as source,
+        FileSource(LocalFolder(tmp_path), (planned,)) as source,
         pytest.raises(SourceCorruptError, match="not the file that the plan"),
     ):
         read(source, 0, 0, 1)
@@ -328,7 +330,7 @@ def test_file_source_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 
 def test_file_source_missing_file_is_named(tmp_path: Path) -> None:
     with (
-        FileSource(LocalPlace(tmp_path), (SourceFile("gone", 1, "mtime:1"),)) as source,
+        FileSource(LocalFolder(tmp_path), (SourceFile("gone", 1, "mtime:1"),)) as source,
         pytest.raises(SourceMissingError, match="gone is not there on this node"),
     ):
         read(source, 0, 0, 1)
@@ -337,7 +339,7 @@ def test_file_source_missing_file_is_named(tmp_path: Path) -> None:
 def test_file_source_closes_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with FileSource(LocalPlace(tmp_path), (LocalPlace(tmp_path).source_file("a"),)) as source:
+    with FileSource(LocalFolder(tmp_path), (LocalFolder(tmp_path).source_file("a"),)) as source:
         read(source, 0, 0, 10)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 

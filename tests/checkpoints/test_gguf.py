@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.base.errors import ArchitectureError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import gguf, read_source
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.gguf import write_gguf
 from tests.support.synthetic import model_config, random_arrays
 
@@ -28,7 +28,7 @@ def test_gguf_every_row_range_is_that_of_the_model(tmp_path: Path, kind: str) ->
     assert index.format == "gguf"
     assert {name: tensor.shape for name, tensor in index.tensors.items()} == {name: array.shape for name, array in ARRAYS.items()}
     generator = np.random.default_rng(1)
-    with LocalPlace(tmp_path).open(index.files) as source:
+    with LocalFolder(tmp_path).open(index.files) as source:
         for name, tensor in index.tensors.items():
             rows = sorted(generator.integers(0, tensor.shape[0] + 1, 2).tolist())
             for begin, end in ((0, tensor.shape[0]), rows):

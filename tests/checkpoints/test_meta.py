@@ -15,7 +15,7 @@ from orchestrator.base.errors import ArchitectureError, OrchestratorError, Quant
 from orchestrator.checkpoints import format_named, meta, read_source
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.model.config import ModelConfig
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.meta import write_meta
 from tests.support.synthetic import Array, model_config, random_arrays, write_source
 
@@ -35,7 +35,7 @@ def read(folder: Path, index: CheckpointIndex, name: str, begin: int = 0, end: i
     tensor = index.tensors[name]
     end = tensor.shape[0] if end is None else end
     out = np.full((end - begin) * (tensor.num_bytes // tensor.shape[0]), 0xEE, np.uint8)
-    with LocalPlace(folder).open(index.files) as source:
+    with LocalFolder(folder).open(index.files) as source:
         format_named(index.format).read_rows(source, tensor, begin, end, out.data)
         return out.tobytes(), source.bytes_read
 
@@ -67,7 +67,7 @@ def test_meta_any_row_range_reads_each_byte_about_once(tmp_path_factory: pytest.
     folder = tmp_path_factory.getbasetemp() / "meta-ranges"
     if not folder.exists():
         write_meta(folder, config, arrays, 4)
-    index = meta.read_index(LocalPlace(folder))
+    index = meta.read_index(LocalFolder(folder))
     name = data.draw(st.sampled_from(sorted(arrays)))
     begin = data.draw(st.integers(0, len(arrays[name])))
     end = data.draw(st.integers(begin, len(arrays[name])))
@@ -87,7 +87,7 @@ def test_meta_of_other_dtypes_and_tied_embeddings(tmp_path: Path, dtype: str) ->
 
 def test_meta_config_has_the_keys_of_hugging_face(tmp_path: Path) -> None:
     config = meta_config(2, 2)
-    index = meta.read_index(LocalPlace(write_meta(tmp_path, config, random_arrays(config), 2)))
+    index = meta.read_index(LocalFolder(write_meta(tmp_path, config, random_arrays(config), 2)))
     assert index.config == {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 8,
         "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20, "hidden_act": "silu",
@@ -133,7 +133,7 @@ def test_meta_config_of_a_release_is_that_of_the_hub(tmp_path: Path, release: st
     params, expected = RELEASES[release]
     config = meta_config(1, 2, vocab_size=32000)
     write_meta(tmp_path, config, random_arrays(config))
-    tensors = meta.read_index(LocalPlace(tmp_path)).tensors
+    tensors = meta.read_index(LocalFolder(tmp_path)).tensors
     found = meta._config(params, tensors)
     assert {key: found[key] for key in expected} == expected
     assert found["vocab_size"] == max(params.get("vocab_size", -1), 32000)
@@ -152,7 +152,7 @@ def test_meta_does_not_shadow_hugging_face(tmp_path: Path) -> None:
 
 def refused(folder: Path, error: type[OrchestratorError], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
-        meta.read_index(LocalPlace(folder))
+        meta.read_index(LocalFolder(folder))
     assert type(caught.value) is error
 
 

@@ -21,7 +21,7 @@ from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceC
 from orchestrator.checkpoints import bin as bin_format
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.torch_zip import read_tensors
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.meta import write_bin
 from tests.support.synthetic import model_config, random_arrays, write_source
 
@@ -30,18 +30,18 @@ ARRAYS = random_arrays(CONFIG)
 NAME = "weights.pth"
 
 
-def save(folder: Path, value: Any, **options: Any) -> LocalPlace:
+def save(folder: Path, value: Any, **options: Any) -> LocalFolder:
     torch.save(value, folder / NAME, **options)
-    return LocalPlace(folder)
+    return LocalFolder(folder)
 
 
-def refused(place: LocalPlace, error: type[OrchestratorError], words: str) -> None:
+def refused(place: LocalFolder, error: type[OrchestratorError], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         read_tensors(place, NAME)
     assert type(caught.value) is error
 
 
-def stored(place: LocalPlace) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+def stored(place: LocalFolder) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     data = (place.folder / NAME).read_bytes()
     return {
         entry.name: (entry.dtype, entry.shape, data[entry.offset : entry.offset + entry.num_bytes])
@@ -123,7 +123,7 @@ def test_read_tensors_of_a_damaged_pickle_is_corrupt(tmp_path: Path, program: by
     refused(place, SourceCorruptError, "data.pkl|not a")
 
 
-def rewrite(place: LocalPlace, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
+def rewrite(place: LocalFolder, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
     """Write the archive again; a member for which `change` gives None is left out."""
     with zipfile.ZipFile(place.folder / NAME) as archive:
         members = {name: change(name, archive.read(name)) for name in archive.namelist()}
@@ -133,7 +133,7 @@ def rewrite(place: LocalPlace, change: Callable[[str, bytes], bytes | None], com
                 archive.writestr(name, data)
 
 
-def replace_pickle(place: LocalPlace, program: bytes) -> None:
+def replace_pickle(place: LocalFolder, program: bytes) -> None:
     rewrite(place, lambda name, data: program if name.endswith("data.pkl") else data)
 
 
@@ -198,14 +198,14 @@ def test_read_tensors_of_a_changed_byte_never_raises_anything_else(
 
 def test_read_tensors_of_something_else_says_so(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(LocalPlace(tmp_path), LfsPointerError, "Git-LFS")
+    refused(LocalFolder(tmp_path), LfsPointerError, "Git-LFS")
     (tmp_path / NAME).write_bytes(b"no weights at all")
-    refused(LocalPlace(tmp_path), SourceCorruptError, "not a file of torch.save")
+    refused(LocalFolder(tmp_path), SourceCorruptError, "not a file of torch.save")
     with zipfile.ZipFile(tmp_path / NAME, "w") as archive:
         archive.writestr("readme", "no weights")
-    refused(LocalPlace(tmp_path), SourceCorruptError, "without one data.pkl")
+    refused(LocalFolder(tmp_path), SourceCorruptError, "without one data.pkl")
     (tmp_path / NAME).write_bytes(pickle.dumps({"a": 1}))
-    refused(LocalPlace(tmp_path), UnsafePickleError, "bare pickle")
+    refused(LocalFolder(tmp_path), UnsafePickleError, "bare pickle")
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
@@ -218,7 +218,7 @@ def test_bin_index_equals_that_of_safetensors(tmp_path: Path, num_files: int) ->
     assert [file.name for file in companions] == ["config.json"]
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
     assert described == {name: (tensor.dtype, tensor.shape) for name, tensor in expected.tensors.items()}
-    with LocalPlace(folder).open(index.files) as source:
+    with LocalFolder(folder).open(index.files) as source:
         for name, tensor in index.tensors.items():
             out = np.empty(tensor.num_bytes, np.uint8)
             bin_format.read_rows(source, tensor, 0, tensor.shape[0], out.data)
@@ -239,10 +239,10 @@ def test_bin_index_that_lies_is_refused(tmp_path: Path) -> None:
     first = next(iter(listed))
     index.write_text(json.dumps({"weight_map": {**listed, first: shards[listed[first] == shards[0]]}}))
     with pytest.raises(SourceCorruptError, match="it does not"):
-        bin_format.read_index(LocalPlace(folder))
+        bin_format.read_index(LocalFolder(folder))
     index.write_text(json.dumps({"weight_map": {**listed, "more": "absent.bin"}}))
     with pytest.raises(SourceMissingError, match=r"absent\.bin"):
-        bin_format.read_index(LocalPlace(folder))
+        bin_format.read_index(LocalFolder(folder))
     index.write_text(json.dumps({"weight_map": {**listed, "more": "../absent.bin"}}))
     with pytest.raises(SourceCorruptError, match="not a weights file"):
-        bin_format.read_index(LocalPlace(folder))
+        bin_format.read_index(LocalFolder(folder))

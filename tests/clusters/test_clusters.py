@@ -182,9 +182,9 @@ def test_admission_fallback_nodes_are_used_when_the_pools_own_are_full() -> None
 def test_admission_node_that_does_not_see_the_source_is_left_out() -> None:
     cluster = spec(default=PoolSpec(cpus=2))
     admission = Admission(cluster, by_pool(cluster, [node("a"), node("b")]))
-    admission.learn([NodeFacts(node="a", places={"/source": False}), NodeFacts(node="b", places={"/source": True})])
+    admission.learn([NodeFacts(node="a", paths={"/source": False}), NodeFacts(node="b", paths={"/source": True})])
     reading = [task(str(number)) for number in range(3)]
-    reading = [item.model_copy(update={"step": item.step.model_copy(update={"places": {"source": "/source"}})}) for item in reading]
+    reading = [item.model_copy(update={"step": item.step.model_copy(update={"locations": {"source": "/source"}})}) for item in reading]
     assert [where for _, where, _ in placed(admission, *reading)] == ["b", "b"]
 
 

@@ -100,7 +100,7 @@ def test_probe_every_node_answers_for_itself(store_url: str, tmp_path: Path) -> 
     assert sorted(node.labels.get("role", "") for node in facts) == ["", "second"]
     for node in facts:
         assert (node.error, node.store_error) == ("", "")
-        assert node.places == {str(tmp_path): True, str(tmp_path / "nowhere"): False}
+        assert node.paths == {str(tmp_path): True, str(tmp_path / "nowhere"): False}
         assert node.cpus >= 1
         assert node.versions["mpi4py"]
 

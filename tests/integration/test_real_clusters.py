@@ -44,7 +44,7 @@ def conversion(tiny_llama: Path, make_spec: SpecMaker) -> Plan:
 @pytest.fixture
 def tasks(conversion: Plan, store_url: str, tmp_path: Path) -> ContractTasks:
     made = [Task(step=step, inputs={}, attempt=1, store=store_url) for step in conversion.steps]
-    lost = made[0].step.model_copy(update={"places": {"source": str(tmp_path / "nowhere")}, "version": 99})
+    lost = made[0].step.model_copy(update={"locations": {"source": str(tmp_path / "nowhere")}, "version": 99})
     return ContractTasks(tuple(made[1:4]), made[0].model_copy(update={"step": lost}))
 
 

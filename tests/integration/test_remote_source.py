@@ -20,8 +20,8 @@ from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.run import execute
 from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec
-from orchestrator.stores import open_place
-from orchestrator.stores.remote import RemotePlace
+from orchestrator.stores import open_source
+from orchestrator.stores.remote import RemoteFolder
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
 from tests.support.s3_server import BUCKET, SECRET, S3Server
@@ -79,7 +79,7 @@ def test_build_steps_from_s3_verify_against_a_reference_read_from_there(
 def test_read_into_large_ranges_of_s3(s3: Any) -> None:
     data = bytes(range(256)) * (80 * 1024)
     s3.pipe_file(f"{BUCKET}/large/x", data)
-    place = open_place(f"s3://{BUCKET}/large")
+    place = open_source(f"s3://{BUCKET}/large")
     assert place.names() == ["x"]
     assert place.read("x", 100, 300) == data[100:300]
     buffer = bytearray(len(data) - 7)
@@ -91,7 +91,7 @@ def test_read_into_large_ranges_of_s3(s3: Any) -> None:
 
 def test_read_into_of_an_object_replaced_between_two_reads_is_refused(s3: Any) -> None:
     s3.pipe_file(f"{BUCKET}/replaced/x", b"0123456789")
-    place = open_place(f"s3://{BUCKET}/replaced")
+    place = open_source(f"s3://{BUCKET}/replaced")
     buffer = memoryview(bytearray(4))
     with place.open((place.source_file("x"),)) as source:
         source.read_into(0, 0, buffer)
@@ -105,7 +105,7 @@ def test_identity_of_an_object_with_a_sha256_is_its_content_and_a_version_is_sti
         sync(s3.loop, s3._call_s3, "put_object", Bucket=BUCKET, Key="checked/x", Body=data, ChecksumAlgorithm="SHA256")
 
     put(b"0123456789")
-    place = open_place(f"s3://{BUCKET}/checked")
+    place = open_source(f"s3://{BUCKET}/checked")
     planned = place.source_file("x")
     assert planned.identity == "sha256:" + hashlib.sha256(b"0123456789").hexdigest()
     put(b"0123456789")  # uploaded again
@@ -122,7 +122,7 @@ def test_read_with_wrong_credentials_fails_at_once(s3: Any, monkeypatch: pytest.
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     slept: list[float] = []
     with pytest.raises(StoreError, match="PermissionError"):
-        RemotePlace(f"s3://{BUCKET}/llama", sleep=slept.append).read("config.json")
+        RemoteFolder(f"s3://{BUCKET}/llama", sleep=slept.append).read("config.json")
     assert slept == []
 
 

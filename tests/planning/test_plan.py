@@ -20,7 +20,7 @@ from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.report import describe_plan
 from orchestrator.spec.build import BuildConfig, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.plans import named, outcome_of
 from tests.support.synthetic import build_spec, model_config, random_arrays, synthetic_index, write_source
 
@@ -65,7 +65,7 @@ def test_make_plan_tiny_model_is_as_the_golden_file_says(tmp_path: Path) -> None
     arrays = random_arrays(config)
     folder = write_source(tmp_path / "source", config, arrays, num_files=2)
     spec = build_spec(folder, topology={"tp": 2, "pp": 2}, conversion={"max_shard_bytes": 4000})
-    place = LocalPlace(folder)
+    place = LocalFolder(folder)
     index = huggingface.read_index(place)
     weights = weight_map(index, LLAMA, config, spec.topology.topology(), spec.conversion.max_shard_bytes)
     inputs = Inputs(

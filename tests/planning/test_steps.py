@@ -32,7 +32,7 @@ def step(**changes: Any) -> Step:
     "changes",
     [
         {"name": "another"},
-        {"places": {"source": "/elsewhere"}},
+        {"locations": {"source": "/elsewhere"}},
         {"resources": Resources(cpus=8, gpus=1, memory_bytes=5)},
         {"estimate": Estimate(read_bytes=1, write_bytes=2, seconds=3)},
         {"options": {"n": 1.5, "shards": ["a"]}},
@@ -79,7 +79,7 @@ def test_step_is_immutable() -> None:
 
 
 def test_task_survives_json() -> None:
-    wanted = step(needs=(OUTCOME.digest,), places={"source": "/models/a b"}, resources=Resources(gpus=1))
+    wanted = step(needs=(OUTCOME.digest,), locations={"source": "/models/a b"}, resources=Resources(gpus=1))
     task = Task(step=wanted, inputs={OUTCOME.digest: OUTCOME}, attempt=3, store="s3://bucket/prefix", scratch="/scratch")
     assert wanted.digest  # a digest that was asked for before must not travel as a field
     back = Task.model_validate_json(task.model_dump_json())

@@ -11,7 +11,7 @@ from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMiss
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
-from orchestrator.run.node_checks import check_nodes, read_places
+from orchestrator.run.node_checks import check_nodes, read_locations
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 H100 = PoolSpec(labels={"ray.io/accelerator-type": "H100"})
@@ -34,7 +34,7 @@ def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:
     version = made.inputs.tensorrt_version or ""
     facts = {
         "node": name, "cpus": 8, "memory_bytes": 10**12, "shm_free_bytes": 10**9,
-        "places": dict.fromkeys(read_places(made, {}), True), "versions": {"tensorrt_rtx": version},
+        "places": dict.fromkeys(read_locations(made, {}), True), "versions": {"tensorrt_rtx": version},
         **changes,
     }  # fmt: skip
     return NodeFacts(**facts)
@@ -49,8 +49,8 @@ def own(warnings: tuple[str, ...]) -> list[str]:
     return [warning for warning in warnings if not warning.startswith("trt-orchestrator differs")]
 
 
-def test_read_places_are_the_folders_that_steps_read(made: Plan) -> None:
-    assert read_places(made, {}) == [made.inputs.source]
+def test_read_locations_are_the_folders_that_steps_read(made: Plan) -> None:
+    assert read_locations(made, {}) == [made.inputs.source]
 
 
 def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
@@ -72,7 +72,7 @@ def test_check_nodes_what_no_node_has_is_an_error_with_its_name(
     made: Plan, changes: dict[str, Any], error: type[OrchestratorError], words: str
 ) -> None:
     if "places" in changes:
-        changes = {"places": {made.inputs.source: False}}
+        changes = {"paths": {made.inputs.source: False}}
     with pytest.raises(error, match=words):
         check_nodes(made, {}, place(), [node(made, **changes)])
     if error is not ClusterError:

@@ -15,7 +15,7 @@ from orchestrator.planning import preparation
 from orchestrator.releases.publish import place_engines, publish
 from orchestrator.run import commits
 from orchestrator.stores import open_store
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.releases import pretend_to_run, release_spec, tiny_source
 
 
@@ -94,7 +94,7 @@ def test_companions_of_a_hub_cache_that_leave_its_blobs_are_refused(tmp_path: Pa
     (snapshot.parents[1] / "blobs").mkdir()
     (snapshot / "tokenizer.json").symlink_to(secret)
     with pytest.raises(SourceLinkError):
-        companions(LocalPlace(snapshot), ["tokenizer.json"])
+        companions(LocalFolder(snapshot), ["tokenizer.json"])
 
 
 def test_companions_linked_within_the_source_are_read(tmp_path: Path) -> None:

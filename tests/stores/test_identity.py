@@ -15,7 +15,7 @@ from orchestrator.planning import preparation
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import identity
 from orchestrator.stores.remote import _identity
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from tests.support.releases import publish_tiny, release_spec, tiny_source
 
 NAME = "model.safetensors"
@@ -52,7 +52,7 @@ def by_sidecar(source: Path) -> None:
 
 
 def found(source: Path) -> str:
-    return LocalPlace(source).source_file(NAME).identity
+    return LocalFolder(source).source_file(NAME).identity
 
 
 def flip(source: Path) -> None:
@@ -142,27 +142,27 @@ def test_open_on_a_node_that_knows_less_than_the_driver_takes_the_planned_file_a
     claim(source)
     found(source)
     (source / NAME).touch()
-    planned = LocalPlace(source).source_file(NAME)
+    planned = LocalFolder(source).source_file(NAME)
     assert planned.identity.startswith("sha256:")
     for node in ("one", "two"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / node))
         if node == "two":
             flip(source)
             with (
-                LocalPlace(source).open((planned,)) as opened,
+                LocalFolder(source).open((planned,)) as opened,
                 pytest.raises(SourceCorruptError, match="is not the file that the plan"),
             ):
                 opened.read_into(0, 0, memoryview(bytearray(8)))
             return
-        with LocalPlace(source).open((planned,)) as opened:
+        with LocalFolder(source).open((planned,)) as opened:
             opened.read_into(0, 0, memoryview(bytearray(8)))
 
 
 def test_open_on_a_node_that_knows_more_than_the_driver_goes_by_the_time(source: Path) -> None:
-    planned = LocalPlace(source).source_file(NAME)
+    planned = LocalFolder(source).source_file(NAME)
     assert planned.identity.startswith("mtime:")
     by_sums(source)
-    with LocalPlace(source).open((planned,)) as opened:
+    with LocalFolder(source).open((planned,)) as opened:
         opened.read_into(0, 0, memoryview(bytearray(8)))
 
 

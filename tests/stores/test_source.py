@@ -29,9 +29,9 @@ from orchestrator.model.checkpoint import Assembly, Piece, SourceFile, TensorInf
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.spec.loading import load_spec, resolve_source
-from orchestrator.stores import open_place, open_store
-from orchestrator.stores.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemotePlace, is_transient, windows
-from orchestrator.stores.source import LocalPlace, Place, PlannedRange, planned_ranges
+from orchestrator.stores import open_source, open_store
+from orchestrator.stores.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemoteFolder, is_transient, windows
+from orchestrator.stores.source import LocalFolder, PlannedRange, SourceFolder, planned_ranges
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from tests.support.synthetic import build_spec, model_config, random_arrays, write_source
@@ -40,7 +40,7 @@ MB = 10**6
 FILES = {"a.bin": bytes(range(256)) * 4, "config.json": b"{}", "empty": b"", "folder/b.bin": b"below"}
 
 
-def read_range(place: Place, name: str, offset: int, size: int) -> bytes:
+def read_range(place: SourceFolder, name: str, offset: int, size: int) -> bytes:
     buffer = bytearray(size)
     with place.open((place.source_file(name),)) as source:
         source.read_into(0, offset, memoryview(buffer))
@@ -51,7 +51,7 @@ class PlaceContract:
     """What every place does. A subclass gives `place`, holding FILES, and `replace` and `missing`."""
 
     @pytest.fixture
-    def place(self) -> Place:
+    def place(self) -> SourceFolder:
         raise NotImplementedError
 
     @pytest.fixture
@@ -60,46 +60,48 @@ class PlaceContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def missing(self) -> Place:
+    def missing(self) -> SourceFolder:
         """A place that is not there."""
         raise NotImplementedError
 
-    def test_names_are_sorted_and_those_below_have_their_folder(self, place: Place) -> None:
+    def test_names_are_sorted_and_those_below_have_their_folder(self, place: SourceFolder) -> None:
         assert place.names() == sorted(FILES)
 
-    def test_names_of_no_place_are_refused(self, missing: Place) -> None:
+    def test_names_of_no_place_are_refused(self, missing: SourceFolder) -> None:
         with pytest.raises(SourceMissingError):
             missing.names()
 
     @pytest.mark.parametrize("name", FILES)
-    def test_read_whole_is_what_was_written(self, place: Place, name: str) -> None:
+    def test_read_whole_is_what_was_written(self, place: SourceFolder, name: str) -> None:
         assert place.read(name) == FILES[name]
 
     @pytest.mark.parametrize(("begin", "end"), [(0, 10), (7, 9), (5, 5), (1000, None), (1000, 2000), (1024, 1030), (3000, 3001)])
-    def test_read_ranges_are_those_of_a_slice(self, place: Place, begin: int, end: int | None) -> None:
+    def test_read_ranges_are_those_of_a_slice(self, place: SourceFolder, begin: int, end: int | None) -> None:
         assert place.read("a.bin", begin, end) == FILES["a.bin"][begin:end]
 
-    def test_read_of_no_file_is_refused(self, place: Place) -> None:
+    def test_read_of_no_file_is_refused(self, place: SourceFolder) -> None:
         with pytest.raises(SourceMissingError, match="nothing"):
             place.read("nothing")
 
-    def test_source_file_has_size_and_a_lasting_identity(self, place: Place) -> None:
+    def test_source_file_has_size_and_a_lasting_identity(self, place: SourceFolder) -> None:
         file = place.source_file("a.bin")
         assert (file.name, file.num_bytes) == ("a.bin", 1024)
-        assert file == place.source_file("a.bin") == open_place(place.url).source_file("a.bin")
+        assert file == place.source_file("a.bin") == open_source(place.url).source_file("a.bin")
         assert "a.bin" not in file.identity
 
     @pytest.mark.parametrize("name", ["nothing", "folder/nothing"])
-    def test_source_file_of_no_file_is_refused(self, place: Place, name: str) -> None:
+    def test_source_file_of_no_file_is_refused(self, place: SourceFolder, name: str) -> None:
         with pytest.raises(SourceMissingError, match=name):
             place.source_file(name)
 
-    def test_source_file_of_other_content_has_another_identity(self, place: Place, replace: Callable[[str, bytes], None]) -> None:
+    def test_source_file_of_other_content_has_another_identity(
+        self, place: SourceFolder, replace: Callable[[str, bytes], None]
+    ) -> None:
         before = place.source_file("a.bin")
         replace("a.bin", bytes(1024))
         assert place.source_file("a.bin").identity != before.identity
 
-    def test_read_into_fills_any_range_and_counts_bytes(self, place: Place) -> None:
+    def test_read_into_fills_any_range_and_counts_bytes(self, place: SourceFolder) -> None:
         files = (place.source_file("folder/b.bin"), place.source_file("a.bin"))
         with place.open(files, [(0, 0, 5), (1, 0, 1024)]) as source:
             for file, offset, size in ((1, 1000, 24), (0, 0, 5), (1, 0, 0), (1, 0, 1000)):
@@ -108,32 +110,32 @@ class PlaceContract:
                 assert bytes(buffer) == FILES[files[file].name][offset : offset + size]
             assert source.bytes_read == 1029
 
-    def test_read_into_over_the_end_is_refused(self, place: Place) -> None:
+    def test_read_into_over_the_end_is_refused(self, place: SourceFolder) -> None:
         with pytest.raises(SourceCorruptError, match="ended at byte 1024"):
             read_range(place, "a.bin", 1000, 25)
 
-    def test_read_into_of_a_replaced_file_is_refused(self, place: Place, replace: Callable[[str, bytes], None]) -> None:
+    def test_read_into_of_a_replaced_file_is_refused(self, place: SourceFolder, replace: Callable[[str, bytes], None]) -> None:
         planned = place.source_file("a.bin")
         replace("a.bin", bytes(1024))
         with place.open((planned,)) as source, pytest.raises(SourceCorruptError, match="not the file that the plan"):
             source.read_into(0, 0, memoryview(bytearray(4)))
 
-    def test_read_into_of_no_file_is_refused(self, place: Place) -> None:
+    def test_read_into_of_no_file_is_refused(self, place: SourceFolder) -> None:
         with place.open((SourceFile("nothing", 4, "mtime:1"),)) as source, pytest.raises(SourceMissingError):
             source.read_into(0, 0, memoryview(bytearray(4)))
 
-    def test_the_place_survives_a_pickle(self, place: Place) -> None:
+    def test_the_place_survives_a_pickle(self, place: SourceFolder) -> None:
         assert pickle.loads(pickle.dumps(place)).read("a.bin") == FILES["a.bin"]
 
 
 class TestLocalPlace(PlaceContract):
     @pytest.fixture
-    def place(self, tmp_path: Path) -> Place:
+    def place(self, tmp_path: Path) -> SourceFolder:
         for name, data in FILES.items():
             path = tmp_path / "source" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return open_place(str(tmp_path / "source"))
+        return open_source(str(tmp_path / "source"))
 
     @pytest.fixture
     def replace(self, tmp_path: Path) -> Callable[[str, bytes], None]:
@@ -146,8 +148,8 @@ class TestLocalPlace(PlaceContract):
         return put
 
     @pytest.fixture
-    def missing(self, tmp_path: Path) -> Place:
-        return open_place(str(tmp_path / "none"))
+    def missing(self, tmp_path: Path) -> SourceFolder:
+        return open_source(str(tmp_path / "none"))
 
 
 def forget(path: Path) -> None:
@@ -165,7 +167,7 @@ def test_file_source_large_ranges_are_right_at_any_offset(
     data = np.random.default_rng(1).bytes(9 * 2**20 + 77)
     path = tmp_path / "x"
     path.write_bytes(data)
-    place = LocalPlace(tmp_path)
+    place = LocalFolder(tmp_path)
     really_open, really_read = os.open, os.preadv
 
     def open_(name: Any, flags: int, *more: Any) -> int:
@@ -208,7 +210,7 @@ def test_file_source_large_range_into_pages_is_right_and_passes_through_nothing_
 
     monkeypatch.setattr(os, "preadv", preadv)
     memory = page_buffer(len(data) + shift)
-    place = LocalPlace(tmp_path)
+    place = LocalFolder(tmp_path)
     with place.open((place.source_file("x"),)) as source:
         source.read_into(0, offset, memory[shift : shift + len(data) - offset])
     assert memory[shift : shift + len(data) - offset] == data[offset:]
@@ -225,7 +227,7 @@ def test_file_source_leaves_nothing_open_after_large_ranges(tmp_path: Path) -> N
     (tmp_path / "x").write_bytes(bytes(3 * 2**20))
     forget(tmp_path / "x")
     before = len(list(Path("/proc/self/fd").iterdir()))
-    read_range(LocalPlace(tmp_path), "x", 5, 2**21)
+    read_range(LocalFolder(tmp_path), "x", 5, 2**21)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -245,16 +247,16 @@ def memory() -> Iterator[Callable[[str, Mapping[str, bytes]], str]]:
 
 class TestMemoryPlace(PlaceContract):
     @pytest.fixture
-    def place(self, memory: Callable[[str, Mapping[str, bytes]], str]) -> Place:
-        return open_place(memory("models/tiny", FILES))
+    def place(self, memory: Callable[[str, Mapping[str, bytes]], str]) -> SourceFolder:
+        return open_source(memory("models/tiny", FILES))
 
     @pytest.fixture
     def replace(self, memory: Callable[[str, Mapping[str, bytes]], str]) -> Callable[[str, bytes], None]:
         return lambda name, data: str(memory("models/tiny", {name: data}))
 
     @pytest.fixture
-    def missing(self) -> Place:
-        return open_place("memory://models/none")
+    def missing(self) -> SourceFolder:
+        return open_source("memory://models/none")
 
 
 class FaultyFs:
@@ -288,7 +290,7 @@ class Faulty:
 
     def __init__(self, data: bytes, *faults: Exception | bytes) -> None:
         self.fs, self.slept = FaultyFs(data, *faults), list[float]()
-        self.place = RemotePlace("fake://root", fs=self.fs, sleep=self.slept.append)
+        self.place = RemoteFolder("fake://root", fs=self.fs, sleep=self.slept.append)
 
     def read(self, offset: int, size: int, planned: list[PlannedRange] | None = None) -> bytes:
         buffer = bytearray(size)
@@ -442,17 +444,17 @@ def test_planned_ranges_follow_pieces_but_not_encodings() -> None:
 
 def test_open_place_of_a_url_with_a_password_is_refused() -> None:
     with pytest.raises(SpecError, match="password"):
-        open_place("s3://key:secret@bucket/model")
+        open_source("s3://key:secret@bucket/model")
 
 
 def test_open_place_of_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(StoreError, match="cannot open the source"):
-        open_place("nosuch://bucket/model").names()
+        open_source("nosuch://bucket/model").names()
 
 
 def test_open_place_of_a_file_url_is_the_folder(tmp_path: Path) -> None:
-    place = open_place((tmp_path / "a b").as_uri())
-    assert isinstance(place, LocalPlace)
+    place = open_source((tmp_path / "a b").as_uri())
+    assert isinstance(place, LocalFolder)
     assert place.folder == tmp_path / "a b"
 
 
@@ -481,7 +483,7 @@ def remote_model(tmp_path: Path, memory: Callable[[str, Mapping[str, bytes]], st
 def test_read_source_of_a_url_is_that_of_the_folder(remote_model: tuple[Path, str]) -> None:
     folder, url = remote_model
     index, extra = read_source(url)
-    wanted = huggingface.read_index(LocalPlace(folder))
+    wanted = huggingface.read_index(LocalFolder(folder))
     assert dict(index.tensors) == dict(wanted.tensors)
     assert [file.name for file in extra] == ["config.json"]
 

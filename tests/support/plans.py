@@ -29,7 +29,7 @@ def fake_plan(needs: Mapping[str, Sequence[str]], seconds: Mapping[str, float] |
 def task(
     name: str,
     kind: Kind = Kind.CONVERT,
-    places: Mapping[str, str] | None = None,
+    locations: Mapping[str, str] | None = None,
     *,
     seconds: float = 1.0,
     attempt: int = 1,
@@ -41,7 +41,7 @@ def task(
         version=1,
         name=name,
         options={"name": name},
-        places=dict(places or {}),
+        locations=dict(locations or {}),
         resources=Resources(**resources),
         estimate=Estimate(seconds=seconds),
     )

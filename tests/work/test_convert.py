@@ -46,7 +46,7 @@ from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows
 from orchestrator.run import commits
 from orchestrator.stores import open_store
-from orchestrator.stores.source import LocalPlace
+from orchestrator.stores.source import LocalFolder
 from orchestrator.stores.store import Store
 from orchestrator.work.context import HashingWriter, SharedBlock
 from orchestrator.work.convert import cutting, packing
@@ -626,7 +626,7 @@ def test_write_shards_error_of_one_sink_discards_all(tmp_path: Path, monkeypatch
 
 @contextmanager
 def converting_source(folder: Path, options: ConvertOptions) -> Iterator[Any]:
-    with LocalPlace(folder / "source").open(options.files) as source:
+    with LocalFolder(folder / "source").open(options.files) as source:
         yield source
 
 

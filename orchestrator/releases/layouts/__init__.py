@@ -42,7 +42,7 @@ class Request:
 class Arrangement:
     """Where everything goes, relative to the output folder."""
 
-    places: Mapping[str, str]
+    paths: Mapping[str, str]
     """Path of a file of the release to its place; files that are left out are not fetched."""
     written: Mapping[str, bytes]
     """What stands beside them, written in this order when all of them are there."""

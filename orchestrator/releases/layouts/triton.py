@@ -22,19 +22,19 @@ _TYPES = {
 def arrange(request: Request) -> Arrangement:
     """See Layout. Raises SpecError for dtypes that Triton does not have (an FP8 KV cache)."""
     version = request.manifest.version if request.manifest.version.isdigit() and int(request.manifest.version) else "1"
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     written: dict[str, bytes] = {}
     renames = []
     for number, record in enumerate(request.records()):
         model = f"{request.manifest.name}-rank{record.rank}"
         folder = f"{model}/{int(version)}"
-        places |= {file.path: f"{folder}/model.plan" for file in record.files if file.role == "engine"}
+        paths |= {file.path: f"{folder}/model.plan" for file in record.files if file.role == "engine"}
         written[f"{model}/config.pbtxt"] = _config(model, record, number).encode()
         renames.append((f"{model}/.{int(version)}.part", folder))
     # What is no model stands in a folder without a version, which Triton does not load unless it is told to.
-    places |= {file.path: f".release/{file.path}" for file in request.files if file.path not in places}
+    paths |= {file.path: f".release/{file.path}" for file in request.files if file.path not in paths}
     written |= {f".release/{name}": data for name, data in identity_files(request).items()}
-    return Arrangement(places, written, tuple(renames))
+    return Arrangement(paths, written, tuple(renames))
 
 
 def _config(model: str, record: RankRecord, gpu: int) -> str:

@@ -20,12 +20,12 @@ _VERSION = "0.16.0"
 
 def arrange(request: Request) -> Arrangement:
     """See Layout."""
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for record in request.records():
-        places |= {file.path: f"rank{record.rank}.engine" for file in record.files if file.role == "engine"}
-    places |= {file.path: file.path for file in request.files if file.role == "tokenizer"}
+        paths |= {file.path: f"rank{record.rank}.engine" for file in record.files if file.role == "engine"}
+    paths |= {file.path: file.path for file in request.files if file.role == "tokenizer"}
     config = json.dumps(engine_config(request.manifest), indent=4).encode()
-    return Arrangement(places, {**identity_files(request), "config.json": config})
+    return Arrangement(paths, {**identity_files(request), "config.json": config})
 
 
 def engine_config(manifest: Manifest) -> dict[str, Any]:

@@ -20,13 +20,13 @@ GPU = "nvidia.com/gpu"
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "m": 1e-3}
 
 
-def check_fit(spec: BuildSpec, place: ClusterSpec, job: Fields, files: Collection[str] = ()) -> None:
+def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields, files: Collection[str] = ()) -> None:
     """Whether it runs in the RayJob's pods; `files` are paths that travel with the spec.
 
     Raises ClusterError that says everything that is in the way.
     """
     cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
-    problems = [*_unreachable(spec, place, cluster, files), *_misfits(spec, place, cluster)]
+    problems = [*_unreachable(spec, cluster_spec, cluster, files), *_misfits(spec, cluster_spec, cluster)]
     if problems:
         raise ClusterError(
             "the overlay's pods cannot run this build: " + "; ".join(problems),
@@ -43,9 +43,9 @@ def quantity(value: Any) -> float:
     return float(match.group(1)) * _SUFFIXES[match.group(2)]
 
 
-def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster, files: Collection[str]) -> Iterator[str]:
+def _unreachable(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster, files: Collection[str]) -> Iterator[str]:
     """Places on somebody's own disk that a pod would look for in vain."""
-    for field, path in _local_places(spec, place):
+    for field, path in _local_places(spec, cluster_spec):
         if any(_is_below(file, path) for file in files):
             continue
         without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in group.lasting_mounts)]
@@ -53,9 +53,9 @@ def _unreachable(spec: BuildSpec, place: ClusterSpec, cluster: Cluster, files: C
             yield f"{field} is {path}, and group {without[0]} mounts no volume there that outlives its pods"
 
 
-def _local_places(spec: BuildSpec, place: ClusterSpec) -> Iterator[tuple[str, str]]:
+def _local_places(spec: BuildSpec, cluster_spec: ClusterSpec) -> Iterator[tuple[str, str]]:
     quantization = spec.quantization
-    places = {"source.path": spec.source.path, "store": place.store.removeprefix("file://")}
+    places = {"source.path": spec.source.path, "store": cluster_spec.store.removeprefix("file://")}
     if quantization is not None:
         dataset = quantization.calibration.dataset
         places |= {
@@ -70,11 +70,11 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _misfits(spec: BuildSpec, place: ClusterSpec, cluster: Cluster) -> Iterator[str]:
+def _misfits(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster) -> Iterator[str]:
     told = set()
     for kind, gpus in _kinds(spec).items():
-        pool = place.pool_for(kind)
-        name = next((name for name, found in place.pools.items() if found is pool), "")
+        pool = cluster_spec.pool_for(kind)
+        name = next((name for name, found in cluster_spec.pools.items() if found is pool), "")
         if pool is None:
             yield f"no pool of the cluster file runs {kind} steps"
         elif pool.gpus < gpus:

@@ -79,7 +79,7 @@ def overlay_cluster(objects: list[Fields]) -> ClusterSpec:
 
 def render(
     spec: BuildSpec,
-    place: ClusterSpec,
+    cluster_spec: ClusterSpec,
     objects: list[Fields],
     *,
     name: str | None = None,
@@ -95,10 +95,10 @@ def render(
     """
     made = copy.deepcopy(objects)
     job, config = _job(made), _config_map(made)
-    check_fit(spec, place, job, files or {})
-    _refuse_placeholder(place.store, "the store", "Name yours with --store, or in a cluster file with --cluster.")
-    name = name or submission_id(spec, place)
-    _fill(config, bundle(spec, place), files or {})
+    check_fit(spec, cluster_spec, job, files or {})
+    _refuse_placeholder(cluster_spec.store, "the store", "Name yours with --store, or in a cluster file with --cluster.")
+    name = name or submission_id(spec, cluster_spec)
+    _fill(config, bundle(spec, cluster_spec), files or {})
     _set_images(made, images or {})
     _rename(made, name)
     if files:
@@ -110,9 +110,9 @@ def render(
     job["metadata"]["labels"][INSTANCE] = name
     job["metadata"].setdefault("annotations", {}).update(
         {
-            SUBMISSION: submission_id(spec, place),
-            RELEASE: f"{place.store.rstrip('/')}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/"),
-            STORE: place.store,
+            SUBMISSION: submission_id(spec, cluster_spec),
+            RELEASE: f"{cluster_spec.store.rstrip('/')}/{release_prefix(spec.release.name, spec.release.version)}".rstrip("/"),
+            STORE: cluster_spec.store,
         }
     )
     validate(made)

@@ -21,7 +21,7 @@ from orchestrator.checkpoints import format_named, read_source
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.options import CalibrateOptions
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.source import ByteSource, planned_ranges
 from orchestrator.work.as_hugging_face import loadable_config
 
@@ -104,7 +104,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     if options.is_first:
         tensors[_EMBEDDING] = index.tensors[_EMBEDDING]
     dtype = getattr(torch, options.config.dtype)
-    with open_place(source).open(index.files, planned_ranges(tensors.values())) as opened:
+    with open_source(source).open(index.files, planned_ranges(tensors.values())) as opened:
         state = read_tensors(opened, index.format, tensors, dtype)
     model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
     del state

@@ -41,7 +41,7 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     import torch
 
     options = CalibrateOptions.model_validate(task.step.options)
-    device = _device(task.step.places.get("device", "auto"))
+    device = _device(task.step.locations.get("device", "auto"))
     tokens = _tokens(task, options, context)
     context.log(f"calibrate: {len(tokens)} samples of {tokens.shape[1]} tokens on {device}")
     if not has_tokenizer(context.scratch / "tokenizer"):
@@ -52,7 +52,7 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
     began = time.monotonic()
-    part = load_part(task.step.places["source"], options, device)
+    part = load_part(task.step.locations["source"], options, device)
     load_seconds = round(time.monotonic() - began, 3)
     context.log(f"calibrate: layers on {device} after {load_seconds} s")
     reader = _Reader(part, options, inputs, device, context)
@@ -91,8 +91,8 @@ def _device(asked: str) -> str:
 
 def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:
     """The data of the whole chain of parts: each makes the same tokens."""
-    folder = companion_folder(task.step.places["source"], options.files[options.num_weight_files :], context)
-    return calibration_tokens(options.data, task.step.places.get("dataset", ""), folder, options.config.vocab_size)
+    folder = companion_folder(task.step.locations["source"], options.files[options.num_weight_files :], context)
+    return calibration_tokens(options.data, task.step.locations.get("dataset", ""), folder, options.config.vocab_size)
 
 
 def _previous(task: Task, context: Context) -> Any:

@@ -14,7 +14,7 @@ from orchestrator.checkpoints import format_named
 from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.planning.options import ConvertOptions
 from orchestrator.planning.steps import Task
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.source import ByteSource, planned_ranges
 from orchestrator.work.context import Context
 from orchestrator.work.convert.cutting import Cutter, Sink
@@ -33,7 +33,7 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
         context.report("convert", done, total, "bytes")
 
     planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
-    with open_place(task.step.places["source"]).open(options.files, planned) as source:
+    with open_source(task.step.locations["source"]).open(options.files, planned) as source:
         scales = scales_for(task, options, context)
         written = write_shards(options, source, context.output, progress, scales)
         for name in written.not_finite:

@@ -17,7 +17,7 @@ from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology, problems
 from orchestrator.model.weight_map import weight_map
 from orchestrator.planning.options import ConvertOptions
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
 from orchestrator.work.convert.step import write_shards
 from orchestrator.work.miniature.prompts import Prompt
@@ -63,7 +63,7 @@ def convert(source: Path, folder: Path, family: Family, config: ModelConfig, top
     for group in weight_map(index, family, config, topology, _SHARD_BYTES).groups:
         options = ConvertOptions.of(group, index, topology)
         planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
-        with open_place(str(source)).open(options.files, planned) as reads:
+        with open_source(str(source)).open(options.files, planned) as reads:
             write_shards(options, reads, lambda name, _size: (folder / name).open("wb"), lambda _num_bytes: None)
     return [
         [map_shards([folder / f"rank{topology.file_number(tp_rank, pp_rank)}.safetensors"]) for tp_rank in range(topology.tp)]

@@ -43,7 +43,7 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     import transformers
 
     options = ReferenceOptions.model_validate(task.step.options)
-    source = task.step.places["source"]
+    source = task.step.locations["source"]
     index, _ = read_source(source, options.format)
     if index.files != options.files[: len(index.files)]:
         raise SourceCorruptError("the source was changed during the build", "Run the build again.")

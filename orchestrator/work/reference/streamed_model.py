@@ -19,7 +19,7 @@ import numpy.typing as npt
 from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, ToolError
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
-from orchestrator.stores import open_place
+from orchestrator.stores import open_source
 from orchestrator.stores.source import ByteSource, planned_ranges
 from orchestrator.work.as_hugging_face import loadable_config
 from orchestrator.work.calibrate.part_model import layer_tensors, load_layers, read_tensor_rows, read_tensors
@@ -80,7 +80,7 @@ class StreamedModel:
         import torch
 
         planned = planned_ranges(self._index.tensors.values())
-        with torch.inference_mode(), open_place(self._source).open(self._index.files, planned) as opened:
+        with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
             calls: Calls = [_split(torch.tensor([sequence]), decode_steps) for sequence in sequences]
             rounded, own, arguments = self._embed(calls, opened, cached=decode_steps is not None)
             for number, layer in enumerate(self._loaded_layers(opened)):
