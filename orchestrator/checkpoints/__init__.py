@@ -20,7 +20,6 @@ FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
     "meta": "orchestrator.checkpoints.meta",
     "trtllm": "orchestrator.checkpoints.trtllm",
-    "gguf": "orchestrator.checkpoints.gguf",
     "huggingface": "orchestrator.checkpoints.huggingface",
 }
 """Name -> module, in the order in which `auto` tries them: huggingface takes any config.json, to say what it lacks."""
@@ -88,6 +87,11 @@ def _unknown(path: str, names: list[str]) -> SourceMissingError:
     for name, (what, advice) in _FOREIGN.items():
         if name in names:
             return SourceMissingError(f"{path} {what}: it holds {name} and no weights of a model", advice)
+    if any(name.endswith(".gguf") for name in names):
+        return SourceMissingError(
+            f"{path} is a GGUF model, whose weights were rounded when it was made",
+            "Build from the Hugging Face checkpoint that it was made of.",
+        )
     held = f"it holds {', '.join(sorted(names)[:5])}" if names else "it holds no file"
     return SourceMissingError(f"{path} holds no checkpoint of a known format: {held}", f"Formats: {', '.join(FORMATS)}.")
 

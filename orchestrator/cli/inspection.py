@@ -24,7 +24,6 @@ from orchestrator.stores.source import LocalFolder, SourceFolder
 _MANIFEST = "manifest.json"
 _TITLES = {
     "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
-    "gguf": "GGUF model",
 }  # fmt: skip
 
 

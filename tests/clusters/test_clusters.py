@@ -184,7 +184,9 @@ def test_admission_node_that_does_not_see_the_source_is_left_out() -> None:
     admission = Admission(cluster, by_pool(cluster, [node("a"), node("b")]))
     admission.learn([NodeFacts(node="a", paths={"/source": False}), NodeFacts(node="b", paths={"/source": True})])
     reading = [task(str(number)) for number in range(3)]
-    reading = [item.model_copy(update={"step": item.step.model_copy(update={"locations": {"source": "/source"}})}) for item in reading]
+    reading = [
+        item.model_copy(update={"step": item.step.model_copy(update={"locations": {"source": "/source"}})}) for item in reading
+    ]
     assert [where for _, where, _ in placed(admission, *reading)] == ["b", "b"]
 
 

@@ -58,8 +58,9 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("inspect", "store/tags/prod"),
 )
 _IMPORTED = (
-    "cli.commands", "releases", "inspection", "watching", "report", "layouts.flat", "layouts.oci", "layouts.triton",
-    "layouts.trtllm", "stores.file", "engines.device", "checkpoints.trtllm", "releases.machine", "loading", "core.yaml_text",
+    "cli.commands", "releases", "cli.inspection", "submit.watching", "report", "releases.layouts.flat", "releases.layouts.oci",
+    "releases.layouts.triton", "releases.layouts.trtllm", "stores.file", "engines.device", "checkpoints.trtllm", "releases.machine",
+    "spec.loading", "spec.yaml_text",
 )  # fmt: skip
 """What commands import, once for all children."""
 _KEYED = ("verify", _URL, "--public-key", "pub.pem")

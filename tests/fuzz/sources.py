@@ -41,7 +41,7 @@ class Sources:
     """See harness.Fuzzer."""
 
     def prepare(self, folder: Path) -> None:
-        for module in ("checkpoints.gguf", "checkpoints.trtllm", "inspection", "sweep", "cli"):
+        for module in ("checkpoints.trtllm", "cli.inspection", "quantizing", "cli"):
             importlib.import_module(f"orchestrator.{module}")  # what commands import, once for all children
         self._bases = folder
         apart(partial(_write_bases, folder))  # torch stays out of the process that is forked for each case
@@ -76,7 +76,6 @@ def _write_bases(folder: Path) -> None:
     from orchestrator.spec.build import BuildSpec
     from orchestrator.spec.decoding import decode
     from orchestrator.stages import convert
-    from tests.support.gguf import write_gguf
     from tests.support.meta import write_bin, write_meta
 
     arrays = random_arrays(_CONFIG)
@@ -88,8 +87,6 @@ def _write_bases(folder: Path) -> None:
     write_bin(folder / "bin", _CONFIG, arrays)
     write_bin(folder / "bin-shards", _CONFIG, arrays, num_files=2)
     write_meta(folder / "meta", _CONFIG, arrays, num_files=2)
-    large = model_config(hidden_size=32, intermediate_size=64, head_size=8, num_hidden_layers=2)
-    write_gguf(folder / "gguf", large, random_arrays(large, "F32"), "Q8_0")
     spec = {"source": {"path": str(plain)}, "topology": {"tp": 2}, "engine": {"max_input_len": 1},
             "release": {"name": "checkpoint", "version": "0"}}  # fmt: skip
     try:
@@ -267,7 +264,6 @@ def _replace(rng: random.Random, source: Path) -> None:
                     b"<html>",
                     b"PK\x03\x04",
                     b"\x80\x02}q\x00.",
-                    b"GGUF" + b"\xff" * 40,
                     b"version https://git-lfs.github.com/spec/v1\n",
                 )
             )

@@ -62,7 +62,7 @@ _PLAUSIBLE: tuple[Any, ...] = (
     "W8A8_SQ_PER_CHANNEL",
     "NVFP4", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", "spec.yaml", "model/config.json", "model", ".", "llama",
     "gemma",
-    "huggingface", "trtllm", "gguf", "meta", "bin", "tensorrt", "ray", "mpi", "local", "memory://x", "s3://bucket/x",
+    "huggingface", "trtllm", "meta", "bin", "tensorrt", "ray", "mpi", "local", "memory://x", "s3://bucket/x",
     "file:///proc/x",
     ["convert", "build", "verify", "reference", "calibrate"], ["", "a"], [], {}, "detailed", "default", "none", "error", "x.txt",
 )  # fmt: skip
@@ -72,7 +72,7 @@ _LEGAL: dict[str, tuple[Any, ...]] = {
     "topology.tp": _LARGE, "topology.pp": _LARGE, "topology.pp_partition": (None, [3], [1, 2], [2, 1], [1, 1, 1], [0, 3], [-1,
     4], []),
     "topology.moe_ep": _LARGE, "topology.cp": (1, 2), "dtype": ("auto", "float16", "bfloat16", "float32"),
-    "source.format": ("auto", "huggingface", "bin", "meta", "trtllm", "gguf", "nothing"), "source.family": ("llama", "gemma2",
+    "source.format": ("auto", "huggingface", "bin", "meta", "trtllm", "nothing"), "source.family": ("llama", "gemma2",
     "phi3"),
     "source.path": ("model", ".", "..", "model/config.json", "model/model.safetensors", "", "/", "~", "~nobody/x", "file://",
     "file:///x",
@@ -137,7 +137,7 @@ class Specs:
     """See harness.Fuzzer."""
 
     def prepare(self, folder: Path) -> None:
-        for module in ("simulation", "sweep", "cli"):
+        for module in ("clusters.simulation", "quantizing", "cli"):
             importlib.import_module(f"orchestrator.{module}")  # what commands import, once for all children
         config = model_config()
         self._source = write_source(folder / "model", config, random_arrays(config))

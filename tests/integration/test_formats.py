@@ -34,7 +34,6 @@ from orchestrator.planning.steps import Kind
 from orchestrator.stores.file import FileStore
 from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
-from tests.support.gguf import write_gguf
 from tests.support.meta import write_bin, write_meta
 from tests.support.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
 
@@ -104,17 +103,6 @@ def test_convert_of_bin_files_equals_that_of_safetensors(tmp_path: Path, direct:
         assert converted(source, tmp_path / f"store{number}", topology) == expected
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_convert_of_gguf_equals_that_of_its_values(tmp_path: Path, kind: str) -> None:
-    config = CONFIG.model_copy(update={"intermediate_size": 64})
-    expected = write_gguf(tmp_path / "gguf", config, random_arrays(config, "F32"), kind)
-    values = write_source(tmp_path / "values", config, expected)
-    for number, topology in enumerate(({"tp": 2, "pp": 2}, {"tp": 8})):
-        assert converted(tmp_path / "gguf", tmp_path / f"store{number}", topology) == converted(
-            values, tmp_path / f"direct{number}", topology
-        )
-
-
 def small_arrays(config: ModelConfig, seed: int = 1) -> dict[str, Array]:
     """Weights with which a model's logits stay of ordinary size."""
     return {name: np.multiply(array, 0.2).astype(array.dtype) for name, array in random_arrays(config, seed=seed).items()}
@@ -127,8 +115,7 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
     write_bin(tmp_path / "bin", config, arrays)
     write_meta(tmp_path / "meta", config, arrays, 2)
     write_ranks(source, tmp_path / "trtllm", {"tp": 2})
-    write_gguf(tmp_path / "gguf", config, {name: array.astype(np.float32) for name, array in arrays.items()}, "F32")
-    for name in ("bin", "meta", "trtllm", "gguf"):
+    for name in ("bin", "meta", "trtllm"):
         made = preparation.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         kinds = (Kind.MINIATURE, Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), kinds)
@@ -142,10 +129,9 @@ def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, 
     write_bin(tmp_path / "bin", config, arrays)
     write_meta(tmp_path / "meta", config, arrays, 2)
     write_ranks(source, tmp_path / "trtllm", {"tp": 2})
-    write_gguf(tmp_path / "gguf", config, {name: array.astype(np.float32) for name, array in arrays.items()}, "F32")
     expected = scales(str(source), tmp_path / "safetensors-built")
     assert min(expected.values()) > 0
-    names = ("bin", "meta", "trtllm", "gguf")
+    names = ("bin", "meta", "trtllm")
     sources = {**{name: str(tmp_path / name) for name in names}, "remote": upload(source), "remote meta": upload(tmp_path / "meta")}
     for name, place in sources.items():
         assert scales(place, tmp_path / f"{name}-built") == expected, name
@@ -224,12 +210,6 @@ def test_convert_step_names_the_files_of_its_pieces_alone(tmp_path: Path, direct
 def test_convert_step_of_plain_tensors_says_nothing_of_pieces(direct: Path) -> None:
     (step,) = preparation.plan(build_spec(direct, dtype="bfloat16")).of_kind(Kind.CONVERT)
     assert "assembly" not in json.dumps(step.options)
-
-
-def test_gguf_in_object_storage_is_refused(tmp_path: Path, upload: Callable[[Path], str]) -> None:
-    write_gguf(tmp_path / "gguf", CONFIG, {}, "F32")
-    with pytest.raises(SourceMissingError, match="of this machine only"):
-        read_source(upload(tmp_path / "gguf"))
 
 
 def test_from_meta_ckpt_reads_only_meta(tmp_path: Path, direct: Path, metas: dict[tuple[int, bool], Path]) -> None:

@@ -112,6 +112,7 @@ def test_plan_of_a_hub_that_does_not_answer_says_so_after_some_tries(hub: FakeHu
     [
         ("adapter_config.json", "is an adapter", "merge_and_unload"),
         ("model_index.json", "is a diffusers pipeline", "language models"),
+        ("model.Q8_0.gguf", "is a GGUF model", "Hugging Face checkpoint"),
         ("notes.txt", "holds no checkpoint of a known format: it holds notes.txt", "Formats: "),
         (None, "it holds no file", "Formats: "),
     ],
