@@ -23,20 +23,22 @@ def validate(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check manifests against the operator's rules, pod security and this program's needs, without a cluster."""
+    """Check manifests against what a build needs (`orchestrator k8s rules`), without a cluster.
+
+    Fields, their types and the operator's own conditions are the cluster's to check: `kubectl apply --dry-run=server -f FILE`.
+    """
     with exit_codes(as_json):
         from orchestrator.base.errors import ManifestError
-        from orchestrator.submit.kubernetes import validate as validating
+        from orchestrator.submit.kubernetes import rules as checked
         from orchestrator.submit.kubernetes.manifests import load_manifests
-        from orchestrator.submit.kubernetes.rules import RULES
 
         objects = load_manifests(path)
         if as_json:
-            found = validating.problems(objects)
-            print(json.dumps({"objects": len(objects), "rules": len(RULES), "problems": [asdict(item) for item in found]}))
+            found = checked.problems(objects)
+            print(json.dumps({"objects": len(objects), "rules": len(checked.RULES), "problems": [asdict(item) for item in found]}))
             raise typer.Exit(ManifestError.exit_code if found else 0)
-        validating.validate(objects)
-        out.print(f"{len(objects)} objects, {len(RULES)} rules, no problem")
+        checked.validate(objects)
+        out.print(f"{len(objects)} objects, {len(checked.RULES)} rules, no problem")
 
 
 @k8s_app.command("rules")

@@ -43,14 +43,6 @@ class Subject:
         full = ".".join(part for part in (self.path, path) if part)
         return f"{self.owner}: {full}" if full else self.owner
 
-    @property
-    def annotations(self) -> Fields:
-        return at(self.object, "metadata.annotations", {}) or {}
-
-    @property
-    def labels(self) -> Fields:
-        return at(self.object, "metadata.labels", {}) or {}
-
 
 class Object(Subject):
     """Any object."""
@@ -78,10 +70,6 @@ class Cluster(Subject):
             Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group, self.object)
             for number, group in enumerate(groups)
         ]
-
-    @property
-    def autoscales(self) -> bool:
-        return bool(self.get("enableInTreeAutoscaling"))
 
 
 class Group(Subject):

@@ -22,7 +22,7 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode_yaml
 from orchestrator.submit.kubernetes.fitting import check_fit
 from orchestrator.submit.kubernetes.manifests import Fields, at
-from orchestrator.submit.kubernetes.validate import validate
+from orchestrator.submit.kubernetes.rules import validate
 from orchestrator.submit.submission import CLUSTER_FILE, ENTRYPOINT, bundle, submission_id
 
 BASE = "build"

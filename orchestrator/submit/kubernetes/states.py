@@ -156,7 +156,7 @@ _BY_REASON: dict[str, tuple[type[OrchestratorError], str, str]] = {
     ),
     "ValidationFailed": (
         ManifestError, "was refused by the operator",
-        "Correct the overlay; if `orchestrator k8s validate` did not find it, the operator is newer than these rules.",
+        "Correct in the overlay what the operator names, and submit again.",
     ),
     "SubmissionFailed": (
         DriverLostError, "could not be given to its Ray cluster", "Look at the operator's log, then submit again.",

@@ -1,9 +1,14 @@
-"""What this program needs of a RayJob and its cluster, so that a build ends, and ends well."""
+"""What this program needs of a RayJob and its cluster, so that a build ends, and ends well.
+
+Kubernetes, KubeRay and Kueue check their own fields (`kubectl apply --dry-run=server`; the operator within seconds). RN01, RC02 and
+PS01 stand here because nobody refuses what they refuse before a build waits for pods, or has fewer than it asked for.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 from orchestrator.submit.kubernetes.manifests import Cluster, Group, Job, Object, Pod, at, environment
 from orchestrator.submit.kubernetes.rules.rule import AnyRule, Found, rule
@@ -13,20 +18,71 @@ _DRAIN, _DEFAULT_DRAIN_SECONDS, _DEFAULT_GRACE_SECONDS = "RAY_GRACEFUL_SHUTDOWN_
 _SECRET_NAME = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|API_KEY|PRIVATE_KEY|CREDENTIALS)(_ID)?$", re.IGNORECASE)
 _PIN = re.compile(r"(@sha256:[0-9a-f]{64}|:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})$")
 _GPU = "nvidia.com/gpu"
+_DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+MAX_NAME_LENGTH = {"RayCluster": 53, "RayJob": 47}
+"""The operator appends a suffix to a job's name for its cluster, and another for that one's Service."""
+_VOLUMES = frozenset({"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"})
+
+
+@rule("RN01", Object, "Use lower-case letters, digits and '-', beginning with a letter; at most 47 characters, a RayCluster 53.")
+def names_are_short_labels(obj: Object) -> Found:
+    """The name of a Ray resource is a DNS-1035 label, short enough for the names that the operator makes of it."""
+    limit, name = MAX_NAME_LENGTH.get(obj.kind), str(obj.get("metadata.name", ""))
+    if limit is None or not str(obj.get("apiVersion", "")).startswith("ray.io/"):
+        return
+    if len(name) > limit:
+        yield "metadata.name", f"{name!r} has {len(name)} characters, more than {limit}"
+    if not _DNS_1035.fullmatch(name):
+        yield "metadata.name", f"{name!r} is no DNS-1035 label"
+
+
+@rule("RC02", Cluster, "Give minReplicas, replicas and maxReplicas together, in this order of size.")
+def replicas_are_ordered(cluster: Cluster) -> Found:
+    """minReplicas <= replicas <= maxReplicas: the operator cuts the number of pods to these limits without a word."""
+    for number, group in enumerate(cluster.workers):
+        given = [(key, group.get(key)) for key in ("minReplicas", "replicas", "maxReplicas") if group.get(key) is not None]
+        for (low, first), (high, second) in pairwise(given):
+            if first > second:
+                yield f"workerGroupSpecs[{number}]", f"{low} {first} is above {high} {second}"
+
+
+@rule(
+    "PS01",
+    Pod,
+    "Set securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, seccompProfile: "
+    "{type: RuntimeDefault}} in each container (the last two for the pod, if you like), and mount claims, not folders of the host.",
+)
+def pods_are_restricted(pod: Pod) -> Found:
+    """Containers and volumes are what the namespace admits (profile `restricted`): no dry run of a RayJob looks at its pods."""
+    for path, container in pod.containers:
+        own = at(container, "securityContext", {})
+        both = {**pod.get("securityContext", {}), **own}
+        met = {
+            "runAsNonRoot": both.get("runAsNonRoot") is True,
+            "seccompProfile.type": at(both, "seccompProfile.type") in {"RuntimeDefault", "Localhost"},
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "capabilities.drop": "ALL" in at(own, "capabilities.drop", []),
+        }
+        for key in (key for key, is_met in met.items() if not is_met):
+            yield f"{path}.securityContext.{key}", f"is {at(both, key, 'not set')}"
+    for number, volume in enumerate(pod.get("volumes", [])):
+        for kind in sorted(volume.keys() - _VOLUMES - {"name"}):
+            yield f"volumes[{number}]", f"{volume.get('name')} is of kind {kind}"
 
 
 @rule("TB01", Job, f"Use `{ENTRYPOINT}`, with the bundle's ConfigMap at the containers' workingDir.")
 def entry_point_is_ours(job: Job) -> Found:
     """The entry point is the command that `orchestrator submit` runs."""
-    if job.get("submissionMode") != "InteractiveMode" and job.get("entrypoint") != ENTRYPOINT:
+    if job.get("entrypoint") != ENTRYPOINT:
         yield "entrypoint", f"is {job.get('entrypoint')!r}"
 
 
 @rule("TB02", Job, "Set submissionMode: HTTPMode.")
 def job_outlives_its_logs(job: Job) -> Found:
     """The job is submitted over HTTP: the modes that follow its log end a healthy build when the stream breaks."""
-    if job.get("submissionMode", "K8sJobMode") in {"K8sJobMode", "SidecarMode"}:
-        yield "submissionMode", f"is {job.get('submissionMode', 'K8sJobMode')}"
+    mode = job.get("submissionMode", "K8sJobMode")
+    if mode != "HTTPMode":
+        yield "submissionMode", f"is {mode}"
 
 
 @rule("TB03", Job, "Give both in seconds: how long pods may take to come, and how long the whole build may take.")
@@ -155,6 +211,7 @@ def budgets_are_counts(obj: Object) -> Found:
 
 
 RULES: tuple[AnyRule, ...] = (
+    names_are_short_labels, replicas_are_ordered, pods_are_restricted,
     entry_point_is_ours, job_outlives_its_logs, build_has_deadlines, driver_is_off_the_head, head_takes_no_work,
     cluster_asks_for_a_token, requests_are_limits, pods_have_time_to_drain, images_are_pinned, manifests_hold_no_secret,
     secrets_are_made_elsewhere, gpus_have_a_type, root_is_read_only, budgets_are_counts,
