@@ -31,13 +31,12 @@ from orchestrator.events.steps import AnyEvent
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.releases import publish
-from orchestrator.run import execute
+from orchestrator.run import checking, execute
 from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
-from orchestrator.work import checking
 from orchestrator.work.streaming import stream
 
 GB = 10**9

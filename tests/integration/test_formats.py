@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from orchestrator import building, stages
+from orchestrator import stages
 from orchestrator.base.errors import (
     ArchitectureError,
     OrchestratorError,
@@ -233,7 +233,7 @@ def write_ranks(source: Path, folder: Path, topology: Mapping[str, Any], max_sha
     for outcome in run_steps(made, store.url, (Kind.CONVERT,)).values():
         for output in outcome.outputs:
             (folder / output.name).write_bytes(store.get(output.key))
-    building._write_indexes(made, folder)
+    stages._write_indexes(made, folder)
     (folder / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology)))
     return folder
 
