@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.events.builds import BuildEvent, Planned, Retrying, Stepped
+from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.steps import Failure, FailureKind, Outcome
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -72,7 +73,9 @@ class Metrics:
         self._count("trt_build_steps_total", 1, kind=kind, result="succeeded")
         self._count("trt_build_step_seconds_total", outcome.seconds, kind=kind)
         self._count("trt_build_step_cpu_seconds_total", outcome.usage.cpu_seconds if outcome.usage else 0, kind=kind)
-        self._count("trt_build_read_bytes_total", outcome.facts.get("source_bytes_read", seen_bytes), kind=kind)
+        facts = outcome.facts
+        read_bytes = facts.source_bytes_read if isinstance(facts, ConvertFacts) else seen_bytes
+        self._count("trt_build_read_bytes_total", read_bytes, kind=kind)
         self._count("trt_build_written_bytes_total", sum(output.num_bytes for output in outcome.outputs), kind=kind)
 
     def _failed(self, kind: str, failure: Failure) -> None:

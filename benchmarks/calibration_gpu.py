@@ -202,8 +202,8 @@ def _run_ours(folder: Path, source: Path, algorithm: str, tiny: bool, *, gpu: bo
     assert outcome is not None
     return {
         "seconds": outcome.seconds,
-        "load": outcome.facts["load_seconds"],
-        "gpu": outcome.facts["peak_gpu_memory_bytes"],
+        "load": outcome.facts.load_seconds,
+        "gpu": outcome.facts.peak_gpu_memory_bytes,
         "scales": output / "scales.safetensors",
     }
 

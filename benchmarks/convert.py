@@ -52,8 +52,8 @@ def main() -> None:
     for _ in range(arguments.rounds):
         copies.append(copy_seconds(source, arguments.folder / "copy"))
         runs.append(convert(step, arguments.folder / "store"))
-    peak = max(run.outcome.facts["peak_memory_bytes"] for run in runs)
-    read = runs[0].outcome.facts["source_bytes_read"]
+    peak = max(run.outcome.facts.peak_memory_bytes for run in runs)
+    read = runs[0].outcome.facts.source_bytes_read
     written = sum(output.num_bytes for output in runs[0].outcome.outputs)
     cpu = statistics.median(run.cpu_seconds for run in runs)
     ratio = statistics.median(run.wall_seconds / copy for run, copy in zip(runs, copies, strict=True))

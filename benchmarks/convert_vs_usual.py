@@ -70,7 +70,7 @@ def main() -> None:
     forget(source)
     usual = convert_usually(source, arguments.folder / "usual")
     assert usual.shapes == runs[0].shapes, "the two ways made different tensors"
-    read = sum(outcome.facts["source_bytes_read"] for outcome in outcomes)
+    read = sum(outcome.facts.source_bytes_read for outcome in outcomes)
     cpu = statistics.median(run.cpu_seconds for run in runs) / total * GB
     wall, copy = statistics.median(run.wall_seconds for run in runs), statistics.median(copies)
     ratio = statistics.median(run.wall_seconds / one for run, one in zip(runs, copies, strict=True))
@@ -122,7 +122,7 @@ def convert(plan: Plan, folder: Path) -> tuple[Measured, list[Outcome]]:
     paths = {output.name: open_store(url).local_path(output.key) for outcome in outcomes for output in outcome.outputs}
     shapes = {name: _shapes(path) for name, path in paths.items() if path is not None}
     shutil.rmtree(folder)
-    peak = max(int(outcome.facts["peak_memory_bytes"]) for outcome in outcomes)
+    peak = max(int(outcome.facts.peak_memory_bytes) for outcome in outcomes)
     return Measured(wall, _cpu(after) - _cpu(before), peak, shapes), outcomes
 
 

@@ -80,7 +80,7 @@ def cell(source: Path, topology: dict[str, int], store: Path) -> str:
     made = plan(source, topology)
     outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
-    return f"{outcomes[last].facts['verification']['max_relative_error']:.1e}"
+    return f"{outcomes[last].facts.verification.max_relative_error:.1e}"
 
 
 def num_engines(source: Path, store: Path) -> int:

@@ -83,11 +83,11 @@ def run(made: Plan, folder: Path, name: str) -> dict[str, float | None]:
     began = time.monotonic()
     outcome = work.run(Task(step=step, inputs=inputs, attempt=1, store=(folder / "store").resolve().as_uri()), lambda event: None)
     (kept / step.digest).write_text(outcome.model_dump_json())
-    verification = outcome.facts.get("verification") or {}
+    verification = getattr(outcome.facts, "verification", None)
     return {
         "seconds": time.monotonic() - began,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "error": verification.get("max_relative_error"),
+        "error": verification.max_relative_error if verification else None,
     }
 
 

@@ -57,7 +57,7 @@ def verify(model: Path, tp: int, pp: int, store: str) -> Verification:
     result = execute.execute(only, committed, ClusterSpec(store=store), clusters.local_cluster, SilentListener())
     result.raise_failures(only)
     last = list(only.of_kind(Kind.VERIFY))[-1]
-    return Verification.model_validate(result.outcomes[last.digest].facts["verification"])
+    return result.outcomes[last.digest].facts.verification
 
 
 if __name__ == "__main__":

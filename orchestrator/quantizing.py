@@ -18,7 +18,7 @@ from orchestrator.clusters import local_cluster
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
 from orchestrator.planning import preparation
 from orchestrator.planning.calibration import layer_of
-from orchestrator.planning.facts import Verification
+from orchestrator.planning.facts import ConvertFacts, Verification, VerifyFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.quantization import resolve_data
 from orchestrator.planning.steps import Kind, Outcome
@@ -204,16 +204,16 @@ def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, liste
 
 def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> SweepRow:
     converts = [result.outcomes[step.digest] for step in plan.of_kind(Kind.CONVERT)]
-    errors = {name: error for outcome in converts for name, error in outcome.facts.get("quantization_errors", {}).items()}
+    errors = {name: error for outcome in converts for name, error in outcome.facts_as(ConvertFacts).quantization_errors.items()}
     worst = max(errors, key=lambda name: errors[name], default="")
-    numbers = [result.outcomes[step.digest].facts.get("verification") for step in plan.of_kind(Kind.VERIFY)]
+    numbers = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in plan.of_kind(Kind.VERIFY)]
     found = next((item for item in numbers if item), None)
     if found is None:
         raise VerificationError(f"the verification of {algorithm} left no numbers")
     return SweepRow(
         algorithm=algorithm,
         checkpoint_bytes=sum(output.num_bytes for outcome in converts for output in outcome.outputs),
-        verification=Verification.model_validate(found),
+        verification=found,
         worst_linear=worst,
         worst_error=errors.get(worst, 0.0),
         num_steps_run=num_steps_run,

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from orchestrator.base.digest import digest_of
 from orchestrator.base.errors import DamagedOutputError, OrchestratorError, StepFailedError, StoreFullError, error_classes
+from orchestrator.planning.facts import Facts, decode_facts
+from orchestrator.planning.kinds import Kind as Kind
 from orchestrator.spec.cluster import StoreOptions
 
-
-class Kind(StrEnum):
-    """What a step does; `work` has one function per kind."""
-
-    MINIATURE = "miniature"
-    REFERENCE = "reference"
-    CALIBRATE = "calibrate"
-    CONVERT = "convert"
-    BUILD = "build"
-    VERIFY = "verify"
+F = TypeVar("F", bound=Facts)
 
 
 class _Value(BaseModel):
@@ -132,8 +125,8 @@ class Outcome(_Value):
     outputs: tuple[Output, ...]
     consumed: tuple[Consumed, ...] = ()
     """The outputs of its needs that it was made from."""
-    facts: dict[str, Any] = Field(default_factory=dict)
-    """What the kind records: an engine's inputs and outputs, verification numbers, peak memory."""
+    facts: Facts = Facts()
+    """What the kind records: one class of planning/facts.py per kind."""
     node: str = ""
     started_at: str = ""
     """ISO 8601, UTC."""
@@ -143,6 +136,23 @@ class Outcome(_Value):
     log: str = ""
     """Key of the whole log; empty when the step said nothing."""
     log_tail: str = ""
+
+    @field_serializer("facts")
+    def _facts_that_were_set(self, facts: Facts) -> dict[str, Any]:
+        return facts.model_dump(mode="json", exclude_unset=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _facts_of_the_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("facts"), dict):
+            return {**data, "facts": decode_facts(Kind(data["kind"]), data["facts"])}
+        return data
+
+    def facts_as(self, facts: type[F]) -> F:
+        """The facts, which are of the class `facts`. Raises TypeError for an outcome of another kind, or without facts."""
+        if not isinstance(self.facts, facts):
+            raise TypeError(f"{self.name} recorded {type(self.facts).__name__}, not {facts.__name__}")
+        return self.facts
 
     def output(self, name: str) -> Output:
         """The output called `name`. Raises KeyError."""

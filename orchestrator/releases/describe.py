@@ -14,8 +14,7 @@ from typing import Any
 
 from orchestrator.engines.memory import memory_needed
 from orchestrator.engines.record import EngineRecord
-from orchestrator.planning.facts import Miniature, Verification
-from orchestrator.planning.options import BuildOptions
+from orchestrator.planning.facts import BuildFacts, Miniature, MiniatureFacts, Verification, VerifyFacts, linear_errors
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.releases.manifest import (
@@ -82,8 +81,8 @@ def describe(
 
 def describe_rank(plan: Plan, outcome: Outcome, file: FileRecord) -> RankRecord:
     """A rank by the outcome of its build step and its published engine."""
-    options = BuildOptions.model_validate(outcome.facts["options"])
-    engine = EngineRecord.model_validate(outcome.facts["engine"])
+    facts = outcome.facts_as(BuildFacts)
+    options, engine = facts.options, facts.engine
     return RankRecord(
         rank=options.rank,
         tp_rank=options.tp_rank,
@@ -113,11 +112,8 @@ def _quantization(plan: Plan, known: list[Outcome]) -> QuantizationRecord | None
     spec, model = plan.spec.quantization, plan.inputs.model_quantization
     if spec is None or model is None:
         return None
-    errors: dict[str, float] = {}
     artifacts = []
     for outcome in known:
-        for linear, error in outcome.facts.get("quantization_errors", {}).items():
-            errors[linear] = max(error, errors.get(linear, 0.0))
         if outcome.kind is Kind.CALIBRATE:
             artifacts += [
                 ArtifactRecord(name=f"{outcome.name}/{output.name}", num_bytes=output.num_bytes, sha256=output.sha256)
@@ -126,12 +122,11 @@ def _quantization(plan: Plan, known: list[Outcome]) -> QuantizationRecord | None
     brought = plan.inputs.quantization.scales_sha256 if plan.inputs.quantization else None
     if brought is not None:
         artifacts.append(ArtifactRecord(name="scales", sha256=brought))
-    worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST_LINEARS]
     return QuantizationRecord(
         spec=_public(spec.model_dump(mode="json")),
         model=model.model_dump(mode="json"),
         calibration=tuple(artifacts),
-        worst_errors=dict(worst),
+        worst_errors=dict(list(linear_errors(outcome.facts for outcome in known).items())[:_WORST_LINEARS]),
     )
 
 
@@ -183,14 +178,13 @@ def _provenance(
 
 def _miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> Miniature:
     (step,) = plan.of_kind(Kind.MINIATURE)
-    return Miniature.model_validate(outcomes[step.digest].facts["miniature"])
+    return outcomes[step.digest].facts_as(MiniatureFacts).miniature
 
 
 def _verification(known: Iterable[Outcome]) -> Verification | None:
     for outcome in known:
-        numbers = outcome.facts.get("verification")
-        if outcome.kind is Kind.VERIFY and numbers:
-            return Verification.model_validate(numbers)
+        if isinstance(outcome.facts, VerifyFacts) and outcome.facts.verification is not None:
+            return outcome.facts.verification
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.base.errors import VerificationError
+from orchestrator.planning.facts import BuildFacts, MiniatureFacts, VerifyFacts
 from orchestrator.planning.options import BuildOptions, VerifyOptions
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
@@ -13,7 +14,7 @@ from orchestrator.planning.steps import Kind, Outcome
 def check_miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
     """Raises VerificationError for a build without the outcome of its miniature."""
     for step in plan.of_kind(Kind.MINIATURE):
-        if step.digest in outcomes and "miniature" in outcomes[step.digest].facts:
+        if step.digest in outcomes and isinstance(outcomes[step.digest].facts, MiniatureFacts):
             return
     raise VerificationError(
         "nothing proves that config.json means here what it means in transformers: the build's miniature has no outcome",
@@ -29,12 +30,12 @@ def check_networks(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
     executed: dict[int, str | None] = {}
     for step in plan.of_kind(Kind.VERIFY):
         stage = VerifyOptions.model_validate(step.options).network.stage
-        recorded = outcomes[step.digest].facts.get("networks", [None] * stage.tp)
+        recorded = outcomes[step.digest].facts_as(VerifyFacts).networks or (None,) * stage.tp
         executed |= {stage.rank(tp_rank): digest for tp_rank, digest in enumerate(recorded)}
     if not executed:
         return
     compiled = {
-        BuildOptions.model_validate(step.options).rank: outcomes[step.digest].facts.get("network")
+        BuildOptions.model_validate(step.options).rank: outcomes[step.digest].facts_as(BuildFacts).network
         for step in plan.of_kind(Kind.BUILD)
     }
     differing = [rank for rank, digest in sorted(compiled.items()) if digest is None or digest != executed.get(rank)]

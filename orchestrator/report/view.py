@@ -12,6 +12,7 @@ from rich.table import Table
 
 from orchestrator.events.builds import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
 from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.steps import FailureKind, Outcome
 from orchestrator.report.remaining import Remaining
 from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds
@@ -123,7 +124,8 @@ class LiveView:
         self._done[told.step] = 1.0
         self._remaining.end(told.step, told.at)
         self._outcomes.append(event.outcome)
-        for name in event.outcome.facts.get("not_finite", []):
+        facts = event.outcome.facts
+        for name in facts.not_finite if isinstance(facts, ConvertFacts) else ():
             self._print(f"[yellow]warning: {escape(str(name))} holds NaN or infinity[/]")
         if not self._console.is_terminal:  # a log file sees no bars
             self._print(f"{escape(told.step)}: {event.outcome.seconds:.1f} s on {escape(event.outcome.node)}")

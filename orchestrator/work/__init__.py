@@ -14,10 +14,10 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from orchestrator.base.errors import DamagedOutputError
 from orchestrator.events.steps import StepProgress
+from orchestrator.planning.facts import Facts
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.run import commits
 from orchestrator.run.checking import InputChecks
@@ -118,7 +118,7 @@ def _attempt(
     return committed
 
 
-def _checked(function: Callable[[Task, Context], dict[str, Any]], task: Task, context: Context) -> dict[str, Any]:
+def _checked(function: Callable[[Task, Context], Facts], task: Task, context: Context) -> Facts:
     """The facts of a step whose inputs were right. Raises DamagedOutputError where they were not, whatever came of them."""
     try:
         facts = function(task, context)

@@ -69,6 +69,6 @@ def _concluded(task: Task, node: str, final: Event | None, trace: Path, problem:
         return StepFailed(digest=task.step.digest, failure=failure)
     if isinstance(final, StepSucceeded) and trace.exists():
         open_store(task.store, task.store_options).put(trace_key(task), trace.read_bytes())
-        facts = {**final.outcome.facts, "profile": trace_key(task)}
+        facts = final.outcome.facts.model_copy(update={"profile": trace_key(task)})
         return final.model_copy(update={"outcome": final.outcome.model_copy(update={"facts": facts})})
     return final

@@ -35,7 +35,7 @@ def verified(folder: Path, family: str, topology: dict[str, int], make_spec: Spe
         built = [outcome for outcome in outcomes.values() if outcome.kind is Kind.BUILD]
         assert len(built) == made.topology.world_size
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
-    return Verification.model_validate(outcomes[last].facts["verification"])
+    return outcomes[last].facts.verification
 
 
 def check(found: Verification) -> None:
@@ -98,7 +98,7 @@ def test_rotary_scaling_agrees_with_transformers(tmp_path: Path, make_spec: Spec
     made = write_tiny("llama", tmp_path / "model", rope_parameters=ROTARY[kind])
     plan = preparation.plan(make_spec(made))
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
-    check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))
+    check(outcomes["verify/stage0"].facts.verification)
 
 
 @pytest.mark.parametrize("original", [64, 7], ids=["short-texts", "long-texts"])
@@ -110,4 +110,4 @@ def test_longrope_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker,
     made = write_tiny("phi3", tmp_path / "model", rope_parameters=rope, original_max_position_embeddings=original)
     plan = preparation.plan(make_spec(made))
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
-    check(Verification.model_validate(outcomes["verify/stage0"].facts["verification"]))
+    check(outcomes["verify/stage0"].facts.verification)

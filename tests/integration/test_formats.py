@@ -119,7 +119,7 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
         made = preparation.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         kinds = (Kind.MINIATURE, Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), kinds)
-        assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, name
+        assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3, name
 
 
 def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, upload: Callable[[Path], str]) -> None:
@@ -157,7 +157,7 @@ def test_reference_of_a_forced_format_is_of_its_weights_and_not_of_those_beside(
         spec = build_spec(both, dtype="bfloat16")
         made = preparation.plan(spec.model_copy(update={"source": spec.source.model_copy(update={"format": forced})}))
         outcomes = run_steps(made, (tmp_path / forced).as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
-        assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3, forced
+        assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3, forced
 
 
 def test_reference_of_an_index_beside_a_single_file_is_of_the_index(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_reference_of_an_index_beside_a_single_file_is_of_the_index(tmp_path: Pa
     made = preparation.plan(build_spec(folder, dtype="bfloat16"))
     assert "not read: model.safetensors." in made.warnings[0]
     outcomes = run_steps(made, (tmp_path / "store").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
-    assert outcomes["verify/stage0"].facts["verification"]["max_relative_error"] < 1e-3
+    assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_convert_from_object_storage_equals_that_of_the_folder(
         outcomes = run_steps(made, (tmp_path / f"{source.name}-built").as_uri(), (Kind.CONVERT,))
         found = {output.name: output.sha256 for outcome in outcomes.values() for output in outcome.outputs}
         assert found == expected, source.name
-        num_read = sum(outcome.facts["source_bytes_read"] for outcome in outcomes.values())
+        num_read = sum(outcome.facts.source_bytes_read for outcome in outcomes.values())
         assert num_read < 1.5 * made.inputs.index.num_bytes  # small neighbours are fetched together with torch's padding
 
 

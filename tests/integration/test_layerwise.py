@@ -137,8 +137,8 @@ def test_layerwise_calibration_that_is_interrupted_resumes_at_the_layer_reached(
     assert len(calls) == NUM_BATCHES * (NUM_LAYERS - 1 - finished)
     assert f"an earlier attempt finished {finished} layers" in store.get(outcome.log).decode()
     assert_same(scales_of(outcome, tmp_path), expected)
-    assert outcome.facts["unseen"] == usual.facts["unseen"]
-    assert outcome.facts["unseen"][0].startswith("model.layers.0.")
+    assert outcome.facts.unseen == usual.facts.unseen
+    assert outcome.facts.unseen[0].startswith("model.layers.0.")
     assert list(store.list(f"resume/{step.digest}/")) == []
 
 

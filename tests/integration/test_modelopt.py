@@ -162,7 +162,7 @@ def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(s
     folder = write_tiny("mixtral", tmp_path / "mixtral", num_local_experts=16)
     made = preparation.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_samples": 1, "max_length": 4}))
     (one,) = run_here(made, store, [Kind.CALIBRATE]).values()
-    unseen = one.facts["unseen"]
+    unseen = one.facts.unseen
     assert len(unseen) >= 3 * 3 * 8  # four tokens reach at most eight of sixteen experts in each of three layers
     scales = scales_of(one, store)
     layer = unseen[0].partition(".block_sparse_moe")[0] + "."

@@ -62,7 +62,7 @@ def test_convert_from_s3_reads_each_byte_once_and_gives_the_local_bytes(
         assert [(output.name, output.sha256) for output in outcome.outputs] == [
             (output.name, output.sha256) for output in wanted[outcome.name].outputs
         ]
-    assert sum(outcome.facts["source_bytes_read"] for outcome in found) == remote.inputs.index.num_bytes
+    assert sum(outcome.facts.source_bytes_read for outcome in found) == remote.inputs.index.num_bytes
     said = remote.inputs.source + "".join(step.model_dump_json() for step in remote.steps)
     assert SECRET not in said
 

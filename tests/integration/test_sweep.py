@@ -96,7 +96,7 @@ def test_choose_spends_a_larger_budget_and_its_mixture_is_built_from(source: Pat
     assert listed == {name: entry for name, entry in listed.items() if chosen[5.0][name] is not None}
     mixed = preparation.plan(spec(source, algorithm="MIXED_PRECISION", quant_cfg=str(tmp_path / "5.0.json")))
     outcomes = run_here(mixed, tmp_path / "store", (Kind.CALIBRATE, Kind.CONVERT))
-    assert set(outcomes["convert/stage0/group0"].facts["quantization_errors"]) == set(listed)
+    assert set(outcomes["convert/stage0/group0"].facts.quantization_errors) == set(listed)
 
 
 @pytest.mark.parametrize("bits", [6.0, 8.0000001])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from orchestrator.base.errors import VerificationError
 from orchestrator.planning import preparation
-from orchestrator.planning.facts import Verification
+from orchestrator.planning.facts import Verification, VerifyFacts
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.releases.proof import check_networks
 from tests.conftest import SpecMaker
@@ -33,7 +33,7 @@ def scaled_llama(folder: Path, parameters: dict[str, Any], positions: int) -> Pa
 
 
 def last_verification(outcomes: dict[str, Outcome]) -> Verification:
-    (found,) = (outcome.facts["verification"] for outcome in outcomes.values() if "verification" in outcome.facts)
+    (found,) = (outcome.facts.verification for outcome in outcomes.values() if isinstance(outcome.facts, VerifyFacts))
     return Verification.model_validate(found)
 
 
@@ -107,7 +107,8 @@ def test_publishing_of_an_engine_from_another_network_than_the_verified_is_refus
     outcomes = {outcome.digest: outcome for outcome in run_steps(made, store_url).values()}
     check_networks(made, outcomes)
     third = list(made.of_kind(Kind.BUILD))[2]
-    for facts in ({"network": "another"}, {}):
-        wrong = outcomes[third.digest].model_copy(update={"facts": {**outcomes[third.digest].facts, "network": None, **facts}})
+    for network in ("another", None):
+        facts = outcomes[third.digest].facts.model_copy(update={"network": network})
+        wrong = outcomes[third.digest].model_copy(update={"facts": facts})
         with pytest.raises(VerificationError, match="engines of ranks 2 were compiled from are not those"):
             check_networks(made, {**outcomes, third.digest: wrong})

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.base.errors import VerificationError
 from orchestrator.planning import preparation
+from orchestrator.planning.facts import ConvertFacts, Facts
 from orchestrator.planning.steps import Kind
 from orchestrator.releases.describe import describe
 from orchestrator.releases.manifest import MANIFEST
@@ -37,7 +38,7 @@ def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> No
     store = open_store((tmp_path / "store").as_uri())
     outcomes = pretend_to_run(plan, store)
     (step,) = plan.of_kind(Kind.MINIATURE)
-    unproven = {**outcomes, step.digest: outcomes[step.digest].model_copy(update={"facts": {}})}
+    unproven = {**outcomes, step.digest: outcomes[step.digest].model_copy(update={"facts": Facts()})}
     missing = {digest: outcome for digest, outcome in outcomes.items() if digest != step.digest}
     for found in (unproven, missing):
         with pytest.raises(VerificationError, match="the build's miniature has no outcome"):
@@ -52,7 +53,7 @@ def test_describe_quantized_build_names_scales_and_worst_linears(tmp_path: Path)
     outcomes = pretend_to_run(plan, open_store((tmp_path / "store").as_uri()))
     errors = {f"transformer.layers.{layer}.mlp.fc": layer / 100 for layer in range(30)}
     convert = next(plan.of_kind(Kind.CONVERT)).digest
-    outcomes[convert] = outcomes[convert].model_copy(update={"facts": {"quantization_errors": errors}})
+    outcomes[convert] = outcomes[convert].model_copy(update={"facts": ConvertFacts(quantization_errors=errors)})
     published = publish_tiny(tmp_path, quantization={"algorithm": "FP8"}).manifest
     found = describe(plan, outcomes, published.ranks, published.shared).quantization
     assert found is not None

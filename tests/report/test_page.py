@@ -17,6 +17,7 @@ from orchestrator.base.errors import StepFailedError, StoreError
 from orchestrator.events.builds import NodesSeen, Planned, Stepped
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.events.steps import StepFailed, StepStarted, StepSucceeded
+from orchestrator.planning.facts import ConvertFacts, Facts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
 from orchestrator.report import recording
@@ -73,12 +74,12 @@ def checked(data: bytes) -> Checker:
 
 
 def outcome(step: Step, node: str, began: float, seconds: float) -> Outcome:
-    errors = {}
+    facts = Facts(peak_memory_bytes=150 * 10**6)
     if step.kind is Kind.CONVERT:
         names = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
         errors = {f"transformer.layers.{layer}.{name}": 0.02 + 0.001 * layer for layer in range(4) for name in names}
+        facts = ConvertFacts(quantization_errors=errors, peak_memory_bytes=150 * 10**6)
     output = Output(name="out", key=f"steps/{step.digest}/a/out", num_bytes=10**6, sha256="0" * 64)
-    facts = {"quantization_errors": errors, "peak_memory_bytes": 150 * 10**6}
     return Outcome(digest=step.digest, name=step.name, kind=step.kind, outputs=(output,), facts=facts, node=node, seconds=seconds)
 
 

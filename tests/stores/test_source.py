@@ -496,7 +496,7 @@ def test_convert_from_a_url_gives_the_same_bytes_and_reads_each_once(remote_mode
         (step,) = made.of_kind(Kind.CONVERT)
         store = (tmp_path / re.sub(r"\W", "", source)).as_uri()
         outcome = work.run(Task(step=step, inputs={}, attempt=1, store=store), lambda event: None)
-        assert outcome.facts["source_bytes_read"] == made.inputs.index.num_bytes
+        assert outcome.facts.source_bytes_read == made.inputs.index.num_bytes
         found.append([(output.name, output.sha256) for output in outcome.outputs])
     assert found[0] == found[1]
 

@@ -173,7 +173,7 @@ def check_everything(made: Conversion, config: ModelConfig, topology: Topology, 
     files = contents(made.store, outcomes)
     for rank, tensors in enumerate(ranks_of(files, topology)):
         assert tensors == expected_rank(arrays, config, topology, rank)
-    assert [outcome.facts["source_bytes_read"] for outcome in outcomes] == [
+    assert [outcome.facts.source_bytes_read for outcome in outcomes] == [
         sum(tensor.num_bytes for tensor in group.sources().values()) for group in made.plan.inputs.weights.groups
     ]
     return files
@@ -236,7 +236,7 @@ def test_convert_tied_embedding_is_read_once_by_each_task(tmp_path: Path, pp: in
     check_everything(made, config, topology, arrays)
     others = sum(array.nbytes for name, array in arrays.items() if name != "model.embed_tokens.weight")
     done = commits.committed(made.store, (step.digest for step in made.plan.steps))
-    total = sum(outcome.facts["source_bytes_read"] for outcome in done.values())
+    total = sum(outcome.facts.source_bytes_read for outcome in done.values())
     assert total == others + times_read * arrays["model.embed_tokens.weight"].nbytes
 
 
@@ -274,7 +274,7 @@ def test_convert_progress_ends_at_the_estimate(tmp_path: Path) -> None:
     made, events = conversion(tmp_path, config, random_arrays(config)), list[StepProgress]()
     outcome = made.run_step(0, events)
     assert [event.done for event in events] == sorted(event.done for event in events)
-    assert events[-1].done == events[-1].total == outcome.facts["source_bytes_read"]
+    assert events[-1].done == events[-1].total == outcome.facts.source_bytes_read
     assert {(event.phase, event.unit, event.digest) for event in events} == {("convert", "bytes", outcome.digest)}
 
 
@@ -285,7 +285,7 @@ def test_run_committed_step_is_not_done_again(tmp_path: Path) -> None:
     (tmp_path / "source" / "model.safetensors").unlink()
     assert made.run_step(0) == first
     assert first.node == "node"
-    assert first.facts["peak_memory_bytes"] > 0
+    assert first.facts.peak_memory_bytes > 0
 
 
 def objects(store: Store) -> list[str]:

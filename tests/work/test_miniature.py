@@ -285,7 +285,7 @@ def test_miniature_as_a_step_commits_what_the_manifest_says_and_is_not_repeated(
 ) -> None:
     made = preparation.plan(tiny_plan(write_tiny("mistral", tmp_path / "source")))
     outcome = run_here(made, tmp_path / "store", [Kind.MINIATURE])["miniature"]
-    found = Miniature.model_validate(outcome.facts["miniature"])
+    found = outcome.facts.miniature
     assert [case.ranks for case in found.cases] == ["one rank", "tp=2", "pp=2"]
     assert "texts longer than sliding_window 5, max_position_embeddings 64" in found.line()
     assert "transformers" in outcome.tools

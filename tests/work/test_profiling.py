@@ -68,7 +68,7 @@ def test_step_under_nsys_succeeds_and_its_trace_is_in_the_store(conversion: Plan
     result = run(conversion, place)
     assert result.failures == {}
     (outcome,) = result.outcomes.values()
-    assert open_store(store_url).get(outcome.facts["profile"]) == b"a trace\n"
+    assert open_store(store_url).get(outcome.facts.profile) == b"a trace\n"
     assert "profile --force-overwrite=true" in calls.read_text()
     assert "--trace=nvtx --sample=none" in calls.read_text()
 

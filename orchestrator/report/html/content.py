@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.planning.facts import linear_errors
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Kind, Outcome, Step
 from orchestrator.releases.manifest import Manifest
@@ -127,7 +128,7 @@ def _rates(told: Told) -> list[dict[str, Any]]:
 def _peak(outcome: Outcome) -> int:
     if outcome.usage is not None:
         return outcome.usage.peak_memory_bytes
-    return int(outcome.facts.get("peak_memory_bytes") or 0)
+    return outcome.facts.peak_memory_bytes
 
 
 def _gpu(outcomes: Sequence[Outcome]) -> str:
@@ -194,11 +195,8 @@ def _quantization(told: Told) -> dict[str, Any] | None:
     model = told.plan.inputs.model_quantization
     if model is None:
         return None
-    errors: dict[str, float] = {}
-    for outcome in told.outcomes.values():
-        for name, error in outcome.facts.get("quantization_errors", {}).items():
-            errors[name] = max(float(error), errors.get(name, 0.0))
-    worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
+    errors = linear_errors(outcome.facts for outcome in told.outcomes.values())
+    worst = list(errors.items())[:_WORST]
     return {
         "algorithm": model.algorithm or "none", "kv_cache": told.plan.spec.quantization and told.plan.spec.quantization.kv_cache,
         "plot": errors_picture(errors), "series": list(by_layer(errors)), "linears": len(errors),

@@ -1,6 +1,7 @@
 """Compile one rank: its graph, its weights from the memory-mapped shards, the plan straight to the store."""
 
 from __future__ import annotations
+from orchestrator.planning.facts import BuildFacts
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from orchestrator.work.context import Context
 from orchestrator.work.shards import Weight, map_shards, rank_shards
 
 
-def build(task: Task, context: Context) -> dict[str, Any]:
+def build(task: Task, context: Context) -> BuildFacts:
     """Write rank{N}.engine. Facts: the engine's record, the options, the network's digest. Raises EngineBuildError, ToolError."""
     options = BuildOptions.model_validate(task.step.options)
     require_version(options.engine.backend, options.tensorrt_version)
@@ -26,11 +27,7 @@ def build(task: Task, context: Context) -> dict[str, Any]:
         record = compile_rank(
             options, weights, writer.write, lambda phase, done, total: context.report(phase, done, total, "steps"), context.log
         )
-    return {
-        "engine": record.model_dump(mode="json"),
-        "options": task.step.options,
-        "network": options.network.digest(options.tp_rank),
-    }
+    return BuildFacts(engine=record, options=options, network=options.network.digest(options.tp_rank))
 
 
 def compile_rank(

@@ -20,6 +20,7 @@ import numpy as np
 
 from orchestrator.base.errors import ToolError
 from orchestrator.planning.calibration import layer_of
+from orchestrator.planning.facts import CalibrateFacts
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.quantizers.calibration_data import Tokens, calibration_tokens, has_tokenizer
@@ -36,7 +37,7 @@ _PROGRESS_BAR = "%|"
 """What marks the lines that tqdm draws."""
 
 
-def calibrate(task: Task, context: Context) -> dict[str, Any]:
+def calibrate(task: Task, context: Context) -> CalibrateFacts:
     """Write scales, recipe and, but for the last part, hidden states. Raises QuantizationError and the source's errors."""
     import torch
 
@@ -64,17 +65,17 @@ def calibrate(task: Task, context: Context) -> dict[str, Any]:
     if not options.is_last:
         _write_tensors(context, HIDDEN_STATES, {"hidden_states": reader.outputs()})
     _write_tensors(context, SCALES, {name: torch.from_numpy(np.asarray(value)) for name, value in artifact.items()})
-    facts = {
-        "num_samples": len(tokens),
-        "num_tokens": int(tokens.size),
-        "num_linears": len(part.linears),
-        "unseen": sorted(unseen),
-        "input_amax": _summary(artifact),
-        "device": device,
-        "load_seconds": load_seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
-    }
+    facts = CalibrateFacts(
+        num_samples=len(tokens),
+        num_tokens=int(tokens.size),
+        num_linears=len(part.linears),
+        unseen=tuple(sorted(unseen)),
+        input_amax=_summary(artifact),
+        device=device,
+        load_seconds=load_seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_gpu_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+    )
     _write_recipe(context, options, tokens, facts)
     return facts
 
@@ -164,13 +165,13 @@ def _global_name(name: str, options: CalibrateOptions) -> str:
     return name.replace(f".layers.{local}.", f".layers.{local + options.first_layer}.", 1)
 
 
-def _summary(artifact: dict[str, Any]) -> dict[str, list[float]]:
+def _summary(artifact: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     """By linear's name (q_proj): the smallest, the median and the largest input_amax of the layers."""
     found: dict[str, list[float]] = {}
     for name, value in artifact.items():
         if name.endswith(".input_amax"):
             found.setdefault(name.split(".")[-2], []).append(float(value))
-    return {linear: [min(values), float(np.median(values)), max(values)] for linear, values in sorted(found.items())}
+    return {linear: (min(values), float(np.median(values)), max(values)) for linear, values in sorted(found.items())}
 
 
 def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:
@@ -193,7 +194,7 @@ def _write_tensors(context: Context, name: str, tensors: dict[str, Any]) -> None
         writer.write(data)
 
 
-def _write_recipe(context: Context, options: CalibrateOptions, tokens: Tokens, facts: dict[str, Any]) -> None:
+def _write_recipe(context: Context, options: CalibrateOptions, tokens: Tokens, facts: CalibrateFacts) -> None:
     import importlib.metadata
 
     for tool in ("nvidia-modelopt", "torch", "transformers"):
@@ -204,7 +205,7 @@ def _write_recipe(context: Context, options: CalibrateOptions, tokens: Tokens, f
         "layers": [options.first_layer, options.first_layer + options.num_layers],
         "data": options.data.model_dump(),
         "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
-        "facts": facts,
+        "facts": facts.model_dump(mode="json"),
         "tools": context.tools,
     }
     data = json.dumps(recipe, indent=1).encode()

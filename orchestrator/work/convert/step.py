@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from orchestrator.base.errors import NotFiniteError
 from orchestrator.checkpoints import format_named
 from orchestrator.checkpoints.safetensors import encode_header
+from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.options import ConvertOptions
 from orchestrator.planning.steps import Task
 from orchestrator.stores import open_source
@@ -21,7 +21,7 @@ from orchestrator.work.convert.cutting import Cutter, Sink
 from orchestrator.work.scales import Scales, scales_for
 
 
-def convert(task: Task, context: Context) -> dict[str, Any]:
+def convert(task: Task, context: Context) -> ConvertFacts:
     """Write the shards as outputs. Facts: source bytes read, peak resident memory of the process."""
     options = ConvertOptions.model_validate(task.step.options)
     total = task.step.estimate.read_bytes
@@ -38,12 +38,12 @@ def convert(task: Task, context: Context) -> dict[str, Any]:
         written = write_shards(options, source, context.output, progress, scales)
         for name in written.not_finite:
             context.log(f"warning: {name} holds NaN or infinity")
-        return {
-            "not_finite": written.not_finite,
-            "quantization_errors": written.quantization_errors,
-            "source_bytes_read": source.bytes_read,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        return ConvertFacts(
+            not_finite=tuple(written.not_finite),
+            quantization_errors=written.quantization_errors,
+            source_bytes_read=source.bytes_read,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,14 @@ names, on one rank and on several, in prefill and while decoding. It needs no we
 
 from __future__ import annotations
 
-from typing import Any
-
+from orchestrator.planning.facts import MiniatureFacts
 from orchestrator.planning.options import MiniatureOptions
 from orchestrator.planning.steps import Task
 from orchestrator.work.context import Context
 from orchestrator.work.miniature.proof import prove
 
 
-def miniature(task: Task, context: Context) -> dict[str, Any]:
+def miniature(task: Task, context: Context) -> MiniatureFacts:
     """Facts: errors by layout, and the thresholds that were crossed. Raises MiniatureError."""
     import transformers
 
@@ -24,4 +23,4 @@ def miniature(task: Task, context: Context) -> dict[str, Any]:
     found = prove(options, context.scratch, lambda done, total: context.report("miniature", done, total, "steps"))
     for case in found.cases:
         context.log(f"miniature: {case.ranks}: {case.num_positions} positions, relative error {case.max_relative_error:.2e}")
-    return {"miniature": found.model_dump(mode="json")}
+    return MiniatureFacts(miniature=found)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from orchestrator.base.errors import SourceCorruptError, SpecError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.safetensors import encode_header
+from orchestrator.planning.facts import ReferenceFacts
 from orchestrator.planning.options import ReferenceOptions
 from orchestrator.planning.steps import Task
 from orchestrator.quantizers.calibration_data import has_tokenizer
@@ -34,7 +35,7 @@ HIDDEN_STATES = "reference_hidden_states.safetensors"
 _RANDOM_SEED = 20
 
 
-def reference(task: Task, context: Context) -> dict[str, Any]:
+def reference(task: Task, context: Context) -> ReferenceFacts:
     """Write the reference logits. Facts: how many sequences and tokens, and whether the text was real.
 
     Raises the source's errors, SourceCorruptError when it changed since the plan.
@@ -72,7 +73,7 @@ def reference(task: Task, context: Context) -> dict[str, Any]:
     data = safetensors.numpy.save(arrays)
     with context.output(OUTPUT, len(data)) as writer:
         writer.write(data)
-    return {"num_sequences": len(sequences), "num_tokens": int(lengths.sum()), "text": text}
+    return ReferenceFacts(num_sequences=len(sequences), num_tokens=int(lengths.sum()), text=text)
 
 
 def _padded(rows: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.base.errors import BUG, OrchestratorError, ToolError
-from orchestrator.planning.facts import Verification
+from orchestrator.planning.facts import ReferenceFacts, Verification, VerifyFacts
 from orchestrator.planning.options import VerifyOptions
 from orchestrator.planning.steps import Kind, Output, Task
 from orchestrator.work.context import Context
@@ -29,7 +29,7 @@ HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
 
 
-def verify(task: Task, context: Context) -> dict[str, Any]:
+def verify(task: Task, context: Context) -> VerifyFacts:
     """Run the stage. Facts: the digests of the ranks' networks, the error of the hidden states at every layer's end from the first
     layer on; on the last stage the verification numbers.
 
@@ -39,10 +39,6 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
 
     options = VerifyOptions.model_validate(task.step.options)
     stage = options.network.stage
-    facts: dict[str, Any] = {
-        "stage": stage.pp_rank,
-        "networks": [options.network.digest(tp_rank) for tp_rank in range(stage.tp)],
-    }
     weights = [map_shards(rank_shards(task, context, stage.rank(tp_rank))) for tp_rank in range(stage.tp)]
     reference = load_file(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE)))
     calls = make_calls(reference["tokens"], reference["lengths"], options.decode_steps)
@@ -54,7 +50,11 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
     layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
     results = ranks.run(lambda done, total: context.report("verify", done, total, "steps"), layers.watch)
     errors = {**_earlier_errors(task), **layers.errors}
-    facts["layer_errors"] = {str(layer): error for layer, error in errors.items()}
+    facts = VerifyFacts(
+        stage=stage.pp_rank,
+        networks=tuple(options.network.digest(tp_rank) for tp_rank in range(stage.tp)),
+        layer_errors=errors,
+    )
     if not stage.is_last:
         data = save({f"call{number}": np.ascontiguousarray(value) for number, value in enumerate(results)})
         with context.output(HIDDEN_STATES, len(data)) as writer:
@@ -64,7 +64,7 @@ def verify(task: Task, context: Context) -> dict[str, Any]:
     context.log(f"verification: {found.model_dump()}")
     context.log("errors at the ends of the layers: " + ", ".join(f"{error:.1e}" for error in errors.values()))
     compare.check(found, options.tolerance, _advice(task), compare.where(errors))
-    return {**facts, "verification": found.model_dump()}
+    return facts.model_copy(update={"verification": found})
 
 
 class _LayerErrors:
@@ -88,14 +88,14 @@ class _LayerErrors:
 def _earlier_errors(task: Task) -> dict[int, float]:
     """Errors of the layers of the stages before."""
     earlier = (task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.VERIFY)
-    return {int(layer): error for outcome in earlier for layer, error in outcome.facts.get("layer_errors", {}).items()}
+    return {layer: error for outcome in earlier for layer, error in outcome.facts_as(VerifyFacts).layer_errors.items()}
 
 
 def _advice(task: Task) -> str:
     """Advice for ranks that differ from the reference."""
     options = VerifyOptions.model_validate(task.step.options)
     reference = next(task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.REFERENCE)
-    is_text = reference.facts.get("text") == "text"
+    is_text = reference.facts_as(ReferenceFacts).text == "text"
     return compare.advice(quantized=options.network.stage.quantization is not None, text=is_text)
 
 

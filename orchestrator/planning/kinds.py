@@ -1,0 +1,16 @@
+"""The kinds of step."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a step does; `work` has one function per kind."""
+
+    MINIATURE = "miniature"
+    REFERENCE = "reference"
+    CALIBRATE = "calibrate"
+    CONVERT = "convert"
+    BUILD = "build"
+    VERIFY = "verify"
