@@ -49,7 +49,7 @@ class ChunkHasher:
                 self._hash, self._filled = hashlib.sha256(), 0
 
     def digests(self) -> tuple[str, ...]:
-        """Of everything so far; none for no bytes at all."""
+        """Digest of every chunk so far; empty before the first byte."""
         return (*self._done, self._hash.hexdigest()) if self._filled else tuple(self._done)
 
 

@@ -18,7 +18,7 @@ MESSAGE_BYTES, ADVICE_BYTES = 3000, 800
 
 
 def abbreviated(text: str, limit: int) -> str:
-    """`text`, or its beginning and end around the number of characters left out, in `limit` characters."""
+    """`text` in at most `limit` characters: a long one keeps its beginning and end around the number of characters."""
     if len(text) <= limit:
         return text
     note = f"...({len(text):,} characters)..."
@@ -27,7 +27,7 @@ def abbreviated(text: str, limit: int) -> str:
 
 
 def bounded(text: str, limit_bytes: int) -> str:
-    """`text` in at most so many bytes of UTF-8, abbreviated in its middle."""
+    """`text` in at most `limit_bytes` bytes of UTF-8, abbreviated in its middle."""
     size = len(text.encode(errors="backslashreplace"))
     characters = len(text)
     while size > limit_bytes:
@@ -38,12 +38,12 @@ def bounded(text: str, limit_bytes: int) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: names of files and escapes of JSON and YAML may hold halves of characters."""
+    """Whether `text` can be encoded as UTF-8: file names and escapes of JSON and YAML may hold lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class OrchestratorError(Exception):
-    """Base of everything that a user can cause or mend."""
+    """Base of every error that a user can cause or mend."""
 
     exit_code: ClassVar[int] = 1
     default_advice: ClassVar[str] = ""
@@ -82,35 +82,35 @@ class ArchitectureError(OrchestratorError):
 
 
 class SourceMissingError(OrchestratorError):
-    """The checkpoint, or a file that its index names, is not there."""
+    """The checkpoint, or a file that its index names, is missing."""
 
     exit_code = 13
     default_advice = "Download the checkpoint again; every file named in the index must be present."
 
 
 class SourceCorruptError(OrchestratorError):
-    """A file of the checkpoint is truncated or its header lies."""
+    """A file of the checkpoint is truncated, or its header does not describe it."""
 
     exit_code = 14
     default_advice = "Download the file again and compare its size and checksum with the publisher's."
 
 
 class SourceUnreadableError(OrchestratorError):
-    """A file or folder of the checkpoint is there and cannot be read."""
+    """A file or folder of the checkpoint exists but cannot be read."""
 
     exit_code = 38
     default_advice = "Give the user that builds the right to read the source's folder and every file in it (ls -lL)."
 
 
 class SourceLinkError(OrchestratorError):
-    """A file that would be published with the release is a link out of the source."""
+    """A file that would be published is a symbolic link that leads out of the source."""
 
     exit_code = 37
     default_advice = "Copy the file into the source's folder, if it is meant to be published, or remove the link."
 
 
 class LfsPointerError(OrchestratorError):
-    """A Git-LFS pointer stands where weights should be."""
+    """A file of weights is a Git-LFS pointer."""
 
     exit_code = 15
     default_advice = "Run `git lfs pull` in the checkpoint's folder, then try again."
@@ -131,7 +131,7 @@ class StoreError(OrchestratorError):
 
 
 class StoreFullError(StoreError):
-    """No room is left where something is to be written: a store, an output folder, a node's scratch folder."""
+    """A store, an output folder or a node's scratch folder is full."""
 
     exit_code = 34
     default_advice = "Free space there, or name a larger place, and run the same command again: committed steps are not repeated."
@@ -145,14 +145,14 @@ class ReleaseExistsError(OrchestratorError):
 
 
 class ReleaseMissingError(OrchestratorError):
-    """No release, or no such rank in it."""
+    """The release, or a rank of it, does not exist."""
 
     exit_code = 19
     default_advice = "`orchestrator releases` lists what the store has."
 
 
 class DigestError(OrchestratorError):
-    """Bytes are not the bytes that were published."""
+    """Bytes differ from those that were published."""
 
     exit_code = 20
     default_advice = (
@@ -162,7 +162,7 @@ class DigestError(OrchestratorError):
 
 
 class DamagedOutputError(DigestError):
-    """A stored output of a step is not what the step wrote, or is gone."""
+    """A stored output of a step differs from what the step wrote, or is gone."""
 
     exit_code = 39
     default_advice = "Check the disk or server under the store, then run the same command again: the step that wrote it runs again."
@@ -177,7 +177,7 @@ class DamagedOutputError(DigestError):
 
 
 class ReleaseAddressError(DigestError):
-    """A release lies under another name or version than its own."""
+    """A release is stored under another name or version than its own."""
 
     exit_code = 35
     default_advice = (
@@ -187,21 +187,21 @@ class ReleaseAddressError(DigestError):
 
 
 class ToolError(OrchestratorError):
-    """A program or package that a step needs is missing or of another version."""
+    """A program or package is missing, or has the wrong version."""
 
     exit_code = 21
     default_advice = "Install the versions of constraints.txt, the same on the driver and on every node."
 
 
 class ClusterError(OrchestratorError):
-    """The cluster cannot be reached, or cannot ever run a step of this plan."""
+    """The cluster cannot be reached, or can never run a step of this plan."""
 
     exit_code = 22
     default_advice = "Look at the cluster's own state and logs, then run the same command again: committed steps are not repeated."
 
 
 class StepFailedError(OrchestratorError):
-    """A step failed for good; what had been committed stays committed."""
+    """A step failed for good. Committed steps stay committed."""
 
     exit_code = 23
     default_advice = "Mend the cause and run the same command again: committed steps are not repeated."
@@ -215,7 +215,7 @@ class VerificationError(OrchestratorError):
 
 
 class MiniatureError(VerificationError):
-    """The model, made small, does not compute here what it computes in transformers."""
+    """The miniature of the model does not compute what it computes in transformers."""
 
     exit_code = 36
     default_advice = (
@@ -232,7 +232,7 @@ class EngineBuildError(OrchestratorError):
 
 
 class QuantizationError(OrchestratorError):
-    """The asked quantization does not exist or cannot apply to this model."""
+    """The quantization does not exist, or does not apply to this model."""
 
     exit_code = 26
     default_advice = "Correct `quantization` in the spec; the README lists the algorithms, and what each of them needs."
@@ -246,7 +246,7 @@ class SchemaVersionError(OrchestratorError):
 
 
 class SignatureError(OrchestratorError):
-    """A release is not signed by the key that was given, or not at all."""
+    """A release is not signed, or not by the given key."""
 
     exit_code = 32
     default_advice = "Do not use it. Ask its publisher for the public key, or for a release that is signed with it."
@@ -260,49 +260,49 @@ class MachineError(OrchestratorError):
 
 
 class NotFiniteError(OrchestratorError):
-    """The weights hold NaN or infinity, and the spec calls that an error."""
+    """The weights hold NaN or infinity, and conversion.not_finite is error."""
 
     exit_code = 30
     default_advice = "Compare the file's checksum with the publisher's, or set conversion.not_finite: warn."
 
 
 class DtypeError(OrchestratorError):
-    """The weights do not fit into the asked dtype."""
+    """The weights do not fit into the dtype."""
 
     exit_code = 28
     default_advice = "Set another dtype in the spec, or auto."
 
 
 class UnsafePickleError(OrchestratorError):
-    """A pickled checkpoint asks for more than tensors: loading it would run code of whoever wrote it."""
+    """A pickled checkpoint holds more than tensors: loading it could run code of its author."""
 
     exit_code = 29
     default_advice = "Convert the checkpoint to safetensors in a sandbox, and only when you trust its author."
 
 
 class UnreachableError(OrchestratorError):
-    """The API of a cluster that builds are submitted to does not answer."""
+    """The cluster's API does not answer."""
 
     exit_code = 40
     default_advice = "Check the address, and that this machine can reach it (port forwarding, VPN, proxy variables)."
 
 
 class AuthenticationError(OrchestratorError):
-    """The cluster does not know who asks, forbids it, or would be asked over an open connection."""
+    """The cluster refuses the credentials, or would get them over an unencrypted connection."""
 
     exit_code = 41
     default_advice = "Give this shell the cluster's credentials: RAY_AUTH_TOKEN, or a kubeconfig of a user who may do this."
 
 
 class UnknownSubmissionError(OrchestratorError):
-    """The cluster knows no submitted build of this id."""
+    """The cluster has no submitted build of this id."""
 
     exit_code = 42
     default_advice = "`orchestrator list`, or `orchestrator k8s list`, names those that it knows."
 
 
 class DriverLostError(OrchestratorError):
-    """The driver of a submitted build ended without saying what came of it: killed, crashed, or never able to run."""
+    """The driver of a submitted build ended without a result: killed, crashed, or unable to run."""
 
     exit_code = 43
     default_advice = "Submit it again: committed steps are not repeated."
@@ -316,14 +316,14 @@ class NotStartedError(OrchestratorError):
 
 
 class DeadlineError(OrchestratorError):
-    """A submitted build ran out of the time that it was given."""
+    """A submitted build exceeded its deadline."""
 
     exit_code = 45
     default_advice = "Submit it again: committed steps are not repeated."
 
 
 class ManifestError(OrchestratorError):
-    """A manifest of Kubernetes breaks a rule, or is none."""
+    """A Kubernetes manifest breaks a rule, or cannot be read."""
 
     exit_code = 50
     default_advice = "Correct the named object; `orchestrator k8s validate` checks all of them."
@@ -337,13 +337,13 @@ class CancelledError(OrchestratorError):
 
 
 class TerminatedError(CancelledError):
-    """The command was stopped by SIGTERM: by a scheduler, by `orchestrator stop`, by a machine that shuts down."""
+    """The command was stopped by SIGTERM: by a scheduler, `orchestrator stop`, or a shutdown."""
 
     exit_code = 143
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks the process to end; who handles errors does not take it."""
+    """Raised in the main thread by a signal to end the process. Not an Exception, so that error handlers let it pass."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -351,7 +351,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interruption(number: int) -> CancelledError:
-    """The error that a command ends with after the signal `number`."""
+    """Error of a command that the signal `number` stopped."""
     return TerminatedError("stopped by SIGTERM") if number == signal.SIGTERM else CancelledError("stopped")
 
 
@@ -373,7 +373,7 @@ _ADVICE = {
 
 
 def store_error(what: str, error: OSError) -> StoreError:
-    """The error of a place that cannot be read or written, with the advice that fits its cause. Raise it from `error`."""
+    """StoreError for an OSError of a read or write, with advice that fits its cause. Raise it from `error`."""
     message = f"{what}: {error.strerror or error}"
     if error.errno in _FULL:
         return StoreFullError(message)
@@ -381,7 +381,7 @@ def store_error(what: str, error: OSError) -> StoreError:
 
 
 def error_classes() -> dict[str, type[OrchestratorError]]:
-    """Every error by name: how an error is rebuilt on the other side of a process boundary."""
+    """Every error class by name, to rebuild an error on the other side of a process boundary."""
     found: dict[str, type[OrchestratorError]] = {}
     pending: list[type[OrchestratorError]] = [OrchestratorError]
     while pending:

@@ -1,7 +1,7 @@
-"""What the user wants (`BuildSpec`) and what there is (`ClusterSpec`), decoded once into frozen values.
+"""The build spec: what a user asks for, decoded once into frozen values.
 
-Unknown keys are errors that name their path. Only what changes the engines' content stands in BuildSpec; places (paths of
-the store and of scratch) and capacities stand in ClusterSpec.
+Unknown keys are errors that name their path. BuildSpec holds only what changes the content of the engines. Where they are built,
+and with what, stands in ClusterSpec (spec/cluster.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.spec.decoding import decode_yaml as decode_yaml
 from orchestrator.spec.values import NumBytes
 
 DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Of files with calibration texts."""
+"""Endings of files with calibration texts."""
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -26,82 +26,87 @@ class SourceSpec(Frozen):
     """The checkpoint to build from."""
 
     path: PlaceText
-    """A folder; a relative one counts from the spec file."""
+    """Folder or URL of the checkpoint. A relative folder counts from the spec file."""
     format: str = "auto"
-    """A name of checkpoints/, or auto: by the files that are there."""
+    """Source format, a name of checkpoints/. auto: recognize it by its files."""
     family: str = "auto"
-    """A name of families/, or auto: from config.json's architectures."""
+    """Model family, a name of families/. auto: take it from `architectures` in config.json."""
     ignored_keys: tuple[str, ...] = ()
-    """Keys of config.json that no family knows and that the model does not depend on: without this, they are refused."""
+    """Keys of config.json to ignore: unknown keys are refused, because the model may depend on them."""
 
 
 class TopologySpec(Frozen):
-    """Tensor parallel x pipeline parallel, and the sizes within them."""
+    """Degrees of parallelism."""
 
     tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks."""
     pp: int = Field(default=1, ge=1)
+    """Pipeline stages."""
     pp_partition: tuple[int, ...] | None = None
-    """Layers of each stage; absent: as even as can be, the first stages one more."""
+    """Number of layers of each stage. Absent: an even split, with the remainder on the first stages."""
     moe_ep: int = Field(default=1, ge=1)
-    """Expert-parallel groups among the tp ranks; moe_tp is tp / moe_ep."""
+    """Expert-parallel groups among the tp ranks. moe_tp is tp / moe_ep."""
     cp: int = Field(default=1, ge=1)
-    """Context-parallel ranks, for checkpoints only: the engines built here do not split sequences."""
+    """Context-parallel ranks. For `convert` only: engines do not split sequences."""
 
     def topology(self) -> Topology:
         return Topology(self.tp, self.pp, self.pp_partition, self.moe_ep, self.cp)
 
 
 class ConversionSpec(Frozen):
-    """How the converted checkpoint is laid out."""
+    """Layout of the converted checkpoint."""
 
     max_shard_bytes: NumBytes = Field(default=5_000_000_000, ge=1)
-    """A rank with more weights is split by layer groups, each converted by a task of its own."""
+    """Largest shard. A rank with more weights is split by groups of layers, one convert task each."""
     not_finite: Literal["warn", "error"] = "warn"
-    """What a NaN or infinity among the source's weights is."""
+    """Whether NaN or infinity in the source is a warning or an error."""
     use_parallel_embedding: bool = False
     """Split the embedding over the tensor-parallel ranks instead of holding it whole on each."""
     embedding_sharding_dim: Literal[0, 1] = 0
-    """With use_parallel_embedding. 0: by vocabulary; 1: by hidden size."""
+    """Axis of the split embedding. 0: vocabulary; 1: hidden size."""
 
 
 class CalibrationSpec(Frozen):
-    """The text that Model Optimizer watches the model read, and how."""
+    """Calibration data and how it is read."""
 
     dataset: PlaceText = "default"
-    """default: text that comes with the package. Or a .txt, .jsonl or .parquet file, or the name of a Hugging Face dataset."""
+    """Calibration texts: `default` (they come with the package), a .txt, .jsonl or .parquet file, or a Hugging Face dataset."""
     num_samples: int = Field(default=64, ge=1)
+    """Number of samples."""
     max_length: int = Field(default=256, ge=2)
-    """Tokens of each sample."""
+    """Tokens per sample."""
     batch_size: int = Field(default=16, ge=1)
-    """Samples per forward pass; AWQ searches once per pass, so few large ones are faster."""
+    """Samples per forward pass. AWQ searches once per pass, so large batches are faster."""
     seed: int = 1234
-    """Of the choice among more samples than asked for."""
+    """Seed of the choice of samples when there are more than `num_samples`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the calibration. auto: a GPU where there is one."""
     layerwise: bool = False
-    """Calibrate one decoder layer after the other, resumable after each."""
+    """Calibrate one decoder layer at a time; a killed calibration resumes at its layer."""
     num_stages: int | None = Field(default=None, ge=1)
-    """Parts of the model, each calibrated by an actor that holds its layers only; absent: the pipeline stages."""
+    """Number of parts that are calibrated by separate actors, each with its layers only. Absent: the pipeline stages."""
 
 
 class QuantizationSpec(Frozen):
-    """Calibrated once, on rank 0 of each stage; applied to the weights while they are converted."""
+    """Quantization, calibrated once on rank 0 and applied while the weights are converted."""
 
     algorithm: str | None = None
-    """A name of quantizers/ (TensorRT-LLM's QuantAlgo), or MIXED_PRECISION; absent: only the KV cache is quantized."""
+    """Algorithm, TensorRT-LLM's QuantAlgo or MIXED_PRECISION. Absent: quantize the KV cache only."""
     kv_cache: Literal["INT8", "FP8"] | None = None
+    """Number format of the KV cache. Absent: the model's dtype."""
     exclude: tuple[str, ...] | None = None
-    """Linears that keep the model's precision: patterns of names such as transformer.layers.0.mlp.proj or *attention.qkv.
+    """Patterns of linears that keep the model's dtype, such as transformer.layers.0.mlp.proj or *attention.qkv.
     Absent: the algorithm's own list."""
     group_size: int | None = Field(default=None, ge=16)
-    """Input features that share a scale, for blockwise algorithms; absent: the algorithm's own."""
+    """Input features per scale, for blockwise algorithms. Absent: the algorithm's own."""
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """SmoothQuant's; absent: the algorithm's own."""
+    """Migration strength of SmoothQuant. Absent: the algorithm's own."""
     meta_recipe: bool = False
-    """FP8_PER_CHANNEL_PER_TOKEN only: MLPs only, first and last layer left out, activations' scales bounded."""
+    """For FP8_PER_CHANNEL_PER_TOKEN: quantize MLPs only, skip the first and last layer, bound the activation scales."""
     quant_cfg: PlaceText | None = None
-    """MIXED_PRECISION only: path of a quant_cfg.json that names every quantized linear and its algorithm."""
+    """For MIXED_PRECISION: path of a quant_cfg.json that names every quantized linear and its algorithm."""
     scales: PlaceText | None = None
-    """Folder of a calibration artifact to apply instead of calibrating (`orchestrator quantize --output`)."""
+    """Folder of a calibration artifact (`orchestrator quantize --output`) to apply instead of calibrating."""
     calibration: CalibrationSpec = CalibrationSpec()
 
     @model_validator(mode="after")
@@ -114,31 +119,37 @@ class QuantizationSpec(Frozen):
 
 
 class BuildConfig(Frozen):
-    """How TensorRT compiles a rank; TensorRT-LLM's names where it has them."""
+    """TensorRT options of every rank, under TensorRT-LLM's names where it has them."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"] = "tensorrt_rtx"
-    """tensorrt: data-centre GPUs, needs one of the target type. tensorrt_rtx: ahead of time, no GPU needed."""
+    """TensorRT library. tensorrt: for data-centre GPUs, builds on a GPU of the target type. tensorrt_rtx: builds without a GPU."""
     max_batch_size: int = Field(default=8, ge=1)
+    """Largest number of sequences in a call."""
     opt_batch_size: int = Field(default=1, ge=1)
+    """Number of sequences that the engine is tuned for."""
     max_input_len: int = Field(default=1024, ge=1)
-    """Tokens per sequence of one prefill call; absent: 1024, or as many as the cache holds."""
+    """Largest number of tokens per sequence in a prefill call. Absent: 1024, or all that the cache holds if fewer."""
     opt_input_len: int | None = Field(default=None, ge=1)
-    """Absent: half of max_input_len."""
+    """Number of prefill tokens that the engine is tuned for. Absent: half of max_input_len."""
     max_seq_len: int | None = Field(default=None, ge=1)
-    """Slots of the KV cache; absent: the model's max_position_embeddings. A model whose rotary scaling is yarn, linear or dynamic
-    may have `factor` times the positions that it was trained on."""
+    """Slots of the KV cache per sequence. Absent: the model's max_position_embeddings. With yarn, linear or dynamic rotary scaling
+    it may be `factor` times as many."""
     max_logits_per_sequence: int = Field(default=1, ge=1)
-    """Positions per sequence that logits may be asked for in one call: 1 serves sampling, max_input_len gathers all."""
+    """Largest number of positions per sequence that a call returns logits for. 1 serves sampling; max_input_len returns all."""
     gather_logits: bool = True
-    """True: every tensor-parallel rank gets the whole vocabulary; False: its own slice of it."""
+    """Return the logits of the whole vocabulary on every tensor-parallel rank; false: each returns its slice."""
     compute_capabilities: tuple[str, ...] = ()
-    """Targets such as 8.9 or 12.0 (tensorrt_rtx only); empty: every one that the library supports."""
+    """Target GPUs such as 8.9 or 12.0, for tensorrt_rtx. Empty: every one that the library supports."""
     optimization_level: int | None = Field(default=None, ge=0, le=5)
+    """TensorRT's builder optimization level. Absent: TensorRT's default."""
     workspace_bytes: NumBytes | None = None
+    """Limit of TensorRT's workspace. Absent: TensorRT's default."""
     weight_streaming: bool = False
+    """Let the runtime keep a part of the weights in host memory."""
     refit: bool = False
-    """Keep the weights replaceable one by one."""
+    """Build a refittable engine."""
     profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = "layer_names_only"
+    """How much of its layers the engine tells profilers."""
 
     @model_validator(mode="after")
     def _ordered(self) -> BuildConfig:
@@ -157,27 +168,29 @@ class BuildConfig(Frozen):
 
 
 class ToleranceSpec(Frozen):
-    """How far float32 execution of the graphs may be from the reference."""
+    """Tolerance of the verification: float32 execution of the graphs against the reference."""
 
     max_relative_error: float | None = Field(default=5e-5, gt=0)
-    """Per position: max |logit - reference| / max |reference|; the worst position counts. null: any."""
+    """Largest over positions of max |logit - reference| / max |reference|. null: no limit."""
     max_mean_kl: float = Field(default=1e-4, gt=0)
     """Mean over positions of KL(reference || graph), in nats."""
     min_top1_agreement: float = Field(default=1.0, ge=0, le=1)
+    """Smallest fraction of positions whose largest logit is the same."""
 
 
 class VerificationSpec(Frozen):
-    """How every rank is proven right before anything is published."""
+    """Verification of every rank, before anything is published."""
 
     enabled: bool = True
+    """Verify. false: publish engines that nobody compared with the model."""
     prompts: tuple[str, ...] | None = None
-    """Absent: text that comes with the package."""
+    """Texts to verify with. Absent: texts that come with the package."""
     max_tokens: int = Field(default=32, ge=2)
-    """Tokens taken of each prompt."""
+    """Tokens of each prompt that are used."""
     decode_steps: int = Field(default=4, ge=1)
-    """How many of them go one by one through the KV cache, after a prefill with the others."""
+    """How many of these tokens are decoded one by one through the KV cache, after a prefill of the others."""
     tolerance: ToleranceSpec | None = None
-    """Absent: that of exact conversion, or of the quantization algorithm."""
+    """Tolerance. Absent: that of an exact conversion, or of the quantization algorithm."""
 
     @model_validator(mode="after")
     def _prefill_remains(self) -> VerificationSpec:
@@ -191,7 +204,7 @@ RELEASE_VERSION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class ReleaseSpec(Frozen):
-    """Where the set is published in the store: releases/<name>/<version>/."""
+    """Address of the release in the store: releases/<name>/<version>/."""
 
     name: str = Field(pattern=RELEASE_NAME)
     version: str = Field(pattern=RELEASE_VERSION)
@@ -202,7 +215,7 @@ class BuildSpec(Frozen):
 
     source: SourceSpec
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """auto: the source's; float32 becomes float16, as TensorRT-LLM does."""
+    """Model dtype. auto: that of the source, where float32 becomes float16 as in TensorRT-LLM."""
     topology: TopologySpec = TopologySpec()
     conversion: ConversionSpec = ConversionSpec()
     quantization: QuantizationSpec | None = None

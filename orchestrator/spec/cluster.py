@@ -1,4 +1,4 @@
-"""What there is to build with: pools of machines, the store, scratch, retries."""
+"""The cluster file: where to build and with what. Pools of machines, the store, scratch, retries."""
 
 from __future__ import annotations
 
@@ -14,50 +14,54 @@ KindName = Literal["miniature", "reference", "calibrate", "convert", "build", "v
 
 
 _STAND_INS: dict[str, tuple[str, ...]] = {"miniature": ("verify", "reference", "convert", "build")}
-"""A kind that pools may leave out -> the kinds in whose pool it runs then."""
+"""Kinds that pools may leave out, with the kinds whose pool they then share, in order."""
 
 
 class PoolSpec(Frozen):
     """Machines of one kind."""
 
     nodes: int = Field(default=1, ge=1)
-    """How many there are, for the simulation; a build takes those that it finds."""
+    """Number of nodes, for the simulation. A build uses the nodes that it finds."""
     cpus: int | None = Field(default=None, ge=1)
-    """CPU slots of each node, one per running step; absent: those of the machine."""
+    """CPU slots per node; a step takes one or more. Absent: the cores of the machine."""
     gpus: int = Field(default=0, ge=0)
-    """Of each node."""
+    """GPUs per node."""
     memory: NumBytes | None = None
-    """Memory of each node that steps may reserve; absent: that of the machine."""
+    """Memory per node that steps may reserve. Absent: that of the machine."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that select the pool's nodes, e.g. ray.io/accelerator-type: H100."""
     fallback: tuple[dict[str, str], ...] = ()
-    """Other labels, in order, for steps that no node with `labels` has room for."""
+    """Other labels to try, in order, when no node with `labels` has room."""
     scratch: NumBytes | None = None
-    """Room in each node's scratch folder that steps may reserve; absent: what the nodes have free."""
+    """Scratch space per node that steps may reserve. Absent: the free space of the scratch folder."""
     steps: tuple[KindName, ...] = ("miniature", "reference", "calibrate", "convert", "build", "verify")
-    """Kinds of step that run here; the first pool that lists a kind takes it. A miniature that no pool lists goes where verify
-    does, else reference, else convert, else build."""
+    """Kinds of step that run here. The first pool that lists a kind takes it. A miniature that no pool lists runs with verify,
+    else reference, convert or build."""
 
 
 class RetrySpec(Frozen):
-    """What happens when the machinery fails. A step's own error is never retried."""
+    """Retries after a lost node, worker or store. A step's own error is never retried."""
 
     max_attempts: int = Field(default=4, ge=1)
+    """Attempts per step."""
     backoff_seconds: float = Field(default=2.0, ge=0)
-    """Before the second attempt; doubles each time."""
+    """Delay before the second attempt; doubles each time."""
     max_backoff_seconds: float = Field(default=60.0, ge=0)
+    """Longest delay."""
 
 
 class StoreOptions(Frozen):
-    """How the store is reached. It decides nothing of what is built, and holds no credentials: those are found on each machine
-    the way every AWS client finds them (environment, profile, web identity, instance role). S3 only; others ignore it.
+    """Connection to an S3 store; other stores ignore it. No part of the build's identity.
+
+    Holds no credentials: each machine finds its own, as AWS clients do (environment, profile, web identity, instance role).
     """
 
     endpoint_url: str | None = None
-    """Of a server other than AWS; absent: as the environment or the profile says (AWS_ENDPOINT_URL)."""
+    """URL of a server other than AWS. Absent: from the environment (AWS_ENDPOINT_URL) or the profile."""
     region: str | None = None
+    """Region. Absent: from the environment or the profile."""
     profile: str | None = None
-    """A name in ~/.aws/config of every node; only the name travels."""
+    """Profile in ~/.aws/config of every node. Only the name is sent to nodes."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
     """auto: virtual on AWS, path elsewhere."""
     checksums: Literal["auto", "when_supported", "when_required"] = "auto"
@@ -65,10 +69,11 @@ class StoreOptions(Frozen):
     trailers, and get Content-MD5. obstore sends the CRC64NVME of each part, which servers that do not know it ignore or refuse;
     with when_required it signs the part's SHA-256 over http, and leaves it to TLS over https."""
     transfer: Literal["auto", "s3fs", "obstore"] = "auto"
-    """What carries large objects. auto: obstore where it is installed."""
+    """Library that transfers large objects. auto: obstore where it is installed."""
     max_attempts: int = Field(default=10, ge=1)
-    """Of one request, with doubling delays between: the default lasts about two minutes."""
+    """Attempts per request, with doubling delays; the default lasts about two minutes."""
     read_timeout_seconds: float = Field(default=60.0, gt=0)
+    """Longest wait for data of a response."""
 
     @field_validator("endpoint_url")
     @classmethod
@@ -79,57 +84,58 @@ class StoreOptions(Frozen):
 
 
 class DriverSpec(Frozen):
-    """Where the driver of a submitted build runs. Nothing given: on the head, with which it ends."""
+    """Placement of the driver of a submitted build. All defaults: on the head node, with which it ends."""
 
     cpus: float = Field(default=0.0, ge=0)
-    """CPU slots that it holds; a little, such as 0.1, lets it run on any node that has some."""
+    """CPU slots that the driver holds. A small number such as 0.1 lets it run on any node with CPU slots."""
     memory: NumBytes = 0
-    """Memory that it reserves."""
+    """Memory that the driver reserves."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Ray labels that select its node."""
+    """Ray labels of the driver's node."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources that it holds, e.g. driver: 1."""
+    """Custom Ray resources that the driver holds, e.g. driver: 1."""
     python: str | None = Field(default=None, min_length=1)
-    """Python that runs it; absent: that of the Ray on its node, where it can import this program, else the first on the PATH."""
+    """Python of the driver. Absent: that of Ray on its node if it can import this program, else the first on the PATH."""
     stop_seconds: int = Field(default=30, ge=1)
-    """How long it may clean up after `orchestrator stop`, before it is killed."""
+    """Time to clean up after `orchestrator stop`, before the driver is killed."""
 
 
 class ProfileSpec(Frozen):
-    """Which steps run under Nsight Systems. Their traces are put into the store, and the last event of each names its own."""
+    """Steps to run under Nsight Systems. Their traces go to the store; the last event of each step names its trace."""
 
     steps: tuple[KindName, ...] = ("build",)
+    """Kinds of step to profile."""
     nsys: tuple[str, ...] = ("--trace=cuda,nvtx,osrt",)
     """Options of `nsys profile`."""
 
 
 class ClusterSpec(Frozen):
-    """What there is to build with."""
+    """Where to build, and with what."""
 
     kind: Literal["local", "ray", "mpi"] = "local"
-    """local: processes of this machine; ray: actors of a Ray cluster; mpi: the ranks of an MPI job, for Slurm sites without Ray."""
+    """Kind of cluster. local: processes of this machine; ray: actors of a Ray cluster; mpi: ranks of an MPI job (Slurm)."""
     address: PlaceText | None = None
-    """Of the Ray cluster; absent: start one on this machine."""
+    """Address of the Ray cluster. Absent: start one on this machine."""
     store: PlaceText
-    """URL of the store that keeps steps' outputs and releases; every node must reach it."""
+    """URL of the store of outputs and releases. Every node must reach it."""
     store_options: StoreOptions = StoreOptions()
     scratch: PlaceText | None = None
-    """Folder for temporary files on every node; absent: the system's."""
+    """Folder for temporary files on every node. Absent: the system's."""
     pools: dict[str, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()}, min_length=1)
     driver: DriverSpec = DriverSpec()
     retries: RetrySpec = RetrySpec()
     profile: ProfileSpec | None = None
     log_format: Literal["text", "json"] = "text"
-    """Of the log that each step leaves in the store. json: every line has step, kind, rank or stage, attempt and node."""
+    """Format of the steps' logs in the store. json: every line has step, kind, rank or stage, attempt and node."""
     threads_per_step: int = Field(default=1, ge=1)
-    """OMP_NUM_THREADS of every step."""
+    """Threads per step (OMP_NUM_THREADS)."""
     schedule_timeout_seconds: float = Field(default=600.0, gt=0)
-    """How long a step may wait for a node that could take it (ray only): then the build ends and says what was missing."""
+    """For ray: longest wait of a step for a node that can take it. Then the build ends and says what is missing."""
     probe_timeout_seconds: float = Field(default=60.0, gt=0)
-    """How long a node may take to say what it has, before the first step (ray only)."""
+    """For ray: longest wait for a node's answer to the probe before the first step."""
 
     def pool_name_for(self, kind: str) -> str | None:
-        """The first pool that lists a kind of step takes it; None when none does."""
+        """Name of the first pool that lists a kind of step; None when no pool does."""
         wanted = (kind, *_STAND_INS.get(kind, ()))
         return next((name for each in wanted for name, pool in self.pools.items() if each in pool.steps), None)
 

@@ -1,4 +1,4 @@
-"""How fast a place is, for the simulation: rates of steps, of links and of the store, and what nodes cost.
+"""Rates of a cluster for the simulation: steps, links, the store, and the price of nodes.
 
 A step reads its bytes from the store, computes, and writes its bytes to the store. It computes for `seconds` whatever its size, and
 for `seconds_per_gb` of each 10^9 bytes of its work (Estimate.work_bytes). Nothing that is built depends on any of this.
@@ -17,10 +17,10 @@ from orchestrator.spec.values import NumBytes
 
 
 class StepRate(Frozen):
-    """What a kind of step takes on one CPU slot, besides the transfers that links account for."""
+    """Time of a kind of step on one CPU slot, without transfers."""
 
     seconds: float = Field(default=0.0, ge=0)
-    """Of every step, whatever its size."""
+    """Fixed time per step."""
     seconds_per_gb: float = Field(default=0.0, ge=0)
     """Per 10^9 bytes of the step's work."""
 
@@ -42,39 +42,39 @@ STEP_RATES: dict[str, StepRate] = {
 
 
 class PoolRates(Frozen):
-    """A pool's nodes, each of them."""
+    """Rates of each node of a pool."""
 
     network: NumBytes | None = None
     """Bytes per second between a node and the store, in each direction; absent: no limit."""
     disk: NumBytes | None = None
     """Bytes per second of the disk that reads and writes share; absent: no limit."""
     price_per_hour: float = Field(default=0.0, ge=0)
-    """Of one node, in your currency."""
+    """Price of one node, in your currency."""
     speed: float = Field(default=1.0, gt=0)
-    """What steps compute is this many times as fast as the step rates say."""
+    """Factor by which steps compute faster than the step rates say."""
     steps: dict[KindName, StepRate] = Field(default_factory=dict)
-    """In place of the step rates of all pools; e.g. those of engines built on a GPU."""
+    """Step rates of this pool, e.g. of engines built on a GPU."""
 
 
 class RatesSpec(Frozen):
-    """A place's speed."""
+    """Rates of a cluster."""
 
     start_seconds: float = Field(default=1.0, ge=0)
-    """From the decision to start a step to its first instruction: a process or an actor, and its imports."""
+    """Start-up time of a step: its process or actor, and its imports."""
     store_read: NumBytes | None = None
-    """Bytes per second that the store gives to all nodes together; absent: no limit."""
+    """Bytes per second that all nodes together read from the store. Absent: no limit."""
     store_write: NumBytes | None = None
-    """Bytes per second that it takes from all nodes together; absent: no limit."""
+    """Bytes per second that all nodes together write to the store. Absent: no limit."""
     steps: dict[KindName, StepRate] = Field(default_factory=dict)
-    """Kinds of step; absent ones are as the defaults."""
+    """Step rates by kind. Absent kinds have the defaults."""
     pools: dict[str, PoolRates] = Field(default_factory=dict)
-    """By the cluster file's names; a pool that is absent has no limits and costs nothing."""
+    """Rates by pool of the cluster file. An absent pool has no limits and costs nothing."""
 
     def pool(self, name: str) -> PoolRates:
         return self.pools.get(name, PoolRates())
 
     def compute_seconds(self, kind: str, work_bytes: int, pool: str) -> float:
-        """From a step's start to its end, without transfers."""
+        """Seconds of a step without transfers."""
         rates = self.pool(pool)
         tables: tuple[Mapping[Any, StepRate], ...] = (rates.steps, self.steps, STEP_RATES)
         rate = next(table[kind] for table in tables if kind in table)
@@ -82,7 +82,7 @@ class RatesSpec(Frozen):
 
 
 def fit(points: Iterable[tuple[int, float]], default: StepRate) -> StepRate | None:
-    """The rate of (work bytes, seconds) that were seen, by least squares; None of no points.
+    """Fit a rate to measured (work bytes, seconds) by least squares; None without points.
 
     Points of much the same size do not tell the two parts apart: then the default's `seconds` stand, as far as the mean allows.
     """
