@@ -1,4 +1,4 @@
-"""What a step takes of its node while it runs: memory and CPU from /proc, GPUs from NVML where there are any."""
+"""What a step takes of its node while it runs: memory and CPU from psutil, GPUs from NVML where there are any."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+import psutil
 
 from orchestrator.planning.steps import Usage
 
@@ -36,7 +37,7 @@ class Reader(Protocol):
         """Spent so far by this process and its ended children."""
         ...
 
-    def host_ticks(self) -> tuple[int, int]:
+    def host_seconds(self) -> tuple[float, float]:
         """Busy and all, of all cores since the machine began."""
         ...
 
@@ -51,10 +52,10 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="usage", daemon=True)
         self._cpu = 0.0
-        self._host: tuple[int, int] = (0, 0)
+        self._host: tuple[float, float] = (0.0, 0.0)
 
     def __enter__(self) -> Self:
-        self._cpu, self._host = self._reader.cpu_seconds(), self._reader.host_ticks()
+        self._cpu, self._host = self._reader.cpu_seconds(), self._reader.host_seconds()
         self._thread.start()
         return self
 
@@ -63,7 +64,7 @@ class Sampler:
         self._thread.join(_SECONDS)
         self._take()
         self._cpu = self._reader.cpu_seconds() - self._cpu
-        busy, every = self._reader.host_ticks()
+        busy, every = self._reader.host_seconds()
         self._host = (busy - self._host[0], every - self._host[1])
 
     def usage(self) -> Usage:
@@ -100,18 +101,17 @@ class MachineReader:
         for device in self._devices:
             utilizations.append(self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
             memory.append(int(self._nvml.nvmlDeviceGetMemoryInfo(device).used))
-        return Sample(sum(map(resident_bytes, _family(os.getpid()))), tuple(utilizations), tuple(memory))
+        processes = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+        return Sample(sum(map(resident_bytes, processes)), tuple(utilizations), tuple(memory))
 
     def cpu_seconds(self) -> float:
         spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
-    def host_ticks(self) -> tuple[int, int]:
-        try:
-            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        except (OSError, ValueError):
-            return 0, 0
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+    def host_seconds(self) -> tuple[float, float]:
+        times = psutil.cpu_times()
+        every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # counted in user and nice too
+        return every - times.idle - getattr(times, "iowait", 0.0), every
 
 
 def _import_nvml() -> Any:
@@ -138,21 +138,9 @@ def _device(nvml: Any, name: str) -> Any:
     return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
 
 
-def _family(process: int) -> Iterator[int]:
-    """A process and all that descend from it."""
-    yield process
-    for listed in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            children = listed.read_text().split()
-        except OSError:  # it has just ended
-            continue
-        for child in children:
-            yield from _family(int(child))
-
-
 def resident_bytes(process: int) -> int:
-    """Memory of a process that is in RAM; 0 when it has ended."""
+    """Resident memory of a process; 0 when it has ended."""
     try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        return int(psutil.Process(process).memory_info().rss)
+    except psutil.NoSuchProcess:
         return 0

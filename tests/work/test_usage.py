@@ -32,7 +32,7 @@ class Scripted:
         self._calls += 1
         return 5.0 * self._calls
 
-    def host_ticks(self) -> tuple[int, int]:
+    def host_seconds(self) -> tuple[int, int]:
         return 30 * self._calls, 100 * self._calls
 
 
