@@ -14,7 +14,7 @@ from orchestrator.run import commits
 from orchestrator.run.driver import Result
 from orchestrator.run.execute import OpenCluster, execute
 from orchestrator.run.listener import Listener, Listeners, SilentListener
-from orchestrator.run.preflight import check_build
+from orchestrator.run.preflight import check_build, check_extras
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
@@ -52,6 +52,7 @@ def build(
     from orchestrator.releases.publish import Engines, check_free, place_engines, publish
     from orchestrator.releases.signing import check_sign_key
 
+    check_extras(cluster_spec)
     reports = listener or SilentListener()
     if sign_key is not None:
         check_sign_key(sign_key)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.errors import QuantizationError, StoreError, VerificationError
+from orchestrator.base.extras import require
 from orchestrator.clusters import local_cluster
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
 from orchestrator.planning import preparation
@@ -28,7 +29,7 @@ from orchestrator.run import commits
 from orchestrator.run.driver import Result
 from orchestrator.run.execute import OpenCluster, execute
 from orchestrator.run.listener import Listener, SilentListener
-from orchestrator.run.preflight import check_steps
+from orchestrator.run.preflight import check_extras, check_steps
 from orchestrator.spec.build import BuildSpec, QuantizationSpec, ToleranceSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stages import check_kept
@@ -72,6 +73,7 @@ def sweep(
 
     Steps that algorithms share run once. Raises QuantizationError before any work.
     """
+    check_extras(cluster_spec)
     specs = [_under(spec, algorithm) for algorithm in algorithms]
     plans = [only(preparation.plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
     result = _run(union(plans, algorithms), cluster_spec, open_cluster, listener or SilentListener())
@@ -111,6 +113,7 @@ def calibrate(
 
     Returns the files. Raises QuantizationError when the spec needs no calibration, StoreError when there is one already.
     """
+    check_extras(cluster_spec)
     if (output / "scales.safetensors").exists():
         raise StoreError(f"{output} already holds a calibration artifact", "Choose another --output, or remove it.")
     plan = only(preparation.plan(spec), (Kind.CALIBRATE,))
@@ -128,6 +131,7 @@ def choose(
 
     Runs in this process, on the whole model. Raises QuantizationError, StoreError when `output` is there already.
     """
+    require("build")
     from orchestrator.stores import open_source
     from orchestrator.stores.source import LocalFolder
     from orchestrator.work.calibrate.auto_quantize import choose_formats

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.base.errors import StoreError
+from orchestrator.base.extras import require
 from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config, write_json
 from orchestrator.clusters import local_cluster
 from orchestrator.engines.profiles import network_of
@@ -35,6 +36,7 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
 
     `spec.topology.cp` may be above 1. Raises StoreError when `output` already holds one or has too little room; else as `plan`.
     """
+    require("build")
     if (output / "config.json").exists():
         raise StoreError(f"{output} already holds a checkpoint", "Choose another --output, or remove it.")
     plan = plan_conversion(spec)
@@ -91,6 +93,7 @@ def build_engine(
     `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
     QuantizationError for GPUs that lack a number format, EngineBuildError.
     """
+    require("build")
     from orchestrator.engines.profiles import resolved
     from orchestrator.planning.quantization import read_checkpoint_quantization
     from orchestrator.work.build.compiling import compile_apart

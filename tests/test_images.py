@@ -21,7 +21,8 @@ from tests.submit.kubernetes.overlays import cluster_spec, overlay
 HADOLINT = find_program("hadolint") or "hadolint"
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "deploy" / "images"
-EXTRAS = {"cpu": {"obstore", "signing"}, "gpu": {"obstore", "signing", "tensorrt"}}
+_EVERY = {"build", "ray", "obstore", "signing"}
+EXTRAS = {"cpu": _EVERY, "gpu": _EVERY | {"tensorrt"}}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 by_role = pytest.mark.parametrize("role", sorted(EXTRAS))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from orchestrator.base.dtypes import num_bytes
 from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.model.checkpoint import Assembly, Piece, TensorInfo
 from orchestrator.stores.source import ByteSource
 
-Bytes = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
 
 
 def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
@@ -35,6 +37,8 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
     else:
         _read_stored(source, tensor, assembly, begin, end, out)
     if assembly is not None and assembly.add:
+        import numpy as np
+
         elements = np.frombuffer(out, np.float32, (end - begin) * (tensor.num_bytes // tensor.shape[0]) // 4)
         np.add(elements, np.float32(assembly.add), out=elements)
 
@@ -46,6 +50,8 @@ def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64
     transformers takes i and half + i, so its row (head, i) is Meta's (head, 2i) and its (head, half + i) is (head, 2i + 1).
     Source: `permute` of transformers' convert_llama_weights_to_hf.py.
     """
+    import numpy as np
+
     rows = np.arange(begin, end, dtype=np.int64)
     head, row = rows - rows % paired_rows, rows % paired_rows
     half = paired_rows // 2
@@ -54,6 +60,8 @@ def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64
 
 def _read_paired(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
     """Read the stored rows that [begin, end) come from, then put them in order."""
+    import numpy as np
+
     order = paired_order(begin, end, assembly.paired_rows)
     first, last = int(order.min()), int(order.max()) + 1
     row_bytes = tensor.num_bytes // tensor.shape[0]
@@ -65,6 +73,8 @@ def _read_paired(source: ByteSource, tensor: TensorInfo, assembly: Assembly, beg
 
 def _read_stored(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
     """Rows [begin, end) in the order in which the source has them."""
+    import numpy as np
+
     rows = np.frombuffer(out, np.uint8, (end - begin) * (tensor.num_bytes // tensor.shape[0])).reshape(end - begin, -1)
     position = 0
     for piece in assembly.pieces:

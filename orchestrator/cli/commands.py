@@ -6,9 +6,7 @@ import typer
 
 from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, options, plans, releases, watch
 
-app = typer.Typer(
-    cls=options.Root, no_args_is_help=True, add_completion=False, context_settings=options.SETTINGS, pretty_exceptions_enable=False
-)
+app = typer.Typer(cls=options.Root, no_args_is_help=True, context_settings=options.SETTINGS, pretty_exceptions_enable=False)
 app.callback()(options.root)
 app.add_typer(plans.app)
 app.add_typer(builds.app)

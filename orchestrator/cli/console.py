@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.base.errors import ADVICE_BYTES, MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded, interruption
+from orchestrator.base.extras import missing_extra
 from orchestrator.cli.stopping import stoppable
 from orchestrator.planning.facts import Verification
 from orchestrator.spec.cluster import ClusterSpec
@@ -86,7 +87,7 @@ def _as_ours(error: BaseException, number: int) -> OrchestratorError:
         return error
     if isinstance(error, _OF_THE_COMMAND_LINE) or not isinstance(error, Exception):
         raise error
-    return _bug(error)
+    return missing_extra(error) or _bug(error)
 
 
 def _bug(error: Exception) -> OrchestratorError:

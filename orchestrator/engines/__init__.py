@@ -7,13 +7,15 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.base.errors import ToolError
+from orchestrator.base.extras import extra_error
 from orchestrator.engines.record import EngineRecord
 from orchestrator.spec.build import BuildConfig
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BACKENDS: dict[str, str] = {
     "tensorrt": "orchestrator.engines.tensorrt",
@@ -25,8 +27,8 @@ _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
-_PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
-"""Package to install: for the CUDA that this project is tested with, as in pyproject.toml."""
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "build"}
+"""The extra that brings each backend's library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def require_version(name: str, expected: str | None) -> None:
     """Raises ToolError when the library is missing here, or is not the version that the plan was made for."""
     found = installed_version(name)
     if found is None:
-        raise ToolError(f"{name} is not installed on this machine", f"Install it: pip install {_PACKAGES[name]}.")
+        raise extra_error(_EXTRAS[name], f"{name} is not installed on this machine")
     if expected is not None and found != expected:
         raise ToolError(
             f"this machine has {name} {found}, the plan was made for {expected}",

@@ -8,14 +8,18 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DigestError, QuantizationError, SourceMissingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Tokens = npt.NDArray[np.int64]
 
 
 class CalibrationData(BaseModel):
@@ -33,7 +37,6 @@ class CalibrationData(BaseModel):
     seed: int
 
 
-Tokens = npt.NDArray[np.int64]
 DEFAULT = "default"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILE = "calibration_text.md"
@@ -55,6 +58,8 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
     tokenizer reads seeded random ids. `dataset`: the place of a local file. Raises SourceMissingError, QuantizationError,
     DigestError.
     """
+    import numpy as np
+
     generator = np.random.default_rng(data.seed)
     if not has_tokenizer(tokenizer_folder):
         if data.dataset != DEFAULT:

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orchestrator.base.digest import digest_bytes
-from orchestrator.base.errors import SignatureError, ToolError
+from orchestrator.base.errors import SignatureError
+from orchestrator.base.extras import extra_error, missing_extra
 from orchestrator.releases.manifest import SIGNATURE
 
 _CURVE = "secp256r1"
@@ -121,9 +122,7 @@ def _modules() -> _Modules:
     try:
         return _Modules()
     except ImportError as error:
-        raise ToolError(
-            f"signatures need the model-signing package: {error}", "Install it: pip install 'trt-orchestrator[signing]'."
-        ) from None
+        raise missing_extra(error) or extra_error("signing", f"model_signing does not load: {error}") from None
 
 
 def _serialization() -> Any:

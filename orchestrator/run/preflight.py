@@ -11,11 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.base.errors import ClusterError, StoreFullError
+from orchestrator.base.extras import require
 from orchestrator.model.compute_capability import check_target
 from orchestrator.planning.plan import Plan, unplaceable
 from orchestrator.planning.steps import Kind, Outcome, Step
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores.store import Store
+
+_EXTRAS = {"local": ("build",), "mpi": ("build", "mpi"), "ray": ("build", "ray")}
+
+
+def check_extras(cluster_spec: ClusterSpec) -> None:
+    """Check that the driver has what steps of this place need, before anything is done. Raises ToolError."""
+    require(*_EXTRAS[cluster_spec.kind])
 
 
 def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:

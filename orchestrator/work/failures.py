@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 
 from orchestrator.base.errors import StoreError
+from orchestrator.base.extras import missing_extra
 from orchestrator.planning.steps import Cause, Failure, FailureKind
 
 _NETWORK = {
@@ -30,7 +31,9 @@ def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -
     """The record of an exception that a step raised. What lies under the step is the machinery's, and tried again."""
     cause = cause_of(error)
     kind = FailureKind.APPLICATION if cause is Cause.UNKNOWN else FailureKind.INFRASTRUCTURE
-    return Failure.of(error, node, log_tail).model_copy(update={"kind": kind, "cause": cause, "traceback": traceback})
+    return Failure.of(missing_extra(error) or error, node, log_tail).model_copy(
+        update={"kind": kind, "cause": cause, "traceback": traceback}
+    )
 
 
 def cause_of(error: BaseException) -> Cause:

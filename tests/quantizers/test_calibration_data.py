@@ -9,15 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from orchestrator.base.errors import DigestError, QuantizationError, SourceMissingError
 from orchestrator.planning.quantization import resolve
-from orchestrator.quantizers.calibration_data import DEFAULT, CalibrationData, Tokens, calibration_tokens
+from orchestrator.quantizers.calibration_data import DEFAULT, CalibrationData, calibration_tokens
 from orchestrator.spec.build import QuantizationSpec
+
+if TYPE_CHECKING:
+    from orchestrator.quantizers.calibration_data import Tokens
 
 BOS, CHAT, UNKNOWN = 0, 1, 2
 FIRST_WORD = 3

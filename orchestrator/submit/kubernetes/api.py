@@ -16,9 +16,9 @@ from orchestrator.base.errors import (
     ClusterError,
     ManifestError,
     OrchestratorError,
-    ToolError,
     UnreachableError,
 )
+from orchestrator.base.extras import require
 from orchestrator.submit.kubernetes.manifests import Fields, at
 
 _TIMEOUT_SECONDS = (5.0, 30.0)
@@ -83,12 +83,9 @@ class KubernetesApi:
 
         Raises ToolError without the `kubernetes` extra, UnreachableError, AuthenticationError.
         """
-        try:
-            from kubernetes.dynamic import DynamicClient
-        except ImportError:
-            raise ToolError(
-                "the Kubernetes client is not installed", "pip install 'trt-orchestrator[kubernetes]' on this machine."
-            ) from None
+        require("kubernetes")
+        from kubernetes.dynamic import DynamicClient
+
         client = _client(context)
         self.host = str(client.configuration.host)
         weakref.finalize(self, client.rest_client.pool_manager.clear)  # its connections would be left to the garbage collector

@@ -14,7 +14,7 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,11 +23,14 @@ from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.facts import CalibrateFacts
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.planning.steps import Kind, Task
-from orchestrator.quantizers.calibration_data import Tokens, calibration_tokens, has_tokenizer
+from orchestrator.quantizers.calibration_data import calibration_tokens, has_tokenizer
 from orchestrator.work.calibrate.part_model import PartModel, load_part
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from orchestrator.work.scales import SCALES
+
+if TYPE_CHECKING:
+    from orchestrator.quantizers.calibration_data import Tokens
 
 RECIPE = "recipe.json"
 """How the scales came about: method, data, tools."""
