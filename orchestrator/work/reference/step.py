@@ -23,7 +23,8 @@ from orchestrator.quantizers.calibration_data import has_tokenizer
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from orchestrator.work.reference.prompts import PROMPTS
-from orchestrator.work.reference.streamed_model import StreamedModel
+from orchestrator.work.reference.streamed_model import Floats, LayerEnd, StreamedModel
+from orchestrator.work.resume import LayerStates
 
 OUTPUT = "reference.safetensors"
 """tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary].
@@ -55,13 +56,28 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     shape = (int(lengths.sum()), model.hidden_size)
     header = encode_header(((f"layer{layer}", "F32", shape) for layer in range(model.num_layers)), {})
+    states = LayerStates(context, task.step.digest)
+    saved = states.saved()
+    last = None
+    if saved:
+        end = saved[max(saved)]
+        last = LayerEnd(max(saved), end["rounded"], end.get("own"))
+        context.log(f"reference: an earlier attempt finished {len(saved)} of {model.num_layers} layers, resumes behind them")
     with context.output(HIDDEN_STATES, len(header) + 4 * math.prod((model.num_layers, *shape))) as writer:
         writer.write(header)
+        for arrays in saved.values():
+            writer.write(arrays["rounded"].tobytes())
+
+        def keep(layer: int, rounded: Floats, own: Floats | None) -> None:
+            writer.write(rounded.tobytes())
+            states.keep(layer, {"rounded": rounded} if own is None else {"rounded": rounded, "own": own})
+
         logits, own = model.logits(
             sequences,
             options.decode_steps,
             lambda done, total: context.report("reference", done, total, "steps"),
-            lambda layer, states: writer.write(states.tobytes()),
+            keep,
+            last,
         )
     arrays = {
         "tokens": _padded([np.array(sequence, np.int64) for sequence in sequences]),

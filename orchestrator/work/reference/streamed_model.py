@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,16 @@ Calls = list[list[Any]]
 """By sequence and call: a tensor [1, S, ...]."""
 Arguments = list[list[list[dict[str, Any]]]]
 """By sequence, call and layer: what a layer is called with besides the hidden states."""
+
+
+@dataclass(frozen=True)
+class LayerEnd:
+    """Hidden states at the end of a layer: float32 [positions, hidden], one sequence after the other."""
+
+    layer: int
+    rounded: Floats
+    own: Floats | None
+    """With the source's own weights; None: rounding has changed none so far."""
 
 
 class StreamedModel:
@@ -69,13 +80,15 @@ class StreamedModel:
         sequences: Sequence[Sequence[int]],
         decode_steps: int | None,
         report: Callable[[int, int], None],
-        keep: Callable[[int, Floats], None] = lambda layer, hidden_states: None,
+        keep: Callable[[int, Floats, Floats | None], None] = lambda layer, rounded, own: None,
+        last: LayerEnd | None = None,
     ) -> tuple[list[Floats], list[Floats] | None]:
         """[T, vocabulary] of each sequence: of rounded weights, and of the source's own where rounding changes one.
 
         `decode_steps`: tokens at the end of a sequence that go one by one through the cache; None: one call. `report` gets the
-        layers that are done and their number; `keep` a layer and the hidden states at its end, of rounded weights: [positions,
-        hidden], one sequence after the other. Raises the source's errors, QuantizationError for weights that it lacks.
+        layers that are done and their number; `keep` a layer and the hidden states at its end [positions, hidden], one sequence
+        after the other: of rounded weights, and of the source's own where they differ. `last` is such an end of an earlier attempt:
+        the layers up to it are skipped. Raises the source's errors, QuantizationError for weights that it lacks.
         """
         import torch
 
@@ -83,7 +96,11 @@ class StreamedModel:
         with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
             calls: Calls = [_split(torch.tensor([sequence]), decode_steps) for sequence in sequences]
             rounded, own, arguments = self._embed(calls, opened, cached=decode_steps is not None)
-            for number, layer in enumerate(self._loaded_layers(opened)):
+            first = 0
+            if last is not None:
+                first, rounded = last.layer + 1, _in_calls(last.rounded, rounded)
+                own = _in_calls(last.own, rounded) if last.own is not None else None
+            for number, layer in enumerate(self._loaded_layers(opened, first), first):
                 changed = self._changed(number, layer)
                 if changed and own is None:
                     own = [list(sequence) for sequence in rounded]
@@ -93,7 +110,7 @@ class StreamedModel:
                     parameter.copy_(self._rounded(parameter))
                 self._pass(number, layer, rounded, arguments)
                 layer.to("meta")
-                keep(number, torch.cat([states[0] for sequence in rounded for states in sequence]).numpy())
+                keep(number, _joined(rounded), None if own is None else _joined(own))
                 report(number + 1, self._config.num_hidden_layers)
             return self._finish(calls, rounded, own, opened)
 
@@ -137,7 +154,7 @@ class StreamedModel:
             arguments = [of_layers for _, of_layers in found]
         return streams[0], streams[1] if differ else None, arguments
 
-    def _loaded_layers(self, opened: ByteSource) -> Iterator[Any]:
+    def _loaded_layers(self, opened: ByteSource, first: int) -> Iterator[Any]:
         """Each layer with its weights as the source has them; the next one's are read meanwhile."""
         import torch
 
@@ -147,8 +164,9 @@ class StreamedModel:
             return read_tensors(opened, self._index.format, layer_tensors(self._index, number, 1), torch.float32)
 
         with ThreadPoolExecutor(1, "layer") as pool:
-            coming = pool.submit(read, 0)
-            for number in range(count):
+            if first < count:
+                coming = pool.submit(read, first)
+            for number in range(first, count):
                 state = coming.result()
                 if number + 1 < count:
                     coming = pool.submit(read, number + 1)
@@ -223,6 +241,23 @@ def _of_layer(name: str) -> str:
     for theirs, ours in _RENAMED.items():
         local = local.replace(theirs, ours)
     return local
+
+
+def _joined(stream: Calls) -> Floats:
+    """[positions, hidden] of all sequences and calls."""
+    import torch
+
+    states: Floats = torch.cat([states[0] for sequence in stream for states in sequence]).numpy()
+    return states
+
+
+def _in_calls(states: Floats, like: Calls) -> Calls:
+    """[positions, hidden] as sequences and calls of the same lengths as `like`."""
+    import torch
+
+    sizes = [call.shape[1] for sequence in like for call in sequence]
+    parts = iter(torch.split(torch.from_numpy(np.array(states)), sizes))
+    return [[next(parts)[None] for _ in sequence] for sequence in like]
 
 
 def _split(tokens: Any, decode_steps: int | None) -> list[Any]:

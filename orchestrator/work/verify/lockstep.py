@@ -28,6 +28,7 @@ from orchestrator.work.verify.inputs import Call
 from orchestrator.work.verify.ort import empty_cache, open_session, ort_value
 
 Array = npt.NDArray[Any]
+_NOTHING: Array = np.zeros(0)
 _RANKS_AGREE = 1e-5
 """Largest difference between the ranks' hidden states, relative to the largest value."""
 
@@ -72,15 +73,19 @@ class Lockstep:
         self,
         report: Callable[[int, int], None] = lambda done, total: None,
         watch: Callable[[int, list[Array]], None] = lambda layer, hidden_states: None,
+        keep: Callable[[int, dict[str, Array]], None] = lambda layer, state: None,
+        last: tuple[int, Mapping[str, Array]] | None = None,
     ) -> list[Array]:
         """Hidden states by call [B, S, hidden], or logits [B, S, vocabulary] on the last stage.
 
         `report` gets the slices that are done and their number; `watch` a layer's number in the model and the hidden states at its
-        end, by call. Raises VerificationError when the ranks' hidden states differ.
+        end, by call; then `keep` the layer's number and the values that later slices read. `last` is such a layer and its values,
+        of an earlier attempt: the slices up to its end are skipped. Raises VerificationError when the ranks' hidden states differ.
         """
         slices = self._ranks[0].sliced.slices
-        weights = self._weights_ahead()
-        for number, part in enumerate(slices):
+        first = 0 if last is None else self._restore(*last)
+        weights = self._weights_ahead(first)
+        for number, part in enumerate(slices[first:], first):
             for rank in self._ranks:
                 self._pass(rank, number, next(weights))
             if part.collective is not None:
@@ -90,13 +95,17 @@ class Lockstep:
                 ended = [values[part.nodes[-1].name].numpy() for values in self._ranks[0].values]
                 watch(self._stage.first_layer + part.layer, ended)
             self._forget(number, layer_ended=part.layer is not None)
+            if part.layer is not None:
+                keep(self._stage.first_layer + part.layer, self._state())
             report(number + 1, len(slices))
         return self._results()
 
-    def _weights_ahead(self) -> Iterator[list[Any]]:
+    def _weights_ahead(self, first: int) -> Iterator[list[Any]]:
         """The weights of each slice, rank after rank, as OrtValues; the next are read while a slice is executed."""
         count = len(self._ranks[0].sliced.slices)
-        order = [(rank, number) for number in range(count) for rank in self._ranks]
+        order = [(rank, number) for number in range(first, count) for rank in self._ranks]
+        if not order:
+            return
         with ThreadPoolExecutor(1, "weights") as pool:
             coming = pool.submit(_bind, *order[0])
             for following in [*order[1:], None]:
@@ -148,6 +157,28 @@ class Lockstep:
                     del values[name]
             if layer_ended:
                 rank.cache.clear()
+
+    def _state(self) -> dict[str, Array]:
+        """Values that later slices read, by rank, call and name; those of a rank that equal rank 0's are left out."""
+        state: dict[str, Array] = {}
+        for tp_rank, rank in enumerate(self._ranks):
+            for call, values in enumerate(rank.values):
+                for name, value in values.items():
+                    array = value.numpy()
+                    if tp_rank and np.array_equal(array, state.get(f"0/{call}/{name}", _NOTHING)):
+                        continue
+                    state[f"{tp_rank}/{call}/{name}"] = array
+        return state
+
+    def _restore(self, layer: int, state: Mapping[str, Array]) -> int:
+        """Take the values of an earlier attempt. Returns the number of the first slice behind the layer."""
+        for tp_rank, rank in enumerate(self._ranks):
+            for key, array in state.items():
+                of_rank, call, name = key.split("/", 2)
+                if int(of_rank) == tp_rank or (of_rank == "0" and f"{tp_rank}/{call}/{name}" not in state):
+                    rank.values[int(call)][name] = ort_value(np.ascontiguousarray(array))
+        ends = [number for number, part in enumerate(self._ranks[0].sliced.slices) if part.layer == layer - self._stage.first_layer]
+        return ends[0] + 1
 
     def _check_agreement(self, name: str) -> None:
         """Raises VerificationError when a rank's hidden states at a layer's end differ from rank 0's."""

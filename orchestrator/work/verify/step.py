@@ -19,12 +19,14 @@ from orchestrator.planning.steps import Kind, Output, Task
 from orchestrator.work.context import Context
 from orchestrator.work.reference.step import HIDDEN_STATES as REFERENCE_STATES
 from orchestrator.work.reference.step import OUTPUT as REFERENCE
+from orchestrator.work.resume import LayerStates
 from orchestrator.work.shards import map_shards, rank_shards
 from orchestrator.work.verify import compare
 from orchestrator.work.verify.inputs import make_calls, positions_of
 from orchestrator.work.verify.lockstep import Lockstep
 
 Array = npt.NDArray[Any]
+_ERRORS = "layer errors"
 HIDDEN_STATES = "hidden_states.safetensors"
 """call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
 
@@ -48,7 +50,17 @@ def verify(task: Task, context: Context) -> VerifyFacts:
         previous = [handed[f"call{number}"] for number in range(len(calls))]
     ranks = Lockstep(options.network, weights, calls, previous)
     layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
-    results = ranks.run(lambda done, total: context.report("verify", done, total, "steps"), layers.watch)
+    states = LayerStates(context, task.step.digest, only_last=True)
+    last = None
+    for layer, state in states.saved().items():
+        last = layer, layers.take(state)
+        context.log(f"verify: an earlier attempt finished layer {layer}, resumes behind it")
+    results = ranks.run(
+        lambda done, total: context.report("verify", done, total, "steps"),
+        layers.watch,
+        lambda layer, state: states.keep(layer, layers.put(state)),
+        last,
+    )
     errors = {**_earlier_errors(task), **layers.errors}
     facts = VerifyFacts(
         stage=stage.pp_rank,
@@ -83,6 +95,15 @@ class _LayerErrors:
             expected = file.get_tensor(f"layer{layer}")
         found = np.stack([hidden_states[call][sequence, row] for sequence, _, call, row in self._places])
         self.errors[layer] = compare.relative_error(found, expected)
+
+    def put(self, state: dict[str, Array]) -> dict[str, Array]:
+        """`state` with the errors so far."""
+        return {**state, _ERRORS: np.array(list(self.errors.items()), np.float64)}
+
+    def take(self, state: Mapping[str, Array]) -> dict[str, Array]:
+        """The inverse of `put`: keep the errors, return the rest."""
+        self.errors = {int(layer): float(error) for layer, error in state[_ERRORS]}
+        return {name: array for name, array in state.items() if name != _ERRORS}
 
 
 def _earlier_errors(task: Task) -> dict[int, float]:

@@ -1,0 +1,92 @@
+"""States at the ends of layers, kept in the store so that the next attempt of a killed step goes on behind them.
+
+    resume/<digest of the step>/<first layer>-<last layer>-<sha256>.safetensors
+
+A block is whole or missing, and is believed only if it has the digest in its name. Attempts of one step compute the same
+states, so that blocks of two attempts may lie side by side. They are removed when the step is committed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.digest import digest_bytes
+from orchestrator.base.errors import StoreError
+from orchestrator.work.context import Context
+
+SECONDS = 10.0
+"""Time between two blocks: more often costs a fast step, less often repeats more of a slow one."""
+_SUFFIX = ".safetensors"
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class LayerStates:
+    """Arrays by layer of one step."""
+
+    def __init__(
+        self, context: Context, digest: str, *, only_last: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`only_last`: the last layer is enough to go on, earlier blocks are removed."""
+        self._context, self._only_last, self._clock = context, only_last, clock
+        self._prefix = f"resume/{digest}/"
+        self._pending: dict[int, Arrays] = {}
+        self._written_at = clock()
+        context.after_commit.append(self._remove)
+
+    def saved(self) -> dict[int, dict[str, npt.NDArray[Any]]]:
+        """Arrays of the layers that an earlier attempt finished: 0 to n without a gap, or the last one with `only_last`."""
+        found: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        for info in list(self._context.store.list(self._prefix)):
+            try:
+                found |= self._read(info.key)
+            except (StoreError, ValueError):  # removed by another attempt, or damaged: its layers are computed again
+                continue
+        if self._only_last:
+            return {max(found): found[max(found)]} if found else {}
+        whole = 0
+        while whole in found:
+            whole += 1
+        return {layer: found[layer] for layer in range(whole)}
+
+    def keep(self, layer: int, arrays: Arrays) -> None:
+        """Take the state at the end of a layer; written when it is time."""
+        if self._only_last:
+            self._pending.clear()
+        self._pending[layer] = arrays
+        if self._clock() - self._written_at >= SECONDS:
+            self._write()
+
+    def _read(self, key: str) -> dict[int, dict[str, npt.NDArray[Any]]]:
+        from safetensors.numpy import load
+
+        data = self._context.store.get(key)
+        if digest_bytes(data) != key.removesuffix(_SUFFIX).rpartition("-")[2]:
+            raise ValueError(f"{key} is damaged")
+        layers: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        for name, array in load(data).items():
+            number, _, rest = name.partition(".")
+            layers.setdefault(int(number), {})[rest] = array
+        return layers
+
+    def _write(self) -> None:
+        from safetensors.numpy import save
+
+        arrays = ((f"{layer}.{name}", array) for layer, named in self._pending.items() for name, array in named.items())
+        data = save({name: np.ascontiguousarray(array) for name, array in arrays})
+        before = [info.key for info in self._context.store.list(self._prefix)] if self._only_last else []
+        key = f"{self._prefix}{min(self._pending)}-{max(self._pending)}-{digest_bytes(data)}{_SUFFIX}"
+        self._context.store.put(key, data)
+        for old in before:
+            if old != key:
+                self._context.store.delete(old)
+        self._pending.clear()
+        self._written_at = self._clock()
+
+    def _remove(self) -> None:
+        for info in list(self._context.store.list(self._prefix)):
+            self._context.store.delete(info.key)
