@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actors.cluster import RayCluster
-    from actors.jobs import Client, Submission
+    from actors.jobs import Client, RaySubmission
 
-__all__ = ["Client", "RayCluster", "Submission"]
+__all__ = ["Client", "RayCluster", "RaySubmission"]
 
-_PLACE_OF = {"Client": "jobs", "RayCluster": "cluster", "Submission": "jobs"}
+_PLACE_OF = {"Client": "jobs", "RayCluster": "cluster", "RaySubmission": "jobs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,9 @@ import json
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from actors.job_api import DuplicateJobError, Job, JobApi, RayJobApi, is_here, unmet
 from orchestrator.base.errors import (
@@ -34,13 +32,13 @@ from orchestrator.base.errors import (
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.events.builds import BuildEvent, Errored, LogReader, Published, conclude
+from orchestrator.events.builds import BuildEvent, LogReader, Published, conclude
 from orchestrator.releases.manifest import MANIFEST, release_prefix
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
-from orchestrator.submit.submission import ENTRYPOINT, bundle, expected_on_nodes, pack, submission_id
+from orchestrator.submit.bundle import ENTRYPOINT, bundle, expected_on_nodes, pack, submission_id
+from orchestrator.submit.protocol import Clock, Existing, Patience, decide
 
-T = TypeVar("T")
 START_SECONDS = 900.0
 """How long a job may be pending; an autoscaler needs minutes."""
 _PATIENCE_SECONDS = 600.0
@@ -50,14 +48,6 @@ _POLL_SHARE = 10
 """A poll brings the whole log: it is asked for again after so many times what it took."""
 _LOG_TRIES = 5
 _MARK, _DRIVER = "trt-orchestrator", "driver"
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Time, for tests to replace."""
-
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +62,17 @@ class Choice:
 
 
 def choose(build: str, driver: DriverSpec, jobs: Sequence[Job]) -> Choice:
-    """Attach to the build's last job where it runs, waits or has succeeded; else the next number."""
+    """What `decide` says of the build's last job; one that is not attached to is followed by the next number."""
     pattern = re.compile(rf"{re.escape(build)}(?:-([0-9]+))?")
     known = {int(match[1] or 1): job for job in jobs if (match := pattern.fullmatch(job.id))}
     if not known:
         return Choice(build, attach=False)
     number = max(known)
     last = known[number]
-    following = f"{build}-{number + 1}"
-    if last.state == "PENDING" and last.metadata.get(_DRIVER, "") != _place_of(driver):
-        return Choice(following, attach=False, withdraw=last.id)
-    if last.state in ("FAILED", "STOPPED"):
-        return Choice(following, attach=False)
-    return Choice(last.id, attach=True)
+    misplaced = last.state == "PENDING" and last.metadata.get(_DRIVER, "") != _place_of(driver)
+    if decide(Existing(failed=last.state in ("FAILED", "STOPPED"), other_place=misplaced)) == "attach":
+        return Choice(last.id, attach=True)
+    return Choice(f"{build}-{number + 1}", attach=False, withdraw=last.id if misplaced else "")
 
 
 def _place_of(driver: DriverSpec) -> str:
@@ -105,7 +93,7 @@ class Client:
 
     def submit(
         self, spec: BuildSpec, cluster_spec: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS
-    ) -> Submission:
+    ) -> RaySubmission:
         """Hand a build over, or attach to the job that it has already.
 
         `driver` replaces that of the cluster file. Raises SpecError for a cluster file that is not of Ray, SourceMissingError for
@@ -125,17 +113,17 @@ class Client:
                     self._send(choice.job_id, packed.spec, packed.files, cluster_spec, where)
             except DuplicateJobError:
                 continue
-            return Submission(
+            return RaySubmission(
                 self._api, choice.job_id, self._clock, start_seconds, where,
                 attached=choice.attach, warnings=self._warnings(packed.spec, cluster_spec),
             )  # fmt: skip
         raise ClusterError(f"others submit {build} again and again", "Look at `orchestrator list`.")
 
-    def attach(self, job_id: str, *, start_seconds: float = START_SECONDS) -> Submission:
+    def attach(self, job_id: str, *, start_seconds: float = START_SECONDS) -> RaySubmission:
         """A submission by its id, from any machine. Raises UnknownSubmissionError."""
         job = self._api.job(job_id)
         driver = DriverSpec.model_validate_json(job.metadata.get(_DRIVER, "{}"))
-        return Submission(self._api, job_id, self._clock, start_seconds, driver, attached=True)
+        return RaySubmission(self._api, job_id, self._clock, start_seconds, driver, attached=True)
 
     def list(self) -> list[Job]:
         """The builds that were handed over to this cluster, oldest first."""
@@ -165,8 +153,8 @@ class Client:
         return () if is_here(self.address) else expected_on_nodes(spec, cluster_spec)
 
 
-class Submission:
-    """A build that was handed over. Following it is looking on: it runs whether or not anyone does."""
+class RaySubmission:
+    """See orchestrator.submit.protocol.Submission."""
 
     def __init__(
         self, api: JobApi, job_id: str, clock: Clock, start_seconds: float, driver: DriverSpec,
@@ -174,10 +162,10 @@ class Submission:
     ) -> None:  # fmt: skip
         self.id = job_id
         self.attached = attached
-        """The job was there already."""
         self.warnings = warnings
         self._api, self._clock, self._start_seconds, self._driver = api, clock, start_seconds, driver
-        self._reader = LogReader()
+        self._log = LogReader()
+        self._followed = False
 
     def status(self) -> Job:
         """What Ray says of the job now."""
@@ -187,71 +175,63 @@ class Submission:
         """All that the driver has printed so far."""
         return self._api.log(self.id)
 
-    @property
-    def last_word(self) -> Published | Errored | None:
-        """The build's result or error, once `events` or `lines` has passed it."""
-        return self._reader.last_word
-
     def events(self, timeout_seconds: float | None = None) -> Iterator[BuildEvent]:
-        """The build's own events from its beginning to its end, as they come. Polls that fail are made again for minutes.
+        """See Followed. Polls that fail are made again for minutes.
 
         Raises NotStartedError when the job is pending for too long, UnreachableError when the cluster does not answer for minutes,
         DriverLostError when it has forgotten the job, TimeoutError after `timeout_seconds`.
         """
-        self._reader = LogReader()
+        self._log = LogReader()
         for piece in self._pieces(timeout_seconds):
-            yield from self._reader.feed(piece)
-        yield from self._reader.close()
+            yield from self._log.feed(piece)
+        yield from self._log.close()
 
-    def lines(self, timeout_seconds: float | None = None) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         """All lines of the log, as they come; else as `events`."""
-        self._reader = LogReader()
+        self._log = LogReader()
         begun = ""
-        for piece in self._pieces(timeout_seconds):
-            self._reader.feed(piece)
+        for piece in self._pieces(None):
+            self._log.feed(piece)
             *whole, begun = (begun + piece).split("\n")
             yield from whole
-        self._reader.close()
+        self._log.close()
         if begun:
             yield begun
 
     def _pieces(self, timeout_seconds: float | None) -> Iterator[str]:
         """What the log gains from poll to poll, until the job has ended."""
-        began, read, patience = self._clock.now(), 0, _Patience(self._clock)
+        began, read, patience = self._clock.now(), 0, Patience(self._clock, _PATIENCE_SECONDS)
         while True:
             asked = self._clock.now()
-            job = patience.take(self._look)
-            if job is not None:
-                text = patience.take(self.logs)
-                if text is None and job.ended:
-                    text = self._last_log(job)
-                if text is not None and len(text) > read:
+            try:
+                job = self._look()
+                patience.answered()
+                self._check_started(job, began)
+                text = self._log_of(job)
+            except UnreachableError as error:
+                patience.failed(error)
+            else:
+                if len(text) > read:
                     yield text[read:]
                     read = len(text)
                 if job.ended:
+                    self._followed = True
                     return
-                self._check_started(job, began)
             if timeout_seconds is not None and self._clock.now() - began >= timeout_seconds:
                 raise TimeoutError(f"{self.id} has not ended in {timeout_seconds:g} s")
             self._clock.sleep(max(_POLL_SECONDS, _POLL_SHARE * (self._clock.now() - asked)))
 
     def result(self, timeout_seconds: float | None = None) -> Published:
-        """Wait for the end: the release's manifest and verification.
-
-        Raises the build's own error, of its own class; CancelledError when it was stopped; DriverLostError; as `events`.
-        """
-        for _ in self.events(timeout_seconds):
-            pass
-        return self.conclusion()
-
-    def conclusion(self) -> Published:
-        """What the events, once they have ended, come to. Raises as `result`."""
-        job, said = self.status(), self._reader.last_word
+        """See Followed. Raises as `events` too."""
+        if not self._followed:
+            for _ in self.events(timeout_seconds):
+                pass
+        job, said = self.status(), self._log.last_word
         if said is None and job.state == "SUCCEEDED":
             return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, the release is not
         if said is None and job.never_started:
             raise NotStartedError(f"{self.id} could not start: {_first_line(job.message)}")
-        reason = self._reader.tail or _first_line(job.message)
+        reason = self._log.tail or _first_line(job.message)
         if job.end_signal:
             reason = f"it was ended by {job.end_signal}; {reason}"
         elif job.exit_code is not None:
@@ -275,15 +255,14 @@ class Submission:
         except UnknownSubmissionError:
             raise DriverLostError(f"{self._api.address} has forgotten {self.id}: its head was replaced") from None
 
-    def _last_log(self, job: Job) -> str:
-        """The log of a job that has ended, when it could not be had at once; where it cannot at all, what Ray kept of it."""
-        for _ in range(_LOG_TRIES):
-            self._clock.sleep(_POLL_SECONDS)
+    def _log_of(self, job: Job) -> str:
+        """The log; of a job that has ended, when it cannot be had for some seconds, what Ray kept of it."""
+        for _ in range(_LOG_TRIES if job.ended else 0):
             try:
                 return self.logs()
             except UnreachableError:
-                continue
-        return job.message
+                self._clock.sleep(_POLL_SECONDS)
+        return job.message if job.ended else self.logs()
 
     def _check_started(self, job: Job, began: float) -> None:
         if job.state != "PENDING" or self._clock.now() - began < self._start_seconds:
@@ -297,28 +276,6 @@ class Submission:
             "It still waits, and starts when it can. `orchestrator stop` withdraws it; submit again with another `driver:` in the "
             "cluster file to place it elsewhere.",
         )
-
-
-@dataclass
-class _Patience:
-    """Lets requests fail for a while."""
-
-    clock: Clock
-    since: float | None = None
-
-    def take(self, ask: Callable[[], T]) -> T | None:
-        """The answer; None when there was none this time. Raises UnreachableError when there was none for too long."""
-        try:
-            answer = ask()
-        except UnreachableError as error:
-            self.since = self.clock.now() if self.since is None else self.since
-            if self.clock.now() - self.since >= _PATIENCE_SECONDS:
-                raise UnreachableError(
-                    f"{error.message}, for {_PATIENCE_SECONDS:g} s", "The build may run on: try again."
-                ) from None
-            return None
-        self.since = None
-        return answer
 
 
 def _first_line(text: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,11 +24,7 @@ from rich.text import Text
 from orchestrator.base.errors import ADVICE_BYTES, MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded, interruption
 from orchestrator.base.extras import missing_extra
 from orchestrator.cli.stopping import stoppable
-from orchestrator.planning.facts import Verification
 from orchestrator.spec.cluster import ClusterSpec
-
-if TYPE_CHECKING:
-    from orchestrator.events.builds import Published
 
 _WIDTH = None if sys.stdout.isatty() else 160
 # Without emoji codes: build/rank3:x: is a step and an attempt.
@@ -169,15 +165,15 @@ def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
         out.print()
 
 
-def show_published(made: Published) -> None:
-    """The last lines of a build that ran elsewhere."""
-    if made.verification:
-        found = Verification.model_validate(made.verification)
-        out.print(
-            f"verified on {found.num_positions} positions: max relative error {found.relative_errors()}, "
-            f"top-1 agreement {found.top1_agreement:.3f}"
-        )
-    out.print(f"published: {made.manifest}", soft_wrap=True)
+def show_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Print named facts, those for people without the empty ones and a list's entries one by one."""
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        for line in value if isinstance(value, list) else [value]:
+            if line not in (None, ""):
+                out.print(f"{name:<12} {plain(str(line))}", soft_wrap=True)
 
 
 def parse_ranks(text: str) -> list[int] | None:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.console import Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show, show_published
+from orchestrator.cli import following
+from orchestrator.cli.console import Json, SpecFile, StoreUrl, exit_codes, out, place_of, plain, show, show_facts
 
 if TYPE_CHECKING:
-    from actors import Client, Submission
+    from collections.abc import Iterator
+
+    from actors import Client, RaySubmission
     from actors.job_api import Job
 
 app = typer.Typer()
@@ -33,7 +36,7 @@ def submit(
     address: Address = None,
     store: StoreUrl = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Show the build and end with its exit code; Ctrl-C only looks away.")
+        bool, typer.Option("--follow", help="Show the build and end with its exit code; Ctrl-C only detaches.")
     ] = False,
     start_seconds: StartSeconds = _START_SECONDS,
     as_json: Json = False,
@@ -55,12 +58,7 @@ def status(job_id: JobId, address: Address = None, as_json: Json = False) -> Non
     """Say what became of a submitted build."""
     with exit_codes(as_json):
         job = _client(address).attach(job_id).status()
-        if as_json:
-            print(json.dumps(_facts(job), indent=1))
-            return
-        for name, value in _facts(job).items():
-            if value not in (None, ""):
-                out.print(f"{name:<10} {plain(str(value))}", soft_wrap=True)
+        show_facts(_facts(job), as_json)
 
 
 @app.command()
@@ -76,12 +74,7 @@ def logs(
         if not follow:
             print(submission.logs(), end="")
             return
-        try:
-            for line in submission.lines():
-                print(line, flush=True)
-            submission.conclusion()
-        except KeyboardInterrupt:
-            _look_away(client, submission, as_json=False)
+        _follow(client, submission, as_json=False, lines=submission.lines())
 
 
 @app.command()
@@ -93,7 +86,7 @@ def stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
             out.print(f"{job_id} is asked to end")
         job = submission.cancel()
         if as_json:
-            print(json.dumps(_facts(job), indent=1))
+            show_facts(_facts(job), as_json)
         elif job.ended:
             out.print(f"{job_id}: {job.state}")
         else:
@@ -140,7 +133,7 @@ def _time(seconds: float | None) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds") if seconds else ""
 
 
-def _announce(client: Client, submission: Submission, as_json: bool) -> None:
+def _announce(client: Client, submission: RaySubmission, as_json: bool) -> None:
     if as_json:
         facts = {"id": submission.id, "address": client.address, "attached": submission.attached, "warnings": submission.warnings}
         print(json.dumps({"event": "submitted", **facts}), flush=True)
@@ -150,43 +143,7 @@ def _announce(client: Client, submission: Submission, as_json: bool) -> None:
     out.print(f"{submission.id} {'was submitted before: attached to it' if submission.attached else 'submitted'}", soft_wrap=True)
 
 
-def _follow(client: Client, submission: Submission, as_json: bool) -> None:
-    from orchestrator.report import LiveView
-
-    if as_json:
-        _follow_as_json(client, submission)
-        return
-    view = LiveView(out)
-    try:
-        for event in submission.events():
-            view.on(event)
-    except KeyboardInterrupt:
-        view.close()
-        _look_away(client, submission, as_json)
-    finally:
-        view.close()
-    show_published(submission.conclusion())
-
-
-def _follow_as_json(client: Client, submission: Submission) -> None:
-    """The driver's own lines, the last of them its result or error; then its exit code."""
-    from orchestrator.events.builds import Errored
-
-    try:
-        for line in submission.lines():
-            if line.startswith('{"event"'):
-                print(line, flush=True)
-    except KeyboardInterrupt:
-        _look_away(client, submission, as_json=True)
-    if isinstance(submission.last_word, Errored):  # its line has been printed
-        raise typer.Exit(submission.last_word.exit_code)
-    submission.conclusion()
-
-
-def _look_away(client: Client, submission: Submission, as_json: bool) -> None:
-    """Ctrl-C: the build goes on. Ends with exit code 130."""
-    if not as_json:
-        out.print(f"Looked away; {submission.id} goes on.")
-        out.print(f"  orchestrator logs {submission.id} --follow --address {client.address}", soft_wrap=True)
-        out.print(f"  orchestrator stop {submission.id} --address {client.address}", soft_wrap=True)
-    raise typer.Exit(130)
+def _follow(client: Client, submission: RaySubmission, as_json: bool, lines: Iterator[str] | None = None) -> None:
+    where = f"--address {client.address}"
+    commands = [f"orchestrator logs {submission.id} --follow {where}", f"orchestrator stop {submission.id} {where}"]
+    following.show_build(submission, as_json, submission.id, commands, lines)

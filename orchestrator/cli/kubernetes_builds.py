@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.console import Json, SpecFile, exit_codes, out, plain, show
+from orchestrator.cli import following
+from orchestrator.cli.console import Json, SpecFile, exit_codes, out, show, show_facts
 
 if TYPE_CHECKING:
-    from orchestrator.events.builds import BuildEvent
-    from orchestrator.report import LiveView
-    from orchestrator.submit.kubernetes.api import KubernetesApi
-    from orchestrator.submit.kubernetes.builds import Status
-    from orchestrator.submit.kubernetes.progress import StoreProgress
+    from orchestrator.submit.kubernetes.builds import KubernetesSubmission
     from orchestrator.submit.kubernetes.render import Rendered
     from orchestrator.submit.kubernetes.states import State
 
@@ -56,9 +53,9 @@ def _rendered(
     images: list[str] | None, deploy: Path | None,
 ) -> Rendered:  # fmt: skip
     from orchestrator.spec.loading import load_cluster, load_spec
+    from orchestrator.submit.bundle import pack
     from orchestrator.submit.kubernetes.overlays import OWN, load_overlay
     from orchestrator.submit.kubernetes.render import overlay_cluster, render
-    from orchestrator.submit.submission import pack
 
     packed = pack(load_spec(spec))
     objects = load_overlay(overlay, deploy or OWN)
@@ -107,7 +104,7 @@ def submit_command(
     deploy: Deploy = None,
     context: Context = None,
     follow: Annotated[
-        bool, typer.Option("--follow/--detach", help="Show the build and end with its exit code; Ctrl-C only looks away.")
+        bool, typer.Option("--follow/--detach", help="Show the build and end with its exit code; Ctrl-C only detaches.")
     ] = True,
     as_json: Json = False,
 ) -> None:
@@ -119,32 +116,24 @@ def submit_command(
 
         made = _rendered(spec, overlay, cluster, store, name, namespace, image, deploy)
         refuse_placeholder_images(made)
-        api = KubernetesApi(context)
-        done = submit(api, made)
+        done = submit(KubernetesApi(context), made)
         if as_json:
-            print(json.dumps({"event": "submitted", **asdict(done)}), flush=True)
+            facts = {"name": done.id, "namespace": done.namespace, "attached": done.attached}
+            print(json.dumps({"event": "submitted", **facts}), flush=True)
         else:
             what = "was submitted before: attached to it" if done.attached else "submitted"
-            out.print(f"{done.name} {what}, namespace {done.namespace}", soft_wrap=True)
+            out.print(f"{done.id} {what}, namespace {done.namespace}", soft_wrap=True)
         if follow:
-            _follow(api, done.namespace, done.name, as_json)
+            _follow(done, as_json)
 
 
 @app.command("status")
 def status_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
     """Say where a build stands, and why its pods do not run."""
     with exit_codes(as_json):
-        from orchestrator.submit.kubernetes.api import KubernetesApi
-        from orchestrator.submit.kubernetes.builds import status
-
-        facts = _facts(status(KubernetesApi(context), namespace, name))
-        if as_json:
-            print(json.dumps(facts, indent=1))
-            return
-        for key, value in facts.items():
-            for line in value if isinstance(value, list) else [value]:
-                if line not in ("", None):
-                    out.print(f"{key:<12} {plain(str(line))}", soft_wrap=True)
+        build = _build(context, namespace, name)
+        state = build.status()
+        show_facts(_facts(state, build.troubles(state)), as_json)
 
 
 @app.command("list")
@@ -167,21 +156,24 @@ def list_command(namespace: Namespace = _NAMESPACE, context: Context = None, as_
 def stop_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
     """End a build and take its pods away; what is committed stays, and a new submission goes on from there."""
     with exit_codes(as_json):
-        from orchestrator.submit.kubernetes.api import KubernetesApi
-        from orchestrator.submit.kubernetes.builds import stop
-
-        api = KubernetesApi(context)
+        build = _build(context, namespace, name)
         if not as_json:
             out.print(f"{name} is asked to end")
-        state = stop(api, namespace, name)
+        state = build.cancel()
         show({"name": name, "was": state.phase.value}, [], as_json)
         if not as_json:
             out.print(f"{name} is gone (was: {state.phase.value})")
 
 
-def _facts(found: Status) -> dict[str, Any]:
-    """Of a build, for people and machines."""
-    state = found.state
+def _build(context: str | None, namespace: str, name: str) -> KubernetesSubmission:
+    from orchestrator.submit.kubernetes.api import KubernetesApi
+    from orchestrator.submit.kubernetes.builds import KubernetesSubmission
+
+    return KubernetesSubmission(KubernetesApi(context), namespace, name)
+
+
+def _facts(state: State, troubles: Sequence[str] = ()) -> dict[str, Any]:
+    """A build, for people and machines."""
     lines = [line for line in state.message.strip().splitlines() if line]
     return {
         "name": state.name,
@@ -194,63 +186,9 @@ def _facts(found: Status) -> dict[str, Any]:
         "ended": state.ended,
         "ray_cluster": state.ray_cluster,
         "job_id": state.job_id,
-        "release": found.release,
-        "trouble": found.troubles,
+        "release": state.release,
+        "trouble": [*troubles],
     }
-
-
-class _Told:
-    """Says what happens to a build, to people or to machines."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._view: LiveView | None = None
-
-    def on_state(self, state: State) -> None:
-        if self._as_json:
-            fields = {
-                "state": state.phase.value,
-                "attempt": state.attempt,
-                "reason": state.reason,
-                "ray_cluster": state.ray_cluster,
-            }
-            print(json.dumps({"event": "state", "name": state.name, **fields}), flush=True)
-            return
-        attempt = f", attempt {state.attempt}" if state.attempt > 1 and not state.phase.is_over else ""
-        where = f" ({state.ray_cluster})" if state.ray_cluster and not state.phase.is_over else ""
-        out.print(f"{state.name}: {state.phase.value}{attempt}{where}", soft_wrap=True)
-
-    def on_event(self, event: BuildEvent) -> None:
-        from orchestrator.events.builds import Errored, Published, encode_line
-        from orchestrator.report import LiveView
-
-        if not self._as_json:
-            self._view = self._view or LiveView(out)
-            self._view.on(event)
-        elif not isinstance(event, (Published, Errored)):  # the last word is that of this command
-            print(encode_line(event), flush=True)
-
-    def on_trouble(self, lines: list[str]) -> None:
-        for line in lines:
-            if self._as_json:
-                print(json.dumps({"event": "trouble", "message": line}), flush=True)
-            else:
-                out.print(f"[yellow]{plain(line)}[/]", soft_wrap=True)
-
-    def close(self) -> None:
-        if self._view is not None:
-            self._view.close()
-
-
-def _progress(api: KubernetesApi, namespace: str, name: str, told: _Told) -> StoreProgress | None:
-    from orchestrator.base.errors import AuthenticationError, SpecError, StoreError, ToolError
-    from orchestrator.submit.kubernetes.progress import progress_of
-
-    try:
-        return progress_of(api, namespace, name)
-    except (AuthenticationError, SpecError, StoreError, ToolError) as error:
-        told.on_trouble([f"the driver's events are not seen from here: {error.message}"])
-        return None
 
 
 @app.command("logs")
@@ -264,42 +202,21 @@ def logs_command(
     with exit_codes():
         from orchestrator.base.errors import StoreError
         from orchestrator.events.builds import encode_line
-        from orchestrator.submit.kubernetes.api import KubernetesApi
-        from orchestrator.submit.kubernetes.builds import status
-        from orchestrator.submit.kubernetes.progress import progress_of
 
-        api = KubernetesApi(context)
+        build = _build(context, namespace, name)
         if follow:
-            _follow(api, namespace, name, as_json=True)
+            _follow(build, as_json=True)
             return
-        state = status(api, namespace, name).state
-        progress = progress_of(api, namespace, name)
+        state, progress = build.status(), build.progress()
         if progress is None:
             raise StoreError(f"the bundle of {name} is gone, which says where its store is", "orchestrator watch STORE shows it.")
-        for event in progress.poll(state):
+        for event in progress.poll(state.attempt):
             print(encode_line(event))
         if state.message and state.phase.is_over:
             print(state.message)
 
 
-def _follow(api: KubernetesApi, namespace: str, name: str, as_json: bool) -> None:
-    """To the end of the build: its release, or its own error and exit code."""
-    from orchestrator.submit.kubernetes.builds import status
-    from orchestrator.submit.kubernetes.follow import follow
-
-    told = _Told(as_json)
-    try:
-        follow(api, namespace, name, told, _progress(api, namespace, name, told))
-    except KeyboardInterrupt:
-        told.close()
-        if not as_json:
-            out.print(f"Looked away; {name} goes on. Run the same command again to look on, or:")
-            out.print(f"  orchestrator k8s stop {name} -n {namespace}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    finally:
-        told.close()
-    manifest = f"{status(api, namespace, name).release}/manifest.json"
-    if as_json:
-        print(json.dumps({"event": "published", "manifest": manifest}), flush=True)
-    else:
-        out.print(f"published: {manifest}", soft_wrap=True)
+def _follow(build: KubernetesSubmission, as_json: bool) -> None:
+    where = f"{build.id} -n {build.namespace}"
+    commands = [f"orchestrator k8s logs {where} --follow", f"orchestrator k8s stop {where}"]
+    following.show_build(build, as_json, build.id, commands)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.base.errors import ReleaseAddressError, ReleaseMissingError
-from orchestrator.events.builds import BuildEvent, LogReader, Planned, Published, conclude
+from orchestrator.events.builds import BuildEvent, Errored, LogReader, Planned, Published, conclude
 from orchestrator.releases.manifest import MANIFEST, address_parts, parse_manifest, release_prefix
 from orchestrator.report.journal import ALIVE_SECONDS, segment_key
 from orchestrator.run.commits import EVENTS
@@ -59,53 +59,78 @@ def _planned_release(store: Store, run: Run) -> str:
     return next((event.release for event in events if isinstance(event, Planned)), "")
 
 
-class Watch:
-    """Follows one run to its end."""
+class RunReader:
+    """The events of one run, as far as the store has them."""
 
-    def __init__(
-        self, store: Store, run: Run, clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, store: Store, run: Run) -> None:
+        self.run = run
         self._store = store
-        self._run = run
-        self._clock = clock
-        self._sleep = sleep
-        self._reader = LogReader()
-        self._heard = 0.0
+        self._log = LogReader()
+        self._number = 0
         self._release = ""
-        """Name and version that the run was going to publish."""
+        """Name and version that the run is going to publish."""
 
-    def events(self) -> Iterator[BuildEvent]:
-        """What happened and, while the build runs, what happens; ends with it, or when its driver is silent for too long."""
-        number = 0
-        while self._reader.last_word is None:
+    @property
+    def last_word(self) -> Published | Errored | None:
+        return self._log.last_word
+
+    def read(self) -> list[BuildEvent]:
+        """Events that are new.
+
+        Raises StoreError; ReleaseAddressError when they are those of another build, or name another release than they planned.
+        """
+        found: list[BuildEvent] = []
+        while self.last_word is None:
             try:
-                text = self._store.get(segment_key(self._run.prefix, number)).decode()
+                text = self._store.get(segment_key(self.run.prefix, self._number)).decode()
             except ObjectMissingError:
-                if self._heard and self._clock() - self._heard > PATIENCE_SECONDS:
-                    return
-                self._heard = self._heard or self._clock()
-                self._sleep(_LOOK_SECONDS)
-                continue
-            number += 1
-            for event in self._reader.feed(text):
-                self._heard = max(self._heard, event.at)
-                self._check(event)
-                yield event
+                break
+            self._number += 1
+            found += self._log.feed(text)
+        for event in found:
+            self._check(event)
+        return found
 
     def _check(self, event: BuildEvent) -> None:
-        """Raises ReleaseAddressError when the events are those of another build, or name another release than they planned."""
-        where = f"{self._store.url}/{self._run.prefix}"
+        where = f"{self._store.url}/{self.run.prefix}"
         if isinstance(event, Planned):
             self._release = event.release
-            if event.build_key != self._run.build_key:
+            if event.build_key != self.run.build_key:
                 raise ReleaseAddressError(f"{where} holds the events of build {event.build_key[:12]}", _ADVICE)
         elif isinstance(event, Published) and self._release:
             found = "/".join(address_parts(event.manifest) or ())
             if found != self._release:
                 raise ReleaseAddressError(f"{where} names {event.manifest} as its release, planned was {self._release}", _ADVICE)
 
-    def conclusion(self) -> Published:
-        """Outcome of the build. Raises its own error, DriverLostError, or ReleaseAddressError for a manifest put in its place."""
+
+class Watch:
+    """A build followed through its store: Followed of submit.protocol."""
+
+    def __init__(
+        self, store: Store, run: Run, clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._store, self._run, self._clock, self._sleep = store, run, clock, sleep
+        self._reader = RunReader(store, run)
+        self._heard = 0.0
+
+    def events(self) -> Iterator[BuildEvent]:
+        """Events so far and, while the build runs, those to come; ends with it, or when its driver is silent for too long."""
+        while self._reader.last_word is None:
+            found = self._reader.read()
+            for event in found:
+                self._heard = max(self._heard, event.at)
+                yield event
+            if found:
+                continue
+            if self._heard and self._clock() - self._heard > PATIENCE_SECONDS:
+                return
+            self._heard = self._heard or self._clock()
+            self._sleep(_LOOK_SECONDS)
+
+    def result(self) -> Published:
+        """See Followed. Raises DriverLostError, and ReleaseAddressError for a manifest put in the place of its own."""
+        for _ in self.events():
+            pass
         reason = f"nothing was heard of it for {self._clock() - self._heard:.0f} s"
         where = f"build {self._run.build_key[:12]}"
         made = conclude(self._reader.last_word, stopped=False, where=where, reason=reason)

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from actors.job_api import DuplicateJobError, Job, NodeOffer, check_open, refusal, unmet
-from actors.jobs import Client, Clock, Submission, choose
+from actors.jobs import Client, RaySubmission, choose
 from orchestrator.base.errors import (
     AuthenticationError,
     CancelledError,
@@ -30,7 +30,8 @@ from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.spec.loading import load_spec
-from orchestrator.submit.submission import ENTRYPOINT, submission_id
+from orchestrator.submit.bundle import ENTRYPOINT, submission_id
+from orchestrator.submit.protocol import Clock
 
 PLACE = ClusterSpec(kind="ray", store="s3://bucket", address="ray://elsewhere:10001")
 PUBLISHED = json.dumps({"event": "published", "manifest": "s3://bucket/m.json", "steps_run": 2, "verification": None})
@@ -125,7 +126,7 @@ class FakeApi:
         return [NodeOffer({"CPU": 4.0}, {"role": "worker"})]
 
 
-def submitted(api: FakeApi, spec: BuildSpec, clock: FakeClock | None = None, **options: float) -> Submission:
+def submitted(api: FakeApi, spec: BuildSpec, clock: FakeClock | None = None, **options: float) -> RaySubmission:
     return Client(api=api, clock=(clock or FakeClock()).clock()).submit(spec, PLACE, **options)  # type: ignore[arg-type]
 
 
@@ -297,7 +298,7 @@ def test_poll_that_takes_long_is_made_less_often(spec: BuildSpec) -> None:
 # What an end means
 
 
-def ended(spec: BuildSpec, state: str, text: str, **changes: object) -> Submission:
+def ended(spec: BuildSpec, state: str, text: str, **changes: object) -> RaySubmission:
     api = FakeApi(script=[(state, text)])
     job = submitted(api, spec)
     api.known[job.id] = replace(api.known[job.id], **changes)  # type: ignore[arg-type]
@@ -340,7 +341,9 @@ def test_result_whose_log_is_lost_is_read_from_what_ray_kept(spec: BuildSpec) ->
     with pytest.raises(TopologyError, match="tp=3"):
         job.result()
     api.known[job.id] = replace(api.known[job.id], state="SUCCEEDED", message="Job finished successfully.")
-    assert job.result() == Published("s3://bucket/releases/llama/1/manifest.json", None, None)
+    assert Client(api=api, clock=FakeClock().clock()).attach(job.id).result() == Published(
+        "s3://bucket/releases/llama/1/manifest.json", None, None
+    )
 
 
 def test_job_that_the_cluster_forgot_is_a_lost_driver(spec: BuildSpec) -> None:

@@ -26,11 +26,11 @@ from orchestrator.base.errors import (
 from orchestrator.events.builds import BuildEvent, Errored, Published
 from orchestrator.spec.build import BuildSpec
 from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
-from orchestrator.submit.kubernetes.builds import Timing, list_builds, status, stop, submit
-from orchestrator.submit.kubernetes.follow import follow
+from orchestrator.submit.kubernetes.builds import KubernetesSubmission, Timing, list_builds, submit
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, render
 from orchestrator.submit.kubernetes.states import Phase, State
+from orchestrator.submit.protocol import Notice
 from tests.submit.kubernetes.overlays import overlay
 from tests.support.kuberay_operator import Driver, Operator, error_line, ray_failure
 
@@ -62,8 +62,20 @@ class Bed:
         self.operator.drivers[made.name] = driver or Driver()
         return submit(self.api, made, self.timing).attached
 
-    def follow(self, made: Rendered, listener: Recorder | None = None, progress: Any = None) -> State:
-        return follow(self.api, self.namespace, made.name, listener or Recorder(), progress, self.timing)
+    def submission(self, made: Rendered, progress: Any = None) -> KubernetesSubmission:
+        """The build, found by its name."""
+        return KubernetesSubmission(self.api, self.namespace, made.name, timing=self.timing, progress=progress or Script([]))
+
+    def follow(self, made: Rendered, recorder: Recorder | None = None, progress: Any = None) -> State:
+        """To its end; returns its last state, or raises its error."""
+        found = self.submission(made, progress)
+        for item in found.events():
+            (recorder or Recorder()).take(item)
+        assert found.result().manifest == "s3://mine/builds/releases/llama/1/manifest.json"
+        return found.status()
+
+    def stop(self, made: Rendered) -> State:
+        return self.submission(made).cancel()
 
     def job(self, made: Rendered) -> Fields:
         found = self.api.get(RAY_JOB, self.namespace, made.name)
@@ -78,29 +90,26 @@ class Bed:
 
 @dataclass
 class Recorder:
-    """Keeps what it is told, and may act at a phase."""
+    """Keeps what it is given, and may act at a phase."""
 
     at_phase: dict[Phase, Callable[[], object]] = field(default_factory=dict)
-    states: list[State] = field(default_factory=list)
+    states: list[Fields] = field(default_factory=list)
     events: list[BuildEvent] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
-    def on_state(self, state: State) -> None:
-        self.states.append(state)
-        action = self.at_phase.pop(state.phase, None)
-        if action is not None:
-            action()
-
-    def on_event(self, event: BuildEvent) -> None:
-        self.events.append(event)
-
-    def on_trouble(self, lines: list[str]) -> None:
-        self.troubles.extend(lines)
+    def take(self, item: BuildEvent | Notice) -> None:
+        if not isinstance(item, Notice):
+            self.events.append(item)
+        elif item.kind == "trouble":
+            self.troubles.append(item.text)
+        else:
+            self.states.append(item.fields)
+            self.at_phase.pop(Phase(item.fields["state"]), lambda: None)()
 
     @property
     def phases(self) -> list[Phase]:
         """Each once in a row; those that passed between two looks are missing."""
-        found = [state.phase for state in self.states]
+        found = [Phase(state["state"]) for state in self.states]
         return [phase for number, phase in enumerate(found) if number == 0 or found[number - 1] is not phase]
 
 
@@ -110,7 +119,7 @@ class Script:
 
     events: list[BuildEvent]
 
-    def poll(self, state: State) -> list[BuildEvent]:
+    def poll(self, attempt: int) -> list[BuildEvent]:
         found, self.events = self.events, []
         return found
 
@@ -171,7 +180,7 @@ class KubernetesContract:
         bed.submit(made, Driver("succeeds", ray_failure(22), fails_first=2))
         last = bed.follow(made, seen, Script([Published("s3://mine/manifest.json", 1, None)]))
         assert (last.phase, last.attempt) == (Phase.SUCCEEDED, 3)
-        assert {state.attempt for state in seen.states} == {1, 2, 3}
+        assert {state["attempt"] for state in seen.states} == {1, 2, 3}
 
     def test_follow_retries_that_are_used_up_raise_the_last_error(self, bed: Bed) -> None:
         made = bed.render(backoffLimit=1)
@@ -203,7 +212,7 @@ class KubernetesContract:
     def test_stop_build_that_runs_is_gone_with_all_that_it_owns(self, bed: Bed) -> None:
         made = bed.render()
         bed.submit(made, Driver("runs"))
-        seen = Recorder({Phase.RUNNING: lambda: stop(bed.api, bed.namespace, made.name, bed.timing)})
+        seen = Recorder({Phase.RUNNING: lambda: bed.stop(made)})
         with pytest.raises(CancelledError, match="deleted while it ran"):
             bed.follow(made, seen)
         assert bed.api.get(RAY_JOB, bed.namespace, made.name) is None
@@ -220,8 +229,9 @@ class KubernetesContract:
 
         with pytest.raises(InterruptedError):
             bed.follow(made, Recorder({Phase.RUNNING: fall_asleep}))
+        bed.timing = dataclasses.replace(bed.timing, patience=1.0)
         with pytest.raises(ClusterError, match="still being deleted"):
-            stop(bed.api, bed.namespace, made.name, dataclasses.replace(bed.timing, patience=1.0))
+            bed.stop(made)
         bed.operator.asleep = False
 
     def test_submit_of_the_same_build_attaches_while_it_runs(self, bed: Bed) -> None:
@@ -270,9 +280,9 @@ class KubernetesContract:
         with pytest.raises(UnknownSubmissionError):
             bed.follow(made)
         with pytest.raises(UnknownSubmissionError):
-            status(bed.api, bed.namespace, made.name)
+            bed.submission(made).status()
         with pytest.raises(UnknownSubmissionError):
-            stop(bed.api, bed.namespace, made.name, bed.timing)
+            bed.stop(made)
 
     def test_list_builds_names_those_of_the_namespace_and_their_releases(self, bed: Bed) -> None:
         first, second = bed.render(), bed.render({"dtype": "float16"})
@@ -280,9 +290,9 @@ class KubernetesContract:
             bed.submit(made)
         bed.follow(first)
         found = list_builds(bed.api, bed.namespace)
-        assert {build.state.name for build in found} == {first.name, second.name}
-        assert {build.release for build in found} == {"s3://mine/builds/releases/llama/1"}
-        assert status(bed.api, bed.namespace, first.name).state.phase is Phase.SUCCEEDED
+        assert {state.name for state in found} == {first.name, second.name}
+        assert {state.release for state in found} == {"s3://mine/builds/releases/llama/1"}
+        assert bed.submission(first).status().phase is Phase.SUCCEEDED
 
     def test_follow_pods_that_cannot_run_are_told_once(self, bed: Bed) -> None:
         made, seen = bed.render(preRunningDeadlineSeconds=2), Recorder()

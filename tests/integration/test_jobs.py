@@ -10,7 +10,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import pytest
 from typer.testing import CliRunner
 
-from actors import Client, Submission
+from actors import Client, RaySubmission
 from orchestrator.base.errors import NotStartedError, TerminatedError, TopologyError
 from orchestrator.cli import app
 from orchestrator.events.builds import Errored, Finished, Planned, Published, Stepped
@@ -21,7 +21,7 @@ from orchestrator.run import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.stores import open_store
-from orchestrator.submit.submission import bundle
+from orchestrator.submit.bundle import bundle
 from tests.conftest import SpecMaker
 from tests.support.ray_nodes import RayNodes, skip_reason
 
@@ -109,7 +109,7 @@ def test_submitted_build_runs_on_a_worker_is_published_and_found_again(
     _nothing_secret_travelled(bed, job)
 
 
-def _nothing_secret_travelled(bed: RayNodes, job: Submission) -> None:
+def _nothing_secret_travelled(bed: RayNodes, job: RaySubmission) -> None:
     details = asked(bed, f"/api/jobs/{job.id}")
     uri = json.loads(details)["runtime_env"]["working_dir"]
     texts = _working_directory(bed, uri)
@@ -136,7 +136,7 @@ def test_build_stopped_in_its_middle_ends_cleanly_and_goes_on_when_submitted_aga
     committed = _stop_while_it_compiles(job)
     assert job.status().state == "STOPPED"
     with pytest.raises(TerminatedError) as caught:
-        job.conclusion()
+        job.result()
     assert caught.value.exit_code == 143
     assert json.loads(job.logs().rstrip().splitlines()[-1])["error"] == "TerminatedError"
     store = open_store(place.store)
@@ -155,10 +155,10 @@ def test_build_stopped_in_its_middle_ends_cleanly_and_goes_on_when_submitted_aga
     assert len(planned.pending) < planned.num_steps
 
 
-def _stop_while_it_compiles(job: Submission) -> set[str]:
+def _stop_while_it_compiles(job: RaySubmission) -> set[str]:
     """Stop the build when its first engine has begun; returns the steps that were committed until it ended."""
     committed: set[str] = set()
-    stopped = False
+    stopped, event = False, None
     for event in job.events(timeout_seconds=240):
         if isinstance(event, Stepped) and isinstance(event.event, StepSucceeded):
             committed.add(event.step)
@@ -166,7 +166,7 @@ def _stop_while_it_compiles(job: Submission) -> set[str]:
             stopped = True
             job.cancel()
     assert stopped
-    assert isinstance(job.last_word, Errored)
+    assert isinstance(event, Errored)
     return committed
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.submit.bundle import CLUSTER_FILE, bundle
 from orchestrator.submit.kubernetes.overlays import load_overlay
-from orchestrator.submit.submission import CLUSTER_FILE, bundle
 from tests.conftest import SpecMaker
 from tests.submit.kubernetes.overlays import cluster_spec, of_kind
 from tests.support.ray_nodes import HEAD, BedOptions, RayNodes, skip_reason

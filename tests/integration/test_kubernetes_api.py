@@ -23,12 +23,14 @@ from typer.testing import CliRunner
 
 from orchestrator.base.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
 from orchestrator.cli import app
+from orchestrator.events.builds import BuildEvent
 from orchestrator.releases import read_release
 from orchestrator.stores import open_store
 from orchestrator.submit.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
-from orchestrator.submit.kubernetes.builds import Timing, list_builds, stop
+from orchestrator.submit.kubernetes.builds import Timing, list_builds
 from orchestrator.submit.kubernetes.manifests import Fields, at, load_manifests
 from orchestrator.submit.kubernetes.states import Phase
+from orchestrator.submit.protocol import Notice
 from tests.contracts.kubernetes_contract import SPEC, Bed, KubernetesContract, Recorder
 from tests.integration.test_kubernetes_entrypoint import lay_out
 from tests.support.fake_kubernetes import FakeKubernetes
@@ -193,9 +195,9 @@ class Restarting(Recorder):
 
     server: KubeApiserver | None = None
 
-    def on_trouble(self, lines: list[str]) -> None:
-        super().on_trouble(lines)
-        if self.server is not None:
+    def take(self, item: BuildEvent | Notice) -> None:
+        super().take(item)
+        if self.troubles and self.server is not None:
             self.server.start()
             self.server = None
 
@@ -275,7 +277,7 @@ def test_stop_takes_the_last_of_a_build_away(bed: Bed) -> None:
     made = bed.render()
     bed.submit(made)
     bed.follow(made)
-    assert stop(bed.api, bed.namespace, made.name, bed.timing).phase is Phase.SUCCEEDED
+    assert bed.stop(made).phase is Phase.SUCCEEDED
     _wait(lambda: bed.owners(made) == set())
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from orchestrator.releases import read_release
 from orchestrator.spec.cluster import PoolSpec
+from orchestrator.submit.bundle import ENTRYPOINT, pack
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.overlays import load_overlay
 from orchestrator.submit.kubernetes.render import overlay_cluster, render
-from orchestrator.submit.submission import ENTRYPOINT, pack
 from tests.conftest import SpecMaker
 from tests.support.ray_nodes import RayNodes, skip_reason
 

@@ -271,7 +271,7 @@ def test_watch_a_build_whose_release_was_replaced_ends_with_an_error(signed: Rel
     _write_events(signed, key, Planned(1, (), key, False, release="tiny/1"), f"{signed.url}/manifest.json")
     watched = _watched(signed)
     assert len(list(watched.events())) == 2
-    assert watched.conclusion().manifest.endswith("releases/tiny/1/manifest.json")
+    assert watched.result().manifest.endswith("releases/tiny/1/manifest.json")
     reseal(signed, build_key="ab" * 32)
     with pytest.raises(ReleaseAddressError, match="that of build abababababab now"):
-        watched.conclusion()
+        watched.result()

@@ -135,7 +135,7 @@ def test_watch_of_a_build_that_ended_badly_raises_its_own_error(
     watch = watched(store, journal, clock)
     assert [type(event) for event in watch.events()] == [Errored]
     with pytest.raises(raised):
-        watch.conclusion()
+        watch.result()
 
 
 def test_watch_of_a_driver_that_died_waits_and_then_says_so(store: Store, clock: Clock) -> None:
@@ -147,7 +147,7 @@ def test_watch_of_a_driver_that_died_waits_and_then_says_so(store: Store, clock:
     assert len(list(watch.events())) == 1
     assert PATIENCE_SECONDS <= clock.now - began < PATIENCE_SECONDS + 5
     with pytest.raises(DriverLostError, match="nothing was heard"):
-        watch.conclusion()
+        watch.result()
 
 
 def test_watch_of_a_live_build_shows_what_comes_later(store: Store, clock: Clock) -> None:
@@ -161,7 +161,7 @@ def test_watch_of_a_live_build_shows_what_comes_later(store: Store, clock: Clock
 
     watch = Watch(store, Run(journal.run, KEY), clock, sleep)
     assert [type(event) for event in watch.events()] == [Finished, Published]
-    assert watch.conclusion().manifest == "s3://m"
+    assert watch.result().manifest == "s3://m"
 
 
 def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in lines] == ["plan", "finish", "published"]
 
 
-@pytest.mark.parametrize(("options", "said"), [([], "Looked away; the build goes on.\n"), (["--json"], "")])
+@pytest.mark.parametrize(("options", "said"), [([], "Detached; the build keeps running.\n"), (["--json"], "")])
 def test_watch_that_is_interrupted_says_nothing_of_the_builds_end(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,11 +95,9 @@ class KubernetesApi:
     def get(self, kind: Kind, namespace: str, name: str) -> Fields | None:
         from kubernetes.dynamic.exceptions import NotFoundError
 
-        with self._explained("get", f"{kind.kind}/{name}"):
-            try:
-                return self._plain(self._resource(kind).get(name=name, **self._in(kind, namespace)))
-            except NotFoundError:
-                return None
+        with self._explained("get", f"{kind.kind}/{name}"), suppress(NotFoundError):
+            return self._plain(self._resource(kind).get(name=name, **self._in(kind, namespace)))
+        return None
 
     def list(self, kind: Kind, namespace: str, selector: str) -> list[Fields]:
         with self._explained("list", kind.kind):
@@ -107,39 +105,20 @@ class KubernetesApi:
             return [*self._plain(found).get("items", [])]
 
     def create(self, obj: Fields) -> Fields:
-        from kubernetes.dynamic.exceptions import ConflictError as Conflict
-
-        kind = Kind.of(obj)
-        with self._explained("create", f"{kind.kind}/{at(obj, 'metadata.name')}"):
-            try:
-                made = self._resource(kind).create(
-                    body=obj, field_manager=FIELD_MANAGER, **self._in(kind, str(at(obj, "metadata.namespace", "")))
-                )
-            except Conflict:
-                raise ConflictError from None
-            return self._plain(made)
+        with self._explained("create", f"{obj.get('kind')}/{at(obj, 'metadata.name')}"):
+            return self._plain(self._resource(Kind.of(obj)).create(**self._body(obj)))
 
     def apply(self, obj: Fields) -> None:
-        from kubernetes.dynamic.exceptions import ConflictError as Conflict
-
-        kind = Kind.of(obj)
-        with self._explained("patch", f"{kind.kind}/{at(obj, 'metadata.name')}"):
-            try:
-                self._resource(kind).server_side_apply(
-                    body=obj, field_manager=FIELD_MANAGER, **self._in(kind, str(at(obj, "metadata.namespace", "")))
-                )
-            except Conflict:
-                raise ConflictError from None
+        with self._explained("patch", f"{obj.get('kind')}/{at(obj, 'metadata.name')}"):
+            self._resource(Kind.of(obj)).server_side_apply(**self._body(obj))
 
     def delete(self, kind: Kind, namespace: str, name: str) -> bool:
         from kubernetes.dynamic.exceptions import NotFoundError
 
-        with self._explained("delete", f"{kind.kind}/{name}"):
-            try:
-                self._resource(kind).delete(name=name, propagation_policy="Background", **self._in(kind, namespace))
-            except NotFoundError:
-                return False
+        with self._explained("delete", f"{kind.kind}/{name}"), suppress(NotFoundError):
+            self._resource(kind).delete(name=name, propagation_policy="Background", **self._in(kind, namespace))
             return True
+        return False
 
     def watch(self, kind: Kind, namespace: str, name: str, version: str, seconds: float) -> Iterator[Fields | None]:
         from kubernetes.watch import Watch
@@ -170,6 +149,10 @@ class KubernetesApi:
         where: dict[str, Any] = {"_request_timeout": _TIMEOUT_SECONDS}
         return where | {"namespace": namespace} if self._resource(kind).namespaced else where
 
+    def _body(self, obj: Fields) -> dict[str, Any]:
+        where = self._in(Kind.of(obj), str(at(obj, "metadata.namespace", "")))
+        return {"body": obj, "field_manager": FIELD_MANAGER, **where}
+
     @staticmethod
     def _plain(answer: Any) -> Fields:
         found: Fields = answer.to_dict()
@@ -183,8 +166,8 @@ class KubernetesApi:
         try:
             yield
         except ApiException as error:
-            if error.status == 410:
-                raise ExpiredError from None
+            if error.status in (409, 410):
+                raise (ConflictError if error.status == 409 else ExpiredError) from None
             raise explain(error.status, _message(error), verb, what) from None
         except (HTTPError, OSError) as error:
             raise UnreachableError(f"the Kubernetes API at {self.host} does not answer: {_short(error)}") from None

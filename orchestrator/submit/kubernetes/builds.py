@@ -1,73 +1,72 @@
-"""A build on Kubernetes from the outside: bring it there, look, stop. The API is passed in."""
+"""A build on Kubernetes from the outside: bring it there, follow it, stop it. The API is passed in."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from orchestrator.base.errors import AuthenticationError, ClusterError, UnknownSubmissionError, UnreachableError
+from orchestrator.base.errors import AuthenticationError, CancelledError, ClusterError, UnknownSubmissionError, UnreachableError
+from orchestrator.events.builds import BuildEvent, Errored, Planned, Published
 from orchestrator.submit.kubernetes.api import POD, RAY_JOB, Api, ConflictError, ExpiredError, Kind
 from orchestrator.submit.kubernetes.manifests import Fields, at
-from orchestrator.submit.kubernetes.render import MANAGER, PART_OF, RELEASE, SUBMISSION, Rendered
-from orchestrator.submit.kubernetes.states import State, on_submit, state_of, troubles
+from orchestrator.submit.kubernetes.progress import UNREADABLE, Progress, progress_of
+from orchestrator.submit.kubernetes.render import MANAGER, PART_OF, SUBMISSION, Rendered
+from orchestrator.submit.kubernetes.states import Phase, State, failure, state_of, troubles, unchanging
+from orchestrator.submit.protocol import Clock, Existing, Notice, Patience, decide
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long to wait for what, in seconds, and the clock: tests have one that jumps."""
+    """How long to wait for what, in seconds."""
 
     window: float = 4.0
     """One watch; between two, the driver's events are fetched."""
     patience: float = 300.0
     """With an API server that does not answer, an operator that does nothing, or an object that is being deleted."""
     backoff: float = 2.0
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    clock: Clock = field(default_factory=Clock)
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """What came of a submission."""
-
-    name: str
-    namespace: str
-    attached: bool
-    """The same build was there already: running, or at its end."""
-
-
-def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> Submitted:
-    """Make a build's objects, or find that it is there. One that failed or was stopped is made anew: it goes on from its steps.
+def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> KubernetesSubmission:
+    """Make a build's objects, or find that it is there. One that failed or was stopped is replaced: it goes on from its steps.
 
     Raises ClusterError when the name belongs to another build, and the errors of Api.
     """
-    timing = timing or Timing()
     name, namespace = rendered.name, rendered.namespace
+    found = KubernetesSubmission(api, namespace, name, timing=timing)
     for obj in rendered.shared:
         _share(api, obj)
     while True:
         there = api.get(RAY_JOB, namespace, name)
-        if (
-            there is not None
-            and at(there, "metadata.annotations", {}).get(SUBMISSION) != rendered.job["metadata"]["annotations"][SUBMISSION]
-        ):
+        what = decide(None if there is None else _existing(there, rendered))
+        if what == "refuse":
             raise ClusterError(
                 f"RayJob {name} in {namespace} is another build", f"Choose another --name, or `orchestrator k8s stop {name}` first."
             )
-        what = on_submit(None if there is None else state_of(there))
         if what == "attach" and there is not None:
             _give_own(api, rendered, there)
-            return Submitted(name, namespace, attached=True)
+            return found
         if what == "replace":
             api.delete(RAY_JOB, namespace, name)
         if what in ("replace", "wait"):
-            _wait_until_gone(api, namespace, name, timing)
+            found.wait_until_gone()
         try:
             made = api.create(rendered.job)
         except ConflictError:
             continue  # somebody else was faster: it is there now
         _give_own(api, rendered, made)
-        return Submitted(name, namespace, attached=False)
+        found.attached = False
+        return found
+
+
+def _existing(job: Fields, rendered: Rendered) -> Existing:
+    state, wanted = state_of(job), rendered.job["metadata"]["annotations"][SUBMISSION]
+    return Existing(
+        failed=state.phase in (Phase.FAILED, Phase.STOPPED),
+        other_build=at(job, "metadata.annotations", {}).get(SUBMISSION) != wanted,
+        being_deleted=state.deleting,
+    )
 
 
 def _share(api: Api, obj: Fields) -> None:
@@ -104,80 +103,170 @@ def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
             continue  # a submission beside this one made it
 
 
-def pod_troubles(api: Api, namespace: str, state: State) -> list[str]:
-    """Why the build's pods do not run; nothing for who may not list pods, or while nobody answers."""
-    if not state.ray_cluster:
-        return []
-    try:
-        return troubles(api.list(POD, namespace, f"ray.io/cluster={state.ray_cluster}"))
-    except (AuthenticationError, UnreachableError):
-        return []
-
-
-@dataclass(frozen=True)
-class Status:
-    """A build as it is seen now."""
-
-    state: State
-    release: str
-    """Where its release is, or is going to be."""
-    troubles: list[str]
-
-
-def status(api: Api, namespace: str, name: str) -> Status:
-    """Raises UnknownSubmissionError and the errors of Api."""
-    job = api.get(RAY_JOB, namespace, name)
-    if job is None:
-        raise unknown(namespace, name)
-    state = state_of(job)
-    return Status(state, release_of(job), [] if state.phase.is_over else pod_troubles(api, namespace, state))
-
-
-def unknown(namespace: str, name: str) -> UnknownSubmissionError:
-    """The error of a build that is not there."""
-    return UnknownSubmissionError(
-        f"there is no RayJob {name} in namespace {namespace}", "`orchestrator k8s list -n NAMESPACE` shows those that are there."
-    )
-
-
-def release_of(job: Fields) -> str:
-    """Where a build's release is, or is going to be; "" for a RayJob that was not made here."""
-    return str((at(job, "metadata.annotations", {}) or {}).get(RELEASE, ""))
-
-
-def list_builds(api: Api, namespace: str) -> list[Status]:
+def list_builds(api: Api, namespace: str) -> list[State]:
     """Builds of a namespace, the newest first."""
-    jobs = api.list(RAY_JOB, namespace, f"{PART_OF}={MANAGER}")
-    found = [Status(state_of(job), release_of(job), []) for job in jobs]
-    return sorted(found, key=lambda status: status.state.created, reverse=True)
+    found = [state_of(job) for job in api.list(RAY_JOB, namespace, f"{PART_OF}={MANAGER}")]
+    return sorted(found, key=lambda state: state.created, reverse=True)
 
 
-def stop(api: Api, namespace: str, name: str, timing: Timing | None = None) -> State:
-    """Delete a build's RayJob and wait until it is gone: the operator stops the driver and takes the pods away.
+class KubernetesSubmission:
+    """See orchestrator.submit.protocol.Submission. Every method raises the errors of Api."""
 
-    Returns the state that it was in. Raises UnknownSubmissionError, ClusterError when nobody takes it away, the errors of Api.
-    """
-    state = status(api, namespace, name).state
-    api.delete(RAY_JOB, namespace, name)
-    _wait_until_gone(api, namespace, name, timing or Timing())
-    return state
+    def __init__(
+        self, api: Api, namespace: str, name: str, *, timing: Timing | None = None, progress: Progress | None = None
+    ) -> None:
+        """`progress` is that of the build's own bundle when absent."""
+        self.id, self.namespace = name, namespace
+        self.attached = True
+        self._api, self._timing, self._progress = api, timing or Timing(), progress
+        self._end: State | None = None
+        self._last_word: Published | Errored | None = None
+        """The driver's, in the attempt that is under way."""
 
-
-def _wait_until_gone(api: Api, namespace: str, name: str, timing: Timing) -> None:
-    """Raises ClusterError."""
-    began = timing.now()
-    while True:
-        job = api.get(RAY_JOB, namespace, name)
+    def status(self) -> State:
+        """The build as it is now. Raises UnknownSubmissionError."""
+        job = self._api.get(RAY_JOB, self.namespace, self.id)
         if job is None:
-            return
-        if timing.now() - began >= timing.patience:
-            raise ClusterError(
-                f"RayJob {name} is still being deleted after {timing.patience:.0f} s",
-                "Check that the KubeRay operator runs: it ends the driver, then lets the RayJob go.",
-            )
+            raise self._unknown()
+        return state_of(job)
+
+    def progress(self) -> Progress | None:
+        """Where the driver's events are; None when its bundle is gone. Raises one of UNREADABLE."""
+        return progress_of(self._api, self.namespace, self.id)
+
+    def troubles(self, state: State) -> list[str]:
+        """Why the build's pods do not run; nothing for who may not list pods, or while nobody answers."""
+        if not state.ray_cluster or state.phase.is_over:
+            return []
         try:
-            version = str(at(job, "metadata.resourceVersion"))
-            if any(seen is None for seen in api.watch(RAY_JOB, namespace, name, version, min(timing.window, timing.patience))):
+            return troubles(self._api.list(POD, self.namespace, f"ray.io/cluster={state.ray_cluster}"))
+        except (AuthenticationError, UnreachableError):
+            return []
+
+    def events(self) -> Iterator[BuildEvent | Notice]:
+        """See Followed; its states and why its pods do not run too, none of them twice.
+
+        Raises CancelledError when it is deleted meanwhile, NotStartedError when no operator touches it, UnknownSubmissionError.
+        """
+        began = self._timing.clock.now()
+        told: tuple[object, ...] = ()
+        shown: list[str] = []
+        unread = ""
+        try:
+            self._progress = self._progress or self.progress()
+        except UNREADABLE as error:
+            yield _unread(error.message)
+        for state in self._states():
+            if isinstance(state, Notice):
+                yield state
+                continue
+            try:
+                yield from self._driver_events(state)
+            except UNREADABLE as error:
+                if error.message != unread:
+                    unread = error.message
+                    yield _unread(unread)
+            seen = (state.phase, state.attempt, state.reason, state.deleting)
+            if seen != told:
+                told = seen
+                yield state.notice()
+            found = self.troubles(state)
+            if found != shown:
+                shown = found
+                yield from (_trouble(line) for line in found)
+            if state.phase.is_over:
+                self._end = state
                 return
-        except ExpiredError:
-            continue
+            neglected = unchanging(state, self._timing.clock.now() - began, self._timing.patience)
+            if neglected is not None:
+                raise neglected
+
+    def _driver_events(self, state: State) -> list[BuildEvent]:
+        events = self._progress.poll(state.attempt) if self._progress is not None else []
+        for event in events:
+            if isinstance(event, (Published, Errored)):
+                self._last_word = event
+            elif isinstance(event, Planned):
+                self._last_word = None
+        return events
+
+    def _states(self) -> Iterator[State | Notice]:
+        """The states of the RayJob, the same again at least once in each window; a notice when nobody answers."""
+        timing, known = self._timing, False
+        patience = Patience(timing.clock, timing.patience)
+        while True:
+            try:
+                job = self._api.get(RAY_JOB, self.namespace, self.id)
+                if job is None and not known:
+                    raise self._unknown()
+                patience.answered()
+                known = True
+                while job is not None:
+                    yield state_of(job)
+                    for changed in self._changes(job, timing.window):
+                        job = changed
+                        if changed is not None:
+                            yield state_of(changed)
+                raise CancelledError(f"{self.id} was deleted while it ran")
+            except ExpiredError:
+                continue
+            except UnreachableError as error:
+                patience.failed(error)
+                yield _trouble(error.message)
+                timing.clock.sleep(timing.backoff)
+
+    def _changes(self, job: Fields, seconds: float) -> Iterator[Fields | None]:
+        """What becomes of the RayJob in so many seconds; None at last when it is deleted. Raises ExpiredError."""
+        for changed in self._api.watch(RAY_JOB, self.namespace, self.id, str(at(job, "metadata.resourceVersion")), seconds):
+            yield changed
+            if changed is None:
+                return
+
+    def result(self) -> Published:
+        """See Followed. Raises NotStartedError and DeadlineError too."""
+        if self._end is None:
+            for _ in self.events():
+                pass
+        assert self._end is not None
+        error = failure(self._end, self._last_word)
+        if error is not None:
+            raise error
+        return Published(f"{self._end.release}/manifest.json", None, None)
+
+    def cancel(self) -> State:
+        """Delete the RayJob and wait until it is gone: the operator stops the driver and takes the pods away.
+
+        Returns the state that it was in. Raises UnknownSubmissionError, ClusterError when nobody takes it away.
+        """
+        state = self.status()
+        self._api.delete(RAY_JOB, self.namespace, self.id)
+        self.wait_until_gone()
+        return state
+
+    def wait_until_gone(self) -> None:
+        """Wait for the end of a RayJob that is being deleted. Raises ClusterError."""
+        timing = self._timing
+        began = timing.clock.now()
+        while (job := self._api.get(RAY_JOB, self.namespace, self.id)) is not None:
+            if timing.clock.now() - began >= timing.patience:
+                raise ClusterError(
+                    f"RayJob {self.id} is still being deleted after {timing.patience:.0f} s",
+                    "Check that the KubeRay operator runs: it ends the driver, then lets the RayJob go.",
+                )
+            with contextlib.suppress(ExpiredError):
+                if None in self._changes(job, min(timing.window, timing.patience)):
+                    return
+
+    def _unknown(self) -> UnknownSubmissionError:
+        return UnknownSubmissionError(
+            f"there is no RayJob {self.id} in namespace {self.namespace}",
+            "`orchestrator k8s list -n NAMESPACE` shows those that are there.",
+        )
+
+
+def _trouble(message: str) -> Notice:
+    return Notice("trouble", message, {"message": message})
+
+
+def _unread(reason: str) -> Notice:
+    return _trouble(f"the driver's events are not seen from here: {reason}")

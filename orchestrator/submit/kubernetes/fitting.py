@@ -7,26 +7,28 @@ files as manifests; here is what needs the meaning of the spec.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from orchestrator.base.errors import ClusterError
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
+from orchestrator.submit.bundle import named_files
 from orchestrator.submit.kubernetes.manifests import Cluster, Fields, Group, at
-from orchestrator.submit.submission import is_local
 
 GPU = "nvidia.com/gpu"
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "m": 1e-3}
 
 
-def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields, files: Collection[str] = ()) -> None:
-    """Whether it runs in the RayJob's pods; `files` are paths that travel with the spec.
-
-    Raises ClusterError that says everything that is in the way.
-    """
+def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields) -> None:
+    """Whether it runs in the RayJob's pods. Raises ClusterError that says everything that is in the way."""
     cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
-    problems = [*_unreachable(spec, cluster_spec, cluster, files), *_misfits(spec, cluster_spec, cluster)]
+    places = {"source.path": spec.source.path, "store": cluster_spec.store, **named_files(spec)}
+    problems = [
+        f"{field} is {path}, and group {group} mounts no volume there that outlives its pods"
+        for field, path, group in unreachable(places, cluster)
+    ]
+    problems += _misfits(spec, cluster_spec, cluster)
     if problems:
         raise ClusterError(
             "the overlay's pods cannot run this build: " + "; ".join(problems),
@@ -43,31 +45,21 @@ def quantity(value: Any) -> float:
     return float(match.group(1)) * _SUFFIXES[match.group(2)]
 
 
-def _unreachable(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster, files: Collection[str]) -> Iterator[str]:
-    """Places on somebody's own disk that a pod would look for in vain."""
-    for field, path in _local_places(spec, cluster_spec):
-        if any(_is_below(file, path) for file in files):
-            continue
-        without = [group.name for group in cluster.workers if not any(_is_below(path, mount) for mount in group.lasting_mounts)]
-        if without:
-            yield f"{field} is {path}, and group {without[0]} mounts no volume there that outlives its pods"
+def unreachable(places: Mapping[str, str], cluster: Cluster) -> Iterator[tuple[str, str, str]]:
+    """Places, by field, on somebody's own disk that a pod would look for in vain: field, path, a group that lacks it.
+
+    Relative paths are those of files that travel with the spec.
+    """
+    for field, place in places.items():
+        path = place.removeprefix("file://")
+        without = [group.name for group in cluster.workers if not is_below(path, group.lasting_mounts)]
+        if path.startswith("/") and (without or not cluster.workers):
+            yield field, path, without[0] if without else "of workers"
 
 
-def _local_places(spec: BuildSpec, cluster_spec: ClusterSpec) -> Iterator[tuple[str, str]]:
-    quantization = spec.quantization
-    places = {"source.path": spec.source.path, "store": cluster_spec.store.removeprefix("file://")}
-    if quantization is not None:
-        dataset = quantization.calibration.dataset
-        places |= {
-            "quantization.quant_cfg": quantization.quant_cfg or "",
-            "quantization.scales": quantization.scales or "",
-            "quantization.calibration.dataset": dataset if dataset.endswith((".txt", ".jsonl", ".parquet")) else "",
-        }
-    yield from ((field, path) for field, path in places.items() if path and is_local(path))
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+def is_below(path: str, folders: Collection[str]) -> bool:
+    """Whether a path is one of the folders, or in one."""
+    return any(path == folder.rstrip("/") or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 def _misfits(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster) -> Iterator[str]:
@@ -95,7 +87,7 @@ def _kinds(spec: BuildSpec) -> dict[str, int]:
 
 
 def _pool_misfits(name: str, pool: PoolSpec, cluster: Cluster) -> Iterator[str]:
-    groups = [group for group in cluster.workers if pool.labels.items() <= (group.get("labels") or {}).items()]
+    groups = cluster.selected(pool.labels)
     if not groups:
         return  # rule BU03 tells
     wanted = {"gpus": pool.gpus, "cpus": pool.cpus or 0, "memory": pool.memory or 0}

@@ -71,6 +71,11 @@ class Cluster(Subject):
             for number, group in enumerate(groups)
         ]
 
+    def selected(self, labels: Fields) -> list[Group]:
+        """Worker groups with these labels that take steps: those without resources that the driver takes for itself."""
+        working = [group for group in self.workers if "driver" not in (group.get("resources") or {})]
+        return [group for group in working if labels.items() <= (group.get("labels") or {}).items()]
+
 
 class Group(Subject):
     """The head group or a worker group."""
@@ -91,6 +96,11 @@ class Group(Subject):
     def ray(self) -> Fields:
         """The container that Ray runs in: the first."""
         return self.containers[0] if self.containers else {}
+
+    @property
+    def mounts(self) -> list[str]:
+        """Where Ray's container mounts a volume of whatever kind."""
+        return [str(mount.get("mountPath")) for mount in self.ray.get("volumeMounts") or []]
 
     @property
     def lasting_mounts(self) -> list[str]:

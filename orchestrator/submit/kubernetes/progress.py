@@ -3,45 +3,59 @@
 from __future__ import annotations
 
 import datetime
+from typing import Protocol
 
-from orchestrator.base.errors import ReleaseMissingError
-from orchestrator.events.builds import BuildEvent, LogReader
-from orchestrator.report.journal import segment_key
+from orchestrator.base.errors import (
+    AuthenticationError,
+    OrchestratorError,
+    ReleaseAddressError,
+    ReleaseMissingError,
+    SpecError,
+    StoreError,
+    ToolError,
+)
+from orchestrator.events.builds import BuildEvent
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode_yaml
 from orchestrator.stores import open_store
-from orchestrator.stores.store import ObjectMissingError, Store
+from orchestrator.stores.store import Store
+from orchestrator.submit.bundle import CLUSTER_FILE, SPEC_FILE
 from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
 from orchestrator.submit.kubernetes.manifests import Fields, at
-from orchestrator.submit.kubernetes.states import State
-from orchestrator.submit.submission import CLUSTER_FILE, SPEC_FILE
-from orchestrator.submit.watching import Run, find_run
+from orchestrator.submit.watching import Run, RunReader, find_run
 
 _ATTEMPTS, _READ_SECONDS = 2, 10.0
 """Of a request to the store: who only looks on does not wait for minutes."""
+UNREADABLE: tuple[type[OrchestratorError], ...] = (AuthenticationError, ReleaseAddressError, SpecError, StoreError, ToolError)
+"""Why a driver's events cannot be had here; the build's end is seen all the same."""
+
+
+class Progress(Protocol):
+    """Where the driver's own events come from."""
+
+    def poll(self, attempt: int) -> list[BuildEvent]:
+        """Events that are new; `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
+        ...
 
 
 class StoreProgress:
-    """See orchestrator.submit.kubernetes.builds.Progress. Every attempt's driver is a run of its own; the newest is followed."""
+    """See Progress. Every attempt's driver is a run of its own; the newest is followed."""
 
     def __init__(self, store: Store, release: str, since: str) -> None:
         """`release` is name/version, `since` the RayJob's creationTimestamp: runs before it are others'."""
         self._store, self._release = store, release
         self._since = _moment(since)
-        self._run: Run | None = None
+        self._reader: RunReader | None = None
         self._attempt = 0
-        self._reader = LogReader()
-        self._number = 0
 
-    def poll(self, state: State) -> list[BuildEvent]:
-        """Events that are new. Raises StoreError."""
-        found = self._read()
-        if self._run is None or self._reader.last_word is not None or state.attempt != self._attempt:
-            newest = self._newest()
-            if newest is not None and newest != self._run:
-                self._run, self._attempt, self._reader, self._number = newest, state.attempt, LogReader(), 0
-                found += self._read()
+    def poll(self, attempt: int) -> list[BuildEvent]:
+        found = self._reader.read() if self._reader is not None else []
+        if self._reader is None or self._reader.last_word is not None or attempt != self._attempt:
+            run = self._newest()
+            if run is not None and (self._reader is None or run != self._reader.run):
+                self._reader, self._attempt = RunReader(self._store, run), attempt
+                found += self._reader.read()
         return found
 
     def _newest(self) -> Run | None:
@@ -51,20 +65,9 @@ class StoreProgress:
             return None
         return run if _moment(run.prefix.split("/")[2].partition("-")[0]) >= self._since else None
 
-    def _read(self) -> list[BuildEvent]:
-        found: list[BuildEvent] = []
-        while self._run is not None:
-            try:
-                text = self._store.get(segment_key(self._run.prefix, self._number)).decode()
-            except ObjectMissingError:
-                break
-            self._number += 1
-            found += self._reader.feed(text)
-        return found
-
 
 def _moment(text: str) -> datetime.datetime:
-    """Of 2026-01-01T00:00:00Z, or 20260101T000000Z."""
+    """The moment of 2026-01-01T00:00:00Z, or 20260101T000000Z."""
     return datetime.datetime.fromisoformat(text)
 
 

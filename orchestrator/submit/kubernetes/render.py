@@ -20,10 +20,10 @@ from orchestrator.releases.manifest import release_prefix
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode_yaml
+from orchestrator.submit.bundle import CLUSTER_FILE, ENTRYPOINT, bundle, submission_id
 from orchestrator.submit.kubernetes.fitting import check_fit
 from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.kubernetes.rules import validate
-from orchestrator.submit.submission import CLUSTER_FILE, ENTRYPOINT, bundle, submission_id
 
 BASE = "build"
 INSTANCE, MANAGED_BY = "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"
@@ -95,7 +95,7 @@ def render(
     """
     made = copy.deepcopy(objects)
     job, config = _job(made), _config_map(made)
-    check_fit(spec, cluster_spec, job, files or {})
+    check_fit(spec, cluster_spec, job)
     _refuse_placeholder(cluster_spec.store, "the store", "Name yours with --store, or in a cluster file with --cluster.")
     name = name or submission_id(spec, cluster_spec)
     _fill(config, bundle(spec, cluster_spec), files or {})

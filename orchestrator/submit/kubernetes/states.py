@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 from orchestrator.base.errors import (
     DeadlineError,
@@ -21,6 +20,8 @@ from orchestrator.base.errors import (
 )
 from orchestrator.events.builds import Errored, LogReader, Published
 from orchestrator.submit.kubernetes.manifests import Fields, at
+from orchestrator.submit.kubernetes.render import RELEASE
+from orchestrator.submit.protocol import Notice
 
 _LOST = "the driver was lost before it could say why"
 
@@ -63,6 +64,15 @@ class State:
     started: str = ""
     ended: str = ""
     deleting: bool = False
+    release: str = ""
+    """Where it is, or is going to be; empty for a RayJob that was not made here."""
+
+    def notice(self) -> Notice:
+        """Where it stands."""
+        attempt = f", attempt {self.attempt}" if self.attempt > 1 and not self.phase.is_over else ""
+        where = f" ({self.ray_cluster})" if self.ray_cluster and not self.phase.is_over else ""
+        fields = {"state": self.phase.value, "attempt": self.attempt, "reason": self.reason, "ray_cluster": self.ray_cluster}
+        return Notice("state", f"{self.name}: {self.phase.value}{attempt}{where}", {"name": self.name, **fields})
 
 
 _DEPLOYMENT = {
@@ -100,16 +110,8 @@ def state_of(job: Fields) -> State:
         started=status.get("startTime", ""),
         ended=status.get("endTime", ""),
         deleting=at(job, "metadata.deletionTimestamp") is not None,
+        release=str((at(job, "metadata.annotations") or {}).get(RELEASE, "")),
     )
-
-
-def on_submit(there: State | None) -> Literal["create", "attach", "replace", "wait"]:
-    """What a submission does about a RayJob of its name: one that runs or succeeded is joined, one that failed is replaced."""
-    if there is None:
-        return "create"
-    if there.deleting:
-        return "wait"
-    return "replace" if there.phase in (Phase.FAILED, Phase.STOPPED) else "attach"
 
 
 def failure(state: State, last_word: Published | Errored | None = None) -> OrchestratorError | None:

@@ -12,6 +12,7 @@ from orchestrator.submit.kubernetes.api import ConflictError
 from orchestrator.submit.kubernetes.builds import Timing
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.states import Phase
+from orchestrator.submit.protocol import Clock
 from tests.contracts.kubernetes_contract import Bed, KubernetesContract, Recorder
 from tests.support.fake_kubernetes import FakeKubernetes
 from tests.support.kuberay_operator import Driver, Operator
@@ -28,7 +29,7 @@ def fake() -> FakeKubernetes:
 def bed(fake: FakeKubernetes) -> Bed:
     operator = Operator(fake, fake.now)
     fake.idle = operator.step
-    return Bed(fake, operator, Timing(now=fake.now, sleep=fake.sleep), "builds")
+    return Bed(fake, operator, Timing(clock=Clock(fake.now, fake.sleep)), "builds")
 
 
 class TestFake(KubernetesContract):

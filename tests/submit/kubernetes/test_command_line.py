@@ -24,6 +24,7 @@ from orchestrator.report.journal import Journal
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 from orchestrator.submit.kubernetes.builds import Timing
+from orchestrator.submit.protocol import Clock
 from tests.contracts.kubernetes_contract import SPEC
 from tests.support.fake_kubernetes import FakeKubernetes
 from tests.support.kuberay_operator import Driver, Operator, error_line, ray_failure
@@ -47,10 +48,9 @@ def operator(store: Store, monkeypatch: pytest.MonkeyPatch) -> Operator:
     fake = FakeKubernetes()
     operator = Operator(fake, fake.now)
     fake.idle = operator.step
-    timing = Timing(now=fake.now, sleep=fake.sleep)
+    timing = Timing(clock=Clock(fake.now, fake.sleep))
     monkeypatch.setattr("orchestrator.submit.kubernetes.api.KubernetesApi", lambda context: fake)
-    for module in ("builds", "follow"):
-        monkeypatch.setattr(f"orchestrator.submit.kubernetes.{module}.Timing", lambda: timing)
+    monkeypatch.setattr("orchestrator.submit.kubernetes.builds.Timing", lambda: timing)
     return operator
 
 

@@ -16,9 +16,9 @@ from kubernetes.utils import parse_quantity as quantity
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
+from orchestrator.submit.bundle import ENTRYPOINT
 from orchestrator.submit.kubernetes.manifests import load_manifests
 from orchestrator.submit.kubernetes.rules import problems
-from orchestrator.submit.submission import ENTRYPOINT
 from tests.submit.kubernetes.overlays import (
     COMPONENTS,
     CORE_GROUPS,

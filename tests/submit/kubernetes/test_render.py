@@ -17,11 +17,11 @@ from orchestrator.cli import app
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.loading import load_cluster, load_spec
+from orchestrator.submit.bundle import ENTRYPOINT, submission_id
 from orchestrator.submit.kubernetes.fitting import quantity
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.overlays import OWN, load_overlay, overlay_names
 from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, refuse_placeholder_images, render
-from orchestrator.submit.submission import ENTRYPOINT, submission_id
 
 STORE = "s3://mine/builds"
 SPEC = {"source": {"path": "s3://mine/models/llama"}, "topology": {"tp": 2}, "release": {"name": "llama-3.1", "version": "1"}}

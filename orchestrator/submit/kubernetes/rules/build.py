@@ -10,9 +10,9 @@ import json
 import re
 from itertools import pairwise
 
+from orchestrator.submit.bundle import ENTRYPOINT
 from orchestrator.submit.kubernetes.manifests import Cluster, Group, Job, Object, Pod, at, environment
 from orchestrator.submit.kubernetes.rules.rule import AnyRule, Found, rule
-from orchestrator.submit.submission import ENTRYPOINT
 
 _DRAIN, _DEFAULT_DRAIN_SECONDS, _DEFAULT_GRACE_SECONDS = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30, 30
 _SECRET_NAME = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|API_KEY|PRIVATE_KEY|CREDENTIALS)(_ID)?$", re.IGNORECASE)

@@ -159,10 +159,19 @@ def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, 
         found.append(f"the store {cluster_spec.store} must be one folder that all nodes share")
     if is_local(spec.source.path):
         found.append(f"every node must have the source {spec.source.path} under this path")
-    wanted = spec.quantization
-    named = [wanted.quant_cfg, wanted.scales, wanted.calibration.dataset] if wanted else []
-    found += [f"every node must have {path}" for path in named if path is not None and Path(path).is_absolute()]
+    found += [f"every node must have {path}" for path in named_files(spec).values() if Path(path).is_absolute()]
     return tuple(found)
+
+
+def named_files(spec: BuildSpec) -> dict[str, str]:
+    """Files that the spec names beside its source, by field."""
+    wanted = spec.quantization
+    if wanted is None:
+        return {}
+    named = {"quant_cfg": wanted.quant_cfg, "scales": wanted.scales, "calibration.dataset": wanted.calibration.dataset}
+    if Path(wanted.calibration.dataset).suffix not in DATA_SUFFIXES:  # a data set of the hub
+        del named["calibration.dataset"]
+    return {f"quantization.{field}": path for field, path in named.items() if path is not None}
 
 
 def is_local(path: str) -> bool:

@@ -17,7 +17,7 @@ from orchestrator.spec.build import BuildSpec, SourceSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.spec.loading import load_cluster, load_spec
-from orchestrator.submit.submission import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
+from orchestrator.submit.bundle import ENTRYPOINT, Packed, bundle, expected_on_nodes, pack, submission_id
 
 
 @pytest.fixture

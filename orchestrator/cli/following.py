@@ -1,0 +1,78 @@
+"""How a build that runs elsewhere is shown: on a terminal, or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from orchestrator.cli.console import out, plain
+from orchestrator.planning.facts import Verification
+
+if TYPE_CHECKING:
+    from orchestrator.events.builds import BuildEvent, Published
+    from orchestrator.report import LiveView
+    from orchestrator.submit.protocol import Followed, Notice
+
+_DETACHED = 130
+
+
+def show_build(
+    followed: Followed, as_json: bool, name: str, commands: Sequence[str] = (), lines: Iterable[str] | None = None
+) -> None:
+    """Show a build to its end. Raises its error; after Ctrl-C ends the command, and says what can be done: `commands`.
+
+    With `lines`, these are printed in place of its events, and its outcome is one of them.
+    """
+    from orchestrator.report import LiveView
+    from orchestrator.submit.follow import follow
+
+    view = LiveView(out)
+
+    def show(item: BuildEvent | Notice | str) -> None:
+        _print_line(item) if as_json or isinstance(item, str) else _show(item, view)
+
+    try:
+        made = follow(followed, show, lines)
+    finally:
+        view.close()
+    if made is None:
+        if not as_json:
+            out.print(f"Detached; {name} keeps running.")
+            for command in commands:
+                out.print(f"  {command}", soft_wrap=True)
+        raise typer.Exit(_DETACHED)
+    if as_json:
+        _print_line(made)
+    elif lines is None:
+        _show_published(made)
+
+
+def _print_line(item: BuildEvent | Notice | str) -> None:
+    from orchestrator.events.builds import encode_line
+    from orchestrator.submit.protocol import Notice
+
+    if isinstance(item, Notice):
+        item = json.dumps({"event": item.kind, **item.fields})
+    print(item if isinstance(item, str) else encode_line(item), flush=True)
+
+
+def _show(item: BuildEvent | Notice, view: LiveView) -> None:
+    from orchestrator.submit.protocol import Notice
+
+    if isinstance(item, Notice):
+        out.print(f"[yellow]{plain(item.text)}[/]" if item.kind == "trouble" else plain(item.text), soft_wrap=True)
+    else:
+        view.on(item)
+
+
+def _show_published(made: Published) -> None:
+    if made.verification:
+        found = Verification.model_validate(made.verification)
+        out.print(
+            f"verified on {found.num_positions} positions: max relative error {found.relative_errors()}, "
+            f"top-1 agreement {found.top1_agreement:.3f}"
+        )
+    out.print(f"published: {made.manifest}", soft_wrap=True)
