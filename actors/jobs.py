@@ -85,11 +85,8 @@ class Client:
     def __init__(self, address: str | None = None, *, api: JobApi | None = None, clock: Clock | None = None) -> None:
         """Connect to the head's dashboard; see RayJobApi for `address` and errors. `api` and `clock`: for tests."""
         self._api = api or RayJobApi(address)
+        self.address = self._api.address
         self._clock = clock or Clock()
-
-    @property
-    def address(self) -> str:
-        return self._api.address
 
     def submit(
         self, spec: BuildSpec, cluster_spec: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS

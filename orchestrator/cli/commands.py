@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import builds, jobs, kubernetes, kubernetes_builds, options, plans, releases, watch
+from orchestrator.cli import builds, jobs, kubernetes, options, plans, releases, watch
 
 app = typer.Typer(cls=options.Root, no_args_is_help=True, context_settings=options.SETTINGS, pretty_exceptions_enable=False)
 app.callback()(options.root)
@@ -13,5 +13,4 @@ app.add_typer(builds.app)
 app.add_typer(jobs.app)
 app.add_typer(releases.app)
 app.add_typer(watch.app)
-kubernetes.k8s_app.add_typer(kubernetes_builds.app)
-app.add_typer(kubernetes.app)
+app.add_typer(kubernetes.app, name="k8s")

@@ -13,7 +13,6 @@ from orchestrator.planning.facts import Verification
 
 if TYPE_CHECKING:
     from orchestrator.events.builds import BuildEvent, Published
-    from orchestrator.report import LiveView
     from orchestrator.submit.protocol import Followed, Notice
 
 _DETACHED = 130
@@ -28,16 +27,25 @@ def show_build(
     """
     from orchestrator.report import LiveView
     from orchestrator.submit.follow import follow
+    from orchestrator.submit.protocol import Notice
 
-    view = LiveView(out)
+    view: LiveView | None = None
 
     def show(item: BuildEvent | Notice | str) -> None:
-        _print_line(item) if as_json or isinstance(item, str) else _show(item, view)
+        nonlocal view
+        if as_json or isinstance(item, str):
+            _print_line(item)
+        elif isinstance(item, Notice):
+            out.print(f"[yellow]{plain(item.text)}[/]" if item.kind == "trouble" else plain(item.text), soft_wrap=True)
+        else:
+            view = view or LiveView(out)
+            view.on(item)
 
     try:
         made = follow(followed, show, lines)
     finally:
-        view.close()
+        if view is not None:
+            view.close()
     if made is None:
         if not as_json:
             out.print(f"Detached; {name} keeps running.")
@@ -57,15 +65,6 @@ def _print_line(item: BuildEvent | Notice | str) -> None:
     if isinstance(item, Notice):
         item = json.dumps({"event": item.kind, **item.fields})
     print(item if isinstance(item, str) else encode_line(item), flush=True)
-
-
-def _show(item: BuildEvent | Notice, view: LiveView) -> None:
-    from orchestrator.submit.protocol import Notice
-
-    if isinstance(item, Notice):
-        out.print(f"[yellow]{plain(item.text)}[/]" if item.kind == "trouble" else plain(item.text), soft_wrap=True)
-    else:
-        view.on(item)
 
 
 def _show_published(made: Published) -> None:
