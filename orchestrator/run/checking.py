@@ -1,10 +1,9 @@
-"""Inputs of a step are hashed before anything that was made from them is kept: once per node, build and content.
+"""Hash a step's inputs before its outputs are kept: once per node, build and content.
 
-A store that is a folder is read where it lies, and a bit that has flipped there would go into an engine unseen. The hash is
-computed on threads beside the step's own work, which reads the same pages, and waited for before an output gets its name. Steps of
-one build on one node share what they have found out in a folder beside their scratch folders: an entry is a file's device, inode,
-size, times of modification and of change. A file that was written to afterwards is read again. A disk that rots without a write
-changes none of them: that is found by the next build, whose entries are its own.
+Files of a folder store are read in place, so a flipped bit would go into an engine unseen. Threads hash them while the step reads
+the same pages; an output gets its name only after that. Steps of one build on one node share results in a folder beside their
+scratch folders, keyed by a file's device, inode, size, and times of modification and change. A file written to afterwards is
+hashed again. Damage without a write, on the disk itself, changes none of these: the next build finds it, with entries of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _NAME = "trt-orchestrator-checked-{uid}"
 
 
 class InputChecks:
-    """The inputs of one attempt that lie as files of this machine."""
+    """Checks of one attempt's inputs that are local files."""
 
     def __init__(self, root: str | Path | None = None, build_id: str = "") -> None:
-        """Shared with the attempts of the same build that have the same scratch root; without one of the two with nobody."""
+        """Share results with attempts of the same build and scratch root; without both arguments, share nothing."""
         self._shared = (Path(root), build_id) if root is not None and build_id else None
         self._folder: tuple[Path, int] | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -51,7 +50,7 @@ class InputChecks:
             self._running[output.key] = self._pool.submit(self._check, output, path)
 
     def settle(self) -> None:
-        """Wait for every hash. Raises DamagedOutputError for the first input that is not what was committed, or is gone."""
+        """Wait for every hash. Raises DamagedOutputError for the first input that is gone or differs from its commit."""
         began = time.monotonic()
         try:
             for job in self._running.values():
@@ -60,7 +59,7 @@ class InputChecks:
             self.waited_seconds += time.monotonic() - began
 
     def close(self) -> None:
-        """Stop what still runs."""
+        """Stop the hashes that still run."""
         self._stopped.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -89,7 +88,7 @@ class InputChecks:
             raise DamagedOutputError(f"{output.key} cannot be read: {error.strerror}", key=output.key) from error
 
     def _sha256(self, file: int) -> str | None:
-        """sha256 of the whole file; None when it was stopped."""
+        """Return the sha256 of the whole file; None when stopped."""
         hasher, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
         view = memoryview(buffer)
         while count := os.readv(file, [buffer]):
@@ -101,7 +100,7 @@ class InputChecks:
 
     @contextlib.contextmanager
     def _entry(self, found: os.stat_result, output: Output) -> Iterator[int | None]:
-        """The node's entry of a file, locked: whoever comes second waits for the first one's hash. None: nothing can be shared."""
+        """Open and lock the node's entry of a file: a second step waits for the first one's hash. None: nothing can be shared."""
         if self._folder is None:
             yield None
             return
@@ -120,12 +119,12 @@ class InputChecks:
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    """Identity that changes with every write: the time of change cannot be set back."""
+    """Return the file's identity, which changes with every write: the time of change cannot be set back."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def forget(root: str | Path, build_id: str) -> None:
-    """Remove the entries of a build that has ended on this machine. Never raises."""
+    """Remove this machine's entries of a build that has ended. Never raises."""
     top = Path(root) / _NAME.format(uid=os.geteuid())
     shutil.rmtree(top / build_id, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -133,9 +132,9 @@ def forget(root: str | Path, build_id: str) -> None:
 
 
 def _open_folder(root: Path, build_id: str) -> tuple[Path, int] | None:
-    """The folder of this node's entries for one build, locked as long as it is open; others' that nobody holds are removed.
+    """Open this node's entries of one build, locked while open, and remove unlocked entries of other builds.
 
-    None where it cannot be this user's alone: an entry is believed.
+    None when the folder may not be this user's alone: entries are trusted.
     """
     top = root / _NAME.format(uid=os.geteuid())
     try:
@@ -148,7 +147,7 @@ def _open_folder(root: Path, build_id: str) -> tuple[Path, int] | None:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return None
-    with contextlib.suppress(OSError):  # no locks here
+    with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_SH)
     for other in top.iterdir():
         if other != folder:
@@ -157,7 +156,7 @@ def _open_folder(root: Path, build_id: str) -> tuple[Path, int] | None:
 
 
 def _remove_unheld(folder: Path) -> None:
-    """A build whose steps pause loses its entries by this: it hashes again."""
+    """Remove a build's entries unless locked. A build between two steps may lose its entries and hash again."""
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

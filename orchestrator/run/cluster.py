@@ -1,6 +1,6 @@
-"""Where steps run: the protocol that the driver knows.
+"""The protocol of clusters, which run the driver's steps.
 
-Every member passes tests/contracts/cluster_contract.py. A cluster only executes: it never retries, never reorders needs,
+Every implementation passes tests/contracts/cluster_contract.py. A cluster only executes: it never retries, never reorders needs,
 and reports each attempt with exactly one final event.
 """
 
@@ -20,36 +20,36 @@ class Cluster(Protocol):
     """A place that runs tasks."""
 
     def start(self, task: Task) -> None:
-        """Take a task; it begins in a later call of `events`, when there is room for it. Returns at once.
+        """Queue a task and return at once; it begins in a later call of `events`, when there is room.
 
-        So of all that wait, what an ended step made ready included, the first in the plan's order takes the room it left.
+        Among all waiting tasks, also those that an ended step made ready, the first in the plan's order gets the room.
         """
         ...
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
-        """What happened since the last call; waits until something does or the time is up (None: as long as it takes)."""
+        """Wait for events and return those since the last call; empty after `timeout_seconds` (None: no limit)."""
         ...
 
     def now(self) -> float:
-        """Seconds on the cluster's clock, for delays."""
+        """Return seconds on the cluster's clock, for delays."""
         ...
 
     def close(self) -> None:
-        """Stop what still runs and let go of everything. Idempotent."""
+        """Stop running tasks and release all resources. Idempotent."""
         ...
 
 
 @runtime_checkable
 class Probing(Protocol):
-    """What a cluster of other machines can do besides: ask them."""
+    """A cluster whose nodes can be asked what they have."""
 
     def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
-        """What every node has, one answer per node that is alive. `paths` are folders and files that steps will read."""
+        """Return the facts of every live node. `paths`: folders and files that steps will read, to look for there."""
         ...
 
 
 def worker_environment(threads: int, *, gpu: bool) -> dict[str, str]:
-    """Environment variables that every worker of a step gets: threads pinned, GPUs hidden from steps that use none."""
+    """Return the environment variables of every worker of a step: pinned threads, no GPUs for steps that use none."""
     count = str(threads)
     environment = {
         "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,

@@ -1,10 +1,10 @@
-"""Where a step's outputs live in a store, and which digests are committed.
+"""Layout of steps in a store, and the commits of their outcomes.
 
     steps/<digest>/<attempt>/<name>     outputs; the attempt's random name keeps a lost worker's late writes apart
     outcomes/<digest>.json              the commit: written last, put-if-absent, names the outputs
-    aside/<digest>.json                 a commit whose outputs were found damaged, and why; .outdated.json: made from other bytes
-    live/<id>.json                      a build that runs: what it counts on, so that nothing of it is collected
-    events/<build key>/<run>/...        what a run of a build has said: report/journal.py
+    aside/<digest>.json                 a commit with damaged outputs, and the reason; .outdated.json: made from other bytes
+    live/<id>.json                      a running build and the outputs that `collect` must not remove
+    events/<build key>/<run>/...        events of one run of a build: report/journal.py
 
 There is no state file and no lock: a committed outcome under a digest is never computed again.
 """
@@ -30,22 +30,22 @@ from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Sto
 OUTCOMES, STEPS, LIVE, EVENTS, ASIDE = "outcomes/", "steps/", "live/", "events/", "aside/"
 _LOOKUP_THREADS = 16
 _LOOKS, _DYING_SECONDS = 3, 0.5
-"""What a killed worker may take to be dead, and a store to show the upload that it began last."""
+"""Rounds of looking for unfinished uploads, and the pause between: a killed worker may still be dying."""
 
 
 class LiveBuild(BaseModel):
-    """What a running build says of itself before it looks up what is committed."""
+    """Record of a running build, written before it looks up committed outcomes."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     started_at: datetime.datetime
-    """UTC."""
+    """Start time in UTC."""
     steps: tuple[str, ...]
-    """Digests: their outcomes and outputs are in use."""
+    """Digests of the steps whose outcomes and outputs are in use."""
     release: str | None = None
-    """Key prefix that it is going to publish under; None: it publishes nothing."""
+    """Key prefix of the release to publish. None: publishes nothing."""
     build_key: str | None = None
-    """Its events are being written."""
+    """Key of the build whose events are being written. None: none are."""
 
 
 class Aside(BaseModel):
@@ -59,22 +59,22 @@ class Aside(BaseModel):
 
 
 def outcome_key(digest: str) -> str:
-    """Where the commit of a step stands."""
+    """Return the key of a step's commit."""
     return f"{OUTCOMES}{digest}.json"
 
 
 def aside_key(digest: str, *, damaged: bool) -> str:
-    """Where a commit goes that is set aside."""
+    """Return the key under which a commit is set aside."""
     return f"{ASIDE}{digest}.json" if damaged else f"{ASIDE}{digest}.outdated.json"
 
 
 def attempt_prefix(digest: str, attempt: str) -> str:
-    """Where one attempt writes its outputs; ends with '/'."""
+    """Return the key prefix of one attempt's outputs, with a trailing '/'."""
     return f"{STEPS}{digest}/{attempt}/"
 
 
 def commit(store: Store, outcome: Outcome) -> Outcome:
-    """Commit `outcome`, or return the one that another attempt has committed before."""
+    """Commit `outcome`, or return the outcome that another attempt committed first."""
     data = outcome.model_dump_json(indent=1).encode()
     try:
         store.put(outcome_key(outcome.digest), data, create=True)
@@ -82,13 +82,13 @@ def commit(store: Store, outcome: Outcome) -> Outcome:
         winner = lookup(store, outcome.digest)
         if winner is not None:
             return winner
-        # The committed outcome lost its outputs: ours replaces it.
+        # The committed outcome has lost its outputs: ours replaces it.
         store.put(outcome_key(outcome.digest), data)
     return outcome
 
 
 def lookup(store: Store, digest: str) -> Outcome | None:
-    """The committed outcome of a step; None when there is none or its outputs are gone."""
+    """Return the committed outcome of a step; None when it is missing or its outputs are gone."""
     try:
         outcome = Outcome.model_validate_json(store.get(outcome_key(digest)))
     except (ObjectMissingError, ValidationError):
@@ -98,9 +98,9 @@ def lookup(store: Store, digest: str) -> Outcome | None:
 
 
 def set_aside(store: Store, taken: TakenBack) -> None:
-    """Keep a commit that no longer counts under another name, and remove it under its own, so that its step can run again.
+    """Move a commit that no longer counts to another key, so that its step can run again.
 
-    One that another build has replaced meanwhile stays. Its outputs stay where they are until `collect` finds them unneeded.
+    A commit that another build has replaced meanwhile stays. The outputs stay until `collect` removes them as unneeded.
     """
     outcome = taken.outcome
     key = outcome_key(outcome.digest)
@@ -118,7 +118,7 @@ def set_aside(store: Store, taken: TakenBack) -> None:
 
 
 def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], tuple[str, ...]]:
-    """`outcomes` without those that were made from other bytes than the others hold, and warnings of these; they are set aside."""
+    """Drop the outcomes that were made from other bytes than the others hold, and set them aside. Returns the rest and warnings."""
     kept, warnings = dict(outcomes), []
     while reasons := outdated(plan, kept):
         for digest, reason in reasons.items():
@@ -128,9 +128,9 @@ def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple
 
 
 def check_same_again(store: Store, outcome: Outcome) -> None:
-    """Compare a conversion that runs again, because its first outputs were damaged, with what was written the first time.
+    """Compare the outputs of a repeated conversion with the damaged first ones: the same source must give the same bytes.
 
-    The same files give the same bytes, and the digest says that they are the same files. Raises SourceCorruptError.
+    Raises SourceCorruptError when they differ although the digest says that the source is the same.
     """
     if outcome.kind is not Kind.CONVERT:
         return
@@ -143,15 +143,15 @@ def check_same_again(store: Store, outcome: Outcome) -> None:
     others = [output.name for output in outcome.outputs if output.sha256 != written.get(output.name, output.sha256)]
     if others and first.consumed == outcome.consumed:
         raise SourceCorruptError(
-            f"{outcome.name} made another {', '.join(others[:3])} than the first time, from files of the source that look the "
+            f"{outcome.name} wrote another {', '.join(others[:3])} than the first time, although the source's files look the "
             "same: the source was damaged or changed since",
-            "Compare the source with the publisher's checksums and download what differs. If it is right as it is now, delete "
+            "Compare the source with the publisher's checksums and download what differs. If the source is right now, delete "
             f"{key} from the store.",
         )
 
 
 def find(store: Store, digest: str) -> Outcome | None:
-    """As `lookup`; None also while the store cannot be reached."""
+    """Return what `lookup` does; None also while the store cannot be reached."""
     try:
         return lookup(store, digest)
     except StoreError:
@@ -159,7 +159,7 @@ def find(store: Store, digest: str) -> Outcome | None:
 
 
 def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
-    """The committed outcomes among `digests`."""
+    """Return the committed outcomes among `digests`, by digest."""
     with ThreadPoolExecutor(_LOOKUP_THREADS) as pool:
         found = pool.map(lambda digest: lookup(store, digest), list(digests))
         return {outcome.digest: outcome for outcome in found if outcome is not None}
@@ -167,7 +167,7 @@ def committed(store: Store, digests: Iterable[str]) -> dict[str, Outcome]:
 
 @contextlib.contextmanager
 def in_use(store: Store, digests: Iterable[str], release: str | None = None, build_key: str | None = None) -> Iterator[None]:
-    """Announce a build as long as the block runs. A killed one stays announced until `collect` finds it too old to be true."""
+    """Announce a build while the block runs. The announcement of a killed build stays until `collect` finds it too old."""
     key = f"{LIVE}{uuid.uuid4().hex}.json"
     began = datetime.datetime.now(datetime.UTC)
     live = LiveBuild(started_at=began, steps=tuple(digests), release=release, build_key=build_key)
@@ -175,26 +175,26 @@ def in_use(store: Store, digests: Iterable[str], release: str | None = None, bui
     try:
         yield
     finally:
-        with contextlib.suppress(StoreError):  # what the build came to matters more
+        with contextlib.suppress(StoreError):  # the build's own result or error matters more
             store.delete(key)
 
 
 @contextlib.contextmanager
 def nothing_left_begun(store: Store, build_id: str) -> Iterator[None]:
-    """When the block ends by an exception, Ctrl-C too, remove the unfinished uploads of attempts whose names begin with `build_id`.
+    """Remove the unfinished uploads of a build's attempts when the block raises, on Ctrl-C too.
 
-    The workers of such a block were killed and could not. Around the block that closes the cluster, never inside it.
+    Its workers were killed and cannot do so. `build_id` begins the names of its attempts. Wrap the block that closes the cluster.
     """
     try:
         yield
     except BaseException:
-        with contextlib.suppress(StoreError):  # why the block ended matters more
+        with contextlib.suppress(StoreError):  # the error that ended the block matters more
             abort_attempts(store, build_id)
         raise
 
 
 def abort_attempts(store: Store, build_id: str, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Remove the unfinished uploads of one run of a build. Looks more than once: a killed worker may just be dying."""
+    """Remove the unfinished uploads of one run of a build. Looks several times, because a killed worker may still be dying."""
     for look in range(_LOOKS):
         if look:
             sleep(_DYING_SECONDS)

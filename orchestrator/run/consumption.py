@@ -1,7 +1,7 @@
-"""Which outcomes belong together: what a step was made from must be what its needs hold, and what others were made from.
+"""Find outcomes that do not belong together: the bytes a step read must be the bytes that its needs hold.
 
-A step that runs again may write other bytes than the first time (a source that was damaged since, an engine whose kernels were
-timed anew). Whatever was made from the first ones is then of another build, although its digest is the same.
+A step that runs again may write other bytes than the first time: its source was damaged since, or TensorRT timed its kernels again.
+Whatever was made from the first bytes then belongs to another build, although its digest is the same.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 
 _TRACED = (Kind.BUILD, Kind.VERIFY)
-"""Kinds whose outcomes must say what they were made from even when the outcomes of their needs are gone."""
+"""Kinds whose outcomes must name the bytes they were made from, even when the outcomes of their needs are gone."""
 
 
 def outdated(plan: Plan, outcomes: Mapping[str, Outcome], among: Iterable[str] | None = None) -> dict[str, str]:
-    """By digest, why an outcome does not belong to the others: its step must run again, or the release be refused.
+    """Return, by digest, why an outcome does not belong to the others: its step must run again, or the release be refused.
 
-    Looks at the outcomes of `among`; None: of all steps.
+    `among`: digests of the outcomes to check; None: all steps.
     """
     digests = [digest for digest in (among or [step.digest for step in plan.steps]) if digest in outcomes]
     read: dict[tuple[str, str], set[str]] = {}

@@ -1,4 +1,4 @@
-"""The loop: schedule -> commands -> cluster -> events -> schedule. No step's bytes pass through here."""
+"""The driver loop: schedule -> commands -> cluster -> events -> schedule. No tensor bytes pass through here."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from orchestrator.spec.cluster import ClusterSpec
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a plan ended."""
+    """Result of a plan."""
 
     outcomes: Mapping[str, Outcome]
-    """By digest: committed before or now."""
+    """Outcomes by digest, committed before or in this run."""
     ran: frozenset[str]
-    """Digests that ran in this build."""
+    """Digests of the steps that ran in this build."""
     failures: Mapping[str, Failure] = field(default_factory=dict)
     lost: Mapping[str, list[Failure]] = field(default_factory=dict)
-    """Attempts that came to nothing before the last one, by digest."""
+    """Failures of attempts before the last one, by digest."""
 
     def raise_failures(self, plan: Plan) -> None:
-        """Raise the first failure as the error that it was; others are counted in the message."""
+        """Raise the first failure as its original error. The message names the other failed steps."""
         if not self.failures:
             return
         digest, failure = next(iter(self.failures.items()))
@@ -54,10 +54,10 @@ def drive(
     build_id: str = "",
     set_aside: SetAside = lambda taken: None,
 ) -> Result:
-    """Run what is pending until everything is committed or a step has failed for good.
+    """Run the pending steps until all are committed or one has failed for good.
 
-    `lookup` finds an outcome that was committed meanwhile: a worker that was lost may have finished before anyone knew.
-    `build_id` begins the names of this run's attempts. `set_aside` removes the commit of an outcome whose step is to run again.
+    `lookup` finds an outcome that was committed meanwhile: a lost worker may have finished before it was missed.
+    `build_id` begins the names of this run's attempts. `set_aside` removes the commit of an outcome whose step runs again.
     """
     return _Drive(Schedule(plan, committed, spec.retries), cluster, spec, listener, lookup, build_id, set_aside).run()
 
@@ -72,7 +72,7 @@ class _Drive:
     build_id: str
     set_aside: SetAside
     delayed: list[tuple[float, int, Start]] = field(default_factory=list)
-    """Commands by the time that they are due, then by the order in which they were given."""
+    """Heap of commands: due time, sequence number, command."""
     ran: set[str] = field(default_factory=set)
     count: int = 0
 
@@ -84,7 +84,7 @@ class _Drive:
             commands = [command for event in self.cluster.events(wait) for command in self.take(event)]
             self.launch(commands)
             if schedule.num_running == 0 and not self.delayed and not schedule.done:
-                raise StepFailedError("the plan cannot go on: nothing runs and something is pending", "This is a bug: report it.")
+                raise StepFailedError("the plan is stuck: steps are pending and none runs", "This is a bug: report it.")
         return Result(schedule.outcomes, frozenset(self.ran), schedule.failures, schedule.lost)
 
     def take(self, event: AnyEvent) -> list[Start]:

@@ -1,4 +1,4 @@
-"""Run a plan to its end: probe the nodes, drive the steps, look at what came of them."""
+"""Run a plan to its end: probe the nodes, drive the steps, check the outcomes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def execute(
     listener: Listener,
     accept: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
 ) -> Result:
-    """Drive the plan; a plan with nothing pending opens no cluster.
+    """Drive the plan. A plan without pending steps opens no cluster.
 
-    `accept` looks at the outcomes of a plan that succeeded. For a DamagedOutputError of it, the step that wrote the object runs
-    again, a few times at most; then the error is raised.
+    `accept` checks the outcomes of a plan that succeeded. When it raises DamagedOutputError, the step that wrote the object runs
+    again, at most MAX_REPEATS times; then the error is raised.
     """
     target = open_store(cluster_spec.store, cluster_spec.store_options)
     result = _drive(plan, committed, cluster_spec, open_cluster, listener)

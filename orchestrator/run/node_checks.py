@@ -1,6 +1,6 @@
-"""What the nodes said of themselves against what the cluster file promises and the plan needs.
+"""Compare what the nodes reported with the cluster file and the plan.
 
-Errors are the user's situation, before any long work, with the nodes' names; what only may go wrong is a warning.
+Errors are raised before any long work and name the nodes. A problem that need not stop the build is a warning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
 def read_locations(plan: Plan, committed: Mapping[str, Outcome]) -> list[str]:
-    """Folders and files (no URLs) that pending steps read."""
+    """Return the folders and files (no URLs) that pending steps read."""
     named = {place for step in plan.pending(committed) for name, place in step.locations.items() if name in ("source", "scales")}
     return sorted(place for place in named if place.startswith("/") and not is_url(place))
 
@@ -28,10 +28,10 @@ def read_locations(plan: Plan, committed: Mapping[str, Outcome]) -> list[str]:
 def check_nodes(
     plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, nodes: Sequence[NodeFacts]
 ) -> tuple[str, ...]:
-    """Check the answers of a cluster's nodes; returns warnings.
+    """Check the reports of a cluster's nodes; returns warnings.
 
-    Raises ClusterError (no node for a pool, no GPU where one is needed), StoreError (no node reaches it), ToolError (no node
-    has what a step runs with), SourceMissingError (no node sees the checkpoint).
+    Raises ClusterError (no node for a pool, no GPU where one is needed), StoreError (no node reaches the store), ToolError (no node
+    has the packages of a step), SourceMissingError (no node sees the checkpoint).
     """
     answered = [node for node in nodes if not node.error]
     warnings = [f"{node.node} gave no answer: {node.error}" for node in nodes if node.error]
@@ -49,7 +49,7 @@ def check_nodes(
 
 
 def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeFacts]) -> Iterator[str]:
-    """The nodes of a pool against the steps of one kind that it runs; yields warnings."""
+    """Check the nodes of a pool against its steps of one kind; yields warnings."""
     kind = steps[0].kind.value
     mine = [node for node in nodes if any(selects(labels, node.labels) for labels in (pool.labels, *pool.fallback))]
     mine = [node for node in mine if node.cpus >= 1]
@@ -71,7 +71,7 @@ def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
 
 
 def unseen(node: NodeFacts, steps: Iterable[Step]) -> str:
-    """The first place that one of `steps` reads and the node does not see; empty: it sees all."""
+    """Return the first location that one of `steps` reads and the node does not see; empty: it sees all."""
     places = (place for step in steps for place in step.locations.values())
     return next((f"{place} is not there" for place in places if not node.paths.get(place, True)), "")
 
@@ -114,7 +114,7 @@ def _check_tools(plan: Plan, kind: Kind, nodes: list[NodeFacts]) -> Iterator[str
 def _usable(
     nodes: Sequence[NodeFacts], problem: Callable[[NodeFacts], str], error: type[OrchestratorError], what: str, advice: str
 ) -> Iterator[str]:
-    """Raise `error` when every node has the problem; yield a warning when some have: steps are not placed there."""
+    """Raise `error` when every node has the problem; yield a warning when some have: no steps are placed there."""
     wrong = {node.node: said for node in nodes if (said := problem(node))}
     if not wrong:
         return
@@ -129,7 +129,7 @@ def _own(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _versions(nodes: Iterable[NodeFacts]) -> Iterator[str]:
-    """Warnings of packages that differ between nodes, and from this process."""
+    """Yield a warning for each package whose version differs between nodes, or from this process."""
     here = _version_here()
     for package in ("trt-orchestrator", "ray", "python"):
         found: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
-"""What would fail later and can be known before the first step: pools, memory, disks, tools.
+"""Checks before the first step: pools, memory, disks, tools.
 
-Knows the plan and the place; what is wrong with the source or the topology was said when the plan was made.
+Only what depends on the place: source and topology are checked when the plan is made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_extras(cluster_spec: ClusterSpec) -> None:
 
 
 def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:
-    """Check a build at a place; returns warnings.
+    """Check a plan against the place where it will run; returns warnings.
 
     Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
     """
@@ -59,9 +59,9 @@ def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: Clus
 
 
 def memory_warnings(steps: Sequence[Step], cluster_spec: ClusterSpec) -> tuple[str, ...]:
-    """A warning when steps of this machine's pools reserve more memory than it has; such a step is run alone.
+    """Return a warning when steps need more memory than this machine has; such a step runs alone.
 
-    A pool with a memory of its own is a promise, and `unplaceable` an error; this is an estimate against what is there.
+    Only pools without a `memory` setting: exceeding that setting is an error of `unplaceable`.
     """
     from orchestrator.run.admission import machine_memory_bytes
 
@@ -88,7 +88,7 @@ def _check_tools(plan: Plan, kinds: set[Kind]) -> None:
 
 
 def _check_scratch(pending: Sequence[Step], cluster_spec: ClusterSpec, store: Store) -> None:
-    """Raises StoreError when the largest copy that one step makes in scratch does not fit."""
+    """Check the room for the largest copy that one step makes in scratch. Raises StoreError."""
     scratch = Path(cluster_spec.scratch or tempfile.gettempdir())
     copies = {step.name: _scratch_bytes(step, store) for step in pending}
     name = max(copies, key=lambda step: copies[step], default=None)
@@ -98,7 +98,7 @@ def _check_scratch(pending: Sequence[Step], cluster_spec: ClusterSpec, store: St
 
 
 def _scratch_bytes(step: Step, store: Store) -> int:
-    """Bytes that a step copies to scratch: shards of a remote store."""
+    """Return the bytes that a step copies to scratch: shards of a remote store."""
     if step.kind in (Kind.BUILD, Kind.VERIFY) and store.local_path("probe") is None:
         return step.estimate.read_bytes
     return 0

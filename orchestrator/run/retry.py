@@ -1,4 +1,4 @@
-"""Whether and when a failed step is tried again: a decision is a value."""
+"""Decide whether and when a failed step is tried again."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from orchestrator.spec.cluster import RetrySpec
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Try again after a delay."""
+    """Decision to try again after a delay."""
 
     delay_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The step has failed for good."""
+    """Decision that the step has failed for good."""
 
     reason: str
 
 
 def decide(policy: RetrySpec, failure: Failure, attempt: int) -> Retry | GiveUp:
-    """`attempt` counts from 1 and has just failed. Only the machinery's failures are tried again, with doubling delays.
+    """Decide about attempt number `attempt` (from 1), which has just failed. Only infrastructure failures are retried.
 
-    A step that was handed over goes elsewhere at once, however often.
+    The delay doubles with each attempt. A step handed over to another node restarts at once, without a limit.
     """
     if failure.kind is FailureKind.HANDED_OVER:
         return Retry(0.0)
@@ -37,10 +37,10 @@ def decide(policy: RetrySpec, failure: Failure, attempt: int) -> Retry | GiveUp:
 
 
 def leaves_drained_node(seconds_left: float, elapsed_seconds: float, estimated_seconds: float) -> bool:
-    """Whether a step on a node that is taken back in `seconds_left` should be started elsewhere now instead of finishing.
+    """Whether a step on a node that goes away in `seconds_left` should restart elsewhere now instead of finishing.
 
-    An estimate may be wrong, and starting again costs what has been done: the step leaves only when even half of what the
-    estimate says is left is longer than the node lives.
+    Estimates may be wrong and a restart loses the work done so far. So the step leaves only when even half of its estimated
+    remaining time exceeds the node's.
     """
     remaining = max(estimated_seconds - elapsed_seconds, 0.0)
     return remaining / 2 > seconds_left

@@ -1,11 +1,11 @@
-"""What runs when: events in, commands out. No clock, no I/O, no threads.
+"""Schedule of one build: events in, commands out. No clock, no I/O, no threads.
 
-A step starts as soon as its own needs are committed; there is no barrier between stages. After a step fails for good
-nothing new starts, and what is running is left to finish, because a committed outcome is never lost. Only a miniature that
-fails ends the build at once: whatever else runs is for a model that is read wrongly.
+A step starts as soon as its own needs are committed; there is no barrier between stages. After a step fails for good nothing new
+starts, and running steps finish, because a committed outcome is never lost. Only a failed miniature ends the build at once: the
+model's config is read wrongly, so every other step is wasted.
 
-An outcome whose stored bytes are wrong is taken back, and so is one that was made from other bytes than are there now: their steps
-run again, and then whatever waits for them.
+An outcome is taken back when its stored bytes are wrong, or when it was made from other bytes than its needs hold now. Its step
+runs again, then the steps that wait for it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from orchestrator.run.retry import Retry, decide
 from orchestrator.spec.cluster import RetrySpec
 
 MAX_REPEATS = 2
-"""Times that an outcome of a step is taken back in one build; a store that damages more is not to be trusted with it."""
+"""Times that an outcome of a step is taken back in one build. A store that damages more cannot be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start an attempt of a step, after a delay."""
+    """Command to start an attempt of a step after a delay."""
 
     step: Step
     attempt: int
@@ -36,16 +36,16 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class TakenBack:
-    """An outcome that no longer counts: to be set aside in the store before its step runs again."""
+    """An outcome that no longer counts. The store sets it aside before its step runs again."""
 
     outcome: Outcome
     reason: str
     damaged: bool
-    """Its stored bytes are wrong; else it was made from other bytes than are there now."""
+    """True: its stored bytes are wrong. False: it was made from other bytes than its needs hold now."""
 
 
 def taken_back(outcomes: Mapping[str, Outcome], damage: DamagedOutputError) -> TakenBack:
-    """The outcome among `outcomes` that holds a damaged object. Raises the error itself when none does."""
+    """Return the outcome that holds a damaged object. Raises `damage` itself when no outcome does."""
     for outcome in outcomes.values():
         if any(output.key == damage.key for output in outcome.outputs):
             return TakenBack(outcome, damage.message, damaged=True)
@@ -53,33 +53,33 @@ def taken_back(outcomes: Mapping[str, Outcome], damage: DamagedOutputError) -> T
 
 
 class Schedule:
-    """The state of one build."""
+    """State of one build."""
 
     def __init__(self, plan: Plan, committed: Mapping[str, Outcome], retries: RetrySpec) -> None:
         self._plan = plan
         self._retries = retries
         self._pending = {step.digest: step for step in plan.pending(committed)}
         self._running: dict[str, int] = {}
-        """Attempt by digest, of steps that run or wait for their next attempt."""
+        """Attempt number of each step that runs or waits for its next attempt, by digest."""
         self._waiting: dict[str, Failure] = {}
-        """Why the last attempt of a waiting step failed."""
+        """Failure of the last attempt, by digest of the waiting step."""
         self.outcomes: dict[str, Outcome] = dict(committed)
         self.failures: dict[str, Failure] = {}
         self.retried: dict[str, int] = {}
         """Attempts beyond the first, by digest."""
         self.lost: dict[str, list[Failure]] = {}
-        """Why earlier attempts came to nothing, by digest; those that were handed over too."""
+        """Failures of earlier attempts, by digest, including those handed over to another node."""
         self._needed_by: dict[str, list[str]] = {}
         for step in plan.steps:
             for need in step.needs:
                 self._needed_by.setdefault(need, []).append(step.digest)
         self._taken_back: list[TakenBack] = []
         self._repeats: dict[str, int] = {}
-        """Times that an outcome of the step was taken back."""
+        """Times that the step's outcome was taken back, by digest."""
         self._attempts: dict[str, int] = {}
-        """The last attempt of each step that ended."""
+        """Last attempt of each step that ended, by digest."""
         self.order = plan.order()
-        """What goes first among steps that could start: the smallest, by digest."""
+        """Priority among steps that can start, by digest; the smallest goes first."""
 
     @property
     def done(self) -> bool:
@@ -90,16 +90,16 @@ class Schedule:
         return len(self._running)
 
     def start(self) -> list[Start]:
-        """The commands that begin the build."""
+        """Return the commands that begin the build."""
         return self._start_ready()
 
     def begin(self, command: Start) -> bool:
-        """Whether a command is still wanted when its delay is over; False: the build failed meanwhile."""
+        """Whether the command is still wanted after its delay. False when the build failed meanwhile."""
         self._waiting.pop(command.step.digest, None)
         return self._running.get(command.step.digest) == command.attempt
 
     def handle(self, event: StepStarted | StepProgress | StepSucceeded | StepFailed) -> list[Start]:
-        """Take in one event. Events of steps that are not running (late ones of a lost worker) change nothing."""
+        """Take in one event, return the commands that follow. Ignores late events of steps that are not running."""
         if event.digest not in self._running:
             return []
         self._waiting.pop(event.digest, None)
@@ -115,7 +115,7 @@ class Schedule:
         return []
 
     def taken_back(self) -> list[TakenBack]:
-        """The outcomes that were taken back since the last call."""
+        """Return the outcomes taken back since the last call."""
         found, self._taken_back = self._taken_back, []
         return found
 
@@ -146,7 +146,7 @@ class Schedule:
     def _repeat_maker(self, failure: Failure) -> bool:
         """Take back the outcome that holds a damaged object; False when that was done too often.
 
-        Another step may have found the same damage before: then the outcome is another one already.
+        Another step may have found the same damage before: then the outcome is already a new one.
         """
         makers = [
             outcome.digest for outcome in self.outcomes.values() if any(output.key == failure.damaged for output in outcome.outputs)
@@ -154,7 +154,7 @@ class Schedule:
         return all(self._take_back(maker, failure.message, damaged=True) for maker in makers)
 
     def _take_back(self, digest: str, reason: str, *, damaged: bool) -> bool:
-        """Forget an outcome, so that its step runs again; False, with a failure of the step, when that was done too often."""
+        """Forget an outcome so that its step runs again. False, with a failure of the step, when that was done too often."""
         outcome, step = self.outcomes.pop(digest), self._plan.step(digest)
         self._taken_back.append(TakenBack(outcome, reason, damaged))
         self._repeats[digest] = self._repeats.get(digest, 0) + 1

@@ -1,4 +1,4 @@
-"""How each kind of step is done: plain functions task -> facts, run by any cluster in any process.
+"""The work of each kind of step: plain functions task -> facts, run by any cluster in any process.
 
 `run` is the whole life of an attempt: open the store, do the work, commit the outcome.
 """
@@ -38,18 +38,18 @@ FUNCTIONS: dict[Kind, str] = {
     Kind.BUILD: "orchestrator.work.build.step:build",
     Kind.VERIFY: "orchestrator.work.verify.step:verify",
 }
-"""Imported when a step of the kind runs, because their imports are heavy."""
+"""Function of each kind. Imported when a step of the kind runs, because the imports are heavy."""
 
 LOG = "log.txt"
-"""The step's whole log (TensorRT's own words among it), beside its outputs."""
+"""Name of the step's whole log, with TensorRT's messages, beside its outputs."""
 _REPORT_SECONDS = 0.2
 _LOG_TAIL_LINES = 40
 
 
 def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Outcome:
-    """Do the step and commit its outcome, or return the outcome that is committed already.
+    """Do the step and commit its outcome, or return the outcome that is already committed.
 
-    Raises what the step raises; then nothing is committed.
+    Raises the step's error; then nothing is committed.
     """
     store = open_store(task.store, task.store_options)
     digest = task.step.digest
@@ -87,7 +87,7 @@ def _attempt(
         with log, ranges, sampler:
             facts = _checked(function, task, context)
     except BaseException as error:
-        # Libraries tell of a full disk each in its own way (torch.save: "unexpected pos").
+        # Libraries report a full disk each in its own way (torch.save: "unexpected pos").
         full = isinstance(error, Exception) and is_full(scratch)
         told = OSError(errno.ENOSPC, f"no room in the scratch folder of {node} ({error})", str(scratch)) if full else error
         _attach_log(told, lines)
@@ -119,7 +119,7 @@ def _attempt(
 
 
 def _checked(function: Callable[[Task, Context], Facts], task: Task, context: Context) -> Facts:
-    """The facts of a step whose inputs were right. Raises DamagedOutputError where they were not, whatever came of them."""
+    """Run the step and return its facts. Raises DamagedOutputError when an input was damaged, even if the step failed otherwise."""
     try:
         facts = function(task, context)
     except DamagedOutputError:
@@ -138,7 +138,7 @@ def _checked(function: Callable[[Task, Context], Facts], task: Task, context: Co
 
 
 def log_of(error: BaseException) -> str:
-    """The end of the step's own log at the time it raised `error`."""
+    """Return the end of the step's log at the time it raised `error`."""
     return str(getattr(error, "_step_log", ""))
 
 
@@ -147,7 +147,7 @@ def _attach_log(error: BaseException, lines: list[str]) -> None:
 
 
 def _throttled(digest: str, emit: Callable[[StepProgress], None], ranges: Ranges) -> Callable[[str, int, int, Unit], None]:
-    """Progress at most a few times a second; the last of a phase always."""
+    """Return a progress reporter that emits a few events per second at most, and always the last of a phase."""
     last = 0.0
 
     def report(phase: str, done: int, total: int, unit: Unit) -> None:

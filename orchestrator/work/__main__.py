@@ -1,6 +1,6 @@
 """The worker process, `python -m orchestrator.work NODE`.
 
-A task as JSON on stdin, events as JSON lines on stdout, everything that libraries print on stderr.
+Reads a task as JSON from stdin, writes events as JSON lines to stdout. What libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from orchestrator.work.streaming import stream
 
 def main() -> None:
     """Run the task of stdin."""
-    # Libraries and native code may print: only we write to the pipe.
+    # Libraries and native code may print to stdout: they get stderr, only events go into the pipe.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as pipe:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         task = Task.model_validate_json(sys.stdin.read())

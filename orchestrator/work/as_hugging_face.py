@@ -8,7 +8,7 @@ from orchestrator.model.checkpoint import CheckpointIndex
 
 
 def loadable_config(index: CheckpointIndex) -> dict[str, Any]:
-    """The config with transformers' name of the model's type, which formats of other tools do not have."""
+    """Return the config with transformers' `model_type`, which other tools' formats lack."""
     if "model_type" in index.config:
         return dict(index.config)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -1,4 +1,4 @@
-"""Weights as a graph wants them: bytes as they lie in the page cache wherever file and graph agree, else converted here."""
+"""Bind a rank's weights to the initializers of its graph: memory-mapped bytes where file and graph agree, else converted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STORED: dict[int, str] = {
     onnx.TensorProto.FLOAT4E2M1: "U8",
     onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
 }
-"""ONNX's dtype of an initializer -> safetensors' name of what the rank's file holds."""
+"""safetensors dtype in the rank's file, by ONNX dtype of the initializer."""
 _CONVERT = "Make the checkpoint again with this version's `orchestrator convert`."
 
 
 def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[str, Array]:
-    """Every external initializer of a graph in the model's dtype; bytes where the file has them as they are wanted.
+    """Return every external initializer of a graph, in the model's dtype. Bytes that already fit are not copied.
 
     Raises SourceMissingError, SourceCorruptError.
     """
@@ -46,7 +46,7 @@ def _bind_one(name: str, weight: Weight, kind: int) -> Array:
         _check(name, weight, "I8")
         return int4_by_columns(weight)
     wanted = STORED[kind]
-    if weight.dtype == "F32" and wanted in ("F16", "BF16"):  # scales of INT4 blocks, which TensorRT wants in the model's dtype
+    if weight.dtype == "F32" and wanted in ("F16", "BF16"):  # scales of INT4 blocks; TensorRT takes them in the model's dtype
         typed = weight.data.view(np.float32).reshape(weight.shape)
         return np.ascontiguousarray(typed.astype(_numpy_dtype({"F16": "float16", "BF16": "bfloat16"}[wanted])))
     _check(name, weight, wanted)
@@ -59,7 +59,7 @@ def _check(name: str, weight: Weight, wanted: str) -> None:
 
 
 def int4_by_columns(weight: Weight) -> npt.NDArray[np.uint8]:
-    """Nibbles of two rows per byte [.., out / 2, in] as ONNX packs them: of two neighbours in a row, [.., out, in / 2]."""
+    """Repack nibbles from two rows per byte, [.., out / 2, in], to two columns per byte, [.., out, in / 2], as ONNX packs them."""
     stored = weight.data.reshape(-1, weight.shape[-1])
     even, odd = stored & 0x0F, stored >> 4
     rows = np.empty((2 * len(stored), stored.shape[1] // 2), np.uint8)
@@ -75,7 +75,7 @@ def _numpy_dtype(dtype: str) -> Any:
 
 
 class PortableWeights:
-    """The external initializers of a rank's executed graph, each made when it is asked for.
+    """External initializers of a rank's executed graph, each made on access.
 
     Floats are widened to float32, which is exact; formats without a standard operator are dequantized.
     """
@@ -88,7 +88,7 @@ class PortableWeights:
         self._kinds = network.weight_dtypes()
 
     def stored(self, name: str) -> tuple[Array, int]:
-        """A floating-point weight as the file holds it, and its ONNX dtype."""
+        """Return a floating-point weight as stored, shaped, and its ONNX dtype. Raises SourceCorruptError for other dtypes."""
         weight = self._weights[name]
         kinds = {dtype: kind for kind, dtype in STORED.items() if dtype in ("F32", "F16", "BF16")}
         if weight.dtype not in kinds:
@@ -97,7 +97,7 @@ class PortableWeights:
         return weight.data.view(plain).reshape(self._dims[name]), kinds[weight.dtype]
 
     def __getitem__(self, name: str) -> tuple[Array, int]:
-        """The initializer's value and its ONNX dtype. Raises SourceCorruptError for another dtype than the graph wants."""
+        """Return an initializer's value and its ONNX dtype. Raises SourceCorruptError for a wrong stored dtype."""
         if name in self._network.tables:
             return self._network.tables[name], onnx.TensorProto.FLOAT
         kind, dims = self._kinds[name], self._dims[name]
@@ -111,7 +111,7 @@ class PortableWeights:
 
 
 def bind_portable(network: Network, weights: Mapping[str, Weight]) -> dict[str, tuple[Array, int]]:
-    """Every external initializer of a portable graph at once. Raises as `PortableWeights` does."""
+    """Return every external initializer of a portable graph at once. Raises as `PortableWeights` does."""
     found = PortableWeights(network, weights)
     return {name: found[name] for name in (*network.weight_names(), *network.tables)}
 
@@ -127,7 +127,7 @@ def _widened(stored: Array, kind: int) -> Array:
 
 
 def _shaped(value: Array, kind: int, dims: tuple[int, ...]) -> Array:
-    """Bytes with the initializer's shape. Two INT4 per byte fill the first half of a buffer: a shape is all that is told."""
+    """Give bytes the initializer's shape. INT4, two per byte, fills the first half of a buffer of that shape."""
     if kind == onnx.TensorProto.INT4:
         buffer = np.zeros(dims, np.uint8)
         buffer.reshape(-1)[: value.size] = value.reshape(-1)
@@ -136,7 +136,7 @@ def _shaped(value: Array, kind: int, dims: tuple[int, ...]) -> Array:
 
 
 def _dequantized(name: str, weights: Mapping[str, Weight], fmt: LinearFormat) -> Array:
-    """float32 rows of a weight whose format has no standard operator."""
+    """Dequantize a weight whose format has no standard operator; float32 [out, in]."""
     import torch
 
     from orchestrator.quantizers.formats import unpack_rows
@@ -149,6 +149,6 @@ def _dequantized(name: str, weights: Mapping[str, Weight], fmt: LinearFormat) ->
         return unpack_rows(stored, fmt, scales, None).numpy()
     seconds = weights[f"{linear}.weights_scaling_factor_2"].data.view(np.float32).reshape(-1)
     parts = zip(stored.chunk(len(seconds)), scales.view(torch.float8_e4m3fn).chunk(len(seconds)), seconds, strict=True)
-    # unpack_rows takes the amax that the scale was made of.
+    # unpack_rows takes the amax that the scale was derived from.
     amax = FP4_MAX * FP8_MAX
     return np.concatenate([unpack_rows(part, fmt, blocks, float(second) * amax).numpy() for part, blocks, second in parts])

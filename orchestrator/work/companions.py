@@ -1,4 +1,4 @@
-"""The source's tokenizer and config files as a folder of this machine, for libraries that read folders."""
+"""The source's tokenizer and config files as a local folder, for libraries that read folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.work.context import Context
 
 
 def companion_folder(source: str, files: Iterable[SourceFile], context: Context) -> Path:
-    """Copy `files`, which the plan knows by their content, to scratch. Raises SourceMissingError, SourceCorruptError."""
+    """Copy `files` to scratch, return the folder. Raises SourceMissingError, or SourceCorruptError for a changed file."""
     folder = context.scratch / "tokenizer"
     folder.mkdir()
     origin = open_source(source)

@@ -1,4 +1,4 @@
-"""What every step's function is given besides its task: a store, a place to write, and ways to report."""
+"""The context of a step's function: a store, a place to write, and ways to report."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ Unit = Literal["bytes", "steps"]
 
 @dataclass
 class Context:
-    """Of one attempt of one step."""
+    """Context of one attempt of one step."""
 
     store: Store
     prefix: str
     """Key prefix of this attempt's outputs."""
     scratch: Path
-    """A folder of this attempt's own, removed after it."""
+    """Folder of this attempt only, removed when it ends."""
     report: Callable[[str, int, int, Unit], None]
     """Report progress: phase, done, total, unit."""
     log: Callable[[str], None]
     """Append a line to the step's log."""
     tools: dict[str, str] = field(default_factory=dict)
-    """Versions of what the step used; filled by it."""
+    """Versions of the tools that the step used; the step fills it."""
     outputs: list[Output] = field(default_factory=list)
     makers: Mapping[str, str] = field(default_factory=dict)
-    """Digest of the step that wrote an input, by its key."""
+    """Digest of the step that wrote an input, by the input's key."""
     checks: InputChecks = field(default_factory=InputChecks)
     consumed: list[Consumed] = field(default_factory=list)
-    """Outputs that were fetched."""
+    """Outputs that the step fetched."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
-    """Called when the outcome is committed: what only later attempts would have needed is removed."""
+    """Actions to run once the outcome is committed: they remove what only later attempts would have needed."""
 
     @contextmanager
     def output(self, name: str, num_bytes: int | None = None, *, chunked: bool = False) -> Iterator[HashingWriter]:
-        """Stream an output; it is recorded when the block ends well, and leaves nothing when it raises.
+        """Stream an output, which is recorded when the block ends. A block that raises leaves nothing.
 
-        `chunked`: with the digests of its chunks too, for what is going to be published; it doubles the cost of hashing.
+        `chunked`: also hash the output's chunks, for files that will be published. This doubles the cost of hashing.
         """
         key = self.prefix + name
         with self.store.writer(key, num_bytes) as raw:
             writer = HashingWriter(raw, chunked=chunked)
             yield writer
-            self.checks.settle()  # nothing made from damaged bytes gets a name
+            self.checks.settle()  # no output made from damaged bytes gets a name
         self.outputs.append(
             Output(name=name, key=key, num_bytes=writer.num_bytes, sha256=writer.sha256, chunks=writer.chunk_digests)
         )
 
     def fetch(self, output: Output) -> Path:
-        """An input as a file of this machine: where it lies, and hashed while the step reads it, or copied to scratch and checked.
+        """Return an input as a local file: in place and hashed meanwhile for a folder store, else copied to scratch.
 
-        Raises DamagedOutputError when the bytes are not those that were committed; of a file that lies here, `checks` does.
+        Raises DamagedOutputError when a copy is gone or differs from its commit. For files read in place, `checks` raises it.
         """
         consumed = Consumed(step=self.makers.get(output.key, ""), name=output.name, sha256=output.sha256)
         if consumed not in self.consumed:
@@ -86,10 +86,10 @@ class Context:
 
 
 class SharedBlock:
-    """Bytes that several writers take, perhaps on several threads: the ranks of a stage begin alike.
+    """Bytes that several writers share, perhaps on several threads: the files of a stage's ranks begin alike.
 
-    Their headers are the same, and the embedding comes first, whole in every rank: its hash is computed once. After the first
-    tensor that is cut, the ranks' hashes differ and nothing is shared any more.
+    Their headers are the same, and the embedding comes first, whole in every rank: its hash is computed once. From the first
+    sharded tensor on, the ranks' hashes differ and nothing is shared.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -98,11 +98,11 @@ class SharedBlock:
         self._histories: dict[bytes, _History] = {}
 
     def hashed_after(self, before: hashlib._Hash) -> hashlib._Hash:
-        """The hash of what `before` has hashed and then the block. Equal digests so far mean equal bytes so far."""
+        """Return the hash `before`, continued with the block; computed once for writers with equal bytes so far."""
         so_far = before.digest()
         with self._lock:
             history = self._histories.setdefault(so_far, _History())
-        with history.lock:  # who writes the same waits for the hash; who writes something else does not
+        with history.lock:  # writers with the same bytes so far wait for this hash; others do not
             if history.hashed is None:
                 hashed = before.copy()
                 hashed.update(self.data)
@@ -112,15 +112,15 @@ class SharedBlock:
 
 @dataclass
 class _History:
-    """Writers of a shared block whose bytes before it are the same."""
+    """Writers of a shared block whose earlier bytes are the same."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     hashed: hashlib._Hash | None = None
-    """With the block; None until one of them has hashed it."""
+    """Hash with the block; None until a writer has computed it."""
 
 
 class HashingWriter:
-    """Computes sha256 while writing, so that no byte is read back to be hashed."""
+    """Writer that computes sha256 while writing, so that nothing is read back to be hashed."""
 
     def __init__(self, raw: Writer, *, chunked: bool = False) -> None:
         self._raw = raw
@@ -136,7 +136,7 @@ class HashingWriter:
         self.num_bytes += memoryview(data).nbytes
 
     def write_shared(self, block: SharedBlock) -> None:
-        """Write what other writers write too; hashed once for all of them that have written the same bytes so far."""
+        """Write a shared block. It is hashed once for all writers with the same bytes so far."""
         self._raw.write(block.data)
         self._hash = block.hashed_after(self._hash)
         if self._chunks is not None:
@@ -149,15 +149,15 @@ class HashingWriter:
 
     @property
     def chunk_digests(self) -> tuple[str, ...]:
-        """Of what was written so far; empty unless asked for."""
+        """Digests of the chunks so far; empty unless `chunked`."""
         return self._chunks.digests() if self._chunks is not None else ()
 
 
 def download(store: Store, key: str, num_bytes: int, sha256: str, target: Path) -> None:
-    """Copy an object to `target`, verified while writing; the name appears only when every byte is right and on disk.
+    """Copy an object to `target` and verify it. The name appears only when every byte is right and on disk.
 
-    Large ones bypass the page cache, as a file store's writer does. Bytes damaged on their way are read once more. Raises
-    DigestError, StoreError, and leaves nothing.
+    Large objects bypass the page cache, as in a file store's writer. Bytes damaged on the way are read once more. Raises
+    DigestError, StoreError, and then leaves nothing.
     """
     folder = FileStore(target.parent.resolve().as_uri())
     for last in (False, True):
@@ -184,6 +184,6 @@ def _download_once(store: Store, key: str, num_bytes: int, sha256: str, writer: 
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in blocks."""
+    """Return the sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Whose fault an exception in a step was: the step's own, or that of memory, disk, network or store under it."""
+"""Tell a step's own error from a failure of the memory, disk, network or store under it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NETWORK = {
 }  # fmt: skip
 _DISK = {errno.ENOSPC, errno.EDQUOT}
 _TRANSIENT = {"TransientError", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
-"""Classes of stores and of their libraries, by name: those libraries may be absent."""
+"""Error classes of stores and their libraries, by name, because the libraries may not be installed."""
 _OUT_OF_MEMORY = {"OutOfMemoryError"}
 
 
 class ProcessLostError(Exception):
-    """A process that a step started ended for a reason that lies under the step; raise the step's error from it."""
+    """A process that a step started was lost to a failure below the step. Raise the step's error from it."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(f"what the process lost or lacked: {cause.value}")
@@ -28,7 +28,7 @@ class ProcessLostError(Exception):
 
 
 def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -> Failure:
-    """The record of an exception that a step raised. What lies under the step is the machinery's, and tried again."""
+    """Return the record of an exception that a step raised. Failures below the step count as infrastructure and are retried."""
     cause = cause_of(error)
     kind = FailureKind.APPLICATION if cause is Cause.UNKNOWN else FailureKind.INFRASTRUCTURE
     return Failure.of(missing_extra(error) or error, node, log_tail).model_copy(
@@ -37,7 +37,7 @@ def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -
 
 
 def cause_of(error: BaseException) -> Cause:
-    """UNKNOWN means that it is the step's own error, which would happen again anywhere."""
+    """Return the cause of an error. UNKNOWN: the step's own error, which would happen again anywhere."""
     for each in _chain(error):
         if isinstance(each, ProcessLostError):
             return each.cause
@@ -53,7 +53,7 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """Yield the error and the chain of its causes."""
     current: BaseException | None = error
     while current is not None:
         yield current

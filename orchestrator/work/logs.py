@@ -1,4 +1,4 @@
-"""A step's log: what it says and what libraries warn of, as text or as JSON lines that tell step, rank, attempt and node."""
+"""A step's log: its own messages and libraries' warnings, as text or as JSON lines with step, rank, attempt and node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.planning.steps import Task
 
 
 class StepLog(logging.Handler):
-    """Collects lines; as a context manager, the warnings of every library's logger in this process too."""
+    """Collects log lines. As a context manager, also the warnings of all library loggers in this process."""
 
     def __init__(self, task: Task, node: str, clock: Callable[[], float] = time.time) -> None:
         super().__init__(logging.WARNING)
@@ -29,7 +29,7 @@ class StepLog(logging.Handler):
         self.lines: list[str] = []
 
     def write(self, message: str) -> None:
-        """A line of the step's own."""
+        """Append a message of the step itself."""
         self._add("info", message)
 
     def emit(self, record: logging.LogRecord) -> None:

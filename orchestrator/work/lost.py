@@ -1,6 +1,6 @@
-"""Why a process ended without a word of its own: by evidence, never by default.
+"""Find out why a process ended without a final event: from evidence, never by default.
 
-A process that the kernel killed for memory is tried again elsewhere with fewer beside it, and one that vanished elsewhere.
+A process that the kernel killed for memory is retried elsewhere with fewer steps beside it; one that vanished, just elsewhere.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _COUNTS = (
     "/sys/fs/cgroup/memory.events",
     "/sys/fs/cgroup/memory/memory.oom_control",
 )
-"""Where a group's count of killed processes may be: cgroup v2, v1, and both as a container sees its own."""
+"""Files that may count a group's killed processes: cgroup v2, v1, and both as seen inside a container."""
 
 
 def crash(code: int, node: str, log: IO[bytes], num_oom_kills: int = 0) -> Failure:
-    """The record of a step's process that ended without a final event: killed, or crashed in native code."""
+    """Return the failure of a step's process that ended without a final event: killed, or crashed in native code."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(size - _TAIL_BYTES, 0))
     tail = log.read().decode(errors="replace")
@@ -41,7 +41,7 @@ def crash(code: int, node: str, log: IO[bytes], num_oom_kills: int = 0) -> Failu
 
 
 def memory_group(text: str) -> str:
-    """The control group for memory that /proc/PID/cgroup names; "" when it names none."""
+    """Return the memory control group in the text of /proc/PID/cgroup; "" when there is none."""
     lines = [line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2]
     first = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
     unified = [path for number, controllers, path in lines if (number, controllers) == ("0", "")]
@@ -49,7 +49,7 @@ def memory_group(text: str) -> str:
 
 
 def oom_kills(group: str | None = None) -> int:
-    """Processes of a control group, by default this process's, that the kernel killed so far; 0 where it does not say."""
+    """Return how many processes of a control group (default: this process's) the kernel has killed for memory; 0 if unknown."""
     if group is None:
         group = memory_group(Path("/proc/self/cgroup").read_text())
     return next(_counts(group), 0)

@@ -1,4 +1,4 @@
-"""NVTX ranges around a step and its phases, for Nsight Systems; nothing where neither nvtx nor a torch with CUDA is there."""
+"""NVTX ranges around a step and its phases, for Nsight Systems. No ranges without nvtx or a torch with CUDA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 
 class Marker(Protocol):
-    """Ranges of the whole process: they may begin and end on different threads."""
+    """NVTX process ranges, which may begin and end on different threads."""
 
     def start_range(self, message: str) -> Any: ...
 
@@ -27,7 +27,7 @@ class _Torch:
 
 
 def find_marker() -> Marker | None:
-    """The nvtx package, or torch's where torch is loaded already and has a GPU."""
+    """Return the nvtx package, or torch's NVTX if torch is already loaded and has a GPU; None without either."""
     try:
         import nvtx
     except ImportError:
@@ -38,7 +38,7 @@ def find_marker() -> Marker | None:
 
 
 class Ranges:
-    """One for the block, and within it one for each phase: a phase ends where the next one begins."""
+    """One range for the block and, within it, one per phase. A phase ends where the next begins."""
 
     def __init__(self, name: str, marker: Marker | None) -> None:
         self._name = name
@@ -47,7 +47,7 @@ class Ranges:
         self._open: list[Any] = []
 
     def phase(self, name: str) -> None:
-        """The step is in this phase now."""
+        """Begin the phase's range."""
         if self._marker is None or name == self._phase:
             return
         if len(self._open) > 1:

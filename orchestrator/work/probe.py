@@ -1,4 +1,4 @@
-"""What a node has, found out on the node: devices, tools, room, and whether the store answers."""
+"""Probe of a node, run on the node: devices, tools, free space, and whether the store answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = {
 
 
 def probe_here(store: str, options_json: str, scratch: str | None, paths: Iterable[str]) -> str:
-    """NodeFacts of this machine as JSON; whoever knows the cluster adds the node's name, labels and offer."""
+    """Return the NodeFacts of this machine as JSON. The cluster adds the node's name, labels and resources."""
     folder = scratch or tempfile.gettempdir()
     devices, driver = _devices()
     error, seconds = _try_store(store, StoreOptions.model_validate_json(options_json))
@@ -44,7 +44,7 @@ def probe_here(store: str, options_json: str, scratch: str | None, paths: Iterab
 
 
 def _devices() -> tuple[tuple[GpuFacts, ...], str]:
-    """GPUs and driver through NVML; none without it. CUDA_VISIBLE_DEVICES does not hide them from NVML."""
+    """Return GPUs and driver version from NVML; empty without NVML. CUDA_VISIBLE_DEVICES does not hide GPUs from NVML."""
     try:
         import pynvml
 
@@ -65,7 +65,7 @@ def _device(pynvml, handle) -> GpuFacts:  # type: ignore[no-untyped-def]
 
 
 def _try_store(url: str, options: StoreOptions) -> tuple[str, float]:
-    """Write, read and remove a tiny object: the error's words (empty when all went well), and seconds."""
+    """Write, read and remove a tiny object; returns the error message (empty: no error) and the seconds taken."""
     from orchestrator.stores import open_store
 
     began = time.monotonic()
@@ -77,9 +77,9 @@ def _try_store(url: str, options: StoreOptions) -> tuple[str, float]:
         store.delete(key)
     except OrchestratorError as error:
         return error.message, time.monotonic() - began
-    except Exception as error:  # a library that a store needs may fail in its own ways
+    except Exception as error:  # libraries under a store raise errors of their own
         return f"{type(error).__name__}: {error}", time.monotonic() - began
-    return "" if same else "what was read is not what was written", time.monotonic() - began
+    return "" if same else "the store returned other bytes than were written", time.monotonic() - began
 
 
 def _versions() -> dict[str, str]:
@@ -98,7 +98,7 @@ def _versions() -> dict[str, str]:
 
 
 def _scratch_free(scratch: str | None) -> int:
-    """0: it cannot be used. What killed steps left is removed first."""
+    """Return the free bytes of the scratch folder, after removing what killed steps left; 0: the folder cannot be used."""
     try:
         root = scratch_root(scratch)
         remove_dead(root)

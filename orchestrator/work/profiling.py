@@ -1,4 +1,4 @@
-"""A step under Nsight Systems: its process is started by `nsys profile`, wherever steps run, and the trace goes to the store."""
+"""A step under Nsight Systems: `nsys profile` starts its process on any cluster, and the trace goes to the store."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _TAIL = 4000
 
 
 def trace_key(task: Task) -> str:
-    """Where the trace of a step stands in the store; `collect` removes it with what no release needs."""
+    """Return the store key of a step's trace; `collect` removes traces that no release needs."""
     return commits.attempt_prefix(task.step.digest, f"{task.build_id}profile{task.attempt}") + _TRACE
 
 
 def stream_profiled(task: Task, node: str) -> Iterator[Event]:
-    """As `stream`. The last event's outcome names the trace among its facts; the committed one does not: it is of no identity."""
+    """Stream events as `stream` does. The facts of the last event name the trace; the committed facts do not."""
     nsys = shutil.which("nsys")
     if nsys is None:
         yield StepStarted(digest=task.step.digest, node=node, attempt=task.attempt)
-        error = ToolError(f"there is no nsys on {node}", "Install Nsight Systems there, or take `profile` out of the cluster file.")
+        error = ToolError(f"no nsys on {node}", "Install Nsight Systems there, or remove `profile` from the cluster file.")
         yield StepFailed(digest=task.step.digest, failure=Failure.of(error, node))
         return
     with scratch_folder(scratch_root(task.scratch), task.build_id) as folder:
@@ -50,7 +50,7 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
             with process.stdin:
                 process.stdin.write(task.model_copy(update={"profile": None}).model_dump_json().encode())
             for line in process.stdout:
-                if not line.startswith(b"{"):  # nsys speaks too
+                if not line.startswith(b"{"):  # nsys prints here too
                     continue
                 event = EVENT.validate_json(line)
                 if isinstance(event, (StepSucceeded, StepFailed)):

@@ -1,4 +1,4 @@
-"""The calibration artifact as convert tasks read it: quantities by source module, float32."""
+"""The calibration artifact as convert tasks read it: float32 quantities by source module."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from orchestrator.planning.steps import Kind, Task
 from orchestrator.work.context import Context
 
 SCALES = "scales.safetensors"
-"""An output of calibrate steps: {module}.{quantity}, see `work/calibrate/step.py`."""
+"""Output of calibrate steps, with tensors {module}.{quantity}; see `work/calibrate/step.py`."""
 Floats = npt.NDArray[np.float32]
 
 
 class Scales:
-    """Quantities of one or more calibrations; later ones take precedence."""
+    """Quantities of one or more calibrations. Later calibrations take precedence."""
 
     def __init__(self, values: Mapping[str, Floats]) -> None:
         self._values = values
@@ -37,7 +37,7 @@ class Scales:
         return Scales(values)
 
     def vector(self, module: str, quantity: str) -> Floats:
-        """Raises QuantizationError when the artifact is of another model."""
+        """Return a quantity of a module. Raises QuantizationError when the artifact lacks it."""
         name = f"{module}.{quantity}"
         if name not in self._values:
             raise QuantizationError(
@@ -46,25 +46,25 @@ class Scales:
         return self._values[name]
 
     def largest(self, modules: Iterable[str], quantities: Iterable[str]) -> float:
-        """The largest of some scalars."""
+        """Return the largest of some scalar quantities over some modules."""
         wanted = list(quantities)
         return max(float(self.vector(module, quantity)) for module in modules for quantity in wanted)
 
     def artifact_scale(self, scale: ArtifactScale, rank: int) -> Floats:
-        """What a rank's file holds: amax / divisor for each entry, or the rank's part of a vector."""
+        """Return the scale in a rank's file: amax / divisor for each entry, or the rank's part of a pre_quant_scale."""
         entries = scale.entries[rank]
         if scale.quantities == ("pre_quant_scale",):
             vector = self.vector(entries[0][0], "pre_quant_scale")
             return vector[scale.spans[rank].begin : scale.spans[rank].end] if scale.spans else vector
         amax = np.array([self.largest(modules, scale.quantities) for modules in entries], np.float32)
-        # As Model Optimizer exports an amax of zero: a scale of one.
+        # Like Model Optimizer's export: an amax of zero gives a scale of one.
         divisor = np.float32(scale.divisor)
         amax[amax == 0] = divisor
         return (amax / divisor).astype(np.float32)
 
 
 def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
-    """The artifacts that the task's needs committed, or the one that the user brought. Raises DigestError, QuantizationError."""
+    """Read the artifacts of the task's calibrate steps, or the user's own. Raises DigestError, QuantizationError."""
     if options.scales_sha256 is not None:
         path = Path(task.step.locations["scales"]) / SCALES
         if hashlib.sha256(path.read_bytes()).hexdigest() != options.scales_sha256:
@@ -75,5 +75,5 @@ def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
 
 
 def has_tensor_scale(fmt: WeightFormat) -> bool:
-    """Whether the format has a scale per tensor, of the calibrated weight_amax."""
+    """Whether the format has a scale per tensor, derived from the calibrated weight_amax."""
     return fmt in (WeightFormat.FP8_TENSOR, WeightFormat.NVFP4, WeightFormat.INT4_BLOCK_FP8)

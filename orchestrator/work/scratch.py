@@ -1,7 +1,7 @@
-"""Scratch folders of this machine, each locked by the process that made it: whoever comes next removes those whose owner is dead.
+"""Scratch folders of this machine, each locked by its process. The next process removes folders whose owner is dead.
 
-The lock is flock's, on the folder itself: the kernel takes it back when the last process that holds it ends, however it ends, and
-processes in other containers of the same machine see it too. A file system without such locks keeps dead folders.
+The lock is flock's, on the folder itself: the kernel releases it when the last process that holds it ends, for whatever reason, and
+processes in other containers of the same machine see it too. On a file system without such locks, dead folders stay.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from orchestrator.base.errors import store_error
 
 _PREFIX = "trt-orchestrator-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")
-"""The root may be /tmp, which others use too: nothing of another name is ever touched."""
+"""Pattern of our folder names. The root may be a shared /tmp: no other name is ever touched."""
 _LOOK_SECONDS = 0.05
 
 
 @contextlib.contextmanager
 def scratch_folder(root: str | Path, build_id: str = "") -> Iterator[Path]:
-    """A folder below `root` that lives as long as the block, or until the next `remove_dead` after its process was killed.
+    """Create a folder below `root` and remove it after the block. If the process is killed, the next `remove_dead` removes it.
 
-    `build_id` stands in its name, so that it can be told whose it is. Raises OSError.
+    The name contains `build_id`, to show the owner. Raises OSError.
     """
     path, lock = _make(Path(root), build_id)
     try:
@@ -41,7 +41,7 @@ def scratch_folder(root: str | Path, build_id: str = "") -> Iterator[Path]:
 def remove_dead(root: str | Path, patience_seconds: float = 0.0) -> list[Path]:
     """Remove the scratch folders below `root` that no living process owns; returns them. Never raises.
 
-    `patience_seconds`: how long to wait for owners that are dying; a folder whose owner lives on costs all of it.
+    `patience_seconds`: longest wait for owners that are dying; a living owner costs all of it.
     """
     removed: list[Path] = []
     end = time.monotonic() + patience_seconds
@@ -66,7 +66,7 @@ def _remove_unlocked(root: str | Path, names: list[str]) -> list[Path]:
         with contextlib.suppress(OSError), _opened(path) as folder:
             if os.fstat(folder).st_uid != os.geteuid():
                 continue
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its owner lives
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the owner lives
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
     return removed
@@ -81,9 +81,9 @@ def _make(root: Path, build_id: str) -> tuple[Path, int]:
             raise store_error(f"cannot write to {root}", error) from None
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # taken for dead before it was locked
+        except FileNotFoundError:  # another process took it for dead before it was locked
             continue
-        with contextlib.suppress(OSError):  # no locks here
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_SH)
         if path.is_dir() and path.stat().st_ino == os.fstat(lock).st_ino:
             return path, lock

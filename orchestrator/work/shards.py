@@ -1,4 +1,4 @@
-"""A rank's converted weights as memory-mapped bytes, by tensor name, whatever number of shards they are in."""
+"""A rank's converted weights as memory-mapped bytes by tensor name, from any number of shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ADVICE = "Make the checkpoint again with `orchestrator convert`: every rank tha
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor's bytes in the page cache; kept alive by its array."""
+    """Bytes of one tensor in the page cache, kept alive by `data`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Weight:
 
 
 def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
-    """Map every tensor of the given safetensors files. Raises SourceCorruptError."""
+    """Map every tensor of the given safetensors files, by name. Raises SourceCorruptError."""
     weights: dict[str, Weight] = {}
     for path in paths:
         entries, _ = read_header(path)
@@ -40,14 +40,14 @@ def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
 
 
 def rank_shards(task: Task, context: Context, rank: int) -> list[Path]:
-    """The files of `rank` among the outputs that the task's needs committed."""
+    """Return the files of `rank` among the outputs of the task's needs."""
     outputs = [output for need in task.step.needs for output in task.inputs[need].outputs]
     mine = [output for output in outputs if output.name == f"rank{rank}.safetensors" or output.name.startswith(f"rank{rank}-")]
     return [context.fetch(output) for output in mine]
 
 
 def require(weights: Mapping[str, Weight], names: Iterable[str]) -> None:
-    """Raises SourceMissingError when the checkpoint lacks a tensor of the network."""
+    """Check that `weights` has every name. Raises SourceMissingError when the checkpoint lacks a tensor of the network."""
     missing = [name for name in names if name not in weights]
     if missing:
         raise SourceMissingError(f"the rank's checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)", _ADVICE)
@@ -64,5 +64,5 @@ def map_checkpoint_rank(folder: Path, rank: int) -> dict[str, Weight]:
     names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
-            raise SourceMissingError(f"{index} names {name}, which is not there", _ADVICE)
+            raise SourceMissingError(f"{index} names {name}, which is missing", _ADVICE)
     return map_shards(folder / name for name in names)

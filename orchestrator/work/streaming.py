@@ -1,4 +1,4 @@
-"""A step as a stream of events: what every place that runs steps passes on to the driver."""
+"""A step as a stream of events, which any cluster passes on to the driver."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 
 
 def stream(task: Task, node: str) -> Iterator[Event]:
-    """Run the task in a thread of its own; yields its start, its progress, and exactly one final event."""
+    """Run the task in a new thread; yields its start, its progress, and exactly one final event."""
     if task.profile is not None:
         yield from stream_profiled(task, node)
         return

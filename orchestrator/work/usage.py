@@ -1,4 +1,4 @@
-"""What a step takes of its node while it runs: memory and CPU from psutil, GPUs from NVML where there are any."""
+"""Resource usage of a running step: memory and CPU from psutil, GPUs from NVML if there are any."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was in use at a moment."""
+    """Resources in use at one moment."""
 
     memory_bytes: int
     gpu_utilizations: tuple[float, ...] = ()
-    """By device, 0 to 1."""
+    """Utilization by device, 0 to 1."""
     gpu_memory_bytes: tuple[int, ...] = ()
 
 
 class Reader(Protocol):
-    """Where samples come from."""
+    """Source of samples."""
 
     def sample(self) -> Sample: ...
 
     def cpu_seconds(self) -> float:
-        """Spent so far by this process and its ended children."""
+        """Return the CPU seconds spent so far by this process and its ended children."""
         ...
 
     def host_seconds(self) -> tuple[float, float]:
-        """Busy and all, of all cores since the machine began."""
+        """Return the busy and total seconds of all cores since boot."""
         ...
 
 
 class Sampler:
-    """Samples from a thread of its own as long as the block runs; never fails the step."""
+    """Takes samples in a thread while the block runs. Never fails the step."""
 
     def __init__(self, reader: Reader | None = None, seconds: float = _SECONDS) -> None:
         self._reader = reader or MachineReader()
@@ -68,7 +68,7 @@ class Sampler:
         self._host = (busy - self._host[0], every - self._host[1])
 
     def usage(self) -> Usage:
-        """Of the block, when it has ended."""
+        """Return the usage during the block, once it has ended."""
         samples, (busy, every) = list(self._samples), self._host
         utilizations = [share for sample in samples for share in sample.gpu_utilizations]
         return Usage(
@@ -91,7 +91,7 @@ class Sampler:
 
 
 class MachineReader:
-    """This process and its children, and the GPUs that it sees."""
+    """Samples of this process and its children, and of the GPUs that it sees."""
 
     def __init__(self, load_nvml: Callable[[], Any] | None = None) -> None:
         self._nvml, self._devices = _open_nvml(load_nvml or _import_nvml)
@@ -121,7 +121,7 @@ def _import_nvml() -> Any:
 
 
 def _open_nvml(load: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """NVML and the devices of CUDA_VISIBLE_DEVICES; none where there is no GPU, no driver, or no package."""
+    """Return NVML and the devices of CUDA_VISIBLE_DEVICES; None and no devices without GPU, driver or package."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip():
         return None, []
@@ -130,7 +130,7 @@ def _open_nvml(load: Callable[[], Any]) -> tuple[Any, list[Any]]:
         nvml.nvmlInit()
         names = [name.strip() for name in visible.split(",")] if visible else map(str, range(nvml.nvmlDeviceGetCount()))
         return nvml, [_device(nvml, name) for name in names]
-    except Exception:  # of NVML, whose classes are not known where it is absent
+    except Exception:  # of NVML, whose classes are unknown where it is not installed
         return None, []
 
 
@@ -139,7 +139,7 @@ def _device(nvml: Any, name: str) -> Any:
 
 
 def resident_bytes(process: int) -> int:
-    """Resident memory of a process; 0 when it has ended."""
+    """Return the resident memory of a process; 0 when it has ended."""
     try:
         return int(psutil.Process(process).memory_info().rss)
     except psutil.NoSuchProcess:

@@ -84,7 +84,7 @@ def test_step_where_nsys_is_missing_fails_with_advice(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run(conversion, ClusterSpec(store=store_url, profile=ProfileSpec(steps=("convert",))))
-    with pytest.raises(ToolError, match="there is no nsys on"):
+    with pytest.raises(ToolError, match="no nsys on"):
         result.raise_failures(conversion)
 
 
