@@ -166,8 +166,10 @@ class KubernetesApi:
         try:
             yield
         except ApiException as error:
-            if error.status in (409, 410):
-                raise (ConflictError if error.status == 409 else ExpiredError) from None
+            if error.status == 409 and verb in ("create", "patch"):
+                raise ConflictError from None
+            if error.status == 410:
+                raise ExpiredError from None
             raise explain(error.status, _message(error), verb, what) from None
         except (HTTPError, OSError) as error:
             raise UnreachableError(f"the Kubernetes API at {self.host} does not answer: {_short(error)}") from None

@@ -76,15 +76,10 @@ def _share(api: Api, obj: Fields) -> None:
     except ConflictError:
         return
     except AuthenticationError:
-        if _find(api, obj) is None:
-            raise
-
-
-def _find(api: Api, obj: Fields) -> Fields | None:
-    try:
-        return api.get(Kind.of(obj), str(at(obj, "metadata.namespace", "")), str(at(obj, "metadata.name")))
-    except AuthenticationError:
-        return None
+        with contextlib.suppress(AuthenticationError):
+            if api.get(Kind.of(obj), str(at(obj, "metadata.namespace", "")), str(at(obj, "metadata.name"))) is not None:
+                return
+        raise
 
 
 def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:

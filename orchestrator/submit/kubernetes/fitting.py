@@ -22,7 +22,7 @@ _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10
 
 def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields) -> None:
     """Whether it runs in the RayJob's pods. Raises ClusterError that says everything that is in the way."""
-    cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}), job)
+    cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}))
     places = {"source.path": spec.source.path, "store": cluster_spec.store, **named_files(spec)}
     problems = [
         f"{field} is {path}, and group {group} mounts no volume there that outlives its pods"

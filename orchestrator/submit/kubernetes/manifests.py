@@ -31,8 +31,6 @@ class Subject:
     path: str
     """From the object to this part, "" for the object itself."""
     fields: Fields
-    object: Fields
-    """The whole object."""
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path, `default` where there is none."""
@@ -61,15 +59,12 @@ class Cluster(Subject):
 
     @property
     def head(self) -> Group:
-        return Group(self.owner, _join(self.path, "headGroupSpec"), self.get("headGroupSpec", {}) or {}, self.object)
+        return Group(self.owner, _join(self.path, "headGroupSpec"), self.get("headGroupSpec", {}) or {})
 
     @property
     def workers(self) -> list[Group]:
         groups = self.get("workerGroupSpecs", []) or []
-        return [
-            Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group, self.object)
-            for number, group in enumerate(groups)
-        ]
+        return [Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group) for number, group in enumerate(groups)]
 
     def selected(self, labels: Fields) -> list[Group]:
         """Worker groups with these labels that take steps: those without resources that the driver takes for itself."""
@@ -123,16 +118,15 @@ class Pod(Subject):
         ]
 
 
+@dataclass(frozen=True)
 class Bundle(Subject):
-    """A RayJob with the files that its entry point finds: the ConfigMap at its working directory."""
+    """The files that the entry point of a RayJob finds, the ConfigMap at its working directory, and the job's cluster."""
+
+    cluster: Cluster
 
     @property
     def files(self) -> dict[str, str]:
         return self.get("data", {}) or {}
-
-    @property
-    def cluster(self) -> Cluster:
-        return Cluster(self.owner, "spec.rayClusterSpec", at(self.object, "spec.rayClusterSpec", {}) or {}, self.object)
 
 
 def environment(container: Fields) -> dict[str, Fields]:
@@ -166,20 +160,20 @@ def _without_nulls(value: Any) -> Any:
 
 def _parts(obj: Fields) -> Iterator[Subject]:
     owner, spec = _name(obj), obj.get("spec") or {}
-    yield Object(owner, "", obj, obj)
+    yield Object(owner, "", obj)
     if _is_ray(obj, "RayJob"):
-        yield Job(owner, "spec", spec, obj)
+        yield Job(owner, "spec", spec)
         if isinstance(spec.get("rayClusterSpec"), dict):
-            yield from _cluster(Cluster(owner, "spec.rayClusterSpec", spec["rayClusterSpec"], obj))
+            yield from _cluster(Cluster(owner, "spec.rayClusterSpec", spec["rayClusterSpec"]))
         submitter = at(spec, "submitterPodTemplate.spec")
         if isinstance(submitter, dict):
-            yield Pod(owner, "spec.submitterPodTemplate.spec", submitter, obj)
+            yield Pod(owner, "spec.submitterPodTemplate.spec", submitter)
     elif _is_ray(obj, "RayCluster"):
-        yield from _cluster(Cluster(owner, "spec", spec, obj))
+        yield from _cluster(Cluster(owner, "spec", spec))
     elif obj.get("kind") == "Pod":
-        yield Pod(owner, "spec", spec, obj)
+        yield Pod(owner, "spec", spec)
     elif isinstance(at(spec, "template.spec.containers"), list):
-        yield Pod(owner, "spec.template.spec", spec["template"]["spec"], obj)
+        yield Pod(owner, "spec.template.spec", spec["template"]["spec"])
 
 
 def _bundles(job: Fields, objects: Sequence[Fields]) -> Iterator[Bundle]:
@@ -192,7 +186,8 @@ def _bundles(job: Fields, objects: Sequence[Fields]) -> Iterator[Bundle]:
     names = {at(volume, "configMap.name") for volume in pod.get("volumes") or [] if volume.get("name") in mounted}
     for obj in objects:
         if obj.get("kind") == "ConfigMap" and at(obj, "metadata.name") in names:
-            yield Bundle(_name(job), f"(its ConfigMap {at(obj, 'metadata.name')})", obj, job)
+            cluster = Cluster(_name(job), "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}) or {})
+            yield Bundle(_name(job), f"(its ConfigMap {at(obj, 'metadata.name')})", obj, cluster)
 
 
 def _name(obj: Fields) -> str:
@@ -209,7 +204,7 @@ def _cluster(cluster: Cluster) -> Iterator[Subject]:
         yield group
         spec = group.get("template.spec")
         if isinstance(spec, dict):
-            yield Pod(group.owner, _join(group.path, "template.spec"), spec, group.object)
+            yield Pod(group.owner, _join(group.path, "template.spec"), spec)
 
 
 def _join(path: str, part: str) -> str:
