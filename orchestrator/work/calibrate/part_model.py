@@ -167,12 +167,13 @@ def _local_name(name: str, first: int) -> str:
     return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
 
 
-def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any) -> dict[str, Any]:
-    """Every tensor in `dtype`, by the names given; several are read at once."""
+def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:
+    """Every tensor in `dtype`, by the names given; None: in the source's. Several are read at once."""
     with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
 
         def read(tensor: TensorInfo) -> Any:
-            return read_tensor_rows(opened, source_format, tensor, 0, tensor.shape[0] if tensor.shape else 1).to(dtype)
+            values = read_tensor_rows(opened, source_format, tensor, 0, tensor.shape[0] if tensor.shape else 1)
+            return values if dtype is None else values.to(dtype)
 
         return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
 
@@ -204,7 +205,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 """Names of an expert's linears in checkpoints."""
 
 
@@ -224,7 +225,7 @@ def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
         for source in mine:
             prefix, _, linear = source.rpartition(".")
             expert = prefix.rpartition(".")[2]
-            found[f"{path}.{expert}.{_EXPERT_LINEARS[linear]}"] = source
+            found[f"{path}.{expert}.{EXPERT_LINEARS[linear]}"] = source
     return found
 
 

@@ -23,7 +23,6 @@ from orchestrator.quantizers.calibration_data import has_tokenizer
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
 from orchestrator.work.reference.prompts import PROMPTS
-from orchestrator.work.reference.streamed_model import Floats, LayerEnd, StreamedModel
 from orchestrator.work.resume import LayerStates
 
 OUTPUT = "reference.safetensors"
@@ -34,6 +33,7 @@ source_logits [B, T, vocabulary], where rounding to the build's dtype changes a 
 HIDDEN_STATES = "reference_hidden_states.safetensors"
 """layer{i} float32 [positions, hidden]: at the end of every layer, one sequence after the other."""
 _RANDOM_SEED = 20
+Floats = npt.NDArray[np.float32]
 
 
 def reference(task: Task, context: Context) -> ReferenceFacts:
@@ -43,6 +43,8 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
     """
     import safetensors.numpy
     import transformers
+
+    from orchestrator.work.reference.streamed_model import LayerEnd, StreamedModel
 
     options = ReferenceOptions.model_validate(task.step.options)
     source = task.step.locations["source"]

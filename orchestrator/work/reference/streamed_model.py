@@ -7,15 +7,14 @@ called with, shows what the head is called with, and finishes the logits. In bet
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, ToolError
@@ -23,17 +22,13 @@ from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
 from orchestrator.stores.source import ByteSource, planned_ranges
 from orchestrator.work.as_hugging_face import loadable_config
-from orchestrator.work.calibrate.part_model import layer_tensors, load_layers, read_tensor_rows, read_tensors
+from orchestrator.work.calibrate.part_model import read_tensor_rows
+from orchestrator.work.reference.frame import Calls, Floats, Frame
+from orchestrator.work.reference.layers import Experts, Layer, SourceLayers, name_in_layer
 
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_RENAMED = {"block_sparse_moe.gate.": "mlp.gate."}
-"""Part of a source tensor's name -> what transformers 5 calls it in its models (its `conversion_mapping`)."""
 _HEAD_BLOCK_BYTES = 256 * 2**20
 """Float32 bytes of the head's rows that are multiplied at once."""
-_NO_VOCABULARY = 8
-Floats = npt.NDArray[np.float32]
-Calls = list[list[Any]]
-"""By sequence and call: a tensor [1, S, ...]."""
 Arguments = list[list[list[dict[str, Any]]]]
 """By sequence, call and layer: what a layer is called with besides the hidden states."""
 
@@ -56,16 +51,13 @@ class StreamedModel:
 
         Raises ArchitectureError for a config that transformers makes no causal LM from.
         """
-        import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
         self._source, self._index, self._dtype, self._exact = source, index, dtype, tuple(exact)
         self._config = transformers.AutoConfig.for_model(**loadable_config(index))
-        self._config._attn_implementation = "eager"
+        self._config._attn_implementation = self._config._experts_implementation = "eager"
         if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ArchitectureError(f"transformers {transformers.__version__} has no causal LM of {type(self._config).__name__}")
         self._class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
-        self._frame = _Frame(self._class, self._config)
+        self._frame = Frame(self._class, self._config)
 
     @property
     def num_layers(self) -> int:
@@ -90,8 +82,6 @@ class StreamedModel:
         after the other: of rounded weights, and of the source's own where they differ. `last` is such an end of an earlier attempt:
         the layers up to it are skipped. Raises the source's errors, QuantizationError for weights that it lacks.
         """
-        import torch
-
         planned = planned_ranges(self._index.tensors.values())
         with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
             calls: Calls = [_split(torch.tensor([sequence]), decode_steps) for sequence in sequences]
@@ -100,18 +90,10 @@ class StreamedModel:
             if last is not None:
                 first, rounded = last.layer + 1, _in_calls(last.rounded, rounded)
                 own = _in_calls(last.own, rounded) if last.own is not None else None
-            for number, layer in enumerate(self._loaded_layers(opened, first), first):
-                changed = self._changed(number, layer)
-                if changed and own is None:
-                    own = [list(sequence) for sequence in rounded]
-                if own is not None:
-                    self._pass(number, layer, own, arguments)
-                for parameter in changed:
-                    parameter.copy_(self._rounded(parameter))
-                self._pass(number, layer, rounded, arguments)
-                layer.to("meta")
-                keep(number, _joined(rounded), None if own is None else _joined(own))
-                report(number + 1, self._config.num_hidden_layers)
+            for layer in SourceLayers(opened, self._index, self._frame.layers).loaded(first):
+                own = self._through(layer, rounded, own, arguments)
+                keep(layer.number, _joined(rounded), None if own is None else _joined(own))
+                report(layer.number + 1, self.num_layers)
             return self._finish(calls, rounded, own, opened)
 
     def _tensor(self, name: str) -> TensorInfo:
@@ -126,8 +108,6 @@ class StreamedModel:
         return (own if name in self._exact or not self._may_change(tensor) else self._rounded(own)), own
 
     def _rounded(self, values: Any) -> Any:
-        import torch
-
         return values.to(getattr(torch, self._dtype)).float()
 
     def _may_change(self, tensor: TensorInfo) -> bool:
@@ -135,8 +115,6 @@ class StreamedModel:
 
     def _embed(self, calls: Calls, opened: ByteSource, *, cached: bool) -> tuple[Calls, Calls | None, Arguments]:
         """Input of the first layer, from rounded weights and, where they differ, from the source's own."""
-        import torch
-
         ids = sorted({int(token) for sequence in calls for call in sequence for token in call[0]})
         rows = {token: self._rows(opened, _EMBEDDING, token, token + 1) for token in ids}
         shape = self._tensor(_EMBEDDING).shape
@@ -154,64 +132,70 @@ class StreamedModel:
             arguments = [of_layers for _, of_layers in found]
         return streams[0], streams[1] if differ else None, arguments
 
-    def _loaded_layers(self, opened: ByteSource, first: int) -> Iterator[Any]:
-        """Each layer with its weights as the source has them; the next one's are read meanwhile."""
-        import torch
-
-        count = self._config.num_hidden_layers
-
-        def read(number: int) -> dict[str, Any]:
-            return read_tensors(opened, self._index.format, layer_tensors(self._index, number, 1), torch.float32)
-
-        with ThreadPoolExecutor(1, "layer") as pool:
-            if first < count:
-                coming = pool.submit(read, first)
-            for number in range(first, count):
-                state = coming.result()
-                if number + 1 < count:
-                    coming = pool.submit(read, number + 1)
-                part = load_layers(self._class, self._config, number, 1, state, torch.float32)
-                del state
-                layer = self._frame.layers[number]
-                layer.load_state_dict(part.model.layers[0].state_dict(), assign=True)
-                del part
-                yield layer
-
-    def _changed(self, number: int, layer: Any) -> list[Any]:
+    def _changed(self, layer: Layer) -> list[Any]:
         """Parameters of a layer that rounding changes."""
-        import torch
-
-        tensors = layer_tensors(self._index, number, 1).values()
-        if not any(self._may_change(tensor) for tensor in tensors):
+        if not any(self._may_change(tensor) for tensor in layer.tensors.values()):
             return []
-        kept = {_of_layer(name) for name in self._exact if f".layers.{number}." in name}
-        parameters = dict(layer.named_parameters())
+        kept = {name_in_layer(name) for name in self._exact if f".layers.{layer.number}." in name}
+        parameters = dict(layer.module.named_parameters())
         if missing := sorted(kept - parameters.keys()):
-            raise ToolError(f"this version of transformers has no parameter {missing[0]} in layer {number}")
+            raise ToolError(f"this version of transformers has no parameter {missing[0]} in layer {layer.number}")
         return [
             parameter
             for name, parameter in parameters.items()
             if name not in kept and not torch.equal(self._rounded(parameter), parameter)
         ]
 
-    def _pass(self, number: int, layer: Any, stream: Calls, arguments: Arguments) -> None:
-        """All calls through a layer."""
-        import transformers
+    def _through(self, layer: Layer, rounded: Calls, own: Calls | None, arguments: Arguments) -> Calls | None:
+        """Pass a layer: the stream of rounded weights, and that of the source's own, which begins where rounding changes one."""
+        changed = self._changed(layer)
+        experts_change = layer.experts is not None and any(map(self._may_change, layer.experts.tensors()))
+        if own is None and (changed or experts_change):
+            own = [list(sequence) for sequence in rounded]
+        if layer.experts is not None:
+            self._pass_experts(layer, layer.experts, changed, rounded, own, arguments)
+            return own
+        if own is not None:
+            self._pass(layer, own, arguments)
+        for parameter in changed:
+            parameter.copy_(self._rounded(parameter))
+        self._pass(layer, rounded, arguments)
+        return own
 
+    def _pass_experts(
+        self, layer: Layer, experts: Experts, changed: Sequence[Any], rounded: Calls, own: Calls | None, arguments: Arguments
+    ) -> None:
+        """Both streams through a layer with experts: record their calls, compute these, run the layer again with the results."""
+        originals = [parameter.clone() for parameter in changed]
+        streams = [(rounded, self._rounded), *([] if own is None else [(own, _unchanged)])]
+
+        def weigh(function: Callable[[Any], Any]) -> None:
+            for parameter, original in zip(changed, originals, strict=True):
+                parameter.copy_(function(original))
+
+        recorded = []
+        for stream, function in streams:
+            weigh(function)
+            trial = [list(sequence) for sequence in stream]
+            recorded.append((experts.recorded(lambda trial=trial: self._pass(layer, trial, arguments)), function))  # type: ignore[misc]
+        for (stream, function), results in zip(streams, experts.compute(recorded), strict=True):
+            weigh(function)
+            experts.answered(lambda stream=stream: self._pass(layer, stream, arguments), results)  # type: ignore[misc]
+
+    def _pass(self, layer: Layer, stream: Calls, arguments: Arguments) -> None:
+        """All calls through a layer."""
         for hidden, of_calls in zip(stream, arguments, strict=True):
             cache = transformers.DynamicCache(config=self._config)
             for call, of_layers in enumerate(of_calls):
-                given = of_layers[number]
+                given = of_layers[layer.number]
                 if given.get("past_key_values") is not None:
                     given = {**given, "past_key_values": cache}
-                hidden[call] = layer(hidden[call], **given)
+                hidden[call] = layer.module(hidden[call], **given)
 
     def _finish(
         self, calls: Calls, rounded: Calls, own: Calls | None, opened: ByteSource
     ) -> tuple[list[Floats], list[Floats] | None]:
         """Last norm, head in blocks of rows, and what the model does with logits."""
-        import torch
-
         norm = self._rows(opened, _NORM, 0, self._tensor(_NORM).shape[0])
         name = _EMBEDDING if self._config.tie_word_embeddings else _HEAD
         vocabulary, hidden_size = self._tensor(name).shape
@@ -235,26 +219,18 @@ class StreamedModel:
         return found[0], found[1] if len(found) > 1 else None
 
 
-def _of_layer(name: str) -> str:
-    """A source tensor's name within its layer, as transformers' layer calls it."""
-    local = name.split(".", 3)[3]
-    for theirs, ours in _RENAMED.items():
-        local = local.replace(theirs, ours)
-    return local
+def _unchanged(values: Any) -> Any:
+    return values
 
 
 def _joined(stream: Calls) -> Floats:
     """[positions, hidden] of all sequences and calls."""
-    import torch
-
     states: Floats = torch.cat([states[0] for sequence in stream for states in sequence]).numpy()
     return states
 
 
 def _in_calls(states: Floats, like: Calls) -> Calls:
     """[positions, hidden] as sequences and calls of the same lengths as `like`."""
-    import torch
-
     sizes = [call.shape[1] for sequence in like for call in sequence]
     parts = iter(torch.split(torch.from_numpy(np.array(states)), sizes))
     return [[next(parts)[None] for _ in sequence] for sequence in like]
@@ -266,121 +242,3 @@ def _split(tokens: Any, decode_steps: int | None) -> list[Any]:
         return [tokens]
     prefill = max(tokens.shape[1] - decode_steps, 1)
     return [tokens[:, :prefill], *tokens[:, prefill:].split(1, dim=1)]
-
-
-def _enters(first: Any, number: int, hidden: Any, given: dict[str, Any]) -> Any:
-    """A layer that lets hidden states through; the first one brings in others."""
-    del given
-    return first if number == 0 else hidden
-
-
-def _returns(products: Any, hidden: Any) -> Any:
-    """A head whose products are known."""
-    del hidden
-    return products
-
-
-class _Frame:
-    """The model without its layers' weights: every layer is a stand-in that calls back."""
-
-    def __init__(self, model_class: Any, config: Any) -> None:
-        import torch
-
-        self._config = config
-        small = copy.deepcopy(config)
-        small.num_hidden_layers, small.vocab_size, small.pad_token_id, small.tie_word_embeddings = 0, _NO_VOCABULARY, None, False
-        self._model = model_class(small).eval()
-        small.num_hidden_layers = config.num_hidden_layers
-        with torch.device("meta"):
-            self.layers = list(model_class(config).eval().model.layers)
-        self._on_layer: Callable[[int, Any, dict[str, Any]], Any] = lambda number, hidden, given: hidden
-        self._on_head: Callable[[Any], Any] = lambda hidden: hidden[..., :1]
-        frame = self
-
-        class Layer(torch.nn.Module):
-            def __init__(self, number: int, real: Any) -> None:
-                super().__init__()
-                self.number = number
-                plain = {name: value for name, value in vars(real).items() if isinstance(value, (str, int, bool))}
-                self.__dict__.update({name: value for name, value in plain.items() if name != "training"})
-
-            def forward(self, hidden_states: Any, **given: Any) -> Any:
-                return frame._on_layer(self.number, hidden_states, given)
-
-        class Head(torch.nn.Module):
-            def forward(self, hidden_states: Any) -> Any:
-                return frame._on_head(hidden_states)
-
-        self._model.model.layers = torch.nn.ModuleList(Layer(number, real) for number, real in enumerate(self.layers))
-        self._model.lm_head = Head()
-
-    def set_embedding(self, table: Any) -> None:
-        """Take the table that tokens are looked up in."""
-        import torch
-
-        self._model.model.embed_tokens.weight = torch.nn.Parameter(table, requires_grad=False)
-
-    def record(self, calls: Sequence[Any], *, cached: bool) -> tuple[list[Any], list[list[dict[str, Any]]]]:
-        """The calls of one sequence: what the first layer gets in each, and what else every layer is called with."""
-        import torch
-        import transformers
-
-        hidden: list[Any] = []
-        arguments: list[list[dict[str, Any]]] = []
-        cache = transformers.DynamicCache(config=self._config) if cached else None
-
-        def record(number: int, states: Any, given: dict[str, Any]) -> Any:
-            if number == 0:
-                hidden.append(states)
-                arguments.append([])
-            arguments[-1].append(given)
-            if cache is not None:  # masks of later calls follow from the cache's length
-                nothing = torch.zeros(1, 1, states.shape[1], 1)
-                cache.update(nothing, nothing, number)
-            return states
-
-        self._forget_length()
-        self._on_layer, self._on_head = record, lambda states: states[..., :1]
-        for call in calls:
-            self._model(call, past_key_values=cache, use_cache=cached)
-        return hidden, arguments
-
-    def _forget_length(self) -> None:
-        """Undo what dynamic rotary scaling keeps of a longer sequence (transformers 5): each sequence is a text of its own."""
-        for module in self._model.modules():
-            if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
-                module.max_seq_len_cached = module.original_max_seq_len
-                module.inv_freq = module.original_inv_freq
-
-    def head_inputs(self, calls: Calls, stream: Calls, norm: Any) -> list[Any]:
-        """[T, hidden] of each sequence: what its head is called with after the last norm of weight `norm`."""
-        import torch
-
-        self._model.model.norm.weight = torch.nn.Parameter(norm, requires_grad=False)
-        found: list[Any] = []
-
-        def capture(states: Any) -> Any:
-            found.append(states[0])
-            return states[..., :1]
-
-        joined = []
-        for sequence, hidden in zip(calls, stream, strict=True):
-            found = []
-            for call, states in zip(sequence, hidden, strict=True):
-                self._on_layer = functools.partial(_enters, states)
-                self._on_head = capture
-                self._model(call, use_cache=False)
-            joined.append(torch.cat(found))
-        return joined
-
-    def finished(self, calls: Calls, raw: Sequence[Any]) -> list[Floats]:
-        """[T, vocabulary] of each sequence: what the model makes of the head's products, `raw`."""
-        import torch
-
-        self._on_layer = lambda number, hidden, given: hidden
-        found = []
-        for sequence, products in zip(calls, raw, strict=True):
-            self._on_head = functools.partial(_returns, products[None])
-            tokens = torch.cat(list(sequence), dim=1)
-            found.append(self._model(tokens, use_cache=False).logits[0].float().numpy())
-        return found

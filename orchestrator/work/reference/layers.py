@@ -1,0 +1,205 @@
+"""Decoder layers of transformers with weights read from a source: one layer at a time, a mixture's experts one after the other.
+
+The next layer is read in the source's dtype while a layer computes. Experts are not loaded: a stand-in records what they are
+called with, each expert is read once and computes for all calls, and the layer runs again with the results. The order of sums
+is that of transformers' eager experts, so the results are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.base.errors import QuantizationError
+from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
+from orchestrator.planning.calibration import layer_of
+from orchestrator.stores.source import ByteSource
+from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensors
+
+_RENAMED = {"block_sparse_moe.gate.": "mlp.gate."}
+"""Part of a source tensor's name -> its part in transformers 5 (`conversion_mapping`)."""
+_EXPERTS = ".experts."
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """Arguments of one call of a layer's experts."""
+
+    hidden_states: Any
+    """[tokens, hidden]."""
+    top_k_index: Any
+    """int64 [tokens, k]."""
+    top_k_weights: Any
+    """[tokens, k]."""
+
+
+class _StandIn(torch.nn.Module):
+    """Stands for the experts of a layer: records calls, or answers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[ExpertCall] = []
+        self.answers: Iterator[Any] | None = None
+
+    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        if self.answers is not None:
+            return next(self.answers)
+        self.calls.append(ExpertCall(hidden_states, top_k_index, top_k_weights))
+        return torch.zeros_like(hidden_states)
+
+
+class Experts:
+    """The experts of one layer, read when they compute."""
+
+    def __init__(
+        self,
+        parent: Any,
+        tensors: Mapping[int, Mapping[str, TensorInfo]],
+        read: Callable[[Mapping[str, TensorInfo]], dict[str, Any]],
+    ) -> None:
+        """`parent` holds transformers' experts, which a stand-in replaces; `tensors` by expert and linear (gate, up, down)."""
+        self._module, self._tensors, self._read = parent.experts, tensors, read
+        self._stand_in = parent.experts = _StandIn()
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """All weights of all experts."""
+        return (tensor for linears in self._tensors.values() for tensor in linears.values())
+
+    def recorded(self, run: Callable[[], None]) -> list[ExpertCall]:
+        """The calls that `run` makes."""
+        self._stand_in.calls, self._stand_in.answers = [], None
+        run()
+        return self._stand_in.calls
+
+    def answered(self, run: Callable[[], None], results: Sequence[Any]) -> None:
+        """Run with the results of the calls, in their order."""
+        self._stand_in.answers = iter(results)
+        run()
+
+    def compute(self, streams: Sequence[tuple[Sequence[ExpertCall], Callable[[Any], Any]]]) -> list[list[Any]]:
+        """Results of every call of every stream; a stream's function makes its weights of the source's, float32."""
+        totals = [[torch.zeros_like(call.hidden_states) for call in calls] for calls, _ in streams]
+        hit = [
+            expert
+            for expert in sorted(self._tensors)
+            if any((call.top_k_index == expert).any() for calls, _ in streams for call in calls)
+        ]
+        with ThreadPoolExecutor(1, "expert") as pool:
+            coming = pool.submit(self._read, self._tensors[hit[0]]) if hit else None
+            for position, expert in enumerate(hit):
+                assert coming is not None
+                stored = coming.result()
+                coming = pool.submit(self._read, self._tensors[hit[position + 1]]) if position + 1 < len(hit) else None
+                for (calls, weights), sums in zip(streams, totals, strict=True):
+                    module = self._one(
+                        weights(stored["gate"].float()), weights(stored["up"].float()), weights(stored["down"].float())
+                    )
+                    for call, total in zip(calls, sums, strict=True):
+                        _add(module, expert, call, total)
+        return totals
+
+    def _one(self, gate: Any, up: Any, down: Any) -> Any:
+        """transformers' experts with this expert alone."""
+        module = copy.copy(self._module)
+        module._parameters = {}
+        module.num_experts = 1
+        module.gate_up_proj = torch.nn.Parameter(torch.cat([gate, up])[None], requires_grad=False)
+        module.down_proj = torch.nn.Parameter(down[None], requires_grad=False)
+        return module
+
+
+def _add(module: Any, expert: int, call: ExpertCall, total: Any) -> None:
+    # Ordered by k, then by token, as transformers' eager experts order them: another order may round otherwise.
+    places, tokens = torch.where((call.top_k_index == expert).T)
+    if len(tokens):
+        first = torch.zeros((len(tokens), 1), dtype=torch.int64)
+        result = module(call.hidden_states[tokens], first, call.top_k_weights[tokens, places, None])
+        total.index_add_(0, tokens, result.to(total.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer with its weights as the source has them, in float32."""
+
+    number: int
+    module: Any
+    experts: Experts | None
+    """None: a dense layer."""
+    tensors: Mapping[str, TensorInfo]
+    """Source tensor of each parameter, by the parameter's name in the layer; without experts."""
+
+
+class SourceLayers:
+    """Reads the layers of a source."""
+
+    def __init__(self, opened: ByteSource, index: CheckpointIndex, skeletons: Sequence[Any]) -> None:
+        """`skeletons`: transformers' layers without memory (device meta)."""
+        self._opened, self._format, self._skeletons = opened, index.format, skeletons
+        self._dense: list[dict[str, TensorInfo]] = [{} for _ in skeletons]
+        self._experts: list[dict[int, dict[str, TensorInfo]]] = [{} for _ in skeletons]
+        for name, tensor in index.tensors.items():
+            if ".layers." not in name or layer_of(name) >= len(skeletons):
+                continue
+            local = name_in_layer(name)
+            if _EXPERTS in f".{local}":
+                expert, linear = local.rpartition("experts.")[2].split(".")[:2]
+                self._experts[layer_of(name)].setdefault(int(expert), {})[EXPERT_LINEARS[linear]] = tensor
+            else:
+                self._dense[layer_of(name)][local] = tensor
+
+    def loaded(self, first: int) -> Iterator[Layer]:
+        """Layers from number `first` on. A layer is dropped before the next is widened to float32.
+
+        Raises QuantizationError for weights that the source lacks.
+        """
+        with ThreadPoolExecutor(1, "layer") as pool:
+            coming = pool.submit(self._read, self._dense[first]) if first < len(self._skeletons) else None
+            for number in range(first, len(self._skeletons)):
+                assert coming is not None
+                stored = coming.result()
+                coming = pool.submit(self._read, self._dense[number + 1]) if number + 1 < len(self._skeletons) else None
+                yield self._layer(number, stored)
+                self._skeletons[number].to("meta")
+
+    def _read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+        return read_tensors(self._opened, self._format, tensors)
+
+    def _layer(self, number: int, stored: dict[str, Any]) -> Layer:
+        module = self._skeletons[number]
+        experts = self._stream_experts(number, module)
+        missing = sorted(module.state_dict().keys() - stored.keys())
+        if missing:
+            raise QuantizationError(
+                f"{len(missing)} weights of the model cannot be loaded from the source, e.g. model.layers.{number}.{missing[0]}",
+                "Use the complete checkpoint.",
+            )
+        for name in [name for name, _ in module.named_parameters()]:
+            path, _, last = name.rpartition(".")
+            module.get_submodule(path).register_parameter(last, torch.nn.Parameter(stored.pop(name).float(), requires_grad=False))
+        return Layer(number, module, experts, self._dense[number])
+
+    def _stream_experts(self, number: int, module: Any) -> Experts | None:
+        parents = [each for each in module.modules() if hasattr(getattr(each, "experts", None), "gate_up_proj")]
+        if not parents:
+            return None
+        (parent,) = parents
+        lacking = [expert for expert in range(parent.experts.num_experts) if len(self._experts[number].get(expert, ())) != 3]
+        if lacking:
+            raise QuantizationError(
+                f"the source lacks weights of {len(lacking)} experts of layer {number}, e.g. of expert {lacking[0]}",
+                "Use the complete checkpoint.",
+            )
+        return Experts(parent, self._experts[number], self._read)
+
+
+def name_in_layer(name: str) -> str:
+    """Name of a source tensor within its layer, as in transformers' layer."""
+    local = name.split(".", 3)[3]
+    for theirs, ours in _RENAMED.items():
+        local = local.replace(theirs, ours)
+    return local
