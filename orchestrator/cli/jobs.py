@@ -114,7 +114,7 @@ def _client(address: str | None) -> Client:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """Of a job, for people and machines."""
+    """Facts of a job, for people and machines."""
     message = job.message.strip().splitlines()
     return {
         "id": job.id,

@@ -31,9 +31,9 @@ Images = Annotated[
 Deploy = Annotated[
     Path | None, typer.Option("--deploy", help="Folder like deploy/kuberay, with overlays/; absent: the package's own.")
 ]
-OwnName = Annotated[str | None, typer.Option("--name", help="Of the RayJob; absent: the same for the same build and store.")]
-Context = Annotated[str | None, typer.Option("--context", help="Of the kubeconfig; absent: its current one.")]
-Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Of the build.")]
+OwnName = Annotated[str | None, typer.Option("--name", help="Name of the RayJob; absent: the same for the same build and store.")]
+Context = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig; absent: its current one.")]
+Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the build.")]
 BuildName = Annotated[str, typer.Argument(metavar="NAME", help="As `submit` said, or `list`.")]
 OverlayNamespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Absent: the overlay's.")]
 _NAMESPACE = "trt-builds"
@@ -208,7 +208,7 @@ def _build(context: str | None, namespace: str, name: str) -> KubernetesSubmissi
 
 
 def _facts(state: State, troubles: Sequence[str] = ()) -> dict[str, Any]:
-    """A build, for people and machines."""
+    """Facts of a build, for people and machines."""
     lines = [line for line in state.message.strip().splitlines() if line]
     return {
         "name": state.name,

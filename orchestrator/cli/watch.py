@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.command()
 def watch(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of the store, or of a release in it; a folder is one too.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of the store, or of a release in it; a folder is one too.")],
     build: Annotated[str, typer.Option("--build", help="Build key, or its beginning; absent: the newest run.")] = "",
     cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster file: how its store is reached.")] = None,
     as_json: Json = False,

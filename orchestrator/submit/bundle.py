@@ -1,7 +1,7 @@
 """A build on its way to a cluster: the files that travel, and the one command that runs them there.
 
 Whoever brings a build to a cluster (Ray's job API, a RayJob of Kubernetes) sends these files and runs ENTRYPOINT in the folder
-that holds them. Spec and cluster file are decoded here first, so that a mistake is told before anything is sent.
+that holds them. Spec and cluster file are decoded here first, so that a mistake is an error before anything is sent.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def submission_id(spec: BuildSpec, cluster_spec: ClusterSpec) -> str:
 
 _FILES = "files"
 _MAX_FILE_BYTES = 100 * 10**6
-"""Of all files together: they pass through the cluster's head to every node."""
+"""Limit of all files together: they pass through the cluster's head to every node."""
 _DIGITS = 12
 
 

@@ -24,12 +24,12 @@ class Run:
     """One run of a build."""
 
     prefix: str
-    """Of its keys."""
+    """Prefix of its keys in the store."""
     build_key: str
 
 
 def list_runs(store: Store) -> list[Run]:
-    """Of all builds whose events the store still has, the newest first."""
+    """Runs of all builds whose events the store still has, the newest first."""
     prefixes = {info.key.rpartition("/")[0] for info in store.list(EVENTS)}
     found = [Run(prefix + "/", prefix.split("/")[1]) for prefix in prefixes if prefix.count("/") == 2]
     return sorted(found, key=lambda run: run.prefix.split("/")[2], reverse=True)

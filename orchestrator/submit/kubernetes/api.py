@@ -251,5 +251,5 @@ def _client(context: str | None) -> Any:
             raise UnreachableError(
                 f"no way to a cluster: {error}", "Set KUBECONFIG, or make ~/.kube/config as your cluster's provider says."
             ) from None
-    settings.retries = False  # retries are those of `follow`, which tells of them
+    settings.retries = False  # retries are those of `follow`, which reports them
     return ApiClient(configuration=settings)

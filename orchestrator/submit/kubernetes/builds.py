@@ -144,7 +144,7 @@ class KubernetesSubmission:
         Raises CancelledError when it is deleted meanwhile, NotStartedError when no operator touches it, UnknownSubmissionError.
         """
         began = self._timing.clock.now()
-        told: tuple[object, ...] = ()
+        reported: tuple[object, ...] = ()
         shown: list[str] = []
         unread = ""
         try:
@@ -162,8 +162,8 @@ class KubernetesSubmission:
                     unread = error.message
                     yield _unread(unread)
             seen = (state.phase, state.attempt, state.reason, state.deleting)
-            if seen != told:
-                told = seen
+            if seen != reported:
+                reported = seen
                 yield state.notice()
             found = self.troubles(state)
             if found != shown:

@@ -63,7 +63,7 @@ def is_below(path: str, folders: Collection[str]) -> bool:
 
 
 def _misfits(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster) -> Iterator[str]:
-    told = set()
+    seen = set()
     for kind, gpus in _kinds(spec).items():
         pool = cluster_spec.pool_for(kind)
         name = next((name for name, found in cluster_spec.pools.items() if found is pool), "")
@@ -71,8 +71,8 @@ def _misfits(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster) -> It
             yield f"no pool of the cluster file runs {kind} steps"
         elif pool.gpus < gpus:
             yield f"{kind} steps need a GPU, and pool {name} has none"
-        elif name not in told:
-            told.add(name)
+        elif name not in seen:
+            seen.add(name)
             yield from _pool_misfits(name, pool, cluster)
 
 
@@ -89,7 +89,7 @@ def _kinds(spec: BuildSpec) -> dict[str, int]:
 def _pool_misfits(name: str, pool: PoolSpec, cluster: Cluster) -> Iterator[str]:
     groups = cluster.selected(pool.labels)
     if not groups:
-        return  # rule BU03 tells
+        return  # rule BU03 reports it
     wanted = {"gpus": pool.gpus, "cpus": pool.cpus or 0, "memory": pool.memory or 0}
     most = {what: max(_capacity(group)[what] for group in groups) for what in wanted}
     for what, amount in wanted.items():

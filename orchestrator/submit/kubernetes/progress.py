@@ -26,7 +26,7 @@ from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.watching import Run, RunReader, find_run
 
 _ATTEMPTS, _READ_SECONDS = 2, 10.0
-"""Of a request to the store: who only looks on does not wait for minutes."""
+"""Limits of a request to the store: a follower does not wait for minutes."""
 UNREADABLE: tuple[type[OrchestratorError], ...] = (AuthenticationError, ReleaseAddressError, SpecError, StoreError, ToolError)
 """Why a driver's events cannot be had here; the build's end is seen all the same."""
 

@@ -42,13 +42,13 @@ class Rendered:
     """The manifests of a build, in the order in which they are applied."""
 
     name: str
-    """Of the RayJob."""
+    """Name of the RayJob."""
     namespace: str
     job: Fields
     owned: tuple[Fields, ...]
     """Others of this build alone: they go when the RayJob goes."""
     shared: tuple[Fields, ...]
-    """Of the namespace or the whole cluster."""
+    """Objects of the namespace or the whole cluster."""
 
     @property
     def objects(self) -> tuple[Fields, ...]:

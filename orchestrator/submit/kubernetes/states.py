@@ -57,7 +57,7 @@ class State:
     message: str = ""
     """The operator's or Ray's own; of a failed driver it holds the last lines of its log."""
     job_id: str = ""
-    """Of the driver in Ray."""
+    """Ray's id of the driver."""
     ray_cluster: str = ""
     attempt: int = 1
     created: str = ""
@@ -122,11 +122,11 @@ def failure(state: State, last_word: Published | Errored | None = None) -> Orche
     """
     if state.phase is Phase.SUCCEEDED:
         return None
-    told = last_word if isinstance(last_word, Errored) else _last_word(state.message)
+    own = last_word if isinstance(last_word, Errored) else _last_word(state.message)
     if state.reason in _BY_REASON:
         return _by_reason(state)
-    if told is not None:
-        return told.to_error()
+    if own is not None:
+        return own.to_error()
     if state.phase is Phase.STOPPED:
         return TerminatedError(f"{state.name} was stopped")
     return _by_exit_code(state)

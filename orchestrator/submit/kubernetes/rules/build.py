@@ -87,7 +87,7 @@ def job_outlives_its_logs(job: Job) -> Found:
 
 @rule("TB03", Job, "Give both in seconds: how long pods may take to come, and how long the whole build may take.")
 def build_has_deadlines(job: Job) -> Found:
-    """A build that waits for ever or hangs ends at a deadline."""
+    """A build that never starts or hangs ends at a deadline."""
     for key in ("preRunningDeadlineSeconds", "activeDeadlineSeconds"):
         if job.get(key) is None:
             yield key, "is not given"
@@ -142,7 +142,7 @@ def requests_are_limits(group: Group) -> Found:
 
 @rule("TB08", Group, f"Set terminationGracePeriodSeconds above {_DRAIN}: upload and clean-up come after the drain.")
 def pods_have_time_to_drain(group: Group) -> Found:
-    """A pod that is told to go is not killed before Ray has drained it."""
+    """A pod that has to go is not killed before Ray has drained it."""
     drain = environment(group.ray).get(_DRAIN, {}).get("value", _DEFAULT_DRAIN_SECONDS)
     grace = group.get("template.spec.terminationGracePeriodSeconds", _DEFAULT_GRACE_SECONDS)
     if not str(drain).isdecimal():

@@ -1,4 +1,4 @@
-"""What the files of a build say of the cluster that runs it: a pool that selects no pod is a step that waits for ever."""
+"""What the files of a build say of the cluster that runs it: a pool that selects no pod is a step that never starts."""
 
 from __future__ import annotations
 
