@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-cluster test lint bench storage ceph apiserver faults slurm clean
+.PHONY: demo demo-cluster test lint docs bench storage ceph apiserver faults slurm clean
 
 # Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
 demo: $(STAMP) $(MODEL)/config.json
@@ -28,6 +28,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Writes what is generated in docs/: the fields of specs, the exit codes.
+docs: $(STAMP)
+	$(BIN)/python -m docs.generate
 
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.convert

@@ -1,1 +1,1 @@
-"""One command per figure that the README quotes."""
+"""One command per figure that docs/benchmarks.md quotes."""

@@ -21,7 +21,7 @@ from benchmarks.sources import write_llama, write_moe_headers
 _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
-from orchestrator import verbs
+from orchestrator.planning import preparation
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 imported = time.monotonic()
@@ -29,7 +29,7 @@ if sys.argv[2]:
     import cProfile
     profile = cProfile.Profile()
     profile.enable()
-made = verbs.plan(decode(BuildSpec, json.loads(sys.argv[1]), "benchmark"))
+made = preparation.plan(decode(BuildSpec, json.loads(sys.argv[1]), "benchmark"))
 ended = time.monotonic()
 if sys.argv[2]:
     import pstats
@@ -64,7 +64,7 @@ def report(source: Path, topology: dict[str, int], num_rounds: int, profile: boo
     found = rounds[len(rounds) // 2]
     assert len({item["build_key"] for item in rounds}) == 1, "the plan is not the same each time"
     print(f"{source.name}: {found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors, {topology}: {found['steps']} steps")
-    print(f"seconds of verbs.plan             {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
+    print(f"seconds of the plan               {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
     print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
 
 

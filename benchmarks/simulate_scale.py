@@ -20,14 +20,15 @@ from benchmarks.sources import write_llama
 _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
-from orchestrator import simulation, verbs
+from orchestrator.clusters import simulation
+from orchestrator.planning import preparation
 from orchestrator.spec.rates import RatesSpec
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
 imported = time.monotonic()
 given = json.loads(sys.argv[1])
-made = verbs.plan(decode(BuildSpec, given["spec"], "benchmark"))
+made = preparation.plan(decode(BuildSpec, given["spec"], "benchmark"))
 planned = time.monotonic()
 place, rates = decode(ClusterSpec, given["cluster"], "benchmark"), decode(RatesSpec, given["rates"], "benchmark")
 found = simulation.simulate(made, place, rates, simulation.parse_failures(given["fail"], made))

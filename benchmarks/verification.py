@@ -1,4 +1,4 @@
-"""SmolLM2-135M at every topology of the README's table: what float32 execution of the ranks' graphs differs from transformers.
+"""SmolLM2-135M at every topology of docs/benchmarks.md: what float32 execution of the ranks' graphs differs from transformers.
 
     python -m benchmarks.verification [--model DIR] [--store DIR]
 

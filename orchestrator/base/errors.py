@@ -235,7 +235,7 @@ class QuantizationError(OrchestratorError):
     """The quantization does not exist, or does not apply to this model."""
 
     exit_code = 26
-    default_advice = "Correct `quantization` in the spec; the README lists the algorithms, and what each of them needs."
+    default_advice = "Correct `quantization` in the spec; docs/quantization.md lists the algorithms and what each needs."
 
 
 class SchemaVersionError(OrchestratorError):

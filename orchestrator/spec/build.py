@@ -207,7 +207,9 @@ class ReleaseSpec(Frozen):
     """Address of the release in the store: releases/<name>/<version>/."""
 
     name: str = Field(pattern=RELEASE_NAME)
+    """Name: lower-case letters, digits, dots, dashes and underscores."""
     version: str = Field(pattern=RELEASE_VERSION)
+    """Version. Releases are immutable: other contents need another one."""
 
 
 class BuildSpec(Frozen):
