@@ -1,1 +1,1 @@
-"""What everything stands on: errors, digests, dtypes, paths, URLs without secrets. Imports nothing of ours."""
+"""Errors, digests, dtypes, paths and URLs, used by all other packages. Imports none of them."""

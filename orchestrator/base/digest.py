@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 CHUNK_BYTES = 64 * 2**20
-"""Published files have a digest of every such piece, so that pieces are fetched, verified and resumed alone."""
+"""Size of a chunk. Published files have a digest per chunk, so that each chunk is fetched, verified and resumed separately."""
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of `value`: sorted keys, no spaces, UTF-8, floats as their shortest round-trip text.
+    """Return the canonical JSON of `value`: sorted keys, no spaces, UTF-8, floats as their shortest round-trip text.
 
     Raises ValueError for NaN and infinities, which JSON does not have.
     """
@@ -19,17 +19,17 @@ def canonical_json(value: Any) -> bytes:
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`."""
+    """Return the sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def digest_bytes(data: bytes) -> str:
-    """sha256 of `data`."""
+    """Return the sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
 
 
 class ChunkHasher:
-    """sha256 of every `chunk_bytes` of a stream, whatever the pieces that it comes in; the last chunk may be shorter."""
+    """sha256 of every `chunk_bytes` of a stream, whatever the sizes of its updates. The last chunk may be shorter."""
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._chunk_bytes = chunk_bytes
@@ -49,12 +49,12 @@ class ChunkHasher:
                 self._hash, self._filled = hashlib.sha256(), 0
 
     def digests(self) -> tuple[str, ...]:
-        """Digest of every chunk so far; empty before the first byte."""
+        """Return the digest of every chunk so far. Empty before the first byte."""
         return (*self._done, self._hash.hexdigest()) if self._filled else tuple(self._done)
 
 
 def chunk_digests(data: bytes) -> tuple[str, ...]:
-    """The digests of the chunks of `data`."""
+    """Return the digests of the chunks of `data`."""
     hasher = ChunkHasher()
     hasher.update(data)
     return hasher.digests()

@@ -1,4 +1,4 @@
-"""The element types of checkpoints and their three spellings: safetensors', TensorRT-LLM's and the size in bytes."""
+"""Element types of checkpoints: names in safetensors and in TensorRT-LLM, and sizes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ ITEM_BITS: dict[str, int] = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits per element by safetensors' name (safetensors 0.8 `Dtype`)."""
+"""safetensors' name (`Dtype` of safetensors 0.8) -> bits per element."""
 
 MODEL_DTYPES: dict[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""The dtypes that a model may have, TensorRT-LLM's name to safetensors'."""
+"""Dtypes that a model may have: TensorRT-LLM's name -> safetensors' name."""
 
 MODEL_DTYPE_NAMES: dict[str, str] = {value: key for key, value in MODEL_DTYPES.items()}
 
 
 def num_bytes(dtype: str, num_elements: int) -> int:
-    """Bytes of `num_elements` packed elements. Raises KeyError for an unknown dtype."""
+    """Return the size in bytes of `num_elements` packed elements. Raises KeyError for an unknown dtype."""
     bits = ITEM_BITS[dtype] * num_elements
     return (bits + 7) // 8

@@ -1,4 +1,4 @@
-"""Paths of a release's files, as a manifest may give them: relative, below their folder on every system, apart from each other."""
+"""Checks of the file paths in a manifest: relative, below the release's folder on every system, no two the same file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 _PATH_BYTES = 1024
 _NAME_BYTES = 200
-"""A file system has 255; the name of a file that is being fetched is longer by 24."""
+"""Longest file name. File systems allow 255 bytes, and the name of a file that is being fetched is 24 longer."""
 
 
 def check_path(path: str) -> None:
-    """Raises ValueError unless `path` names a file below the folder that it counts from."""
+    """Check that the relative `path` names a file below its folder. Raises ValueError otherwise."""
     if len(path) > _PATH_BYTES or len(path.encode()) > _PATH_BYTES:
         raise ValueError(f"a path of {len(path):,} characters is too long: {path[:40]!r}...")
     names = path.split("/")
     if "" in names or "." in names or ".." in names:
-        raise ValueError(f"{path!r} is a path outside of the release, or of none of its files")
+        raise ValueError(f"{path!r} is not the path of a file in the release")
     if "\\" in path or any(unicodedata.category(character) in ("Cc", "Cs") for character in path):
         raise ValueError(f"{path!r} is a path with a backslash or control characters")
     longest = max(names, key=lambda name: len(name.encode()))
@@ -27,7 +27,7 @@ def check_path(path: str) -> None:
 
 
 def check_disjoint(paths: Iterable[str]) -> None:
-    """Raises ValueError when two paths are one file on some file system, or one is a folder of the other."""
+    """Check that no two paths are the same file on some file system, or one the folder of another. Raises ValueError."""
     known: dict[str, str] = {}
     folders: dict[str, str] = {}
     for path in paths:
@@ -45,5 +45,5 @@ def check_disjoint(paths: Iterable[str]) -> None:
 
 
 def _same(path: str) -> str:
-    """The path as file systems that ignore case, or the form of letters, compare it."""
+    """Return the path as file systems compare it that ignore case or Unicode normalization."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())

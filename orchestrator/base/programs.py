@@ -1,4 +1,4 @@
-"""Where other programs are: beside this Python first, as pip installs them there, whether its environment is activated or not."""
+"""Lookup of other programs: first beside this Python, where pip installs them even if its environment is not activated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 
 
 def find_program(name: str) -> str | None:
-    """The path of a program beside this Python, or on the PATH; None when it is nowhere."""
+    """Return the path of a program beside this Python, or on the PATH. None: not found."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)

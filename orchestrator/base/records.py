@@ -1,4 +1,4 @@
-"""Base and bounded types of records that outlive a program: manifests, and what they are made of."""
+"""Base class and bounded field types of stored records: manifests and their parts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """A frozen record that keeps fields that a newer writer added."""
+    """Frozen record that keeps fields added by a newer writer."""
 
     model_config = ConfigDict(frozen=True, extra="allow")

@@ -1,4 +1,4 @@
-"""URLs that carry a password, a key or a signature: they would end in logs, manifests, events and error messages."""
+"""Refusal of URLs that hold a password, key or signature, which would end in logs, manifests, events and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WITHOUT_QUERY = {"file", "local", "memory", "hf"}
 
 
 def holds_secret(url: str) -> bool:
-    """Whether a URL carries what may be a password, a key or a signature."""
+    """Whether a URL holds what may be a password, key or signature."""
     match = _URL.fullmatch(url)
     if match is None:
         return False
@@ -39,13 +39,13 @@ def holds_secret(url: str) -> bool:
 
 
 def refuse_secret(url: str, what: str = "the URL") -> None:
-    """Raises SpecError, without the secret, for a URL that holds one."""
+    """Refuse a URL that holds a secret. Raises SpecError, whose message leaves the secret out."""
     if holds_secret(url):
         raise SpecError(f"{what} holds a user, password or query", ADVICE)
 
 
 def refuse_secrets(words: Sequence[str]) -> None:
-    """Raises SpecError when a word of a command line holds a URL with a secret, wherever it stands; before anything shows it."""
+    """Refuse a command line with a URL that holds a secret, before anything prints it. Raises SpecError."""
     before = ""
     for word in words:
         for found in _IN_WORD.finditer(word):
@@ -61,9 +61,9 @@ def _without_secret(value: str) -> str:
 
 
 PlaceText = Annotated[str, AfterValidator(_without_secret)]
-"""A path or URL of a file that a user writes."""
+"""Path or URL given by a user."""
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is given by a URL; anything else is a path of this machine."""
+    """Whether a source is a URL. Anything else is a path of this machine."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", source) is not None

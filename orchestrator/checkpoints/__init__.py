@@ -1,6 +1,6 @@
-"""Readers of source formats: headers first, rows on demand. The table of formats and what a member offers.
+"""Readers of source formats: headers first, rows on demand. The table of formats and their interface.
 
-To add a format, write `checkpoints/<name>.py` with the functions of `Format` and name it here.
+To add a format, write `checkpoints/<name>.py` with the functions of `Format` and list it here.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ FORMATS: dict[str, str] = {
     "trtllm": "orchestrator.checkpoints.trtllm",
     "huggingface": "orchestrator.checkpoints.huggingface",
 }
-"""Name -> module, in the order in which `auto` tries them: huggingface takes any config.json, to say what it lacks."""
+"""Name -> module, in the order in which `auto` tries them. huggingface is last: it reports what is missing beside a config.json."""
 
 
 class Format(Protocol):
-    """What a module of FORMATS offers."""
+    """Interface of a module of FORMATS."""
 
     def matches(self, names: list[str]) -> bool:
         """Whether a folder with these files is of this format."""
         ...
 
     def read_index(self, folder: SourceFolder) -> CheckpointIndex:
-        """Every tensor under its Hugging Face name, from headers only. Raises the Source... errors."""
+        """Return every tensor under its Hugging Face name, from headers only. Raises the Source... errors."""
         ...
 
     def read_rows(self, source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
-        """Fill `out` with rows [begin, end) of the tensor's first axis, in its dtype, C order."""
+        """Fill `out` with rows [begin, end) of the tensor's first axis, in the tensor's dtype and C order."""
         ...
 
 
@@ -46,12 +46,12 @@ COMPANIONS = (
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "params.json",
 )  # fmt: skip
-"""Files beside the weights that a server of the model needs."""
+"""Files beside the weights that serving the model needs."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.gguf", "tf_model*.h5", "flax_model*.msgpack")
 
 
 def format_named(name: str) -> Format:
-    """The module of a format. Raises SpecError."""
+    """Return the module of a format. Raises SpecError for an unknown name."""
     if name not in FORMATS:
         raise SpecError(f"no source format is called {name!r}", f"Formats: auto, {', '.join(FORMATS)}.")
     module: Format = importlib.import_module(FORMATS[name])
@@ -59,7 +59,10 @@ def format_named(name: str) -> Format:
 
 
 def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex, tuple[SourceFile, ...]]:
-    """The index of the checkpoint at `path`, and its tokenizer and config files. Raises as the format's reader does."""
+    """Return the index of the checkpoint at `path`, and its tokenizer and config files.
+
+    Raises SpecError for an unknown format, SourceMissingError when `auto` finds none, and what the format's reader raises.
+    """
     folder = open_source(path)
     names = folder.names()
     if source_format == "auto":
@@ -79,25 +82,25 @@ _FOREIGN = {
     "model_index.json": ("is a diffusers pipeline", "Decoder-only language models are built here: give the folder of one."),
     "modules.json": ("is a sentence-transformers model", "Decoder-only language models are built here: give the folder of one."),
 }
-"""Files by which folders of other kinds are known: what it is, and what to do."""
+"""Files that mark folders of other kinds -> kind of folder, advice."""
 
 
 def _unknown(path: str, names: list[str]) -> SourceMissingError:
-    """The error of a folder in which no format finds its files, to be raised."""
+    """Return the error of a folder that is of no known format."""
     for name, (what, advice) in _FOREIGN.items():
         if name in names:
             return SourceMissingError(f"{path} {what}: it holds {name} and no weights of a model", advice)
     if any(name.endswith(".gguf") for name in names):
         return SourceMissingError(
             f"{path} is a GGUF model, whose weights were rounded when it was made",
-            "Build from the Hugging Face checkpoint that it was made of.",
+            "Build from the Hugging Face checkpoint that it was made from.",
         )
     held = f"it holds {', '.join(sorted(names)[:5])}" if names else "it holds no file"
     return SourceMissingError(f"{path} holds no checkpoint of a known format: {held}", f"Formats: {', '.join(FORMATS)}.")
 
 
 def _check_indexes(folder: SourceFolder, names: list[str]) -> None:
-    """Raises SourceCorruptError, LfsPointerError for an index of weights, read or not, that is not JSON."""
+    """Check that every index of weights, read or not, is JSON. Raises SourceCorruptError, LfsPointerError."""
     from orchestrator.checkpoints.huggingface import read_json
 
     for name in names:
@@ -106,7 +109,7 @@ def _check_indexes(folder: SourceFolder, names: list[str]) -> None:
 
 
 def passed_over(index: CheckpointIndex, names: list[str]) -> tuple[str, ...]:
-    """A warning when the folder holds weights that the index does not read: a second set, or another model's."""
+    """Return a warning if the folder holds weights that the index does not read: a second set, or another model's."""
     read = {file.name for file in index.files}
     others = [name for name in names if name not in read and not name.startswith(".") and _is_weights(name)]
     if not others:
@@ -123,7 +126,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _as_sets(names: list[str]) -> str:
-    """Names that differ in their numbers alone as one: model-*-of-*.safetensors (4 files)."""
+    """Join names that differ only in numbers: model-*-of-*.safetensors (4 files)."""
     sets: dict[str, list[str]] = {}
     for name in names:
         sets.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -132,9 +135,9 @@ def _as_sets(names: list[str]) -> str:
 
 
 def companions(folder: SourceFolder, names: list[str]) -> tuple[SourceFile, ...]:
-    """The tokenizer and config files that are there, identified by their content.
+    """Return the tokenizer and config files among `names`, with the digests of their content as identity.
 
-    Raises LfsPointerError, SourceLinkError, SourceCorruptError for one whose name ends with .json and that holds no JSON object.
+    Raises LfsPointerError, SourceLinkError; SourceCorruptError for a .json file without a JSON object.
     """
     from orchestrator.base.digest import digest_bytes
     from orchestrator.checkpoints.huggingface import parse_json

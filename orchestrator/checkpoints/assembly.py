@@ -1,4 +1,4 @@
-"""Rows of tensors that a source stores in pieces, or with the rows of a head in another order."""
+"""Reading rows of tensors that a source stores in pieces, or with the rows of a head in another order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
-    """The tensor that an assembly makes; pieces are [rows] or [rows, columns]."""
+    """Return the tensor of an assembly. Pieces are [rows] or [rows, columns]."""
     first = assembly.pieces[0]
     shape = list(first.shape)
     shape[assembly.axis] = sum(piece.shape[assembly.axis] for piece in assembly.pieces)
@@ -26,7 +26,7 @@ def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
 
 
 def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
-    """`Format.read_rows` of assembled tensors, and of plain ones."""
+    """Read rows [begin, end) of an assembled or contiguous tensor: `Format.read_rows` of Meta's and TensorRT-LLM's formats."""
     assembly = tensor.assembly
     if begin >= end:
         return
@@ -44,10 +44,10 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
 
 
 def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64]:
-    """The stored row of each row [begin, end) of a tensor whose heads have `paired_rows` rows.
+    """Return the stored row of each row [begin, end) of a tensor whose heads have `paired_rows` rows.
 
-    Rotary embedding turns element i of a head together with one other. Meta's code takes neighbours (2i, 2i + 1);
-    transformers takes i and half + i, so its row (head, i) is Meta's (head, 2i) and its (head, half + i) is (head, 2i + 1).
+    Rotary embedding turns the elements of a head in pairs. Meta's code pairs 2i and 2i + 1, transformers pairs i and half + i.
+    So transformers' row (head, i) is Meta's (head, 2i), and (head, half + i) is Meta's (head, 2i + 1).
     Source: `permute` of transformers' convert_llama_weights_to_hf.py.
     """
     import numpy as np
@@ -59,7 +59,7 @@ def paired_order(begin: int, end: int, paired_rows: int) -> npt.NDArray[np.int64
 
 
 def _read_paired(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
-    """Read the stored rows that [begin, end) come from, then put them in order."""
+    """Read the stored rows of [begin, end) and reorder them."""
     import numpy as np
 
     order = paired_order(begin, end, assembly.paired_rows)
@@ -72,7 +72,7 @@ def _read_paired(source: ByteSource, tensor: TensorInfo, assembly: Assembly, beg
 
 
 def _read_stored(source: ByteSource, tensor: TensorInfo, assembly: Assembly, begin: int, end: int, out: memoryview) -> None:
-    """Rows [begin, end) in the order in which the source has them."""
+    """Read rows [begin, end) in the order of the source."""
     import numpy as np
 
     rows = np.frombuffer(out, np.uint8, (end - begin) * (tensor.num_bytes // tensor.shape[0])).reshape(end - begin, -1)
@@ -93,7 +93,7 @@ def _read_stored(source: ByteSource, tensor: TensorInfo, assembly: Assembly, beg
 
 
 def _read_piece(source: ByteSource, piece: Piece, dtype: str, begin: int, out: Bytes) -> None:
-    """As many rows from `begin` as `out` has."""
+    """Fill `out` with rows of a piece, from row `begin`."""
     offset = piece.offset + begin * _row_bytes(piece, dtype)
     source.read_into(piece.file, offset, out.reshape(-1).data)
 

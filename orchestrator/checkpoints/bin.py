@@ -1,4 +1,4 @@
-"""Hugging Face folders of before safetensors: config.json and pytorch_model.bin, one file or shards under an index."""
+"""Reader of Hugging Face folders without safetensors: config.json and pytorch_model.bin, a single file or shards with an index."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ read_rows = read_contiguous_rows
 
 
 def matches(names: list[str]) -> bool:
-    """A config.json beside pytorch_model.bin or its index, and no safetensors, which are preferred."""
+    """Whether config.json stands beside pytorch_model.bin or its index, without safetensors, which are preferred."""
     safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
     return "config.json" in names and not safetensors and (SINGLE in names or INDEX in names)
 
 
 def read_index(folder: SourceFolder) -> CheckpointIndex:
-    """Read the descriptions of the tensors at `folder`; nothing that is pickled is run.
+    """Read the descriptions of the tensors in `folder`, without running pickled code.
 
-    Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for a source that is
-    quantized.
+    Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for a quantized source.
     """
     return read_shards(
         folder,

@@ -1,8 +1,8 @@
-"""Two checkpoints of any source format, tensor by tensor: what only one has, and how far the others are apart.
+"""Comparison of two checkpoints of any source format, tensor by tensor.
 
-Both are read in blocks through the readers of their formats, which present tensors under Hugging Face names; memory is a few
-blocks (of one row at least). Equal means equal bytes, so that two NaNs of one pattern are equal and 0 and -0 are not. A
-tensor that differs is read again from its start, to measure by how much; one that does not costs no arithmetic.
+Both are read in blocks through the readers of their formats, which present tensors under Hugging Face names. Memory is a few
+blocks of at least one row. Tensors are equal if their bytes are: equal NaN patterns are, 0 and -0 are not. Only a tensor that
+differs is read a second time, to measure the difference.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor that both have and that is not the same."""
+    """A tensor that differs between the two checkpoints."""
 
     name: str
     dtypes: tuple[str, str]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     num_different: int | None = None
-    """Elements that differ (of packed dtypes: bytes); None when the shapes do, for then nothing is read."""
+    """Number of elements that differ (of bytes for packed dtypes); None: the shapes differ, and nothing was read."""
     max_absolute: float | None = None
-    """Largest |a - b|; infinite where one is NaN and the other is not. None when the numbers cannot be compared."""
+    """Largest |a - b|, infinite where only one is NaN; None: the numbers cannot be compared."""
     max_relative: float | None = None
-    """max_absolute / the largest finite |a| of the tensor."""
+    """max_absolute / largest finite |a| of the tensor."""
 
     @property
     def is_only_dtype(self) -> bool:
-        """Whether every number is the same: one side holds it in a wider dtype, as a router or a norm kept in float32."""
+        """Whether all numbers are equal and only the dtype differs, e.g. for a router or norm kept in float32."""
         return self.dtypes[0] != self.dtypes[1] and self.num_different == 0 and self.max_absolute == 0
 
     def within(self, tolerance: float | None) -> bool:
-        """Whether the numbers, whatever their dtypes, are as close as that."""
+        """Whether max_relative is at most `tolerance`, whatever the dtypes. False without a tolerance."""
         return tolerance is not None and self.max_relative is not None and self.max_relative <= tolerance
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """Result of `compare`."""
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     differences: tuple[Difference, ...]
     num_identical: int
-    """Tensors of equal dtype, shape and bytes."""
+    """Number of tensors with equal dtype, shape and bytes."""
     num_bytes: int
-    """Of A's tensors that were read."""
+    """Size of A's tensors that were read."""
     tolerance: float | None = None
 
     @property
     def beyond(self) -> tuple[Difference, ...]:
-        """The differences that the tolerance does not cover; without a tolerance all that are not of the dtype alone."""
+        """Differences beyond the tolerance, without those of the dtype alone."""
         return tuple(item for item in self.differences if not item.is_only_dtype and not item.within(self.tolerance))
 
     @property
@@ -83,7 +83,7 @@ class Comparison:
         return not (self.only_a or self.only_b or self.beyond)
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON; infinite differences as the text 'inf'."""
+        """Return the comparison for JSON, with infinite differences as the text 'inf'."""
         plain = asdict(self)
         for item, made in zip(plain["differences"], self.differences, strict=True):
             item["within_tolerance"] = made.within(self.tolerance)
@@ -94,7 +94,7 @@ class Comparison:
         return {"same": self.same, **plain}
 
     def lines(self) -> Iterator[str]:
-        """For people; the last line is the summary."""
+        """Yield the comparison as text for people. The last line is the summary."""
         yield from (f"only in A: {name}" for name in self.only_a)
         yield from (f"only in B: {name}" for name in self.only_b)
         yield from (_line(item) for item in self.differences)
@@ -111,14 +111,14 @@ class Comparison:
 
 
 class _Side:
-    """One of the two checkpoints, open; reads into one buffer of its own."""
+    """One of the two checkpoints, open, with a read buffer."""
 
     def __init__(self, index: CheckpointIndex, read: Callable[[TensorInfo, int, int, memoryview], None]) -> None:
         self.index, self._read = index, read
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
 
     def rows(self, name: str, begin: int, end: int) -> Bytes:
-        """Rows [begin, end) of a tensor as bytes; valid until the next call."""
+        """Read rows [begin, end) of a tensor as bytes. The array is valid until the next call."""
         tensor = self.index.tensors[name]
         size = tensor.num_bytes // _num_rows(tensor) * (end - begin)
         if size > self._buffer.size:
@@ -163,7 +163,7 @@ def _unread(name: str, a: CheckpointIndex, b: CheckpointIndex) -> Difference:
 
 
 def _compare_tensor(name: str, a: _Side, b: _Side) -> Difference | None:
-    """None when dtype and bytes are equal."""
+    """Compare a tensor of equal shapes. None: dtype and bytes are equal."""
     one, two = a.index.tensors[name], b.index.tensors[name]
     if one.dtype == two.dtype and all(np.array_equal(left, right) for left, right in _blocks(name, a, b)):
         return None
@@ -177,7 +177,7 @@ def _compare_tensor(name: str, a: _Side, b: _Side) -> Difference | None:
 
 
 def _blocks(name: str, a: _Side, b: _Side) -> Iterator[tuple[Bytes, Bytes]]:
-    """The same rows of both sides, from first to last; each pair is valid until the next."""
+    """Yield the rows of both sides in blocks, from first to last. Each pair is valid until the next."""
     one, two = a.index.tensors[name], b.index.tensors[name]
     rows = _num_rows(one)
     step = max(1, BLOCK_BYTES * rows // max(one.num_bytes, two.num_bytes, 1))
@@ -187,7 +187,7 @@ def _blocks(name: str, a: _Side, b: _Side) -> Iterator[tuple[Bytes, Bytes]]:
 
 
 def _measure(found: Difference, blocks: Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Difference:
-    """Fill in the figures, from the elements of both sides as numbers."""
+    """Fill in the figures of `found` from the numbers of both sides."""
     count, absolute, largest = 0, 0.0, 0.0
     for left, right in blocks:
         a, b = left.astype(np.float64), right.astype(np.float64)
@@ -204,7 +204,7 @@ def _measure(found: Difference, blocks: Iterator[tuple[npt.NDArray[Any], npt.NDA
 
 
 def _largest_distance(a: Numbers, b: Numbers) -> float:
-    """Largest |a - b|: 0 between two NaNs or equal infinities, infinite between a NaN or an infinity and anything else."""
+    """Return the largest |a - b|: 0 between two NaNs or equal infinities, infinite between NaN or infinity and other numbers."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         distance = np.where(same, 0.0, np.abs(a - b))
@@ -216,7 +216,7 @@ def _num_rows(tensor: TensorInfo) -> int:
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    """None for packed dtypes, which have no element of their own."""
+    """Return the numpy dtype. None: packed, with several elements per byte."""
     if name in _NUMPY_NAMES:
         return np.dtype(_NUMPY_NAMES[name])
     if name not in _ML_DTYPES_NAMES:

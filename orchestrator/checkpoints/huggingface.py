@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, one file or shards under an index. Headers only."""
+"""Reader of Hugging Face folders: config.json and safetensors, a single file or shards with an index. Headers only."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ read_rows = read_contiguous_rows
 
 
 def matches(names: list[str]) -> bool:
-    """A config.json beside safetensors that are not TensorRT-LLM's ranks; or nothing else that could be meant."""
+    """Whether there is a config.json, and no rank files of TensorRT-LLM."""
     return "config.json" in names and not any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
 
 
 def read_index(folder: SourceFolder) -> CheckpointIndex:
-    """Read the headers of the checkpoint at `folder`.
+    """Read the headers of the checkpoint in `folder`.
 
-    Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a source that is quantized.
+    Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a quantized source.
     """
     return read_shards(
         folder,
@@ -51,9 +51,9 @@ def read_shards(
     single: Callable[[SourceFolder, list[str]], str],
     read_entries: Callable[[str], Sequence[HeaderEntry]],
 ) -> CheckpointIndex:
-    """The index of a folder with config.json and weights in one file, or in shards that the file `index` lists.
+    """Return the index of a folder with config.json and weights in a single file, or in shards that the file `index` lists.
 
-    `pattern` is what names of shards must match, `single` finds the one file, `read_entries` describes a file's tensors.
+    Names of shards must match `pattern`. `single` returns the name of the single file, `read_entries` the tensors of a file.
     Raises SourceMissingError, SourceCorruptError, QuantizationError, and what `read_entries` raises.
     """
     present = folder.names()
@@ -62,18 +62,18 @@ def read_shards(
     names = sorted(set(listed.values())) if listed else [single(folder, present)]
     for name in names:
         if name not in present:
-            raise SourceMissingError(f"{folder.url}/{index} names the shard {abbreviated(name, 100)}, which is not there")
+            raise SourceMissingError(f"{folder.url}/{index} names the shard {abbreviated(name, 100)}, which is missing")
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         described = list(pool.map(read_entries, names))
     tensors = _collect(folder, names, described)
     for tensor, name in listed.items():
         if tensor not in tensors or names[tensors[tensor].file] != name:
-            raise SourceCorruptError(f"{folder.url}/{index} says that {name} holds {tensor}, it does not")
+            raise SourceCorruptError(f"{folder.url}/{index} lists {tensor} in {name}, which does not hold it")
     return CheckpointIndex(source_format, tuple(folder.source_file(name) for name in names), tensors, config)
 
 
 def read_config(folder: SourceFolder, present: Sequence[str]) -> dict[str, Any]:
-    """config.json of an unquantized model among the files `present`.
+    """Read config.json of an unquantized model. `present`: names of the folder's files.
 
     Raises SourceMissingError, SourceCorruptError, QuantizationError.
     """
@@ -90,32 +90,32 @@ _KINDS: dict[str, type] = {
     "architectures": list, "model_type": str, "rope_scaling": dict, "rope_parameters": dict, "layer_types": list,
     "text_config": dict,
 }  # fmt: skip
-"""Keys of config.json that are looked into before a family reads it."""
+"""Keys of config.json that are read before the family is known -> type."""
 
 
 def _check_kinds(config: dict[str, Any], where: str) -> None:
-    """Raises SourceCorruptError."""
+    """Check the types of _KINDS. Raises SourceCorruptError."""
     for key, kind in _KINDS.items():
         value: Any = config.get(key)
         if value is not None and not isinstance(value, kind):
             raise SourceCorruptError(f"{where}: {key} is a JSON {_kind(value)}, {_kind(kind())} was expected", _COMPLETE)
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise SourceCorruptError(f"{where}: {key} lists something that is no text", _COMPLETE)
+            raise SourceCorruptError(f"{where}: an entry of {key} is not a text", _COMPLETE)
 
 
 def _kind(value: object) -> str:
-    """JSON's name of a value's type."""
+    """Return JSON's name of a value's type."""
     names = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")
 
 
 def read_json(folder: SourceFolder, name: str) -> dict[str, Any]:
-    """A JSON object of the source. Raises SourceMissingError, LfsPointerError, SourceCorruptError."""
+    """Read a JSON object of the source. Raises SourceMissingError, LfsPointerError, SourceCorruptError."""
     return parse_json(folder.read(name), f"{folder.url}/{name}")
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `data`, a file of the source. Raises LfsPointerError, SourceCorruptError."""
+    """Parse the JSON object in `data`, a file of the source. Raises LfsPointerError, SourceCorruptError."""
     if data.startswith(LFS_MAGIC):
         raise LfsPointerError(f"{where} is a Git-LFS pointer")
     plain = json_value(data, where)
@@ -128,14 +128,14 @@ _COMPLETE = "Use the config.json of the model's publisher."
 
 
 def check_file_names(names: list[Any], pattern: str, where: str) -> None:
-    """Refuse names of an index that could lead outside of the folder. Raises SourceCorruptError."""
+    """Refuse file names of an index that could lead outside of the folder. Raises SourceCorruptError."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(pattern, name):
             raise SourceCorruptError(f"{where} names {abbreviated(repr(name), 100)}, which is not a weights file of this folder")
 
 
 def _listed(folder: SourceFolder, present: list[str], index: str, pattern: str) -> dict[str, str]:
-    """Tensor to shard, from the index; empty when there is none."""
+    """Read the index: tensor -> shard; empty: there is no index."""
     if index not in present:
         return {}
     listed = read_json(folder, index).get("weight_map")

@@ -1,4 +1,4 @@
-"""JSON that a source holds: no name twice, every mistake one error."""
+"""JSON files of a source, parsed strictly: no conflicting duplicate names, one error class."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from orchestrator.base.errors import SourceCorruptError, abbreviated, is_text
 
-_ADVICE = "Download the file again: whoever wrote it wrote JSON."
+_ADVICE = "Download the file again."
 
 
 def json_value(data: bytes, where: str) -> Any:
-    """The value of a JSON text, `where` being its file. Raises SourceCorruptError.
+    """Parse the JSON text of the file `where`. Raises SourceCorruptError.
 
-    A name that stands twice in an object with two values is refused: readers differ in which one they take. NaN and Infinity are
-    read, as Python's own writer writes them.
+    Refuses an object with two values of one name, because readers differ in which value they take. Accepts NaN and Infinity,
+    which Python's json module writes.
     """
     try:
         value = json.loads(data, object_pairs_hook=_object)
         if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
             raise ValueError("it holds half of a character (U+D800 to U+DFFF)")
         return value
-    except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, thousands of brackets
         raise SourceCorruptError(f"{where} is not JSON: {abbreviated(str(error), 200)}", _ADVICE) from None
 
 
@@ -31,6 +31,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for name, value in pairs:
             if name in seen and seen[name] != value:
-                raise ValueError(f"{abbreviated(name, 60)!r} stands twice in an object, with two values")
+                raise ValueError(f"an object has two values of {abbreviated(name, 60)!r}")
             seen[name] = value
     return found

@@ -1,9 +1,9 @@
-"""Meta's own Llama folders: params.json and consolidated.NN.pth, one file for each model-parallel rank of the release.
+"""Reader of Meta's Llama folders: params.json and consolidated.NN.pth, one file for each model-parallel rank of the release.
 
-The tensors are presented under Hugging Face's names, whole: joined over the files along the axis on which Meta's code splits
-them, the rows of wq and wk in transformers' order. Source: llama/model.py of Meta's repository (ColumnParallelLinear splits
-axis 0, RowParallelLinear axis 1, ParallelEmbedding axis 1 in Llama 1 and 2, VocabParallelEmbedding axis 0 in Llama 3) and
-transformers' convert_llama_weights_to_hf.py.
+Presents whole tensors under Hugging Face's names: joined over the files along the axis on which Meta's code splits them, with the
+rows of wq and wk in transformers' order. Source: llama/model.py of Meta's repository (ColumnParallelLinear splits axis 0,
+RowParallelLinear axis 1, ParallelEmbedding axis 1 in Llama 1 and 2, VocabParallelEmbedding axis 0 in Llama 3) and transformers'
+convert_llama_weights_to_hf.py.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _LAYER = {
     "attention_norm": ("input_layernorm", _COPY),
     "ffn_norm": ("post_attention_layernorm", _COPY),
 }
-"""Meta's name within a layer -> transformers' name, and how the files split it."""
+"""Meta's name within a layer -> transformers' name, and the split over the files."""
 _TOP = {
     "tok_embeddings.weight": ("model.embed_tokens.weight", _EMBEDDING),
     "norm.weight": ("model.norm.weight", _COPY),
     "output.weight": ("lm_head.weight", _ROWS),
 }
 _COMPUTED = "rope.freqs"
-"""The rotary table, stored by Llama 1 and 2; it follows from the config."""
+"""Rotary table, which Llama 1 and 2 store although the config determines it."""
 
 _LLAMA_3_2 = {(2048, 16), (3072, 28)}
-"""(dim, n_layers) of the 1B and 3B models, whose rotary scaling has another factor; params.json does not say so."""
+"""(dim, n_layers) of the 1B and 3B models, whose rotary scaling has another factor that params.json does not record."""
 
 _NUMBERS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "rope_scaling_factor", "hidden_dim",
@@ -61,13 +61,13 @@ read_rows = read_assembled_rows
 
 
 def matches(names: list[str]) -> bool:
-    """A params.json beside consolidated.NN.pth, and no weights of Hugging Face's, which are preferred."""
+    """Whether params.json stands beside consolidated.NN.pth, without Hugging Face weights, which are preferred."""
     others = any(name.endswith((".safetensors", ".bin")) and "/" not in name for name in names)
     return PARAMS in names and any(_FILE.fullmatch(name) for name in names) and not ("config.json" in names and others)
 
 
 def read_index(folder: SourceFolder) -> CheckpointIndex:
-    """Read params.json and the descriptions of the tensors at `folder`; nothing that is pickled is run.
+    """Read params.json and the descriptions of the tensors in `folder`, without running pickled code.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError, QuantizationError, ArchitectureError.
     """
@@ -89,7 +89,7 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
 
 
 def _read_params(folder: SourceFolder) -> dict[str, Any]:
-    """params.json, checked for the keys that are needed."""
+    """Read params.json and check the keys that are needed."""
     params = read_json(folder, PARAMS)
     for key in _NUMBERS:
         value = params.get(key)
@@ -108,7 +108,7 @@ def _read_params(folder: SourceFolder) -> dict[str, Any]:
 
 
 def _file_names(folder: SourceFolder) -> list[str]:
-    """consolidated.NN.pth by their number. Raises SourceMissingError when one lacks."""
+    """Return the names consolidated.NN.pth in order. Raises SourceMissingError when one is missing."""
     numbers = {int(found[1]): name for name in folder.names() if (found := _FILE.fullmatch(name))}
     if not numbers:
         raise SourceMissingError(f"{folder.url} has no consolidated.NN.pth")
@@ -121,13 +121,13 @@ def _file_names(folder: SourceFolder) -> list[str]:
 def _tensor(
     folder: SourceFolder, source: str, names: Sequence[str], files: Sequence[Mapping[str, HeaderEntry]], params: Mapping[str, Any]
 ) -> TensorInfo:
-    """One tensor, joined over the files. A tensor that Llama does not have keeps its name, so that nobody drops it unseen."""
+    """Return a tensor joined over the files. A tensor that Llama does not have keeps its name: the weight map refuses it."""
     name, split = _hugging_face_name(source)
     entries = [found[source] for found in files if source in found]
     if len(entries) != len(files):
         raise SourceCorruptError(f"{folder.url}: {source} is in {names[0]} but not in all of the {len(names)} files")
     if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
-        raise SourceCorruptError(f"{folder.url}: {source} has not the same dtype and shape in all files")
+        raise SourceCorruptError(f"{folder.url}: {source} does not have the same dtype and shape in all files")
     axis = _axis(split, entries[0], params["dim"])
     if axis is None or len(entries) == 1:
         entries, axis = entries[:1], 0
@@ -149,14 +149,14 @@ def _hugging_face_name(source: str) -> tuple[str, str]:
 
 
 def _axis(split: str, entry: HeaderEntry, dim: int) -> int | None:
-    """The axis on which the files split a tensor; None: each holds all of it. Embeddings tell by their width."""
+    """Return the axis on which the files split a tensor; None: each file holds all of it. Embeddings show it by their width."""
     if split == _EMBEDDING:
         return 0 if entry.shape[-1] == dim else 1
     return {_COPY: None, _COLUMNS: 1}.get(split, 0)
 
 
 def _config(params: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What config.json of the same model says. Raises SourceCorruptError without an embedding."""
+    """Return config.json of the same model. Raises SourceCorruptError when the embedding is missing."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise SourceCorruptError("the consolidated files lack tok_embeddings.weight")
@@ -182,7 +182,7 @@ def _config(params: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dic
 
 
 def _rotary_scaling(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama 3.1's scaling (`apply_scaling` in Meta's llama_models/llama3/model.py)."""
+    """Return the scaling of Llama 3.1 (`apply_scaling` in Meta's llama_models/llama3/model.py)."""
     factor = params.get("rope_scaling_factor") or (32.0 if (params["dim"], params["n_layers"]) in _LLAMA_3_2 else 8.0)
     return {
         "rope_type": "llama3",
@@ -194,7 +194,7 @@ def _rotary_scaling(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _intermediate_size(params: Mapping[str, Any]) -> int:
-    """hidden_dim, or FeedForward's formula in Meta's llama/model.py: 2/3 of 4 dim, times a factor, up to a multiple."""
+    """Return hidden_dim, else 2/3 * 4 dim * ffn_dim_multiplier, rounded up to multiple_of (FeedForward in llama/model.py)."""
     if params.get("hidden_dim"):
         return int(params["hidden_dim"])
     multiple = params.get("multiple_of") or 1

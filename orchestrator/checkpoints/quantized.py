@@ -1,7 +1,7 @@
-"""Sources that somebody has quantized already: told apart by what each tool writes, and refused with the way back.
+"""Refusal of sources that are already quantized, with advice for each tool that may have written them.
 
-Knows the marks of the tools (`quantization_config` of config.json, and files beside it), not their tensors: quantizing again
-what was rounded once would add both errors, and the formats pack weights in layouts that no cut of ours respects.
+Detects the tools by `quantization_config` of config.json and by files beside it, not by tensors. Quantizing twice would add both
+errors, and the cuts over ranks do not fit the packed layouts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _METHODS: dict[str, tuple[str, str]] = {
     ),
     "modelopt": ("Model Optimizer's unified export", f"{_ORIGINAL} that was given to Model Optimizer."),
 }
-"""Value of quantization_config.quant_method -> what it is, advice."""
+"""Value of quantization_config.quant_method -> description, advice."""
 _ACTIVATION_ORDER = (
-    "GPTQ with desc_act=True: rows of a group lie scattered over the input (activation order), so no rank could hold whole groups",
+    "GPTQ with desc_act=True: rows of a group are scattered over the input (activation order), so no rank could hold whole groups",
     f"{_ORIGINAL}: the model that the GPTQ repository names as its base.",
 )
 _MARKS = {
@@ -45,11 +45,11 @@ _MARKS = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
-"""Files that tools left beside a config.json that says nothing: Model Optimizer, AutoGPTQ and AutoAWQ of their first years."""
+"""Files that early versions of Model Optimizer, AutoGPTQ and AutoAWQ wrote instead of a key in config.json -> quant_method."""
 
 
 def refuse_quantized(url: str, config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises QuantizationError for a Hugging Face folder with this config.json and these files that is quantized."""
+    """Refuse a quantized Hugging Face folder, by its config.json and file names. Raises QuantizationError."""
     found = config.get("quantization_config") or config.get("compression_config")
     marks = [mark for mark in _MARKS if mark in names]
     if found:
@@ -63,7 +63,7 @@ def refuse_quantized(url: str, config: Mapping[str, Any], names: Sequence[str]) 
 
 
 def _method(found: Any) -> str:
-    """The method's name; configs of the first bitsandbytes models have only its switches."""
+    """Return the name of the method. Configs of the first bitsandbytes models have only its switches."""
     if not isinstance(found, dict):
         return str(found)
     if found.get("load_in_8bit") or found.get("load_in_4bit"):
@@ -74,4 +74,4 @@ def _method(found: Any) -> str:
 def _describe(method: str, found: Mapping[str, Any]) -> tuple[str, str]:
     if method == "gptq" and found.get("desc_act"):
         return _ACTIVATION_ORDER
-    return _METHODS.get(method, ("a method that this program does not know", f"{_ORIGINAL}."))
+    return _METHODS.get(method, ("an unknown method", f"{_ORIGINAL}."))

@@ -1,7 +1,7 @@
 """The safetensors format: an 8-byte little-endian header length, that many bytes of JSON, then one data buffer.
 
-Source: the format's specification in the safetensors README. The format has no checksum, so a reader can only prove that
-the header is consistent with the file's size; writers of ours record sha256 beside the file.
+Source: the format's specification in the safetensors README. The format has no checksum, so a reader can only check the
+header against the file's size. Writers here record a sha256 beside the file.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from orchestrator.base.errors import LfsPointerError, SourceCorruptError, abbrev
 from orchestrator.stores.source import LFS_MAGIC, LocalFolder, SourceFolder
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
+"""Largest header, as in the safetensors library."""
 _FIRST_READ_BYTES = 256 * 1024
-"""Holds most headers whole, so that a file in object storage costs one request."""
+"""Size of the first read. It covers most headers, so that a file in object storage costs one request."""
 _MAX_AXES = 16
 _DATA_ALIGNMENT = 4096
-"""The header is padded with spaces so that data starts on a page."""
+"""Alignment of the data. The header is padded with spaces so that the data starts on a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """One tensor of a header; `offset` counts from the start of the file."""
+    """One tensor of a header. `offset` counts from the start of the file."""
 
     name: str
     dtype: str
@@ -39,7 +39,7 @@ class HeaderEntry:
 
 
 def encode_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data of a file that holds `entries` (name, dtype, shape) back to back in this order."""
+    """Return the header of a file that holds `entries` (name, dtype, shape) in this order without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in entries:
@@ -61,7 +61,7 @@ def read_header(path: Path) -> tuple[list[HeaderEntry], dict[str, str]]:
 
 
 def read_header_at(folder: SourceFolder, name: str) -> tuple[list[HeaderEntry], dict[str, str]]:
-    """`read_header` of a file at any place."""
+    """Read and check the header of a file of any source, as `read_header` does."""
     path = f"{folder.url}/{name}"
     total = folder.source_file(name).num_bytes
     start = folder.read(name, 0, min(_FIRST_READ_BYTES, total))
@@ -92,12 +92,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{abbreviated(name, 100)} stands in it twice")
+        raise ValueError(f"{abbreviated(name, 100)} occurs twice")
     return found
 
 
 def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
-    """Raises ValueError."""
+    """Decode and check an entry of the header. Raises ValueError."""
     shown = abbreviated(name, 100)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise ValueError(f"{shown} has no dtype, shape and data_offsets")
@@ -107,9 +107,9 @@ def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"{shown} has the unknown dtype {abbreviated(repr(dtype), 40)}")
     if not _are_counts(shape) or len(shape) > _MAX_AXES:
-        raise ValueError(f"{shown} has the shape {abbreviated(repr(shape), 60)}, which is none")
+        raise ValueError(f"{shown} has the malformed shape {abbreviated(repr(shape), 60)}")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{shown} has the data_offsets {abbreviated(repr(offsets), 60)}, which are none")
+        raise ValueError(f"{shown} has the malformed data_offsets {abbreviated(repr(offsets), 60)}")
     begin, end = offsets
     if end - begin != num_bytes(dtype, math.prod(shape)):
         raise ValueError(f"{shown}: bytes {begin}..{end} do not hold {dtype} {shape}")
@@ -117,7 +117,7 @@ def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
 
 
 def _are_counts(value: Any) -> bool:
-    """Whether it is a list of numbers of things, as 64 bits hold them."""
+    """Whether the value is a list of integers from 0 to 2**63 - 1."""
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 

@@ -1,8 +1,8 @@
-"""Files of torch.save as byte ranges, without torch and without running what they say.
+"""Reader of torch.save files as byte ranges, without torch and without running pickled code.
 
 Since PyTorch 1.6 such a file is a zip archive: `<archive>/data.pkl` is a pickle that describes the tensors, and each storage
 is an uncompressed member `<archive>/data/<key>` (torch/serialization.py, `_save`). So a contiguous tensor is a range of the
-file. A pickle is a program; the reader here knows the few names that tensors need and refuses every other.
+file. A pickle is a program, so the reader accepts only the few names that tensors need.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
 _ZIP_MAGIC = b"PK"
 _MAX_PICKLE_BYTES = 256 * 2**20
-"""Of data.pkl, which describes tensors only: a thousand of them take a hundred kilobytes."""
+"""Largest data.pkl. It only describes tensors: a thousand of them take a hundred kilobytes."""
 _BUFFER_BYTES = 256 * 1024
 _HEADER_THREADS = 8
 _RESAVE = "Load it with torch in a sandbox and save it as safetensors, tensors made contiguous."
@@ -46,13 +46,13 @@ class _Storage:
 class _Tensor:
     storage: _Storage
     first: int
-    """Element of the storage."""
+    """Index of the tensor's first element in the storage."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 def read_tensors(folder: SourceFolder, name: str) -> list[HeaderEntry]:
-    """Every tensor of the dictionary that torch.save wrote to `name`, in its order; tensors may share their bytes.
+    """Read the descriptions of the tensors that torch.save wrote to `name`, in its order. Tensors may share bytes.
 
     Raises SourceMissingError, LfsPointerError, SourceCorruptError; UnsafePickleError for a pickle that names anything but
     tensors, and for the format before PyTorch 1.6, which cannot be read without running it.
@@ -85,7 +85,7 @@ def _check_magic(path: str, start: bytes) -> None:
 
 
 class _PlaceFile(io.RawIOBase):
-    """A file of a place for zipfile: seekable, read by ranges."""
+    """Seekable file for zipfile that reads ranges of a source file."""
 
     def __init__(self, folder: SourceFolder, name: str, size: int) -> None:
         self._place, self._name, self._size, self._position = folder, name, size, 0
@@ -118,7 +118,7 @@ class _PlaceFile(io.RawIOBase):
 
 
 def _archive_name(path: str, members: dict[str, zipfile.ZipInfo]) -> str:
-    """'<archive>/': the folder of data.pkl, which is named after the file that was first written."""
+    """Return '<archive>/', the folder of data.pkl. It is named after the file that was first written."""
     found = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(found) != 1:
         raise SourceCorruptError(f"{path} is a zip archive without one data.pkl: not a file of torch.save, or TorchScript")
@@ -133,12 +133,12 @@ def _pickle_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str) 
 
 
 class _RebuildTensor:
-    """As torch._utils._rebuild_tensor_v2. An object without attributes, for a pickle may set those of what it names."""
+    """Stand-in for torch._utils._rebuild_tensor_v2. It has no attributes, because a pickle could set them."""
 
     __slots__ = ()
 
     def __call__(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-        """Gradients, hooks and metadata do not concern the weights."""
+        """Return the tensor. Gradients, hooks and metadata are ignored."""
         shape, strides = tuple(shape), tuple(strides)
         if not isinstance(storage, _Storage) or len(shape) != len(strides):
             raise ValueError("a tensor without a storage")
@@ -148,7 +148,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """As torch._utils._rebuild_parameter."""
+    """Stand-in for torch._utils._rebuild_parameter."""
 
     __slots__ = ()
 
@@ -157,7 +157,7 @@ class _RebuildParameter:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that tensors are made with; any other is refused before it is looked up."""
+    """Unpickler that accepts the names that tensors need, and refuses all others before they are looked up."""
 
     def __init__(self, data: bytes, path: str) -> None:
         super().__init__(io.BytesIO(data))
@@ -199,13 +199,13 @@ def _unpickle(path: str, data: bytes) -> dict[str, _Tensor]:
 
 
 def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str, tensor: _Tensor) -> zipfile.ZipInfo:
-    """The member with a tensor's storage, stored as it is and of the right size. Raises SourceCorruptError."""
+    """Return the member with a tensor's storage. Raises SourceCorruptError if it is missing, compressed or of a wrong size."""
     storage = tensor.storage
     member = members.get(f"{prefix}data/{storage.key}")
     if member is None:
         raise SourceCorruptError(f"{path} lacks the storage {storage.key}")
     if member.compress_type != zipfile.ZIP_STORED:
-        raise SourceCorruptError(f"{path}: the storage {storage.key} is compressed, torch.save never does that", _RESAVE)
+        raise SourceCorruptError(f"{path}: the storage {storage.key} is compressed, which torch.save never does", _RESAVE)
     if member.file_size != num_bytes(storage.dtype, storage.num_elements):
         raise SourceCorruptError(
             f"{path}: the storage {storage.key} has {member.file_size} bytes for {storage.num_elements} elements of {storage.dtype}"
@@ -214,7 +214,7 @@ def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str,
 
 
 def _data_starts(folder: SourceFolder, name: str, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
-    """Where each member's bytes start in the file: behind its local header, whose padding only it knows."""
+    """Return the offset of each member's data in the file. It follows the local header, which alone records its padding."""
     once = {member.filename: member for member in members}
 
     def start(member: zipfile.ZipInfo) -> int:
@@ -245,7 +245,7 @@ def _entry(
 
 
 def _is_contiguous(tensor: _Tensor) -> bool:
-    """C order without gaps; the stride of an axis of one element, and any of an empty tensor, means nothing."""
+    """Whether the elements are in C order without gaps. Strides of axes with one element, and of empty tensors, do not matter."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if size > 1 and stride != expected:

@@ -1,7 +1,7 @@
-"""TensorRT-LLM checkpoints as a source: config.json and rank{N}.safetensors, whole tensors gathered over the ranks.
+"""Reader of TensorRT-LLM checkpoints: config.json and rank{N}.safetensors, with whole tensors gathered over the ranks.
 
-What each rank holds of each tensor is what conversion would have given it: the weight map of the family for the checkpoint's
-own topology, read backwards. So every family can be gathered, and one table describes both directions.
+Gathering reads the weight map of conversion backwards, for the checkpoint's topology. So one table per family describes both
+directions.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ CONFIG = "config.json"
 _HEADER_THREADS = 8
 _NO_LIMIT = 2**62
 _COMPUTED = {"embed_positions", "embed_positions_for_gpt_attention", "rotary_inv_freq"}
-"""Rotary tables that TensorRT-LLM's converter writes to every rank; they follow from the config."""
+"""Rotary tables that TensorRT-LLM's converter writes to every rank although the config determines them."""
 _POSITIONS = "rope_gpt_neox"
-"""The only position_embedding_type that stands for what rotary_scaling says: others keep their numbers in keys of their own."""
+"""Supported position_embedding_type. Other types keep their numbers in other keys than rotary_scaling."""
 _LAYOUT = {"use_parallel_embedding", "embedding_sharding_dim"}
-"""Fields of how the ranks are written, not of the model."""
+"""Fields that describe the layout of the ranks, not the model."""
 _SPELLINGS = {"LLaMAForCausalLM": "LlamaForCausalLM", "QWenForCausalLM": "Qwen2ForCausalLM"}
 """TensorRT-LLM's other names of architectures (its MODEL_MAP)."""
 _INVERSES = {"is": lambda value: value, "sqrt": lambda value: value**2, "rsqrt": lambda value: value**-2}
-"""Of core.model_config.TRANSFORMS."""
+"""Inverses of model.config.TRANSFORMS."""
 
 read_rows = read_assembled_rows
 
 
 def matches(names: list[str]) -> bool:
-    """A config.json beside ranks."""
+    """Whether config.json stands beside rank files."""
     return CONFIG in names and any(re.fullmatch(r"rank\d+(-.*)?\.safetensors", name) for name in names)
 
 
@@ -65,7 +65,7 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     """Read config.json and every rank's headers.
 
     Raises SourceMissingError, SourceCorruptError, LfsPointerError, QuantizationError, ArchitectureError, TopologyError;
-    WeightMapError for tensors that the family does not know.
+    WeightMapError for tensors that the family has no rule for.
     """
     config, topology, family = _read_config(folder)
     present = set(folder.names())
@@ -95,21 +95,21 @@ def _read_config(folder: SourceFolder) -> tuple[ModelConfig, Topology, Family]:
     positions = plain.get("position_embedding_type")
     if positions not in (None, _POSITIONS):
         raise ArchitectureError(
-            f"position_embedding_type in {folder.url}/{CONFIG} is {str(positions)[:40]!r}, which is not read from such checkpoints",
+            f"position_embedding_type in {folder.url}/{CONFIG} is {str(positions)[:40]!r}, which is not supported",
             "Build from the Hugging Face checkpoint.",
         )
     name = plain.get("architecture")
     try:
         config, topology = from_trtllm({**plain, "architecture": _SPELLINGS.get(str(name), name)})
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
-        raise SourceCorruptError(f"{folder.url}/{CONFIG} is not of a TensorRT-LLM checkpoint: {error}") from None
+        raise SourceCorruptError(f"{folder.url}/{CONFIG} is not the config of a TensorRT-LLM checkpoint: {error}") from None
     family = family_for(config.architecture)
     check(topology, config.limits())
     return _normalized(config), topology, family
 
 
 def _normalized(config: ModelConfig) -> ModelConfig:
-    """As from_hugging_face writes it; the converter of Meta's files leaves the numbers of llama3's scaling out."""
+    """Normalize rotary_scaling to the form of from_hugging_face. The converter of Meta's files omits the numbers of llama3."""
     scaling = dict(config.rotary_scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "llama3":
@@ -120,9 +120,9 @@ def _normalized(config: ModelConfig) -> ModelConfig:
 
 
 def _rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]:
-    """The one file of a rank, or the shards of its index. `rank` leaves context parallelism out: such ranks share files.
+    """Return the single file of a rank, or the shards of its index. `rank` is a file number: context-parallel ranks share files.
 
-    Raises SourceMissingError.
+    Raises SourceMissingError, SourceCorruptError.
     """
     single, listing = f"rank{rank}.safetensors", f"rank{rank}.safetensors.index.json"
     if single in present:
@@ -141,26 +141,27 @@ def _rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank's files hold; `entries` gives the number of the file and the header's entry by name."""
+    """Tensors in one rank's files."""
 
     where: str
     entries: Mapping[str, tuple[int, HeaderEntry]]
+    """Name -> file number, entry of the header."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """A block of a whole tensor that some rank holds: from `begin` on `axis`."""
+    """A block of a whole tensor that a rank holds, starting at `begin` on `axis`."""
 
     axis: int
     begin: int
     piece: Piece
     dtype: str
     added: float
-    """Number that is added to every element."""
+    """Number that conversion added to every element."""
 
 
 def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topology: Topology) -> dict[str, TensorInfo]:
-    """Every whole tensor under its Hugging Face name."""
+    """Return every whole tensor under its Hugging Face name."""
     whole = _whole_tensors(family, config)
     index = CheckpointIndex("trtllm", (), whole)
     shares: dict[str, list[_Share]] = {}
@@ -170,10 +171,10 @@ def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topolog
         for target in group.targets:
             shared = all(read.tensor.name in shares for read in target.reads)
             if shared and not any(target.name in ranks[rank].entries for rank in stage):
-                continue  # a head that is the embedding need not be stored
+                continue  # a tied head may be missing
             seen |= {(rank, target.name) for rank in stage}
             if _is_rounded(target):
-                continue  # its twin in float32 gives the source back
+                continue  # the source is read from its exact float32 copy
             for tp_rank, rank in enumerate(stage):
                 for name, share in _shares(target, tp_rank, ranks[rank]):
                     shares.setdefault(name, []).append(share)
@@ -182,12 +183,12 @@ def _gather(ranks: Sequence[_Rank], family: Family, config: ModelConfig, topolog
 
 
 def _is_rounded(target: Target) -> bool:
-    """Whether something was added to the source before it was rounded."""
+    """Whether a number was added to the source before rounding."""
     return target.dtype != "F32" and any(read.add for read in target.reads)
 
 
 def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]:
-    """The tensors that the family's rules read, with the shapes that the config gives them. They lie nowhere."""
+    """Return the tensors that the family's rules read, with shapes from the config and without locations."""
     dims, dtype = config.dims(), MODEL_DTYPES[config.dtype]
     tensors: dict[str, TensorInfo] = {}
     for rule in family.rules:
@@ -198,7 +199,7 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
         for part in rule.parts:
             if part.add and not config.exact_norms:
                 raise ArchitectureError(
-                    f"checkpoints of {family.name} store {part.source} with {part.add:g} added, which rounding does not give back",
+                    f"checkpoints of {family.name} store {part.source} rounded after adding {part.add:g}, which cannot be undone",
                     "Build from the Hugging Face checkpoint.",
                 )
             shape = tuple(dims[dim] for dim in part.shape)
@@ -211,14 +212,14 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
 
 
 def _shares(target: Target, tp_rank: int, rank: _Rank) -> Iterator[tuple[str, _Share]]:
-    """Whole tensor and block, for each read that the rank's tensor was joined from. Zero rows of padding are cut off."""
+    """Yield the whole tensor and the block of each read that the rank's tensor was joined from, without padding rows."""
     if target.name not in rank.entries:
         raise SourceMissingError(f"{rank.where} lacks {target.name}")
     file, entry = rank.entries[target.name]
     if entry.shape != target.shape:
         raise SourceCorruptError(
             f"{rank.where}: {target.name} is {list(entry.shape)}, config.json says {list(target.shape)}",
-            "config.json and the ranks are of different models, or of different topologies.",
+            "config.json and the ranks belong to different models or topologies.",
         )
     if entry.dtype not in MODEL_DTYPE_NAMES:
         raise QuantizationError(f"{rank.where}: {target.name} is {entry.dtype}", "Build from the unquantized checkpoint.")
@@ -237,7 +238,7 @@ def _shares(target: Target, tp_rank: int, rank: _Rank) -> Iterator[tuple[str, _S
 
 
 def _span(read: Read, tp_rank: int) -> Span | None:
-    """What a rank holds of a read; None: nothing."""
+    """Return the span that a rank holds of a read; None: nothing."""
     if read.ranks and tp_rank not in read.ranks:
         return None
     if not read.spans:
@@ -246,7 +247,10 @@ def _span(read: Read, tp_rank: int) -> Span | None:
 
 
 def _join(name: str, shape: tuple[int, ...], shares: list[_Share]) -> TensorInfo:
-    """Blocks in order, each once: key/value heads and norms are held by several ranks. Raises SourceCorruptError."""
+    """Join the blocks in order, each once, because several ranks may hold the same block.
+
+    Raises SourceCorruptError when blocks are missing or differ in dtype.
+    """
     axis, dtype = shares[0].axis, shares[0].dtype
     pieces: list[Piece] = []
     position = 0
@@ -262,18 +266,18 @@ def _join(name: str, shape: tuple[int, ...], shares: list[_Share]) -> TensorInfo
 
 
 def _check_all_seen(ranks: Sequence[_Rank], seen: set[tuple[int, str]], family: Family) -> None:
-    """Raises WeightMapError for a tensor that gathering would drop."""
+    """Refuse tensors that gathering would drop. Raises WeightMapError."""
     for number, rank in enumerate(ranks):
         unknown = [name for name in rank.entries if (number, name) not in seen and name not in _COMPUTED]
         if unknown:
             raise WeightMapError(
                 f"{rank.where} holds {len(unknown)} tensors that {family.name} has no rule for: {', '.join(unknown[:3])}",
-                "The checkpoint is quantized, of another architecture, or was written for other ranks.",
+                "The checkpoint is quantized, of another architecture, or of another topology.",
             )
 
 
 def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
+    """Return a config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
     table = family.config
     made: dict[str, Any] = {
         "architectures": [config.architecture],
@@ -315,14 +319,14 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _is_same_scaling(read: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> bool:
-    """Whether the complete dictionary says what the checkpoint's said; that one may lack defaults, and hold what nobody reads."""
+    """Whether the complete dictionary `read` agrees with `given`, which may lack defaults and have unused keys."""
     if read is None or given is None:
         return read is given
     return all(given.get(key) in (None, value) for key, value in read.items())
 
 
 def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
-    """rope_parameters, one dictionary for all layers or one for each kind."""
+    """Return rope_parameters: one dictionary for all layers, or one per kind of layer."""
     full = {"rope_type": "default", **(config.rotary_scaling or {}), "rope_theta": config.rotary_base}
     if config.rotary_base_local is None:
         return full
@@ -330,7 +334,7 @@ def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
-    """Keys that the family's rule for windows reads."""
+    """Return the keys that the family's rule for windows reads."""
     if table.windows == "none":
         return {}
     made: dict[str, Any] = {"sliding_window": config.sliding_window}
@@ -357,7 +361,7 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
 def write_checkpoint_config(
     folder: Path, config: ModelConfig, topology: topologies.Topology, quantization: ModelQuantization | None
 ) -> None:
-    """config.json of a TensorRT-LLM checkpoint, last, and before it quant_cfg.json where linears differ in their format."""
+    """Write quant_cfg.json, for mixed precision only, and last config.json of a TensorRT-LLM checkpoint."""
     mixture = quant_cfg(quantization) if quantization else None
     if mixture is not None:
         write_json(folder / "quant_cfg.json", mixture)
@@ -372,7 +376,7 @@ def write_json(path: Path, value: Any, indent: int = 4) -> None:
 
 
 def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:
-    """Model and topology of a TensorRT-LLM checkpoint folder. Raises SpecError when it is none."""
+    """Return model and topology of a TensorRT-LLM checkpoint folder. Raises SpecError when it is not such a folder."""
     try:
         plain: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         return from_trtllm(plain)

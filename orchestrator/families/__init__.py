@@ -1,6 +1,6 @@
-"""The model families: one table per file, and the table of tables.
+"""The model families, one table per file, and the table of all families.
 
-A family says how its tensors become rank tensors. To add one, write `families/<name>.py` with one `Family` value and name
+A family's table turns its tensors into rank tensors. To add a family, write `families/<name>.py` with a `Family` value and list
 it here; the family suite of the tests picks it up.
 """
 
@@ -41,9 +41,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> str | None:
-    """The architecture that config.json of `where` names; None: it names none.
+    """Return the architecture that config.json of `where` names; None: it names none.
 
-    Raises ArchitectureError for what is no list of names, and for a model around a language model.
+    Raises ArchitectureError if `architectures` is not a list of names, or for a larger model around a language model.
     """
     listed = config.get("architectures")
     if listed is not None and (not isinstance(listed, list) or any(not isinstance(name, str) for name in listed)):
@@ -55,33 +55,33 @@ def architecture_of(config: Mapping[str, Any], where: str) -> str | None:
     if isinstance(config.get("text_config"), Mapping):
         raise ArchitectureError(
             f"{where} is a model of several parts ({name}): config.json describes its language model in text_config",
-            "Save the language model as a checkpoint of its own, with text_config as its config.json, and build that.",
+            "Save the language model as a separate checkpoint, with text_config as its config.json, and build that.",
         )
     return name
 
 
 def family_for(architecture: str) -> Family:
-    """The family of a Hugging Face architecture. Raises ArchitectureError naming those that there are."""
+    """Return the family of a Hugging Face architecture. Raises ArchitectureError, which lists the known architectures."""
     for family in FAMILIES.values():
         if architecture in family.architectures:
             return family
     known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.architectures))
-    raise ArchitectureError(f"unsupported architecture {architecture!r}", f"Supported: {known}. Adding one is a file in families/.")
+    raise ArchitectureError(f"unsupported architecture {architecture!r}", f"Supported: {known}. To add one, add it to families/.")
 
 
 def family_named(name: str) -> Family:
-    """A family by its own name. Raises ArchitectureError."""
+    """Return the family of this name. Raises ArchitectureError, which lists the known names."""
     if name not in FAMILIES:
         raise ArchitectureError(f"no family is named {name!r}", f"Families: {', '.join(sorted(FAMILIES))}, or auto.")
     return FAMILIES[name]
 
 
 def check_kind(config: Mapping[str, Any], family: Family, where: str) -> None:
-    """Raises ArchitectureError when config.json is of another family here than the one that the spec names."""
+    """Check that config.json belongs to the family that the spec names. Raises ArchitectureError."""
     kind = config.get("model_type")
     own = next((other.name for other in FAMILIES.values() if kind in other.config.model_types), family.name)
     if own != family.name:
         raise ArchitectureError(
-            f"source.family is {family.name}, and model_type in config.json of {where} is {kind!r}: transformers loads a {own}",
+            f"source.family is {family.name}, but model_type in config.json of {where} is {kind!r}: transformers loads a {own}",
             f"Set source.family to {own} or auto.",
         )

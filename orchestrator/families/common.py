@@ -1,7 +1,7 @@
-"""What decoders share: the rules that most families are composed of. Names and layouts as in TensorRT-LLM's checkpoints.
+"""Rules that most families share. Names and layouts are those of TensorRT-LLM's checkpoints.
 
-The naming trap: `mlp.fc` is Hugging Face's gate_proj (the one that passes through the activation) and `mlp.gate` is its
-up_proj; among experts the halves of `mlp.fc` stand the other way round, up first.
+Caution: `mlp.fc` is Hugging Face's gate_proj, which passes through the activation, and `mlp.gate` is its up_proj. The `mlp.fc` of
+an expert joins both, up first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EMBEDDING = (
     _embedding(VOCAB, use_parallel_embedding=True, embedding_sharding_dim=0),
     _embedding(ROW, use_parallel_embedding=True, embedding_sharding_dim=1),
 )
-"""Whole on every rank, or split by vocabulary or by hidden size."""
+"""Rules of the embedding: whole on every rank, or split by vocabulary or hidden size."""
 QKV = Rule(
     TARGET + "attention.qkv.weight",
     (
@@ -74,14 +74,14 @@ GATED_MLP = (
 
 
 def norm(target: str, source: str, size: str = "hidden") -> Rule:
-    """A norm of every layer, whole on every rank."""
+    """Return the rule of a norm in every layer, whole on every rank."""
     return Rule(TARGET + target + ".weight", (Part(SOURCE + source + ".weight", (size,)),))
 
 
 def offset(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The same norms stored as weight + 1: in the model's dtype, as TensorRT-LLM's format demands, and exactly in float32.
+    """Return the rules with norms stored as weight + 1: in the model's dtype for TensorRT-LLM's format, and exactly in float32.
 
-    Rules of other tensors are left as they are.
+    Rules of other tensors do not change.
     """
     found: list[Rule] = []
     for rule in rules:
@@ -94,7 +94,7 @@ def offset(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 def qk_norms() -> tuple[Rule, ...]:
-    """Norms of queries and keys per head: the same for all heads, so whole on every rank."""
+    """Return the rules of the norms of queries and keys per head. All heads share a norm, so it is whole on every rank."""
     return (
         norm("attention.q_layernorm", "self_attn.q_norm", "head"),
         norm("attention.k_layernorm", "self_attn.k_norm", "head"),
@@ -105,7 +105,7 @@ PRE_NORMS = (norm("input_layernorm", "input_layernorm"), norm("post_layernorm", 
 
 
 def final() -> tuple[Rule, ...]:
-    """The last norm and the head, of its own or tied to the embedding."""
+    """Return the rules of the last norm and of the head, separate or tied to the embedding."""
     head = "lm_head.weight"
     return (
         Rule("transformer.ln_f.weight", (Part("model.norm.weight", ("hidden",)),), Where.LAST_STAGE),
@@ -120,7 +120,7 @@ def final() -> tuple[Rule, ...]:
 
 
 def experts(router: str, expert: str, up: str, gate: str, down: str) -> tuple[Rule, ...]:
-    """Router in float32 and stacked experts; `expert` holds {expert}."""
+    """Return the rules of the router, in float32, and of the stacked experts. The prefix `expert` holds {expert}."""
     return (
         Rule(TARGET + "mlp.router.weight", (Part(SOURCE + router + ".weight", ("experts", "hidden")),), dtype="F32"),
         Rule(
@@ -152,7 +152,7 @@ NO_WINDOWS = {
     "layer_types": PassedOver(_WINDOW),
     "sliding_window_pattern": PassedOver(_WINDOW, None),
 }
-"""Families whose modeling code knows no windows: a warning where config.json asks for one."""
+"""Window keys of families without windows: a warning where config.json sets one."""
 NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
-"""Families that do not know Gemma's second name of the activation."""
+"""Gemma's second name of the activation, in families that do not read it."""

@@ -37,7 +37,7 @@ _LATER = {
     "sliding_window": 4096,
     "layer_types": None,
 }
-"""Gemma 2 and 3."""
+"""Defaults of Gemma 2 and 3."""
 _DERIVED = {
     "embedding_multiplier": ("sqrt", "hidden_size"),
     "attn_bias": ("is", "attention_bias"),

@@ -13,7 +13,7 @@ ALWAYS_USED = {
     "layer_types": PassedOver("all layers have the window, or none"),
     "sliding_window_pattern": PassedOver("all layers have the window, or none"),
 }
-"""Mistral, Mixtral, Phi-3: the window is that of all layers."""
+"""Window keys of Mistral, Mixtral and Phi-3, where all layers have the window of sliding_window."""
 
 MISTRAL = Family(
     name="mistral",

@@ -1,6 +1,6 @@
 """Phi-3: queries, keys and values fused in one source tensor, gate and up in another.
 
-TensorRT-LLM keeps the second fusion, with the halves the other way round: each rank's `mlp.fc` is its part of up, then of gate.
+TensorRT-LLM keeps the second fusion, with swapped halves: `mlp.fc` of a rank is its part of up, then its part of gate.
 """
 
 from __future__ import annotations

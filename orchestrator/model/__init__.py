@@ -1,1 +1,1 @@
-"""What a model is and how it is cut: config, topology, number formats, rules, targets, the map of weights."""
+"""A model and its split over ranks: config, topology, number formats, rules, targets, weight map."""

@@ -1,4 +1,4 @@
-"""What a source checkpoint holds, known from its headers alone."""
+"""Index of a source checkpoint, read from its headers alone."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ class SourceFile:
     """One file of weights."""
 
     name: str
-    """Relative to the checkpoint's folder."""
+    """Path relative to the checkpoint's folder."""
     num_bytes: int
     identity: str
-    """Changes whenever the content may have changed; says nothing of the place. Readers define it."""
+    """Text that changes whenever the content may have changed, whatever the location. Readers define it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A block of a tensor, its elements in C order without gaps in one file."""
+    """A block of a tensor, in one file, in C order without gaps."""
 
     file: int
     """Index into CheckpointIndex.files."""
     offset: int
-    """First byte, from the start of the file."""
+    """Offset of the first byte in the file."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """How a tensor is put together, for formats that do not store it as one run of its elements."""
+    """Assembly of a tensor from pieces, for formats that do not store it as one run of its elements."""
 
     pieces: tuple[Piece, ...]
     axis: int = 0
-    """Along which the pieces are joined, 0 or 1."""
+    """Axis along which the pieces are joined, 0 or 1."""
     paired_rows: int = 0
-    """Rows of one attention head where the source stores the two halves of a head row by row in turn; 0: rows lie in order."""
+    """Rows of an attention head whose two halves the source stores interleaved; 0: rows are in order."""
     encoding: str = ""
-    """The format's own name for the pieces' elements; empty: they are of the tensor's dtype."""
+    """Name of the pieces' element type in the source format; empty: the tensor's dtype."""
     add: float = 0.0
-    """Added to every element, of a tensor in float32: takes off what another format stores added."""
+    """Number added to every element of a float32 tensor. Undoes an addition that the source format stores."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: where its bytes lie and what they mean."""
+    """One source tensor: dtype, shape and location."""
 
     name: str
     dtype: str
@@ -58,17 +58,17 @@ class TensorInfo:
     file: int
     """Index into CheckpointIndex.files."""
     offset: int
-    """First byte, from the start of the file."""
+    """Offset of the first byte in the file."""
     num_bytes: int
     assembly: Annotated[Assembly | None, Field(exclude_if=lambda value: value is None)] = None
-    """None: one run of `num_bytes` at `offset`; then it is left out of options, whose digests stay those of old plans."""
+    """Assembly from pieces; None: one run of `num_bytes` at `offset`. None is not serialized, which keeps digests of old plans."""
 
     def files(self) -> set[int]:
-        """Numbers of the files that hold its bytes."""
+        """Return the indices of the files that hold the tensor."""
         return {self.file} if self.assembly is None else {piece.file for piece in self.assembly.pieces}
 
     def renumbered(self, position: Mapping[int, int]) -> TensorInfo:
-        """The same tensor where file number n is called position[n]."""
+        """Return the same tensor with every file index n replaced by position[n]."""
         if self.assembly is None:
             return replace(self, file=position[self.file])
         pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)
@@ -81,17 +81,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint, and its config."""
+    """Tensors, files and config of a checkpoint."""
 
     format: str
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The source's own config.json, undecoded."""
+    """config.json of the source, undecoded."""
     warnings: tuple[str, ...] = ()
-    """What a user should know of the source, e.g. a second set of weights that is passed over."""
+    """Warnings for the user, e.g. of a second set of weights that is not read."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, headers excluded."""
+        """Size of all tensors, without headers."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())

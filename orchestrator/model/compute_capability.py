@@ -1,7 +1,7 @@
-"""Which GPUs have the number formats that a quantized model is stored in.
+"""GPUs that support the number formats of a quantized model.
 
-The limits are those of TensorRT-RTX 1.7, as tried with whole models on every capability that it builds for: below them the
-build fails with "HW-specific datatypes", after the conversion. They are also NVIDIA's own for the hardware.
+The limits were measured with TensorRT-RTX 1.7 and whole models on every capability that it builds for: below them the build
+fails after the conversion, with "HW-specific datatypes". They agree with NVIDIA's specifications of the hardware.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _INSTEAD = {
     _ADA: "W4A16_AWQ or W8A8_SQ_PER_CHANNEL",
     _BLACKWELL: "FP8 or W4A16_AWQ",
 }
-"""What older GPUs can hold."""
+"""Algorithms to use on GPUs below each capability."""
 
 
 def check_target(quantization: ModelQuantization | None, compute_capabilities: Sequence[str]) -> None:
-    """Check that every GPU an engine is built for has the model's number formats; no capabilities: the library's own choice.
+    """Check that every target GPU supports the model's number formats. Empty capabilities: the library's own choice.
 
-    Raises QuantizationError with what to leave out or choose instead, SpecError for a capability that is none.
+    Raises QuantizationError for a GPU that does not, with alternatives, and SpecError for a malformed capability.
     """
     targets = {text: parse(text) for text in compute_capabilities}
     for what, least, instead in _needs(quantization) if quantization else ():
@@ -54,7 +54,7 @@ def check_target(quantization: ModelQuantization | None, compute_capabilities: S
 
 
 def parse(text: str) -> Capability:
-    """(8, 9) of 8.9, sm89 or SM_89. Raises SpecError."""
+    """Return (8, 9) for 8.9, sm89 or SM_89. Raises SpecError for any other text."""
     digits = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", text.lower())
     if digits is None:
         raise SpecError(f"engine.compute_capabilities: {text!r} is no compute capability", "Write them as 8.9 or 12.0.")
@@ -62,7 +62,7 @@ def parse(text: str) -> Capability:
 
 
 def _needs(quantization: ModelQuantization) -> list[tuple[str, Capability, str]]:
-    """(what, the least capability, what to use instead), of every format of the model."""
+    """Return (format, least capability, alternative) for every format of the model."""
     formats = [(fmt.algorithm, _least(fmt)) for fmt in quantization.formats()]
     found = [(algorithm, least, _INSTEAD[least]) for algorithm, least in formats if least != _ANY]
     if quantization.kv_cache == "FP8":

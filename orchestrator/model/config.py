@@ -1,6 +1,6 @@
-"""The shape of a decoder model, in TensorRT-LLM's terms (`PretrainedConfig` of TensorRT-LLM 0.16), global, never per rank.
+"""Config of a decoder model, in TensorRT-LLM's terms (`PretrainedConfig` of TensorRT-LLM 0.16). Sizes are global, never per rank.
 
-Everything that a rank's network and weights follow from stands here as data; what tells families apart is values, not code.
+It determines the network and the weights of every rank. Families differ in its values, not in code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.model.config_keys import Keys, check_keys, shown
 from orchestrator.model.config_rotary import rotary
 from orchestrator.model.config_sizes import check_sizes
 from orchestrator.model.config_table import SWIGLU, ExpertTable
-from orchestrator.model.config_table import ConfigTable as ConfigTable  # read from here by name
+from orchestrator.model.config_table import ConfigTable as ConfigTable  # re-exported
 from orchestrator.model.config_windows import windows
 from orchestrator.model.quantization import ModelQuantization, quantization_config
 from orchestrator.model.topology import ParallelLimits, Topology
@@ -29,20 +29,20 @@ class MoeConfig(BaseModel):
     num_experts: int = Field(ge=1)
     top_k: int = Field(ge=1)
     normalization_mode: int = 1
-    """1: the chosen experts' probabilities are scaled to sum to one; 0: they are not."""
+    """1: scale the chosen experts' probabilities to sum to one; 0: do not."""
     shared_expert_intermediate_size: int = 0
-    """0: no shared expert."""
+    """Intermediate size of the shared expert; 0: there is none."""
 
 
 class ModelConfig(BaseModel):
-    """What a rank's network and its weights follow from."""
+    """Config of a decoder model, which determines the network and the weights of every rank."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     architecture: str
     dtype: Literal["float16", "bfloat16", "float32"]
     vocab_size: int = Field(ge=1)
-    """Unpadded."""
+    """Vocabulary size, without padding."""
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
@@ -52,46 +52,46 @@ class ModelConfig(BaseModel):
     hidden_act: str
     norm_epsilon: float
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Norms before attention and MLP, after them (OLMo 2), or both (Gemma 2 and 3)."""
+    """Position of the norms: before attention and MLP, after them (OLMo 2), or both (Gemma 2 and 3)."""
     max_position_embeddings: int = Field(ge=1)
     rotary_base: float
     rotary_scaling: dict[str, Any] | None = None
-    """Hugging Face's dictionary, complete for its rope_type and without the base; None: plain rotary embedding."""
+    """Hugging Face's dictionary, with all keys of its rope_type and without the base; None: plain rotary embedding."""
     rotary_base_local: float | None = None
-    """Of the layers with a window, unscaled, where it differs (Gemma 3)."""
+    """Rotary base of the layers with a window, which are not scaled (Gemma 3); None: rotary_base."""
     rotary_embedding_dim: int | None = None
-    """Leading elements of a head that are rotated; None: all."""
+    """Number of leading elements of a head that are rotated; None: all."""
     sliding_window: int | None = None
-    """A token attends to this many positions, itself included; None: to all before it."""
+    """Number of positions that a token attends to, itself included; None: all before it."""
     window_layers: tuple[bool, ...] | None = None
-    """Which layers have the window; None: all, if there is one."""
+    """For each layer, whether it has the window; None: all layers have it, if sliding_window is set."""
     attn_bias: bool = False
-    """Of queries, keys and values."""
+    """Whether queries, keys and values have biases."""
     attn_dense_bias: bool = False
     mlp_bias: bool = False
     exact_norms: bool = False
-    """Norms' weights stand a second time in the rank files, in float32 (`..._float32`), and the graph reads those. Families whose
-    norms scale by weight + 1 have them: rounded to bfloat16, as TensorRT-LLM stores it, the sum loses up to 2 ** -8 of it."""
+    """Store a float32 copy (`..._float32`) of each norm in the rank files, which the graph reads. For families whose norms scale by
+    weight + 1: rounding the sum to bfloat16, as TensorRT-LLM's format does, loses up to 2 ** -8 of it."""
     qk_layernorm: Literal["none", "head", "full"] = "none"
     """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
     attention_scale: float | None = None
-    """None: head_size ** -0.5."""
+    """Factor of the attention scores; None: head_size ** -0.5."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    """Logits are divided by it."""
+    """Divisor of the logits."""
     tie_word_embeddings: bool = False
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
-    """With use_parallel_embedding: 0 by vocabulary (padded), 1 by hidden size."""
+    """Axis of the split embedding, with use_parallel_embedding. 0: vocabulary (padded); 1: hidden size."""
     moe: MoeConfig | None = None
     moe_intermediate_size: int | None = None
-    """Of each expert; None: intermediate_size."""
+    """Intermediate size of an expert; None: intermediate_size."""
 
     def limits(self) -> ParallelLimits:
-        """The numbers that decide which topologies are legal."""
+        """Return the numbers that decide which topologies are legal."""
         experts = self.moe.num_experts if self.moe else 0
         return ParallelLimits(
             self.num_hidden_layers,
@@ -103,7 +103,7 @@ class ModelConfig(BaseModel):
         )
 
     def _dense_size(self) -> int:
-        """The intermediate size that all tp ranks share: of the MLP, or of the shared expert beside experts."""
+        """Return the intermediate size that is split over all tp ranks: of the MLP, or of the shared expert of an MoE layer."""
         if self.moe is None:
             return self.intermediate_size
         return self.moe.shared_expert_intermediate_size
@@ -114,7 +114,7 @@ class ModelConfig(BaseModel):
         return self.moe_intermediate_size or self.intermediate_size
 
     def dims(self) -> dict[str, int]:
-        """The sizes that rules name in their shapes."""
+        """Return the sizes that rules name in their shapes."""
         moe = self.moe
         return {
             "hidden": self.hidden_size,
@@ -131,20 +131,20 @@ class ModelConfig(BaseModel):
 
     @property
     def trained_length(self) -> int:
-        """Positions of the texts that the model was trained on, before its rotary scaling."""
+        """Longest text in training, in positions, before rotary scaling."""
         scaling = self.rotary_scaling or {}
         # Dynamic scaling counts from the model's positions, whatever else its dictionary holds (transformers 5).
         original = None if scaling.get("rope_type") == "dynamic" else scaling.get("original_max_position_embeddings")
         return int(original or self.max_position_embeddings)
 
     def rotary_depends_on_length(self, length: int) -> bool:
-        """Whether a text of up to `length` positions may need other frequencies than a short one."""
+        """Whether a text of up to `length` positions may need other rotary frequencies than a short text."""
         kind = (self.rotary_scaling or {}).get("rope_type")
         return kind in ("longrope", "dynamic") and length > self.trained_length
 
     @property
     def max_positions(self) -> int:
-        """Positions that the model may be used with: its own, or those that its rotary scaling stretches the trained ones to."""
+        """Largest number of positions: max_position_embeddings, or the trained length times the rotary factor if that is more."""
         scaling = self.rotary_scaling or {}
         stretched = 0
         if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
@@ -152,15 +152,15 @@ class ModelConfig(BaseModel):
         return max(self.max_position_embeddings, stretched)
 
     def has_window(self, layer: int) -> bool:
-        """Whether a global layer attends through the window only."""
+        """Whether a layer (global number) has the window."""
         return self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
 
     def kv_heads_per_rank(self, tp: int) -> int:
-        """max(K / tp, 1): with more ranks than key/value heads each head is held by tp / K ranks."""
+        """Return max(K / tp, 1). With more ranks than key/value heads, tp / K ranks hold each head."""
         return max(self.num_key_value_heads // tp, 1)
 
     def padded_vocab_size(self, tp: int) -> int:
-        """ceil(V / tp) * tp, as TensorRT-LLM's `pad_vocab_size`."""
+        """Return ceil(V / tp) * tp, as TensorRT-LLM's `pad_vocab_size`."""
         return -(-self.vocab_size // tp) * tp
 
 
@@ -174,9 +174,9 @@ TRANSFORMS: dict[str, Callable[[float], float]] = {
 def from_hugging_face(
     config: Mapping[str, Any], architecture: str, dtype: str, table: ConfigTable, ignored: frozenset[str] = frozenset()
 ) -> ModelConfig:
-    """Translate a Hugging Face config.json of transformers 4 or 5, as transformers 5 reads it. `ignored` keys are not looked at.
+    """Translate a Hugging Face config.json of transformers 4 or 5, as transformers 5 reads it. `ignored` keys are skipped.
 
-    Raises ArchitectureError naming the key that is missing, unknown, impossible or not built.
+    Raises ArchitectureError, which names the key, if a key is missing, unknown, impossible or not supported.
     """
     check_sizes(config, f"config.json of {architecture}")
     check_keys(config, architecture, table, ignored)
@@ -216,7 +216,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
 
 
 def _quotient(keys: Keys, heads: int) -> int:
-    """The head size that follows from the others; transformers drops the remainder."""
+    """Return hidden_size // heads; transformers drops the remainder."""
     size = keys.count("hidden_size") // heads
     if not size:
         raise keys.error("num_attention_heads", f"is {heads}, more than hidden_size")
@@ -235,7 +235,7 @@ def _derived(keys: Keys, transform: str, key: str) -> Any:
 
 
 def _experts(keys: Keys) -> dict[str, Any]:
-    """moe and moe_intermediate_size."""
+    """Return moe and moe_intermediate_size of ModelConfig."""
     table = keys.table.experts
     if table is None:
         return {}
@@ -258,7 +258,7 @@ def _experts(keys: Keys) -> dict[str, Any]:
 
 
 def _name_of_count(keys: Keys, table: ExpertTable) -> str:
-    """The key that counts the experts: transformers knows one by two names in some families, and saves either."""
+    """Return the key of the number of experts: in some families transformers has two names for it, and saves either."""
     if table.alias is None or table.alias not in keys.given:
         return table.count
     if table.count in keys.given and keys.get(table.count) != keys.get(table.alias):
@@ -267,10 +267,10 @@ def _name_of_count(keys: Keys, table: ExpertTable) -> str:
 
 
 def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> dict[str, Any]:
-    """config.json of a TensorRT-LLM checkpoint (field names and values as TensorRT-LLM 0.16 writes them).
+    """Return config.json of a TensorRT-LLM checkpoint, with field names and values of TensorRT-LLM 0.16.
 
-    Fields of ours that TensorRT-LLM has no name for are written only where they differ from their default: its reader sets
-    unknown keys with a warning.
+    Fields that TensorRT-LLM does not have are written only if they differ from their default, because its reader warns of
+    unknown keys.
     """
     mapping: dict[str, Any] = {
         "world_size": topology.world_size, "gpus_per_node": 8,
@@ -308,7 +308,7 @@ _ALWAYS = {
 
 
 def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
-    """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's; keys that do not concern us are passed over.
+    """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's. Keys that ModelConfig does not have are skipped.
 
     Raises TopologyError for a mapping that contradicts itself, ValueError for values that no model can have.
     """
@@ -340,9 +340,9 @@ def _from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
 
 
 def _mapping(mapping: Mapping[str, Any], *, has_experts: bool) -> Topology:
-    """The topology of `mapping`: all keys (TensorRT-LLM's converter) or only world_size, tp_size and pp_size (Model Optimizer).
+    """Return the topology of `mapping`: all keys (TensorRT-LLM's converter) or world_size, tp_size and pp_size (Model Optimizer).
 
-    Without experts the moe sizes decide nothing, and versions differ in what they write there.
+    The moe sizes are ignored without experts, because versions differ in what they write there.
     """
     tp, pp, cp = (int(mapping.get(key) or 1) for key in ("tp_size", "pp_size", "cp_size"))
     moe_ep = int(mapping.get("moe_ep_size") or 1) if has_experts else 1
@@ -353,7 +353,7 @@ def _mapping(mapping: Mapping[str, Any], *, has_experts: bool) -> Topology:
     if world_size != topology.world_size:
         raise TopologyError(
             f"mapping of config.json: world_size {world_size} is not tp_size {tp} x pp_size {pp} x cp_size {cp}",
-            f"Set world_size to {topology.world_size}, or the sizes to those that the checkpoint was written with.",
+            f"Set world_size to {topology.world_size}, or the sizes to those of the checkpoint.",
         )
     if has_experts and moe_tp > 0 and moe_tp * topology.moe_ep != tp:
         legal = ", ".join(f"{tp // ep} x {ep}" for ep in range(1, tp + 1) if tp % ep == 0)

@@ -1,7 +1,7 @@
-"""Keys of config.json: which are known, which do not matter and why, and the values of the known ones, typed.
+"""Keys of config.json: known keys with typed values, and keys that do not matter, with the reason.
 
-A key that nobody here knows is refused by name: it may change what the model computes. To allow one, find out what it does:
-list it with its concern in DOES_NOT_MATTER, or with the only value that is built in MUST_BE, or give it a meaning in a family.
+Unknown keys are refused by name, because they may change what the model computes. To allow a key, find out what it does. Then
+list it in DOES_NOT_MATTER with its reason, or in MUST_BE with its only supported value, or give it a meaning in a family.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from orchestrator.base.errors import ArchitectureError
 from orchestrator.model.config_table import ConfigTable
 
 ROTARY_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-"""Read by config_rotary in every family, which holds their defaults."""
+"""Keys of the rotary embedding in every family. config_rotary reads them and holds their defaults."""
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""The size of the model. transformers has defaults for these too, but a config.json without them is not complete."""
+"""Required keys: the sizes of the model. transformers has defaults for them, but a config.json without them is incomplete."""
 _LARGEST = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "num_local_experts": 10_000, "num_experts": 10_000}
 
@@ -61,7 +61,7 @@ DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
     "another key says the same, and that one is read": ("sliding_window_size", "_sliding_window_pattern"),
     "marks of decoders, which all of these are": ("is_decoder",),
 }  # fmt: skip
-"""Concern and reason -> keys."""
+"""Reason -> keys that do not change the logits."""
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
@@ -87,17 +87,17 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0,),
     "quantization_config": ({},),
 }
-"""Keys of switches that no family here has -> the values at which they change nothing. Null changes nothing either."""
+"""Switches that no family here supports -> the values that turn them off. Null turns them off too."""
 
 _IRRELEVANT = {key for keys in DOES_NOT_MATTER.values() for key in keys}
 
 
 def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
-    """Raises ArchitectureError that names every key that is unknown, and every switch that is not built."""
+    """Check that all keys are known and no unsupported switch is on. Raises ArchitectureError, which names the keys."""
     kind = config.get("model_type")
     if "model_type" in config and "model_type" not in ignored and table.model_types and kind not in table.model_types:
         raise ArchitectureError(
-            f"model_type in config.json of {architecture} is {kind!r}: transformers would load another model",
+            f"model_type in config.json of {architecture} is {kind!r}, with which transformers loads another model",
             f"The model_type of {architecture} is {', '.join(table.model_types)}; set source.family if `architectures` is wrong.",
         )
     known = {*table.defaults, *table.passed_over, *ROTARY_KEYS, *REQUIRED, table.experts and table.experts.alias}
@@ -109,7 +109,7 @@ def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable,
             if value not in MUST_BE[key]:
                 raise ArchitectureError(
                     f"{key} in config.json of {architecture} is {shown(value)}, which this family does not have",
-                    f"Built is {key}: {shown(MUST_BE[key][0])}. If the model does not depend on it, remove it from config.json.",
+                    f"Supported is {key}: {shown(MUST_BE[key][0])}. If the model does not depend on it, remove the key.",
                 )
         elif key not in _IRRELEVANT:
             unknown.append(key)
@@ -122,7 +122,7 @@ def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable,
 
 
 def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigTable) -> tuple[str, ...]:
-    """Warnings: keys that are not built because transformers does not read it, and what is built although in doubt."""
+    """Return warnings for keys that are skipped because transformers does not read them, and for values of doubtful meaning."""
     found = [
         f"{key} {shown(config[key])} in config.json of {architecture} is passed over, as transformers does: {passed.why}"
         for key, passed in table.passed_over.items()
@@ -138,33 +138,33 @@ def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigT
 
 
 def shown(value: Any) -> str:
-    """The value for a message, cut short."""
+    """Return the value for a message, shortened."""
     return shorten(repr(value))
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """The text, or its beginning."""
+    """Return the text, cut to `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class Keys:
-    """The keys of one config.json over the family's defaults, read with their types. Raises ArchitectureError naming the key."""
+    """Typed values of one config.json over the family's defaults. Raises ArchitectureError, which names the key."""
 
     def __init__(self, config: Mapping[str, Any], architecture: str, table: ConfigTable) -> None:
         self.given, self.architecture, self.table = config, architecture, table
         for key in (*table.defaults, *REQUIRED):
             if key in config and config[key] is None and key not in table.nullable:
-                raise self.error(key, "is null, which transformers does not take there", "Remove the key, or give it a value.")
+                raise self.error(key, "is null, which transformers does not accept", "Remove the key, or give it a value.")
         self._values = {**table.defaults, **config}
 
     def error(
         self, key: str, problem: str, advice: str = "Use the config.json that was published with the model."
     ) -> ArchitectureError:
-        """The error for `key`, to be raised."""
+        """Return the error for `key`."""
         return ArchitectureError(f"{key} in config.json of {self.architecture} {problem}", advice)
 
     def get(self, key: str) -> Any:
-        """The value, the family's default where config.json omits it, or None."""
+        """Return the value, else the family's default, else None."""
         return self._values.get(key)
 
     def count(self, key: str, least: int = 1) -> int:
@@ -198,7 +198,7 @@ class Keys:
 
 
 def number(value: Any, where: str) -> float:
-    """A finite number. Raises ArchitectureError naming `where`."""
+    """Return `value` as a finite float. Raises ArchitectureError, which names `where`, if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ArchitectureError(f"{where} is {shown(value)}, not a number")
     return float(value)

@@ -1,7 +1,7 @@
-"""The rotary embedding as config.json describes it: transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+"""Rotary embedding of config.json: transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
 
-Precedence is transformers': `rope_scaling`, unless empty, replaces `rope_parameters`; a base within it comes before
-`rope_theta`. Dictionaries are complete when they leave here: what a formula needs is there, and of the right type.
+Precedence as in transformers: `rope_scaling`, unless empty, replaces `rope_parameters`; a base in the dictionary comes before
+`rope_theta`. Returned dictionaries hold every value that the formula needs, with its type checked.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ _OPTIONAL_NUMBERS = {
 _LISTS = {"longrope": ("short_factor", "long_factor")}
 _FLAGS = {"yarn": ("truncate",)}
 _TRAINED = ("llama3", "yarn", "longrope")
-"""Kinds that need the length that the model was trained with."""
+"""Kinds that need the trained length."""
 _ORIGINAL = "original_max_position_embeddings"
 _OF_NO_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"}
-"""Keys that may stand in every dictionary; `finetuned` says how the model was trained."""
+"""Keys allowed with every kind. `finetuned` records how the model was trained."""
 _OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS) for names in table.values() for name in names}
-"""transformers passes over those of another kind than the dictionary's."""
+"""Keys of particular kinds. transformers ignores keys of other kinds than the dictionary's."""
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
-    """rotary_base, rotary_scaling, rotary_base_local and rotary_embedding_dim of ModelConfig. Raises ArchitectureError."""
+    """Return rotary_base, rotary_scaling, rotary_base_local and rotary_embedding_dim of ModelConfig.
+
+    Raises ArchitectureError for a kind, key or value that is not supported.
+    """
     table = keys.table.rotary
     found = _by_layer_kind(keys) if table.local_theta is not None else (_given(keys), None)
     parameters, local = found
@@ -48,7 +51,7 @@ def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
     made: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
     if local is not None:
         if _kind(local, table, where) != "default":
-            raise ArchitectureError(f"{where} scales the layers with a window", "Built is rope_type default there.")
+            raise ArchitectureError(f"{where} scales the layers with a window", "Supported there is rope_type default.")
         made["rotary_base_local"] = _base(local, keys, "rope_local_base_freq", table.local_theta or 0.0)
     made["rotary_embedding_dim"] = None if dim == head_size else dim
     return made
@@ -71,7 +74,7 @@ def _given(keys: Keys) -> dict[str, Any]:
 
 
 def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rotary parameters of the layers that see everything, and of those with a window (Gemma 3)."""
+    """Return the rotary parameters of the layers with full attention, and of the layers with a window (Gemma 3)."""
     where = _where(keys)
     nested = _dictionary(keys.given.get("rope_parameters") or {}, where)
     stray = sorted(set(nested) - _KINDS_OF_LAYERS)
@@ -88,7 +91,7 @@ def _base(parameters: Mapping[str, Any], keys: Keys, key: str, default: float) -
     value = parameters["rope_theta"] if "rope_theta" in parameters else keys.given.get(key, default)
     found = number(value, f"{key} in config.json of {keys.architecture}")
     if found <= 1:
-        raise keys.error(key, f"is {shown(value)}: frequencies would not fall")
+        raise keys.error(key, f"is {shown(value)}: frequencies would not decrease")
     return found
 
 
@@ -104,12 +107,12 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
 
 
 def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int) -> int:
-    """Leading elements of a head that are rotated."""
+    """Return the number of leading elements of a head that are rotated."""
     given = [place["partial_rotary_factor"] for place in (parameters, keys.given) if place.get("partial_rotary_factor") is not None]
     factors = {number(value, f"partial_rotary_factor in config.json of {keys.architecture}") for value in given} or {1.0}
     if not keys.table.rotary.partial:
         if kind != "default" and factors != {1.0}:
-            raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family cannot", "Remove it.")
+            raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family does not", "Remove it.")
         return head_size
     if len(factors) > 1:
         raise keys.error("partial_rotary_factor", f"has two values, {sorted(factors)}", "Leave one of them.")
@@ -121,7 +124,7 @@ def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: in
 
 
 def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> dict[str, Any]:
-    """The dictionary, complete for its kind."""
+    """Return rotary_scaling with all keys of its kind."""
     where = _where(keys)
     found: dict[str, Any] = {"rope_type": kind}
     for name in (*_NUMBERS.get(kind, ()), *_LISTS.get(kind, ())):
@@ -158,12 +161,12 @@ def _positive(value: Any, where: str) -> float:
 def _factors(value: Any, name: str, where: str, length: int) -> list[float]:
     if not isinstance(value, list) or len(value) != length:
         what = f"has {len(value)} entries" if isinstance(value, list) else f"is {shown(value)}"
-        raise ArchitectureError(f"{name} of {where} {what}, not {length} numbers: one for each rotated pair")
+        raise ArchitectureError(f"{name} of {where} {what}, not {length} numbers, one per rotated pair")
     return [_positive(item, f"{name} of {where}") for item in value]
 
 
 def _original(parameters: Mapping[str, Any], keys: Keys) -> int:
-    """The trained length: the key of config.json itself comes before the dictionary's, then the model's positions."""
+    """Return the trained length: the key of config.json, else the dictionary's, else max_position_embeddings."""
     if keys.get(_ORIGINAL) is not None:
         return keys.count(_ORIGINAL)
     if _ORIGINAL not in parameters:

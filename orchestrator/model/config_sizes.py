@@ -1,4 +1,4 @@
-"""Bounds of the numbers of config.json."""
+"""Bounds of the numbers in config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_OF_ANYTHING = 2**40
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers that no model has, before anything counts to them. Raises ArchitectureError."""
+    """Refuse numbers that no model has, before any loop runs up to them. Raises ArchitectureError."""
     for key, value in config.items():
         if isinstance(value, (int, float)) and not abs(value) <= _MOST.get(key, _MOST_OF_ANYTHING):
             raise ArchitectureError(

@@ -1,7 +1,7 @@
-"""The vocabulary in which a family says how its config.json is read. Data only.
+"""Tables by which a family's config.json is read. Data only.
 
-Defaults, precedence and the meaning of null are those of transformers 5.14: of the family's config class, and of its modeling
-code where the class leaves something open.
+Defaults, precedence and the meaning of null are those of transformers 5.14: from the family's config class, or from its modeling
+code where the class leaves them open.
 """
 
 from __future__ import annotations
@@ -11,77 +11,77 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ALL_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""Kinds of rotary embedding that there are formulas for."""
+"""Supported kinds of rotary embedding."""
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new")
-"""Activations that the networks have operators for."""
+"""Activations that the networks support."""
 SWIGLU = "swiglu"
-"""TensorRT-LLM's name of a SiLU whose factor comes from the same linear: `mlp.fc` joins up and gate, in this order, and there is
-no `mlp.gate`."""
+"""TensorRT-LLM's name of a gated SiLU with one fused linear: `mlp.fc` joins up and gate, in this order, and there is no
+`mlp.gate`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A key of config.json that transformers does not read in this family, although it means something in others."""
+    """A key of config.json that has a meaning in other families but that transformers does not read in this family."""
 
     why: str
     quiet: tuple[Any, ...] | None = (None, False)
-    """Values that need no warning, for they ask for nothing; None: no value does."""
+    """Values without a warning, because they turn the feature off; None: no value needs a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """How the rotary embedding is read."""
+    """Table by which the rotary embedding is read."""
 
     theta: float = 10000.0
-    """Base where config.json gives none."""
+    """Default base."""
     local_theta: float | None = None
-    """Base of the layers with a window where config.json gives none; None: all layers share one base."""
+    """Default base of the layers with a window; None: all layers share one base."""
     kinds: tuple[str, ...] = ALL_KINDS
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of kinds."""
+    """Alias -> kind."""
     partial: bool = False
     """Whether partial_rotary_factor is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTable:
-    """Under which keys a mixture of experts is described."""
+    """Keys that describe a mixture of experts."""
 
     count: str
     size: str
-    """Intermediate size of an expert."""
+    """Key of the intermediate size of an expert."""
     alias: str | None = None
-    """Second key of the count (transformers' attribute_map); config.json holds one of the two."""
+    """Second key of the count (transformers' attribute_map). config.json holds one of the two."""
     normalized: str | None = None
     """Key that decides whether the chosen probabilities are scaled to sum to one; None: always."""
     shared_size: str | None = None
-    """Intermediate size of the shared expert; None: there is none."""
+    """Key of the intermediate size of the shared expert; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigTable:
-    """How a family's config.json becomes a ModelConfig."""
+    """Table that turns a family's config.json into a ModelConfig."""
 
     model_types: tuple[str, ...] = ()
-    """Values of `model_type` by which transformers picks this family's classes; empty: not checked."""
+    """Values of `model_type` for which transformers picks this family's classes; empty: not checked."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Every key that means something to the family, and what its config class assumes where config.json omits it."""
+    """Every key that the family reads -> default of its config class."""
     nullable: frozenset[str] = frozenset()
-    """Keys that may be null: no value, which is not the same as an omitted key's default."""
+    """Keys that may be null, which means no value rather than the default."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that every model of the family has."""
+    """Fields of ModelConfig with the same value in every model of the family."""
     derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Field of ModelConfig -> (name in model_config.TRANSFORMS, key of config.json)."""
+    """Field of ModelConfig -> (name in model.config.TRANSFORMS, key of config.json)."""
     whole_heads: bool = False
-    """Whether hidden_size must be a multiple of num_attention_heads, even where head_dim is given."""
+    """Whether hidden_size must be a multiple of num_attention_heads even if head_dim is given."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})
-    """Its value -> hidden_act of ModelConfig."""
+    """Value of the activation -> hidden_act of ModelConfig."""
     windows: str = "none"
-    """Name in config_windows.WINDOW_RULES: which layers have a window."""
+    """Rule for the layers with a window, a name in config_windows.WINDOW_RULES."""
     rotary: RotaryTable = field(default_factory=RotaryTable)
     experts: ExpertTable | None = None
     passed_over: Mapping[str, PassedOver] = field(default_factory=dict)
     doubts: Mapping[tuple[str, Any], str] = field(default_factory=dict)
-    """(key, value) -> why transformers' reading of it, which is built, may not be what the authors meant."""
+    """(key, value) -> why transformers' reading, which is built, may not be what the model's authors meant."""

@@ -1,4 +1,4 @@
-"""Which layers attend through a window: the rules of the families' config classes and modeling code, by name."""
+"""Rules that choose the layers with a sliding window, from the config classes and modeling code of transformers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ def _none(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
 
 
 def _all(_keys: Keys, layers: int, window: int | None) -> list[bool]:
-    """Mistral, Mixtral, Phi-3, Qwen 3 MoE: one mask for all layers, with the window if there is one."""
+    """Mistral, Mixtral, Phi-3, Qwen 3 MoE: all layers have the window, if there is one."""
     return [window is not None] * layers
 
 
 def _from_max_window_layers(keys: Keys, layers: int, window: int | None) -> list[bool]:
-    """Qwen 2 and 3: the first max_window_layers layers see everything."""
+    """Qwen 2 and 3: all layers but the first max_window_layers have the window."""
     first = keys.count("max_window_layers", 0)
     return [window is not None and layer >= first for layer in range(layers)]
 
 
 def _even_below_max_window_layers(keys: Keys, layers: int, _window: int | None) -> list[bool]:
-    """Qwen 2 MoE: every other of the first max_window_layers layers."""
+    """Qwen 2 MoE: every other of the first max_window_layers layers has the window."""
     last = keys.count("max_window_layers", 0)
     return [keys.flag("use_sliding_window") and layer % 2 == 0 and layer < last for layer in range(layers)]
 
 
 def _every_other(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
-    """Gemma 2: whatever sliding_window_pattern may say."""
+    """Gemma 2: every other layer has the window; sliding_window_pattern is ignored."""
     return [layer % 2 == 0 for layer in range(layers)]
 
 
 def _pattern(keys: Keys, layers: int, _window: int | None) -> list[bool]:
-    """Gemma 3: every sliding_window_pattern-th layer sees everything."""
+    """Gemma 3: all layers but every sliding_window_pattern-th have the window."""
     pattern = keys.count("sliding_window_pattern")
     return [(layer + 1) % pattern != 0 for layer in range(layers)]
 
@@ -54,7 +54,7 @@ WINDOW_RULES: dict[str, Rule] = {
 
 
 def windows(keys: Keys, layers: int) -> dict[str, Any]:
-    """sliding_window and window_layers of ModelConfig. Raises ArchitectureError."""
+    """Return sliding_window and window_layers of ModelConfig. Raises ArchitectureError for keys that contradict each other."""
     table = keys.table
     if table.windows == "none":
         _check_kinds(keys, layers)
@@ -66,14 +66,14 @@ def windows(keys: Keys, layers: int) -> dict[str, Any]:
     chosen = [kind == WINDOW for kind in kinds or ()] if listed else WINDOW_RULES[table.windows](keys, layers, window)
     if any(chosen) and window is None:
         what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
-        raise keys.error(what, "gives layers a window, and there is no sliding_window", "Set sliding_window, or give no layer one.")
+        raise keys.error(what, "gives layers a window, but sliding_window is missing", "Set sliding_window, or give no layer one.")
     if not any(chosen):
         return {"sliding_window": None}
     return {"sliding_window": window, "window_layers": None if all(chosen) else tuple(chosen)}
 
 
 def _check_kinds(keys: Keys, layers: int) -> list[str] | None:
-    """layer_types, also of families that do not read it: transformers checks it in all of them."""
+    """Return layer_types; None: missing. It is checked in families that do not read it too, as in transformers."""
     kinds = keys.get("layer_types")
     if kinds is None:
         return None

@@ -1,7 +1,7 @@
-"""How a quantized linear is stored: formats of weights and activations as values, evaluated on shapes alone.
+"""Storage formats of quantized linears: weights, activations and scales, evaluated on shapes alone.
 
-Names, shapes and dtypes are those of TensorRT-LLM's checkpoints as Model Optimizer 0.47 exports them. What the numbers are
-(scales, packing) is the business of `quantizers`; how a graph uses them, of `networks`.
+Names, shapes and dtypes are those of TensorRT-LLM's checkpoints as Model Optimizer 0.47 exports them. `quantizers` computes the
+scales and packs the weights; `networks` uses them in graphs.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LINEARS = (
     "mlp.shared_expert.fc",
     "mlp.shared_expert.proj",
 )
-"""What may be quantized of a layer. Embedding, head, router and norms never are, as in TensorRT-LLM's default exclusions."""
+"""Linears of a layer that may be quantized. Embedding, head, router and norms never are, as in TensorRT-LLM's defaults."""
 ALWAYS_EXCLUDED = ("lm_head", "*router", "*vocab_embedding", "*shared_expert_gate")
 
 
 class WeightFormat(StrEnum):
-    """How the elements of a weight are stored."""
+    """Storage format of a weight."""
 
     INT8_CHANNEL = "int8_channel"
-    """One scale per output row."""
+    """INT8 with a scale per output row."""
     INT4_BLOCK = "int4_block"
-    """One scale per block along the input features; two rows per byte."""
+    """INT4, two rows per byte, with a scale per block of input features."""
     INT4_BLOCK_FP8 = "int4_block_fp8"
-    """The same, and dequantized into FP8 with one more scale per tensor."""
+    """INT4_BLOCK that is dequantized into FP8, with one more scale per tensor."""
     FP8_TENSOR = "fp8_tensor"
     FP8_CHANNEL = "fp8_channel"
     NVFP4 = "nvfp4"
@@ -51,16 +51,16 @@ class WeightFormat(StrEnum):
 
 
 class ActivationFormat(StrEnum):
-    """How the input of a quantized linear is rounded before the product."""
+    """Number format to which the input of a quantized linear is rounded."""
 
     NONE = "none"
     INT8_TENSOR = "int8_tensor"
-    """Static, one calibrated scale."""
+    """INT8 with one calibrated scale."""
     FP8_TENSOR = "fp8_tensor"
     FP8_TOKEN = "fp8_token"  # noqa: S105 - tokens of text
-    """A scale per token, computed at run time."""
+    """FP8 with a scale per token, computed at run time."""
     NVFP4 = "nvfp4"
-    """Block scales at run time under a calibrated scale per tensor."""
+    """E2M1 with block scales computed at run time and a calibrated scale per tensor."""
     MXFP8 = "mxfp8"
 
 
@@ -69,39 +69,39 @@ class _Value(BaseModel):
 
 
 class LinearFormat(_Value):
-    """Everything that the storage and the graph of a quantized linear follow from."""
+    """Format of a quantized linear, which determines its storage and its graph."""
 
     algorithm: str
     """QuantAlgo of TensorRT-LLM, e.g. W4A16_AWQ."""
     weight: WeightFormat
     activation: ActivationFormat = ActivationFormat.NONE
     block_size: int = 0
-    """Input features that share a scale; 0: not blockwise. `group_size` in TensorRT-LLM."""
+    """Input features per scale; 0: not blockwise. `group_size` in TensorRT-LLM."""
     pre_quant_scale: bool = False
-    """The input is first multiplied by a vector, by whose inverse the weight was multiplied (AWQ, SmoothQuant)."""
+    """Whether the input is first multiplied by a vector whose inverse was multiplied into the weight (AWQ, SmoothQuant)."""
     activation_limit: float | None = None
-    """FP8_TOKEN only: absolute values above it do not raise the scale (Meta's recipe)."""
+    """For FP8_TOKEN: bound of the absolute values that determine the scale (Meta's recipe)."""
     fuse_gate: bool = False
-    """mlp.fc and mlp.gate share their per-tensor scales, as Model Optimizer's exporter does for FP8 and NVFP4."""
+    """Whether mlp.fc and mlp.gate share their per-tensor scales, as in Model Optimizer's exports of FP8 and NVFP4."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleTensor:
-    """A tensor that stands beside a quantized weight."""
+    """A scale tensor of a quantized weight."""
 
     suffix: str
-    """Of its name, after the linear's."""
+    """Part of the name after the linear's name."""
     dtype: str
     """safetensors' name."""
     shape: tuple[int, ...]
     origin: Literal["weight", "weight_amax", "input_amax", "pre_quant_scale"]
-    """weight: computed from the elements while they are packed; the others: a quantity of the calibration artifact."""
+    """Source of the scale. weight: computed while the elements are packed; others: quantities of the calibration artifact."""
     divisor: float = 1.0
-    """An amax becomes a scale by this."""
+    """Divisor that turns an amax into a scale."""
 
 
 def packed(fmt: LinearFormat, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """(dtype, shape) in which a weight of `size` (out, in) is stored."""
+    """Return the dtype and shape in which a weight of `size` (out, in) is stored."""
     out, inner = size
     match fmt.weight:
         case WeightFormat.INT8_CHANNEL:
@@ -115,7 +115,7 @@ def packed(fmt: LinearFormat, size: tuple[int, int]) -> tuple[str, tuple[int, in
 
 
 def scale_tensors(fmt: LinearFormat, size: tuple[int, int], model_dtype: str) -> tuple[ScaleTensor, ...]:
-    """What stands beside a quantized weight of `size` (out, in); `model_dtype` is safetensors' name."""
+    """Return the scale tensors of a quantized weight of `size` (out, in). `model_dtype` is safetensors' name."""
     found = [*_weight_scales(fmt, size), *_activation_scales(fmt)]
     if fmt.pre_quant_scale:
         found.append(ScaleTensor("prequant_scaling_factor", model_dtype, (size[1],), "pre_quant_scale"))
@@ -160,29 +160,29 @@ def _activation_scales(fmt: LinearFormat) -> tuple[ScaleTensor, ...]:
 KvCacheFormat = Literal["INT8", "FP8"]
 KV_CACHE_MAX: dict[KvCacheFormat, float] = {"INT8": 127.0, "FP8": FP8_MAX}
 KV_CACHE_SCALES = ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_scaling_factor")
-"""F32 [1] each, after `attention.`; the last is the larger of the two, for readers that know one scale only."""
+"""Scales of the KV cache, F32 [1] each, after `attention.`. The last is the larger of the two, for readers of a single scale."""
 
 MIXED_PRECISION = "MIXED_PRECISION"
 
 
 class ModelQuantization(_Value):
-    """Which linears of a model are stored in which format."""
+    """Formats of the linears and of the KV cache of a model."""
 
     algorithm: str | None
-    """QuantAlgo; MIXED_PRECISION when `layers` decides; None: only the KV cache is quantized."""
+    """QuantAlgo; MIXED_PRECISION: `layers` decides; None: only the KV cache is quantized."""
     linear: LinearFormat | None = None
-    """Of every linear that is neither excluded nor named in `layers`."""
+    """Format of every linear that is neither excluded nor named in `layers`."""
     exclude: tuple[str, ...] = ()
-    """Patterns as in fnmatch of names such as transformer.layers.7.mlp.proj (global layer numbers)."""
+    """fnmatch patterns of names such as transformer.layers.7.mlp.proj (global layer numbers)."""
     layers: dict[str, LinearFormat | None] = Field(default_factory=dict)
-    """MIXED_PRECISION: by name, as in `exclude`; a linear that is not listed keeps the model's precision."""
+    """For MIXED_PRECISION: name -> format, named as in `exclude`. A linear that is not listed keeps the model's dtype."""
     kv_cache: KvCacheFormat | None = None
     alpha: float | None = None
-    """SmoothQuant's, recorded in config.json."""
+    """Migration strength of SmoothQuant, recorded in config.json."""
     meta_recipe: bool = False
 
     def format_of(self, linear: str) -> LinearFormat | None:
-        """The format of a linear, e.g. transformer.layers.7.attention.qkv; None: the model's precision."""
+        """Return the format of a linear, e.g. transformer.layers.7.attention.qkv; None: not quantized."""
         if self.algorithm == MIXED_PRECISION:
             return self.layers.get(linear)
         if any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.exclude):
@@ -190,13 +190,13 @@ class ModelQuantization(_Value):
         return self.linear
 
     def formats(self) -> tuple[LinearFormat, ...]:
-        """Every format that occurs, without repetition."""
+        """Return the distinct formats of the linears."""
         found = [*([self.linear] if self.linear else []), *(item for item in self.layers.values() if item)]
         return tuple(dict.fromkeys(found))
 
 
 def linear_of(target: str) -> str | None:
-    """`...attention.qkv` of `transformer.layers.N.attention.qkv.weight`; None when the tensor is no quantizable weight."""
+    """Return `transformer.layers.N.attention.qkv` for the same with `.weight`; None: not a weight that may be quantized."""
     linear = target.removesuffix(".weight")
     if linear == target or not linear.startswith("transformer.layers."):
         return None
@@ -204,23 +204,23 @@ def linear_of(target: str) -> str | None:
 
 
 def global_name(linear: str, local: int, layer: int) -> str:
-    """A linear's name within its stage, with the layer's number in the whole model."""
+    """Replace the layer number within the stage, `local`, by the number in the whole model, `layer`."""
     return linear.replace(f"transformer.layers.{local}.", f"transformer.layers.{layer}.", 1)
 
 
 class CalibrationMethod(_Value):
-    """What Model Optimizer is asked for, in its own terms."""
+    """Calibration method, in Model Optimizer's terms."""
 
     method: Literal["max", "smoothquant", "awq_lite"]
-    """max collects every amax that any format needs, so formats that only need those share one calibration."""
+    """Name of the method. `max` collects every amax that any format needs, so formats that only need amax share a calibration."""
     alpha: float | None = None
-    """SmoothQuant: how much of the difficulty moves from activations to weights."""
+    """For SmoothQuant: migration strength from activations to weights."""
     alpha_step: float | None = None
-    """AWQ: step of the search over alpha from 0 to 1."""
+    """For AWQ: step of the search over alpha from 0 to 1."""
 
 
 def quantization_config(quantization: ModelQuantization | None) -> dict[str, Any]:
-    """The `quantization` block of config.json, with TensorRT-LLM's names and defaults."""
+    """Return the `quantization` block of config.json, with TensorRT-LLM's names and defaults."""
     block: dict[str, Any] = {
         "quant_algo": None, "kv_cache_quant_algo": None, "group_size": 128, "smoothquant_val": 0.5, "clamp_val": None,
         "use_meta_recipe": False, "has_zero_point": False, "pre_quant_scale": False, "exclude_modules": None,
@@ -242,7 +242,7 @@ def quantization_config(quantization: ModelQuantization | None) -> dict[str, Any
 
 
 def quant_cfg(quantization: ModelQuantization) -> dict[str, Any] | None:
-    """quant_cfg.json, which stands beside config.json for MIXED_PRECISION only."""
+    """Return quant_cfg.json, a file beside config.json; None: not MIXED_PRECISION."""
     if quantization.algorithm != MIXED_PRECISION:
         return None
     layers = {name: _layer_entry(fmt) for name, fmt in quantization.layers.items() if fmt is not None}

@@ -1,7 +1,7 @@
-"""From a weight to what stands for it when it is quantized: the packed weight, its scales, the scales of the KV cache.
+"""Targets of quantized weights: the packed weight, its scales, and the scales of the KV cache.
 
-Fusion is Model Optimizer's (`preprocess_linear_fusion`): per-tensor quantities of linears that are joined, or that share their
-input under a format that wants it, are the largest of the members'.
+Per-tensor quantities of fused linears are the largest of their members' (Model Optimizer's `preprocess_linear_fusion`). Linears
+are fused if they are joined into one tensor, or if they share their input and the format fuses the gate.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Problem:
     linear: str
     reason: str
     legal_blocks: tuple[int, ...] | None = None
-    """Block sizes that would do; None: no block size would."""
+    """Block sizes that fit this linear; None: no block size does."""
 
 
 def quantized(target: Target, fmt: LinearFormat, partners: Sequence[str], num_ranks: int) -> tuple[Target, ...]:
-    """What replaces `target`, a plain weight [out, in] or [experts, out, in], in the rank file.
+    """Return the packed weight and the scales that replace the plain weight `target`, [out, in] or [experts, out, in].
 
-    `partners`: source modules whose per-tensor quantities are shared with this linear's (mlp.gate for mlp.fc).
+    `partners`: source modules that share their per-tensor quantities with this linear (mlp.gate for mlp.fc).
     """
     *experts, out, inner = target.shape
     linear = target.name.removesuffix(".weight")
@@ -59,14 +59,14 @@ def quantized(target: Target, fmt: LinearFormat, partners: Sequence[str], num_ra
 
 
 def module_of(read: Read) -> str:
-    """The source module that a read's tensor is the weight of."""
+    """Return the source module whose weight a read takes."""
     return read.tensor.name.removesuffix(".weight")
 
 
 def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partners: Sequence[str]) -> Target:
     *experts, out, inner = target.shape
     dtype, shape = packed(fmt, (out, inner))
-    # The reads of one expert are joined; so are all reads of a dense linear.
+    # The reads of one expert are joined, and so are all reads of a dense linear.
     joined = len(modules) // _num_experts(target)
     amax = tuple(
         tuple(dict.fromkeys((*modules[start : start + joined], *partners)))
@@ -77,7 +77,7 @@ def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partner
 
 
 def _num_experts(target: Target) -> int:
-    """Of the whole layer; 1 for a dense linear."""
+    """Return the number of experts of the whole layer; 1 for a dense linear."""
     if len(target.shape) == 2:
         return 1
     rows = target.shape[1]
@@ -108,14 +108,14 @@ def _artifact_target(
 
 
 def _expert_entries(weight: Target, rank: int) -> tuple[tuple[str, ...], ...]:
-    """The fused modules of each expert that `rank` holds."""
+    """Return the fused modules of each expert that `rank` holds."""
     assert weight.quantized is not None
     mine = [group for read, group in zip(weight.reads, weight.quantized.amax_modules, strict=True) if rank in read.ranks]
     return tuple(dict.fromkeys(mine))
 
 
 def _input_spans(target: Target, num_ranks: int) -> tuple[Span, ...]:
-    """What each rank takes of a vector over the input features; empty: all of it."""
+    """Return the span of each rank on a vector over the input features; empty: the whole vector."""
     if target.reads[0].axis != 1:
         return ()
     found = []
@@ -126,7 +126,7 @@ def _input_spans(target: Target, num_ranks: int) -> tuple[Span, ...]:
 
 
 def kv_cache_targets(qkv: Target, kv_cache: KvCacheFormat, num_ranks: int) -> tuple[Target, ...]:
-    """The scales of a layer's cache, to stand behind its `attention.qkv.weight`."""
+    """Return the scales of a layer's KV cache, which follow its `attention.qkv.weight` in the rank file."""
     prefix = qkv.name.removesuffix("qkv.weight")
     attention = module_of(qkv.reads[0]).rpartition(".")[0]
     entries = (((attention,),),) * num_ranks
@@ -138,7 +138,7 @@ def kv_cache_targets(qkv: Target, kv_cache: KvCacheFormat, num_ranks: int) -> tu
 
 
 def problem(target: Target, fmt: LinearFormat) -> Problem | None:
-    """Why the plain weight `target` cannot be stored in `fmt` on a rank; None when it can."""
+    """Return the reason why the plain weight `target` cannot be stored in `fmt` on a rank; None: it can."""
     linear = target.name.removesuffix(".weight")
     whole, inner = target.reads[0].tensor.shape[1], target.shape[-1]
     block = {WeightFormat.NVFP4: NVFP4_BLOCK, WeightFormat.MXFP8: MXFP8_BLOCK}.get(fmt.weight, fmt.block_size)
@@ -146,7 +146,7 @@ def problem(target: Target, fmt: LinearFormat) -> Problem | None:
         legal = tuple(size for size in _BLOCKS if math.gcd(whole, inner) % size == 0) if fmt.block_size else None
         return Problem(linear, f"{inner} input features per rank (of {whole}) are no multiple of the block size {block}", legal)
     if fmt.weight in (WeightFormat.INT4_BLOCK, WeightFormat.INT4_BLOCK_FP8) and any(_is_odd(read) for read in target.reads):
-        return Problem(linear, "INT4 packs two output rows into a byte, a rank has an odd number of them")
+        return Problem(linear, "INT4 packs two output rows into a byte, and a rank has an odd number of rows")
     return None
 
 
@@ -157,7 +157,7 @@ def _is_odd(read: Read) -> bool:
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raises QuantizationError for linears that do not fit their format, with the block sizes that would do for all."""
+    """Refuse linears that do not fit their format. Raises QuantizationError, which names the block sizes that fit all."""
     if not problems:
         return
     first = problems[0]

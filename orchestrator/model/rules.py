@@ -1,7 +1,7 @@
-"""The vocabulary in which a family says how its tensors become rank tensors. Data only: frozen, evaluated on shapes alone.
+"""Rules by which a family's source tensors become rank tensors. Data only: frozen, evaluated on shapes alone.
 
-"Cut, then join": each rank's slice of every part is taken first, then the slices are joined along the first axis. That is
-what makes ranged reads possible, and key/value heads held by several ranks fall out of the unit.
+Each part is cut first; then a rank's slices are joined along the first axis. So a rank reads byte ranges of the source, and
+key/value heads that several ranks hold need no rule.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 
 from orchestrator.base.errors import TopologyError
 from orchestrator.model.config import ModelConfig
-from orchestrator.model.config_table import ConfigTable as ConfigTable  # families name it from here
+from orchestrator.model.config_table import ConfigTable as ConfigTable  # re-exported to families
 from orchestrator.model.topology import Topology
 
 
 class Unit(Enum):
-    """What must stay together when an axis is cut."""
+    """Unit that is never divided when an axis is cut."""
 
     ELEMENT = "element"
     HEAD = "head"
     KV_HEAD = "kv_head"
-    """Held by several ranks when there are more ranks than heads."""
+    """Key/value head. Several ranks hold the same head when there are more ranks than heads."""
     EXPERT_ELEMENT = "expert_element"
-    """Cut over the moe_tp ranks that share an expert."""
+    """Element of an expert, whose axis is cut over the moe_tp ranks that share it."""
     VOCAB = "vocab"
-    """Padded with zero rows to a multiple of the number of ranks."""
+    """Vocabulary row. The axis is padded with zero rows to a multiple of the number of ranks."""
 
 
 class Where(Enum):
-    """Which ranks hold a rule's target."""
+    """Pipeline stages that hold a rule's target."""
 
     EVERY_LAYER = "layer"
     FIRST_STAGE = "first"
@@ -40,7 +40,7 @@ class Where(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """An axis to split over the tensor-parallel ranks, and its unit."""
+    """Axis to split over the tensor-parallel ranks, and its unit."""
 
     axis: int
     unit: Unit
@@ -64,33 +64,34 @@ class Part:
     """One source tensor of a target."""
 
     source: str
-    """May hold {layer}, the global layer number, and {expert}."""
+    """Name of the source tensor. May hold {layer}, the global layer number, and {expert}."""
     shape: tuple[str, ...]
-    """Names of ModelConfig.dims(), checked against the header."""
+    """Shape as names of ModelConfig.dims(), checked against the header."""
     cut: Cut | None = None
-    """None: every rank holds the whole."""
+    """Cut over the ranks; None: every rank holds the whole part."""
     sections: tuple[str, ...] = ()
-    """Names of dims() that the source tensor is fused from along axis 0 (Phi-3); empty: the part is the whole tensor."""
+    """Names of dims() whose sections are fused along axis 0 of the source tensor (Phi-3); empty: the part is the whole tensor."""
     section: int = 0
-    """Which of them this part is."""
+    """Index of this part among the sections."""
     add: float = 0.0
-    """Added to every element, in float32, before rounding (Gemma's norms are stored as weight + 1)."""
+    """Number added to every element, in float32, before rounding (Gemma's norms are stored as weight + 1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One target tensor and the parts that it is joined from, along axis 0."""
+    """One target tensor and its parts, which are joined along axis 0."""
 
     target: str
-    """May hold {layer}, the layer's number within its pipeline stage."""
+    """Name of the target. May hold {layer}, the layer's number within its pipeline stage."""
     parts: tuple[Part, ...]
     where: Where = Where.EVERY_LAYER
     when: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that must have these values for the rule to apply."""
+    """Condition of the rule: fields of ModelConfig and the values that they must have."""
     per_expert: bool = False
-    """The target stacks one such join per expert, along a new first axis; a rank holds the experts of its moe_ep_rank."""
+    """Whether the target stacks the joined parts of each expert along a new first axis. A rank holds the experts of its
+    moe_ep_rank."""
     dtype: str | None = None
-    """safetensors' name; None: the model's."""
+    """Dtype of the target, safetensors' name; None: the model's."""
 
     def applies(self, config: ModelConfig) -> bool:
         return all(getattr(config, name) == value for name, value in self.when.items())
@@ -98,10 +99,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Source tensors that are left out on purpose, and why."""
+    """Source tensors that are left out on purpose, with the reason."""
 
     pattern: str
-    """As in fnmatch."""
+    """fnmatch pattern of their names."""
     reason: str
     when: Mapping[str, Any] = field(default_factory=dict)
 
@@ -115,17 +116,17 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    """Of Hugging Face's config.json."""
+    """Values of `architectures` in Hugging Face's config.json."""
     rules: tuple[Rule, ...]
-    """In the order in which a rank's file holds the targets."""
+    """Rules, in the order of the targets in a rank file."""
     ignored: tuple[Ignored, ...] = ()
     config: ConfigTable = field(default_factory=ConfigTable)
-    """How config.json is read."""
+    """Table by which config.json is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What one rank takes of a cut axis: [begin, end), then `pad` zero rows."""
+    """Range of a cut axis that one rank holds: [begin, end), then `pad` zero rows."""
 
     begin: int
     end: int
@@ -137,7 +138,7 @@ class Span:
 
 
 def spans(cut: Cut, size: int, config: ModelConfig, topology: Topology) -> tuple[Span, ...]:
-    """The span of each tensor-parallel rank on an axis of `size` elements. Raises TopologyError when it does not divide."""
+    """Return the span of each tensor-parallel rank on an axis of `size` elements. Raises TopologyError if it does not divide."""
     tp = topology.tp
     if cut.unit is Unit.VOCAB:
         rows = -(-size // tp)

@@ -1,4 +1,4 @@
-"""A pipeline stage of a model, and the networks of its ranks."""
+"""Options of a pipeline stage, and the networks of its ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StageOptions(_Options):
         )
 
     def format_of(self, linear: str) -> LinearFormat | None:
-        """The format of a linear by its name within the stage (transformer.layers.0.mlp.fc); None: the model's precision."""
+        """Return the format of a linear, named as within the stage (transformer.layers.0.mlp.fc); None: not quantized."""
         if self.quantization is None:
             return None
         local = int(linear.split(".", 3)[2])
@@ -60,18 +60,18 @@ class StageOptions(_Options):
 
 
 class StageNetwork(_Options):
-    """The networks of a pipeline stage: everything that the graphs of its ranks follow from.
+    """Networks of a pipeline stage, which determine the graphs of its ranks.
 
-    What is compiled and what is executed are renderings of it (`networks.Rendering`). Both record the digest of the rank's
-    network, and a release whose engine and verification record different ones is not published.
+    The compiled and the executed graph are both renderings of it (`networks.Rendering`). Each records the digest of the rank's
+    network, and a release is published only if the digests of engine and verification agree.
     """
 
     stage: StageOptions
     max_seq_len: int
-    """Positions that a sequence may have: rows of the rotary tables, slots of the compiled KV cache."""
+    """Largest number of positions per sequence: rows of the rotary tables, slots of the compiled KV cache."""
     gather_logits: bool = True
-    """Every tensor-parallel rank returns the logits of the whole vocabulary; False: those of its own slice."""
+    """Whether every tensor-parallel rank returns the logits of the whole vocabulary, not only of its slice."""
 
     def digest(self, tp_rank: int) -> str:
-        """Identity of the network of one rank."""
+        """Return the digest of the network of one rank."""
         return digest_of({"network": self.model_dump(mode="json"), "tp_rank": tp_rank})

@@ -1,4 +1,4 @@
-"""What conversion writes: the tensors of a rank file, each with the source slices or the calibrated numbers it is made of."""
+"""Targets of conversion: the tensors of a rank file, each with its source slices or calibrated quantities."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from orchestrator.model.rules import Span
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A source tensor and what each tensor-parallel rank takes of it."""
+    """A source tensor and the span of it that each tensor-parallel rank takes."""
 
     tensor: TensorInfo
     axis: int | None
-    """The cut axis, 0 or 1; None: every rank takes all."""
+    """Cut axis, 0 or 1; None: every rank takes the whole tensor."""
     spans: tuple[Span, ...]
-    """By rank; empty when axis is None."""
+    """Span of each rank; empty when axis is None."""
     ranks: tuple[int, ...] = ()
-    """The tp_ranks that take something, if not all do (experts); spans are in this order."""
+    """tp_ranks that take a span, in the order of `spans` (experts); empty: all ranks."""
     add: float = 0.0
-    """Added to every element, in float32, before rounding."""
+    """Number added to every element, in float32, before rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """The weight of a quantized linear, or of all experts of a layer, one linear per read."""
+    """Weight of a quantized linear, or of all experts of a layer, one linear per read."""
 
     format: LinearFormat
     dtype: str
-    """Of the model: elements are rounded to it before they are quantized."""
+    """Model dtype, safetensors' name. Elements are rounded to it before they are quantized."""
     modules: tuple[str, ...]
-    """By read: the source module, whose quantities the calibration artifact holds."""
+    """For each read, its source module, a key of the calibration artifact."""
     amax_modules: tuple[tuple[str, ...], ...]
-    """By read: the modules whose largest weight_amax is the scale's, because they are fused with it."""
+    """For each read, the modules fused with it, itself included. The largest weight_amax among them determines the scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedScale:
-    """Scales that fall out of packing the weight that stands before them."""
+    """Scales that are computed while the preceding weight is packed."""
 
     weight: str
-    """Name of its target."""
+    """Name of the weight's target."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArtifactScale:
-    """Quantities of the calibration artifact, one entry per expert where there are experts."""
+    """Scale from quantities of the calibration artifact, with one entry per expert where there are experts."""
 
     quantities: tuple[str, ...]
-    """Of weight_amax, input_amax, pre_quant_scale, k_amax, v_amax."""
+    """Names among weight_amax, input_amax, pre_quant_scale, k_amax, v_amax."""
     entries: tuple[tuple[tuple[str, ...], ...], ...]
-    """By rank and entry: modules; the largest of their quantities counts (all are equal for pre_quant_scale)."""
+    """Modules of each rank and entry. The largest of their quantities is used (all are equal for pre_quant_scale)."""
     divisor: float = 1.0
     spans: tuple[Span, ...] = ()
-    """By rank: what it takes of a vector; empty: the whole."""
+    """Span of each rank on a vector; empty: every rank takes the whole vector."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor of a rank file; all tensor-parallel ranks hold one of this name and shape."""
+    """A tensor of a rank file. All tensor-parallel ranks hold a tensor of this name and shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    """Local to a rank."""
+    """Shape on one rank."""
     reads: tuple[Read, ...] = ()
     quantized: QuantizedWeight | None = None
-    """How the elements are quantized on their way; None: they keep the dtype's precision."""
+    """Quantization of the elements; None: not quantized."""
     scale: PackedScale | ArtifactScale | None = None
-    """What the tensor is made of when it is a scale and has no reads."""
+    """Source of a scale, which has no reads; None: not a scale."""
 
     @property
     def num_bytes(self) -> int:

@@ -1,8 +1,8 @@
-"""How a model is split over ranks: tensor parallel x context parallel x pipeline parallel.
+"""Topology of the ranks: tensor parallel x context parallel x pipeline parallel.
 
 Rank order is TensorRT-LLM's (`Mapping` of version 0.16): tp fastest, then cp, then pp. Context-parallel ranks split sequences,
-not weights, so those of one (tp_rank, pp_rank) share a checkpoint file. Layers are split over the stages like
-torch.tensor_split (the first L % pp stages hold one layer more) or as an explicit partition says.
+not weights, so the ranks of one (tp_rank, pp_rank) share a checkpoint file. Layers are split over the stages by an explicit
+partition, or like torch.tensor_split: the first L % pp stages hold one layer more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orchestrator.base.errors import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands."""
+    """Coordinates of one rank."""
 
     rank: int
     tp_rank: int
@@ -26,7 +26,7 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True)
 class ParallelLimits:
-    """The numbers of a model that decide which topologies are legal."""
+    """Numbers of a model that decide which topologies are legal."""
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -38,24 +38,24 @@ class ParallelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """tp x cp x pp ranks, and the layers of each stage."""
+    """Degrees of parallelism, and the number of layers of each stage."""
 
     tp: int
     pp: int
     pp_partition: tuple[int, ...] | None = None
-    """Layers per stage; None: as even as can be."""
+    """Number of layers of each stage; None: an even split, with the remainder on the first stages."""
     moe_ep: int = 1
     """Expert-parallel groups among the tensor-parallel ranks."""
     cp: int = 1
-    """Context-parallel ranks, each with a part of every sequence and the weights of its (tp_rank, pp_rank)."""
+    """Context-parallel ranks. Each has a part of every sequence, and the weights of its (tp_rank, pp_rank)."""
 
     @property
     def moe_tp(self) -> int:
-        """Ranks that share one expert."""
+        """Number of ranks that share one expert."""
         return self.tp // self.moe_ep
 
     def moe_ranks(self, tp_rank: int) -> tuple[int, int]:
-        """(moe_tp_rank, moe_ep_rank), in TensorRT-LLM's order."""
+        """Return (moe_tp_rank, moe_ep_rank), in TensorRT-LLM's order."""
         return tp_rank // self.moe_ep, tp_rank % self.moe_ep
 
     @property
@@ -64,21 +64,21 @@ class Topology:
 
     @property
     def num_files(self) -> int:
-        """Ranks whose weights differ: the files rank0.safetensors to rank{num_files - 1}.safetensors of a checkpoint."""
+        """Number of ranks with different weights, stored as rank0.safetensors to rank{num_files - 1}.safetensors."""
         return self.tp * self.pp
 
     def rank(self, tp_rank: int, pp_rank: int, cp_rank: int = 0) -> int:
         return (pp_rank * self.cp + cp_rank) * self.tp + tp_rank
 
     def file_number(self, tp_rank: int, pp_rank: int) -> int:
-        """The N of rank{N}.safetensors that the ranks of these coordinates share: rank % tp + rank // (tp * cp) * tp.
+        """Return the N of rank{N}.safetensors, shared by all cp ranks: rank % tp + rank // (tp * cp) * tp.
 
         Source: `PretrainedModel.from_checkpoint` of TensorRT-LLM 0.16.
         """
         return pp_rank * self.tp + tp_rank
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Raises TopologyError when `rank` is outside the world."""
+        """Return the coordinates of `rank`. Raises TopologyError when it is outside the world."""
         if not 0 <= rank < self.world_size:
             sizes = f"tp={self.tp}, pp={self.pp}" + (f", cp={self.cp}" if self.cp > 1 else "")
             raise TopologyError(f"rank {rank} is not in 0..{self.world_size - 1} ({sizes})")
@@ -90,7 +90,7 @@ class Topology:
             yield self.coordinates(rank)
 
     def stages(self, num_layers: int) -> tuple[range, ...]:
-        """The global layer numbers of each pipeline stage."""
+        """Return the global layer numbers of each pipeline stage."""
         counts = self.pp_partition or _even_partition(num_layers, self.pp)
         bounds = [0]
         for count in counts:
@@ -104,7 +104,7 @@ def _even_partition(num_layers: int, pp: int) -> tuple[int, ...]:
 
 
 def problems(topology: Topology, limits: ParallelLimits) -> list[str]:
-    """Every reason why `topology` cannot be built; empty when it can."""
+    """Return every reason why `topology` cannot be built; empty: it can."""
     found = _tp_problems(topology.tp, limits) + _moe_problems(topology, limits)
     if topology.cp > 1 and topology.moe_ep > 1:
         found.append(f"cp={topology.cp} and moe_ep={topology.moe_ep} exclude each other")
@@ -148,25 +148,25 @@ def _moe_problems(topology: Topology, limits: ParallelLimits) -> list[str]:
 
 
 def legal_tp(limits: ParallelLimits, moe_ep: int = 1) -> list[int]:
-    """Every legal tensor-parallel size beside `moe_ep`, ascending."""
+    """Return every tensor-parallel size that is legal with `moe_ep`, ascending."""
     sizes = range(1, limits.num_attention_heads + 1)
     return [tp for tp in sizes if not _tp_problems(tp, limits) and not _moe_problems(Topology(tp, 1, None, moe_ep), limits)]
 
 
 def legal_moe_ep(tp: int, limits: ParallelLimits) -> list[int]:
-    """Every legal number of expert-parallel groups among `tp` ranks, ascending."""
+    """Return every legal number of expert-parallel groups among `tp` ranks, ascending."""
     return [ep for ep in range(1, tp + 1) if not _moe_problems(Topology(tp, 1, None, ep), limits)]
 
 
 def check(topology: Topology, limits: ParallelLimits) -> None:
-    """Raises TopologyError with every reason and the legal alternatives."""
+    """Check that `topology` is legal. Raises TopologyError with every reason and the legal alternatives."""
     found = problems(topology, limits)
     if found:
         raise TopologyError("illegal topology: " + "; ".join(found), f"Legal here: {_alternatives(topology, limits)}.")
 
 
 def check_engines(topology: Topology) -> None:
-    """Raises TopologyError for what checkpoints may be split by and engines of ours may not."""
+    """Refuse splits that checkpoints support and engines do not. Raises TopologyError."""
     if topology.cp > 1:
         raise TopologyError(
             f"cp={topology.cp}: the engines built here do not split sequences over ranks",
@@ -175,7 +175,7 @@ def check_engines(topology: Topology) -> None:
 
 
 def _alternatives(topology: Topology, limits: ParallelLimits) -> str:
-    """What may stand for each size that is wrong; tp and pp always, the others where they were asked for."""
+    """Return the legal values: always of tp and pp, of the others only if they are wrong."""
     layers = limits.num_hidden_layers
     legal = [f"tp in {as_set(legal_tp(limits))}", f"pp from 1 to {layers}"]
     if limits.num_experts and _moe_problems(topology, limits):
@@ -191,5 +191,5 @@ def _alternatives(topology: Topology, limits: ParallelLimits) -> str:
 
 
 def as_set(sizes: Iterable[int]) -> str:
-    """{1, 2, 4}"""
+    """Return the text {1, 2, 4}."""
     return "{" + ", ".join(str(size) for size in sizes) + "}"

@@ -1,7 +1,7 @@
-"""Which bytes of the source make which tensor of which rank; every source tensor accounted for.
+"""Map from the bytes of the source to the tensors of each rank. Accounts for every source tensor.
 
-The map is the program that conversion runs: per pipeline stage and layer group, the targets in file order, each with the
-reads that it is joined from and, for every tensor-parallel rank, the span that it takes of each read.
+Conversion executes the map: for each pipeline stage and layer group, the targets in file order, each with its reads, and for
+each read the span of every tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """What one conversion task writes: one shard for each tensor-parallel rank of a stage."""
+    """Unit of conversion: one task writes one shard for each tensor-parallel rank of a stage."""
 
     pp_rank: int
     index: int
-    """Number of the group within its stage."""
+    """Index of the group within its stage."""
     num_groups: int
-    """Groups of the stage: the N of rank0-00001-of-0000N.safetensors."""
+    """Number of groups of the stage: the N of rank0-00001-of-0000N.safetensors."""
     layers: range
     targets: tuple[Target, ...]
 
     @property
     def shard_bytes(self) -> int:
-        """Tensor bytes of one rank's shard."""
+        """Size of the tensors in one rank's shard."""
         return sum(target.num_bytes for target in self.targets)
 
     @property
     def needs_scales(self) -> bool:
-        """Whether the calibration artifact is needed to write the group."""
+        """Whether conversion of the group needs the calibration artifact."""
         return any(isinstance(target.scale, ArtifactScale) for target in self.targets)
 
     def sources(self) -> dict[str, TensorInfo]:
         return {read.tensor.name: read.tensor for target in self.targets for read in target.reads}
 
     def shard_name(self, rank: int) -> str:
-        """As Hugging Face numbers shards; the plain name when the rank has one."""
+        """Return the shard's file name: numbered as Hugging Face does, or plain when the rank has one shard."""
         if self.num_groups == 1:
             return f"rank{rank}.safetensors"
         return f"rank{rank}-{self.index + 1:05d}-of-{self.num_groups:05d}.safetensors"
@@ -58,27 +58,27 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """All groups of all stages, and what was left out on purpose."""
+    """Groups of all stages, and the source tensors that are left out on purpose."""
 
     groups: tuple[LayerGroup, ...]
     ignored: tuple[tuple[str, str], ...]
-    """Source tensor and reason."""
+    """(source tensor, reason)."""
 
     def exact_sources(self) -> tuple[str, ...]:
-        """Source tensors that the graph reads in float32, whatever the model's dtype, sorted."""
+        """Return the source tensors that the graph reads in float32, whatever the model's dtype, sorted."""
         wide = (target for group in self.groups for target in group.targets if target.dtype == "F32" and not target.quantized)
         return tuple(sorted({read.tensor.name for target in wide for read in target.reads}))
 
     def largest_layer_bytes(self, pp_rank: int) -> int:
-        """Bytes in float32 of the largest layer of a rank of the stage, or of what stands outside of the layers.
+        """Return the size in float32 of a rank's largest layer, or of its largest weight outside of the layers if that is larger.
 
-        Formats of four bits are counted as if a byte held two values; scales are counted too.
+        A byte of a 4-bit format counts as two values. Scales count too.
         """
         sizes: dict[str, int] = {}
         for target in (target for group in self.stage(pp_rank) for target in group.targets):
             layer = ".".join(target.name.split(".")[:3]) if target.name.startswith("transformer.layers.") else target.name
             values = math.prod(target.shape) * (2 if target.quantized and target.dtype in ("U8", "I8") else 1)
-            # Rows are looked up in an embedding as it is stored.
+            # The embedding is not widened: rows are looked up in its stored dtype.
             width = num_bytes(target.dtype, 1) if target.name == "transformer.vocab_embedding.weight" else 4
             sizes[layer] = sizes.get(layer, 0) + values * width
         return max(sizes.values(), default=0)
@@ -95,10 +95,10 @@ def weight_map(
     max_shard_bytes: int,
     quantization: ModelQuantization | None = None,
 ) -> WeightMap:
-    """Expand `family`'s rules over the ranks.
+    """Expand the rules of `family` over the ranks.
 
-    Raises WeightMapError when a tensor is missing, has another shape than the config says, or would be dropped; raises
-    TopologyError when a cut does not divide, QuantizationError when a linear does not fit its format.
+    Raises WeightMapError when a tensor is missing, would be dropped, or has another shape than the config says. Raises
+    TopologyError when a cut does not divide, and QuantizationError when a linear does not fit its format.
     """
     expander = _Expander(index, family, config, topology, quantization)
     stages = [expander.stage(pp_rank, layers) for pp_rank, layers in enumerate(topology.stages(config.num_hidden_layers))]
@@ -111,14 +111,14 @@ def weight_map(
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Targets that are never parted: the embedding, one layer, or the head."""
+    """Targets that stay in one shard: the embedding, one layer, or the head."""
 
     layer: int | None
     targets: tuple[Target, ...]
 
 
 class _Expander:
-    """Walks rules x layers, collecting problems so that one error can name them all."""
+    """Expands rules x layers, and collects problems so that one error can name them all."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Expander:
                     yield target
 
     def _quantized(self, targets: tuple[Target, ...], local: int, layer: int) -> tuple[Target, ...]:
-        """A layer's targets with the quantized weights, and the scales of weights, activations and cache, in their place."""
+        """Return a layer's targets with quantized weights replaced, and with scales of weights, activations and KV cache."""
         assert self.quantization is not None
         by_name = {target.name: target for target in targets}
         found: list[Target] = []
@@ -192,10 +192,10 @@ class _Expander:
         return Target(rule.target.format(layer=local), rule.dtype or self.dtype, _joined(present), tuple(present))
 
     def _expert_target(self, rule: Rule, local: int, layer: int) -> Target | None:
-        """[experts of the rank, ...]: every rank of an expert's group takes its cut, the others nothing."""
+        """Return a target [experts of the rank, ...]. Ranks of an expert's group take their cut of it, other ranks nothing."""
         if self.config.moe is None:
             raise ArchitectureError(
-                f"config.json of this {self.config.architecture} names no experts, which every model of the family has",
+                f"config.json of this {self.config.architecture} has no experts, which every model of the family has",
                 "Use the config.json of the model's publisher.",
             )
         count, ep = self.config.moe.num_experts, self.topology.moe_ep
@@ -225,10 +225,10 @@ class _Expander:
         sections = [self.dims[dim] for dim in part.sections]
         expected = (sum(sections), *wanted[1:]) if sections else wanted
         if tensor.shape != expected:
-            self.misshapen.append(f"{name} is {list(tensor.shape)}, the config says {list(expected)}")
+            self.misshapen.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
             return None
         if tensor.dtype not in _FLOATS:
-            self.misshapen.append(f"{name} is {tensor.dtype}, weights are {', '.join(_FLOATS)}")
+            self.misshapen.append(f"{name} is {tensor.dtype}, weights must be one of {', '.join(_FLOATS)}")
             return None
         start = sum(sections[: part.section])
         if part.cut is None and not sections:
@@ -237,7 +237,7 @@ class _Expander:
         return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start), add=part.add)
 
     def _spans_of(self, cut: Cut | None, size: int, start: int) -> tuple[Span, ...]:
-        """Spans of an axis of `size` elements that begins at `start` of the source's; computed once for all layers."""
+        """Return the spans of an axis of `size` elements that starts at `start` of the source axis. Cached for all layers."""
         key = (cut, size, start)
         if key not in self._spans:
             whole = (Span(0, size),) * self.topology.tp
@@ -251,8 +251,8 @@ class _Expander:
             prefixed = _as_prefixed(missing[0], self.index.tensors)
             if prefixed is not None:
                 raise WeightMapError(
-                    f"the checkpoint calls {missing[0]} {prefixed}: it holds a language model within a larger model",
-                    "Save the language model as a checkpoint of its own (with transformers: load the larger model, then call "
+                    f"the checkpoint names {missing[0]} {prefixed}: it holds a language model within a larger model",
+                    "Save the language model as a separate checkpoint (with transformers: load the larger model, then call "
                     "save_pretrained on its language model), and build that.",
                 )
             raise WeightMapError(
@@ -280,7 +280,7 @@ class _Expander:
                 ignored.append((name, reason))
         if unknown:
             raise WeightMapError(
-                f"{len(unknown)} tensors of the checkpoint would be dropped, {self.family.name} has no rule for them: "
+                f"{len(unknown)} tensors of the checkpoint would be dropped, because {self.family.name} has no rule for them: "
                 f"{_some(unknown)}",
                 "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
             )
@@ -288,14 +288,14 @@ class _Expander:
 
 
 def _partner(name: str) -> str:
-    """mlp.fc of mlp.gate, and the other way round."""
+    """Return mlp.fc for mlp.gate, and mlp.gate for mlp.fc."""
     if name.endswith("mlp.fc.weight"):
         return name.replace("mlp.fc.weight", "mlp.gate.weight")
     return name.replace("mlp.gate.weight", "mlp.fc.weight")
 
 
 def _joined(reads: Sequence[Read]) -> tuple[int, ...]:
-    """Local shape of slices joined along axis 0."""
+    """Return the shape on one rank of the slices joined along axis 0."""
     shape = list(reads[0].tensor.shape)
     shape[0] = sum(_local_size(read, 0) for read in reads)
     if len(shape) > 1:
@@ -308,7 +308,7 @@ def _local_size(read: Read, axis: int) -> int:
 
 
 def _as_prefixed(name: str, tensors: Iterable[str]) -> str | None:
-    """The tensor that ends as `name` does: with a longer prefix, or without `model.` at its beginning."""
+    """Return a tensor with the same name but a longer prefix, or without the leading `model.`."""
     end = "." + name.removeprefix("model.")
     return next((other for other in tensors if f".{other}".endswith(end)), None)
 
@@ -319,7 +319,7 @@ def _some(names: Sequence[str], count: int = 3) -> str:
 
 
 def _group_blocks(pp_rank: int, blocks: Iterable[_Block], max_shard_bytes: int) -> Iterator[LayerGroup]:
-    """Fill groups in order; a block larger than the limit stands alone."""
+    """Fill groups with blocks in order. A block larger than the limit has a group of its own."""
     groups: list[list[_Block]] = [[]]
     size = 0
     for block in blocks:

@@ -1,6 +1,6 @@
-"""The names of the weights that a stage's network binds, from the config alone: what conversion must write.
+"""Names of the weights that a stage's network binds, from the config alone: conversion must write exactly these.
 
-A second derivation of what networks/ writes into its graphs, without onnx, so that `plan` can compare it with the family's rules.
+networks/ derives the same names when it writes graphs. Here they need no onnx, so that `plan` can check the family's rules.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology
 
 _TWIN = "_float32"
-"""Ending of a norm that is stored twice: once as TensorRT-LLM demands, once exactly, as the network reads it."""
+"""Suffix of the float32 copy of a norm that the network reads. The first copy is for TensorRT-LLM's format."""
 
 
 def bound_names(stage: StageOptions) -> Iterator[str]:
-    """Every weight that the network of a stage binds, of a model that is not quantized; the same on all its ranks."""
+    """Yield every weight that the network of an unquantized stage binds. All ranks of a stage bind the same names."""
     config = stage.config
     if stage.is_first:
         yield "transformer.vocab_embedding.weight"
@@ -68,7 +68,7 @@ def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:
 
 
 def check_names(family: Family, config: ModelConfig, topology: Topology) -> None:
-    """Raises WeightMapError when what the networks bind is not what the family's rules write, on any stage."""
+    """Check that the family's rules write the weights that the network of each stage binds. Raises WeightMapError."""
     for pp_rank in range(topology.pp):
         stage = StageOptions.of(config, topology, pp_rank)
         bound, written = set(bound_names(stage)), Counter(_written(family, stage))
@@ -89,7 +89,7 @@ def check_names(family: Family, config: ModelConfig, topology: Topology) -> None
 
 
 def _written(family: Family, stage: StageOptions) -> Iterator[str]:
-    """Targets of the rules that apply to a stage."""
+    """Yield the targets of the rules that apply to a stage."""
     for rule in family.rules:
         if not rule.applies(stage.config):
             continue

@@ -137,7 +137,7 @@ def entry(begin: int, end: int, dtype: str = "F32", shape: tuple[int, ...] = (2,
         ({"a": entry(4, 12)}, 12, "a starts at byte"),
         ({"a": entry(0, 12)}, 12, "do not hold F32"),
         ({"a": entry(8, 0)}, 8, "do not hold F32"),
-        ({"a": entry(-8, 0)}, 8, "a has the data_offsets"),
+        ({"a": entry(-8, 0)}, 8, "a has the malformed data_offsets"),
         ({"a": entry(0, 8, "Q5_K")}, 8, "unknown dtype 'Q5_K'"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "header is damaged"),
         ({"a": 5}, 0, "header is damaged"),
@@ -222,14 +222,14 @@ def test_read_index_that_names_no_file_of_the_folder_is_refused(sharded: Path, n
 def test_read_index_tensor_that_its_shard_lacks_is_named(sharded: Path) -> None:
     listed = json.loads((sharded / huggingface.INDEX).read_text())["weight_map"]
     change_json(sharded / huggingface.INDEX, weight_map={**listed, "model.extra": shard(sharded, 1).name})
-    refused(sharded, SourceCorruptError, "says that model-00001-of-00003.safetensors holds model.extra, it does not")
+    refused(sharded, SourceCorruptError, "lists model.extra in model-00001-of-00003.safetensors, which does not hold it")
 
 
 def test_read_index_tensor_in_another_shard_than_listed_is_refused(sharded: Path) -> None:
     listed = json.loads((sharded / huggingface.INDEX).read_text())["weight_map"]
     swapped = {**listed, next(iter(listed)): shard(sharded, 2).name}
     change_json(sharded / huggingface.INDEX, weight_map=swapped)
-    refused(sharded, SourceCorruptError, "it does not")
+    refused(sharded, SourceCorruptError, "which does not hold it")
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "{", '{"weight_map": {}}', '{"weight_map": []}', "{}"])

@@ -182,7 +182,7 @@ def test_meta_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> N
     write_meta(tmp_path, config, random_arrays(config), 4)
     state = torch.load(tmp_path / "consolidated.02.pth", weights_only=True)
     torch.save({**state, "norm.weight": state["norm.weight"].float()}, tmp_path / "consolidated.02.pth")
-    refused(tmp_path, SourceCorruptError, "norm.weight has not the same dtype")
+    refused(tmp_path, SourceCorruptError, "norm.weight does not have the same dtype")
     torch.save({**state, "more": torch.ones(1)}, tmp_path / "consolidated.02.pth")
     refused(tmp_path, SourceCorruptError, "more is in only one of")
     del state["output.weight"]

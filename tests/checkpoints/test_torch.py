@@ -238,7 +238,7 @@ def test_bin_index_that_lies_is_refused(tmp_path: Path) -> None:
     shards = sorted(set(listed.values()))
     first = next(iter(listed))
     index.write_text(json.dumps({"weight_map": {**listed, first: shards[listed[first] == shards[0]]}}))
-    with pytest.raises(SourceCorruptError, match="it does not"):
+    with pytest.raises(SourceCorruptError, match="which does not hold it"):
         bin_format.read_index(LocalFolder(folder))
     index.write_text(json.dumps({"weight_map": {**listed, "more": "absent.bin"}}))
     with pytest.raises(SourceMissingError, match=r"absent\.bin"):

@@ -392,7 +392,7 @@ def test_ranks_whose_positions_are_of_another_type_are_refused(tmp_path: Path, d
 
 def test_ranks_of_gemma_without_exact_norms_are_refused(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"architecture": "GemmaForCausalLM"})
-    with pytest.raises(ArchitectureError, match="with 1 added"):
+    with pytest.raises(ArchitectureError, match="rounded after adding 1"):
         trtllm._whole_tensors(family_named("gemma"), config)
 
 
@@ -434,7 +434,7 @@ def test_ranks_that_do_not_add_up_are_refused(tmp_path: Path, direct: Path) -> N
     refused(ranks, SourceCorruptError, "config.json says")
     (ranks / "config.json").write_text(good)
     change(ranks, hidden_size="many")
-    refused(ranks, SourceCorruptError, "not of a TensorRT-LLM checkpoint")
+    refused(ranks, SourceCorruptError, "not the config of a TensorRT-LLM checkpoint")
     (ranks / "config.json").write_text(good)
     change(ranks, architecture="BertModel")
     refused(ranks, ArchitectureError, "BertModel")

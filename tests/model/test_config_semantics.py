@@ -34,9 +34,9 @@ DENSE: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
 NOT_BUILT = re.compile(
     r"keys that this family does not know|which this family does not have|not supported|partial_rotary_factor|"
-    r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not fall|"
-    r"layer_types in config.json of \w+ is |one for each rotated pair|"
-    r"num_local_experts is \d|gives layers a window, and there is no sliding_window|"
+    r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
+    r"layer_types in config.json of \w+ is |one per rotated pair|"
+    r"num_local_experts is \d|gives layers a window, but sliding_window is missing|"
     r"rope_theta in config.json of Gemma3ForCausalLM is None"
 )
 """Refusals of what transformers would take: it has no graph here, or is no model that anybody means."""

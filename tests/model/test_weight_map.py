@@ -199,7 +199,7 @@ def test_weight_map_tied_embedding_that_is_missing_is_counted_once() -> None:
 def test_weight_map_tensor_of_another_shape_is_named_with_both() -> None:
     config = model_config()
     message = _error(synthetic_index(config), config.model_copy(update={"vocab_size": 41}))
-    assert "model.embed_tokens.weight is [37, 16], the config says [41, 16]" in message
+    assert "model.embed_tokens.weight is [37, 16], config.json says [41, 16]" in message
     assert message.startswith("2 tensors have another shape")
 
 

@@ -81,7 +81,7 @@ def of_family(source: Path, family: str) -> BuildSpec:
 
 
 def test_plan_of_a_family_that_transformers_would_not_load_is_refused(source: Path) -> None:
-    with pytest.raises(ArchitectureError, match=r"source.family is mistral, and model_type .* 'llama'"):
+    with pytest.raises(ArchitectureError, match=r"source.family is mistral, but model_type .* 'llama'"):
         preparation.plan(of_family(source, "mistral"))
 
 

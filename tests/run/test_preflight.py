@@ -61,7 +61,7 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str, str]] = {
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4", "Mxfp4Config(dequantize=True)"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "Model Optimizer", "unquantized checkpoint"),
     "modelopt-old": ({"quant_algo": "FP8"}, r"\(modelopt\)", "unquantized checkpoint"),
-    "another": ({"quant_method": "sinq"}, r"\(sinq\): a method that this program does not know", "unquantized checkpoint"),
+    "another": ({"quant_method": "sinq"}, r"\(sinq\): an unknown method", "unquantized checkpoint"),
 }
 
 

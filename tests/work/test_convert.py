@@ -395,7 +395,7 @@ def test_convert_integers_are_no_weights(tmp_path: Path) -> None:
     config = model_config()
     arrays = random_arrays(config)
     arrays["model.norm.weight"] = np.arange(16)
-    with pytest.raises(WeightMapError, match=r"model\.norm\.weight is I64, weights are F64, F32, F16, BF16"):
+    with pytest.raises(WeightMapError, match=r"model\.norm\.weight is I64, weights must be one of F64, F32, F16, BF16"):
         conversion(tmp_path, config, arrays)
 
 
