@@ -1,4 +1,4 @@
-"""Places where steps run: processes of this machine, MPI ranks, a simulation. Ray is in actors/."""
+"""Clusters that run steps: processes of this machine, MPI ranks, a simulation. Ray is in actors/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from orchestrator.spec.cluster import ClusterSpec
 
 
 def local_cluster(cluster_spec: ClusterSpec) -> Cluster:
-    """Processes of this machine."""
+    """Return a cluster of processes of this machine."""
     from orchestrator.clusters.local import LocalCluster
 
     return LocalCluster(cluster_spec)

@@ -1,8 +1,8 @@
-"""Transfers over links that they share: max-min fair, on a clock of their own.
+"""Transfers over shared links: max-min fair, on a simulated clock.
 
-A transfer crosses several links (the store, a node's network, its disk). As long as nothing begins or ends, each goes at a constant
-rate: no link carries more than it can, and none could go faster without slowing one that is no faster. This is processor sharing
-where all cross one link. Rates change at beginnings and ends only, so the time of the next end is known exactly.
+A transfer crosses several links (the store, a node's network, its disk). Between events each transfer has a constant rate: no link
+exceeds its limit, and no transfer could be faster without slowing one that is no faster. With one common link this is processor
+sharing. Rates change only when a transfer begins or ends, so the time of the next end is known exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SAME_TIME = 1e-12
 @dataclass
 class _Transfer:
     path: tuple[str, ...]
-    """Links that have a limit."""
+    """Links of the path that have a limit."""
     every: tuple[str, ...]
     num_bytes: int
     left: float
@@ -30,7 +30,7 @@ class _Transfer:
 
 
 class Links:
-    """Links by name; `limits` are bytes per second, None or absence is no limit."""
+    """Links by name. `limits` are in bytes per second; None or a missing name: no limit."""
 
     def __init__(self, limits: Mapping[str, float | None]) -> None:
         self._limits = {name: float(limit) for name, limit in limits.items() if limit is not None}
@@ -44,11 +44,11 @@ class Links:
         self._share()
 
     def next_end(self) -> float:
-        """Seconds until the next transfer ends; infinite when there is none."""
+        """Return the seconds until the next transfer ends; infinite without transfers."""
         return min((transfer.seconds for transfer in self._transfers.values()), default=math.inf)
 
     def advance(self, seconds: float) -> list[str]:
-        """Let time pass, not beyond the next end; returns the transfers that have ended, in order of their begin."""
+        """Advance the clock, at most to the next end; returns the ended transfers, in order of their begin."""
         ended = [name for name, transfer in self._transfers.items() if transfer.seconds <= seconds * (1 + _SAME_TIME)]
         for name, transfer in self._transfers.items():
             if name not in ended:
@@ -62,11 +62,11 @@ class Links:
         return ended
 
     def rates(self) -> dict[str, float]:
-        """Bytes per second of every transfer."""
+        """Return the bytes per second of every transfer."""
         return {name: transfer.rate for name, transfer in self._transfers.items()}
 
     def _share(self) -> None:
-        """Fill all links at the same pace; whenever one is full, the transfers that cross it have their rate."""
+        """Raise the rates on all links evenly. When a link is full, the rates of its transfers are final."""
         room = dict(self._limits)
         waiting = [transfer for transfer in self._transfers.values() if transfer.path]
         while waiting:

@@ -1,4 +1,4 @@
-"""Processes of this machine, one per attempt: see processes.py."""
+"""A cluster of processes of this machine, one per attempt: see processes.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LocalCluster:
         self._admission.clear()
         self.processes.close()
         with contextlib.suppress(OSError):
-            remove_dead(scratch_root(self._scratch))  # what the steps that were ended had no time to remove
+            remove_dead(scratch_root(self._scratch))  # scratch that killed steps could not remove
 
     def _begin(self) -> None:
         if self._closed:

@@ -1,11 +1,11 @@
 """The ranks of an MPI job, for Slurm sites without Ray: `mpiexec -n N+1 python -m mpi4py.futures -m orchestrator.cli build ...`.
 
-Rank 0 drives. Every other rank is one node: it gets a single task of mpi4py's pool, which serves until the build is over. It starts
-steps as processes, as many at once as its pools have room for, so that native code that crashes is a failed step and not the end
-of the MPI job. Tasks, events and signs of life travel as MPI messages of a few kilobytes; nothing needs a shared folder.
+Rank 0 drives. Every other rank is one node: a single task of mpi4py's pool serves there until the build is over. It starts steps as
+processes, as many as its pools have room for, so that a crash of native code fails a step and not the MPI job. Tasks, events and
+heartbeats travel as MPI messages of a few kilobytes; no shared folder is needed.
 
-MPI does not survive the loss of a process. Most launchers end the whole job when one dies; where they do not, a node that shows no
-sign of life ends the build with an error. Either way the same command, run again, goes on from the committed steps.
+MPI does not survive the loss of a process. Most launchers end the whole job when one dies. Where they do not, a node without
+heartbeats ends the build with an error. Either way, the same command resumes from the committed steps.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.probe import probe_here
 
 LABELS_VARIABLE = "ORCHESTRATOR_NODE_LABELS"
-"""Labels of a node beyond those it finds itself: name=value, separated by commas."""
+"""Variable with additional labels of a node: name=value, separated by commas."""
 _LAUNCH = "Start it as: mpiexec -n N+1 python -m mpi4py.futures -m orchestrator.cli build ..., one process per node and one more."
 _TAG_HELLO, _TAG_COMMAND, _TAG_EVENT, _TAG_ALIVE, _TAG_BYE, _TAG_FACTS = range(701, 707)
 _LOST_SECONDS = 60.0
 _ALIVE_SECONDS = 2.0
 _POLL_SECONDS = 0.01
 _CLOSE_SECONDS = 30.0
-"""How long a node has to end its steps and say goodbye."""
+"""Time for a node to end its steps and say goodbye."""
 _ABORT_SECONDS = 3.0
-"""Between the error of a lost node and the end of the job: time to print it."""
+"""Delay between the error of a lost node and the end of the job, to print the error."""
 
 
 class MpiCluster:
     """See Cluster, and Probing."""
 
     def __init__(self, spec: ClusterSpec, *, lost_seconds: float = _LOST_SECONDS) -> None:
-        """Make every other rank of this MPI job a node. Raises ClusterError when this is none, or a pool finds no node."""
+        """Make every other rank of this MPI job a node. Raises ClusterError outside of an MPI job, or when a pool finds no node."""
         self._spec = spec
         self._lost_seconds = lost_seconds
         self._comm, self._executor = _open_pool()
@@ -55,13 +55,13 @@ class MpiCluster:
         self._ended: set[int] = set()
         self._seen = dict.fromkeys(ranks, time.monotonic())
         self._sending: list[Any] = []
-        """Commands on their way: a blocking send could wait for a node that waits for us."""
+        """Commands being sent. A blocking send could wait for a node that waits for us."""
         self._broken = False
         self._closed = False
         self.pids: dict[int, int] = {}
-        """By rank: of the nodes' own processes, each on its host."""
+        """Process id of each node's rank, on its host."""
         self._placed: dict[str, int] = {}
-        """By digest: the rank that runs a step."""
+        """Rank that runs a step, by the step's digest."""
         try:
             self._nodes = self._greet()
             self._admission = Admission(spec, by_pool(spec, list(self._nodes.values())))
@@ -74,7 +74,7 @@ class MpiCluster:
         self._admission.add(task)
 
     def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
-        """As Cluster says. Raises ClusterError when a node was lost: MPI cannot go on without it."""
+        """Return events as Cluster says. Raises ClusterError when a node was lost, because MPI cannot continue without it."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._begin()
         while not self._closed:
@@ -91,7 +91,7 @@ class MpiCluster:
         return time.monotonic()
 
     def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
-        """Ask every node. One that is silent too long is one with an error. Raises ClusterError when one was lost."""
+        """Ask every node. A node without an answer in time gets an error. Raises ClusterError when a node was lost."""
         spec = self._spec
         question = [spec.store, spec.store_options.model_dump_json(), spec.scratch, list(paths)]
         for rank in self._nodes:
@@ -112,7 +112,7 @@ class MpiCluster:
         return found
 
     def rank_of(self, digest: str) -> int:
-        """The rank that runs a step. Raises KeyError."""
+        """Return the rank that runs a step. Raises KeyError."""
         return self._placed[digest]
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class MpiCluster:
             self._send(rank, None)
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self._ended != set(self._seen):
-            # What nodes still have to say is taken in, or their messages would never leave them.
+            # Pending messages of the nodes are received, or the nodes could not finish sending them.
             self._receive()
             if time.monotonic() >= deadline:
                 self._abort_soon()
@@ -135,7 +135,7 @@ class MpiCluster:
         self._executor.shutdown()
 
     def _greet(self) -> dict[int, Node]:
-        """What every node says of itself. Several ranks of one host are told apart by their number."""
+        """Receive every node's description. Ranks of one host are distinguished by their number."""
         found: dict[int, dict[str, Any]] = {}
         while len(found) < len(self._seen):
             rank, said = self._next(_TAG_HELLO)
@@ -165,7 +165,7 @@ class MpiCluster:
         self._sending.append(self._comm.isend(command, dest=rank, tag=_TAG_COMMAND))
 
     def _receive(self) -> list[AnyEvent]:
-        """Take in what has arrived; final events free their room."""
+        """Receive all events that have arrived; final events free their room."""
         while (rank := self._next(_TAG_ALIVE)[0]) or (rank := self._next(_TAG_BYE)[0]):
             self._seen[rank] = time.monotonic()
         events: list[AnyEvent] = []
@@ -178,7 +178,7 @@ class MpiCluster:
         return events
 
     def _next(self, tag: int) -> tuple[int, Any]:
-        """One message and the rank that sent it; rank 0 when there is none."""
+        """Return one message and the rank that sent it; rank 0 when there is no message."""
         from mpi4py import MPI
 
         status = MPI.Status()
@@ -190,7 +190,7 @@ class MpiCluster:
         return rank, self._comm.recv(source=rank, tag=tag)
 
     def _check_alive(self) -> None:
-        """Raises ClusterError when a node failed or has been silent for too long."""
+        """Check the heartbeats. Raises ClusterError when a node failed or was silent for too long."""
         problem = next((str(future.exception()) for future in self._served if future.done() and future.exception()), "")
         now = time.monotonic()
         silent = [rank for rank, seen in self._seen.items() if now - seen > self._lost_seconds]
@@ -208,20 +208,20 @@ class MpiCluster:
         return f"rank {rank}" + (f" ({node.name})" if node else "")
 
     def _abort_soon(self) -> None:
-        """MPI would wait for ever for a node that is gone: end the job once this process had time to say why."""
+        """End the job once the error could be printed: MPI would wait for a lost node without end."""
         timer = threading.Timer(_ABORT_SECONDS, self._comm.Abort, [ClusterError.exit_code])
         timer.daemon = True
         timer.start()
 
 
 def _open_pool() -> tuple[Any, Any]:
-    """The communicator of the job, and its pool of workers. Raises ClusterError when this process was not started as it must be."""
+    """Return the job's communicator and its pool of workers. Raises ClusterError when this process was started without them."""
     from mpi4py import MPI
     from mpi4py.futures import MPIPoolExecutor, _core
 
     comm = MPI.COMM_WORLD
     if comm.Get_size() < 2:
-        raise ClusterError("kind: mpi needs an MPI job of at least two processes, and this is none", _LAUNCH)
+        raise ClusterError("kind: mpi needs an MPI job of at least two processes", _LAUNCH)
     if getattr(_core, "SharedPool", None) is None:
         raise ClusterError("this MPI job has no pool of workers: every process runs the build", _LAUNCH)
     executor = MPIPoolExecutor(main=False)
@@ -238,7 +238,7 @@ def _offer(node: Node) -> dict[str, Any]:
 
 
 def serve(threads_per_step: int) -> None:
-    """Be a node until the driver says that the build is over. Runs in every rank but 0."""
+    """Serve as a node until the driver ends the build. Runs in every rank but 0."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -261,7 +261,7 @@ def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEve
             if command is None:
                 return
             if "probe" in command:
-                # A store that does not answer may take its time; this rank still shows that it lives.
+                # A store may answer late, but this rank must keep sending heartbeats.
                 threading.Thread(target=lambda asked: facts.put(probe_here(*asked)), args=(command["probe"],), daemon=True).start()
             else:
                 processes.start(Task.model_validate_json(command["task"]), tuple(command["gpus"]), command["node"])
@@ -280,7 +280,7 @@ def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEve
 
 
 def describe_node() -> dict[str, Any]:
-    """What this rank offers: host, capacity, and labels by the names that Ray gives them, so that one cluster file serves both."""
+    """Return this rank's host, capacity, and labels. Labels have Ray's names, so that one cluster file serves both."""
     from orchestrator.engines.device import visible_gpus
 
     gpus = visible_gpus()
@@ -295,8 +295,9 @@ def describe_node() -> dict[str, Any]:
 
 
 def accelerator_type(name: str) -> str:
-    """Ray's name of a GPU model: NVIDIA H100 80GB HBM3 -> H100, Tesla V100-SXM2-16GB -> V100, NVIDIA GeForce RTX 4090 ->
-    GeForce-RTX-4090."""
+    """Return Ray's name of a GPU model: NVIDIA H100 80GB HBM3 -> H100, Tesla V100-SXM2-16GB -> V100, NVIDIA GeForce RTX 4090 ->
+    GeForce-RTX-4090.
+    """
     kept: list[str] = []
     for word in name.split()[1:]:
         head = word.partition("-")[0]

@@ -1,7 +1,7 @@
-"""Steps as processes of this machine: every attempt is a fresh `python -m orchestrator.work`.
+"""Steps as processes of this machine: every attempt is a new `python -m orchestrator.work`.
 
-The task goes in on stdin, events come out on a pipe as JSON lines. A process of its own gives each step its own memory and
-lets a crash of native code be one step's failure. Children stay in our process group, so that they end with us.
+The task goes in on stdin, events come out on a pipe as JSON lines. Each step has its own memory, and a crash of native code fails
+only that step. Children stay in our process group, so that they end with us.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestrator.work.process import belong_to_parent, without_launcher
 
 
 class StepProcesses:
-    """The running steps of one machine. `report` is called from threads of their own."""
+    """Running steps of one machine. `report` is called from background threads."""
 
     def __init__(self, threads_per_step: int, report: Callable[[AnyEvent], None]) -> None:
         self._threads_per_step = threads_per_step
@@ -34,7 +34,7 @@ class StepProcesses:
         self._closed = False
 
     def start(self, task: Task, gpus: tuple[int, ...], node: str = "") -> None:
-        """Begin an attempt. `gpus` are numbers among the devices that this process sees; `node` is what the machine is called."""
+        """Start an attempt. `gpus`: indices among the devices visible to this process; `node`: name of the machine."""
         node = node or platform.node()
         process, log = self._spawn(node, gpus)
         self._processes[task.step.digest] = process
@@ -43,15 +43,15 @@ class StepProcesses:
         self._followers = [thread for thread in self._followers if thread.is_alive()] + [follower]
 
     def forget(self, digest: str) -> None:
-        """Its final event was seen."""
+        """Forget a step whose final event was seen."""
         self._processes.pop(digest, None)
 
     def pid(self, digest: str) -> int:
-        """Of a running step. Raises KeyError."""
+        """Return the process id of a running step. Raises KeyError."""
         return self._processes[digest].pid
 
     def close(self) -> None:
-        """End every step; nothing is reported any more. Idempotent."""
+        """End every step; nothing is reported afterwards. Idempotent."""
         self._closed = True
         for process in self._processes.values():
             process.kill()
@@ -86,7 +86,7 @@ class StepProcesses:
             for line in process.stdout:
                 try:
                     event = EVENT.validate_json(line)
-                except ValueError:  # no event: of a library that prints, or of another version of this program
+                except ValueError:  # no event: output of a library, or of another version of this program
                     continue
                 final = final or isinstance(event, (StepSucceeded, StepFailed))
                 self._report(event)
@@ -96,6 +96,6 @@ class StepProcesses:
 
 
 def devices(gpus: tuple[int, ...], visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES of a step that gets the devices number `gpus` of those visible to us."""
+    """Return CUDA_VISIBLE_DEVICES for a step: the devices `gpus` of those visible to us."""
     names = visible.split(",") if visible else []
     return ",".join(names[number].strip() if number < len(names) else str(number) for number in gpus)

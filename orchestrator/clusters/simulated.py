@@ -1,7 +1,7 @@
-"""A cluster that runs nothing: steps take the seconds that rates give them on a clock that jumps, failures follow a script.
+"""A cluster that runs nothing: steps take simulated time at given rates, and failures follow a script.
 
-The real schedule and the real driver run against it, so what it shows of order, retries and makespan is what they do. A step reads
-from the store, computes, writes to the store; transfers share links, computing has its CPU slot to itself.
+The real schedule and the real driver run on it, so order, retries and makespan are theirs. A step reads from the store, computes,
+and writes to the store. Transfers share links; each computation has its CPU slot to itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STORE_READ, STORE_WRITE = "store/read", "store/write"
 
 
 def node_links(node: str) -> tuple[str, str, str]:
-    """Names of a node's links: network in, network out, disk."""
+    """Return the names of a node's links: network in, network out, disk."""
     return f"{node}/in", f"{node}/out", f"{node}/disk"
 
 
@@ -49,10 +49,10 @@ class _Attempt:
 
 
 class SimulatedCluster:
-    """See Cluster. `failures` maps (step name, attempt) to the failure that this attempt ends with, when it would begin to write.
+    """See Cluster. `failures`: failure of an attempt by (step name, attempt), raised when the attempt would begin to write.
 
-    Without `rates`, a step takes its estimated seconds and transfers take none. What the pools leave open (CPU slots, memory) is as
-    on this machine.
+    Without `rates`, a step takes its estimated seconds and transfers take no time. CPU slots and memory that the pools leave open
+    are those of this machine.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SimulatedCluster:
         self.spans: list[Span] = []
         """Every attempt, in order of its end."""
         self.peak_memory_bytes: dict[str, int] = {}
-        """By pool: the most that steps reserved on one of its nodes."""
+        """Largest memory that steps reserved on one node, by pool."""
 
     def start(self, task: Task) -> None:
         self.admission.add(task)
@@ -103,7 +103,7 @@ class SimulatedCluster:
             self._next(task.step.digest)
 
     def _phases(self, placed: Placement) -> Iterator[None]:
-        """The life of an attempt: each turn begins a phase, and the next turn comes when that is over."""
+        """Run an attempt: each turn begins a phase, and the next turn comes when the phase is over."""
         step, digest = placed.task.step, placed.task.step.digest
         inward, outward, disk = node_links(placed.node)
         if self._rates is not None and step.estimate.read_bytes:
@@ -129,7 +129,7 @@ class SimulatedCluster:
             self._end(self._attempts.pop(digest))
 
     def _advance(self, limit: float) -> bool:
-        """Jump to the next end of a phase, or to `limit`; whether there may be more before it."""
+        """Jump to the next end of a phase, or to `limit`. Returns whether more may happen before `limit`."""
         transfer = self.links.next_end()
         compute = self._computing[0][0] if self._computing else math.inf
         at = min(self._clock + transfer, compute)

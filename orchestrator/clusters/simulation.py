@@ -1,4 +1,4 @@
-"""What a build would take: the real driver on a cluster that jumps from event to event, at stated rates, with scripted failures."""
+"""Simulate a build: the real driver on a cluster that jumps from event to event, at given rates, with scripted failures."""
 
 from __future__ import annotations
 
@@ -20,54 +20,54 @@ from orchestrator.spec.rates import STEP_RATES, RatesSpec, StepRate, fit
 
 @dataclass(frozen=True)
 class PoolUse:
-    """What a pool's nodes did until the build was over."""
+    """Use of a pool's nodes until the build was over."""
 
     nodes: int
     slots: int
-    """Of all nodes."""
+    """CPU slots of all nodes."""
     busy_seconds: float
-    """Of slots: the sum over attempts."""
+    """Busy time of the slots: the sum over attempts."""
     utilization: float
-    """Of the slots, over the makespan; 0 to 1."""
+    """Busy fraction of the slots over the makespan, 0 to 1."""
     peak_memory_bytes: int
-    """The most that steps reserved on one node."""
+    """Largest memory that steps reserved on one node."""
     read_bytes: int
-    """From the store."""
+    """Bytes read from the store."""
     write_bytes: int
-    """To the store."""
+    """Bytes written to the store."""
     cost: float
-    """All nodes for the whole makespan."""
+    """Price of all nodes for the whole makespan."""
 
 
 @dataclass(frozen=True)
 class LinkUse:
-    """What went over one of the store's two directions, all nodes together."""
+    """Use of one direction of the store, all nodes together."""
 
     num_bytes: int
     bytes_per_second: int | None
-    """Its limit."""
+    """Limit of the direction. None: no limit."""
     utilization: float | None
-    """Of the limit, over the makespan."""
+    """Used fraction of the limit over the makespan. None: no limit."""
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A build that did not happen."""
+    """Result of a simulated build."""
 
     makespan_seconds: float
     critical_seconds: float
-    """The longest chain of steps, each at the speed that it has alone: no number of nodes makes the build faster."""
+    """Seconds of the longest chain of steps, each running alone: more nodes cannot make the build faster."""
     critical_path: tuple[str, ...]
     pools: dict[str, PoolUse]
     links: dict[str, LinkUse]
     cost: float
     retries: int
     failures: dict[str, str]
-    """By step: why the build would end without a release."""
+    """Reason of each step for which the build would end without a release."""
     spans: tuple[Span, ...] = field(repr=False)
 
     def facts(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the result as plain data."""
         plain = asdict(self)
         plain["spans"] = [{**span, "kind": span["kind"].value} for span in plain["spans"]]
         return plain
@@ -84,9 +84,9 @@ class _Retries(SilentListener):
 def simulate(
     plan: Plan, cluster_spec: ClusterSpec, rates: RatesSpec, failures: Mapping[tuple[str, int], Failure] | None = None
 ) -> Simulation:
-    """Drive the whole plan, nothing committed.
+    """Drive the whole plan, with nothing committed.
 
-    Raises ClusterError when a pool lacks a step's resources, SpecError for rates of pools that are not there.
+    Raises ClusterError when a pool lacks a step's resources, SpecError for rates of missing pools.
     """
     unknown = [name for name in rates.pools if name not in cluster_spec.pools]
     if unknown:
@@ -145,9 +145,9 @@ def _link_use(num_bytes: int, limit: int | None, makespan: float) -> LinkUse:
 
 
 def seconds_alone(step: Step, cluster_spec: ClusterSpec, rates: RatesSpec) -> float:
-    """What a step takes when nothing else runs."""
+    """Return the seconds of a step when nothing else runs."""
     pool = cluster_spec.pool_name_for(step.kind.value)
-    assert pool is not None, f"no pool runs {step.kind.value} steps"  # the plan was placed before
+    assert pool is not None, f"no pool runs {step.kind.value} steps"  # the plan was checked by `unplaceable`
     node = rates.pool(pool)
     estimate = step.estimate
     seconds = rates.compute_seconds(step.kind.value, estimate.work_bytes, pool)
@@ -158,7 +158,7 @@ def seconds_alone(step: Step, cluster_spec: ClusterSpec, rates: RatesSpec) -> fl
 
 
 def longest_chain(plan: Plan, seconds: Mapping[str, float]) -> tuple[float, list[Step]]:
-    """The chain of needs that takes longest, and its seconds."""
+    """Return the seconds of the longest chain of needs, and its steps."""
     ends: dict[str, float] = {}
     before: dict[str, str | None] = {}
     for step in plan.steps:
@@ -174,7 +174,7 @@ def longest_chain(plan: Plan, seconds: Mapping[str, float]) -> tuple[float, list
 
 
 def parse_failures(words: Iterable[str], plan: Plan) -> dict[tuple[str, int], Failure]:
-    """Scripted failures from `STEP:ATTEMPT` or `STEP:ATTEMPT:KIND`. Raises SpecError naming what is wrong."""
+    """Parse scripted failures from `STEP:ATTEMPT` or `STEP:ATTEMPT:KIND`. Raises SpecError."""
     names = [step.name for step in plan.steps]
     found = {}
     for word in words:
@@ -189,7 +189,7 @@ def parse_failures(words: Iterable[str], plan: Plan) -> dict[tuple[str, int], Fa
         if not attempt.isdigit() or int(attempt) < 1 or kind not in ("", FailureKind.INFRASTRUCTURE, FailureKind.APPLICATION):
             raise SpecError(
                 f"--fail {word}: expected STEP:ATTEMPT or STEP:ATTEMPT:KIND",
-                "E.g. build/rank3:1 (infrastructure: it is tried again) or build/rank3:1:application (its own error: it is not).",
+                "E.g. build/rank3:1 (infrastructure: retried) or build/rank3:1:application (the step's own error: not retried).",
             )
         failure = FailureKind(kind or FailureKind.INFRASTRUCTURE)
         found[name, int(attempt)] = Failure(kind=failure, message="failed, as the script says")
@@ -197,7 +197,7 @@ def parse_failures(words: Iterable[str], plan: Plan) -> dict[tuple[str, int], Fa
 
 
 def measured(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, StepRate]:
-    """The step rates that committed outcomes of a plan show, by kind."""
+    """Return the step rates measured in the committed outcomes of a plan, by kind."""
     found = {}
     for kind in Kind:
         points = [
@@ -213,7 +213,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def timeline(spans: Sequence[Span], makespan: float, columns: int) -> list[tuple[str, Kind, str, int]]:
-    """Pool, kind, a bar per piece of time, and the most attempts at once; the fullest piece of a row is a whole bar."""
+    """Return pool, kind, a bar per piece of time, and the most attempts at once. The fullest piece of a row is a whole bar."""
     rows = []
     keys = sorted(
         {(span.pool, span.kind) for span in spans}, key=lambda key: min(s.start for s in spans if (s.pool, s.kind) == key)

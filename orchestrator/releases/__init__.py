@@ -1,4 +1,4 @@
-"""Releases from the side of those who use them: read, pull, verify, tag, list, collect.
+"""Releases for their consumers: read, pull, verify, tag, list, collect.
 
     from orchestrator.releases import pull
 

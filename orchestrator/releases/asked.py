@@ -1,4 +1,4 @@
-"""Those parts of a manifest that it holds as plain data, decoded for layouts that need them."""
+"""Decode the parts of a manifest that hold plain data, for layouts that need them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class AskedEngine(BaseModel):
-    """How TensorRT was asked to compile: the fields of BuildConfig that runtimes read."""
+    """TensorRT build options: the fields of BuildConfig that runtimes read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -37,8 +37,8 @@ def model_quantization(manifest: Manifest) -> ModelQuantization | None:
 
 
 def _decoded(model: type[T], plain: Any, what: str) -> T:
-    """Raises DigestError."""
+    """Decode plain data as `model`. Raises DigestError."""
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        raise DigestError(f"the manifest's {what} cannot be read: {error.error_count()} of its fields are wrong") from None
+        raise DigestError(f"the manifest's {what} cannot be read: {error.error_count()} fields are wrong") from None

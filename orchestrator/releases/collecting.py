@@ -1,16 +1,15 @@
-"""Remove what nobody needs from a store: outcomes and outputs that no release was made of, objects of no manifest, dead uploads.
+"""Remove unneeded objects from a store: outcomes and outputs of no release, objects of no manifest, dead uploads.
 
-Kept for ever: what a manifest names, the outcomes of its steps, what a kept outcome names, and tags. Kept while it runs: what a
-live build has announced (cache.in_use). Anything else, the events of ended builds too, is removed when it was found unneeded
-twice, at least the grace period apart. Ages count from the first of these looks, remembered in collect/seen.json: a store's own
-dates mean little, since a copy or a hard link that a build has just made may carry the date of its source.
+Always kept: a manifest's files, the outcomes of its steps, their outputs, and tags. Kept while it runs: everything that a live
+build has announced (commits.in_use). Anything else, events of ended builds too, is removed once it was found unneeded twice, at
+least the grace period apart. Ages count from the first of these looks, recorded in collect/seen.json. A store's own dates mean
+little, since a fresh copy or hard link may carry the date of its source.
 
-Nothing is deleted unless everything was seen: an error in listing or reading ends `collect` before it deletes. Where a manifest,
-or what a running build has announced, can be read but not understood (damaged, or of a newer program), nobody knows which steps it
-needs: then no outcome and no output goes, and of releases nothing that lies beside it.
+An error in listing or reading ends `collect` before it deletes anything. A damaged or newer manifest or announcement may need any
+step: then no outcome and no output is deleted, and nothing beside it among the releases.
 
-A build may begin at any moment. It announces itself before it looks up outcomes, and this module deletes outcomes first, reads
-the announcements again, puts back the outcomes that a new build may have seen, and only then deletes outputs.
+A build may begin at any moment. It announces itself before it looks up outcomes. This module deletes outcomes first, reads the
+announcements again, puts back the outcomes that a new build may have seen, and only then deletes outputs.
 """
 
 from __future__ import annotations
@@ -34,32 +33,32 @@ from orchestrator.stores import open_store
 from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store, Upload, check_present
 
 GRACE = datetime.timedelta(days=7)
-"""Longer than the longest build."""
+"""Default grace period: longer than the longest build."""
 _LONGEST_GRACE = datetime.timedelta(days=36_500)
 SEEN = "collect/seen.json"
 _LISTED = (OUTCOMES, STEPS, RELEASES, LIVE, EVENTS, ASIDE)
 _UPLOADED = (*_LISTED, "tags/", "collect/", "probes/")
-"""Prefixes of everything that is ever written; other folders beside them are not ours to look into."""
+"""Prefixes of everything that is ever written. Other folders beside them are not ours to look into."""
 
 
 @dataclass
 class Collected:
-    """What a look at a store found."""
+    """Findings about a store."""
 
     due: dict[str, int] = field(default_factory=dict)
-    """Keys to delete, or deleted, with their bytes."""
+    """Bytes of the keys to delete, or deleted."""
     waiting: dict[str, int] = field(default_factory=dict)
-    """Unneeded, but not for long enough."""
+    """Bytes of the keys that are unneeded, but not for long enough."""
     uploads: list[Upload] = field(default_factory=list)
-    """Begun longer ago than the grace period and never ended."""
+    """Unfinished uploads begun before the grace period."""
     unreadable: list[str] = field(default_factory=list)
-    """Manifests and announcements that could not be understood: because of them no outcome and no output is due."""
+    """Manifests and announcements that cannot be understood: because of them no outcome and no output is due."""
     deleted: bool = False
 
 
 @dataclass(frozen=True)
 class _Live:
-    """Running builds, by key."""
+    """Running builds, by the key of their announcement."""
 
     builds: dict[str, LiveBuild]
     unreadable: tuple[str, ...]
@@ -67,16 +66,16 @@ class _Live:
 
 @dataclass(frozen=True)
 class _Roots:
-    """What must stay."""
+    """Objects that must stay."""
 
     digests: frozenset[str]
-    """Of steps: their outcomes."""
+    """Digests of steps whose outcomes stay."""
     keys: frozenset[str]
-    """Objects of releases."""
+    """Keys of releases' objects."""
     releases: tuple[str, ...]
-    """Key prefixes under which a live build is going to publish, or whose manifest cannot be read."""
+    """Key prefixes of releases that a live build will publish, or whose manifest cannot be read."""
     unreadable: tuple[str, ...]
-    """Keys of manifests."""
+    """Keys of unreadable manifests."""
 
 
 def collect(
@@ -87,14 +86,14 @@ def collect(
     options: StoreOptions | None = None,
     now: datetime.datetime | None = None,
 ) -> Collected:
-    """Look for what the store at `url` does not need; delete what is due only with `delete`.
+    """Find unneeded objects in the store at `url`, and delete those that are due if `delete`.
 
-    A live build that announced itself longer ago than `grace` counts as dead, so `grace` must be longer than the longest build.
-    `now` is UTC. Raises StoreError of a store that is not there and, before anything is deleted, when a part of it cannot be listed
-    or read; SpecError for a grace period of more than a century.
+    A live build announced longer ago than `grace` counts as dead, so `grace` must exceed the longest build. `now` is UTC. Raises
+    StoreError for a missing store and, before anything is deleted, when a part cannot be listed or read; SpecError for a grace
+    period of more than a century.
     """
     if not datetime.timedelta(0) <= grace <= _LONGEST_GRACE:
-        raise SpecError(f"a grace period of {grace.days:,} days", f"Give a number of days from 0 to {_LONGEST_GRACE.days:,}.")
+        raise SpecError(f"grace period of {grace.days:,} days", f"Give a number of days from 0 to {_LONGEST_GRACE.days:,}.")
     store = open_store(url, options)
     check_present(store)
     moment = now or datetime.datetime.now(datetime.UTC)
@@ -121,14 +120,14 @@ def collect(
 
 
 def _needed(present: Iterable[str], outcomes: dict[str, Outcome], roots: _Roots, live: dict[str, LiveBuild]) -> set[str]:
-    """Keys that stay."""
+    """Return the keys that stay."""
     needed = set(roots.keys) | set(live)
     kept = {digest for build in live.values() for digest in build.steps}
     for digest in roots.digests:
         needed.add(outcome_key(digest))
         if digest in outcomes:
             needed |= _of_outcome(outcomes[digest])
-        else:  # an outcome that this program cannot read names its outputs to another one
+        else:  # this program cannot read the outcome, but another one can
             kept.add(digest)
     for key in present:
         # An attempt of a live build's step writes outputs before any outcome names them.
@@ -144,7 +143,7 @@ def _of_outcome(outcome: Outcome) -> set[str]:
 
 
 def _delete(store: Store, found: Collected, outcomes: dict[str, Outcome], oldest: datetime.datetime) -> None:
-    """Delete what is due; what a build needs that began meanwhile leaves `found.due`."""
+    """Delete what is due. Objects that a build needs which began meanwhile are removed from `found.due`."""
     removed = {key: store.get(key) for key in found.due if key.startswith(OUTCOMES)}
     for key in removed:
         store.delete(key)
@@ -168,12 +167,12 @@ def _delete(store: Store, found: Collected, outcomes: dict[str, Outcome], oldest
 
 
 def _put_back(store: Store, key: str, data: bytes) -> None:
-    with contextlib.suppress(ObjectExistsError):  # the build did the step again, and its outcome counts
+    with contextlib.suppress(ObjectExistsError):  # the build ran the step again, and its outcome counts
         store.put(key, data, create=True)
 
 
 def _live(store: Store, oldest: datetime.datetime) -> _Live:
-    """Builds that have announced themselves since `oldest`, by key."""
+    """Return the builds announced since `oldest`, by key."""
     found, unreadable = {}, []
     for info in list(store.list(LIVE)):
         try:
@@ -189,7 +188,7 @@ def _live(store: Store, oldest: datetime.datetime) -> _Live:
 
 
 def _outcomes(store: Store, present: Iterable[str]) -> dict[str, Outcome]:
-    """By digest; what cannot be read names nothing."""
+    """Return the outcomes by digest, without unreadable ones."""
     found = {}
     for key in present:
         if key.startswith(OUTCOMES):
@@ -233,7 +232,7 @@ def _manifest(store: Store, key: str) -> tuple[Manifest | None, str]:
 
 
 def _read_seen(store: Store) -> dict[str, datetime.datetime]:
-    """Key to the moment when it was first found unneeded; nothing when the record is missing or damaged."""
+    """Return when each key was first found unneeded; empty when the record is missing or damaged."""
     try:
         plain = json.loads(store.get(SEEN))
         return {str(key): datetime.datetime.fromisoformat(since) for key, since in plain.items()}

@@ -1,6 +1,6 @@
-"""What the manifest says of a finished build: from the plan and the outcomes of its steps. Writes nothing.
+"""Make the manifest of a finished build from its plan and the outcomes of its steps. Writes nothing.
 
-Outcomes hold facts and logs; of those only named facts get into the manifest, and places get there without what may be secret.
+Only named facts of the outcomes get into the manifest, no logs. Paths and URLs get there without parts that may be secret.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from orchestrator.spec.build import BuildSpec
 
 _WORST_LINEARS = 10
 _PLACES = ("path", "scales", "quant_cfg", "dataset")
-"""Fields of a spec that hold a place."""
+"""Fields of a spec that hold a path or URL."""
 
 
 def describe(
     plan: Plan, outcomes: Mapping[str, Outcome], ranks: tuple[RankRecord, ...], shared: tuple[FileRecord, ...]
 ) -> Manifest:
-    """The manifest of a build whose files are in place."""
+    """Return the manifest of a build whose files are in place."""
     release, topology = plan.spec.release, plan.topology
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     known = [outcomes[step.digest] for step in plan.steps if step.digest in outcomes]
@@ -80,7 +80,7 @@ def describe(
 
 
 def describe_rank(plan: Plan, outcome: Outcome, file: FileRecord) -> RankRecord:
-    """A rank by the outcome of its build step and its published engine."""
+    """Return the record of a rank from the outcome of its build step and its published engine."""
     facts = outcome.facts_as(BuildFacts)
     options, engine = facts.options, facts.engine
     return RankRecord(
@@ -131,12 +131,12 @@ def _quantization(plan: Plan, known: list[Outcome]) -> QuantizationRecord | None
 
 
 def public_spec(spec: BuildSpec) -> dict[str, Any]:
-    """A spec as a manifest holds it: its places by their names alone."""
+    """Return a spec as a manifest holds it: paths and URLs reduced to names."""
     return _public(spec.model_dump(mode="json"))
 
 
 def _public(plain: dict[str, Any]) -> dict[str, Any]:
-    """A spec whose places are without folders of this machine, users, passwords and signatures."""
+    """Return a spec without local folders, users, passwords and signatures in its paths and URLs."""
     found: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, dict):
@@ -196,7 +196,7 @@ def _tools(known: Iterable[Outcome]) -> dict[str, str]:
 
 
 def own_version() -> str:
-    """Of this package."""
+    """Return the version of this package."""
     try:
         return importlib.metadata.version("trt-orchestrator")
     except importlib.metadata.PackageNotFoundError:

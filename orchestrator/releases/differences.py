@@ -1,4 +1,4 @@
-"""Why a build is not the one that is published under its name: what differs, file by file and field by field."""
+"""Explain why a build differs from the one published under its name: file by file and field by field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def differences(published: Manifest, plan: Plan) -> list[str]:
-    """Differences, the most telling first: files of the source, else fields of the spec, else versions."""
+    """Return the differences: files of the source, else fields of the spec, else versions."""
     now = {file.name: file for file in plan.inputs.index.files + plan.inputs.extra_files}
     then = {file.path: file for file in published.source}
     files = [
@@ -36,12 +36,12 @@ def differences(published: Manifest, plan: Plan) -> list[str]:
         found.append(f"{backend}: {plan.inputs.tensorrt_version}, then {published.tools[backend]}")
     if not found:
         steps = [name for name, digest in published.steps.items() if digest not in {step.digest for step in plan.steps}]
-        found.append(f"this program makes other steps of the same: {', '.join(steps[:_MOST]) or 'none'}")
+        found.append(f"this program makes other steps of the same spec: {', '.join(steps[:_MOST]) or 'none'}")
     return [*found[:_MOST], *([f"{len(found) - _MOST} more"] if len(found) > _MOST else [])]
 
 
 def times_back(published: Manifest, plan: Plan) -> str:
-    """The commands that give files of the source their old times back, where times are all that differs; else empty."""
+    """Return the commands that restore old times of source files when only times differ; else empty."""
     then = {file.path: file for file in published.source}
     touched = []
     for file in plan.inputs.index.files + plan.inputs.extra_files:

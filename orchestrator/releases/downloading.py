@@ -1,8 +1,8 @@
-"""Files of a release on their way to this machine: fetched in blocks, each chunk and the whole verified, resumed after a break.
+"""Download files of a release: fetched in blocks, each chunk and the whole verified, resumed after a break.
 
-A file grows under a temporary name beside its target, named by its digest, so that a later attempt finds it and fetches only the
-chunks that are not right yet: there is no journal to trust. It gets its name when its length, every chunk and the digest of the
-whole are right, and it is on disk. Its bytes are hashed in order as they come, so nothing is read twice.
+A file grows under a temporary name beside its target. The name holds the digest, so a later attempt finds the file and fetches only
+chunks that are not right yet; no journal needs to be trusted. The file gets its name once its length, every chunk and the whole
+digest are right and it is on disk. Bytes are hashed in order as they arrive, so nothing is read twice.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from orchestrator.releases.transfers import Listener
 from orchestrator.stores.store import Store
 
 FILES_AT_ONCE = 4
-"""sha256 of a whole file is computed in order, so one file alone is as fast as one core hashes."""
+"""Files downloaded at once: sha256 of a whole file is sequential, so a single file is limited by one core."""
 BLOCKS_IN_FLIGHT = 8
 _BLOCK_BYTES = 8 * 2**20
-"""Read and written at a time: the memory of a pull is this, times the blocks in flight and a few more."""
+"""Size of a read and write. A pull's memory is this times the blocks in flight, plus a few."""
 _READS = 2
-"""Times that a chunk is read before its bytes count as damaged in the store and not on their way."""
+"""Reads of a chunk before its bytes count as damaged in the store, not on their way."""
 _DIGITS = 16
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A file of a release and where it is to stand: a checked path below the output folder."""
+    """A file of a release and its checked path below the output folder."""
 
     file: FileRecord
     place: str
 
 
 class _StoppedError(Exception):
-    """Another file has failed."""
+    """Raised when another file has failed."""
 
 
 def download(store: Store, wanted: Iterable[Wanted], output: OutputFolder, listener: Listener) -> None:
-    """Bring every file to its place; one that is there already with the right bytes is kept.
+    """Download every file to its place; a file that already has the right bytes is kept.
 
-    Raises DigestError for damaged bytes and StoreError; what was fetched until then is kept for the next attempt.
+    Raises DigestError for damaged bytes, and StoreError. Chunks fetched until then are kept for the next attempt.
     """
-    # Always in one order: two processes that fetch into one folder wait for each other and not both.
+    # Always in one order, so that two processes that fetch into one folder cannot wait for each other.
     items = [item for _, item in sorted({item.place: item for item in wanted}.items())]
     listener.on_begin(len(items), sum(item.file.num_bytes for item in items))
     _check_room(items, output)
@@ -77,7 +77,7 @@ class _Fetching:
     store: Store
     pool: ThreadPoolExecutor
     ahead: int
-    """Blocks of one file that are fetched at a time."""
+    """Blocks of one file that are fetched ahead."""
     stopped: threading.Event
     listener: Listener
 
@@ -97,7 +97,7 @@ def _bring(fetching: _Fetching, item: Wanted, target: Spot) -> None:
 
 
 def _is_right(file: FileRecord, target: Spot) -> bool:
-    """Whether the file itself, not a link to one, is there with the right bytes."""
+    """Whether the file itself, not a link, exists with the right bytes."""
     with writing(target.path):
         descriptor = target.open()
         if descriptor is None:
@@ -113,7 +113,7 @@ def _is_right(file: FileRecord, target: Spot) -> bool:
 
 
 def _take_stored(descriptor: int, file: FileRecord, number: int, whole: hashlib._Hash) -> bool:
-    """Feed a chunk as it lies on this machine to `whole`; False when it is not the right one."""
+    """Feed a local chunk to `whole`; False when it is wrong."""
     hasher = hashlib.sha256()
     for offset, end in _blocks(*_bounds(file, number)):
         block = os.pread(descriptor, end - offset, offset)
@@ -123,7 +123,7 @@ def _take_stored(descriptor: int, file: FileRecord, number: int, whole: hashlib.
 
 
 class _Part:
-    """A file that is being fetched, locked against other processes that fetch the same one to the same place."""
+    """A file being fetched, locked against other processes that fetch it to the same place."""
 
     def __init__(self, fetching: _Fetching, file: FileRecord, target: Spot) -> None:
         self._fetching, self._file, self._target = fetching, file, target
@@ -132,7 +132,7 @@ class _Part:
         self._is_new = True
         self._is_damaged = False
         self.is_done = False
-        """Another process has finished it while this one waited."""
+        """True: another process has finished the file while this one waited."""
 
     def __enter__(self) -> _Part:
         with writing(self._target.path):
@@ -150,12 +150,12 @@ class _Part:
                         return self
             os.ftruncate(self._descriptor, self._file.num_bytes)
             if self._file.num_bytes:
-                with contextlib.suppress(OSError):  # no fallocate here: a full disk is met later
+                with contextlib.suppress(OSError):  # no fallocate here: a full disk shows up later
                     os.posix_fallocate(self._descriptor, 0, self._file.num_bytes)
         return self
 
     def _lock(self) -> None:
-        """Wait until no other process holds it. Polls: a thread that waits in the kernel cannot be stopped."""
+        """Wait until no other process holds the lock. Polls, because a thread that waits in the kernel cannot be stopped."""
         while True:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +163,7 @@ class _Part:
             except BlockingIOError:
                 if self._fetching.stopped.wait(_POLL_SECONDS):
                     raise _StoppedError from None
-            except OSError:  # a file system without locks: two pulls into one folder are on their own
+            except OSError:  # a file system without locks: two pulls into one folder are not protected
                 return
 
     def _is_still_there(self) -> bool:
@@ -171,13 +171,13 @@ class _Part:
         return found is not None and os.path.samestat(found, os.fstat(self._descriptor))
 
     def fill(self) -> None:
-        """Bring what is missing, check everything, and give the file its name."""
+        """Fetch missing chunks, check everything, and give the file its name."""
         file, store = self._file, self._fetching.store
         size = store.size(file.key)
         if size is not None and size != file.num_bytes:
             raise self._damaged(f"{file.path} in {store.url} has {size:,} bytes, published were {file.num_bytes:,}")
         whole = hashlib.sha256()
-        # A new file is fetched in one stream; of one that was begun, every chunk is looked at first.
+        # A new file is fetched in one stream; of a begun file, every chunk is checked first.
         with contextlib.closing(self._blocks([(0, file.num_bytes)] if self._is_new else [])) as stream:
             for number in range(len(file.chunks.sha256)):
                 whole = self._stored(number, whole) or self._fetched(number, whole, stream)
@@ -190,12 +190,12 @@ class _Part:
             self._own.move_to(self._target)
 
     def _stored(self, number: int, whole: hashlib._Hash) -> hashlib._Hash | None:
-        """`whole` with a chunk that an earlier attempt has fetched; None when it has not."""
+        """Return `whole` with a chunk that an earlier attempt fetched; None when the chunk is not right."""
         after = whole.copy()
         return after if not self._is_new and _take_stored(self._descriptor, self._file, number, after) else None
 
     def _fetched(self, number: int, whole: hashlib._Hash, stream: Iterator[tuple[int, bytes]]) -> hashlib._Hash:
-        """`whole` with a chunk from the store: the next of `stream`, or asked for by itself. Raises DigestError."""
+        """Return `whole` with a chunk from the store, the next of `stream` or fetched separately. Raises DigestError."""
         begin, end = _bounds(self._file, number)
         for attempt in range(_READS):
             after, hasher = whole.copy(), hashlib.sha256()
@@ -209,10 +209,10 @@ class _Part:
             if hasher.hexdigest() == self._file.chunks.sha256[number]:
                 return after
         where = f"{self._file.path} in {self._fetching.store.url}"
-        raise self._damaged(f"bytes {begin} to {end} of {where} are not those that were published")
+        raise self._damaged(f"bytes {begin} to {end} of {where} differ from those that were published")
 
     def _blocks(self, spans: Sequence[tuple[int, int]]) -> Generator[tuple[int, bytes]]:
-        """The blocks of these ranges from the store, in order, several fetched ahead; closing it writes those that have come."""
+        """Yield the blocks of these ranges in order, several fetched ahead. Closing it writes the blocks that have arrived."""
         store, pool, stopped = self._fetching.store, self._fetching.pool, self._fetching.stopped
         chunk_bytes = self._file.chunks.num_bytes
         coming = (
@@ -237,7 +237,7 @@ class _Part:
         finally:
             for offset, task in begun:
                 if not task.cancel():
-                    with contextlib.suppress(Exception):  # why it ended matters more
+                    with contextlib.suppress(Exception):  # the reason for the end matters more
                         self._write(task.result(), offset)
 
     def _write(self, block: bytes, offset: int) -> None:
@@ -248,7 +248,7 @@ class _Part:
                 view, offset = view[written:], offset + written
 
     def _damaged(self, problem: str) -> DigestError:
-        """The store's bytes are wrong: nothing here is worth going on with."""
+        """Stop all files and return the error: bytes of the store are wrong, so the pull cannot succeed."""
         self._is_damaged = True
         return DigestError(problem)
 
@@ -269,12 +269,12 @@ def _bounds(file: FileRecord, number: int) -> tuple[int, int]:
 
 
 def _blocks(begin: int, end: int) -> list[tuple[int, int]]:
-    """[begin, end) in pieces that are read at a time."""
+    """Split [begin, end) into reads of at most a block."""
     return [(offset, min(offset + _BLOCK_BYTES, end)) for offset in range(begin, end, _BLOCK_BYTES)]
 
 
 def _check_room(items: list[Wanted], output: OutputFolder) -> None:
-    """Raises StoreError when what is not there yet cannot fit."""
+    """Check the space for missing files. Raises StoreError."""
     missing = [item for item in items if output.spot(item.place).stat() is None]
     needed = sum(item.file.num_bytes for item in missing)
     free = output.free_bytes() + sum(_begun_bytes(item, output) for item in missing)
@@ -285,7 +285,7 @@ def _check_room(items: list[Wanted], output: OutputFolder) -> None:
 
 
 def _begun_bytes(item: Wanted, output: OutputFolder) -> int:
-    """Bytes on the disk of the part that an earlier attempt left."""
+    """Return the bytes on disk that an earlier attempt left of a file."""
     found = _part_of(item.file, output.spot(item.place)).stat()
     return found.st_blocks * 512 if found else 0
 

@@ -1,7 +1,7 @@
-"""The folder that a release is pulled to, entered by descriptors: nothing is written outside of it, whatever stands in it already.
+"""Output folder of a pull, entered by descriptors: nothing is ever written outside of it, whatever it already contains.
 
-Every component below the folder is opened relative to its parent and never through a symbolic link. New files are made under names
-that must be free (O_EXCL) and moved into place by rename, which replaces a link instead of following it.
+Every component below the folder is opened relative to its parent and never through a symbolic link. New files are made under free
+names (O_EXCL) and moved into place by rename, which replaces a link instead of following it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.base.errors import StoreError, store_error
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Also O_NONBLOCK: opening a pipe that somebody put there must not wait."""
+"""Flags of an open file. O_NONBLOCK: opening a planted pipe must not wait."""
 _MODE = 0o644
 
 
@@ -33,26 +33,26 @@ class Spot:
     """Descriptor of the folder."""
     name: str
     path: Path
-    """For messages."""
+    """Path for messages."""
 
     def beside(self, name: str) -> Spot:
         return Spot(self.folder, name, self.path.with_name(name))
 
     def stat(self) -> os.stat_result | None:
-        """Status of what stands there, links not followed; None when nothing does."""
+        """Return the status of the name, not following links; None when nothing is there."""
         try:
             return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def open(self) -> int | None:
-        """A descriptor of the plain file that stands there, to read; None when there is none, or something else."""
+        """Open the plain file of this name to read, return the descriptor; None when it is missing or not a plain file."""
         return self._opened(os.O_RDONLY)
 
     def open_own(self) -> tuple[int, bool]:
-        """A descriptor to read and write a file under a name of our own, and whether it is new.
+        """Open a file under a name of our own to read and write; returns the descriptor, and whether the file is new.
 
-        What others put there, a link, a pipe or a file with a second name elsewhere, is taken away, not written through.
+        A link, a pipe or a file with another hard link is removed first, never written through.
         """
         while True:
             found = self._opened(os.O_RDWR)
@@ -60,7 +60,7 @@ class Spot:
                 return found, False
             with contextlib.suppress(FileExistsError):
                 return self.create(), True
-            if not self._is_own():  # else another pull has made it in this moment
+            if not self._is_own():  # else another pull has just made it
                 self.unlink()
 
     def _opened(self, flags: int) -> int | None:
@@ -80,12 +80,12 @@ class Spot:
         return None
 
     def _is_own(self) -> bool:
-        """Whether what stands there may be written to; so may what is no longer there."""
+        """Whether the file of this name may be written to, or is missing."""
         found = self.stat()
         return found is None or (stat.S_ISREG(found.st_mode) and found.st_nlink <= 1)
 
     def create(self) -> int:
-        """Raises FileExistsError."""
+        """Create the file and return its descriptor. Raises FileExistsError."""
         return os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, _MODE, dir_fd=self.folder)
 
     def unlink(self) -> None:
@@ -93,12 +93,12 @@ class Spot:
             os.unlink(self.name, dir_fd=self.folder)
 
     def move_to(self, target: Spot) -> None:
-        """Give it the name of `target`; `OutputFolder.sync` lets the name survive a crash."""
+        """Rename to `target`. `OutputFolder.sync` makes the name survive a crash."""
         os.rename(self.name, target.name, src_dir_fd=self.folder, dst_dir_fd=target.folder)
 
 
 class OutputFolder:
-    """The folder itself; made when it is missing, which its caller may have named through links."""
+    """The folder itself, created if missing. Its own path may lead through links."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,7 +114,7 @@ class OutputFolder:
         self._descriptors.clear()
 
     def spot(self, path: str) -> Spot:
-        """Where the file with this checked, relative path stands; folders on the way are made. Raises StoreError."""
+        """Return the spot of a checked, relative path, creating folders on the way. Raises StoreError."""
         parent, _, name = path.rpartition("/")
         with self._lock, writing(self.path / path):
             return Spot(self._folder(parent), name, self.path / path)
@@ -143,7 +143,7 @@ class OutputFolder:
             raise error from None
 
     def rename_folder(self, source: str, target: str) -> None:
-        """Give a folder below its final name. Raises StoreError."""
+        """Rename a folder to its final name. Raises StoreError."""
         first, second = self.spot(source), self.spot(target)
         with writing(second.path):
             first.move_to(second)
@@ -151,7 +151,7 @@ class OutputFolder:
             os.close(self._descriptors.pop(path))
 
     def write_whole(self, path: str, data: bytes) -> None:
-        """A small file, whole or not at all. Raises StoreError."""
+        """Write a small file atomically. Raises StoreError."""
         target = self.spot(path)
         temporary = target.beside(f".{uuid.uuid4().hex}.part")
         with writing(target.path):
@@ -165,7 +165,7 @@ class OutputFolder:
                 temporary.unlink()
 
     def sync(self) -> None:
-        """Let all names that were given in its folders survive a crash. Raises StoreError."""
+        """Make all new names in the folder survive a crash. Raises StoreError."""
         with writing(self.path):
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
@@ -177,7 +177,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The folder's own failures as StoreError that names the file."""
+    """Turn OSError into StoreError that names the file."""
     try:
         yield
     except OSError as error:

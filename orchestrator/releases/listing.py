@@ -1,4 +1,4 @@
-"""What a store has: its releases, with their tags."""
+"""List the releases of a store with their tags."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Listed:
     """One release of a store."""
 
     folder: str
-    """In the store, e.g. releases/llama/1."""
+    """Folder in the store, e.g. releases/llama/1."""
     manifest: Manifest | None
-    """None: it cannot be read."""
+    """The manifest. None: it cannot be read."""
     problem: str = ""
-    """Why."""
+    """Reason why the manifest cannot be read; empty: it can."""
     is_signed: bool = False
     tags: tuple[str, ...] = ()
 
 
 def list_releases(url: str, selectors: Mapping[str, str] | None = None, options: StoreOptions | None = None) -> list[Listed]:
-    """The releases of the store at `url`, by name and version; with `selectors`, those whose manifests have these values.
+    """Return the releases of the store at `url`, by name and version; with `selectors`, only those with these values.
 
-    A release that cannot be read is listed with the reason, unless selectors are given.
+    An unreadable release is listed with the reason, unless selectors are given.
     Raises SpecError for an unknown selector, DigestError for a damaged tag, StoreError.
     """
     wanted = dict(selectors or {})
@@ -51,7 +51,7 @@ def list_releases(url: str, selectors: Mapping[str, str] | None = None, options:
 
 
 def release_folders(store: Store) -> list[str]:
-    """releases/<name>/<version> of everything that has a manifest."""
+    """Return releases/<name>/<version> of every manifest in the store."""
     keys = (info.key for info in store.list(RELEASES))
     return sorted(key.removesuffix("/" + MANIFEST) for key in keys if key.count("/") == 3 and key.endswith("/" + MANIFEST))
 

@@ -1,4 +1,4 @@
-"""Whether a machine can run the engines of a release, and if not, why. Asks packages and the driver; loads nothing."""
+"""Check whether a machine can run the engines of a release. Asks packages and the driver; loads nothing."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from orchestrator.releases.manifest import Manifest, RankRecord
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What engines need of a machine."""
+    """Resources of a machine that engines need."""
 
     gpus: tuple[Gpu, ...]
-    """One for each rank, in the order of the ranks."""
+    """GPUs, one for each rank, in the order of the ranks."""
     tensorrt: Mapping[str, str] = field(default_factory=dict)
-    """Installed version by backend."""
+    """Installed TensorRT version, by backend."""
 
 
 def this_machine() -> Machine:
-    """The one that this process runs on."""
+    """Return the machine of this process."""
     versions = {name: version for name in BACKENDS if (version := installed_version(name)) is not None}
     return Machine(visible_gpus(), versions)
 
 
 def check_machine(manifest: Manifest, ranks: Sequence[int], machine: Machine) -> None:
-    """Raises MachineError with every reason why `machine` cannot run these ranks, one GPU each."""
+    """Check that `machine` can run these ranks, one GPU each. Raises MachineError with every reason against it."""
     found = problems(manifest, ranks, machine)
     if found:
         raise MachineError(f"this machine cannot run {manifest.name} {manifest.version}: " + "; ".join(found))
 
 
 def problems(manifest: Manifest, ranks: Sequence[int], machine: Machine) -> list[str]:
-    """Every reason; empty when it can."""
+    """Return every reason why the machine cannot run the ranks; empty when it can."""
     records = [manifest.rank(rank) for rank in ranks]
     found = list(dict.fromkeys(_version_problems(records, machine)))
     if not machine.gpus:
         return [*found, "it has no NVIDIA GPU, or no driver for it"]
     if len(machine.gpus) < len(records):
-        found.append(f"it has {len(machine.gpus)} GPUs, {len(records)} ranks were asked for, each needs one")
+        found.append(f"it has {len(machine.gpus)} GPUs, but {len(records)} ranks need one each")
     for record, gpu in zip(records, machine.gpus, strict=False):
         found.extend(_gpu_problems(record, gpu))
     return found
@@ -53,7 +53,7 @@ def _version_problems(records: Sequence[RankRecord], machine: Machine) -> Iterat
         if installed is None:
             yield f"{engine.backend} {engine.tensorrt_version} is not installed"
         elif installed != engine.tensorrt_version:
-            yield f"it has {engine.backend} {installed}, the engines were built with {engine.tensorrt_version} and load in no other"
+            yield f"it has {engine.backend} {installed}, the engines load only in {engine.tensorrt_version}, which built them"
 
 
 def _gpu_problems(record: RankRecord, gpu: Gpu) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""The manifest of a release: the only contract with those who load engines.
+"""The manifest of a release: the only contract with programs that load engines.
 
-Schema version 1, published as manifest.schema.json beside this file. Within a major version fields are only added, and a
-reader keeps those that it does not know; it refuses a newer major version. The field `digest` is the digest of the rest: it
-finds accidents. What finds intent is the signature (orchestrator/releases/signing.py), which covers these bytes.
+Schema version 1, published as manifest.schema.json beside this file. Within a major version fields are only added. A reader keeps
+unknown fields and refuses a newer major version. The field `digest` is the digest of the rest and detects accidents; the signature
+(orchestrator/releases/signing.py) covers these bytes and detects intent.
 
-A manifest is input from strangers: decoding is strict about types, bounded in size, and refuses paths that lead anywhere but below
-the folder that a release is pulled to, ranks that do not add up, and an address that belongs to another release.
+A manifest is untrusted input. Decoding is strict about types and bounded in size. It refuses paths that leave the folder that a
+release is pulled to, ranks that do not add up, and the address of another release.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SIGNATURE = "model.sig"
 """Name of a release's signature in a pulled folder."""
 _SEAL = "digest"
 LIMIT_BYTES = 32 * 2**20
-"""Size of the largest manifest that is read. One of 1,000 ranks has about a fifth of it."""
+"""Size of the largest manifest that is read. A manifest of 1,000 ranks is about a fifth of it."""
 _LIMIT_VALUES = 1_000_000
-"""JSON values in it: a few bytes of text may stand for a hundred of memory."""
+"""Largest number of JSON values: a few bytes of text may take a hundred of memory."""
 _LIMIT_FILES = 10_000
 _LISTED_PROBLEMS = 1000
-"""More are counted only: a list of them takes a kilobyte each."""
+"""Problems that are listed; more are only counted, because each takes a kilobyte."""
 _SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
 
 
@@ -47,10 +47,10 @@ Role = Literal["engine", "tokenizer", "config", "report"]
 
 
 class Chunks(Record):
-    """The pieces of a file, each with its digest, so that each is fetched and verified alone."""
+    """Chunks of a file with their digests, so that each can be fetched and verified separately."""
 
     num_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=LARGEST)
-    """Of every chunk but the last."""
+    """Bytes of every chunk but the last."""
     sha256: Annotated[tuple[Sha256, ...], FailFast()]
 
 
@@ -58,9 +58,9 @@ class FileRecord(Record):
     """One published object."""
 
     path: str
-    """Where a consumer puts it, relative to a folder of his."""
+    """Target path, relative to the consumer's folder."""
     key: str
-    """Where it lies, relative to the manifest."""
+    """Key of the object, relative to the manifest."""
     role: Role
     media_type: Word
     num_bytes: Count
@@ -83,14 +83,14 @@ class FileRecord(Record):
 
 
 class RankRecord(Record):
-    """One rank: where it stands, what it loads."""
+    """One rank: its coordinates and its files."""
 
     rank: Count
     tp_rank: Count
     pp_rank: Count
     cp_rank: Count = 0
     ep_rank: Count = 0
-    """Expert-parallel group that it belongs to."""
+    """Expert-parallel group of the rank."""
     first_layer: Count
     num_layers: Count
     engine: EngineRecord
@@ -99,7 +99,7 @@ class RankRecord(Record):
 
 
 class SourceFileRecord(Record):
-    """A file of the source, as the plan identified it."""
+    """A file of the source, as identified by the plan."""
 
     path: str
     num_bytes: Count
@@ -107,7 +107,7 @@ class SourceFileRecord(Record):
 
 
 class ArtifactRecord(Record):
-    """Something that the build made and used, by its digest; not published with the release."""
+    """An artifact that the build made and used, by its digest. It is not published with the release."""
 
     name: str
     num_bytes: Count | None = None
@@ -115,21 +115,22 @@ class ArtifactRecord(Record):
 
 
 class QuantizationRecord(Record):
-    """In which formats the weights are stored, and what that did to them."""
+    """Number formats of the weights, and the resulting errors."""
 
     spec: dict[str, Any]
-    """As it was asked for; paths by their names alone."""
+    """Quantization section of the spec; paths and URLs reduced to names."""
     model: dict[str, Any]
-    """Formats by linear: ModelQuantization of model/quantization.py, as the network was built with it."""
+    """Formats by linear: ModelQuantization of model/quantization.py, from which the network was built."""
     calibration: tuple[ArtifactRecord, ...]
-    """The scales that were applied; empty for algorithms without calibration."""
+    """Applied scales; empty for algorithms without calibration."""
     worst_errors: dict[str, float]
-    """|stored - weight| / |weight| of the linears where it is largest, largest first; empty when the weights came from
-    conversions whose outcomes are gone."""
+    """|stored - weight| / |weight| of the worst linears, largest first; empty when the weights came from conversions whose outcomes
+    are gone.
+    """
 
 
 class Selectors(Record):
-    """By what a consumer chooses among the releases of a model."""
+    """Properties by which a consumer chooses among the releases of a model."""
 
     backend: Word
     precision: Word
@@ -141,14 +142,14 @@ class Selectors(Record):
 
 
 class Manifest(Record):
-    """What was published."""
+    """A published release."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
     media_type: Word = MEDIA_TYPE
     name: str = Field(pattern=RELEASE_NAME)
     version: str = Field(pattern=RELEASE_VERSION)
     build_key: Word
-    """Digest of the inputs; the engines' own digests stand with their files."""
+    """Digest of the inputs. The engines' own digests are in their file records."""
     created_at: Word
     source: Annotated[tuple[SourceFileRecord, ...], FailFast()]
     model: ModelConfig
@@ -160,45 +161,45 @@ class Manifest(Record):
     """Expert-parallel groups among the tensor-parallel ranks."""
     ranks: Annotated[tuple[RankRecord, ...], FailFast()]
     shared: Annotated[tuple[FileRecord, ...], FailFast()]
-    """What every rank needs: tokenizer and config."""
+    """Files that every rank needs: tokenizer and config."""
     documents: Annotated[tuple[FileRecord, ...], FailFast()] = ()
-    """For people: the report of the build."""
+    """Documents for people: the report of the build."""
     engine_config: dict[str, Any]
-    """How TensorRT was asked to compile: BuildConfig of spec/build.py."""
+    """TensorRT options of the build: BuildConfig of spec/build.py."""
     quantization: QuantizationRecord | None = None
     verification: Verification | None = None
-    """None: the spec had switched verification off."""
+    """Results of the verification. None: the spec switched it off."""
     miniature: Miniature | None = None
-    """None: published before there were any."""
+    """Results of the miniature. None: published before miniatures existed."""
     tools: dict[str, str]
     steps: dict[str, str]
-    """Step name to digest: where this release came from."""
+    """Digests of the steps that made this release, by step name."""
     provenance: Provenance
 
     @model_validator(mode="after")
     def _ranks_are_all_there(self) -> Self:
         count = self.tp * self.pp * self.cp
         if sorted(record.rank for record in self.ranks) != list(range(min(count, len(self.ranks) + 1))):
-            raise ValueError(f"tp={self.tp} pp={self.pp} cp={self.cp} has {count} ranks, 0 and up; {len(self.ranks)} are described")
+            raise ValueError(f"tp={self.tp} pp={self.pp} cp={self.cp} has {count} ranks, 0 and up; {len(self.ranks)} are listed")
         places = {(record.tp_rank, record.pp_rank, record.cp_rank) for record in self.ranks}
         if len(places) != count or any(tp >= self.tp or pp >= self.pp or cp >= self.cp for tp, pp, cp in places):
-            raise ValueError("its ranks do not each have a place of their own in tp, pp and cp")
+            raise ValueError("two of its ranks have the same place in tp, pp and cp")
         return self
 
     @model_validator(mode="after")
     def _files_do_not_collide(self) -> Self:
         files = self.all_files()
         if len(files) > _LIMIT_FILES:
-            raise ValueError(f"{len(files):,} files are more than any release has")
+            raise ValueError(f"{len(files):,} files are more than a release can have")
         found: dict[str, FileRecord] = {}
         for file in files:
             if found.setdefault(file.path, file) != file:
-                raise ValueError(f"{file.path} is described twice, as different files")
+                raise ValueError(f"{file.path} is listed twice, as different files")
         check_disjoint(found)
         return self
 
     def to_json(self) -> bytes:
-        """Canonical JSON: the bytes that are stored and signed."""
+        """Return the canonical JSON: the bytes that are stored and signed."""
         return seal(self.model_dump(mode="json"))
 
     def all_files(self) -> list[FileRecord]:
@@ -209,7 +210,7 @@ class Manifest(Record):
         return sum(file.num_bytes for file in self.all_files())
 
     def rank(self, number: int) -> RankRecord:
-        """Raises KeyError."""
+        """Return the record of a rank. Raises KeyError."""
         for record in self.ranks:
             if record.rank == number:
                 return record
@@ -217,7 +218,7 @@ class Manifest(Record):
 
 
 def seal(plain: dict[str, Any]) -> bytes:
-    """The canonical JSON of a manifest's fields with the digest of them all among them."""
+    """Return the canonical JSON of a manifest's fields, including the digest of them all."""
     rest = {name: value for name, value in plain.items() if name != _SEAL}
     return canonical_json({**rest, _SEAL: digest_of(rest)})
 
@@ -225,8 +226,8 @@ def seal(plain: dict[str, Any]) -> bytes:
 def parse_manifest(data: bytes, address: str) -> Manifest:
     """Decode the manifest that was read at `address`, the URL or the key of the object.
 
-    Raises SchemaVersionError for a newer one, ReleaseAddressError when `address` is that of a release with another name or version,
-    DigestError when it is damaged or none at all.
+    Raises SchemaVersionError for a newer manifest, ReleaseAddressError when `address` names another release, DigestError for a
+    damaged manifest or other content.
     """
     try:
         found = Manifest.model_validate_json(canonical_json(_unsealed(data, address)), strict=True)
@@ -237,29 +238,29 @@ def parse_manifest(data: bytes, address: str) -> Manifest:
 
 
 def _unsealed(data: bytes, address: str) -> dict[str, Any]:
-    """Its fields. Raises SchemaVersionError, and ValueError and the like for what is no manifest."""
+    """Return the fields of a manifest. Raises SchemaVersionError, and ValueError and the like for other content."""
     if len(data) > LIMIT_BYTES:
-        raise ValueError(f"{len(data):,} bytes are more than any manifest has")
+        raise ValueError(f"{len(data):,} bytes are more than a manifest can have")
     num_values = data.count(b",") + data.count(b"[") + data.count(b"{")
     if num_values > _LIMIT_VALUES:
-        raise ValueError(f"about {num_values:,} values are more than any manifest has")
+        raise ValueError(f"about {num_values:,} values are more than a manifest can have")
     plain: dict[str, Any] = json.loads(data)
     version = plain["schema_version"]
     if type(version) is not int or version < 1:
-        raise ValueError("schema_version is not a number from 1")
+        raise ValueError("schema_version is not a positive integer")
     if version > SCHEMA_VERSION:
         raise SchemaVersionError(f"{address} has manifest schema {version}, this program reads up to {SCHEMA_VERSION}")
     del plain[_SEAL]
     if seal(plain) != data:
-        raise ValueError("it is not what its own digest says: it was changed after it was written")
+        raise ValueError("its content does not match its own digest: it was changed after it was written")
     return plain
 
 
 def _reason(error: Exception) -> str:
-    """Why it does not decode, in a few words whatever it holds."""
+    """Return the reason why a manifest does not decode, in a few words whatever its content."""
     if isinstance(error, ValidationError):
         if error.error_count() > _LISTED_PROBLEMS:
-            return f"{error.error_count():,} of its values are not what they should be"
+            return f"{error.error_count():,} of its values are wrong"
         found = error.errors(include_url=False, include_input=False, include_context=False)
         shown = [f"{'.'.join(map(str, entry['loc'])) or '(top)'}: {entry['msg']}" for entry in found[:_SHOWN_PROBLEMS]]
         more = [f"and {len(found) - len(shown)} more"] if len(found) > len(shown) else []
@@ -274,20 +275,19 @@ def _cut(text: str) -> str:
 
 
 def check_address(manifest: Manifest, address: str) -> None:
-    """Raises ReleaseAddressError when `address` is that of a release and not this one's.
+    """Check that `address` names this release or no release at all. Raises ReleaseAddressError.
 
-    A signature covers bytes, not the place where they lie: an older release, copied over a newer one, is signed too.
+    A signature covers bytes, not their location: an older release copied over a newer one is still signed.
     """
     expected = address_parts(address)
     if expected is not None and expected != (manifest.name, manifest.version):
         raise ReleaseAddressError(
-            f"{address} is the address of {expected[0]} {expected[1]}, the manifest there is that of "
-            f"{manifest.name} {manifest.version}"
+            f"{address} is the address of {expected[0]} {expected[1]}, but holds the manifest of {manifest.name} {manifest.version}"
         )
 
 
 def address_parts(address: str) -> tuple[str, str] | None:
-    """Name and version that an address states, .../releases/<name>/<version>; None for another, such as a pulled folder's."""
+    """Return name and version of an address .../releases/<name>/<version>; None for others, such as a pulled folder's."""
     scheme, marked, rest = address.rpartition("://")
     parts: list[str] = []
     for part in (unquote(rest) if scheme == "file" else rest if marked else address).split("/"):
@@ -300,7 +300,7 @@ def address_parts(address: str) -> tuple[str, str] | None:
 
 
 def manifest_schema() -> dict[str, Any]:
-    """JSON Schema of a manifest as it is stored."""
+    """Return the JSON Schema of a manifest as stored."""
     found = Manifest.model_json_schema(mode="serialization")
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     found["properties"][_SEAL] = {
@@ -313,10 +313,10 @@ def manifest_schema() -> dict[str, Any]:
 
 
 def release_prefix(name: str, version: str) -> str:
-    """Key prefix of a release in its store; ends with '/'."""
+    """Return the key prefix of a release in its store, with a trailing '/'."""
     return f"{RELEASES}/{name}/{version}/"
 
 
 def signature_key(manifest_digest: str) -> str:
-    """Where the signature of a manifest stands, relative to it: by digest, so that no other manifest can be given it."""
+    """Return the key of a manifest's signature, relative to the manifest. It holds the digest, so no other manifest can use it."""
     return f"signatures/{manifest_digest}.sig"

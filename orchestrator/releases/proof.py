@@ -1,4 +1,4 @@
-"""The last look before a release is published: what was compiled is what was executed, and the miniature was proven."""
+"""Last checks before a release is published: the compiled networks are the executed ones, and the miniature was proven."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from orchestrator.planning.steps import Kind, Outcome
 
 
 def check_miniature(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
-    """Raises VerificationError for a build without the outcome of its miniature."""
+    """Check that the build's miniature has an outcome. Raises VerificationError."""
     for step in plan.of_kind(Kind.MINIATURE):
         if step.digest in outcomes and isinstance(outcomes[step.digest].facts, MiniatureFacts):
             return
     raise VerificationError(
-        "nothing proves that config.json means here what it means in transformers: the build's miniature has no outcome",
+        "config.json is not proven to mean here what it means in transformers: the build's miniature has no outcome",
         "Delete its outcome in the store, if there is one, and build again.",
     )
 
 
 def check_networks(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
-    """Compare the network that each engine was compiled from with the one that was executed for its rank.
+    """Compare the network that each engine was compiled from with the one executed for its rank.
 
     Does nothing for a plan without verification. Raises VerificationError that names the ranks.
     """
@@ -42,6 +42,6 @@ def check_networks(plan: Plan, outcomes: Mapping[str, Outcome]) -> None:
     if differing:
         ranks = ", ".join(map(str, differing))
         raise VerificationError(
-            f"the networks that the engines of ranks {ranks} were compiled from are not those that were verified",
+            f"the engines of ranks {ranks} were compiled from other networks than were verified",
             "Delete the outcomes of these build and verify steps in the store, and build again.",
         )

@@ -1,6 +1,6 @@
-"""Where a release came from, in the words of SLSA 1.0 (https://slsa.dev/provenance/v1): field names are that format's own.
+"""Provenance of a release in SLSA 1.0 (https://slsa.dev/provenance/v1), with that format's field names.
 
-Holds names and digests; never credentials, and never more of an address than a reader may see.
+Holds names and digests, never credentials, and only those parts of an address that every reader may see.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class _Record(BaseModel):
 
 
 class ResourceDescriptor(_Record):
-    """Something that went into the build."""
+    """An input of the build."""
 
     uri: str | None = None
     name: str | None = None
     digest: dict[str, str] = Field(default_factory=dict)
-    """Algorithm to hexadecimal digest; empty where only `annotations` identify it."""
+    """Hexadecimal digest by algorithm; empty where only `annotations` identify the input."""
     annotations: dict[str, Any] = Field(default_factory=dict)
 
 
 class BuildDefinition(_Record):
-    """What was asked for, and what it was made from."""
+    """Parameters and inputs of the build."""
 
     buildType: str = BUILD_TYPE  # noqa: N815
     externalParameters: dict[str, Any]  # noqa: N815
@@ -41,24 +41,24 @@ class BuildDefinition(_Record):
 
 
 class Builder(_Record):
-    """Who ran it."""
+    """Program that ran the build."""
 
     id: str = BUILDER_ID
     version: dict[str, str]
-    """Package to version, of everything that touched the engines."""
+    """Version of every package that touched the engines."""
 
 
 class BuildMetadata(_Record):
-    """When it ran."""
+    """Times of the build."""
 
     invocationId: str  # noqa: N815
     startedOn: str | None = None  # noqa: N815
-    """Of the first step that this release is made of; it may have run for another release."""
+    """Start of the first step that this release is made of; the step may have run for another release."""
     finishedOn: str  # noqa: N815
 
 
 class RunDetails(_Record):
-    """How it ran."""
+    """Builder and times of the build."""
 
     builder: Builder
     metadata: BuildMetadata
@@ -73,7 +73,7 @@ class Provenance(_Record):
 
 
 def public_uri(place: str) -> str:
-    """A place without user, password, query and fragment: those may be secrets. A folder is named by its last part alone."""
+    """Return a URL without user, password, query and fragment, which may be secret, or the last part of a folder."""
     parts = urlsplit(place)
     if not parts.scheme or parts.scheme == "file":
         return "file:" + parts.path.rstrip("/").rpartition("/")[2]
@@ -81,7 +81,7 @@ def public_uri(place: str) -> str:
 
 
 def identified(name: str, identity: str) -> ResourceDescriptor:
-    """A file by its identity: sha256:..., or something weaker such as etag:... or mtime:..., which is no digest."""
+    """Return a file with its identity: sha256:..., or something weaker such as etag:... or mtime:..., which is no digest."""
     kind, _, value = identity.partition(":")
     if kind == "sha256":
         return ResourceDescriptor(name=name, digest={"sha256": value})

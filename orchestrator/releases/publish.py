@@ -1,15 +1,15 @@
-"""Publish a finished build: objects first, then the signature, the manifest last and only if there is none.
+"""Publish a finished build: objects first, then the signature, the manifest last and only if it is new.
 
     releases/<name>/<version>/manifest.json
     releases/<name>/<version>/signatures/<digest of the manifest>.sig
-    releases/<name>/<version>/<build>-<id>/...   objects, in a folder of this attempt's own, begun by the build key
+    releases/<name>/<version>/<build>-<id>/...   objects of this attempt; the folder begins with the build key
 
-What is published is what is stored: every object of the release is read back, after it was copied or written and before the
-manifest is signed, whoever wrote it and when. The step of an engine that reads wrong has to run again.
+Every object of the release is read back after it was copied or written and before the manifest is signed, whoever wrote it. An
+engine that reads back wrong makes its step run again.
 
-Two builds that publish one version at once write to different folders; whose manifest lands first wins, and the manifest
-always names its own objects. No key is ever used again, so that `collect` can take what a dead attempt left.
-A signature is found by the digest of what it signs, so the loser's is of no use.
+Two builds that publish one version at once write to different folders. The first manifest wins, and always names its own objects.
+No key is ever reused, so `collect` can remove what a dead attempt left. A signature is found by the digest of the signed manifest,
+so the loser's signature has no effect.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _READERS = 4
 
 
 def check_free(store: Store, plan: Plan, sign_key: Path | None = None) -> Manifest | None:
-    """The release if this very build is published already; None when the version is free.
+    """Return the release if this very build is already published; None when the version is free.
 
     Raises ReleaseExistsError when another build has it, and SignatureError when it is this build's but not signed with `sign_key`:
-    to sign later what lies in a store would vouch for bytes that nobody has seen being made.
+    signing later would vouch for stored bytes that nobody saw being made.
     """
     release, build_key = plan.spec.release, plan.build_key
     prefix = release_prefix(release.name, release.version)
@@ -93,8 +93,8 @@ def _advice(commands: str) -> str:
     if not commands:
         return ""
     return (
-        f"Raise release.version in the spec. If the files are the same, give them their times back: {commands}. With a SHA256SUMS "
-        "file beside the weights (sha256sum *.safetensors > SHA256SUMS), times say nothing any more."
+        f"Raise release.version in the spec. If the files are the same, restore their times: {commands}. With a SHA256SUMS "
+        "file beside the weights (sha256sum *.safetensors > SHA256SUMS), times no longer matter."
     )
 
 
@@ -111,15 +111,15 @@ class Engines:
     """The ranks of a release whose engines are in place and were read back."""
 
     folder: str
-    """Folder of this attempt, relative to the release; ends with '/'."""
+    """Folder of this attempt, relative to the release, with a trailing '/'."""
     ranks: tuple[RankRecord, ...]
 
 
 def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> Engines:
     """Copy the engines into the release and read them back.
 
-    Raises DamagedOutputError for an engine that is not what its step wrote, with the key of the step's output; DigestError when the
-    outcomes do not belong together; VerificationError when what was compiled is not what was verified.
+    Raises DamagedOutputError, with the key of the step's output, for an engine that differs from what its step wrote; DigestError
+    when the outcomes do not belong together; VerificationError when the compiled networks are not the verified ones.
     """
     check_miniature(plan, outcomes)
     check_networks(plan, outcomes)
@@ -145,9 +145,9 @@ def publish(
 ) -> Manifest:
     """Write small files beside the engines, sign, then commit the manifest.
 
-    `report` makes the page that is published with the release, from the manifest that does not name it yet.
-    Returns the manifest that stands: ours, or that of the same build if another process was faster. Raises
-    ReleaseExistsError when a different build was faster, SignatureError when `sign_key` is no key that can sign.
+    `report` renders the page published with the release, from the manifest without that page. Returns the published manifest: ours,
+    or that of the same build if another process was faster. Raises ReleaseExistsError when a different build was faster,
+    SignatureError when `sign_key` cannot sign.
     """
     release, folder = plan.spec.release, engines.folder
     prefix = release_prefix(release.name, release.version)
@@ -169,13 +169,13 @@ def publish(
 
 
 def damaged(store: Store, outputs: Iterable[Output]) -> DamagedOutputError | None:
-    """The first of some outputs whose bytes are not what was written, as an error; None: all are right."""
+    """Return an error for the first output whose bytes differ from what was written; None: all are right."""
     with ThreadPoolExecutor(_READERS, "read-back") as pool:
         return next(filter(None, pool.map(lambda output: _damage(store, output.key, output), list(outputs))), None)
 
 
 def _damage(store: Store, key: str, output: Output) -> DamagedOutputError | None:
-    """Read an object that is to hold the bytes of `output`."""
+    """Read an object and compare it with `output`; returns an error or None."""
     hasher = hashlib.sha256()
     try:
         for block in store.blocks(key):
@@ -190,7 +190,7 @@ def _damage(store: Store, key: str, output: Output) -> DamagedOutputError | None
 
 
 def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
-    """What a signature covers: every file of a whole pulled release by its path, the manifest's own bytes `data` among them."""
+    """Return the digests that a signature covers: every file of a whole pulled release by path, and the manifest's bytes `data`."""
     return {**{file.path: file.sha256 for file in manifest.all_files()}, MANIFEST: digest_bytes(data)}
 
 
@@ -217,7 +217,7 @@ def _publish_rank(store: Store, prefix: str, folder: str, plan: Plan, outcome: O
 
 
 def _read_chunks(store: Store, output: Output) -> tuple[str, ...]:
-    """Of an engine that was built before chunks were hashed on the way."""
+    """Read the chunk digests of an engine that was built before chunks were hashed on the way."""
     hasher = ChunkHasher()
     for begin in range(0, output.num_bytes, _BLOCK_BYTES):
         hasher.update(store.get_range(output.key, begin, min(begin + _BLOCK_BYTES, output.num_bytes)))
@@ -225,7 +225,7 @@ def _read_chunks(store: Store, output: Output) -> tuple[str, ...]:
 
 
 def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[FileRecord]:
-    """The runtime's config and the source's tokenizer and config files."""
+    """Publish the runtime's config and the source's tokenizer and config files."""
     config = {
         "pretrained_config": to_trtllm(plan.inputs.config, plan.topology, plan.inputs.model_quantization),
         "build_config": plan.spec.engine.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Bring a release, or a node's part of it, to a folder of this machine."""
+"""Download a release, or a node's part of it, to a local folder."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def pull(
     options: StoreOptions | None = None,
     listener: Listener | None = None,
 ) -> list[Path]:
-    """Fetch what some ranks need from the release or tag at `url` to the folder `output`; returns the files of the release.
+    """Download the files that some ranks need from the release or tag at `url` to the folder `output`; returns their paths.
 
-    `ranks`, or the ranks `node` * `gpus_per_node` and following, or all. Every byte is verified before a file gets its name; files
-    that are right already are kept, and a broken pull goes on where it was. With `public_key` (PEM) the release must be signed
-    with that key; with `check` this machine must be able to run the ranks. `layout` is a name of orchestrator/releases/layouts.
+    Ranks: `ranks`, or `gpus_per_node` ranks from `node` * `gpus_per_node` on, or all. Every byte is verified before a file gets its
+    name. Files that are already right are kept, and a broken pull resumes. With `public_key` (PEM) the release must be signed with
+    that key; with `check` this machine must be able to run the ranks. `layout`: a name of orchestrator/releases/layouts.
 
     Raises ReleaseMissingError, SchemaVersionError, DigestError, SignatureError, MachineError, SpecError, StoreError.
     """
@@ -55,7 +55,7 @@ def fetch(
     check: bool = True,
     listener: Listener | None = None,
 ) -> list[Path]:
-    """As `pull`, of a release that was opened, and its signature checked, before."""
+    """Do what `pull` does for a release that is already open, with its signature checked."""
     wanted = wanted_ranks(release.manifest, ranks, node, gpus_per_node)
     files = release.files_of(set(wanted))
     request = Request(release.manifest, tuple(wanted), tuple(files), release.data, release.signature())
@@ -66,12 +66,12 @@ def fetch(
 
 
 def wanted_ranks(manifest: Manifest, ranks: Iterable[int] | None, node: int | None, gpus_per_node: int) -> list[int]:
-    """The ranks to fetch, ascending. Raises SpecError for `ranks` and `node` at once, ReleaseMissingError for what is not there."""
+    """Return the ranks to fetch, ascending. Raises SpecError for both `ranks` and `node`, ReleaseMissingError for missing ranks."""
     present = sorted(record.rank for record in manifest.ranks)
     if ranks is not None and node is not None:
         raise SpecError("both ranks and a node were given", "Give --rank or --node.")
     if gpus_per_node < 1:
-        raise SpecError(f"{gpus_per_node} GPUs per node are none", "Give --gpus-per-node 8, or as many as a node has.")
+        raise SpecError(f"a node cannot have {gpus_per_node} GPUs", "Give --gpus-per-node 8, or the number of GPUs of a node.")
     if node is not None:
         found = [rank for rank in present if rank // gpus_per_node == node]
         if not found:
@@ -94,14 +94,14 @@ def _nodes(last: int) -> str:
 
 
 def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, folder: Path, listener: Listener) -> list[Path]:
-    """Download to the places of the arrangement, then write its own files, then give folders their final names."""
+    """Download files to the arrangement's paths, then write its own files, then rename folders."""
     _check_targets(arrangement)
     wanted = [file for file in files if file.path in arrangement.paths]
     with OutputFolder(folder) as output:
         staged = {final: temporary for temporary, final in arrangement.renames if output.spot(final).stat() is None}
         targets = {file.path: _staged(arrangement.paths[file.path], staged) for file in wanted}
         download(release.store, [Wanted(file, targets[file.path]) for file in wanted], output, listener)
-        output.sync()  # what names the files is written when they are there to stay
+        output.sync()  # the names of files are written once the files are safely on disk
         for path, data in arrangement.written.items():
             output.write_whole(_staged(path, staged), data)
         output.sync()
@@ -112,7 +112,7 @@ def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, 
 
 
 def _check_targets(arrangement: Arrangement) -> None:
-    """Raises DigestError when the layout would write outside of the folder, or one file over another, whatever a manifest says."""
+    """Check that the layout writes inside the folder and each file once, whatever the manifest says. Raises DigestError."""
     targets = list({*arrangement.paths.values(), *arrangement.written})
     try:
         for path in targets:
@@ -122,11 +122,11 @@ def _check_targets(arrangement: Arrangement) -> None:
         raise DigestError(f"the release cannot be laid out: {error}") from None
     overwritten = set(arrangement.paths.values()) & arrangement.written.keys()
     if overwritten:
-        raise DigestError(f"the release cannot be laid out: {min(overwritten)} is a file of the layout too")
+        raise DigestError(f"the release cannot be laid out: {min(overwritten)} is also a file of the layout")
 
 
 def _staged(path: str, staged: dict[str, str]) -> str:
-    """Where it stands until its folder gets its final name."""
+    """Return the path until the folder gets its final name."""
     for final, temporary in staged.items():
         if path.startswith(final + "/"):
             return temporary + path[len(final) :]

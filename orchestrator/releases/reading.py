@@ -1,11 +1,11 @@
-"""Find a release by its URL or by a tag, and decide whether to believe its manifest.
+"""Find a release by its URL or by a tag, and check its manifest.
 
     <store>/releases/<name>/<version>        a release (the URL that `build` prints; /manifest.json may follow)
-    <store>/tags/<name>                      what the tag stands for now
-    a folder that was pulled                 whose files stand under their paths
+    <store>/tags/<name>                      the release that the tag names now
+    a pulled folder                          with files under their paths
 
-A manifest that is not as it was written, or that of another release than the address names, is refused here, before anything that
-it says is used. With a public key, everything that led to the release must be signed with it: the manifest, and the tag.
+A changed manifest, or one of another release than the address names, is refused here, before its content is used. With a public
+key, everything that led to the release must be signed with it: the manifest, and the tag.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _SIGNATURE_LIMIT_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Release:
-    """A release whose manifest was read; `store` stands in its folder."""
+    """A release whose manifest was read. `store` is rooted in the release's folder."""
 
     store: Store
     data: bytes
-    """The manifest as it is stored: what the signature covers, fields of newer programs included."""
+    """Stored bytes of the manifest, which the signature covers, with fields of newer programs."""
     manifest: Manifest = field(repr=False)
     tag: tags.Tag | None = None
-    """By which it was found."""
+    """Tag by which the release was found."""
     signer: str = ""
-    """Fingerprint of the key that it is signed with; empty: no key was given to check that."""
+    """Fingerprint of the signing key; empty: no key was given to check the signature."""
 
     @cached_property
     def digest(self) -> str:
@@ -47,7 +47,7 @@ class Release:
         return f"{self.manifest.name} {self.manifest.version}"
 
     def signature(self) -> bytes | None:
-        """The signature that belongs to this very manifest; None when it is not signed."""
+        """The signature of this very manifest; None when it is not signed."""
         for key in (signature_key(self.digest), SIGNATURE):
             size = self.store.size(key)
             if size is not None and size <= _SIGNATURE_LIMIT_BYTES:
@@ -55,27 +55,27 @@ class Release:
         return None
 
     def signed_digests(self) -> dict[str, str]:
-        """What a signature of it covers: every file of a whole pulled release by its path, the manifest among them."""
+        """Digests that a signature covers: every file of a whole pulled release by path, and the manifest."""
         return {**{file.path: file.sha256 for file in self.manifest.all_files()}, MANIFEST: self.digest}
 
     def files_of(self, ranks: set[int]) -> list[FileRecord]:
-        """What these ranks need, each path once: their own files, then the shared ones and the documents."""
+        """Return the files that these ranks need, each path once: their own, then the shared files and the documents."""
         own = [file for record in self.manifest.ranks if record.rank in ranks for file in record.files]
         return list({file.path: file for file in [*own, *self.manifest.shared, *self.manifest.documents]}.values())
 
 
 def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:
-    """Read the release at `url`, which may be a tag's.
+    """Read the release at `url`, which may be a tag's URL.
 
-    With `public_key` (PEM, P-256) its signature is checked too, and that of the tag. Raises ReleaseMissingError,
-    SchemaVersionError, ReleaseAddressError for the manifest of another release, DigestError for a damaged one, SignatureError
-    when it is not signed with that key, StoreError.
+    With `public_key` (PEM, P-256) its signature and that of the tag are checked. Raises ReleaseMissingError, SchemaVersionError,
+    ReleaseAddressError for the manifest of another release, DigestError for a damaged one, SignatureError when it is not signed
+    with that key, StoreError.
     """
     address = url.removesuffix("/" + MANIFEST).rstrip("/")
     release = _read(address, options) or _tagged(address, options)
     if release is None:
         raise ReleaseMissingError(
-            f"there is no release at {address}", "Give the URL that `orchestrator build` printed, or that of a tag."
+            f"there is no release at {address}", "Give the URL that `orchestrator build` printed, or the URL of a tag."
         )
     if public_key is None:
         return release
@@ -88,13 +88,13 @@ def open_release(url: str, public_key: Path | None = None, options: StoreOptions
 
 
 def read_release(url: str) -> tuple[Store, Manifest]:
-    """The store and the manifest of the release at `url`; raises as `open_release`."""
+    """Return the store and the manifest of the release at `url`. Raises as `open_release`."""
     release = open_release(url)
     return release.store, release.manifest
 
 
 def check_signature(release: Release, public_key: Path) -> None:
-    """Raises SignatureError unless the owner of `public_key` has signed this very manifest and every file that it names."""
+    """Check that the owner of `public_key` signed this very manifest and every file that it names. Raises SignatureError."""
     from orchestrator.releases.signing import signed_files
 
     signature = release.signature()
@@ -103,7 +103,7 @@ def check_signature(release: Release, public_key: Path) -> None:
     signed, stated = signed_files(signature, public_key), release.signed_digests()
     wrong = sorted(path for path in signed.keys() | stated.keys() if signed.get(path) != stated.get(path))
     if wrong:
-        raise SignatureError(f"the signature of {release.title} at {release.store.url} is of other files: {', '.join(wrong[:5])}")
+        raise SignatureError(f"the signature of {release.title} at {release.store.url} covers other files: {', '.join(wrong[:5])}")
 
 
 def _read(address: str, options: StoreOptions | None) -> Release | None:
@@ -112,20 +112,20 @@ def _read(address: str, options: StoreOptions | None) -> Release | None:
     if size is None:
         return None
     if size > LIMIT_BYTES:
-        raise DigestError(f"{address}/{MANIFEST} has {size:,} bytes: it is no manifest")
+        raise DigestError(f"{address}/{MANIFEST} has {size:,} bytes, more than a manifest can have")
     data = store.get(MANIFEST)
     return Release(store, data, parse_manifest(data, f"{address}/{MANIFEST}"))
 
 
 def _tagged(address: str, options: StoreOptions | None) -> Release | None:
-    """What a tag stands for, if `address` is one's. Raises DigestError when the release is not the one that was tagged."""
+    """Return the release of a tag if `address` is a tag's. Raises DigestError when the release is not the one that was tagged."""
     root, marked, name = address.rpartition("/" + tags.TAGS)
     found = tags.current(open_store(root, options), name) if marked and tags.is_name(name) else None
     if found is None:
         return None
     release = _read(f"{root}/{found.release}", options)
     if release is None:
-        raise ReleaseMissingError(f"tag {name} stands for {found.release}, which is gone from {root}", "Set the tag again.")
+        raise ReleaseMissingError(f"tag {name} names {found.release}, which is gone from {root}", "Set the tag again.")
     if release.digest != found.manifest_sha256:
-        raise DigestError(f"tag {name} stands for another manifest than the one that lies at {root}/{found.release} now")
+        raise DigestError(f"tag {name} names another manifest than the one at {root}/{found.release} now")
     return replace(release, tag=found)

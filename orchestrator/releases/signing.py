@@ -1,8 +1,8 @@
-"""Signatures of releases, in OpenSSF Model Signing's format (a sigstore bundle over an in-toto statement), with a P-256 key.
+"""Signatures of releases in OpenSSF Model Signing's format (a sigstore bundle over an in-toto statement), with a P-256 key.
 
-The only module that knows the `model_signing` package (1.1.1; its manifest and signer modules are private, so the version is
-pinned). It signs digests that the build has computed already, and gives back digests that a signature vouches for; comparing
-them with bytes is its callers' business. A whole pulled release also verifies with that package's own command line.
+The only module that knows the `model_signing` package (1.1.1; pinned, because its manifest and signer modules are private). It
+signs digests that the build has already computed, and returns digests that a signature covers; callers compare those with bytes.
+A whole pulled release also verifies with that package's own command line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SERIALIZATION = {"method": "files", "hash_type": "sha256", "allow_symlinks": Fa
 
 
 def check_sign_key(key: Path) -> None:
-    """Raises SignatureError when `key` cannot sign, ToolError when the package is missing: before any long work."""
+    """Check a key before any long work. Raises SignatureError when `key` cannot sign, ToolError when the package is missing."""
     with _explained(key, "private"):
         _private_key(key)
         _modules()
@@ -49,9 +49,9 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
 
 
 def signed_files(signature: bytes, public_key: Path) -> dict[str, str]:
-    """The files, by path with their hexadecimal sha256, that the owner of `public_key` vouches for.
+    """Return the hexadecimal sha256 by path of the files that the owner of `public_key` signed.
 
-    Raises SignatureError when the signature is not his, damaged or none; ToolError.
+    Raises SignatureError when the signature is damaged, unreadable or of another key; ToolError.
     """
     with _explained(public_key, "public"):
         modules = _modules()
@@ -61,7 +61,7 @@ def signed_files(signature: bytes, public_key: Path) -> dict[str, str]:
 
 
 def fingerprint(public_key: Path) -> str:
-    """Name of a public key: sha256 of its DER form (openssl pkey -pubin -in pub.pem -outform DER | sha256sum).
+    """Return the name of a public key: sha256 of its DER form (openssl pkey -pubin -in pub.pem -outform DER | sha256sum).
 
     Raises SignatureError, ToolError.
     """
@@ -73,7 +73,7 @@ def fingerprint(public_key: Path) -> str:
 
 
 def is_signed_by(signature: bytes, key: Path) -> bool:
-    """Whether a signature was made with the private key `key`. Raises SignatureError when `key` is none, ToolError."""
+    """Whether a signature was made with the private key `key`. Raises SignatureError for an unusable `key`, ToolError."""
     with _explained(key, "private"):
         serialization = _serialization()
         public = _private_key(key).public_key()
@@ -89,22 +89,22 @@ def is_signed_by(signature: bytes, key: Path) -> bool:
 
 
 def _verified(modules: _Modules, verifier: Any, signature: bytes, public_key: Path) -> Any:
-    """The signed manifest. Whatever the package raises on bytes that someone else chose means the same: do not trust them."""
+    """Return the signed manifest. Any error of the package on untrusted bytes becomes SignatureError."""
     with tempfile.TemporaryDirectory(prefix="signing-") as folder:
         path = Path(folder, SIGNATURE)
         path.write_bytes(signature)
         try:
             read = modules.bundle.Signature.read(path)
             if str(read.bundle.to_json()).encode() != signature:
-                raise ValueError("its text is not as it was written")
+                raise ValueError("its text was changed")
             return verifier.verify(read)
         except Exception as error:
             reason = str(error).strip() or type(error).__name__
-            raise SignatureError(f"the signature is not of {public_key}, or was changed: {reason}") from None
+            raise SignatureError(f"the signature was not made with the key of {public_key}, or was changed: {reason}") from None
 
 
 class _Modules:
-    """What is used of the package; imported here because it takes a second."""
+    """The used parts of the package, imported here because that takes a second."""
 
     def __init__(self) -> None:
         from model_signing import manifest
@@ -126,7 +126,7 @@ def _modules() -> _Modules:
 
 
 def _serialization() -> Any:
-    """The module of `cryptography` that reads keys. Raises ToolError."""
+    """Return the module of `cryptography` that reads keys. Raises ToolError."""
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError:
@@ -136,17 +136,17 @@ def _serialization() -> Any:
 
 
 def _private_key(path: Path) -> Any:
-    """The key. Raises ValueError when it is not of the curve."""
+    """Read a private key. Raises ValueError for another curve than P-256."""
     key: Any = _serialization().load_pem_private_key(path.read_bytes(), None)
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve != _CURVE:
-        raise ValueError(f"it is of {curve or 'another kind'}, expected the curve P-256")
+        raise ValueError(f"its type is {curve or 'another kind'}, expected the curve P-256")
     return key
 
 
 @contextmanager
 def _explained(key: Path, kind: str) -> Iterator[None]:
-    """A key that cannot be used is one situation, whatever is wrong with it. The key's contents are never shown."""
+    """Turn any error of an unusable key into SignatureError. The key's content is never shown."""
     advice = (
         "Make a pair: openssl ecparam -name prime256v1 -genkey -noout -out key.pem; openssl ec -in key.pem -pubout -out pub.pem."
     )
@@ -155,4 +155,4 @@ def _explained(key: Path, kind: str) -> Iterator[None]:
     except OSError as error:
         raise SignatureError(f"cannot read the {kind} key {key}: {error.strerror}", advice) from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise SignatureError(f"{key} is no usable {kind} key: {' '.join(str(error).split())}", advice) from None
+        raise SignatureError(f"{key} is not a usable {kind} key: {' '.join(str(error).split())}", advice) from None

@@ -1,4 +1,4 @@
-"""Let a tag stand for a release."""
+"""Set a tag to a release."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _RACES = 100
 
 
 def tag(url: str, name: str, options: StoreOptions | None = None, *, sign_key: Path | None = None) -> Tag:
-    """Let `name` stand for the release at `url` from now on, signed with `sign_key` (PEM); nothing is written when it does already.
+    """Set tag `name` to the release at `url`, signed with `sign_key` (PEM). Writes nothing when the tag is already so.
 
-    Raises SpecError for what is no name, ReleaseMissingError, DigestError, SignatureError for a key that cannot sign, StoreError.
+    Raises SpecError for an invalid name, ReleaseMissingError, DigestError, SignatureError for a key that cannot sign, StoreError.
     """
     if not tags.is_name(name):
         raise SpecError(
-            f"{name!r} is no name of a tag", "Use lower-case letters, digits, '.', '_' and '-', e.g. prod or llama/prod."
+            f"{name!r} is not a valid tag name", "Use lower-case letters, digits, '.', '_' and '-', e.g. prod or llama/prod."
         )
     release = open_release(url, options=options)
     if sign_key is not None:
@@ -53,9 +53,9 @@ def tag(url: str, name: str, options: StoreOptions | None = None, *, sign_key: P
         try:
             store.put(tag_key(name, made.number), made.model_dump_json(indent=1).encode(), create=True)
         except ObjectExistsError:
-            continue  # someone else was faster: ours comes after
+            continue  # another process was faster: ours comes after
         return made
-    raise StoreError(f"tag {name} in {root} is being set by too many others", "Try again.")
+    raise StoreError(f"tag {name} in {root} is being set by too many processes", "Try again.")
 
 
 def _is_signed(tag: Tag, key: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Those who hear how a transfer comes on: bytes as they are verified, and files as they end."""
+"""Listeners to the progress of a transfer: verified bytes and finished files."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from orchestrator.releases.manifest import FileRecord
 
 
 class Listener(Protocol):
-    """Hears of a pull or a verification; called from several threads."""
+    """Listener to a pull or a verification; called from several threads."""
 
     def on_begin(self, num_files: int, num_bytes: int) -> None:
-        """How much there is, once, before anything else."""
+        """Note the total size, once, before anything else."""
         ...
 
     def on_bytes(self, num_bytes: int) -> None:
-        """More bytes are done."""
+        """Note that more bytes are done."""
         ...
 
     def on_file(self, file: FileRecord) -> None:
-        """A file is done."""
+        """Note that a file is done."""
         ...
 
 
 class Silent:
-    """Hears, and says nothing."""
+    """A listener that ignores everything."""
 
     def on_begin(self, num_files: int, num_bytes: int) -> None:
         pass

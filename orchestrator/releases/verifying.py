@@ -22,28 +22,28 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found to be right."""
+    """Result of a verification."""
 
     release: Release
     num_files: int
     num_bytes: int
     is_signed: bool
-    """There is a signature for this manifest; whose it is was checked only where a public key was given."""
+    """True: the manifest has a signature. Its key is checked only if a public key was given."""
 
 
 def verify(
     url: str, public_key: Path | None = None, options: StoreOptions | None = None, listener: Listener | None = None
 ) -> Verified:
-    """Check the release or tag at `url`: the manifest, its signature where `public_key` is given, every file and every chunk.
+    """Check the release or tag at `url`: the manifest, its signature if `public_key` is given, every file and every chunk.
 
-    A folder that a whole release was pulled to, flat, is checked the same way, and must hold nothing else. Raises DigestError that
-    names damaged files, and as `open_release`.
+    A folder to which a whole release was pulled, flat, is checked the same way, and must hold no other files. Raises DigestError
+    that names damaged files, and as `open_release`.
     """
     return check_files(open_release(url, public_key, options), listener)
 
 
 def check_files(release: Release, listener: Listener | None = None) -> Verified:
-    """As `verify`, of a release that was opened, and its signature checked, before."""
+    """Do what `verify` does for a release that is already open, with its signature checked."""
     listener = listener or Silent()
     # By their records, not by their keys: two records of one object may state different digests.
     files = list(dict.fromkeys(release.manifest.all_files()))
@@ -51,7 +51,7 @@ def check_files(release: Release, listener: Listener | None = None) -> Verified:
     with ThreadPoolExecutor(_FILES_IN_FLIGHT) as pool:
         problems = pool.map(lambda file: _problem(release.store, file, listener), files)
         damaged = [f"{file.path} {problem}" for file, problem in zip(files, problems, strict=True) if problem]
-    damaged += [f"{name} is none of its files" for name in _strangers(release)]
+    damaged += [f"{name} is not one of its files" for name in _strangers(release)]
     if damaged:
         more = f"; and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
         raise DigestError(f"{release.title} at {release.store.url} is damaged: " + "; ".join(damaged[:_SHOWN]) + more)
@@ -59,7 +59,7 @@ def check_files(release: Release, listener: Listener | None = None) -> Verified:
 
 
 def _strangers(release: Release) -> list[str]:
-    """Files of a pulled folder that the manifest does not name: a program that loads what lies there would load them too.
+    """Return the files of a pulled folder that the manifest does not name: a program that loads the folder would load them too.
 
     A release in a store has none: its objects are found by the manifest alone.
     """
@@ -71,7 +71,7 @@ def _strangers(release: Release) -> list[str]:
 
 
 def _problem(store: Store, file: FileRecord, listener: Listener) -> str:
-    """What is wrong with a file; empty when nothing is."""
+    """Return the problem of a file; empty when it is right."""
     whole, chunks, size = hashlib.sha256(), ChunkHasher(file.chunks.num_bytes), 0
     try:
         for block in store.blocks(file.key if store.size(file.key) is not None else file.path):
@@ -82,7 +82,7 @@ def _problem(store: Store, file: FileRecord, listener: Listener) -> str:
             if size > file.num_bytes:
                 break
     except ObjectMissingError:
-        return "is not there"
+        return "is missing"
     finally:
         listener.on_file(file)
     if size != file.num_bytes:
@@ -90,4 +90,4 @@ def _problem(store: Store, file: FileRecord, listener: Listener) -> str:
         return f"has {found}, published were {file.num_bytes:,}"
     if whole.hexdigest() != file.sha256:
         return f"has sha256 {whole.hexdigest()}, published was {file.sha256}"
-    return "" if chunks.digests() == file.chunks.sha256 else "has other chunks than its manifest says"
+    return "" if chunks.digests() == file.chunks.sha256 else "has other chunks than its manifest lists"

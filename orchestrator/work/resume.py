@@ -1,9 +1,9 @@
-"""States at the ends of layers, kept in the store so that the next attempt of a killed step goes on behind them.
+"""Save states at the ends of layers to the store, so that the next attempt of a killed step resumes after them.
 
     resume/<digest of the step>/<first layer>-<last layer>-<sha256>.safetensors
 
-A block is whole or missing, and is believed only if it has the digest in its name. Attempts of one step compute the same
-states, so that blocks of two attempts may lie side by side. They are removed when the step is committed.
+A block is whole or missing, and valid only if it has the digest in its name. All attempts of a step compute the same states, so
+blocks of two attempts may coexist. They are removed when the step is committed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from orchestrator.base.errors import StoreError
 from orchestrator.work.context import Context
 
 SECONDS = 10.0
-"""Time between two blocks: more often costs a fast step, less often repeats more of a slow one."""
+"""Time between two blocks: a shorter one slows a fast step, a longer one repeats more of a slow step."""
 _SUFFIX = ".safetensors"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class LayerStates:
-    """Arrays by layer of one step."""
+    """Saved arrays of one step, by layer."""
 
     def __init__(
         self, context: Context, digest: str, *, only_last: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`only_last`: the last layer is enough to go on, earlier blocks are removed."""
+        """`only_last`: the last layer is enough to resume, so earlier blocks are removed."""
         self._context, self._only_last, self._clock = context, only_last, clock
         self._prefix = f"resume/{digest}/"
         self._pending: dict[int, Arrays] = {}
@@ -39,7 +39,7 @@ class LayerStates:
         context.after_commit.append(self._remove)
 
     def saved(self) -> dict[int, dict[str, npt.NDArray[Any]]]:
-        """Arrays of the layers that an earlier attempt finished: 0 to n without a gap, or the last one with `only_last`."""
+        """Return the arrays of an earlier attempt's finished layers: 0 to n without a gap, or the last with `only_last`."""
         found: dict[int, dict[str, npt.NDArray[Any]]] = {}
         for info in list(self._context.store.list(self._prefix)):
             try:
@@ -54,7 +54,7 @@ class LayerStates:
         return {layer: found[layer] for layer in range(whole)}
 
     def keep(self, layer: int, arrays: Arrays) -> None:
-        """Take the state at the end of a layer; written when it is time."""
+        """Take the state at the end of a layer; it is written when the time since the last block is over."""
         if self._only_last:
             self._pending.clear()
         self._pending[layer] = arrays

@@ -397,7 +397,7 @@ def test_list_s3_listing_that_ends_early_is_an_error(pages: list[dict[str, objec
 
 @pytest.mark.parametrize("days", [-1, 36_501])
 def test_collect_of_an_impossible_grace_period_is_refused(tmp_path: Path, days: int) -> None:
-    with pytest.raises(SpecError, match="a grace period of"):
+    with pytest.raises(SpecError, match="grace period of"):
         collect(tmp_path.as_uri(), datetime.timedelta(days=days))
 
 

@@ -96,7 +96,7 @@ def test_pull_of_one_path_with_two_digests_is_refused(release: Published, tmp_pa
     plain = release.manifest.model_dump(mode="json")
     plain["shared"] = [plain["shared"][0], {**plain["shared"][0], "sha256": "ab" * 32}]
     (release.folder / MANIFEST).write_bytes(seal(plain))
-    with pytest.raises(DigestError, match="described twice"):
+    with pytest.raises(DigestError, match="listed twice"):
         pull(release.url, tmp_path / "out", check=False)
 
 

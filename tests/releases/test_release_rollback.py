@@ -67,7 +67,7 @@ def test_signed_release_copied_to_another_address_is_refused_by_every_command(
     }[command]
     done = _run(*words, *(["--public-key", str(keys[1])] if with_key and command != "tag" else []))
     assert done.exit_code == ReleaseAddressError.exit_code, done.output
-    assert "the manifest there is that of tiny 1" in " ".join(done.output.split())
+    assert "but holds the manifest of tiny 1" in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -80,7 +80,7 @@ def test_misplaced_release_is_refused_however_its_address_is_written(misplaced: 
 def test_misplaced_release_is_listed_with_its_problem(misplaced: str, signed: Release) -> None:
     problems = {item.folder: item.problem for item in list_releases(signed.store.url)}
     assert problems.pop("releases/tiny/1") == ""
-    assert all("the manifest there is that of tiny 1" in problem for problem in problems.values())
+    assert all("but holds the manifest of tiny 1" in problem for problem in problems.values())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_tag_with_the_signature_of_another_version_is_refused(signed: Release, k
     tag(newer.url, "prod", sign_key=keys[0])
     old = json.loads(_tag_file(signed, 1).read_text())
     _tag_file(signed, 3).write_text(json.dumps({**old, "number": 3}))
-    with pytest.raises(SignatureError, match="of another version"):
+    with pytest.raises(SignatureError, match="belongs to another version"):
         open_release(f"{signed.store.url}/tags/prod", keys[1])
 
 
@@ -174,7 +174,7 @@ def test_tag_that_stands_for_no_release_of_its_store_is_refused(signed: Release,
     tag(signed.url, "prod")
     plain = json.loads(_tag_file(signed, 1).read_text())
     _tag_file(signed, 1).write_text(json.dumps({**plain, "release": release}))
-    with pytest.raises(DigestError, match="no version of a tag"):
+    with pytest.raises(DigestError, match="not a version of a tag"):
         open_release(f"{signed.store.url}/tags/prod")
 
 
@@ -197,7 +197,7 @@ def test_verify_two_records_of_one_object_are_both_checked(signed: Release) -> N
 def test_verify_a_pulled_folder_with_a_file_that_the_manifest_does_not_name_is_refused(signed: Release, tmp_path: Path) -> None:
     pull(signed.url, tmp_path / "out", check=False)
     (tmp_path / "out" / "tokenizer" / "chat_template.jinja").write_text("planted")
-    with pytest.raises(DigestError, match=r"tokenizer/chat_template\.jinja is none of its files"):
+    with pytest.raises(DigestError, match=r"tokenizer/chat_template\.jinja is not one of its files"):
         verify((tmp_path / "out").as_uri())
 
 

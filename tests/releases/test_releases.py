@@ -201,7 +201,7 @@ def test_verify_a_pulled_folder_finds_damage_of_the_disk(signed: Published, keys
 def test_verify_names_every_damaged_file(signed: Published) -> None:
     flip(signed.path(0), 9)
     signed.path(3).unlink()
-    with pytest.raises(DigestError, match=r"rank0\.engine has sha256.*rank3\.engine is not there"):
+    with pytest.raises(DigestError, match=r"rank0\.engine has sha256.*rank3\.engine is missing"):
         verify(signed.url)
 
 

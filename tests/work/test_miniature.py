@@ -78,7 +78,7 @@ def test_every_family_has_a_tiny_model() -> None:
 @pytest.mark.parametrize("wrong", WRONG_RULES, ids=str)
 def test_miniature_catches_a_wrong_rule(wrong: WrongRule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(wrong.rule, monkeypatch)
-    with pytest.raises(MiniatureError, match="computes here something else than in transformers"):
+    with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
         prove(wrong.config, tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_failure_names_layout_text_position_and_the_length_that_is_suspected(
         prove(hub_config("mistral-7b-v0.1"), tmp_path)
     message = caught.value.message
     assert "First: one rank, a text of 10 tokens, 7 in prefill, longer than sliding_window, from position 8 on." in message
-    assert "Texts of up to 8 tokens are right: suspect sliding_window 4096 (8 here), and what switches it on." in message
+    assert "Texts of up to 8 tokens are right: suspect sliding_window 4096 (8 here) and the key that enables it." in message
     assert caught.value.exit_code == 36
     assert "Nothing was built" in caught.value.advice
 
@@ -115,7 +115,7 @@ def test_failure_of_one_way_to_split_is_said_to_be_that(tmp_path: Path, monkeypa
 
 def test_failure_of_short_texts_suspects_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(lambda _config, _found: {"hidden_act": "gelu"}, monkeypatch)
-    with pytest.raises(MiniatureError, match=r"from position 0 on. Short texts are wrong too: suspect a key that names no length"):
+    with pytest.raises(MiniatureError, match=r"from position 0 on. Short texts are wrong too: suspect a key that is no length"):
         prove(hub_config("llama-3-8b"), tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_miniature_catches_frequencies_that_are_chosen_once_for_all_lengths(
 ) -> None:
     assert prove(config, tmp_path / "right").max_relative_error < 2e-5
     monkeypatch.setattr(ModelConfig, "rotary_depends_on_length", lambda self, length: False)
-    with pytest.raises(MiniatureError, match="computes here something else than in transformers"):
+    with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
         prove(config, tmp_path / "wrong")
 
 
@@ -207,7 +207,7 @@ def test_config_without_a_type_is_read_by_transformers_as_its_family(tmp_path: P
 
 def test_key_that_the_spec_ignores_and_transformers_does_not_is_caught(tmp_path: Path) -> None:
     config = hub_config("gemma-3-270m", use_bidirectional_attention=True)
-    with pytest.raises(MiniatureError, match="computes here something else"):
+    with pytest.raises(MiniatureError, match="does not compute what it computes"):
         prove(config, tmp_path, ignored_keys=("use_bidirectional_attention",))
 
 

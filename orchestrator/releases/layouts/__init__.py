@@ -1,6 +1,6 @@
-"""Layouts: how a pulled release lies in a folder, for whom. The request, the answer, and the table of layouts.
+"""Layouts of a pulled release in a folder: the request, the arrangement, and the table of layouts.
 
-A layout says where each file of the release goes and what stands beside it. It sees the manifest and no bytes of engines.
+A layout decides the path of each file and the files written beside them. It sees the manifest and no bytes of engines.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LAYOUTS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is going to be laid out."""
+    """Release and ranks to lay out."""
 
     manifest: Manifest
     ranks: tuple[int, ...]
-    """Ascending."""
+    """Ranks in ascending order."""
     files: tuple[FileRecord, ...]
-    """What these ranks need."""
+    """Files that these ranks need."""
     data: bytes
-    """manifest.json as it is stored and signed."""
+    """Bytes of manifest.json as stored and signed."""
     signature: bytes | None
 
     def records(self) -> list[RankRecord]:
@@ -40,26 +40,26 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Where everything goes, relative to the output folder."""
+    """Paths of all files, relative to the output folder."""
 
     paths: Mapping[str, str]
-    """Path of a file of the release to its place; files that are left out are not fetched."""
+    """Target path by path in the release. Files left out are not fetched."""
     written: Mapping[str, bytes]
-    """What stands beside them, written in this order when all of them are there."""
+    """Content of additional files by path, written in this order once all fetched files are in place."""
     renames: tuple[tuple[str, str], ...] = field(default=())
-    """Folders that get their name at the very end: (while it is filled, final)."""
+    """Folders to rename at the very end: (name while it is filled, final name)."""
 
 
 class Layout(Protocol):
-    """What a member of LAYOUTS offers."""
+    """Protocol of the members of LAYOUTS."""
 
     def arrange(self, request: Request) -> Arrangement:
-        """Say where everything goes. Raises SpecError for a release that the layout cannot hold."""
+        """Return the arrangement. Raises SpecError for a release that the layout cannot hold."""
         ...
 
 
 def arrange(name: str, request: Request) -> Arrangement:
-    """The arrangement of the layout called `name`. Raises SpecError."""
+    """Return the arrangement of the layout `name`. Raises SpecError."""
     if name not in LAYOUTS:
         raise SpecError(f"there is no layout {name!r}", f"Layouts: {', '.join(LAYOUTS)}.")
     module: Layout = importlib.import_module(LAYOUTS[name])
@@ -67,6 +67,6 @@ def arrange(name: str, request: Request) -> Arrangement:
 
 
 def identity_files(request: Request) -> dict[str, bytes]:
-    """The manifest and its signature, by the names under which model_signing's own command line looks for them."""
+    """Return the manifest and its signature, by the names that model_signing's command line expects."""
     signature = {SIGNATURE: request.signature} if request.signature is not None else {}
     return {MANIFEST: request.data, **signature}

@@ -1,4 +1,4 @@
-"""Files under their paths, with manifest.json and the signature: what was signed, as it was signed."""
+"""Flat layout: files under their paths, with manifest.json and the signature, exactly as signed."""
 
 from __future__ import annotations
 

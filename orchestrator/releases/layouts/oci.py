@@ -1,7 +1,7 @@
-"""An OCI image layout with ModelPack's media types: blobs by digest, index.json last. To push it is a copy, nothing is packed.
+"""An OCI image layout with ModelPack's media types: blobs by digest, index.json last. Pushing copies files; nothing is packed.
 
-Formats: OCI image-spec 1.1 (image layout, manifest with artifactType) and CNCF model-spec v1: raw layers, the path of each in
-an annotation.
+Formats: OCI image-spec 1.1 (image layout, manifest with artifactType) and CNCF model-spec v1, with raw layers and the path of each
+in an annotation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DOC = "application/vnd.cncf.model.doc.v1.raw"
 _FILEPATH = "org.cncf.model.filepath"
 _FILE_METADATA = "org.cncf.model.file.metadata+json"
 _REGULAR_FILE = ord("0")
-"""Typeflag of tar."""
+"""tar's typeflag of a regular file."""
 
 
 def arrange(request: Request) -> Arrangement:
@@ -85,7 +85,7 @@ def _layer(manifest: Manifest, path: str, media_type: str, digest: str, num_byte
 
 
 def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The model's config blob: raw layers are their own diffs."""
+    """Return the model's config blob. Raw layers are their own diffs."""
     return {
         "descriptor": {"createdAt": manifest.created_at, "name": manifest.name, "version": manifest.version},
         "config": {

@@ -1,7 +1,7 @@
 """A Triton model repository for its TensorRT backend: a model per rank, <name>-rank{N}/config.pbtxt and <version>/model.plan.
 
-The version's folder gets its name when everything in it is there: a server that polls never sees half a model. Inputs and
-outputs are declared with all their dimensions (max_batch_size 0), because the caches' batch is an ordinary dimension.
+The version's folder gets its name once it is complete, so a polling server never sees half a model. Inputs and outputs are
+declared with all their dimensions (max_batch_size 0), because the caches' batch is an ordinary dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TYPES = {
     "int32": "TYPE_INT32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL",
     "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16",
 }  # fmt: skip
-"""TensorRT's names of dtypes to those of model_config.proto."""
+"""Dtypes of model_config.proto, by TensorRT's names."""
 
 
 def arrange(request: Request) -> Arrangement:
@@ -31,14 +31,14 @@ def arrange(request: Request) -> Arrangement:
         paths |= {file.path: f"{folder}/model.plan" for file in record.files if file.role == "engine"}
         written[f"{model}/config.pbtxt"] = _config(model, record, number).encode()
         renames.append((f"{model}/.{int(version)}.part", folder))
-    # What is no model stands in a folder without a version, which Triton does not load unless it is told to.
+    # Other files go into a folder without a version, which Triton ignores by default.
     paths |= {file.path: f".release/{file.path}" for file in request.files if file.path not in paths}
     written |= {f".release/{name}": data for name, data in identity_files(request).items()}
     return Arrangement(paths, written, tuple(renames))
 
 
 def _config(model: str, record: RankRecord, gpu: int) -> str:
-    """config.pbtxt: `gpu` counts the ranks of this repository."""
+    """Return config.pbtxt. `gpu`: index of the rank in this repository."""
     profiles = ", ".join(f'"{number}"' for number in range(len(record.engine.profiles)))
     blocks = [f'name: "{model}"', 'platform: "tensorrt_plan"', "max_batch_size: 0"]
     blocks += [_tensor("input", tensor) for tensor in record.engine.tensors if tensor.mode == "input"]
@@ -55,7 +55,7 @@ def _tensor(kind: str, tensor: TensorRange) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format: nothing in a name of the manifest ends it."""
+    """Quote a string of protobuf's text format; no character of a manifest's name can end it."""
     return (
         '"'
         + "".join(character if character.isprintable() and character not in '"\\' else _octal(character) for character in text)

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's engine directory: config.json and rank{N}.engine, the tokenizer beside them in a folder of its own.
+"""TensorRT-LLM's engine directory: config.json and rank{N}.engine, and the tokenizer in a folder beside them.
 
 config.json has the shape that TensorRT-LLM 0.16's `EngineConfig` reads: version, pretrained_config, build_config.
 """
@@ -15,7 +15,7 @@ from orchestrator.releases.layouts import Arrangement, Request, identity_files
 from orchestrator.releases.manifest import Manifest
 
 _VERSION = "0.16.0"
-"""Of the TensorRT-LLM whose directory this is."""
+"""Version of TensorRT-LLM that reads this directory."""
 
 
 def arrange(request: Request) -> Arrangement:
@@ -29,7 +29,7 @@ def arrange(request: Request) -> Arrangement:
 
 
 def engine_config(manifest: Manifest) -> dict[str, Any]:
-    """Content of config.json. Raises DigestError for a manifest that does not hold it."""
+    """Return the content of config.json. Raises DigestError for a manifest that lacks it."""
     layers = [next(r.num_layers for r in manifest.ranks if r.pp_rank == stage) for stage in range(manifest.pp)]
     topology = Topology(manifest.tp, manifest.pp, tuple(layers), manifest.moe_ep, manifest.cp)
     quantization = model_quantization(manifest)

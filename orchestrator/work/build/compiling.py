@@ -1,7 +1,7 @@
-"""Ranks compiled in a process of their own, as `build-engine` does: there TensorRT can be ended at any time.
+"""Compile ranks in a separate process, for `build-engine`: TensorRT there can be killed at any time.
 
-The job goes in on stdin, events come out on stdout as JSON lines. Files are made in a folder of the output that is locked like a
-scratch folder, and get their names when they are whole.
+The job goes in on stdin, events come out on stdout as JSON lines. Files are written in a folder of the output that is locked like a
+scratch folder, and get their names when they are complete.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from orchestrator.work.scratch import remove_dead, scratch_folder
 
 
 class CompileJob(BaseModel):
-    """Input of the process."""
+    """Input of the compiling process."""
 
     checkpoint: str
     """TensorRT-LLM checkpoint folder."""
     ranks: dict[int, BuildOptions]
     folder: str
-    """Where rank{N}.engine are written."""
+    """Folder where each rank{N}.engine is written."""
     log: str
-    """File for TensorRT's words about the rank that fails."""
+    """File for TensorRT's messages about the rank that fails."""
 
 
 def compile_apart(
@@ -43,7 +43,7 @@ def compile_apart(
 ) -> None:
     """Write rank{N}.engine of every rank to the folder `output`. `progress` gets rank, phase, done, total.
 
-    Raises the error of the rank that fails, whose log is left as rank{N}.log.
+    Raises the error of the rank that fails; its log is kept as rank{N}.log.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -62,12 +62,12 @@ def compile_apart(
             if log.exists():
                 log.replace(kept)
             if isinstance(error, EngineBuildError):
-                error.advice = f"TensorRT's own messages stand in {kept}."
+                error.advice = f"TensorRT's own messages are in {kept}."
             raise error
 
 
 def _run(job: CompileJob, progress: Callable[[int, str, int, int], None]) -> tuple[list[int], tuple[int, Failure] | None]:
-    """The ranks that are whole, and the one that failed."""
+    """Run the job; returns the ranks with a complete engine, and the failed rank with its failure."""
     words, kills = [sys.executable, "-m", "orchestrator.work.build.compiling"], oom_kills()
     with (
         tempfile.TemporaryFile() as errors,
@@ -97,7 +97,7 @@ def _follow(
     try:
         with process.stdin:
             process.stdin.write(job.model_dump_json().encode())
-    except BrokenPipeError:  # it ended at once: its exit code says more
+    except BrokenPipeError:  # the process ended at once: its exit code says more
         return None
     for line in process.stdout:
         event = EVENT.validate_json(line)
@@ -136,7 +136,7 @@ def main(pipe: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Native code may print: only we write to the pipe.
+    # Native code may print to stdout: only events go into the pipe.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as pipe:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         main(pipe)

@@ -1,4 +1,4 @@
-"""Compile one rank: its graph, its weights from the memory-mapped shards, the plan straight to the store."""
+"""Compile one rank: graph, memory-mapped weights, and the engine straight to the store."""
 
 from __future__ import annotations
 from orchestrator.planning.facts import BuildFacts
@@ -37,7 +37,7 @@ def compile_rank(
     progress: Callable[[str, int, int], None],
     log: Callable[[str], None],
 ) -> EngineRecord:
-    """Compile a rank from its converted weights, streaming the plan to `write`."""
+    """Compile a rank from its converted weights, streaming the engine to `write`."""
     network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network))
     request = EngineRequest(
         model=network.model.SerializeToString(),

@@ -1,6 +1,6 @@
-"""Choose a format for every linear within a budget of bits: Model Optimizer's search over per-layer sensitivities.
+"""Choose a format for every linear within a budget of bits, by Model Optimizer's search over per-layer sensitivities.
 
-It needs the whole model and its gradients on one machine, unlike calibration. The product is a quant_cfg.json for
+Unlike calibration, the search needs the whole model and its gradients on one machine. The result is a quant_cfg.json for
 `algorithm: MIXED_PRECISION`; the scales are then calibrated as for any other algorithm.
 """
 
@@ -31,9 +31,9 @@ def choose_formats(
     dataset: str,
     log: Callable[[str], None],
 ) -> dict[str, LinearFormat | None]:
-    """The format of every linear (None: unquantized) such that weights take `effective_bits` on average.
+    """Return a format for every linear (None: unquantized) such that weights take `effective_bits` on average.
 
-    `folder`: a Hugging Face checkpoint; `linears`: TensorRT-LLM's name -> source modules that it is joined from. Raises
+    `folder`: a Hugging Face checkpoint; `linears`: source modules by the TensorRT-LLM linear they are joined into. Raises
     QuantizationError for a budget that cannot be met, formats that this machine cannot execute, experts.
     """
     import modelopt.torch.quantization as mtq
@@ -68,7 +68,7 @@ def choose_formats(
 
 @contextlib.contextmanager
 def _budget_refused() -> Iterator[None]:
-    """Model Optimizer finds out before it calibrates that no mixture is as small as was asked."""
+    """Turn Model Optimizer's error for a budget that no mixture meets into QuantizationError."""
     try:
         yield
     except (ValueError, AssertionError) as error:
@@ -76,7 +76,7 @@ def _budget_refused() -> Iterator[None]:
             raise
         raise QuantizationError(
             f"no mixture of these formats meets the budget: {error}",
-            "Allow more bits, or give --formats with fewer; what the formats cannot hold keeps the model's precision.",
+            "Allow more bits, or give --formats with fewer; linears that no format fits keep the model's precision.",
         ) from None
 
 
@@ -84,17 +84,17 @@ def _check(linears: dict[str, tuple[str, ...]], formats: Sequence[LinearFormat],
     experts = next((source for sources in linears.values() for source in sources if ".experts." in source), None)
     if experts is not None:
         raise QuantizationError(
-            f"the search does not know experts ({experts})", "Write quant_cfg.json by hand, or choose one algorithm."
+            f"the search does not support experts ({experts})", "Write quant_cfg.json by hand, or choose one algorithm."
         )
     unexecutable = [fmt.algorithm for fmt in formats if fmt.weight in _NEEDS_CUDA]
     if device == "cpu" and unexecutable:
         raise QuantizationError(
-            f"the search executes every format, and {', '.join(unexecutable)} needs a GPU", "Leave it out, or search on a GPU."
+            f"the search executes every format; {', '.join(unexecutable)} needs a GPU", "Leave it out, or search on a GPU."
         )
 
 
 def _format_of(module: Any, formats: Sequence[LinearFormat]) -> LinearFormat | None:
-    """Which of the candidates the search left on a linear."""
+    """Return the candidate format that the search left on a linear."""
     weight = module.weight_quantizer
     first = weight[0] if hasattr(weight, "__len__") else weight
     if not first.is_enabled:

@@ -1,7 +1,7 @@
-"""Layer-wise calibration that survives its worker: Model Optimizer's checkpoints, kept in the store under the step's digest.
+"""Layer-wise calibration that survives its worker: Model Optimizer's checkpoints, copied to the store under the step's digest.
 
-Model Optimizer writes a folder per finished layer and then, by rename, its manifest.json. Before the next layer runs,
-everything new is copied, the manifest last, so the copy is always one that it can resume from, on any node.
+Model Optimizer writes a folder per finished layer and then, by rename, its manifest.json. Before the next layer runs, all new
+files are copied, the manifest last. So an attempt on any node can always resume from the copy.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from orchestrator.work.context import Context
 
 _MANIFEST = "manifest.json"
 _NEXT_INPUTS = "next_inputs.pt"
-"""What a layer hands to the next: as large as all hidden states, and of use for the last finished layer only."""
+"""Input of the next layer: as large as all hidden states, and needed for the last finished layer only."""
 _NUM_TOKENS = "num_tokens.json"
-"""Ours: how many tokens each expert saw so far."""
+"""Our own file: tokens that each expert has seen so far."""
 _BLOCK_BYTES = 16 * 2**20
 
 
 class LayerwiseFolder:
-    """The checkpoint folder of a step, in scratch, and its copy under `resume/<digest>/`."""
+    """Checkpoint folder of a step, in scratch, and its copy under `resume/<digest>/`."""
 
     def __init__(self, context: Context, digest: str, part: PartModel) -> None:
-        """Fetches what an earlier attempt left; every layer of `part` will keep what is new when it is about to run."""
+        """Fetch an earlier attempt's copy, and save new files before each layer of `part` runs."""
         self._context, self._part = context, part
         self._prefix = f"resume/{digest}/"
         self.path = context.scratch / "layerwise"
@@ -40,13 +40,13 @@ class LayerwiseFolder:
         context.after_commit.append(self._remove)
 
     def _before_layer(self, _layer: Any, _args: Any) -> None:
-        """Of all places that a calibration passes through, the first after a layer was finished."""
+        """Save after a finished layer; no earlier hook sees its files."""
         manifest = self.path / _MANIFEST
         if manifest.is_file() and _version(manifest) != self._committed:
             self.save()
 
     def save(self) -> None:
-        """Copy what is new or changed, the manifest last; then drop what only earlier layers needed."""
+        """Copy new and changed files, the manifest last; then drop what only earlier layers needed."""
         (self.path / _NUM_TOKENS).write_text(json.dumps(self._part.token_counts()))
         files = [path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".tmp"]
         for path in sorted(files, key=lambda path: path.name == _MANIFEST):
@@ -65,7 +65,7 @@ class LayerwiseFolder:
                 writer.write(block)
 
     def _fetch(self) -> None:
-        """The copy, if it is one to resume from; an attempt that still runs elsewhere may be changing it."""
+        """Fetch the copy if an attempt can resume from it. Another attempt, still running elsewhere, may be changing it."""
         store = self._context.store
         objects = {info.key.removeprefix(self._prefix) for info in store.list(self._prefix)}
         finished = self._finished_layers(objects)
@@ -78,11 +78,11 @@ class LayerwiseFolder:
             shutil.rmtree(self.path)
             self.path.mkdir()
             self._kept.clear()
-            self._context.log("calibrate: another attempt is still running, this one starts over")
+            self._context.log("calibrate: another attempt is still running: start over")
             return
         self._committed = _version(self.path / _MANIFEST)
         self._part.add_token_counts(json.loads((self.path / _NUM_TOKENS).read_text()))
-        self._context.log(f"calibrate: an earlier attempt finished {finished} layers, resumes behind them")
+        self._context.log(f"calibrate: an earlier attempt finished {finished} layers: resume after them")
 
     def _get(self, name: str) -> None:
         path = self.path / name
@@ -93,14 +93,14 @@ class LayerwiseFolder:
         self._kept[name] = _version(path)
 
     def _finished_layers(self, objects: set[str]) -> int:
-        """How many layers the copy holds; 0 when it is none to resume from."""
+        """Return the number of layers in the copy; 0 when no attempt can resume from it."""
         if _MANIFEST not in objects or _NUM_TOKENS not in objects:
             return 0
         last = int(json.loads(self._context.store.get(self._prefix + _MANIFEST))["last_completed_layer"])
         return last + 1 if f"layer_{last:04d}/{_NEXT_INPUTS}" in objects else 0
 
     def _remove(self) -> None:
-        """The manifest first: half a copy must not look like a whole one."""
+        """Remove the copy, the manifest first: half a copy must not look like a whole one."""
         store = self._context.store
         keys = [info.key for info in store.list(self._prefix)]
         for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):

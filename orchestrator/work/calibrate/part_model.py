@@ -1,7 +1,7 @@
-"""Some consecutive layers of a model as a Hugging Face model of their own, with weights read straight from the source.
+"""Consecutive layers of a model as a small Hugging Face model, with weights read straight from the source.
 
-The part runs like the whole model does: the decoder of transformers builds masks and positions; a part that is not first
-gets its hidden states from the part before, in place of the embedding's.
+A part runs like the whole model: transformers' decoder builds masks and positions. A part other than the first gets the hidden
+states of the part before in place of embeddings.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from orchestrator.work.as_hugging_face import loadable_config
 
 _EMBEDDING = "model.embed_tokens.weight"
 _TINY_VOCABULARY = 8
-"""Of a part that embeds nothing."""
+"""Vocabulary size of a part without an embedding."""
 _READ_THREADS = 8
 
 
 @dataclass
 class PartModel:
-    """A loaded part."""
+    """A loaded part of a model."""
 
     model: Any
-    """A causal LM of transformers without a head: layer-wise calibration must be called through the whole model."""
+    """Causal LM of transformers without a head. Layer-wise calibration must call the whole model."""
     linears: dict[str, str]
-    """Path of each linear in the model -> source module."""
+    """Source module of each linear, by its path in the model."""
     experts: dict[str, Any]
-    """Path -> what holds the experts of a layer. Kept here because layer-wise calibration hides finished layers."""
+    """Expert containers by path. Kept here because layer-wise calibration hides finished layers."""
 
     def unseen(self) -> list[str]:
-        """Source modules of experts that no token was routed to."""
+        """Return the source modules of experts that no token was routed to."""
         found = []
         for path, source in self.linears.items():
             container, _, rest = path.rpartition(".experts.")
@@ -52,11 +52,11 @@ class PartModel:
         return found
 
     def token_counts(self) -> dict[str, list[int]]:
-        """How many tokens each expert has seen, by the path of the layer's experts."""
+        """Return how many tokens each expert has seen, by the path of the layer's experts."""
         return {path: experts.num_tokens for path, experts in self.experts.items()}
 
     def add_token_counts(self, counts: dict[str, list[int]]) -> None:
-        """Count what an earlier attempt has seen."""
+        """Add the token counts of an earlier attempt."""
         for path, seen in counts.items():
             experts = self.experts[path]
             experts.num_tokens = [mine + theirs for mine, theirs in zip(experts.num_tokens, seen, strict=True)]
@@ -75,7 +75,7 @@ class PartModel:
 
 @contextmanager
 def _first_input(layer: Any, hidden_states: Any) -> Iterator[None]:
-    """Whatever the decoder feeds its first layer is replaced: some families scale what they embedded."""
+    """Replace the input of the first layer; some families scale their embeddings before it."""
 
     def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -90,7 +90,7 @@ def _first_input(layer: Any, hidden_states: Any) -> Iterator[None]:
 
 
 def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
-    """Load the layers of `options`. Raises the source's errors, SourceCorruptError when it changed since the plan."""
+    """Load the layers of `options`. Raises the source's errors, and SourceCorruptError when it changed since the plan."""
     import torch
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -109,7 +109,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
-    # Module by module, so that the device holds no tensor twice.
+    # Module by module, so that the device never holds a tensor twice.
     model = model.eval().requires_grad_(False).to(device)
     linears = {_local_name(module, options.first_layer): module for module in options.modules if ".experts." not in module}
     linears |= _unfuse_experts(model, options)
@@ -118,10 +118,10 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
 
 
 def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dict[str, Any], dtype: Any) -> Any:
-    """Layers first..first+count-1 as a model of transformers, whose loader fuses experts and renames as it does for a whole one.
+    """Load layers first..first+count-1 with transformers' loader, which fuses experts and renames as for a whole model.
 
-    `state`: tensors by `layer_tensors`' names. Without an embedding in it the model embeds nothing. Raises QuantizationError for
-    weights that the source lacks.
+    `state`: tensors by `layer_tensors`' names. Without an embedding in `state` the model embeds nothing. Raises QuantizationError
+    for weights that the source lacks.
     """
     config = _part_config(whole, first, count, embeds=_EMBEDDING in state)
     with _quiet():
@@ -131,31 +131,31 @@ def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dic
 
 
 def _check_loaded(loading: dict[str, Any], spared: set[str], first_layer: int) -> None:
-    """Weights that the source lacks, or has under another name, would be random. Raises QuantizationError."""
+    """Check that every weight was loaded; others would be random. Raises QuantizationError."""
     wrong = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])} - spared)
     if wrong:
         example = _local_name(wrong[0], -first_layer)
         raise QuantizationError(
             f"{len(wrong)} weights of the model cannot be loaded from the source, e.g. {example}",
-            "Use the complete checkpoint; one under other names, calibrate elsewhere and give its folder as quantization.scales.",
+            "Use the complete checkpoint. If its names differ, calibrate elsewhere and set quantization.scales to that folder.",
         )
 
 
 def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
-    """The part's own config: lists with an entry per layer are cut, too."""
+    """Return the config of a part: lists with an entry per layer are cut too."""
     config, layers = copy.deepcopy(whole), whole.num_hidden_layers
     for name, value in vars(whole).items():
         if isinstance(value, list) and len(value) == layers:
             setattr(config, name, value[first : first + count])
     config.num_hidden_layers = count
-    config.tie_word_embeddings = True  # no memory for a head that is not run
+    config.tie_word_embeddings = True  # no memory for a head that never runs
     if not embeds:
         config.vocab_size, config.pad_token_id = _TINY_VOCABULARY, None
     return config
 
 
 def layer_tensors(index: CheckpointIndex, first: int, count: int) -> dict[str, TensorInfo]:
-    """Tensors of layers first..first+count-1, by their names in a model that has these layers only."""
+    """Return the tensors of layers first..first+count-1, by their names in a model of these layers only."""
     mine = [tensor for tensor in index.tensors.values() if ".layers." in tensor.name]
     return {_local_name(tensor.name, first): tensor for tensor in mine if first <= layer_of(tensor.name) < first + count}
 
@@ -168,7 +168,7 @@ def _local_name(name: str, first: int) -> str:
 
 
 def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:
-    """Every tensor in `dtype`, by the names given; None: in the source's. Several are read at once."""
+    """Read every tensor as `dtype` (None: the source's), by the given names, several at once."""
     with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
 
         def read(tensor: TensorInfo) -> Any:
@@ -179,7 +179,7 @@ def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, T
 
 
 def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo, begin: int, end: int) -> Any:
-    """Rows [begin, end) of a tensor, as the source holds them."""
+    """Read rows [begin, end) of a tensor, in the source's dtype."""
     import torch
 
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -191,7 +191,7 @@ def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports the head and the norm that a part does not have, and its progress; nobody needs to know."""
+    """Silence transformers' reports of the head and norm that a part lacks, and its progress bars."""
     from transformers.utils import logging
 
     level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -206,13 +206,13 @@ def _quiet() -> Iterator[None]:
 
 
 EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
-"""Names of an expert's linears in checkpoints."""
+"""Roles of an expert's linears, by their names in checkpoints."""
 
 
 def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
     """Replace transformers' fused experts by one linear each, which Model Optimizer calibrates like any other.
 
-    Returns path -> source module. The linears share the memory of the fused tensors.
+    Returns the source module of each by path. The linears share the memory of the fused tensors.
     """
     found: dict[str, str] = {}
     for number, layer in enumerate(model.model.layers):
@@ -230,7 +230,7 @@ def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
 
 
 def _unfused(fused: Any) -> Any:
-    """transformers' eager experts (`MixtralExperts.forward` of transformers 5), each expert with linears of its own."""
+    """Return transformers' eager experts (`MixtralExperts.forward` of transformers 5) with linears per expert."""
     import torch
 
     class Expert(torch.nn.Module):

@@ -1,7 +1,7 @@
-"""Calibrate some layers on rank 0: Model Optimizer watches them read text, the product is a small artifact of scales.
+"""Calibrate some layers on rank 0: Model Optimizer observes them on text. The result is a small artifact of scales.
 
-Only this step ever calls Model Optimizer. It holds its own layers only; what the layers before them make of the text comes as
-a file, so a model larger than any single machine is calibrated part by part.
+Only this step ever calls Model Optimizer. It loads its own layers only and reads the hidden states of the layers before from a
+file, so a model larger than any single machine is calibrated part by part.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from orchestrator.quantizers.calibration_data import Tokens
 
 RECIPE = "recipe.json"
-"""How the scales came about: method, data, tools."""
+"""Record of the calibration: method, data, tools."""
 HIDDEN_STATES = "hidden_states.safetensors"
-"""hidden_states [samples, length, hidden] in the model's dtype: what a part hands to the next one."""
+"""hidden_states [samples, length, hidden] in the model's dtype: the input of the next part."""
 _PROGRESS_BAR = "%|"
-"""What marks the lines that tqdm draws."""
+"""Mark of lines that tqdm draws."""
 
 
 def calibrate(task: Task, context: Context) -> CalibrateFacts:
-    """Write scales, recipe and, but for the last part, hidden states. Raises QuantizationError and the source's errors."""
+    """Write scales, recipe and, except for the last part, hidden states. Raises QuantizationError and the source's errors."""
     import torch
 
     options = CalibrateOptions.model_validate(task.step.options)
@@ -51,7 +51,7 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
     if not has_tokenizer(context.scratch / "tokenizer"):
         context.log("warning: the source has no tokenizer, the model reads random token ids: its scales will be poor")
     elif len(tokens) < options.data.num_samples:
-        context.log(f"calibrate: the text that comes with the package has no more, {options.data.num_samples} were asked for")
+        context.log(f"calibrate: the package's text has no more samples; num_samples is {options.data.num_samples}")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     inputs = torch.from_numpy(tokens) if options.is_first else _previous(task, context)
@@ -64,7 +64,7 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
     unseen = part.unseen()
     _fill_unseen(artifact, unseen)
     for expert in dict.fromkeys(source.rpartition(".")[0] for source in unseen):
-        context.log(f"warning: {expert} saw no token: it takes the largest input_amax of its layer")
+        context.log(f"warning: no token was routed to {expert}: it gets the largest input_amax of its layer")
     if not options.is_last:
         _write_tensors(context, HIDDEN_STATES, {"hidden_states": reader.outputs()})
     _write_tensors(context, SCALES, {name: torch.from_numpy(np.asarray(value)) for name, value in artifact.items()})
@@ -87,14 +87,14 @@ def _device(asked: str) -> str:
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
-        raise ToolError("calibration is asked to run on CUDA, torch sees no GPU here", "Set quantization.calibration.device: auto.")
+        raise ToolError("calibration is set to CUDA, but torch sees no GPU here", "Set quantization.calibration.device: auto.")
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:
-    """The data of the whole chain of parts: each makes the same tokens."""
+    """Return the calibration tokens; every part of the chain makes the same ones."""
     folder = companion_folder(task.step.locations["source"], options.files[options.num_weight_files :], context)
     return calibration_tokens(options.data, task.step.locations.get("dataset", ""), folder, options.config.vocab_size)
 
@@ -107,7 +107,7 @@ def _previous(task: Task, context: Context) -> Any:
 
 
 class _Reader:
-    """Lets the part read its inputs, batch by batch, and keeps what came out of its last layer the first time."""
+    """Runs the part on its inputs, batch by batch, and keeps the first outputs of its last layer."""
 
     def __init__(self, part: PartModel, options: CalibrateOptions, inputs: Any, device: str, context: Context) -> None:
         self._part, self._options, self._inputs, self._device, self._context = part, options, inputs, device, context
@@ -117,14 +117,14 @@ class _Reader:
             part.model.model.layers[-1].register_forward_hook(self._keep)
 
     def __call__(self, _model: Any) -> None:
-        """One pass over all inputs: what Model Optimizer calls, as often as its method needs."""
+        """Run all inputs once. Model Optimizer calls this as often as its method needs."""
         size = self._options.data.batch_size
         for begin in range(0, len(self._inputs), size):
             self._part.run(self._inputs[begin : begin + size].to(self._device), self._options.is_first)
             self._context.report("calibrate", min(begin + size, len(self._inputs)), len(self._inputs), "steps")
 
     def _keep(self, _module: Any, _args: Any, output: Any) -> None:
-        """Quantizers only watch while a layer sees its inputs for the first time: what comes out is the model's own."""
+        """Keep the outputs of the first pass, in which quantizers only observe: these are the model's own."""
         if len(self._outputs) < self._num_batches:
             self._outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
 
@@ -135,7 +135,7 @@ class _Reader:
 
 
 def _run(part: PartModel, options: CalibrateOptions, reader: _Reader, task: Task, context: Context) -> dict[str, Any]:
-    """Model Optimizer's part; what it prints goes to the step's log."""
+    """Run Model Optimizer; its output goes to the step's log."""
     from orchestrator.quantizers import modelopt
     from orchestrator.work.calibrate.layerwise import LayerwiseFolder
 
@@ -147,7 +147,7 @@ def _run(part: PartModel, options: CalibrateOptions, reader: _Reader, task: Task
 
 @contextlib.contextmanager
 def _logged(context: Context) -> Iterator[None]:
-    """What is printed, and warnings, each once, as lines of the step's log."""
+    """Write printed lines and warnings to the step's log, each once."""
     said = io.StringIO()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -161,7 +161,7 @@ def _logged(context: Context) -> Iterator[None]:
 
 
 def _global_name(name: str, options: CalibrateOptions) -> str:
-    """Attention modules are named by their path in the part; linears by their source module already."""
+    """Return a module's name in the whole model. Attention modules are named by their path in the part, linears by source."""
     if not name.endswith((".k_amax", ".v_amax")):
         return name
     local = layer_of(name)
@@ -169,7 +169,7 @@ def _global_name(name: str, options: CalibrateOptions) -> str:
 
 
 def _summary(artifact: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """By linear's name (q_proj): the smallest, the median and the largest input_amax of the layers."""
+    """Return the smallest, median and largest input_amax of the layers, by the linear's name (q_proj)."""
     found: dict[str, list[float]] = {}
     for name, value in artifact.items():
         if name.endswith(".input_amax"):
@@ -178,9 +178,9 @@ def _summary(artifact: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:
-    """Give experts that no token was routed to the largest input_amax of their layer's linears of the same kind.
+    """Give experts without tokens the largest input_amax of their layer's linears of the same kind.
 
-    Model Optimizer does so itself where it recognizes the experts; then this changes nothing.
+    Changes nothing where Model Optimizer recognizes the experts, because then it does the same.
     """
     amax = {name: float(value) for name, value in artifact.items() if name.endswith(".input_amax")}
     for source in unseen if amax else ():

@@ -1,8 +1,8 @@
-"""The inner loop of conversion: read large blocks once, cut them for all ranks, append to every rank's file.
+"""The inner loop of conversion: read large blocks once, cut them for all ranks, append them to every rank's file.
 
-Memory is a few blocks, whatever the model's size; only a source tensor that two targets of one task share (a tied
-embedding and head on one stage) is held whole from its first use to its last. One thread reads ahead, across tensors, and
-each sink has a thread of its own: reading, hashing and writing overlap, and every sink still gets its bytes in order.
+Memory is a few blocks, whatever the model's size. Only a source tensor that two targets of one task share (a tied embedding and
+head on one stage) is held whole, from first to last use. One thread reads ahead, across tensors, and each sink has its own
+thread: reading, hashing and writing overlap, and every sink still gets its bytes in order.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ ReadRows = Callable[[TensorInfo, int, int, memoryview], None]
 
 
 class Sink(Protocol):
-    """One rank's file, written from front to back."""
+    """File of one rank, written from front to back."""
 
     def write(self, data: memoryview) -> Any: ...
 
 
 class _Chunk(NamedTuple):
-    """Rows [begin, end) of one of a target's reads; none for a read of which no rank takes a row, and for a scale."""
+    """Rows [begin, end) of one of a target's reads. Empty for a scale, and for a read of which no rank takes a row."""
 
     target: Target
     position: int
     begin: int
     end: int
     last: bool
-    """No more chunks of this read follow."""
+    """True for the last chunk of a read."""
 
     @property
     def read(self) -> Read:
@@ -59,7 +59,7 @@ class _Chunk(NamedTuple):
 
 
 class Cutter:
-    """Runs targets in order against one sink per tensor-parallel rank."""
+    """Runs targets in order, with one sink per tensor-parallel rank."""
 
     def __init__(
         self, read_rows: ReadRows, sinks: Sequence[Sink], progress: Callable[[int], None], scales: Scales | None = None
@@ -70,7 +70,7 @@ class Cutter:
         self._reader = ThreadPoolExecutor(1, "read")
         self._writers = [ThreadPoolExecutor(1, "write") for _ in sinks]
         self._packed = [_Buffer() for _ in sinks]
-        # One being read, one being cut, the others being written.
+        # One is read, one is cut, the others are written.
         self._buffers = itertools.cycle([_Buffer() for _ in range(_BLOCKS_BEHIND + 2)])
         self._held: dict[str, Bytes] = {}
         self._packer = Packer(len(sinks), scales)
@@ -91,7 +91,7 @@ class Cutter:
 
     @property
     def quantization_errors(self) -> dict[str, float]:
-        """By linear, |stored - weight| / |weight|."""
+        """|stored - weight| / |weight| by linear, in Frobenius norms."""
         return self._packer.errors()
 
     def _run_chunk(self, chunk: _Chunk, block: Bytes) -> list[Future[None]]:
@@ -110,7 +110,7 @@ class Cutter:
         return [*jobs, *self._pad(chunk.read, target.dtype)] if chunk.last else jobs
 
     def _converted(self, target: Target, position: int, row: int, block: Bytes) -> Iterable[tuple[int, Bytes | SharedBlock]]:
-        """What each rank takes of a block, as its file stores it."""
+        """Yield each rank's piece of a block, as its file stores it."""
         read, quantized = target.reads[position], target.quantized
         dtype = quantized.dtype if quantized else target.dtype
         if read.tensor.dtype != dtype or read.add:
@@ -118,7 +118,7 @@ class Cutter:
         return self._pieces(read, row, block) if quantized is None else self._packer.pack(target, position, row, block)
 
     def _blocks(self, targets: Sequence[Target]) -> Iterator[tuple[_Chunk, Bytes]]:
-        """Every read's rows, as rows x bytes-per-row; the next block is read while one is used, across tensors too."""
+        """Yield the rows of every read, as [rows, bytes per row]. The next block is read meanwhile, across tensors too."""
         reads = [read for target in targets for read in target.reads]
         shared = _read_twice(reads)
         uses = Counter(read.tensor.name for read in reads)
@@ -136,7 +136,7 @@ class Cutter:
             yield _result(ahead)
 
     def _read_chunk(self, chunk: _Chunk, hold: bool, drop: bool) -> Bytes:
-        """The chunk's rows: in the next buffer, or in the whole tensor where that is held until its last use."""
+        """Read the rows of a chunk into the next buffer, or slice them from a tensor that is held until its last use."""
         if chunk.begin == chunk.end:
             return np.empty(0, np.uint8)
         tensor = chunk.read.tensor
@@ -154,7 +154,7 @@ class Cutter:
         return flat.reshape(end - begin, _rows(tensor)[1])
 
     def _pieces(self, read: Read, row: int, block: Bytes) -> Iterator[tuple[int, Bytes | SharedBlock]]:
-        """What each rank takes of a block."""
+        """Yield each rank's piece of a block."""
         if read.axis is None:
             whole = SharedBlock(block.reshape(-1).data)
             for rank in range(len(self._sinks)):
@@ -170,11 +170,11 @@ class Cutter:
                 yield rank, block[begin:end]
 
     def _takers(self, read: Read) -> Iterator[tuple[int, Span]]:
-        """The ranks that take something of a cut read, with their spans."""
+        """Yield the ranks that take a part of a cut read, with their spans."""
         return zip(read.ranks or range(len(self._sinks)), read.spans, strict=True)
 
     def _append(self, rank: int, piece: Bytes | SharedBlock) -> None:
-        """On the rank's own thread."""
+        """Write a piece to a rank's sink, on the rank's thread."""
         sink = self._sinks[rank]
         if isinstance(piece, SharedBlock):
             if isinstance(sink, HashingWriter):
@@ -182,7 +182,7 @@ class Cutter:
             else:
                 sink.write(piece.data)
             return
-        if not piece.flags.c_contiguous:  # a cut of columns; the rank's last piece was written, so its place is free
+        if not piece.flags.c_contiguous:  # a cut of columns; the rank's last piece was written, so its buffer is free
             packed = self._packed[rank].of_size(piece.size).reshape(piece.shape)
             np.copyto(packed, piece)
             piece = packed
@@ -196,20 +196,20 @@ class Cutter:
 
 
 class _Buffer:
-    """Memory that is used again and again, on a page boundary so that sources and stores need no copy of their own."""
+    """Reusable memory on a page boundary, so that sources and stores need no copy."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def of_size(self, size: int) -> Bytes:
-        """Its first `size` bytes, grown to hold them; what it held is lost."""
+        """Return the first `size` bytes of the memory, growing it if needed. Earlier content is lost."""
         if self._memory.size < size:
             self._memory = np.frombuffer(page_buffer(size), np.uint8)
         return self._memory[:size]
 
 
 def _chunks(target: Target) -> Iterator[_Chunk]:
-    """The rows of a target's reads that any rank takes, in blocks; one empty chunk for a scale.
+    """Yield the rows of a target's reads that any rank takes, in blocks; one empty chunk for a scale.
 
     A block of a quantized weight holds an even number of rows: some formats pack two rows into a byte.
     """
@@ -228,13 +228,13 @@ def _chunks(target: Target) -> Iterator[_Chunk]:
 
 
 def _rows(tensor: TensorInfo) -> tuple[int, int]:
-    """A tensor as rows of its first axis: number of rows, bytes of one."""
+    """Return a tensor's number of rows along the first axis, and the bytes of one row."""
     rows = tensor.shape[0] if tensor.shape else 1
     return rows, tensor.num_bytes // rows if rows else 0
 
 
 def _wanted_rows(read: Read) -> tuple[int, int]:
-    """[first, last) of the rows that some rank takes; all of them unless axis 0 is cut."""
+    """Return [first, last) of the rows that some rank takes; all rows unless axis 0 is cut."""
     if read.axis != 0:
         return 0, _rows(read.tensor)[0]
     taken = [span for span in read.spans if span.begin < span.end]
@@ -242,7 +242,7 @@ def _wanted_rows(read: Read) -> tuple[int, int]:
 
 
 def _read_twice(reads: Iterable[Read]) -> set[str]:
-    """Source tensors of which several reads want the same rows: those are held, so that no byte is read twice."""
+    """Return the source tensors with rows that several reads want. They are held, so that no byte is read twice."""
     rows: dict[str, list[tuple[int, int]]] = {}
     for read in reads:
         rows.setdefault(read.tensor.name, []).append(_wanted_rows(read))
@@ -273,7 +273,7 @@ _INFINITY_BITS: dict[str, tuple[str, str, int]] = {
     "F16": ("i2", "u2", 0x7C00),
     "F32": ("i4", "u4", 0x7F800000),
 }
-"""Signed and unsigned integers of a dtype's size, and the bits of its positive infinity."""
+"""Signed and unsigned integer types of a dtype's size, and the bits of its positive infinity."""
 
 
 _STRETCH_BYTES = 256 * 2**10
@@ -282,8 +282,8 @@ _STRETCH_BYTES = 256 * 2**10
 def is_finite(block: Bytes, dtype: str) -> bool:
     """Whether a block holds no NaN and no infinity. Dtypes without a fast test pass.
 
-    Read as integers, whatever is not finite is largest: among the positive ones as signed, among all as unsigned with the
-    sign bit on top. Both are taken of a stretch that stays in the core's cache: memory is read once.
+    Seen as integers, non-finite values are the largest: among positive values as signed, among all as unsigned, because of the
+    sign bit. Both maxima are taken over stretches that fit the core's cache, so memory is read once.
     """
     if dtype not in _INFINITY_BITS or not block.size:
         return True
@@ -298,7 +298,7 @@ def is_finite(block: Bytes, dtype: str) -> bool:
 
 
 def cast(block: Bytes, tensor: TensorInfo, dtype: str, add: float = 0.0) -> Bytes:
-    """Round a block of rows to another floating-point dtype, to nearest even; `add` is added before, in float32.
+    """Round a block of rows to another floating-point dtype, to nearest even, after adding `add` in float32.
 
     Raises DtypeError when a finite value becomes infinite (float16 ends at 65504).
     """

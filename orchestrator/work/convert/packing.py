@@ -1,6 +1,6 @@
 """Quantization inside the inner loop of conversion: blocks of whole rows in, each rank's stored rows out.
 
-Scales that fall out of packing wait in memory until the weight is written (a 16th of it at most), because a rank's file is
+Scales that result from packing wait in memory until the weight is written (at most 1/16 of its size), because a rank's file is
 written from front to back.
 """
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 Bytes = npt.NDArray[np.uint8]
 _ROWS_BYTES = 4 * 2**20
-"""Rows are packed in parts of about this size: the float32 copies of a part stay in the processor's cache."""
+"""Size of the parts in which rows are packed: the float32 copies of a part stay in the processor's cache."""
 
 
 class Packer:
-    """Of one conversion task, with the scales that it applies and those that it finds."""
+    """Packer of one conversion task, with the scales that it applies and those that result."""
 
     def __init__(self, num_ranks: int, scales: Scales | None) -> None:
         self._num_ranks, self._scales = num_ranks, scales
         self._found: dict[str, list[list[Bytes]]] = {}
-        """By weight and rank."""
+        """Scales that result from packing, by weight and rank."""
         self._squares: dict[str, list[float]] = {}
-        """By linear: sum of squared errors, sum of squared elements."""
+        """Sum of squared errors and sum of squared elements, by linear."""
 
     def errors(self) -> dict[str, float]:
-        """By linear (global layer numbers): |stored - weight| / |weight|, Frobenius norms, of the weight as it was smoothed."""
+        """Return |stored - weight| / |weight| of smoothed weights in Frobenius norms, by linear (global layer numbers)."""
         return {name: (error / max(square, 1e-30)) ** 0.5 for name, (error, square) in self._squares.items()}
 
     def pack(self, target: Target, position: int, row: int, block: Bytes) -> Iterator[tuple[int, Bytes]]:
-        """(rank, stored bytes) of a block of rows of `target.reads[position]` that begins at `row`. Raises QuantizationError."""
+        """Yield (rank, stored bytes) for a block of `target.reads[position]` from `row` on. Raises QuantizationError."""
         read = target.reads[position]
         assert target.quantized is not None
         step = max(2, _ROWS_BYTES // max(block.shape[1], 1) // 2 * 2)
@@ -83,7 +83,7 @@ class Packer:
         return torch.from_numpy(self._artifact().vector(module, quantity))
 
     def _cut(self, weight: str, read: Read, row: int, num_rows: int, packed: PackedRows) -> Iterator[tuple[int, Bytes]]:
-        """Each rank's piece of packed rows; its piece of their scales is kept."""
+        """Yield each rank's piece of packed rows, and keep its piece of their scales."""
         stored, scales = packed.weight.numpy(), _as_bytes(packed.scales)
         inner = read.tensor.shape[1]
         for rank, span in _takers(read, self._num_ranks):
@@ -99,7 +99,7 @@ class Packer:
                 found[rank].append(np.array(kept))
 
     def scales_of(self, target: Target) -> Iterator[memoryview]:
-        """A scale tensor's bytes for every rank, in order. Raises QuantizationError when the artifact lacks one."""
+        """Yield the bytes of a scale tensor for every rank, in order. Raises QuantizationError when the artifact lacks a scale."""
         if isinstance(target.scale, PackedScale):
             for pieces in self._found.pop(target.scale.weight):
                 yield np.concatenate([piece.reshape(-1) for piece in pieces]).data
@@ -115,13 +115,13 @@ def _global_linear(target: str, module: str) -> str:
 
 
 def _takers(read: Read, num_ranks: int) -> Iterator[tuple[int, Span | None]]:
-    """The ranks that take something of a read, each with its span; None: all of it."""
+    """Yield the ranks that take a part of a read, each with its span; None: the whole read."""
     ranks = read.ranks or range(num_ranks)
     return zip(ranks, read.spans if read.axis is not None else [None] * len(ranks), strict=True)
 
 
 def _piece(block: Bytes, axis: int | None, span: Span | None, row: int, num_rows: int, inner: int) -> Bytes | None:
-    """What `span` (in rows and columns of the source) is of stored rows, whatever their packing; None: nothing of these."""
+    """Return the part of stored rows in `span` (rows and columns of the source), for any packing; None: no part of them."""
     if axis is None or span is None:
         return block
     if axis == 1:
@@ -141,7 +141,7 @@ def _as_tensor(block: Bytes, dtype: str) -> torch.Tensor:
 
 
 def _as_bytes(scales: torch.Tensor | None) -> Bytes | None:
-    """[rows, bytes]."""
+    """View scales as bytes [rows, bytes per row]."""
     import torch
 
     if scales is None:

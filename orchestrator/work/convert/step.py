@@ -48,12 +48,12 @@ def convert(task: Task, context: Context) -> ConvertFacts:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was seen while writing."""
+    """Findings about the written weights."""
 
     not_finite: list[str]
     """Source tensors that hold NaN or infinity."""
     quantization_errors: dict[str, float]
-    """By linear, |stored - weight| / |weight|."""
+    """|stored - weight| / |weight| by linear, in Frobenius norms."""
 
 
 def write_shards(
@@ -63,10 +63,10 @@ def write_shards(
     progress: Callable[[int], None],
     scales: Scales | None = None,
 ) -> Written:
-    """Stream every shard of the group to the sink that `open_output` gives for its name and size.
+    """Stream every shard of the group to the sink that `open_output` returns for its name and size.
 
-    Raises SourceCorruptError, DtypeError, NotFiniteError,
-    QuantizationError and what the sinks raise; the sinks' contexts then discard what was written.
+    Raises SourceCorruptError, DtypeError, NotFiniteError, QuantizationError and the sinks' errors; the sinks' contexts then discard
+    the shards.
     """
     header = encode_header(((target.name, target.dtype, target.shape) for target in options.targets), {"format": "pt"})
     size = len(header) + sum(target.num_bytes for target in options.targets)

@@ -1,7 +1,7 @@
-"""Prove what a config.json means: its model made small by transformers, and built here, compute the same.
+"""Prove the reading of a config.json: a small model of it computes the same here as in transformers.
 
-Verification reads a few dozen tokens with the real weights: no window is left, no trained length exceeded. The miniature has
-the model's config with widths, layers and lengths scaled down and seeded weights, so it crosses every length that the config
+Verification reads a few dozen tokens with the real weights: no text leaves a window or exceeds a trained length. The miniature
+has the model's config with widths, layers and lengths scaled down and seeded weights. So it crosses every length that the config
 names, on one rank and on several, in prefill and while decoding. It needs no weights and takes seconds.
 """
 
@@ -15,7 +15,7 @@ from orchestrator.work.miniature.proof import prove
 
 
 def miniature(task: Task, context: Context) -> MiniatureFacts:
-    """Facts: errors by layout, and the thresholds that were crossed. Raises MiniatureError."""
+    """Run the proof. Facts: errors by layout, and the thresholds that were crossed. Raises MiniatureError."""
     import transformers
 
     options = MiniatureOptions.model_validate(task.step.options)

@@ -1,4 +1,4 @@
-"""The miniature as transformers makes and runs it: the side that is right."""
+"""The miniature as transformers makes and runs it: the reference of the proof."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 _SEED = 15
 _GAIN = 1.7
-"""Standard deviation of what a linear makes of normed input: large enough that attention chooses and caps bend."""
+"""Standard deviation of a linear's output for normed input: large enough that attention is selective and caps take effect."""
 _NORMED_GAIN = 1.7
-"""The same of queries and keys that are normed after."""
+"""Same gain for queries and keys that are normed afterwards."""
 _MAX_GAIN = 64.0
 
 
 def loaded_config(config: Mapping[str, Any], folder: Path) -> Any:
-    """transformers' config object, read from a config.json as any model's is. Raises whatever transformers does."""
+    """Return transformers' config object, read from a config.json as for any model. Raises transformers' errors."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def loaded_config(config: Mapping[str, Any], folder: Path) -> Any:
 
 
 def class_defaults(loaded: Any) -> dict[str, Any]:
-    """Values that the config's class assumes for keys that config.json lacks, before anything is derived from them."""
+    """Return the defaults of the config's class for keys that config.json lacks, before anything is derived from them."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(type(loaded)):
         if field.default is not dataclasses.MISSING:
@@ -42,7 +42,7 @@ def class_defaults(loaded: Any) -> dict[str, Any]:
 
 
 def new_model(config: Any, seed: int = 0) -> Any:
-    """The model of a loaded config in float32 with seeded weights, none of them at a value that would hide it."""
+    """Return the model of a loaded config in float32 with seeded weights, none at a neutral value that would hide its use."""
     import torch
     import transformers
 
@@ -64,9 +64,9 @@ def new_model(config: Any, seed: int = 0) -> Any:
 
 
 def _query_gains(config: Any, names: Sequence[str]) -> dict[str, float]:
-    """By part of a parameter's name. Scores are to be a few units wide, or windows, caps and rotary embedding hardly matter.
+    """Return gains by part of a parameter's name, so that scores are a few units wide: else windows, caps and rotary hardly matter.
 
-    A scale on the scores that config.json gives fits the model's own head size, and would make a smaller one's scores vanish.
+    A score scale in config.json fits the model's own head size; with a smaller head the scores would vanish.
     """
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = head_size**-0.5
@@ -80,19 +80,19 @@ def _query_gains(config: Any, names: Sequence[str]) -> dict[str, float]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write config.json and safetensors, as the hub holds them."""
+    """Write config.json and safetensors, as on the Hugging Face hub."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of a model that takes milliseconds, into the step's log
+    logging.disable_progress_bar()  # saving takes milliseconds, and the bar would go into the step's log
     model.save_pretrained(folder)
 
 
 def logits_of(model: Any, calls: Sequence[Sequence[int]]) -> Floats:
-    """[tokens, vocabulary] of one text, fed in `calls` through a cache of transformers.
+    """Return the logits [tokens, vocabulary] of one text, fed in `calls` through a cache of transformers.
 
-    The cache keeps every token: what a layer attends to is the model's to say. The one that transformers makes from the config
-    drops what is older than `sliding_window`, in models without a window too. Scalings that follow a text's length keep state
-    in the model: a copy forgets it.
+    The cache keeps every token and leaves windows to the model: the cache that transformers derives from the config drops tokens
+    older than `sliding_window`, even in models without a window. The model is copied, because scalings that follow a text's length
+    keep state in it.
     """
     import torch
     import transformers

@@ -10,13 +10,13 @@ import numpy as np
 from orchestrator.work.miniature.scaling import Threshold
 
 LONGEST = 320
-"""Tokens. A threshold beyond is not crossed."""
+"""Longest text in tokens. Larger thresholds are not crossed."""
 _SEED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and how it is fed: all but the last tokens at once, those one by one."""
+    """A text of token ids: a prefill, then `decode_steps` tokens one by one."""
 
     tokens: tuple[int, ...]
     decode_steps: int
@@ -26,16 +26,16 @@ class Prompt:
         return len(self.tokens) - self.decode_steps
 
     def calls(self) -> list[tuple[int, ...]]:
-        """The tokens of each call."""
+        """Return the tokens of each call."""
         return [self.tokens[: self.prefill], *((token,) for token in self.tokens[self.prefill :])]
 
     def crossed(self, thresholds: Iterable[Threshold]) -> list[str]:
-        """Which thresholds the text is longer than."""
+        """Return the keys of the thresholds that the text exceeds."""
         return [threshold.key for threshold in thresholds if len(self.tokens) > threshold.tokens]
 
 
 def prompts(lengths: Iterable[int], vocabulary: int) -> list[Prompt]:
-    """For each length: a text within it, one that crosses it while decoding, one beyond it in prefill; the shortest first."""
+    """Return texts within each length, across it while decoding, and beyond it in prefill; the shortest first."""
     shapes = {(4, 1)}
     for length in lengths:
         shapes |= {(length, 2), (length + 2, 3), (length + 5, 2)}
@@ -47,5 +47,5 @@ def prompts(lengths: Iterable[int], vocabulary: int) -> list[Prompt]:
 
 
 def crossable(thresholds: Sequence[Threshold]) -> list[Threshold]:
-    """Those that a text of the miniature crosses."""
+    """Return the thresholds that a text of the miniature crosses."""
     return [threshold for threshold in thresholds if threshold.tokens + 5 <= LONGEST]

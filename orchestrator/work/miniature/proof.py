@@ -1,4 +1,4 @@
-"""Both sides of the miniature, and what is said when they differ."""
+"""Compare both sides of the miniature, and explain a difference."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Progress = Callable[[int, int], None]
 _LEFT_OUT = ("quantization_config", "auto_map")
 """Keys that describe the files, not the model."""
 _SEEDS = 2
-"""Rounding may decide a tie between experts otherwise than transformers': a failure must repeat with other weights."""
+"""Seeds to try: rounding may decide a tie between experts differently, so a failure must repeat with other weights."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The miniature as both sides read it."""
+    """The miniature as read by both sides."""
 
     theirs: Any
-    """transformers' config."""
+    """Config object of transformers."""
     config: dict[str, Any]
-    """config.json, scaled down."""
+    """Scaled-down config.json."""
     family: Family
-    """With its own defaults scaled down."""
+    """Family with its defaults scaled down."""
     ours: ModelConfig
     thresholds: tuple[Threshold, ...]
 
@@ -49,20 +49,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Case:
-    """One text on one layout."""
+    """Result of one text on one layout."""
 
     layout: Layout
     prompt: Prompt
     errors: Floats
-    """Relative, by position."""
+    """Relative error by position."""
     expected: Floats
-    """Logits of transformers."""
+    """Logits of transformers [tokens, vocabulary]."""
     model: Path
-    """The files of the miniature."""
+    """Folder of the miniature's files."""
 
 
 def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Miniature:
-    """Run every case. Raises MiniatureError for one that differs, or a config that either side refuses."""
+    """Run every case. Raises MiniatureError for a difference, or a config that either side refuses."""
     pair = paired(options, scratch)
     for seed in range(_SEEDS if pair.ours.moe else 1):
         cases = list(run(pair, scratch / f"seed{seed}", seed, progress))
@@ -73,7 +73,7 @@ def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Minia
 
 
 def paired(options: MiniatureOptions, scratch: Path) -> Pair:
-    """Scale the config once, and let each side read it, with its own defaults scaled alike."""
+    """Scale the config once, and let each side read it with its own defaults scaled alike."""
     family = family_named(options.family)
     config = _named({key: value for key, value in options.config.items() if key not in _LEFT_OUT}, family)
     whole = _theirs(config, scratch / "whole", "config.json")
@@ -96,7 +96,7 @@ def paired(options: MiniatureOptions, scratch: Path) -> Pair:
 
 
 def _named(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """`config` with a type that transformers knows: formats of other tools have none, and a spec may name the family of another."""
+    """Return `config` with a model type that transformers knows: other formats lack it, and a spec may name another family."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if config.get("model_type") in CONFIG_MAPPING_NAMES or not family.config.model_types:
@@ -107,10 +107,10 @@ def _named(config: dict[str, Any], family: Family) -> dict[str, Any]:
 def _theirs(config: Mapping[str, Any], folder: Path, what: str) -> Any:
     try:
         return loaded_config(config, folder)
-    except Exception as error:  # whatever transformers raises for a value that it does not know
+    except Exception as error:  # transformers may raise anything for an unknown value
         raise MiniatureError(
             f"transformers refuses {what} of the model: {_line(error)}",
-            "Without transformers there is nothing to compare with. Take config.json from the model's publisher as it is.",
+            "The proof compares with transformers. Use the publisher's config.json unchanged.",
         ) from error
 
 
@@ -123,7 +123,7 @@ def _ours(config: Mapping[str, Any], family: Family, options: MiniatureOptions) 
 
 
 def _line(error: BaseException) -> str:
-    """The first lines of an error of another program."""
+    """Return the first lines of another program's error as one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -134,7 +134,7 @@ def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Ca
         model = new_model(pair.theirs, seed)
         save(model, scratch / "model")
         expected = [logits_of(model, text.calls()) for text in texts]
-    except Exception as error:  # transformers' own
+    except Exception as error:  # any error of transformers
         raise MiniatureError(f"transformers cannot run the miniature of this config.json: {_line(error)}") from error
     longest = max(len(text.tokens) for text in texts)
     for number, layout in enumerate(wanted):
@@ -153,7 +153,7 @@ def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Ca
 
 
 def _errors(ours: Floats, theirs: Floats) -> Floats:
-    """max |ours - theirs| / max |theirs| by position; what is not finite is infinitely wrong."""
+    """Return max |ours - theirs| / max |theirs| by position; infinite where a value is not finite."""
     difference = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
     scale = np.maximum(np.abs(theirs).max(axis=-1), np.finfo(np.float32).tiny)
     relative: Floats = np.where(np.isfinite(difference), difference / scale, np.inf)
@@ -185,14 +185,14 @@ def _record(pair: Pair, cases: list[Case], options: MiniatureOptions) -> Miniatu
 
 
 def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: MiniatureOptions, scratch: Path) -> MiniatureError:
-    """Name the worst case, where it begins, and what the wrong ones have in common."""
+    """Return the error that names the first wrong case, its first wrong position, and what the wrong cases have in common."""
     first = wrong[0]
     worst = max(float(case.errors.max()) for case in wrong)
     position = int(np.flatnonzero(first.errors > options.max_relative_error)[0])
     prompt = first.prompt
     crossed = ", ".join(prompt.crossed(pair.thresholds)) or "no threshold"
     return MiniatureError(
-        f"the model of this config.json computes here something else than in transformers: relative error {worst:.2g} > "
+        f"the model of this config.json does not compute what it computes in transformers: relative error {worst:.2g} > "
         f"{options.max_relative_error:g} in {len(wrong)} of {len(cases)} cases. First: {first.layout.name}, a text of "
         f"{len(prompt.tokens)} tokens, {prompt.prefill} in prefill, longer than {crossed}, from position {position} on. "
         f"{_suspect(pair, cases, wrong)}{_suspected_keys(pair, first, options, scratch / 'without')}"
@@ -200,7 +200,7 @@ def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: Miniatur
 
 
 def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:
-    """Thresholds that set the wrong cases apart from the right ones."""
+    """Return a sentence about the thresholds that separate the wrong cases from the right ones."""
     names = {case.layout.name for case in wrong}
     right = [case for case in cases if case not in wrong]
     if names < {case.layout.name for case in cases}:
@@ -210,12 +210,12 @@ def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:
     between = [each for each in pair.thresholds if longest <= each.tokens < shortest]
     if between:
         named = " or ".join(f"{each.key} {each.value}" for each in between)
-        return f"Texts of up to {longest} tokens are right: suspect {named} ({between[0].tokens} here), and what switches it on."
-    return "Short texts are wrong too: suspect a key that names no length (activation, norms, caps, experts, rotary base)."
+        return f"Texts of up to {longest} tokens are right: suspect {named} ({between[0].tokens} here) and the key that enables it."
+    return "Short texts are wrong too: suspect a key that is no length (activation, norms, caps, experts, rotary base)."
 
 
 def _suspected_keys(pair: Pair, case: Case, options: MiniatureOptions, scratch: Path) -> str:
-    """Keys of config.json without which, as read here, the text of a wrong case would be right."""
+    """Return a sentence naming keys of config.json without which our result of a wrong case would be right; empty: no key."""
     found = []
     for number, key in enumerate(pair.config):
         without = {name: value for name, value in pair.config.items() if name != key}
@@ -226,7 +226,7 @@ def _suspected_keys(pair: Pair, case: Case, options: MiniatureOptions, scratch: 
             weights = convert(case.model, scratch / str(number), pair.family, ours, case.layout.topology)
             logits = Ranks(ours, case.layout.topology, weights, len(case.prompt.tokens)).logits(case.prompt)
         except OrchestratorError:
-            continue  # a key that nothing can be read without
+            continue  # a key that is required
         if _errors(logits, case.expected).max() <= options.max_relative_error:
             found.append(key)
     return f" Read here without {' or without '.join(found)}, that text would be right." if found else ""

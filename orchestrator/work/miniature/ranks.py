@@ -1,4 +1,4 @@
-"""The miniature as it is built here: its files converted, its ranks' graphs executed."""
+"""The miniature as this project builds it: files converted, graphs of the ranks executed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """E.g. tp=2, ep=2."""
+        """Name such as tp=2, ep=2."""
         topology = self.topology
         parts = [f"tp={topology.tp}"] if topology.tp > 1 else []
         parts += [f"ep={topology.moe_ep}"] if topology.moe_ep > 1 else []
@@ -46,9 +46,9 @@ class Layout:
 
 
 def layouts(config: ModelConfig) -> list[Layout]:
-    """One rank, two tensor-parallel ranks, experts over both, two stages: those that are legal.
+    """Return the legal layouts among one rank, two tensor-parallel ranks, experts over both, and two stages.
 
-    The first stage has one layer, so that no pattern of layers is the same when it is counted from the second stage's first.
+    The first stage has one layer, so that a pattern of layers counted from the second stage's first layer would differ.
     """
     stages = Topology(1, 2, (1, config.num_hidden_layers - 1))
     wanted = [Topology(1, 1), Topology(2, 1), Topology(2, 1, moe_ep=2), stages]
@@ -57,7 +57,7 @@ def layouts(config: ModelConfig) -> list[Layout]:
 
 
 def convert(source: Path, folder: Path, family: Family, config: ModelConfig, topology: Topology) -> list[list[dict[str, Weight]]]:
-    """The tensors of every rank, by stage and tp_rank, from files in `folder`. Raises as planning and converting a model do."""
+    """Convert the files in `folder`; returns the tensors of every rank by stage and tp_rank. Raises as plan and conversion do."""
     folder.mkdir(parents=True)
     index, _ = read_source(str(source))
     for group in weight_map(index, family, config, topology, _SHARD_BYTES).groups:
@@ -72,19 +72,19 @@ def convert(source: Path, folder: Path, family: Family, config: ModelConfig, top
 
 
 class Ranks:
-    """Every rank of the miniature, ready to run."""
+    """All ranks of the miniature, ready to run."""
 
     def __init__(
         self, config: ModelConfig, topology: Topology, weights: Sequence[Sequence[Mapping[str, Weight]]], max_seq_len: int
     ) -> None:
-        """`weights` as `convert` gives them."""
+        """`weights`: result of `convert`."""
         self._stages = [
             MergedStage(StageNetwork(stage=StageOptions.of(config, topology, pp_rank), max_seq_len=max_seq_len), shards)
             for pp_rank, shards in enumerate(weights)
         ]
 
     def logits(self, prompt: Prompt) -> Floats:
-        """[tokens, vocabulary] of a text, fed in the prompt's calls."""
+        """Return the logits [tokens, vocabulary] of a text, fed in the prompt's calls."""
         for stage in self._stages:
             stage.reset(batch=1)
         tokens = np.array([prompt.tokens], np.int64)

@@ -1,10 +1,10 @@
-"""A model's config.json with its numbers made small, and nothing else changed.
+"""Scale down the numbers in a model's config.json, and change nothing else.
 
-Keys stay, missing ones stay missing, null stays null, unknown ones stay: what a config says, and how, is what is proven. Each
-number is replaced by a map of that number alone: equal numbers stay equal, different ones different, and the order of the
-numbers of one kind stays. So a default that two readers take from different places may be mapped on both sides alike.
+Missing, null and unknown keys stay as they are, because the proof is about how the config is read. Each number is mapped
+independently of its key: equal numbers stay equal, different ones different, and numbers of one kind keep their order. So a
+default that two readers take from different places can be mapped alike on both sides.
 
-    sizes          to a few dozen, with the relations that matter: heads to key/value heads, a head size that is given or derived
+    sizes          to a few dozen, keeping the ratio of heads to key/value heads, and a head size that is given or derived
     layers         to a few that hold every kind of layer; lists with one entry per layer are cut alike
     windows        to 8, 13, 18 ... tokens
     positions      trained lengths to 32 tokens for the smallest, the others in proportion
@@ -32,7 +32,7 @@ _HEAD_SIZES = (32, 40, 48, 64, 80, 128)
 _MAX_GROUP = 8
 _PATTERN_LAYERS, _LISTED_LAYERS = 16, 8
 _VOCABULARY = 131
-"""Odd, so that it is padded for two ranks."""
+"""Vocabulary size: odd, so that two ranks need padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +41,25 @@ class Threshold:
 
     key: str
     value: int
-    """In the model's config."""
+    """Length in tokens, in the model's config."""
     tokens: int
-    """In the miniature's."""
+    """Length in tokens, in the miniature."""
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a value is a positive whole number; a bool is none."""
+    """Whether a value is a positive integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class Scaling:
-    """The map of one model's numbers."""
+    """Map from one model's numbers to the miniature's."""
 
     def __init__(
         self, config: Config, defaults: Config, others: Iterable[Config] = (), kinds: Iterable[Sequence[Any]] = ()
     ) -> None:
-        """`defaults`: what transformers assumes for keys that `config` lacks. `others`: the same of other readers.
+        """`defaults`: transformers' values for keys that `config` lacks. `others`: defaults of other readers.
 
-        `kinds`: for each layer of the model what kind it is, as different readers see it.
+        `kinds`: the kind of each layer of the model, per reader.
         """
         self._config, self._defaults = config, defaults
         assumed = [{key: value for key, value in found.items() if key not in config} for found in (defaults, *others)]
@@ -71,15 +71,15 @@ class Scaling:
         self._scale_thresholds()
 
     def raw(self, key: str) -> Any:
-        """A number of the model: as config.json has it, null too, else transformers' default."""
+        """Return a value of the model: from config.json, null too, else transformers' default."""
         return self._config[key] if key in self._config else self._defaults.get(key)
 
     def scaled(self, config: Config) -> dict[str, Any]:
-        """`config` (config.json, or a table of defaults) with its numbers mapped; null and what is no number stay."""
+        """Return `config` (config.json, or a table of defaults) with its numbers mapped; null and other types stay."""
         return {key: self._value(key, value) for key, value in config.items()}
 
     def scaled_only(self, defaults: Config) -> dict[str, Any]:
-        """Entries of a table of defaults that scaling changes or may change: no null, nothing that has no map."""
+        """Return the non-null entries of a table of defaults that have a map."""
         return {key: self._maps[key](value) for key, value in defaults.items() if key in self._maps and value is not None}
 
     def _value(self, key: str, value: Any) -> Any:
@@ -111,7 +111,7 @@ class Scaling:
         hidden, head = self.raw("hidden_size"), self.raw("head_dim")
         if not (is_count(heads) and is_count(kv_heads) and is_count(hidden)) or heads % kv_heads:
             self.num_heads = self.head_size = 0
-            return  # neither reader can make anything of them
+            return  # no reader accepts such a config
         group = heads // kv_heads
         small_kv = {1: 1, heads: 4}.get(kv_heads, 2)
         small_group = min(group, _MAX_GROUP)
@@ -138,7 +138,7 @@ class Scaling:
         self._maps["head_dim"] = _only(real_head, self.head_size)
 
     def _fractions(self) -> list[float]:
-        """Every share of a head that is said to be rotated."""
+        """Return every rotated fraction of a head that the config names."""
         found = [1.0]
         for place in (self._config, *self._rotary_dictionaries(self._config)):
             fraction = place.get("partial_rotary_factor")
@@ -184,7 +184,7 @@ class Scaling:
         )
 
     def _sparse(self, layers: int) -> list[Any]:
-        """Which layers have experts, where not all do."""
+        """Return whether each layer has experts."""
         step, dense = self.raw("decoder_sparse_step"), self.raw("mlp_only_layers")
         step, dense = step if is_count(step) else 1, dense if isinstance(dense, list) else []
         return [(layer + 1) % step == 0 and layer not in dense for layer in range(layers)]
@@ -193,7 +193,7 @@ class Scaling:
         return key in ("layer_types", "mlp_only_layers") or len(value) == self.raw("num_hidden_layers")
 
     def _per_layer(self, value: list[Any]) -> list[Any]:
-        """Entries of the layers that are kept, or their new numbers. A list that is too long or too short stays so."""
+        """Return the entries of the kept layers, or their new numbers. A list of a wrong length stays too long or too short."""
         layers = self.raw("num_hidden_layers")
         if value and all(is_count(each) or each == 0 for each in value) and len(value) != layers:
             return [number for number, index in enumerate(self.kept) if index in value]
@@ -230,7 +230,7 @@ class Scaling:
                 yield from (value for value in parameters.values() if isinstance(value, dict))
 
     def thresholds(self) -> list[Threshold]:
-        """Every length that config.json, or a default in its place, names; the shortest first."""
+        """Return every length named in config.json or by a default in its place; the shortest first."""
         found: dict[tuple[int, int], Threshold] = {}
         for config in self._everything:
             for place in (config, *self._rotary_dictionaries(config)):
@@ -242,7 +242,7 @@ class Scaling:
         return sorted(found.values(), key=lambda threshold: threshold.tokens)
 
     def _factors(self, values: list[Any]) -> list[Any]:
-        """As many as the new head has pairs, over the same range; a list of a wrong length stays wrong."""
+        """Return factors over the same range for the new number of head pairs. A list of a wrong length stays wrong."""
         if not self.head_size or not values:
             return values
         fraction = self._fractions()[-1]
@@ -255,12 +255,12 @@ class Scaling:
 
 
 def _only(value: Any, image: Any) -> Map:
-    """`value` to `image`; any other number stays as it is, and then fits nothing."""
+    """Map `value` to `image`; other numbers stay and then fit nothing."""
     return lambda given: image if given == value and is_count(given) else given
 
 
 def _around(value: Any, image: int) -> Map:
-    """`value` to `image`, smaller numbers to one less (at least 1), greater ones to one more."""
+    """Map `value` to `image`, smaller numbers to one less (at least 1), larger ones to one more."""
 
     def mapped(given: Any) -> Any:
         if not is_count(given) or not is_count(value) or given == value:
@@ -271,7 +271,7 @@ def _around(value: Any, image: int) -> Map:
 
 
 def _id(value: Any) -> Any:
-    """A token that the small vocabulary has."""
+    """Map a token id into the small vocabulary."""
     return value % _VOCABULARY if is_count(value) else value
 
 
@@ -280,12 +280,12 @@ def _hashable(value: Any) -> bool:
 
 
 def _prefix(kinds: Sequence[Any]) -> int:
-    """Layers from the first on that hold every kind."""
+    """Return how many first layers hold every kind."""
     return max(list(kinds).index(kind) for kind in set(kinds)) + 1
 
 
 def _around_changes(kinds: Iterable[Sequence[Any]], layers: int, most: int = 3) -> list[int]:
-    """The first and the last layer, and both sides of the first changes of kind."""
+    """Return the first and the last layer, and both sides of the first changes of kind."""
     kept = {0, layers - 1}
     for found in kinds:
         changes = [index for index in range(1, layers) if found[index] != found[index - 1]]

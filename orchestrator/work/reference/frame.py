@@ -17,20 +17,20 @@ import torch
 import transformers
 
 NO_VOCABULARY = 8
-"""Rows of an embedding that is replaced."""
+"""Vocabulary size of a placeholder embedding."""
 Floats = npt.NDArray[np.float32]
 Calls = list[list[Any]]
-"""By sequence and call: a tensor [1, S, ...]."""
+"""Tensors [1, S, ...] by sequence and call."""
 
 
 def _enters(first: Any, number: int, hidden: Any, given: dict[str, Any]) -> Any:
-    """A layer that lets hidden states through; the first one brings in others."""
+    """Stand-in for a layer: the first returns `first`, the others their input."""
     del given
     return first if number == 0 else hidden
 
 
 def _returns(products: Any, hidden: Any) -> Any:
-    """A head whose products are known."""
+    """Stand-in for the head: return known products."""
     del hidden
     return products
 
@@ -68,11 +68,11 @@ class Frame:
         self._model.lm_head = Head()
 
     def set_embedding(self, table: Any) -> None:
-        """Take the table that tokens are looked up in."""
+        """Set the embedding table."""
         self._model.model.embed_tokens.weight = torch.nn.Parameter(table, requires_grad=False)
 
     def record(self, calls: Sequence[Any], *, cached: bool) -> tuple[list[Any], list[list[dict[str, Any]]]]:
-        """The calls of one sequence: what the first layer gets in each, and what else every layer is called with."""
+        """Run the calls of one sequence; returns the first layer's input in each, and the arguments of every layer."""
         hidden: list[Any] = []
         arguments: list[list[dict[str, Any]]] = []
         cache = transformers.DynamicCache(config=self._config) if cached else None
@@ -94,14 +94,14 @@ class Frame:
         return hidden, arguments
 
     def _forget_length(self) -> None:
-        """Undo what dynamic rotary scaling keeps of a longer sequence (transformers 5): each sequence is a text of its own."""
+        """Reset the state that dynamic rotary scaling keeps of a longer sequence (transformers 5)."""
         for module in self._model.modules():
             if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
                 module.max_seq_len_cached = module.original_max_seq_len
                 module.inv_freq = module.original_inv_freq
 
     def head_inputs(self, calls: Calls, stream: Calls, norm: Any) -> list[Any]:
-        """[T, hidden] of each sequence: what its head is called with after the last norm of weight `norm`."""
+        """Return the head's input [T, hidden] of each sequence, after the last norm with weight `norm`."""
         self._model.model.norm.weight = torch.nn.Parameter(norm, requires_grad=False)
         found: list[Any] = []
 
@@ -120,7 +120,7 @@ class Frame:
         return joined
 
     def finished(self, calls: Calls, raw: Sequence[Any]) -> list[Floats]:
-        """[T, vocabulary] of each sequence: what the model makes of the head's products, `raw`."""
+        """Return the logits [T, vocabulary] of each sequence from the head's products `raw`."""
         self._on_layer = lambda number, hidden, given: hidden
         found = []
         for sequence, products in zip(calls, raw, strict=True):

@@ -1,8 +1,8 @@
-"""Decoder layers of transformers with weights read from a source: one layer at a time, a mixture's experts one after the other.
+"""Decoder layers of transformers with weights read from a source: one layer at a time, the experts of a mixture one by one.
 
-The next layer is read in the source's dtype while a layer computes. Experts are not loaded: a stand-in records what they are
-called with, each expert is read once and computes for all calls, and the layer runs again with the results. The order of sums
-is that of transformers' eager experts, so the results are equal to the bit.
+The next layer is read in the source's dtype while a layer computes. Experts are not loaded: a stand-in records their inputs,
+each expert is read once and computes for all calls, and the layer runs again with the results. The order of sums is that of
+transformers' eager experts, so the results are equal to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from orchestrator.stores.source import ByteSource
 from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensors
 
 _RENAMED = {"block_sparse_moe.gate.": "mlp.gate."}
-"""Part of a source tensor's name -> its part in transformers 5 (`conversion_mapping`)."""
+"""Parts of source tensor names and their names in transformers 5 (`conversion_mapping`)."""
 _EXPERTS = ".experts."
 
 
@@ -39,7 +39,7 @@ class ExpertCall:
 
 
 class _StandIn(torch.nn.Module):
-    """Stands for the experts of a layer: records calls, or answers them."""
+    """Stand-in for the experts of a layer: records calls, or answers them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _StandIn(torch.nn.Module):
 
 
 class Experts:
-    """The experts of one layer, read when they compute."""
+    """Experts of one layer, read when they compute."""
 
     def __init__(
         self,
@@ -67,22 +67,22 @@ class Experts:
         self._stand_in = parent.experts = _StandIn()
 
     def tensors(self) -> Iterator[TensorInfo]:
-        """All weights of all experts."""
+        """Yield all weights of all experts."""
         return (tensor for linears in self._tensors.values() for tensor in linears.values())
 
     def recorded(self, run: Callable[[], None]) -> list[ExpertCall]:
-        """The calls that `run` makes."""
+        """Return the experts' calls that `run` makes."""
         self._stand_in.calls, self._stand_in.answers = [], None
         run()
         return self._stand_in.calls
 
     def answered(self, run: Callable[[], None], results: Sequence[Any]) -> None:
-        """Run with the results of the calls, in their order."""
+        """Run the layer with the results of the calls, in their order."""
         self._stand_in.answers = iter(results)
         run()
 
     def compute(self, streams: Sequence[tuple[Sequence[ExpertCall], Callable[[Any], Any]]]) -> list[list[Any]]:
-        """Results of every call of every stream; a stream's function makes its weights of the source's, float32."""
+        """Return the results of every call by stream. A stream's function makes its weights from the source's in float32."""
         totals = [[torch.zeros_like(call.hidden_states) for call in calls] for calls, _ in streams]
         hit = [
             expert
@@ -104,7 +104,7 @@ class Experts:
         return totals
 
     def _one(self, gate: Any, up: Any, down: Any) -> Any:
-        """transformers' experts with this expert alone."""
+        """Return transformers' experts with this expert only."""
         module = copy.copy(self._module)
         module._parameters = {}
         module.num_experts = 1
@@ -114,7 +114,7 @@ class Experts:
 
 
 def _add(module: Any, expert: int, call: ExpertCall, total: Any) -> None:
-    # Ordered by k, then by token, as transformers' eager experts order them: another order may round otherwise.
+    # The order, by k and then by token, is that of transformers' eager experts: another may round differently.
     places, tokens = torch.where((call.top_k_index == expert).T)
     if len(tokens):
         first = torch.zeros((len(tokens), 1), dtype=torch.int64)
@@ -124,14 +124,14 @@ def _add(module: Any, expert: int, call: ExpertCall, total: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer with its weights as the source has them, in float32."""
+    """A layer with unrounded weights, in float32."""
 
     number: int
     module: Any
     experts: Experts | None
     """None: a dense layer."""
     tensors: Mapping[str, TensorInfo]
-    """Source tensor of each parameter, by the parameter's name in the layer; without experts."""
+    """Source tensor of each parameter except experts, by the parameter's name in the layer."""
 
 
 class SourceLayers:
@@ -153,7 +153,7 @@ class SourceLayers:
                 self._dense[layer_of(name)][local] = tensor
 
     def loaded(self, first: int) -> Iterator[Layer]:
-        """Layers from number `first` on. A layer is dropped before the next is widened to float32.
+        """Yield layers from number `first` on. A layer is dropped before the next is widened to float32.
 
         Raises QuantizationError for weights that the source lacks.
         """
@@ -198,7 +198,7 @@ class SourceLayers:
 
 
 def name_in_layer(name: str) -> str:
-    """Name of a source tensor within its layer, as in transformers' layer."""
+    """Return the name of a source tensor within its layer, as in transformers' layer."""
     local = name.split(".", 3)[3]
     for theirs, ours in _RENAMED.items():
         local = local.replace(theirs, ours)

@@ -1,4 +1,4 @@
-"""Text for verification where the spec gives none. Written for this project; under its licence."""
+"""Default verification text, used when the spec names none. Written for this project; under its licence."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ PROMPTS: tuple[str, ...] = (
     "This is why potatoes take longer to cook at a high camp, and why the instructions on a packet of pasta are written "
     "for people who live near the coast.",
 )
-"""Of different lengths, so that a batch of them is padded."""
+"""Prompts of different lengths, so that a batch is padded."""

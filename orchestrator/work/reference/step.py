@@ -26,20 +26,20 @@ from orchestrator.work.reference.prompts import PROMPTS
 from orchestrator.work.resume import LayerStates
 
 OUTPUT = "reference.safetensors"
-"""tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary].
+"""File with tokens int64 [B, T] padded with 0, lengths int64 [B], logits float32 [B, T, vocabulary].
 
-source_logits [B, T, vocabulary], where rounding to the build's dtype changes a weight: those of the source as it is.
+Also source_logits [B, T, vocabulary], of unrounded weights, if rounding to the build's dtype changes any.
 """
 HIDDEN_STATES = "reference_hidden_states.safetensors"
-"""layer{i} float32 [positions, hidden]: at the end of every layer, one sequence after the other."""
+"""File with layer{i} float32 [positions, hidden]: the end of every layer, one sequence after the other."""
 _RANDOM_SEED = 20
 Floats = npt.NDArray[np.float32]
 
 
 def reference(task: Task, context: Context) -> ReferenceFacts:
-    """Write the reference logits. Facts: how many sequences and tokens, and whether the text was real.
+    """Write the reference logits. Facts: number of sequences and tokens, and whether the text was real.
 
-    Raises the source's errors, SourceCorruptError when it changed since the plan.
+    Raises the source's errors, and SourceCorruptError when it changed since the plan.
     """
     import safetensors.numpy
     import transformers
@@ -64,7 +64,7 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
     if saved:
         end = saved[max(saved)]
         last = LayerEnd(max(saved), end["rounded"], end.get("own"))
-        context.log(f"reference: an earlier attempt finished {len(saved)} of {model.num_layers} layers, resumes behind them")
+        context.log(f"reference: an earlier attempt finished {len(saved)} of {model.num_layers} layers: resume after them")
     with context.output(HIDDEN_STATES, len(header) + 4 * math.prod((model.num_layers, *shape))) as writer:
         writer.write(header)
         for arrays in saved.values():
@@ -95,13 +95,13 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
 
 
 def _padded(rows: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Rows of different lengths as one array, zeros behind each."""
+    """Join rows of different lengths into one array, padded with zeros."""
     longest = max(len(row) for row in rows)
     return np.stack([np.pad(row, [(0, longest - len(row)), *([(0, 0)] * (row.ndim - 1))]) for row in rows])
 
 
 def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]], str]:
-    """Token ids, and what they are. A model without a tokenizer gets seeded random ids."""
+    """Return token ids and a description of them. A model without a tokenizer gets seeded random ids."""
     if not has_tokenizer(folder):
         generator = np.random.default_rng(_RANDOM_SEED)
         lengths = [options.max_tokens, max(options.max_tokens * 2 // 3, 2), options.max_tokens]
@@ -114,6 +114,6 @@ def _sequences(options: ReferenceOptions, folder: Path) -> tuple[list[list[int]]
     for prompt, sequence in zip(prompts, encoded, strict=True):
         if not sequence:
             raise SpecError(
-                f"the tokenizer makes no token of the verification prompt {prompt[:40]!r}", "Remove or change the prompt."
+                f"the tokenizer returns no tokens for the verification prompt {prompt[:40]!r}", "Remove or change the prompt."
             )
     return encoded, "text"

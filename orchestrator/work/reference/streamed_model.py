@@ -1,8 +1,9 @@
-"""A causal LM of transformers that is run layer by layer, one layer in memory at a time, with weights read from any place.
+"""A causal LM of transformers, run with one layer in memory at a time and weights read from any store.
 
-The layers are transformers' own, with eager attention, in float32. What stands around them (embedding, masks, rotary embedding,
-last norm, scaling of the logits) is a model of theirs without layers. It is called three times: it records what each layer is
-called with, shows what the head is called with, and finishes the logits. In between all sequences pass a layer before the next.
+The layers are transformers' own, with eager attention, in float32. Everything around them (embedding, masks, rotary embedding,
+last norm, scaling of the logits) runs in a transformers model with stand-ins for layers and head. It is called three times: to
+record each layer's arguments, to capture the head's input, and to finish the logits. Between the first two calls, all sequences
+pass a layer before the next.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model
 _HEAD_BLOCK_BYTES = 256 * 2**20
 """Float32 bytes of the head's rows that are multiplied at once."""
 Arguments = list[list[list[dict[str, Any]]]]
-"""By sequence, call and layer: what a layer is called with besides the hidden states."""
+"""Keyword arguments of each layer besides the hidden states, by sequence, call and layer."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class LayerEnd:
     layer: int
     rounded: Floats
     own: Floats | None
-    """With the source's own weights; None: rounding has changed none so far."""
+    """Hidden states with unrounded weights. None: rounding has changed no weight so far."""
 
 
 class StreamedModel:
-    """The model of a source."""
+    """Source model that is run layer by layer."""
 
     def __init__(self, source: str, index: CheckpointIndex, dtype: str, exact: Sequence[str] = ()) -> None:
-        """`dtype`: what weights are rounded to; `exact`: source tensors that are not rounded.
+        """`dtype`: dtype that weights are rounded to; `exact`: source tensors that are not rounded.
 
-        Raises ArchitectureError for a config that transformers makes no causal LM from.
+        Raises ArchitectureError for a config without a causal LM in transformers.
         """
         self._source, self._index, self._dtype, self._exact = source, index, dtype, tuple(exact)
         self._config = transformers.AutoConfig.for_model(**loadable_config(index))
@@ -75,12 +76,12 @@ class StreamedModel:
         keep: Callable[[int, Floats, Floats | None], None] = lambda layer, rounded, own: None,
         last: LayerEnd | None = None,
     ) -> tuple[list[Floats], list[Floats] | None]:
-        """[T, vocabulary] of each sequence: of rounded weights, and of the source's own where rounding changes one.
+        """Return logits [T, vocabulary] of each sequence: with rounded weights, and with unrounded ones if rounding changes any.
 
-        `decode_steps`: tokens at the end of a sequence that go one by one through the cache; None: one call. `report` gets the
-        layers that are done and their number; `keep` a layer and the hidden states at its end [positions, hidden], one sequence
-        after the other: of rounded weights, and of the source's own where they differ. `last` is such an end of an earlier attempt:
-        the layers up to it are skipped. Raises the source's errors, QuantizationError for weights that it lacks.
+        `decode_steps`: tokens at the end of a sequence that go one by one through the cache; None: one call. `report` gets
+        the number of finished layers and of all. `keep` gets a layer and the hidden states at its end [positions, hidden], one
+        sequence after the other: with rounded weights, and with unrounded ones where they differ. `last` is such an end from an
+        earlier attempt: layers up to it are skipped. Raises the source's errors, QuantizationError for weights that it lacks.
         """
         planned = planned_ranges(self._index.tensors.values())
         with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
@@ -102,7 +103,7 @@ class StreamedModel:
         return self._index.tensors[name]
 
     def _rows(self, opened: ByteSource, name: str, begin: int, end: int) -> tuple[Any, Any]:
-        """Rows of a source tensor in float32: rounded, and as they are; the same tensor twice where rounding changes nothing."""
+        """Read rows of a source tensor in float32: rounded and unrounded. Both are the same tensor if rounding changes nothing."""
         tensor = self._tensor(name)
         own = read_tensor_rows(opened, self._index.format, tensor, begin, end).float()
         return (own if name in self._exact or not self._may_change(tensor) else self._rounded(own)), own
@@ -114,11 +115,11 @@ class StreamedModel:
         return tensor.dtype != MODEL_DTYPES[self._dtype]
 
     def _embed(self, calls: Calls, opened: ByteSource, *, cached: bool) -> tuple[Calls, Calls | None, Arguments]:
-        """Input of the first layer, from rounded weights and, where they differ, from the source's own."""
+        """Return the first layer's input with rounded and with unrounded weights (None if equal), and the layers' arguments."""
         ids = sorted({int(token) for sequence in calls for call in sequence for token in call[0]})
         rows = {token: self._rows(opened, _EMBEDDING, token, token + 1) for token in ids}
         shape = self._tensor(_EMBEDDING).shape
-        # numpy's zeros take no memory until they are written to: only rows that are looked up are.
+        # numpy's zeros take no memory until they are written: only the rows of used tokens are.
         table = torch.from_numpy(np.zeros(shape, np.float32))
         self._frame.set_embedding(table)
         streams: list[Calls] = []
@@ -133,7 +134,7 @@ class StreamedModel:
         return streams[0], streams[1] if differ else None, arguments
 
     def _changed(self, layer: Layer) -> list[Any]:
-        """Parameters of a layer that rounding changes."""
+        """Return the parameters of a layer that rounding changes."""
         if not any(self._may_change(tensor) for tensor in layer.tensors.values()):
             return []
         kept = {name_in_layer(name) for name in self._exact if f".layers.{layer.number}." in name}
@@ -147,7 +148,7 @@ class StreamedModel:
         ]
 
     def _through(self, layer: Layer, rounded: Calls, own: Calls | None, arguments: Arguments) -> Calls | None:
-        """Pass a layer: the stream of rounded weights, and that of the source's own, which begins where rounding changes one."""
+        """Pass both streams through a layer. The unrounded stream begins where rounding first changes a weight; None: not yet."""
         changed = self._changed(layer)
         experts_change = layer.experts is not None and any(map(self._may_change, layer.experts.tensors()))
         if own is None and (changed or experts_change):
@@ -165,7 +166,7 @@ class StreamedModel:
     def _pass_experts(
         self, layer: Layer, experts: Experts, changed: Sequence[Any], rounded: Calls, own: Calls | None, arguments: Arguments
     ) -> None:
-        """Both streams through a layer with experts: record their calls, compute these, run the layer again with the results."""
+        """Pass both streams through a layer with experts: record their calls, compute them, run it again with the results."""
         originals = [parameter.clone() for parameter in changed]
         streams = [(rounded, self._rounded), *([] if own is None else [(own, _unchanged)])]
 
@@ -183,7 +184,7 @@ class StreamedModel:
             experts.answered(lambda stream=stream: self._pass(layer, stream, arguments), results)  # type: ignore[misc]
 
     def _pass(self, layer: Layer, stream: Calls, arguments: Arguments) -> None:
-        """All calls through a layer."""
+        """Run all calls through a layer, in place."""
         for hidden, of_calls in zip(stream, arguments, strict=True):
             cache = transformers.DynamicCache(config=self._config)
             for call, of_layers in enumerate(of_calls):
@@ -195,7 +196,7 @@ class StreamedModel:
     def _finish(
         self, calls: Calls, rounded: Calls, own: Calls | None, opened: ByteSource
     ) -> tuple[list[Floats], list[Floats] | None]:
-        """Last norm, head in blocks of rows, and what the model does with logits."""
+        """Compute the logits: last norm, head in blocks of rows, then the model's own scaling of logits."""
         norm = self._rows(opened, _NORM, 0, self._tensor(_NORM).shape[0])
         name = _EMBEDDING if self._config.tie_word_embeddings else _HEAD
         vocabulary, hidden_size = self._tensor(name).shape
@@ -224,20 +225,20 @@ def _unchanged(values: Any) -> Any:
 
 
 def _joined(stream: Calls) -> Floats:
-    """[positions, hidden] of all sequences and calls."""
+    """Join all sequences and calls to [positions, hidden]."""
     states: Floats = torch.cat([states[0] for sequence in stream for states in sequence]).numpy()
     return states
 
 
 def _in_calls(states: Floats, like: Calls) -> Calls:
-    """[positions, hidden] as sequences and calls of the same lengths as `like`."""
+    """Split [positions, hidden] into sequences and calls of the lengths in `like`."""
     sizes = [call.shape[1] for sequence in like for call in sequence]
     parts = iter(torch.split(torch.from_numpy(np.array(states)), sizes))
     return [[next(parts)[None] for _ in sequence] for sequence in like]
 
 
 def _split(tokens: Any, decode_steps: int | None) -> list[Any]:
-    """Calls of a sequence [1, T]: all of it, or a prefill of at least one token and then one by one."""
+    """Split a sequence [1, T] into calls: one call, or a prefill of at least one token and then one token each."""
     if decode_steps is None:
         return [tokens]
     prefill = max(tokens.shape[1] - decode_steps, 1)

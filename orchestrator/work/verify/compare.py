@@ -1,4 +1,4 @@
-"""How far two sets of logits are apart."""
+"""Compare two sets of logits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Integers = npt.NDArray[np.integer]
 def compare(logits: Floats, reference: Floats, next_tokens: Integers | None = None) -> Verification:
     """Compare [positions, vocabulary] with the reference of the same shape.
 
-    `next_tokens` [positions]: what the text went on with, -1 at its end; absent, there is no perplexity.
+    `next_tokens` [positions]: the text's next token, -1 at its end; None: no perplexity.
 
     The relative error of a position is max |logit - reference| / max |reference|; the worst is reported. KL is
-    KL(reference || logits) in nats, averaged. Values of ours that are not finite count as infinitely wrong; a reference
-    that is not finite proves nothing: raises VerificationError.
+    KL(reference || logits) in nats, averaged. Our non-finite values count as infinitely wrong. Raises VerificationError for a
+    reference that is not finite, because it proves nothing.
     """
     ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(theirs).all():
         raise VerificationError(
-            "the reference model itself gives values that are not finite",
+            "the reference model's own logits are not finite",
             _NOT_PUBLISHED + "Compare the checksums of the source's weights with the publisher's.",
         )
     if not np.isfinite(ours).all():
@@ -49,7 +49,7 @@ def compare(logits: Floats, reference: Floats, next_tokens: Integers | None = No
 
 
 def _perplexity_ratio(ours: Floats, theirs: Floats, next_tokens: Integers) -> float | None:
-    """exp(mean negative log-likelihood) of one over the other; None when no token follows any position."""
+    """Return the ratio of both perplexities, exp(mean negative log-likelihood); None when no token follows any position."""
     known = np.flatnonzero(next_tokens >= 0)
     if not known.size:
         return None
@@ -69,19 +69,19 @@ _QUANTIZED = (
     "calibrate on more text, leave sensitive layers out (quant_cfg), or raise the tolerance."
 )
 _EXACT = (
-    "An exact conversion computes something else than the model: check that config.json is that of these weights and that "
+    "An exact conversion does not compute what the model computes: check that config.json belongs to these weights and that "
     "source.family is right; if both are, this is a bug: report it, with config.json."
 )
-_RANDOM = " The source has no tokenizer, so random tokens were compared: with one, text is, on which a quantization costs less."
+_RANDOM = " The source has no tokenizer, so random tokens were compared. Add one: on real text, a quantization costs less."
 
 
 def advice(*, quantized: bool, text: bool) -> str:
-    """Advice for a verification above tolerance. `text`: the model read text, not random tokens."""
+    """Return the advice for a verification above tolerance. `text`: the model read text, not random tokens."""
     return _NOT_PUBLISHED + (_QUANTIZED + ("" if text else _RANDOM) if quantized else _EXACT)
 
 
 def relative_error(found: Floats, expected: Floats) -> float:
-    """The worst over rows of max |found - expected| / max |expected|; infinite where a value is not finite."""
+    """Return the largest over rows of max |found - expected| / max |expected|; infinite where a value is not finite."""
     if not np.isfinite(found).all():
         return float("inf")
     difference = np.abs(found.astype(np.float64) - expected).max(axis=-1)
@@ -89,11 +89,11 @@ def relative_error(found: Floats, expected: Floats) -> float:
 
 
 _NOISE, _JUMP = 1e-6, 20.0
-"""Error of a right layer at most, and by how much more the error must grow in one layer to be that layer's."""
+"""Largest error of a right layer, and the factor by which a wrong layer must increase the error."""
 
 
 def where(layer_errors: Mapping[int, float]) -> str:
-    """The layer in which the error of the hidden states arises, for a message; it says so if none stands out."""
+    """Describe the layer in which the error of the hidden states arises, for a message; also when no layer stands out."""
     before = _NOISE
     for layer, error in sorted(layer_errors.items()):
         if error > _JUMP * before:
@@ -106,7 +106,7 @@ def where(layer_errors: Mapping[int, float]) -> str:
 
 
 def check(found: Verification, tolerance: ToleranceSpec, advice: str = "", place: str = "") -> None:
-    """Raises VerificationError that names every number above tolerance, and the `place` where the error arises."""
+    """Check the numbers. Raises VerificationError with every number above tolerance, and the `place` where the error arises."""
     problems = []
     if tolerance.max_relative_error is not None and found.max_relative_error > tolerance.max_relative_error:
         problems.append(f"relative error {found.max_relative_error:.3g} > {tolerance.max_relative_error:g}")

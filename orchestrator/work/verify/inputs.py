@@ -1,4 +1,4 @@
-"""The calls that a verification makes: one right-padded prefill, then decode steps through the cache."""
+"""The calls of a verification: one right-padded prefill, then decode steps through the cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Call:
 
     @property
     def logit_indices(self) -> Ints:
-        """Ask for the logits of every token."""
+        """Indices that request the logits of every token, [B, S]."""
         batch, tokens = self.input_ids.shape
         return np.tile(np.arange(tokens, dtype=np.int64), (batch, 1))
 
 
 def make_calls(tokens: Ints, lengths: Ints, decode_steps: int) -> list[Call]:
-    """Prefill with all but the last `decode_steps` tokens of each sequence (at least one), then feed those one by one."""
+    """Split tokens [B, T] into a prefill of at least one token, and a call for each of the last `decode_steps` tokens."""
     prefill = np.maximum(lengths - decode_steps, 1)
     width = int(prefill.max())
     positions = np.tile(np.arange(width, dtype=np.int64), (len(lengths), 1))
@@ -40,7 +40,7 @@ def make_calls(tokens: Ints, lengths: Ints, decode_steps: int) -> list[Call]:
 
 
 def positions_of(lengths: Ints, decode_steps: int) -> Iterator[tuple[int, int, int, int]]:
-    """(sequence, position, call, row within the call) of every position, each once."""
+    """Yield (sequence, position, call, row within the call) of every position once."""
     prefill = np.maximum(lengths - decode_steps, 1)
     for sequence, length in enumerate(lengths):
         for position in range(int(length)):

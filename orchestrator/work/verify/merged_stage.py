@@ -1,4 +1,4 @@
-"""Execute a pipeline stage in one process: its ranks' graphs merged into one, run by ONNX Runtime in float32."""
+"""Execute a pipeline stage in one process: the ranks' graphs merged into one, run by ONNX Runtime in float32."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class MergedStage:
         self._cache: dict[str, Any] = {}
 
     def reset(self, batch: int) -> None:
-        """Forget all texts: the next call begins `batch` new ones."""
+        """Empty the caches: the next call begins `batch` new sequences."""
         for rank in range(self._stage.tp):
             empty = empty_cache(RankShape(self._stage, "float32", rank, portable=True), batch, self._network.max_seq_len)
             for layer in range(self._stage.num_layers):
                 self._cache |= {ranked(past_name(layer, what), rank): empty for what in ("key", "value")}
 
     def run(self, call: Call, hidden_states: Array | None = None) -> Array:
-        """Execute a call; the caches move on. Returns hidden states, or the logits of the whole vocabulary on the last stage.
+        """Execute a call and advance the caches. Returns hidden states, or on the last stage the logits of the whole vocabulary.
 
         Raises VerificationError when the ranks' outputs differ.
         """
@@ -73,7 +73,7 @@ class MergedStage:
 
 
 def _agreed(results: Sequence[Array], pp_rank: int) -> Array:
-    """The first rank's output, which must be that of all; a NaN agrees with a NaN only."""
+    """Return the first rank's output after checking that all ranks agree; a NaN agrees with a NaN only."""
     first = results[0]
     limit = _AGREEMENT * float(np.abs(first).max(initial=0.0, where=np.isfinite(first)))
     for other in results:

@@ -1,4 +1,4 @@
-"""ONNX Runtime as every execution of a rank's graph uses it."""
+"""ONNX Runtime sessions and values for executing a rank's graph."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LARGE: dict[str, tuple[Any, int, int]] = {
     "int8": (np.int8, 127, onnx.TensorProto.INT8),
     "float8": (np.uint8, 0x7E, onnx.TensorProto.FLOAT8E4M3FN),  # 448
 }
-"""numpy's dtype of a cache, the bits of a large number, ONNX's dtype."""
+"""numpy dtype of a cache, bits of a large number, ONNX dtype; by dtype of the KV cache."""
 _WITHOUT_NUMPY = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4, onnx.TensorProto.BFLOAT16}
 
 
 def empty_cache(shape: RankShape, batch: int, slots: int) -> Any:
-    """Initial cache: a large number, so that reading an unwritten slot cannot pass for right."""
+    """Return an initial cache: a large number, so that reading an unwritten slot gives a wrong result."""
     size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
     dtype, value, kind = _LARGE[shape.cache_dtype]
     return ort_value(np.full(size, value, dtype), kind)
 
 
 def ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:
-    """A tensor for ONNX Runtime, without a copy; `kind` where numpy has no dtype of its own for the elements."""
+    """Wrap a tensor for ONNX Runtime without a copy. `kind`: ONNX dtype of elements for which numpy has none."""
     import onnxruntime
 
     if kind in _WITHOUT_NUMPY:
@@ -39,7 +39,7 @@ def ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:
 
 
 def open_session(model: bytes, bound: Mapping[str, Any] | None = None) -> Any:
-    """A session on the CPU. `bound` are its external initializers, whose memory the caller keeps."""
+    """Open a session on the CPU. `bound`: external initializers, whose memory the caller must keep."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -50,7 +50,7 @@ def open_session(model: bytes, bound: Mapping[str, Any] | None = None) -> Any:
     # An arena would keep the largest intermediate values of every session.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Otherwise a weight-only MatMul is fused into one that rounds its input to int8, which nobody asked for.
+    # Otherwise a weight-only MatMul is fused into a kernel that rounds its input to int8.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if bound:
         options.add_external_initializers(list(bound), list(bound.values()))

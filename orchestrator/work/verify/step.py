@@ -1,6 +1,6 @@
 """Execute every rank of a pipeline stage in lockstep; on the last stage, compare with the reference.
 
-Stage after stage: the hidden states of all calls travel as one file from a stage's verify step to the next one's.
+The hidden states of all calls go from one stage's verify step to the next as a file.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from orchestrator.work.verify.lockstep import Lockstep
 Array = npt.NDArray[Any]
 _ERRORS = "layer errors"
 HIDDEN_STATES = "hidden_states.safetensors"
-"""call{i}: float32 [B, S, hidden], what the stage hands to the next one."""
+"""File with call{i} float32 [B, S, hidden]: the input of the next stage."""
 
 
 def verify(task: Task, context: Context) -> VerifyFacts:
-    """Run the stage. Facts: the digests of the ranks' networks, the error of the hidden states at every layer's end from the first
-    layer on; on the last stage the verification numbers.
+    """Run the stage. Facts: digests of the ranks' networks, errors of the hidden states at the end of every layer so far, and on
+    the last stage the verification numbers.
 
     Raises VerificationError above tolerance, or when ranks differ where they must agree.
     """
@@ -54,7 +54,7 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     last = None
     for layer, state in states.saved().items():
         last = layer, layers.take(state)
-        context.log(f"verify: an earlier attempt finished layer {layer}, resumes behind it")
+        context.log(f"verify: an earlier attempt finished layer {layer}: resume after it")
     results = ranks.run(
         lambda done, total: context.report("verify", done, total, "steps"),
         layers.watch,
@@ -80,7 +80,7 @@ def verify(task: Task, context: Context) -> VerifyFacts:
 
 
 class _LayerErrors:
-    """Errors of the hidden states at the ends of layers, against the reference's."""
+    """Errors of the hidden states at the ends of layers, relative to the reference's."""
 
     def __init__(self, path: Path, reference: Mapping[str, Array], decode_steps: int) -> None:
         self._path = path
@@ -97,23 +97,23 @@ class _LayerErrors:
         self.errors[layer] = compare.relative_error(found, expected)
 
     def put(self, state: dict[str, Array]) -> dict[str, Array]:
-        """`state` with the errors so far."""
+        """Return `state` with the errors so far."""
         return {**state, _ERRORS: np.array(list(self.errors.items()), np.float64)}
 
     def take(self, state: Mapping[str, Array]) -> dict[str, Array]:
-        """The inverse of `put`: keep the errors, return the rest."""
+        """Take the errors out of `state`, return the rest: the inverse of `put`."""
         self.errors = {int(layer): float(error) for layer, error in state[_ERRORS]}
         return {name: array for name, array in state.items() if name != _ERRORS}
 
 
 def _earlier_errors(task: Task) -> dict[int, float]:
-    """Errors of the layers of the stages before."""
+    """Return the errors of the layers of earlier stages."""
     earlier = (task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.VERIFY)
     return {layer: error for outcome in earlier for layer, error in outcome.facts_as(VerifyFacts).layer_errors.items()}
 
 
 def _advice(task: Task) -> str:
-    """Advice for ranks that differ from the reference."""
+    """Return the advice for ranks that differ from the reference."""
     options = VerifyOptions.model_validate(task.step.options)
     reference = next(task.inputs[need] for need in task.step.needs if task.inputs[need].kind is Kind.REFERENCE)
     is_text = reference.facts_as(ReferenceFacts).text == "text"
@@ -128,13 +128,13 @@ def _needed(task: Task, kind: Kind, name: str) -> Output:
 
 
 def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array], decode_steps: int) -> Verification:
-    """Line up the logits of all calls with the reference's positions and compare them."""
+    """Align the logits of all calls with the reference's positions and compare them."""
     try:
         places = list(positions_of(theirs["lengths"], decode_steps))
         logits = np.stack([results[call][sequence, row] for sequence, _, call, row in places])
         expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
     except (KeyError, IndexError) as error:
-        raise OrchestratorError(f"the ranks returned fewer logits than were asked for: {error}", BUG) from error
+        raise OrchestratorError(f"the ranks returned fewer logits than requested: {error}", BUG) from error
     last = theirs["lengths"] - 1
     following = [
         theirs["tokens"][sequence, position + 1] if position < last[sequence] else -1 for sequence, position, _, _ in places
