@@ -1,4 +1,4 @@
-"""The command line: decodes, joins spec, store and cluster, maps errors to exit codes."""
+"""The command line: decodes options, joins spec, store and cluster, maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["app"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the commands when they are asked for: `main` first sees to it that they can be stopped (PEP 562)."""
+    """Import the commands on first access, so that `main` can first make them stoppable (PEP 562)."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from orchestrator.cli.commands import app

@@ -10,7 +10,7 @@ from orchestrator.cli.stopping import install
 
 
 def main() -> None:
-    """The command of sys.argv."""
+    """Run the command of sys.argv."""
     run(load)
 
 
@@ -30,7 +30,7 @@ def run(load: Callable[[], Callable[[], object]]) -> None:
         if not stopping.number:
             raise
         stop = interruption(stopping.number)
-        if not isinstance(error, SystemExit) or error.code != stop.exit_code:  # outside of a command: nothing was shown yet
+        if not isinstance(error, SystemExit) or error.code != stop.exit_code:  # an exit outside of a command: nothing was shown yet
             print(f"error: {stop.message}", file=sys.stderr)
         stopping.leave()
 

@@ -1,4 +1,4 @@
-"""Commands that make things: build, convert, quantize, build-engine; inspect, compare and schema. The only importer of actors."""
+"""Commands build, convert, quantize, build-engine, inspect, compare and schema. The only importer of actors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.run.listener import Listener
 
 app = typer.Typer()
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints themselves.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Work with checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
@@ -47,7 +47,7 @@ def _listener(as_json: bool) -> Listener:
 
 
 def _listener_at(cluster_spec: ClusterSpec, as_json: bool) -> Listener:
-    """On Ray, metrics too: Ray exports them with its own."""
+    """Return the listener, on Ray with metrics: Ray exports them with its own."""
     if cluster_spec.kind != "ray":
         return _listener(as_json)
     from actors.metrics import Metrics
@@ -77,13 +77,13 @@ def build(
     spec: SpecFile,
     cluster: ClusterFile = None,
     store: StoreUrl = None,
-    sign_key: Annotated[Path | None, typer.Option("--sign-key", help="PEM, P-256: sign the release with this private key.")] = None,
+    sign_key: Annotated[Path | None, typer.Option("--sign-key", help="Private key (PEM, P-256) to sign the release with.")] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", help="Write the report of the build here too, HTML; of a failed one only here.")
+        Path | None, typer.Option("--report", help="File for the HTML report; without it, a failed build leaves none.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build, verify and publish. Run it again after any interruption: committed steps are not repeated."""
+    """Build, verify and publish engines. After an interruption, run it again: committed steps are not repeated."""
     with exit_codes(as_json):
         from orchestrator import building
         from orchestrator.spec.loading import load_spec
@@ -120,7 +120,7 @@ def _report_build(made: Any, as_json: bool) -> None:
             f"{found.relative_errors()}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
         )
     else:
-        out.print("[yellow]verification was switched off in the spec[/]")
+        out.print("[yellow]verification is switched off in the spec[/]")
     from orchestrator.report import format_bytes, format_count
 
     engines = [file for record in manifest.ranks for file in record.files]
@@ -148,12 +148,12 @@ def convert(
     output: Annotated[Path, typer.Option("--output", help="Folder for the TensorRT-LLM checkpoint.")],
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
-    cp: Annotated[int, typer.Option("--cp", help="Context-parallel size: such ranks share files.")] = 1,
+    cp: Annotated[int, typer.Option("--cp", help="Context-parallel size; these ranks share files.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")] = "auto",
-    max_shard_bytes: Annotated[str, typer.Option("--max-shard-bytes", help="Split ranks larger than this, e.g. 5GB.")] = "5GB",
+    max_shard_bytes: Annotated[str, typer.Option("--max-shard-bytes", help="Largest shard; larger ranks are split.")] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Write a TensorRT-LLM checkpoint, as convert_checkpoint.py did."""
+    """Convert a checkpoint to TensorRT-LLM's format, like convert_checkpoint.py."""
     with exit_codes(as_json):
         from orchestrator import stages
         from orchestrator.spec.loading import resolve_source
@@ -183,15 +183,15 @@ def quantize(
     spec: SpecFile,
     cluster: ClusterFile = None,
     store: StoreUrl = None,
-    sweep: Annotated[str, typer.Option(help="Algorithms to compare, e.g. FP8,W4A16_AWQ; none is the model as it is; or all.")] = "",
-    auto: Annotated[float, typer.Option(help="Search formats per layer for so many bits per weight on average.")] = 0.0,
-    formats: Annotated[str, typer.Option(help="Candidates of --auto.")] = "FP8,W4A16_AWQ",
+    sweep: Annotated[str, typer.Option(help="Algorithms to compare, e.g. FP8,W4A16_AWQ, or all; none: unquantized.")] = "",
+    auto: Annotated[float, typer.Option(help="Average bits per weight: search a format per layer.")] = 0.0,
+    formats: Annotated[str, typer.Option(help="Candidate formats of --auto.")] = "FP8,W4A16_AWQ",
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the calibration artifact, or with --auto the quant_cfg.json.")
+        Path | None, typer.Option(help="Folder for the calibration artifact; with --auto, path of quant_cfg.json.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate for itself, compare algorithms, or search formats per layer."""
+    """Calibrate only, compare algorithms, or search formats per layer."""
     with exit_codes(as_json):
         from orchestrator import quantizing as sweeping
         from orchestrator.cli.sweeps import sweep_table
@@ -233,10 +233,12 @@ def build_engine(
     backend: Annotated[Literal["tensorrt", "tensorrt_rtx"], typer.Option("--backend")] = "tensorrt_rtx",
     max_batch_size: Annotated[int, typer.Option("--max-batch-size")] = 8,
     max_input_len: Annotated[int, typer.Option("--max-input-len")] = 1024,
-    max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="Absent: the model's positions.")] = None,
-    gather_logits: Annotated[bool, typer.Option("--gather-logits/--local-logits", help="Whole vocabulary on every rank.")] = True,
+    max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="KV cache slots; absent: the model's positions.")] = None,
+    gather_logits: Annotated[
+        bool, typer.Option("--gather-logits/--local-logits", help="Logits of the whole vocabulary on every rank.")
+    ] = True,
 ) -> None:
-    """Compile ranks of a checkpoint, as trtllm-build did. No verification, no publishing: `build` does those."""
+    """Compile ranks of a checkpoint, like trtllm-build. Neither verifies nor publishes: `build` does both."""
     with exit_codes():
         from orchestrator import stages
         from orchestrator.report import format_bytes
@@ -259,14 +261,14 @@ def build_engine(
 @checkpoint_app.command()
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a checkpoint, in any source format.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one; its format may be another.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other checkpoint, in any source format.")],
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", min=0, help="Largest relative difference that passes for the same; absent: every bit counts."),
+        typer.Option("--tolerance", min=0, help="Largest relative difference to accept; absent: equal to the bit."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor. Ends with exit code 0 when they are the same, 1 when they differ."""
+    """Compare two checkpoints tensor by tensor. Exit code 0: same; 1: different."""
     with exit_codes(as_json):
         from orchestrator.checkpoints import compare
         from orchestrator.spec.loading import resolve_source
@@ -282,7 +284,7 @@ def compare(
 
 
 @app.command()
-def schema(what: Annotated[Literal["build", "cluster", "rates", "manifest"], typer.Argument(help="Which file.")]) -> None:
+def schema(what: Annotated[Literal["build", "cluster", "rates", "manifest"], typer.Argument(help="Kind of file.")]) -> None:
     """Print the JSON Schema of a build spec, a cluster file, a rates file or a manifest."""
     from orchestrator.releases.manifest import manifest_schema
 

@@ -1,4 +1,4 @@
-"""What every command shares: how it prints, in words or JSON, and how an error becomes an exit code."""
+"""Output and errors of all commands: text or JSON, and exit codes."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Build spec, YAML
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL or folder; overrides the cluster file's.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
 Ranks = Annotated[str, typer.Option("--rank", help="A rank, a list such as 0,1, or all.")]
-ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: processes of this machine.")]
+ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file, YAML; absent: run on this machine.")]
 PublicKey = Annotated[
-    Path | None, typer.Option("--public-key", help="PEM, P-256: refuse a release that is not signed with this key.")
+    Path | None, typer.Option("--public-key", help="Public key (PEM, P-256); refuse a release that is not signed with it.")
 ]
 
 
 @contextmanager
 def exit_codes(as_json: bool = False) -> Iterator[None]:
-    """Every error of a user's situation in a few lines, with its own exit code; Ctrl-C and SIGTERM too, see stopping.py."""
+    """Print every error of a user's situation in a few lines and exit with its code; Ctrl-C and SIGTERM too, see stopping.py."""
     with stoppable() as stopping:
         stopping.report = lambda error: show_error(error, as_json)
         try:
             yield
-        except typer.Exit as error:  # what was to be shown has been shown
+        except typer.Exit as error:  # its output was already shown
             raise typer.Exit(interruption(stopping.number).exit_code if stopping.number else error.exit_code) from None
         except BaseException as error:
             _fail(_as_ours(error, stopping.behind(error)), as_json)
@@ -60,21 +60,21 @@ def exit_codes(as_json: bool = False) -> Iterator[None]:
 
 _USAGE: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 _OF_THE_COMMAND_LINE = (typer.Exit, typer.Abort, _USAGE, BrokenPipeError)
-"""Exceptions with which typer ends a command or shows its usage, and that of a reader that has closed our output."""
+"""Exceptions by which typer ends a command or shows its usage, and the one of a closed output pipe."""
 
 
 def start(verbose: bool) -> None:
-    """Begin a command line: what an earlier one of this process asked for is over."""
+    """Begin a command line, dropping the settings of an earlier one in this process."""
     global _verbose
     _verbose = verbose
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
 
 
 def _as_ours(error: BaseException, number: int) -> OrchestratorError:
-    """Exit code of a command. After a signal it is the signal's, whatever that made others raise; raises what is typer's."""
+    """Return the error of a command; after a signal it is the signal's, whatever else was raised. Raises typer's exceptions."""
     if number:
         return interruption(number)
     if isinstance(error, KeyboardInterrupt):
@@ -87,7 +87,7 @@ def _as_ours(error: BaseException, number: int) -> OrchestratorError:
 
 
 def _bug(error: Exception) -> OrchestratorError:
-    """Any other exception: one line, and with --verbose its traceback."""
+    """Turn any other exception into an error of one line, with its traceback if --verbose."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     made = OrchestratorError(
@@ -99,13 +99,13 @@ def _bug(error: Exception) -> OrchestratorError:
 
 
 def show_error(error: OrchestratorError, as_json: bool) -> None:
-    """Print an error as people or machines read it, in at most 4 kB; with --verbose after its traceback."""
+    """Print an error for people or machines, in at most 4 kB; if --verbose, with its traceback."""
     if _verbose:
         _err.print(Text(printable("".join(traceback.format_exception(error)))), soft_wrap=True)
     if as_json:
         print(_event_line(error), flush=True)
         return
-    # What is escaped grows.
+    # Escaping makes text longer.
     _err.print(Text("error: ", "bold red").append(bounded(printable(error.message), MESSAGE_BYTES), "not bold default"))
     if error.advice:
         _err.print(Text("  " + bounded(printable(error.advice), ADVICE_BYTES)))
@@ -129,7 +129,7 @@ def _fail(error: OrchestratorError, as_json: bool) -> NoReturn:
 
 
 def place_of(cluster: Path | None, store: str | None) -> ClusterSpec:
-    """The cluster file, with --store in place of its own; without a file: this machine. Raises SpecError."""
+    """Return the cluster file's spec, with --store replacing its store; without a file, this machine. Raises SpecError."""
     from orchestrator.spec.loading import load_cluster, resolve_store
 
     url = resolve_store(store, Path.cwd()) if store else None
@@ -142,12 +142,12 @@ def place_of(cluster: Path | None, store: str | None) -> ClusterSpec:
 
 
 def plain(text: str) -> str:
-    """`text` without what rich takes for markup and a terminal for orders."""
+    """Return `text` without rich markup and terminal control sequences."""
     return escape(printable(text))
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and what is no character written out."""
+    """Return `text` with control characters and lone surrogates escaped."""
     return "".join(character if character.isprintable() or character in "\n\t" else _escaped(character) for character in text)
 
 
@@ -156,7 +156,7 @@ def _escaped(character: str) -> str:
 
 
 def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
-    """Print facts for machines or tables for people."""
+    """Print facts for machines, or tables for people."""
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -166,7 +166,7 @@ def show(facts: dict[str, Any], tables: list[Table], as_json: bool) -> None:
 
 
 def show_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """Print named facts, those for people without the empty ones and a list's entries one by one."""
+    """Print named facts. For people, without empty ones and with one line per list entry."""
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -177,7 +177,7 @@ def show_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def parse_ranks(text: str) -> list[int] | None:
-    """The value of --rank; None for all. Raises SpecError."""
+    """Parse the value of --rank; None for all. Raises SpecError."""
     if text == "all":
         return None
     try:

@@ -1,4 +1,4 @@
-"""How a build that runs elsewhere is shown: on a terminal, or as JSON lines."""
+"""Show a build that runs elsewhere, on a terminal or as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DETACHED = 130
 def show_build(
     followed: Followed, as_json: bool, name: str, commands: Sequence[str] = (), lines: Iterable[str] | None = None
 ) -> None:
-    """Show a build to its end. Raises its error; after Ctrl-C ends the command, and says what can be done: `commands`.
+    """Show a build to its end and raise its error. On Ctrl-C, end the command and print `commands` as next steps.
 
-    With `lines`, these are printed in place of its events, and its outcome is one of them.
+    With `lines`, these are printed in place of the events, and the outcome is among them.
     """
     from orchestrator.report import LiveView
     from orchestrator.submit.follow import follow

@@ -1,4 +1,4 @@
-"""What lies at a URL: a release or a checkpoint, as tables."""
+"""Tables about a release or a checkpoint at a URL."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TITLES = {
 
 
 def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], list[Table]]:
-    """Facts for machines and tables for people about the release or the checkpoint, of any source format, at `url`.
+    """Return facts for machines and tables for people about the release or checkpoint, of any source format, at `url`.
 
-    A bare path is a folder of this machine. With `public_key` it must be a release signed with that key. Raises
-    ReleaseMissingError, SignatureError, SourceMissingError, DigestError, StoreError, and the errors of the source's format.
+    A bare path is a local folder. With `public_key` it must be a release signed with that key. Raises ReleaseMissingError,
+    SignatureError, SourceMissingError, DigestError, StoreError, and the errors of the source's format.
     """
     address = url.removesuffix("/" + _MANIFEST)
     folder = open_source(address)
@@ -55,7 +55,7 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
 
 
 def _top_names(folder: SourceFolder, address: str) -> list[str]:
-    """Names of the files right at the place: a folder of this machine may have a whole disk below it."""
+    """Return the names of the files directly in the folder; a local folder may hold a whole disk below."""
     if isinstance(folder, LocalFolder):
         return folder.top_names()
     try:
@@ -100,7 +100,7 @@ def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str
 
 
 def _ranks(folder: SourceFolder, names: list[str]) -> tuple[dict[str, Any], list[Table]]:
-    """A TensorRT-LLM checkpoint as it lies: files of ranks, quantized or not."""
+    """Describe a TensorRT-LLM checkpoint from its rank files, quantized or not."""
     try:
         config, topology = from_trtllm(read_json(folder, "config.json"))
     except ValueError as error:
@@ -117,7 +117,7 @@ def _source(folder: SourceFolder) -> tuple[dict[str, Any], list[Table]]:
     try:
         index, _ = read_source(folder.url)
     except OrchestratorError as error:
-        raise type(error)(f"{folder.url} is no readable checkpoint: {error.message}", error.advice) from None
+        raise type(error)(f"{folder.url} is not a readable checkpoint: {error.message}", error.advice) from None
     entries: dict[str, list[TensorInfo]] = {file.name: [] for file in index.files}
     for tensor in index.tensors.values():
         entries[index.files[tensor.file].name].append(tensor)
@@ -133,7 +133,7 @@ def _source(folder: SourceFolder) -> tuple[dict[str, Any], list[Table]]:
 def _files(
     entries: Mapping[str, Sequence[HeaderEntry | TensorInfo]], num_bytes: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], Table]:
-    """Tensors, bytes and dtypes of each file."""
+    """Return tensors, bytes and dtypes of each file."""
     table = Table("file", "tensors", "bytes", "dtypes", box=None, pad_edge=False)
     files = []
     for name, found in entries.items():

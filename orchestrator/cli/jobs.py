@@ -1,4 +1,4 @@
-"""Commands for builds on a Ray cluster that goes on without this machine: submit, status, logs, stop, list."""
+"""Commands for builds that run on a Ray cluster without this machine: submit, status, logs, stop, list."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="http://HOST:8265, the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS."),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As `submit` said, or `list`.")]
-StartSeconds = Annotated[float, typer.Option("--start-seconds", min=1, help="How long the job may wait for a place to run.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id that `submit` or `list` printed.")]
+StartSeconds = Annotated[float, typer.Option("--start-seconds", min=1, help="Longest wait of the job for a node.")]
 _START_SECONDS = 900.0
 
 
@@ -41,7 +41,7 @@ def submit(
     start_seconds: StartSeconds = _START_SECONDS,
     as_json: Json = False,
 ) -> None:
-    """Hand a build over to a Ray cluster. The same build again attaches to its job; a failed one goes on where it was."""
+    """Submit a build to a Ray cluster. Submitting the same build again attaches to its job, or resumes a failed one."""
     with exit_codes(as_json):
         from orchestrator.spec.loading import load_spec
 
@@ -55,7 +55,7 @@ def submit(
 
 @app.command()
 def status(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
-    """Say what became of a submitted build."""
+    """Print the state of a submitted build."""
     with exit_codes(as_json):
         job = _client(address).attach(job_id).status()
         show_facts(_facts(job), as_json)
@@ -65,9 +65,9 @@ def status(job_id: JobId, address: Address = None, as_json: Json = False) -> Non
 def logs(
     job_id: JobId,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the build ends, then end with its exit code.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the build ends, then exit with its code.")] = False,
 ) -> None:
-    """Print what a submitted build's driver printed: JSON lines."""
+    """Print the output of a submitted build's driver: JSON lines."""
     with exit_codes():
         client = _client(address)
         submission = client.attach(job_id)
@@ -79,11 +79,11 @@ def logs(
 
 @app.command()
 def stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
-    """End a submitted build cleanly; what is committed stays, and a new submission goes on from there."""
+    """Stop a submitted build cleanly. Committed steps stay; a new submission resumes from them."""
     with exit_codes(as_json):
         submission = _client(address).attach(job_id)
         if not as_json:
-            out.print(f"{job_id} is asked to end")
+            out.print(f"stopping {job_id}")
         job = submission.cancel()
         if as_json:
             show_facts(_facts(job), as_json)
@@ -95,7 +95,7 @@ def stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
 
 @app.command("list")
 def list_(address: Address = None, as_json: Json = False) -> None:
-    """List the builds that were submitted to a cluster, oldest first."""
+    """List the builds submitted to a cluster, oldest first."""
     with exit_codes(as_json):
         from rich.table import Table
 
@@ -114,7 +114,7 @@ def _client(address: str | None) -> Client:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """Facts of a job, for people and machines."""
+    """Return the facts of a job, for people and machines."""
     message = job.message.strip().splitlines()
     return {
         "id": job.id,

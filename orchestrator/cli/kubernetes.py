@@ -1,4 +1,4 @@
-"""Manifests and builds on a Kubernetes cluster: `orchestrator k8s ...`."""
+"""Commands for manifests and builds on a Kubernetes cluster: `orchestrator k8s ...`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ OverlayCluster = Annotated[
 ]
 Store = Annotated[str | None, typer.Option("--store", help="URL of the store; overrides the cluster file's.")]
 Images = Annotated[
-    list[str] | None, typer.Option("--image", help="Image of every container, or NAME=IMAGE for those of one name; repeatable.")
+    list[str] | None, typer.Option("--image", help="IMAGE for all containers, or NAME=IMAGE for those called NAME; repeatable.")
 ]
 Deploy = Annotated[
     Path | None, typer.Option("--deploy", help="Folder like deploy/kuberay, with overlays/; absent: the package's own.")
 ]
-OwnName = Annotated[str | None, typer.Option("--name", help="Name of the RayJob; absent: the same for the same build and store.")]
+OwnName = Annotated[str | None, typer.Option("--name", help="Name of the RayJob; absent: derived from build and store.")]
 Context = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig; absent: its current one.")]
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the build.")]
-BuildName = Annotated[str, typer.Argument(metavar="NAME", help="As `submit` said, or `list`.")]
-OverlayNamespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Absent: the overlay's.")]
+BuildName = Annotated[str, typer.Argument(metavar="NAME", help="Name that `submit` or `list` printed.")]
+OverlayNamespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace of the build; absent: the overlay's.")]
 _NAMESPACE = "trt-builds"
 
 
 @app.command("validate")
 def validate(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE|FOLDER|-", help="Manifests, a folder of them or with a kustomization, or stdin.")
+        Path,
+        typer.Argument(metavar="FILE|FOLDER|-", help="File or folder of manifests, or with a kustomization; -: stdin."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Check manifests against what a build needs (`orchestrator k8s rules`), without a cluster.
+    """Check manifests against the rules of a build (`orchestrator k8s rules`), without a cluster.
 
-    Fields, their types and the operator's own conditions are the cluster's to check: `kubectl apply --dry-run=server -f FILE`.
+    The cluster checks fields, types and the operator's own conditions: `kubectl apply --dry-run=server -f FILE`.
     """
     with exit_codes(as_json):
         from orchestrator.base.errors import ManifestError
@@ -66,7 +67,7 @@ def validate(
 
 @app.command("rules")
 def rules() -> None:
-    """List what `validate` checks."""
+    """List the rules that `validate` checks."""
     from orchestrator.submit.kubernetes.rules import RULES
 
     for rule in RULES:
@@ -75,7 +76,7 @@ def rules() -> None:
 
 @app.command("overlays")
 def overlays(deploy: Deploy = None) -> None:
-    """List the overlays that a build can be rendered with."""
+    """List the overlays for rendering a build."""
     with exit_codes():
         from orchestrator.submit.kubernetes.overlays import OWN, overlay_names
 
@@ -114,10 +115,10 @@ def render_command(
     name: OwnName = None,
     namespace: OverlayNamespace = None,
     image: Images = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="A folder for one file per object; - is stdout.")] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for one file per object, or - for stdout.")] = "-",
     deploy: Deploy = None,
 ) -> None:
-    """Print the manifests of a build, checked: `orchestrator k8s render ... | kubectl apply --server-side -f -`."""
+    """Print the checked manifests of a build: `orchestrator k8s render ... | kubectl apply --server-side -f -`."""
     with exit_codes():
         made = _rendered(spec, overlay, cluster, store, name, namespace, image, deploy)
         if output == "-":
@@ -143,7 +144,7 @@ def submit_command(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Build on the cluster. The same build again attaches to its RayJob; a failed one goes on where it was."""
+    """Build on the cluster. Submitting the same build again attaches to its RayJob, or resumes a failed one."""
     with exit_codes(as_json):
         from orchestrator.submit.kubernetes.api import KubernetesApi
         from orchestrator.submit.kubernetes.builds import submit
@@ -164,7 +165,7 @@ def submit_command(
 
 @app.command("status")
 def status_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
-    """Say where a build stands, and why its pods do not run."""
+    """Print the state of a build, and why its pods do not run."""
     with exit_codes(as_json):
         build = _build(context, namespace, name)
         state = build.status()
@@ -173,7 +174,7 @@ def status_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: 
 
 @app.command("list")
 def list_command(namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
-    """List the builds of a namespace, the newest first."""
+    """List the builds of a namespace, newest first."""
     with exit_codes(as_json):
         from rich.table import Table
 
@@ -189,11 +190,11 @@ def list_command(namespace: Namespace = _NAMESPACE, context: Context = None, as_
 
 @app.command("stop")
 def stop_command(name: BuildName, namespace: Namespace = _NAMESPACE, context: Context = None, as_json: Json = False) -> None:
-    """End a build and take its pods away; what is committed stays, and a new submission goes on from there."""
+    """Stop a build and remove its pods. Committed steps stay; a new submission resumes from them."""
     with exit_codes(as_json):
         build = _build(context, namespace, name)
         if not as_json:
-            out.print(f"{name} is asked to end")
+            out.print(f"stopping {name}")
         state = build.cancel()
         show({"name": name, "was": state.phase.value}, [], as_json)
         if not as_json:
@@ -208,7 +209,7 @@ def _build(context: str | None, namespace: str, name: str) -> KubernetesSubmissi
 
 
 def _facts(state: State, troubles: Sequence[str] = ()) -> dict[str, Any]:
-    """Facts of a build, for people and machines."""
+    """Return the facts of a build, for people and machines."""
     lines = [line for line in state.message.strip().splitlines() if line]
     return {
         "name": state.name,
@@ -231,9 +232,9 @@ def logs_command(
     name: BuildName,
     namespace: Namespace = _NAMESPACE,
     context: Context = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the build ends, then end with its exit code.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the build ends, then exit with its code.")] = False,
 ) -> None:
-    """Print the driver's events, JSON lines of the store; of a driver that failed, the end of its log too."""
+    """Print the driver's events as JSON lines, from the store; for a failed driver, also the end of its log."""
     with exit_codes():
         from orchestrator.base.errors import StoreError
         from orchestrator.events.builds import encode_line
@@ -244,7 +245,7 @@ def logs_command(
             return
         state, progress = build.status(), build.progress()
         if progress is None:
-            raise StoreError(f"the bundle of {name} is gone, which says where its store is", "orchestrator watch STORE shows it.")
+            raise StoreError(f"the bundle of {name} is gone, which names its store", "orchestrator watch STORE shows it.")
         for event in progress.poll(state.attempt):
             print(encode_line(event))
         if state.message and state.phase.is_over:

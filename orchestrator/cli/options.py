@@ -1,4 +1,4 @@
-"""Options of the whole command line: -h, --version, -v."""
+"""Options of every command line: -h, --version, -v."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERBOSE = {"-v", "--verbose"}
 
 
 class Root(TyperGroup):
-    """The command line. --verbose may stand anywhere in it: one adds it to the end of a command that has just failed."""
+    """Root of the command line. --verbose may stand anywhere, so that it can be appended to a command that has just failed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -24,7 +24,7 @@ class Root(TyperGroup):
         console.start(verbose=len(kept) < len(args))
         try:
             refuse_secrets(args)
-        except SpecError as error:  # usage errors show the words of a command line: none may come before
+        except SpecError as error:  # usage errors quote the command line, which starts at the first word
             console.show_error(error, "--json" in args)
             raise typer.Exit(error.exit_code) from None
         return super().parse_args(ctx, kept)
@@ -40,7 +40,7 @@ def _print_version(value: bool) -> None:
 
 def root(
     _verbose: bool = typer.Option(
-        False, "-v", "--verbose", help="With any command: print errors with their traceback, and log lines of libraries."
+        False, "-v", "--verbose", help="Print tracebacks of errors and libraries' log lines; works with every command."
     ),
     _version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version, help="Print the version."),
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that build nothing: plan, with what a build would take, and the rates that a build has shown."""
+"""Commands that build nothing: plan, with a simulation of the build, and rates measured in a build."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _COLUMNS = 60
-"""Of the timeline."""
+"""Columns of the timeline."""
 
 
 @app.command()
 def plan(
     spec: SpecFile,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Say what the build would take.")] = False,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the build on the cluster.")] = False,
     cluster: ClusterFile = None,
     rates: Annotated[
-        Path | None, typer.Option("--rates", help="Speeds and prices, YAML; absent: defaults. `orchestrator rates` prints yours.")
+        Path | None,
+        typer.Option("--rates", help="Rates file, YAML (`orchestrator rates` prints one); absent: defaults."),
     ] = None,
     fail: Annotated[
-        list[str] | None, typer.Option("--fail", help="STEP:ATTEMPT[:KIND] fails, e.g. build/rank3:1. May be given several times.")
+        list[str] | None, typer.Option("--fail", help="STEP:ATTEMPT[:KIND] to fail, e.g. build/rank3:1; repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print stages, steps and bytes, from the checkpoint's headers alone.
+    """Print stages, steps and bytes, read from the checkpoint's headers only.
 
-    With --simulate, drive the plan on a simulated cluster and print makespan, timeline, use, bytes and cost. Nodes and their CPUs,
-    GPUs and memory stand in the cluster file (pools.NAME.nodes); speeds and prices in the rates file. To measure the rates of
-    your machines, build a model there and run `orchestrator rates SPEC --store STORE`.
+    With --simulate, drive the plan on a simulated cluster and print makespan, timeline, use, bytes and cost. The cluster file gives
+    the nodes and their CPUs, GPUs and memory (pools.NAME.nodes), the rates file speeds and prices. To measure the rates of your
+    machines, build a model there and run `orchestrator rates SPEC --store STORE`.
     """
     with exit_codes(as_json):
         from orchestrator.planning import preparation
         from orchestrator.spec.loading import load_spec
 
         if not simulate and (cluster or rates or fail):
-            raise SpecError("--cluster, --rates and --fail say how to simulate", "Add --simulate.")
+            raise SpecError("--cluster, --rates and --fail belong to --simulate", "Add --simulate.")
         plan = preparation.plan(load_spec(spec))
         if simulate:
             _simulate(plan, cluster, rates, fail or [], as_json)
@@ -87,7 +88,7 @@ def _simulate(plan: Plan, cluster: Path | None, rates: Path | None, fail: list[s
         return
     vague = [name for name, pool in place.pools.items() if pool.cpus is None or pool.memory is None]
     if vague:
-        out.print(f"note: CPUs or memory of {', '.join(vague)} are not in the cluster file: taken to be this machine's")
+        out.print(f"note: CPUs or memory of {', '.join(vague)} are not in the cluster file: this machine's are assumed")
     out.print(
         f"makespan {found.makespan_seconds:,.1f} s; the critical path alone takes {found.critical_seconds:,.1f} s: "
         + " -> ".join(found.critical_path),
@@ -126,10 +127,10 @@ def _pools(found: Simulation) -> Table:
 
 @app.command()
 def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -> None:
-    """Print the step rates that a finished build of SPEC shows, as a file for `plan --simulate --rates`.
+    """Print the step rates measured in a finished build of SPEC, as a file for `plan --simulate --rates`.
 
-    A step's seconds hold its transfers: give `network`, `disk` or `store_read` beside these rates only for what a place adds to
-    where they were measured.
+    The seconds of a step include its transfers. Add `network`, `disk` or `store_read` to these rates only for what a place adds to
+    the place where they were measured.
     """
     with exit_codes():
         import yaml
@@ -147,6 +148,6 @@ def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -
         )
         found = simulation.measured(plan, committed)
         if not found:
-            raise SpecError(f"{cluster_spec.store} holds no finished step of this plan", "Build it there first.")
+            raise SpecError(f"{cluster_spec.store} has no finished step of this plan", "Build the model there first.")
         print(f"# {len(committed)} of {len(plan.steps)} steps of {plan.build_key[:16]}, seen in {cluster_spec.store}")
         print(yaml.safe_dump({"steps": {kind: rate.model_dump() for kind, rate in found.items()}}, sort_keys=False), end="")

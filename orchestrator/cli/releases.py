@@ -1,4 +1,4 @@
-"""Commands for those who use releases: pull, verify, releases, tag, collect."""
+"""Commands for consumers of releases: pull, verify, releases, tag, collect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_DAYS = 36_500
 Url = Annotated[str, typer.Argument(metavar="URL", help="URL of a release, <store>/releases/<name>/<version>, or of a tag.")]
 Options = Annotated[
     Path | None,
-    typer.Option("--cluster", help="Cluster file: its store, and how that is reached."),
+    typer.Option("--cluster", help="Cluster file with the store and its connection."),
 ]
 
 
@@ -30,15 +30,15 @@ Options = Annotated[
 def pull(
     url: Url,
     rank: Ranks = "all",
-    node: Annotated[int | None, typer.Option("--node", min=0, help="Number of a node: its ranks.")] = None,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="Ranks of a node.")] = 8,
+    node: Annotated[int | None, typer.Option("--node", min=0, help="Number of a node, to pull its ranks.")] = None,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs, and so ranks, of a node.")] = 8,
     output: Annotated[Path, typer.Option("--output", help="Folder to write to.")] = Path("engines"),
     layout: Annotated[str, typer.Option("--layout", help="flat, trtllm, triton or oci.")] = "flat",
     public_key: PublicKey = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Whether this machine can run the engines.")] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Check that this machine can run the engines.")] = True,
     cluster: Options = None,
 ) -> None:
-    """Fetch what a rank or a node needs; every byte is checked. Run it again after any interruption: it goes on where it was."""
+    """Download the files of a rank, a node or all ranks, and check every byte. After an interruption, run it again: it resumes."""
     with exit_codes():
         from orchestrator import releases
         from orchestrator.report import TransferView
@@ -55,7 +55,7 @@ def pull(
 
 @app.command()
 def verify(url: Url, public_key: PublicKey = None, cluster: Options = None, as_json: Json = False) -> None:
-    """Read a whole release again: every digest, and the signature with --public-key."""
+    """Read a whole release again and check every digest; with --public-key, the signature too."""
     with exit_codes(as_json):
         from orchestrator import releases
         from orchestrator.report import TransferView, format_bytes
@@ -78,7 +78,7 @@ def verify(url: Url, public_key: PublicKey = None, cluster: Options = None, as_j
 
 
 def _print_identity(release: Release, public_key: Path | None) -> None:
-    """Which release it is and who vouches for it: an address alone says neither."""
+    """Print which release it is and who signed it: the address alone shows neither."""
     if release.tag is not None:
         found = release.tag
         out.print(f"tag {found.name} (version {found.number}) is {found.release}", soft_wrap=True)
@@ -89,7 +89,7 @@ def _print_identity(release: Release, public_key: Path | None) -> None:
 def _signature(release: Release, public_key: Path | None) -> str:
     if release.signer:
         return f"signed by the key {release.signer} ({public_key})"
-    return "not signed" if release.signature() is None else "signed, by whom was not checked (--public-key)"
+    return "not signed" if release.signature() is None else "signed, but the key was not checked (--public-key)"
 
 
 @app.command("releases")
@@ -97,7 +97,8 @@ def list_(
     store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="URL or folder; absent: the cluster file's.")] = None,
     cluster: Options = None,
     select: Annotated[
-        list[str] | None, typer.Option("--select", metavar="NAME=VALUE", help="backend, precision, tp, pp or gpu; may be repeated.")
+        list[str] | None,
+        typer.Option("--select", metavar="NAME=VALUE", help="NAME is backend, precision, tp, pp or gpu; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -134,19 +135,19 @@ def _show_listed(found: list[Listed], as_json: bool) -> None:
         )  # fmt: skip
     show({"releases": facts}, [table] if found else [], as_json)
     if not found and not as_json:
-        out.print("No release is there, or none that was selected: without --select all are listed, each with its precision.")
+        out.print("No release found. Without --select, all releases are listed.")
 
 
 @app.command()
 def tag(
     url: Url,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="E.g. prod or llama/prod.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the tag, e.g. prod or llama/prod.")],
     sign_key: Annotated[
-        Path | None, typer.Option("--sign-key", help="PEM, P-256: sign the tag too; `pull --public-key` refuses an unsigned one.")
+        Path | None, typer.Option("--sign-key", help="Private key (PEM, P-256) to sign the tag with; `pull --public-key` needs it.")
     ] = None,
     cluster: Options = None,
 ) -> None:
-    """Let a name stand for a release; `pull STORE/tags/NAME` follows it."""
+    """Set a tag to a release; `pull STORE/tags/NAME` follows it."""
     with exit_codes():
         from orchestrator import releases
 
@@ -161,13 +162,14 @@ def tag(
 def collect(
     store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="URL or folder; absent: the cluster file's.")] = None,
     grace_days: Annotated[
-        float, typer.Option("--grace-days", min=0, help="Keep what was first seen unneeded since; longer than the longest build.")
+        float,
+        typer.Option("--grace-days", min=0, help="Keep objects unneeded for less; must exceed the longest build."),
     ] = 7.0,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it nothing is.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the objects found; without it, only list them.")] = False,
     cluster: Options = None,
     as_json: Json = False,
 ) -> None:
-    """Find what no release and no running build needs, and delete it with --delete."""
+    """Find objects that no release and no running build needs, and delete them with --delete."""
     with exit_codes(as_json):
         from orchestrator import releases
 
@@ -187,7 +189,7 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
         print(json.dumps({"deleted": found.deleted, **lists}, indent=1))
         return
     for key in found.unreadable:
-        out.print(f"[yellow]warning:[/] {plain(key)} cannot be understood; no step's outputs are removed while it is there")
+        out.print(f"[yellow]warning:[/] {plain(key)} cannot be understood; while it exists, no step's outputs are removed")
     for key, size in found.due.items():
         out.print(f"  {format_bytes(size):>10}  {plain(key)}", soft_wrap=True)
     for key in uploads:
@@ -197,9 +199,7 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
     out.print(f"{len(found.due)} objects, {format_bytes(sum(found.due.values()))}, and {len(uploads)} unfinished uploads {verb}")
     if found.waiting:
         total = format_bytes(sum(found.waiting.values()))
-        out.print(
-            f"{len(found.waiting)} more, {total}, are unneeded, but have not been so for {grace_days:g} days since a first look"
-        )
+        out.print(f"{len(found.waiting)} more, {total}, are unneeded, but for less than {grace_days:g} days since first seen")
 
 
 def _address(url: str) -> str:
@@ -209,7 +209,7 @@ def _address(url: str) -> str:
 
 
 def _store(store: str | None, cluster: Path | None) -> str:
-    """The store's URL. Raises SpecError when neither is given."""
+    """Return the store's URL. Raises SpecError when neither option gives it."""
     from orchestrator.spec.loading import load_cluster
 
     if store is not None:

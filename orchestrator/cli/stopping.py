@@ -1,9 +1,9 @@
-"""How a command ends when it is asked to: by Ctrl-C (exit code 130) or SIGTERM (143), in seconds, whatever it is doing.
+"""End a command on Ctrl-C (exit code 130) or SIGTERM (143) within seconds, whatever it is doing.
 
-The signal raises Interrupted in the main thread, so that every block on its way cleans up. That is not enough: native code that
-calls back into Python swallows the exception, a library replaces the handler (Ray does), or waits where no exception is raised.
-So the kernel's notice of the signal (Python's wakeup descriptor) also wakes a thread, which ends the process and all that it
-started when cleaning up takes too long.
+The signal raises Interrupted in the main thread, so that every block cleans up. That is not enough: native code that calls Python
+swallows the exception, a library replaces the handler (as Ray does), or blocks where no exception is raised. So the kernel's
+notice of the signal (Python's wakeup descriptor) also wakes a thread. It ends the process and its descendants when cleaning up
+takes too long.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.base.errors import Interrupted, OrchestratorError, interruptio
 from orchestrator.work.process import end_descendants
 
 GRACE_SECONDS = 4.0
-"""Seconds that cleaning up may take; a command ends within five seconds."""
+"""Longest time for cleaning up; a command ends within five seconds."""
 _REPORT_SECONDS = 0.3
 _NOTICE_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,22 +31,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Stopping:
-    """The stop signals of this process, from `install` on."""
+    """Stop signals of this process, from `install` on."""
 
     grace_seconds: float = GRACE_SECONDS
     report: Callable[[OrchestratorError], None] = lambda error: None
     """Shows the error of a command that does not end in time."""
     number: int = 0
-    """First signal that came; 0: there was none."""
+    """First signal received; 0: none yet."""
     _raised: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
-    """Handlers that were there before; signals that were ignored, as under nohup, are not among them and stay ignored."""
+    """Earlier handlers. Signals that were ignored, as under nohup, are not among them and stay ignored."""
     _noticed: threading.Event = field(default_factory=threading.Event)
     _over: threading.Event = field(default_factory=threading.Event)
     _notify: int = -1
 
     def install(self) -> None:
-        """Begin. For the main thread."""
+        """Install the handlers. For the main thread."""
         found = {number: signal.getsignal(number) for number in _SIGNALS}
         self._before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
         notices, self._notify = os.pipe2(os.O_CLOEXEC)
@@ -57,7 +57,7 @@ class Stopping:
             signal.signal(number, self._interrupt)
 
     def uninstall(self) -> None:
-        """End: the signals do again what they did before."""
+        """Restore the earlier handlers."""
         self._over.set()
         signal.set_wakeup_fd(-1)
         os.close(self._notify)
@@ -66,18 +66,18 @@ class Stopping:
 
     @property
     def handled(self) -> frozenset[int]:
-        """The signals that are not ignored."""
+        """Return the signals that are not ignored."""
         return frozenset(self._before)
 
     def _interrupt(self, number: int, _frame: FrameType | None) -> None:
-        """Raise once: a second signal must not end the cleaning up."""
+        """Raise Interrupted once: a second signal must not interrupt the cleaning up."""
         self.number = self.number or number
         if not self._raised:
             self._raised = True
             raise Interrupted(self.number)
 
     def _watch(self, notices: int) -> None:
-        """Wait for the first signal; end the process if it has not ended in time after it."""
+        """Wait for the first signal, and end the process if it takes too long afterwards."""
         with open(notices, "rb", buffering=0) as pipe:
             while (read := pipe.read(1)) and read[0] not in self._before:
                 pass
@@ -88,28 +88,28 @@ class Stopping:
                 self._end()
 
     def behind(self, error: BaseException) -> int:
-        """The signal behind an error that ends a command; 0: there was none.
+        """Return the signal behind an error that ends a command; 0: no signal.
 
-        What a library raises in a handler of its own comes at once, the notice of the signal a moment later.
+        A library's own handler may raise at once, a moment before the notice of the signal arrives.
         """
         if isinstance(error, SystemExit | KeyboardInterrupt) and not self.number:
             self._noticed.wait(_NOTICE_SECONDS)
         return self.number
 
     def finish(self) -> None:
-        """Pass over signals from now on: only Python's own end is left, which would die of them with a code of its own.
+        """Ignore signals from now on: during Python's shutdown they would end it with another exit code.
 
-        Not where Ray is: its end may hang, and must be stopped then.
+        Not with Ray loaded: its shutdown may hang and must stay stoppable.
         """
         if "ray" not in sys.modules:
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
 
     def leave(self) -> NoReturn:
-        """End the program after its cleaning up, and whatever it started that still runs.
+        """End the program after its cleaning up, and its descendants that still run.
 
-        The ends of libraries are passed over: Ray's takes seconds once more, and crashes where its start was interrupted. MPI's is
-        not: the other ranks would take this one for lost.
+        Skips the libraries' exit handlers: Ray's takes more seconds, and crashes after an interrupted start. MPI's runs, or the
+        other ranks would count this one as lost.
         """
         code = interruption(self.number).exit_code
         if "mpi4py.MPI" in sys.modules:
@@ -122,7 +122,7 @@ class Stopping:
         error = interruption(self.number)
         reporting = threading.Thread(target=self.report, args=(error,), daemon=True)
         reporting.start()
-        reporting.join(_REPORT_SECONDS)  # whoever reads it may not
+        reporting.join(_REPORT_SECONDS)  # the reader of our output may be stuck
         _end_now(error.exit_code)
 
 
@@ -130,19 +130,19 @@ _current: Stopping | None = None
 
 
 def install() -> Stopping:
-    """Let the signals stop this program, from its first lines to its end: the interpreter may hang after the last one."""
+    """Make this program stoppable, from its first lines to its end: the interpreter may hang after the last line."""
     global _current
     _current = Stopping()
     _current.install()
-    atexit.register(_current.finish)  # first in, last out: the ends of libraries can still be stopped
+    atexit.register(_current.finish)  # registered first, so it runs last: the exit handlers of libraries can still be stopped
     return _current
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stopping]:
-    """Let the signals stop what the block does. Part of what is around it, if that is stoppable already.
+    """Make the block stoppable, as a part of an enclosing stoppable block if there is one.
 
-    Outside of the main thread, where Python has no signals, nothing is done.
+    Does nothing outside of the main thread, where Python has no signals.
     """
     global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():
@@ -159,9 +159,9 @@ def stoppable() -> Iterator[Stopping]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Within the block a library that takes the signals does not get them.
+    """Keep our signal handlers while a library in the block tries to replace them.
 
-    Ray does when it starts, and on SIGTERM ends its processes at once, which aborts this one before it has cleaned up.
+    Ray does when it starts. On SIGTERM it ends its processes at once, which aborts this one before it has cleaned up.
     """
     mine = _current.handled if _current is not None else frozenset[int]()
     original = signal.signal
@@ -177,7 +177,7 @@ def kept() -> Iterator[None]:
 
 
 def _end_now(code: int) -> NoReturn:
-    """End this process and all that it has started, without another word."""
+    """End this process and its descendants silently."""
     try:
         end_descendants()
     finally:

@@ -1,4 +1,4 @@
-"""The table of a sweep over quantization algorithms."""
+"""Table of a sweep over quantization algorithms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.report.tables import format_bytes
 
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
-    """Algorithms side by side: size, how far from the unquantized model, the worst linear."""
+    """Return a table of algorithms: size, distance from the unquantized model, the worst linear."""
     table = Table("algorithm", "checkpoint", "perplexity", "KL", "top-1", "worst linear", "its error", box=None, pad_edge=False)
     for row in rows:
         found = row.verification

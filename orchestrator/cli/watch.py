@@ -1,4 +1,4 @@
-"""`orchestrator watch`: a build looked at through its store."""
+"""`orchestrator watch`: follow a build through its store."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ app = typer.Typer()
 
 @app.command()
 def watch(
-    url: Annotated[str, typer.Argument(metavar="URL", help="URL of the store, or of a release in it; a folder is one too.")],
-    build: Annotated[str, typer.Option("--build", help="Build key, or its beginning; absent: the newest run.")] = "",
-    cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster file: how its store is reached.")] = None,
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL or folder of the store, or of a release in it.")],
+    build: Annotated[str, typer.Option("--build", help="Build key, or its first digits; absent: the newest run.")] = "",
+    cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster file with the connection to the store.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Follow a build from anywhere, or replay one that has ended; ends with its exit code. Ctrl-C only detaches."""
+    """Follow a build from anywhere, or replay an ended one; exits with its code. Ctrl-C only detaches."""
     with exit_codes(as_json):
         from orchestrator.spec.loading import load_cluster, resolve_store
         from orchestrator.stores import open_store

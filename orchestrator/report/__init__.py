@@ -1,4 +1,4 @@
-"""What a build says while it runs and when it ends: listeners for people and for machines, and tables."""
+"""Reports of a build, while it runs and when it ends: listeners for people and for machines, and tables."""
 
 from __future__ import annotations
 

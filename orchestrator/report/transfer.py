@@ -1,4 +1,4 @@
-"""How a pull or a verification comes on: a bar with bytes, rate and time left on a terminal, plain lines at intervals elsewhere."""
+"""Progress of a pull or a verification: a bar with bytes, rate and time left on a terminal, else plain lines at intervals."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orchestrator.releases.manifest import FileRecord
 from orchestrator.report.tables import format_bytes, format_count, format_seconds
 
 LINE_SECONDS = 10.0
-"""Between two plain lines."""
+"""Seconds between two plain lines."""
 _WINDOW_SECONDS = 30.0
-"""Span of the rate: long enough to be calm, short enough to follow a link that slows down."""
+"""Span of the rate: long enough to be steady, short enough to follow a link that slows down."""
 _DIGITS = 16
 
 
 class TransferView:
-    """A `releases.transfers.Listener`; a context manager that leaves the terminal as it was."""
+    """A `releases.transfers.Listener` and context manager. Leaves the terminal as it was."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class TransferView:
         clock: Callable[[], float] = time.monotonic,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
-        """With `names`, each file is named with its digest when it is done."""
+        """`names`: print the name and digest of each finished file."""
         self._console, self._names, self._clock, self._line_seconds = console, names, clock, line_seconds
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
@@ -45,7 +45,7 @@ class TransferView:
         self._total = self._done = 0
         self._files = self._files_done = 0
         self._seen: deque[tuple[float, int]] = deque()
-        """(moment, bytes done by then) within the window."""
+        """(time, bytes done) samples within the window."""
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class TransferView:
                 self._print(f"  {file.sha256[:_DIGITS]}  {escape(file.path)}")
 
     def note(self) -> str:
-        """Bytes, rate and time left."""
+        """Return bytes, rate and time left as text."""
         began, before = self._seen[0]
         seconds = self._seen[-1][0] - began
         shown = f"{format_bytes(self._done)} of {format_bytes(self._total)}"

@@ -331,7 +331,7 @@ def test_command_line_from_submission_to_the_end(bed: Bed, submission: list[str]
     assert "state        succeeded" in text
     code, text = run("list", "-n", namespace)
     assert "mine  succeeded" in text
-    assert run("stop", "mine", "-n", namespace) == (0, "mine is asked to end\nmine is gone (was: succeeded)\n")
+    assert run("stop", "mine", "-n", namespace) == (0, "stopping mine\nmine is gone (was: succeeded)\n")
 
     bed.operator.drivers["mine"] = Driver("fails", ray_failure(24, error_line("VerificationError", 24, "rank 1 is wrong")))
     code, text = run(*submission)

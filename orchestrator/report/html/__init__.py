@@ -1,4 +1,4 @@
-"""The report of a build: one HTML file that needs nothing else, neither script nor network, on any screen."""
+"""The report of a build: one HTML file without scripts or external resources, for any screen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MEDIA_TYPE = "text/html"
 
 
 def render(told: Told) -> bytes:
-    """The page, UTF-8. Everything that a build or its user wrote is escaped; no step's log is in it unless the step failed."""
+    """Render the page as UTF-8. All text of a build or its user is escaped. Only failed steps show their log."""
     import jinja2
 
     environment = jinja2.Environment(

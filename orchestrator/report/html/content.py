@@ -1,4 +1,4 @@
-"""What the page says, in plain values: numbers already formatted, pictures already drawn. The template only lays it out."""
+"""Content of the page as plain values: numbers are formatted, pictures drawn. The template only lays it out."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from orchestrator.report.tables import format_bytes, format_seconds
 
 _MOST_STEPS, _MOST_RANKS, _WORST = 400, 32, 10
 _MOST_MANIFEST = 400_000
-"""Characters of the manifest that are shown; larger ones are shown without the tensors and chunks of their engines."""
+"""Most characters of the manifest to show. A larger manifest is shown without the tensors and chunks of its engines."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """Everything that a report is made of."""
+    """Input of a report."""
 
     plan: Plan
     outcomes: Mapping[str, Outcome]
     ran: frozenset[str]
     story: Story
     manifest: Manifest | None
-    """As it will be published, but for the report's own entry; None: the build failed."""
+    """Manifest to publish, without the report's own entry. None: the build failed."""
     failures: Mapping[str, Failure] = field(default_factory=dict)
     lost: Mapping[str, Sequence[Failure]] = field(default_factory=dict)
     problem: str = ""
-    """Why there is no manifest."""
+    """Reason for the missing manifest; empty: the build succeeded."""
 
     def state(self, digest: str) -> str:
         if digest in self.failures:
@@ -47,7 +47,7 @@ class Told:
 
 
 def content_of(told: Told) -> dict[str, Any]:
-    """The values of the template."""
+    """Return the values of the template."""
     attempts, began = told.story.attempts(), told.story.began or 0.0
     seconds = {digest: outcome.seconds for digest, outcome in told.outcomes.items()}
     cached = sum(told.state(step.digest) == "cached" for step in told.plan.steps)
@@ -80,7 +80,7 @@ def content_of(told: Told) -> dict[str, Any]:
 
 
 def _cards(told: Told, cached: int) -> list[tuple[str, str, str]]:
-    """Name, value and a word about it."""
+    """Return the cards: name, value and a short note."""
     topology, story = told.plan.topology, told.story
     architecture = told.plan.inputs.config.architecture
     took = story.last - story.began if story.began is not None else 0.0
@@ -99,12 +99,12 @@ def _cards(told: Told, cached: int) -> list[tuple[str, str, str]]:
         found.append(("Engines", f"{len(sizes)}", f"{format_bytes(sum(sizes))}, {engine.backend} {engine.tensorrt_version}"))
         numbers = told.manifest.verification
         value = f"{numbers.max_relative_error:.1e}" if numbers else "off"
-        found.append(("Verified", value, "largest relative error" if numbers else "switched off in the spec"))
+        found.append(("Verified", value, "largest relative error" if numbers else "off in the spec"))
     return found
 
 
 def _rates(told: Told) -> list[dict[str, Any]]:
-    """By kind of step: how many, how long, bytes, rates and peaks of those whose outcomes are known."""
+    """Return a row per kind of step: number, seconds, bytes, rates and peaks of the steps with a known outcome."""
     rows = []
     for kind in Kind:
         known = [(step, told.outcomes[step.digest]) for step in told.plan.of_kind(kind) if step.digest in told.outcomes]
@@ -143,7 +143,7 @@ def _cpu(outcomes: Sequence[Outcome]) -> str:
 
 
 def _steps(told: Told) -> list[dict[str, Any]]:
-    """The slowest, in plan order."""
+    """Return the slowest steps, in plan order."""
 
     def took(step: Step) -> float:
         return told.outcomes[step.digest].seconds if step.digest in told.outcomes else float("inf")
@@ -164,7 +164,7 @@ def _step(told: Told, step: Step) -> dict[str, Any]:
 
 
 def _engines(manifest: Manifest) -> dict[str, Any]:
-    """Of each rank, or of the largest, what its GPU must hold; shares in percent of the largest rank."""
+    """Return the GPU memory of each rank, or of the largest ranks; shares in percent of the largest rank."""
     needs = [(rank, rank.memory) for rank in manifest.ranks]
     most = max(need.total_bytes for _, need in needs)
     shown = sorted(sorted(needs, key=lambda item: -item[1].total_bytes)[:_MOST_RANKS], key=lambda item: item[0].rank)
@@ -223,7 +223,7 @@ def _verification(told: Told) -> dict[str, Any] | None:
 
 
 def _nodes(told: Told) -> list[dict[str, Any]]:
-    """What nodes said of themselves; without that, what ran where."""
+    """Return the nodes as probed, or else the nodes of the steps."""
     work: dict[str, list[float]] = {}
     for digest in told.ran:
         work.setdefault(told.outcomes[digest].node, []).append(told.outcomes[digest].seconds)
@@ -255,7 +255,7 @@ def _failure(step: Step, failure: Failure) -> dict[str, Any]:
 
 
 def _manifest(manifest: Manifest) -> dict[str, Any]:
-    """By field as indented JSON; of a large one without what fills it."""
+    """Return the manifest by field as indented JSON; of a large manifest, without the bulk of its engines."""
     plain = manifest.model_dump(mode="json")
     shortened = False
     if len(json.dumps(plain, indent=1)) > _MOST_MANIFEST:

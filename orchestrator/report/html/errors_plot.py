@@ -1,4 +1,4 @@
-"""The error of quantization by layer: a point for each linear of a layer, a line along the worst."""
+"""Plot of the quantization error by layer: a point for each linear of a layer, a line along the worst."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SERIES = 8
 
 
 def by_layer(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """|stored - weight| / |weight| by kind of linear, e.g. mlp.fc, and layer; of experts the worst."""
+    """Return |stored - weight| / |weight| by kind of linear, e.g. mlp.fc, and layer; the worst expert counts."""
     found: dict[str, dict[int, float]] = {}
     for name, error in errors.items():
         match = _LAYER.search(name)
@@ -25,13 +25,13 @@ def by_layer(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
 
 
 def _scale(top: float, bottom: float) -> tuple[float, float]:
-    """Where the axis begins and ends: at zero, or near the values where they are large beside their differences."""
+    """Return both ends of the axis: from zero, or near the values when they differ little for their size."""
     base = 0.0 if bottom < 0.6 * top or bottom == top else max(bottom - 2 * (top - bottom), 0.6 * top, 0.0)
     return base, top + (top - base) * 0.08 or 1.0
 
 
 def errors_picture(errors: Mapping[str, float]) -> str:
-    """Empty when no linear belongs to a layer."""
+    """Draw the plot; empty when no linear belongs to a layer."""
     series = by_layer(errors)
     if not series:
         return ""

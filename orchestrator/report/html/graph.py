@@ -1,4 +1,4 @@
-"""The plan as a picture: steps of one kind and stage as a box with a square for each, arrows for what they need."""
+"""Picture of the plan: a box per kind and stage with a square for each step, and arrows for needs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _RELEASE = 3
 _WIDTH, _GAP, _ROW_GAP = 210, 62, 18
 _SQUARE, _SQUARES, _MOST_SQUARES = 13, 14, 42
 _MOST_ROWS = 8
-"""More stages than that are drawn as one."""
+"""Most stages to draw separately. More are drawn as one."""
 
 
 @dataclass
 class _Box:
-    """What is drawn at one place."""
+    """A box of the picture."""
 
     kind: Kind
     row: int
@@ -36,7 +36,7 @@ class _Box:
 
 
 def plan_picture(plan: Plan, state_of: Callable[[str], str], seconds: Mapping[str, float]) -> str:
-    """`state_of` a step by its digest: run, cached, failed or waiting; `seconds` it took, by digest, where it ended."""
+    """Draw the plan. `state_of`: run, cached, failed or waiting, for a digest; `seconds`: duration of ended steps by digest."""
     boxes, merged = _boxes(plan)
     width, height = _place(boxes)
     release = (width - _WIDTH, height / 2 - 27)
@@ -50,7 +50,7 @@ def plan_picture(plan: Plan, state_of: Callable[[str], str], seconds: Mapping[st
 
 
 def _boxes(plan: Plan) -> tuple[dict[tuple[Kind, int], _Box], bool]:
-    """By kind and row; and whether stages were put together."""
+    """Return the boxes by kind and row, and whether stages were merged."""
     merged = max((_stage(step) for step in plan.steps), default=0) >= _MOST_ROWS
     found: dict[tuple[Kind, int], _Box] = {}
     for step in plan.steps:
@@ -71,7 +71,7 @@ def _stage(step: Step) -> int:
 
 
 def _place(boxes: Mapping[tuple[Kind, int], _Box]) -> tuple[float, float]:
-    """Give every box its corner; returns the picture's width and height."""
+    """Place every box; returns the picture's width and height in pixels."""
     used = sorted({_COLUMNS[box.kind] for box in boxes.values()} | {_RELEASE})
     x_of = {column: number * (_WIDTH + _GAP) for number, column in enumerate(used)}
     y = 4.0

@@ -1,4 +1,4 @@
-"""SVG as a string, escaped where it is put together. Pictures carry classes, not colours: the page's style has those."""
+"""SVG as strings, escaped during assembly. Pictures have classes instead of colours; the page's style defines those."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Iterable
 from html import escape
 
 CHARACTER = 7.3
-"""Pixels of one character of the pictures' text, on average."""
+"""Average width of a character of the pictures' text, in pixels."""
 
 
 def element(name: str, content: str = "", **attributes: object) -> str:
-    """An element. `content` is markup already; attributes are escaped, '_' in their names stands for '-', `class_` for class."""
+    """Return an element. `content` is markup; attributes are escaped, '_' in their names becomes '-', `class_` becomes class."""
     pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
     written = "".join(f' {key}="{escape(_plain(value))}"' for key, value in pairs)
     return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
 
 
 def text(content: str, x: float, y: float, class_: str = "", anchor: str | None = None) -> str:
-    """Escaped text whose baseline is at `y`; `anchor` is start, middle or end."""
+    """Return escaped text with its baseline at `y`. `anchor`: start, middle or end."""
     return element("text", escape(content), x=x, y=y, class_=class_ or None, text_anchor=anchor)
 
 
 def title(content: str) -> str:
-    """What a pointer and a screen reader are told of the element around it."""
+    """Return the description of the enclosing element for pointers and screen readers."""
     return element("title", escape(content))
 
 
 def picture(width: float, height: float, name: str, told: str, content: Iterable[str]) -> str:
-    """A whole picture of so many pixels; `name` and `told` say to a screen reader what it shows."""
+    """Return a whole picture, sizes in pixels. `name` and `told` describe it to screen readers."""
     identity = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
     head = element("title", escape(name), id=f"{identity}-title") + element("desc", escape(told), id=f"{identity}-desc")
     return element(
@@ -37,7 +37,7 @@ def picture(width: float, height: float, name: str, told: str, content: Iterable
 
 
 def shorten(content: str, pixels: float) -> str:
-    """As much of a text as has room, its end where a name tells most; nothing when not even a few letters have."""
+    """Shorten a name to fit, keeping its end, which says most; empty when even a few letters do not fit."""
     room = int(pixels / CHARACTER)
     if len(content) <= room:
         return content
@@ -45,7 +45,7 @@ def shorten(content: str, pixels: float) -> str:
 
 
 def ticks(most: float, about: int = 6) -> list[float]:
-    """Round values from 0 to at most `most`."""
+    """Return round values from 0 to at most `most`."""
     if most <= 0:
         return [0.0]
     step = 10.0 ** _floor_log(most / about)

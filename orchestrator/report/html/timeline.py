@@ -1,4 +1,4 @@
-"""The attempts of a build over time, node by node: each as a bar, or, where there are thousands, how many ran at once."""
+"""Picture of the attempts over time by node: each as a bar, or, for thousands, how many ran at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WORDS = {"succeeded": "ran", "failed": "failed", "moved": "went to another node
 
 
 def timeline_picture(attempts: Sequence[Attempt], began: float, ended: float) -> str:
-    """From `began` to `ended`, seconds since 1970; empty without attempts."""
+    """Draw from `began` to `ended`, in seconds since 1970; empty without attempts."""
     if not attempts:
         return ""
     span = max(ended - began, 1e-3)
@@ -44,7 +44,7 @@ def _x(seconds: float, span: float) -> float:
 
 
 def time_ticks(span: float) -> list[float]:
-    """At most nine times that people count in, from 0 to `span` seconds."""
+    """Return at most nine round times from 0 to `span` seconds."""
     step = next((step for step in _STEPS if span / step <= 8), span / 8)
     return [number * step for number in range(int(span / step) + 1)]
 
@@ -57,7 +57,7 @@ def _axis(span: float, height: float) -> Iterator[str]:
 
 
 def _bars(nodes: dict[str, list[Attempt]], began: float, span: float) -> Iterator[tuple[float, str]]:
-    """Height and drawing of each node: as many lanes as attempts ran at once."""
+    """Yield height and drawing of each node, with as many lanes as attempts ran at once."""
     for node, mine in nodes.items():
         lanes: list[float] = []
         drawn = []
@@ -84,7 +84,7 @@ def _bar(attempt: Attempt, lane: int, began: float, span: float) -> str:
 
 
 def _areas(nodes: dict[str, list[Attempt]], began: float, span: float) -> Iterator[tuple[float, str]]:
-    """Height and drawing of each node and kind: attempts that ran at once, over time."""
+    """Yield height and drawing of each node and kind: the number of simultaneous attempts over time."""
     busiest = sorted(nodes, key=lambda node: -len(nodes[node]))[:_MOST_NODES]
     groups = {node: nodes[node] for node in nodes if node in busiest}
     others = [attempt for node, mine in nodes.items() if node not in busiest for attempt in mine]

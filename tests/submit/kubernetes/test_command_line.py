@@ -120,7 +120,7 @@ def test_submit_detached_status_list_and_stop(operator: Operator, submission: li
     code, text = run("list", "--json")
     (build,) = json.loads(text)["builds"]
     assert (build["name"], build["state"], build["release"]) == ("mine", "running", "s3://mine/builds/releases/llama/1")
-    assert run("stop", "mine") == (0, "mine is asked to end\nmine is gone (was: running)\n")
+    assert run("stop", "mine") == (0, "stopping mine\nmine is gone (was: running)\n")
     assert run("status", "mine")[0] == UnknownSubmissionError.exit_code
 
 
