@@ -1,4 +1,4 @@
-"""Where steps run when there is a Ray cluster: one actor per step, thin around `orchestrator.work`.
+"""Run steps on a Ray cluster: one actor per step, a thin layer around `orchestrator.work`.
 
 The only code that imports ray.
 """
@@ -18,7 +18,7 @@ _PLACE_OF = {"Client": "jobs", "RayCluster": "cluster", "RaySubmission": "jobs"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: a worker needs none of them, and waits for their imports (PEP 562)."""
+    """Import a public name on first access: a worker needs none and would wait for their imports (PEP 562)."""
     if name not in _PLACE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)

@@ -1,7 +1,7 @@
-"""The Cluster protocol on Ray: each attempt in an actor on the node that Placement chose, its events streamed back.
+"""The Cluster protocol on Ray: each attempt runs in an actor on the node chosen by Placement and streams its events back.
 
-Retries are the driver's: actors have none of Ray's own. Ray's would be used up before a lost node is known to be lost. No
-placement group: ranks are built independently. Only JSON of a few kilobytes travels through Ray.
+The driver retries; actors have none of Ray's retries, which would be used up before a lost node is known to be lost. No placement
+group is needed, because ranks are built independently. Only JSON of a few kilobytes travels through Ray.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from orchestrator.work.scratch import remove_dead
 
 _OBJECT_STORE_BYTES = 200 * 10**6
 _WAIT_SECONDS = 0.5
-"""One look at the streams; an interrupt is answered between two, and new nodes are seen."""
+"""Timeout of one wait for the streams. Interrupts and new nodes are noticed in between."""
 _ANSWER_SECONDS = 10.0
-"""How long the head may take to accept a connection."""
+"""Longest wait for the head to accept a connection."""
 _PATIENCE_SECONDS = 60.0
-"""A worker that has not begun by then is tried on another node."""
+"""Time after which a worker that has not begun is tried on another node."""
 _EVIDENCE_SECONDS = 5.0
-"""How long the report of a dead worker waits for what its node knows of it."""
+"""Longest wait of a dead worker's failure for evidence from its node."""
 _LOOK_SECONDS = 0.25
-"""Between two looks at what time and nodes decide."""
+"""Interval of the checks that depend on time and nodes."""
 _DEMAND_SECONDS = 5.0
 _DYING_SECONDS = 1.0
 _WORKER_NAME = "ray::"
-"""How the command line of a worker begins."""
+"""Beginning of a worker's command line."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Attempt:
     worker: Worker
     since: float
     began: float | None = None
-    """When the worker said its first word."""
+    """Time of the worker's first message. None: it has not begun."""
     facts: WorkerFacts | None = None
 
 
@@ -72,7 +72,7 @@ class RayCluster:
         if self._owns_ray:
             try:
                 _connect(spec)
-            except BaseException as error:  # nobody else knows of what has been started
+            except BaseException as error:  # nobody else knows of the started processes
                 if not isinstance(error, Interrupted | SystemExit):
                     ray.shutdown()
                 raise
@@ -80,9 +80,9 @@ class RayCluster:
         self._placement = Placement(spec)
         self._workers = Workers(spec.threads_per_step)
         self._attempts: dict[Any, _Attempt] = {}
-        """By Ray's generator of the attempt."""
+        """Attempts by Ray's generator of their messages."""
         self._inquests: dict[Any, tuple[StepFailed, float]] = {}
-        """By the reference of a task that looks for evidence: the event that waits for it, and until when."""
+        """Failures that wait for evidence, with the deadline, by reference of the task that looks for it."""
         self._looked_at = 0.0
         self._known: Set[str] = set()
         self._asked_at = 0.0
@@ -118,16 +118,16 @@ class RayCluster:
                 _demand([])
         interrupted = isinstance(sys.exc_info()[1], Interrupted)
         if interrupted:
-            # The program leaves in a moment, and ends what it has started: Ray's own end takes seconds, and crashes at times.
+            # The program is about to end and kills its processes: Ray's own shutdown takes seconds and sometimes crashes.
             end_descendants(_WORKER_NAME, _DYING_SECONDS)
         elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
-        if self._owns_ray and self._spec.address is None:  # its workers were of this machine, and have ended
+        if self._owns_ray and self._spec.address is None:  # the workers were on this machine and have ended
             with contextlib.suppress(OSError):
                 remove_dead(scratch_root(self._spec.scratch), _DYING_SECONDS if interrupted else 0.0)
 
     def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
-        """Ask every node in a small task of its own. A node that is silent too long is one with an error."""
+        """Ask every node in a small task. A node without an answer in time gets an error."""
         environment = {"env_vars": worker_environment(1, gpu=False)}
         asked = {}
         for node in self._watch.nodes:
@@ -159,7 +159,7 @@ class RayCluster:
             return NodeFacts(node="", error=lines[-1].strip() if lines else type(error).__name__)
 
     def _begin(self) -> None:
-        """Place what may begin now."""
+        """Start the steps that may begin now."""
         if self._closed or not self._placement.num_waiting:
             return
         self._placement.update(self._watch.nodes)
@@ -170,7 +170,7 @@ class RayCluster:
             self._attempts[stream] = _Attempt(placed, worker, now)
 
     def _look_after(self) -> list[AnyEvent]:
-        """What time and the nodes have decided: steps that leave a node, that wait for nothing, evidence that does not come."""
+        """Check time and nodes: steps to move off a node, steps that wait in vain, evidence that does not arrive."""
         now, nodes = self.now(), {node.node_id: node for node in self._watch.nodes}
         self._placement.update(nodes.values())
         self._workers.sweep(now, {node.node_id for node in nodes.values() if node.leaves_at is not None})
@@ -196,7 +196,7 @@ class RayCluster:
         return found
 
     def _look_after_waiting(self, stream: Any, attempt: _Attempt, now: float, *, stays: bool) -> list[AnyEvent]:
-        """A worker that has not begun: its node may have gone, or other people's work may fill it."""
+        """Check a worker that has not begun: its node may be gone, or full of other work."""
         step, waited = attempt.placed.task.step, now - attempt.since
         other = waited > _PATIENCE_SECONDS and self._placement.has_other(step, attempt.placed.node.node_id)
         if not stays or other:
@@ -204,7 +204,7 @@ class RayCluster:
             self._placement.put_back(step.digest, now, avoid=stays)
         elif waited > self._spec.schedule_timeout_seconds:
             self._drop(stream)
-            message = f"did not begin on {attempt.placed.node.name} for {waited:.0f} s: other work holds what it needs"
+            message = f"did not begin on {attempt.placed.node.name} for {waited:.0f} s: other work holds the resources"
             failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=message)
             self._placement.end(step.digest, now, failure)
             return [StepFailed(digest=step.digest, failure=failure)]
@@ -232,7 +232,7 @@ class RayCluster:
         return [event for item in ready for event in (self._next(item) if item in self._attempts else [self._conclude(item)])]
 
     def _next(self, stream: Any) -> list[AnyEvent]:
-        """Take in what a worker says next."""
+        """Receive the next messages of a worker."""
         attempt = self._attempts[stream]
         try:
             messages: list[Message] = ray.get(next(stream))
@@ -251,7 +251,7 @@ class RayCluster:
         return found
 
     def _finish(self, stream: Any, event: AnyEvent, resting_bytes: int) -> None:
-        """The step has ended; a worker where it failed is not used again."""
+        """End an attempt. A worker whose step failed is not used again."""
         failure = event.failure if isinstance(event, StepFailed) else None
         worker = self._attempts.pop(stream).worker
         if failure is None:
@@ -261,11 +261,11 @@ class RayCluster:
         self._placement.end(event.digest, self.now(), failure)
 
     def _drop(self, stream: Any) -> None:
-        """End the worker of an attempt; nothing more is heard of it."""
+        """End the worker of an attempt, and ignore it from now on."""
         self._workers.end(self._attempts.pop(stream).worker)
 
     def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> list[AnyEvent]:
-        """The stream ended without a final event."""
+        """Handle a stream that ended without a final event."""
         digest, node = attempt.placed.task.step.digest, attempt.placed.node
         self._drop(stream)
         alive = any(other.node_id == node.node_id for other in self._watch.nodes)
@@ -278,7 +278,7 @@ class RayCluster:
         return []
 
     def _conclude(self, reference: Any) -> StepFailed:
-        """The failure with what its node knows of the worker."""
+        """Return the failure with its node's evidence about the worker."""
         event, _ = self._inquests.pop(reference)
         try:
             evidence: Evidence = ray.get(reference)
@@ -287,12 +287,12 @@ class RayCluster:
         return self._ended(event.model_copy(update={"failure": with_evidence(event.failure, evidence)}))
 
     def _ended(self, event: StepFailed) -> StepFailed:
-        """A lost worker's room is free from here on: what it was lost for decides how many may run on its node."""
+        """Free a lost worker's room. The cause of the loss decides how many steps its node may run."""
         self._placement.end(event.digest, self.now(), event.failure)
         return event
 
     def _ask_for_nodes(self, now: float) -> None:
-        """Tell an autoscaler what steps wait for; without one it is told to nobody."""
+        """Report the demand of waiting steps to an autoscaler; without one, the report has no effect."""
         if now - self._asked_at < _DEMAND_SECONDS:
             return
         self._asked_at = now
@@ -305,16 +305,16 @@ class RayCluster:
 def _demand(bundles: list[dict[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
-    with contextlib.suppress(Exception):  # a hint: the build goes on without
+    with contextlib.suppress(Exception):  # only a hint: the build continues without it
         request_resources(bundles=bundles)
 
 
 def _check_answers(address: str) -> None:
-    """Refuse at once what Ray would try for minutes. Raises ClusterError."""
+    """Fail at once where Ray would retry for minutes. Raises ClusterError."""
     given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = given.rpartition(":")
     if "/" in given or not host or not port.isdecimal():
-        return  # a URL, or nothing: Ray looks for itself
+        return  # a URL, or empty: Ray finds the cluster
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -325,7 +325,7 @@ def _check_answers(address: str) -> None:
 
 
 def _connect(spec: ClusterSpec) -> None:
-    # Ray 2.60 decides by itself when this is unset, and then differs between nodes.
+    # If unset, Ray 2.60 chooses a value that may differ between nodes.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

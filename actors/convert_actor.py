@@ -1,4 +1,4 @@
-"""Cuts one layer group of the source for all tensor-parallel ranks of a stage. CPU only."""
+"""Actor that converts one layer group of the source for all tensor-parallel ranks of a stage. CPU only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles one rank. With backend `tensorrt` it holds a GPU of the target type; with `tensorrt_rtx` it needs none."""
+"""Actor that compiles one rank. Backend `tensorrt` holds a GPU of the target type; `tensorrt_rtx` needs none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from orchestrator.planning.steps import Kind
 
 
 class EngineActor(StepActor):
-    """Runs orchestrator.work.build.step, and orchestrator.work.convert.step for the next stage between the engines of two."""
+    """Runs orchestrator.work.build.step, and between the engines of two stages orchestrator.work.convert.step for the next."""
 
     kinds = (Kind.BUILD,)
     also = (Kind.CONVERT,)

@@ -1,4 +1,4 @@
-"""What Ray's exceptions mean: whose fault, and what was lost.
+"""Causes of Ray's exceptions.
 
 Listed one by one: a lost node or memory is no subclass of RayActorError, and an exception of our own code arrives as RayError too.
 """
@@ -26,16 +26,16 @@ _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (
     (exceptions.RuntimeEnvSetupError, Cause.WORKER),
     (exceptions.ObjectLostError, Cause.WORKER),
     (exceptions.RpcError, Cause.NODE),
-    (exceptions.ActorUnavailableError, Cause.NODE),  # it does not answer: its node may be dead before the cluster knows
+    (exceptions.ActorUnavailableError, Cause.NODE),  # no answer: the node may be dead before the cluster knows
     (exceptions.RayActorError, Cause.WORKER),
 )
 _MEMORY_WORDS = ("running low on memory",)
-"""Of Ray's memory monitor. Of every killed worker it is said that the kernel's OOM killer may have done it."""
+"""Words of Ray's memory monitor. Ray mentions the kernel's OOM killer for every killed worker, so those words prove nothing."""
 _NODE_WORDS = ("node has died", "node died", "node was terminated", "node failure", "marked dead", "expected termination: node")
 
 
 def failure_of(error: BaseException, node: Node, *, alive: bool, drained: bool) -> Failure:
-    """The record of an attempt whose stream ended with `error`. `alive`, `drained`: what the cluster says of the node now."""
+    """Return the failure of an attempt whose stream ended with `error`. `alive`, `drained`: the cluster's view of the node now."""
     if isinstance(error, exceptions.RayTaskError):
         return _own(error, node)
     if isinstance(error, exceptions.TaskCancelledError):
@@ -53,7 +53,7 @@ def failure_of(error: BaseException, node: Node, *, alive: bool, drained: bool) 
 
 
 def with_evidence(failure: Failure, evidence: Evidence) -> Failure:
-    """The record of a lost worker with what its node knows of it: Ray does not tell a worker killed for memory from another."""
+    """Add its node's evidence to the failure of a lost worker: Ray does not report whether memory was the cause."""
     update: dict[str, object] = {"worker_log": evidence.worker_log, "kernel": evidence.kernel}
     if evidence.kernel and failure.cause is not Cause.MEMORY:
         killed = f"the worker on {failure.node} was killed for memory by the kernel"
@@ -62,7 +62,7 @@ def with_evidence(failure: Failure, evidence: Evidence) -> Failure:
 
 
 def _own(error: exceptions.RayTaskError, node: Node) -> Failure:
-    """Raised inside the actor, outside of the step: ours, unless memory, disk or network lie under it."""
+    """Return the failure of an error inside the actor but outside of the step: ours, unless memory, disk or network caused it."""
     raised = error.cause if isinstance(error.cause, BaseException) else error
     cause = cause_of(raised)
     kind = FailureKind.APPLICATION if cause is Cause.UNKNOWN else FailureKind.INFRASTRUCTURE

@@ -1,6 +1,6 @@
-"""Ray's job API as the few calls that submissions need, each request with a time limit and each failure an error of ours.
+"""Ray's job API, reduced to the calls that submissions need. Each request has a time limit, each failure is an error of ours.
 
-The only place that knows Ray's SDK for jobs. It polls; Ray's own way of following a log ends builds that are well.
+The only place that knows Ray's SDK for jobs. It polls, because Ray's own log streaming ends healthy builds.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ _ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubern
 
 
 class DuplicateJobError(Exception):
-    """A job of this id exists: somebody else submitted it in this moment. The client attaches; no user ever sees it."""
+    """A job of this id exists: another process has just submitted it. The client attaches; no user ever sees this error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What Ray knows of a submitted job."""
+    """A submitted job as Ray reports it."""
 
     id: str
     state: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str = ""
-    """Ray's own words; for a failed one with the end of its log."""
+    """Message of Ray; for a failed job, with the end of its log."""
     error_type: str = ""
     exit_code: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     submitted_at: float | None = None
-    """Unix seconds, by the cluster's clock."""
+    """Submission time in Unix seconds, by the cluster's clock."""
     ended_at: float | None = None
     node: str = ""
     """Ray's id of the driver's node."""
@@ -70,17 +70,17 @@ class Job:
 
     @property
     def never_started(self) -> bool:
-        """Ray could not run its driver at all."""
+        """Whether Ray could not run the driver at all."""
         return self.error_type in _NEVER_STARTED
 
     @property
     def end_signal(self) -> str:
-        """Name of the signal that ended the driver; empty: none did."""
+        """Name of the signal that ended the driver; empty: no signal did."""
         return signal.Signals(-self.exit_code).name if self.exit_code is not None and self.exit_code < 0 else ""
 
     @property
     def build_exit_code(self) -> int | None:
-        """As following the build ends: a driver that was killed or crashed is a lost one. None while it runs."""
+        """Exit code that following the build returns: a killed or crashed driver counts as lost. None while it runs."""
         if not self.ended:
             return None
         if self.state == "SUCCEEDED":
@@ -95,14 +95,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class NodeOffer:
-    """What a node has in all, held or free."""
+    """Total resources of a node, held or free."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
 
 
 class JobApi(Protocol):
-    """What submissions ask of a cluster. Raises UnreachableError, AuthenticationError, UnknownSubmissionError."""
+    """Calls of submissions to a cluster. Raises UnreachableError, AuthenticationError, UnknownSubmissionError."""
 
     @property
     def address(self) -> str: ...
@@ -118,11 +118,11 @@ class JobApi(Protocol):
     def job(self, job_id: str) -> Job: ...
 
     def log(self, job_id: str) -> str:
-        """All that the job has printed so far."""
+        """Return everything that the job has printed so far."""
         ...
 
     def stop(self, job_id: str) -> bool:
-        """Ask it to end; False: it had ended. A pending one ends when it starts."""
+        """Request the job's end; False when it has already ended. A pending job ends when it starts."""
         ...
 
     def nodes(self) -> list[NodeOffer]: ...
@@ -135,9 +135,9 @@ class RayJobApi:
         """Connect. `address`: http(s)://HOST:PORT of the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
         The token is taken from RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names. Raises UnreachableError, and
-        AuthenticationError, also when it would have to be asked without a token over the open internet.
+        AuthenticationError, also when the request would go over the open internet without a token.
         """
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # they tell of every upload
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # they log every upload
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = _url_of(address)
         token = _token()
@@ -192,10 +192,10 @@ class RayJobApi:
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
-    """Ray's, but every request has a time limit, and the address that was given is the address."""
+    """Ray's client, with a time limit for every request, and always at the given address."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
-        SubmissionClient.__init__(self, address=url, headers=headers)  # the SDK's own lets RAY_ADDRESS win over its argument
+        SubmissionClient.__init__(self, address=url, headers=headers)  # the SDK's own lets RAY_ADDRESS override its argument
         self._client_ray_version = ray.__version__
         self._check_connection_and_version(min_version="2.52")
 
@@ -226,7 +226,7 @@ def _job(details: Any) -> Job:
 
 @contextlib.contextmanager
 def _errors(address: str, job_id: str = "") -> Iterator[None]:
-    """What requests and the SDK raise, as errors of ours."""
+    """Turn exceptions of requests and the SDK into our errors."""
     import requests
     from ray.exceptions import AuthenticationError as RayAuthenticationError
 
@@ -244,16 +244,16 @@ def _errors(address: str, job_id: str = "") -> Iterator[None]:
 
 
 def refusal(address: str, job_id: str, text: str) -> Exception:
-    """What an answer of Ray that is no success means."""
+    """Return the error for an unsuccessful answer of Ray."""
     status, _, said = text.removeprefix("Request failed with status code ").partition(": ")
     said = said.strip().splitlines()[-1] if said.strip() else text
     if status == "404" and job_id:
-        return UnknownSubmissionError(f"{address} knows no job {job_id}", "`orchestrator list` names those that it knows.")
+        return UnknownSubmissionError(f"{address} has no job {job_id}", "`orchestrator list` shows its jobs.")
     if "No available agent" in text:
         return UnreachableError(
             f"{address} answers, but no node's agent takes the job",
-            "Where Ray has just started, try again. Else dashboard_agent.log in Ray's log folder says why; a second Ray on a "
-            "machine needs a --dashboard-agent-listen-port of its own.",
+            "If Ray has just started, try again. Else see dashboard_agent.log in Ray's log folder; a second Ray on a "
+            "machine needs a different --dashboard-agent-listen-port.",
         )
     if status.startswith("5") and "already exists" not in text:
         return UnreachableError(f"{address} failed to answer ({status}): {said}")
@@ -262,7 +262,7 @@ def refusal(address: str, job_id: str, text: str) -> Exception:
 
 def _reason(error: BaseException) -> str:
     text = str(error)
-    if text.startswith("Failed to connect"):  # the SDK's own words, which say the address again
+    if text.startswith("Failed to connect"):  # the SDK's own text, which repeats the address
         return "no connection"
     return next((known for known in ("Connection refused", "timed out", "Name or service not known") if known in text), text)
 
@@ -277,22 +277,22 @@ def _token() -> str | None:
 
 
 def _url_of(address: str | None) -> str:
-    """The URL of the job API. Raises UnreachableError."""
+    """Return the URL of the job API. Raises UnreachableError."""
     given = address or next((value for name in _ADDRESS_VARIABLES if (value := os.environ.get(name))), None)
     if given is None:
-        raise UnreachableError("no cluster was named", f"Pass --address, or set {' or '.join(_ADDRESS_VARIABLES)}. {_ADVICE}")
+        raise UnreachableError("no cluster was given", f"Pass --address, or set {' or '.join(_ADDRESS_VARIABLES)}. {_ADVICE}")
     if given.startswith(("http://", "https://")):
         return given.rstrip("/")
     if address is not None and "://" not in address and address != "auto":
         return f"http://{address}".rstrip("/")
-    try:  # the address of the cluster itself, as inside a job: Ray knows where its dashboard is
+    try:  # the cluster's own address, as inside a job: Ray knows its dashboard
         return str(get_address_for_submission_client(given))
     except Exception as error:
         raise UnreachableError(f"no Ray cluster answers at {given}: {_reason(error)}", _ADVICE) from None
 
 
 def check_open(url: str, has_token: bool) -> None:
-    """Refuse what would let anybody on the way run code on the cluster. Raises AuthenticationError, UnreachableError."""
+    """Refuse connections that let anyone on the network run code there. Raises AuthenticationError, UnreachableError."""
     parts = urlsplit(url)
     if parts.scheme != "http" or has_token or parts.hostname is None:
         return
@@ -309,7 +309,7 @@ def check_open(url: str, has_token: bool) -> None:
 
 
 def is_here(url: str) -> bool:
-    """Whether the address is of this machine's loopback; what lies on this machine then lies on the head."""
+    """Whether the address is this machine's loopback, so that local files exist on the head too."""
     host = urlsplit(url).hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -318,11 +318,11 @@ def is_here(url: str) -> bool:
 
 
 def unmet(driver: DriverSpec, nodes: list[NodeOffer]) -> str:
-    """Why a driver waits: what no node has, or that those which could take it are busy."""
+    """Return why a driver waits: no node has the resources, or nodes that have them are busy."""
     wanted = {"CPU": driver.cpus, "memory": float(driver.memory), **driver.resources}
     asked = [f"{amount:g} {name}" for name, amount in wanted.items() if amount]
     asked += [f"{name}: {value}" for name, value in driver.labels.items()]
     for node in nodes:
         if selects(driver.labels, node.labels) and all(node.resources.get(name, 0) >= amount for name, amount in wanted.items()):
-            return f"a node has what the driver asks for ({', '.join(asked) or 'nothing'}), but others hold it"
+            return f"a node has what the driver asks for ({', '.join(asked) or 'nothing'}), but other work holds it"
     return f"none of {len(nodes)} nodes has what the driver asks for: {', '.join(asked)}"

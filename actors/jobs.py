@@ -1,4 +1,4 @@
-"""Builds on a Ray cluster, handed over: submit, follow, stop, find again.
+"""Builds submitted to a Ray cluster: submit, follow, stop, find again.
 
     from actors import Client
 
@@ -6,9 +6,9 @@
     for event in submission.events(): ...
     print(submission.result().manifest)
 
-A build has one id. A second submission of it attaches to the job that runs or has succeeded; after one that failed or was stopped
-it gets a job of its own, `<id>-2` and so on: Ray takes no id twice, says that ids of deleted jobs must not be used again, and a
-failed job's log is worth keeping. Nothing secret travels: the driver finds its credentials on its node.
+A build has one id. A second submission attaches to the job that runs or has succeeded. After a failed or stopped job it gets a new
+one, `<id>-2` and so on: Ray accepts each id once, even of deleted jobs, and a failed job's log is worth keeping. Nothing secret
+travels: the driver finds its credentials on its node.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from orchestrator.submit.bundle import ENTRYPOINT, bundle, expected_on_nodes, pa
 from orchestrator.submit.protocol import Clock, Existing, Patience, decide
 
 START_SECONDS = 900.0
-"""How long a job may be pending; an autoscaler needs minutes."""
+"""Longest time that a job may be pending; an autoscaler needs minutes."""
 _PATIENCE_SECONDS = 600.0
-"""How long a cluster may not answer before following it is given up; the build itself goes on."""
+"""Longest time without an answer of the cluster before following ends; the build itself continues."""
 _POLL_SECONDS = 1.0
 _POLL_SHARE = 10
-"""A poll brings the whole log: it is asked for again after so many times what it took."""
+"""Ratio of the pause between polls to the duration of a poll: each poll transfers the whole log."""
 _LOG_TRIES = 5
 _MARK, _DRIVER = "trt-orchestrator", "driver"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a submission does about the jobs that the cluster knows."""
+    """Decision of a submission about the existing jobs."""
 
     job_id: str
     attach: bool
-    """The job is there; False: it is to be submitted."""
+    """True: attach to the job. False: submit it."""
     withdraw: str = ""
-    """A pending job that waits for another place than is asked for now."""
+    """Id of a pending job to withdraw, because it waits for another place than requested now; empty: no job."""
 
 
 def choose(build: str, driver: DriverSpec, jobs: Sequence[Job]) -> Choice:
-    """What `decide` says of the build's last job; one that is not attached to is followed by the next number."""
+    """Choose by `decide` and the build's last job. A job that is not attached to is followed by the next number."""
     pattern = re.compile(rf"{re.escape(build)}(?:-([0-9]+))?")
     known = {int(match[1] or 1): job for job in jobs if (match := pattern.fullmatch(job.id))}
     if not known:
@@ -80,7 +80,7 @@ def _place_of(driver: DriverSpec) -> str:
 
 
 class Client:
-    """A cluster that builds are handed over to."""
+    """A cluster to submit builds to."""
 
     def __init__(self, address: str | None = None, *, api: JobApi | None = None, clock: Clock | None = None) -> None:
         """Connect to the head's dashboard; see RayJobApi for `address` and errors. `api` and `clock`: for tests."""
@@ -91,17 +91,17 @@ class Client:
     def submit(
         self, spec: BuildSpec, cluster_spec: ClusterSpec, *, driver: DriverSpec | None = None, start_seconds: float = START_SECONDS
     ) -> RaySubmission:
-        """Hand a build over, or attach to the job that it has already.
+        """Submit a build, or attach to its existing job.
 
-        `driver` replaces that of the cluster file. Raises SpecError for a cluster file that is not of Ray, SourceMissingError for
-        a named file that is not here, UnreachableError, AuthenticationError, ClusterError.
+        `driver` replaces that of the cluster file. Raises SpecError for a cluster file of another kind than ray,
+        SourceMissingError for a named file that is missing here, UnreachableError, AuthenticationError, ClusterError.
         """
         if cluster_spec.kind != "ray":
-            raise SpecError(f"the cluster file is of kind {cluster_spec.kind}, and this is a Ray cluster", "Write kind: ray in it.")
+            raise SpecError(f"the cluster file is of kind {cluster_spec.kind}, but this is a Ray cluster", "Set kind: ray in it.")
         where = driver or cluster_spec.driver
         packed = pack(spec)
         build = submission_id(packed.spec, cluster_spec)
-        for _ in range(3):  # others may submit the same build in this moment
+        for _ in range(3):  # others may submit the same build at the same time
             choice = choose(build, where, self._api.jobs())
             if choice.withdraw:
                 self._api.stop(choice.withdraw)
@@ -114,21 +114,21 @@ class Client:
                 self._api, choice.job_id, self._clock, start_seconds, where,
                 attached=choice.attach, warnings=self._warnings(packed.spec, cluster_spec),
             )  # fmt: skip
-        raise ClusterError(f"others submit {build} again and again", "Look at `orchestrator list`.")
+        raise ClusterError(f"other processes keep submitting {build}", "Look at `orchestrator list`.")
 
     def attach(self, job_id: str, *, start_seconds: float = START_SECONDS) -> RaySubmission:
-        """A submission by its id, from any machine. Raises UnknownSubmissionError."""
+        """Return a submission by its id, from any machine. Raises UnknownSubmissionError."""
         job = self._api.job(job_id)
         driver = DriverSpec.model_validate_json(job.metadata.get(_DRIVER, "{}"))
         return RaySubmission(self._api, job_id, self._clock, start_seconds, driver, attached=True)
 
     def list(self) -> list[Job]:
-        """The builds that were handed over to this cluster, oldest first."""
+        """Return the builds submitted to this cluster, oldest first."""
         found = [job for job in self._api.jobs() if _MARK in job.metadata]
         return sorted(found, key=lambda job: job.submitted_at or 0.0)
 
     def _send(self, job_id: str, spec: BuildSpec, files: dict[str, Path], cluster_spec: ClusterSpec, driver: DriverSpec) -> None:
-        inside = cluster_spec.model_copy(update={"address": "auto"})  # the driver belongs to the cluster that runs it
+        inside = cluster_spec.model_copy(update={"address": "auto"})  # the driver runs inside its cluster
         release = release_prefix(spec.release.name, spec.release.version)
         metadata = {
             _MARK: importlib.metadata.version(_MARK),
@@ -165,18 +165,18 @@ class RaySubmission:
         self._followed = False
 
     def status(self) -> Job:
-        """What Ray says of the job now."""
+        """Return the job as Ray reports it now."""
         return self._api.job(self.id)
 
     def logs(self) -> str:
-        """All that the driver has printed so far."""
+        """Return everything that the driver has printed so far."""
         return self._api.log(self.id)
 
     def events(self, timeout_seconds: float | None = None) -> Iterator[BuildEvent]:
-        """See Followed. Polls that fail are made again for minutes.
+        """See Followed. Failed polls are repeated for minutes.
 
         Raises NotStartedError when the job is pending for too long, UnreachableError when the cluster does not answer for minutes,
-        DriverLostError when it has forgotten the job, TimeoutError after `timeout_seconds`.
+        DriverLostError when the cluster no longer has the job, TimeoutError after `timeout_seconds`.
         """
         self._log = LogReader()
         for piece in self._pieces(timeout_seconds):
@@ -184,7 +184,7 @@ class RaySubmission:
         yield from self._log.close()
 
     def lines(self) -> Iterator[str]:
-        """All lines of the log, as they come; else as `events`."""
+        """Yield all lines of the log as they arrive. Raises as `events`."""
         self._log = LogReader()
         begun = ""
         for piece in self._pieces(None):
@@ -196,7 +196,7 @@ class RaySubmission:
             yield begun
 
     def _pieces(self, timeout_seconds: float | None) -> Iterator[str]:
-        """What the log gains from poll to poll, until the job has ended."""
+        """Yield the log's growth from poll to poll, until the job has ended."""
         began, read, patience = self._clock.now(), 0, Patience(self._clock, _PATIENCE_SECONDS)
         while True:
             asked = self._clock.now()
@@ -225,7 +225,7 @@ class RaySubmission:
                 pass
         job, said = self.status(), self._log.last_word
         if said is None and job.state == "SUCCEEDED":
-            return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, the release is not
+            return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, but the release is not
         if said is None and job.never_started:
             raise NotStartedError(f"{self.id} could not start: {_first_line(job.message)}")
         reason = self._log.tail or _first_line(job.message)
@@ -236,9 +236,9 @@ class RaySubmission:
         return conclude(said, stopped=job.state == "STOPPED", where=self.id, reason=reason)
 
     def cancel(self, wait_seconds: float | None = None) -> Job:
-        """Ask the driver to end cleanly and wait until it has; what is committed stays. Returns what Ray says then.
+        """Request a clean end of the driver and wait for it. Committed steps stay. Returns the job as Ray reports it then.
 
-        A job that is still pending afterwards is withdrawn: it ends as soon as it is started.
+        A job that is still pending afterwards is withdrawn: it ends as soon as it starts.
         """
         self._api.stop(self.id)
         end = self._clock.now() + (self._driver.stop_seconds + 15.0 if wait_seconds is None else wait_seconds)
@@ -253,7 +253,7 @@ class RaySubmission:
             raise DriverLostError(f"{self._api.address} has forgotten {self.id}: its head was replaced") from None
 
     def _log_of(self, job: Job) -> str:
-        """The log; of a job that has ended, when it cannot be had for some seconds, what Ray kept of it."""
+        """Return the log; for an ended job whose log cannot be read for some seconds, the end that Ray kept."""
         for _ in range(_LOG_TRIES if job.ended else 0):
             try:
                 return self.logs()
@@ -270,10 +270,10 @@ class RaySubmission:
             reason = job.message
         raise NotStartedError(
             f"{self.id} has not started in {self._start_seconds:g} s: {reason}",
-            "It still waits, and starts when it can. `orchestrator stop` withdraws it; submit again with another `driver:` in the "
-            "cluster file to place it elsewhere.",
+            "It still waits, and starts when it can. `orchestrator stop` withdraws it. To place it elsewhere, submit again with "
+            "another `driver:` in the cluster file.",
         )
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "nothing is known of it"
+    return text.strip().splitlines()[0] if text.strip() else "no reason is known"

@@ -1,6 +1,6 @@
-"""A build's counters for Prometheus, exported by Ray on the driver's node: what is counted, under which names.
+"""A build's counters for Prometheus, exported by Ray on the driver's node.
 
-Seconds are counters and no histograms: the sums of Ray's histograms are made of bucket middles. An average is
+Seconds are counters, not histograms, because the sums of Ray's histograms consist of bucket middles. An average is
 rate(seconds) / rate(steps).
 """
 
@@ -22,17 +22,17 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "trt_build_retries_total": ("Attempts beyond the first.", ("release", "kind")),
     "trt_build_failures_total": ("Attempts that failed, by class.", ("release", "kind", "failure", "cause", "error")),
 }
-"""By name: what it counts, and its labels."""
+"""Description and labels of each counter, by name."""
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trt_build_steps_pending": ("Steps that have not succeeded yet.", ("release",)),
     "trt_build_steps_running": ("Attempts that run.", ("release",)),
 }
 PREFIX = "ray_"
-"""Ray puts it before every name."""
+"""Prefix that Ray adds to every name."""
 
 
 class Metrics:
-    """Takes a build's events. Ray is asked for its metrics when the first step begins: it is connected by then."""
+    """Counts a build's events. Ray's metrics are created when the first step begins: Ray is connected by then."""
 
     def __init__(self, make: Callable[[str], Any] | None = None) -> None:
         self._make = make or _ray_metric

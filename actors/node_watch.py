@@ -1,4 +1,4 @@
-"""Which nodes are alive and which are being taken back, asked in a thread: while the head is away the answer takes its time."""
+"""Watch live and draining nodes from a thread: while the head is away, its answers take long."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PERIOD_SECONDS = 0.5
 
 
 class NodeWatch:
-    """The last answer stands until there is a new one."""
+    """Nodes of the last answer, until the next one arrives."""
 
     def __init__(self) -> None:
         self.nodes: tuple[Node, ...] = read_nodes()
         self.drained: set[str] = set()
-        """Ids of nodes that were seen to be taken back, dead ones too."""
+        """Ids of nodes that were seen draining, dead ones too."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="node watch", daemon=True)
         self._thread.start()
@@ -32,13 +32,13 @@ class NodeWatch:
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_SECONDS):
-            with contextlib.suppress(Exception):  # the head may be away: what was known stays known
+            with contextlib.suppress(Exception):  # the head may be away: the last answer stays
                 self.nodes = read_nodes()
                 self.drained.update(node.node_id for node in self.nodes if node.leaves_at is not None)
 
 
 def read_nodes() -> tuple[Node, ...]:
-    """The nodes that are alive."""
+    """Return the live nodes."""
     leaving = draining_nodes()
     return tuple(_node(found, leaving) for found in ray.nodes() if found["Alive"])
 
@@ -51,15 +51,15 @@ def _node(found: Mapping[str, Any], leaving: Mapping[str, float]) -> Node:
 
 
 def node_name(host: str, node_id: str) -> str:
-    """The host's name and the start of Ray's node id, which tells apart nodes of one host."""
+    """Return the host's name with the start of Ray's node id, which distinguishes nodes of one host."""
     return f"{host}/{node_id[:6]}"
 
 
 def draining_nodes() -> dict[str, float]:
-    """When nodes that are being taken back will be gone: seconds since 1970 by node id, infinite when nobody says.
+    """Return when draining nodes will be gone: seconds since 1970 by node id, infinite when unknown.
 
-    Ray has no public call for it (Ray Serve and Ray Train use this one): where it is missing no node is known to leave, and
-    the end of a node is a failure like any other.
+    Ray has no public call for this (Ray Serve and Ray Train use the same one). Where it is missing, no node is known to be
+    draining, and the end of a node is a failure like any other.
     """
     try:
         from ray._private.worker import global_worker

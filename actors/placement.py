@@ -1,7 +1,7 @@
-"""Which waiting step begins on which node of the cluster: a decision without Ray, clock or threads.
+"""Decide which waiting step begins on which node. No Ray, clock or threads.
 
-Ray would queue actors by itself, but in no order of ours, on nodes that are being taken back, and as many at once as its
-numbers allow even after one of them was killed for memory. So each actor is pinned to the node that was chosen here.
+Ray would queue actors too, but not in the plan's order, also on draining nodes, and as many at once as its numbers allow even after
+a node ran out of memory. So each actor is pinned to the node that is chosen here.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from orchestrator.run.labels import selects
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 _SUSPECT_SECONDS = 30.0
-"""A node that lost a worker may be dead before the cluster knows: others are preferred for so long."""
+"""Time for which other nodes are preferred to one that lost a worker: it may be dead before the cluster knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node that is alive, as the cluster describes it."""
+    """A live node as the cluster describes it."""
 
     node_id: str
     name: str
     capacity: Resources
     labels: Mapping[str, str] = field(default_factory=dict)
     leaves_at: float | None = None
-    """It is being taken back: seconds since 1970, infinite when nobody says when. None: it stays."""
+    """End of a draining node: seconds since 1970, infinite when unknown. None: the node stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A step that may begin now, where, and what it holds there."""
+    """A step that may begin now, with its node and resources."""
 
     task: Task
     node: Node
@@ -43,13 +43,13 @@ class Placed:
 class _Waiting:
     task: Task
     alike: str
-    """The same for steps that fit wherever one of them fits."""
+    """Equal for steps that fit on the same nodes."""
     since: float
-    """When it was added, or when it could last have been placed on an empty node."""
+    """When the step was added, or could last have been placed on an empty node."""
 
 
 class Placement:
-    """A queue in the order that tasks state, then of arrival, in which a step that fits may pass one that does not."""
+    """Queue of tasks in their stated order, then by arrival. A step that fits may pass one that does not."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._spec = spec
@@ -59,11 +59,11 @@ class Placement:
         self._waiting: dict[str, _Waiting] = {}
         self._held: dict[str, Placed] = {}
         self._avoided: dict[str, set[str]] = {}
-        """By digest: nodes where the step failed."""
+        """Nodes where the step failed, by its digest."""
         self._suspect: dict[str, float] = {}
-        """By node: until when."""
+        """End of a node's time as suspect, by node."""
         self._limits: dict[str, int] = {}
-        """By node: steps at once, after one of them was killed for memory."""
+        """Largest number of simultaneous steps by node, after a worker there was killed for memory."""
 
     @property
     def num_waiting(self) -> int:
@@ -78,15 +78,15 @@ class Placement:
             self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].task.order))
 
     def update(self, nodes: Iterable[Node]) -> None:
-        """The nodes that are alive now."""
+        """Set the live nodes."""
         self._nodes = {node.node_id: node for node in nodes}
 
     def learn(self, facts: Iterable[NodeFacts]) -> None:
-        """What nodes said of themselves; of a node that said nothing everything is believed."""
+        """Take in the nodes' reports. A node without a report is assumed to be fit."""
         self._facts.update({node.node_id: node for node in facts})
 
     def begin(self, now: float) -> Iterator[Placed]:
-        """Take out every step that may begin now; what it holds is held until `end`."""
+        """Remove and yield every step that may begin now. Its resources are held until `end`."""
         full: set[str] = set()
         for digest, waiting in list(self._waiting.items()):
             if waiting.alike in full:
@@ -102,7 +102,7 @@ class Placement:
             yield placed
 
     def end(self, digest: str, now: float, failure: Failure | None = None) -> None:
-        """The step no longer holds anything; a failure is remembered against the node."""
+        """Free the step's resources. A failure counts against the node."""
         placed = self._held.pop(digest, None)
         if placed is None or failure is None:
             return
@@ -116,14 +116,14 @@ class Placement:
             self._limits[node_id] = max(1, min(beside, self._limits.get(node_id, beside)))
 
     def put_back(self, digest: str, now: float, *, avoid: bool) -> None:
-        """A step that was placed and did not begin waits again."""
+        """Queue a step again that was placed but did not begin."""
         placed = self._held.pop(digest)
         self.add(placed.task, now)
         if avoid:
             self._avoided.setdefault(digest, set()).add(placed.node.node_id)
 
     def overdue(self, now: float) -> list[tuple[Task, str]]:
-        """Take out steps that no node could have taken for schedule_timeout_seconds, even an empty one; each with the reason."""
+        """Remove and return steps that no node, even an empty one, could take for schedule_timeout_seconds, with the reasons."""
         found = []
         able: dict[str, bool] = {}
         for digest, waiting in list(self._waiting.items()):
@@ -137,26 +137,26 @@ class Placement:
         return found
 
     def has_other(self, step: Step, node_id: str) -> bool:
-        """Whether a node that stays could take the step instead of this one."""
+        """Whether another node that stays could take the step."""
         return any(node.node_id != node_id for node in self._able(step))
 
     def bundles(self) -> list[dict[str, float]]:
-        """What is held and asked for, one bundle per step: the demand that an autoscaler should know."""
+        """Return the held and requested resources, one bundle per step: the demand for an autoscaler."""
         steps = [placed.task.step for placed in self._held.values()] + [waiting.task.step for waiting in self._waiting.values()]
         return [{"CPU": float(step.resources.cpus), **_gpus(step)} for step in steps]
 
     def _able(self, step: Step) -> Iterator[Node]:
-        """Nodes that stay and could take the step if they were empty."""
+        """Yield the nodes that stay and could take the step if they were empty."""
         return (node for group in self._groups(step) for node in group)
 
     def _groups(self, step: Step) -> Iterator[list[Node]]:
-        """Able nodes by the pool's label selectors, the preferred ones first."""
+        """Yield able nodes by the pool's label selectors, the preferred ones first."""
         pool = self._pool(step)
         for labels in (pool.labels, *pool.fallback):
             yield [node for node in self._nodes.values() if selects(labels, node.labels) and not self._unable(step, node)]
 
     def _unable(self, step: Step, node: Node) -> str:
-        """Why a node could not take a step even if it were empty."""
+        """Return why a node could not take a step even if empty; empty: it could."""
         if node.leaves_at is not None:
             return "is being taken back"
         if node.capacity.cpus < 1:
@@ -167,7 +167,7 @@ class Placement:
         return unfit(facts, step) if facts is not None else ""
 
     def _choose(self, step: Step, now: float) -> Node | None:
-        """Of the first group with room: a node where the step has not failed, not suspected, with the smallest share in use."""
+        """Choose from the first group with room: a node where the step has not failed, not suspect, with the lowest load."""
         avoided = self._avoided.get(step.digest, set())
         for group in self._groups(step):
             room = [node for node in group if self._has_room(step, node)]
@@ -197,7 +197,7 @@ class Placement:
         )
 
     def _wanted(self, step: Step, node: Node) -> Resources:
-        """What the step holds on a node: one that asks for more than there is gets the whole node instead of waiting for ever."""
+        """Return the step's resources on a node: at most the whole node, so that no step waits in vain."""
         asked, limit = step.resources, self._limit(step, node)
         copies = self._remote_store or step.kind not in (Kind.BUILD, Kind.VERIFY)
         return Resources(
@@ -208,7 +208,7 @@ class Placement:
         )
 
     def _limit(self, step: Step, node: Node) -> Resources:
-        """What steps of this kind may hold on a node, all together."""
+        """Return the resources that all steps of this kind together may hold on a node."""
         pool, facts = self._pool(step), self._facts.get(node.node_id)
         free = facts.scratch_free_bytes if facts is not None and facts.scratch_free_bytes else 2**62
         return Resources(

@@ -1,7 +1,7 @@
-"""What a node still knows of a worker that died there: the end of its stderr, and the kernel's word if it was killed for memory.
+"""Evidence about a dead worker on its node: the end of its stderr, and the kernel's records if it was killed for memory.
 
-The kernel's log is the whole machine's, and names processes by their ids there: a worker in a container has another id, and other
-people's processes are killed beside it. So a worker outside of any container is known by its id, one inside by its control group.
+The kernel's log covers the whole machine and names processes by the machine's ids. A worker in a container has another id, and
+unrelated processes are killed beside it. So a worker outside of containers is matched by id, one inside by its control group.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from orchestrator.work.lost import memory_group, oom_kills
 _TAIL_BYTES = 4000
 _RECORD_BYTES = 8192
 _FIRST_PID_SPACE = "pid:[4026531836]"
-"""Of the machine itself: its number is fixed in the kernel."""
+"""Id of the machine's own pid namespace, fixed in the kernel."""
 _VICTIM = re.compile(r"oom-kill:.*task_memcg=(?P<group>[^,]*),.*\bpid=(?P<id>\d+)")
 _KILLED = re.compile(r"(?:Killed|reaped) process (?P<id>\d+)")
 _RECENT_SECONDS = 60.0
-"""Who has just died was not killed before that."""
+"""Kernel records older than this are no evidence about a worker that has just died."""
 
 
 class WorkerFacts(BaseModel):
-    """What a worker says of itself before its step."""
+    """A worker's facts, reported before its step."""
 
     model_config = ConfigDict(frozen=True)
 
     node_id: str
     process_id: int
     contained: bool
-    """Its process id is not the one that the kernel's log would name."""
+    """True: its process id is not the one in the kernel's log."""
     group: str
-    """Path of its control group for memory; "/" in a container that sees no further."""
+    """Path of its memory control group; "/" in a container that sees no further."""
     log: str
-    """Path of its stderr; empty when it is no file."""
+    """Path of its stderr; empty when stderr is no file."""
     oom_kills: int
-    """Of its control group so far."""
+    """Processes of its control group that were killed for memory so far."""
     boot_seconds: float
-    """On the node's clock since boot."""
+    """Seconds since the node's boot."""
 
     def was(self, process_id: int, group: str) -> bool:
-        """Whether a process that the kernel killed may have been this one."""
+        """Whether a process that the kernel killed may have been this worker."""
         if not self.contained:
             return process_id == self.process_id
         return group == self.group
 
 
 class Evidence(BaseModel):
-    """What was found."""
+    """Evidence found on the node."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ class Evidence(BaseModel):
 
 
 def facts_here(node_id: str) -> WorkerFacts:
-    """Of this process."""
+    """Return the facts of this process."""
     target = str(Path("/proc/self/fd/2").readlink())
     group = memory_group(Path("/proc/self/cgroup").read_text())
     return WorkerFacts(
@@ -76,7 +76,7 @@ def facts_here(node_id: str) -> WorkerFacts:
 
 
 def examine(facts: WorkerFacts) -> Evidence:
-    """Look for traces of a worker on the node where it ran."""
+    """Look for traces of a worker on its node."""
     kernel = "\n".join(kernel_lines(_kernel_records(), facts, _boot_seconds()))
     kills = oom_kills(facts.group)
     if not kernel and kills > facts.oom_kills:
@@ -85,7 +85,7 @@ def examine(facts: WorkerFacts) -> Evidence:
 
 
 def kernel_lines(records: Iterable[str], facts: WorkerFacts, now_seconds: float) -> list[str]:
-    """What the kernel's records (priority,sequence,microseconds,...;text) say of the end of a worker; times since boot."""
+    """Return the kernel's records (priority,sequence,microseconds,...;text) about the end of a worker; times since boot."""
     since = max(facts.boot_seconds, now_seconds - _RECENT_SECONDS)
     texts = [text for seconds, text in map(_parted, records) if seconds >= since]
     victims = [(match["id"], match["group"]) for match in map(_VICTIM.search, texts) if match]
@@ -94,7 +94,7 @@ def kernel_lines(records: Iterable[str], facts: WorkerFacts, now_seconds: float)
 
 
 def _parted(record: str) -> tuple[float, str]:
-    """Seconds since boot, and the first line of what is said."""
+    """Split a record into seconds since boot and its first line."""
     head, _, text = record.partition(";")
     parts = head.split(",")
     seconds = int(parts[2]) / 1e6 if len(parts) > 2 and parts[2].isdigit() else -1.0
@@ -102,7 +102,7 @@ def _parted(record: str) -> tuple[float, str]:
 
 
 def _kernel_records() -> list[str]:
-    """What /dev/kmsg holds; nothing where it may not be read."""
+    """Return the records of /dev/kmsg; empty where it may not be read."""
     records: list[str] = []
     try:
         handle = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
@@ -112,16 +112,16 @@ def _kernel_records() -> list[str]:
         while True:
             try:
                 records.append(os.read(handle, _RECORD_BYTES).decode(errors="replace"))
-            except BrokenPipeError:  # it was overwritten meanwhile; the next one is there
+            except BrokenPipeError:  # this record was overwritten; the next one can be read
                 continue
-    except OSError:  # the end
+    except OSError:  # no more records
         return records
     finally:
         os.close(handle)
 
 
 def _boot_seconds() -> float:
-    """Now, as the kernel's records count."""
+    """Return the seconds since boot, on the clock of the kernel's records."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 

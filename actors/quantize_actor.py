@@ -1,4 +1,4 @@
-"""Calibrates one pipeline stage; there is one such actor per stage, standing for its rank 0."""
+"""Actor that calibrates one pipeline stage, as the stage's rank 0."""
 
 from __future__ import annotations
 

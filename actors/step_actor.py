@@ -1,4 +1,4 @@
-"""What every actor is: a process on some node that runs steps, one after the other, and streams their events."""
+"""Base of all actors: a process on some node that runs steps one after the other and streams their events."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from orchestrator.work.streaming import stream
 from orchestrator.work.usage import resident_bytes
 
 Message = tuple[Literal["worker", "event", "rest"], str]
-"""worker: WorkerFacts, first of all. event: a step's event, as JSON. rest: bytes that the process still holds, last of all."""
+"""worker: WorkerFacts, sent first. event: a step's event as JSON. rest: bytes that the process still holds, sent last."""
 
 KEPT_BYTES = 600 * 10**6
-"""A process that holds more than this after its step is replaced: libraries do not return everything."""
+"""Largest memory of a process after its step; one with more is replaced, because libraries do not return everything."""
 
 
 class StepActor:
-    """Base of the actors; wrapped for Ray where it is created, so that it stays an ordinary class."""
+    """Base of the actors. Wrapped for Ray where it is created, so that it stays an ordinary class."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
     also: ClassVar[tuple[Kind, ...]] = ()
-    """What it runs too while it has nothing of its own to do, rather than make room for another process."""
+    """Further kinds that the actor runs while idle, instead of making room for another process."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         """`environment` is set before a step's libraries are loaded, which read it once.
 
-        Not in the actor's runtime_env: Ray would start a process for every other environment, more slowly, and its pool of
-        started ones would be of no use.
+        Not by the actor's runtime_env: Ray would start a process per environment, which is slower and bypasses its pool.
         """
         os.environ.update(environment or {})
 
     def run(self, task_json: str) -> Iterator[list[Message]]:
-        """Run the task; its last event is final. The step's own errors are events, not exceptions."""
+        """Run the task and yield its messages; the last event is final. The step's own errors are events, not exceptions."""
         task = Task.model_validate_json(task_json)
         if not self.runs(task.step.kind):
             raise ToolError(f"{type(self).__name__} does not run {task.step.kind.value} steps", BUG)
@@ -55,12 +54,12 @@ class StepActor:
 
     @classmethod
     def runs(cls, kind: Kind) -> bool:
-        """Whether it may be given such a step."""
+        """Whether the actor may run steps of this kind."""
         return kind in cls.kinds or kind in cls.also
 
     @staticmethod
     def node() -> tuple[str, str]:
-        """The host's name and Ray's node id."""
+        """Return the host's name and Ray's node id."""
         import platform
 
         import ray
@@ -69,14 +68,14 @@ class StepActor:
 
 
 def forget_launcher() -> None:
-    """Drop what MPI or Slurm told the process that started the cluster here: a step is no rank of that job."""
+    """Remove the variables of MPI or Slurm that started the cluster here: a step is no rank of that job."""
     kept = without_launcher(os.environ)
     for name in [name for name in os.environ if name not in kept]:
         del os.environ[name]
 
 
 def resting_bytes() -> int:
-    """Memory that this process holds after its step, once it has given back what it can if that is much."""
+    """Return the bytes that this process holds after its step; if they are many, after returning what it can."""
     if resident_bytes(os.getpid()) > KEPT_BYTES:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Executes all ranks of a pipeline stage in lockstep, the source model that they are compared with, or its miniature."""
+"""Actor that executes all ranks of a pipeline stage in lockstep, the reference model, or the miniature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The actor processes of a build: made for a step on a node, kept for the next one of its kind there, ended when unwanted."""
+"""The actor processes of a build: started for a step on a node, kept for the next step of its kind there, ended when unwanted."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from orchestrator.run.cluster import worker_environment
 ACTORS: dict[str, type[StepActor]] = {
     kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds
 }
-"""Which actor is made for a kind of step."""
+"""Actor class of each kind of step."""
 
 _SLACK_BYTES = 2**28
-"""A worker may hold so much less than a step is estimated to need: starting another costs more than the estimate is worth."""
+"""Memory by which a worker may fall short of a step's estimate: a new process costs more than the estimate is worth."""
 _IDLE_SECONDS = 5.0
-"""An idle process keeps its share of the node from others for so long."""
+"""Time for which an idle process keeps its share of the node."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """An actor and what it holds of its node in Ray's books."""
+    """An actor and its share of the node in Ray's accounting."""
 
     actor: Any
     kind: type[StepActor]
@@ -39,7 +39,7 @@ class Worker:
     idle_since: float | None = None
 
     def fits(self, placed: Placed) -> bool:
-        """Whether it may run the step instead of a new process, without keeping much that others on the node could use."""
+        """Whether the worker may run the step instead of a new process, without holding much that others could use."""
         mine, wanted, node = self.held, placed.held, placed.node
         share = node.capacity.memory_bytes * wanted.cpus // max(1, node.capacity.cpus)
         return (
@@ -51,14 +51,14 @@ class Worker:
 
 
 class Workers:
-    """All of them. Not one has restarts or retries of Ray's own."""
+    """All workers of a build. None has Ray's restarts or retries."""
 
     def __init__(self, threads_per_step: int) -> None:
         self._threads = threads_per_step
         self._all: list[Worker] = []
 
     def take(self, placed: Placed) -> Worker:
-        """A worker for the step: an idle one, or a new one that begins when Ray has started it."""
+        """Return a worker for the step: an idle one, or a new one that begins once Ray has started it."""
         for worker in self._idle():
             if worker.fits(placed):
                 worker.idle_since = None
@@ -70,7 +70,7 @@ class Workers:
         return worker
 
     def give_back(self, worker: Worker, resting_bytes: int, now: float) -> None:
-        """The step has ended well."""
+        """Take back a worker whose step has succeeded."""
         if resting_bytes > KEPT_BYTES or worker.held.gpus:
             self.end(worker)
         else:
@@ -94,7 +94,7 @@ class Workers:
         return (worker for worker in self._all if worker.idle_since is not None)
 
     def _make_room(self, placed: Placed) -> None:
-        """End idle workers of the node, the longest idle first, until the step fits beside the others in Ray's books."""
+        """End idle workers of the node, the longest idle first, until the step fits beside the others in Ray's accounting."""
         for worker in sorted(self._idle(), key=lambda worker: worker.idle_since or 0.0):
             if self._fits_beside(placed):
                 return

@@ -393,7 +393,7 @@ def test_check_open_other_addresses_pass(url: str) -> None:
     [
         (DriverSpec(cpus=8), "none of 1 nodes has what the driver asks for: 8 CPU"),
         (DriverSpec(labels={"role": "head"}), "none of 1 nodes has what the driver asks for: role: head"),
-        (DriverSpec(cpus=4, labels={"role": "worker"}), "but others hold it"),
+        (DriverSpec(cpus=4, labels={"role": "worker"}), "but other work holds it"),
     ],
 )
 def test_unmet_says_what_no_node_has(driver: DriverSpec, reason: str) -> None:
