@@ -6,7 +6,7 @@
     print(orchestrator.plan(spec).build_key)
     done = orchestrator.build(spec, orchestrator.ClusterSpec(store="file:///tmp/engines"))
 
-The names below are the public ones; everything heavy is imported when it is used.
+The names in __all__ are public. Their modules are imported on first use.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: a worker that runs one kind of step needs few of them (PEP 562)."""
+    """Import a public name on first use (PEP 562), because a worker needs few of them."""
     if name not in _PLACE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)

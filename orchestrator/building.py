@@ -1,4 +1,4 @@
-"""What a user can ask for of a build: plan, build, convert, build_engine. Each a short story. Releases: orchestrator/releases."""
+"""The public function `build`: plan, run, verify and publish."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Build:
     address: str
     """URL of the release."""
     result: Result | None
-    """None: the release was there already."""
+    """Result of the run; None: the release was already published."""
 
 
 def build(
@@ -42,12 +42,11 @@ def build(
     sign_key: Path | None = None,
     report: Path | None = None,
 ) -> Build:
-    """Build, verify and publish `spec` at `cluster_spec`, on the cluster that `open_cluster` opens there.
+    """Build, verify and publish `spec` on the cluster that `open_cluster` opens for `cluster_spec`.
 
-    The cluster is opened only when there is something to run, and closed afterwards. Committed steps are not repeated; a
-    release that this very build has published already is returned as it is. With `sign_key`, a PEM file with a P-256 private
-    key of this machine, the release is signed. The report of the build, of a failed one too, is written to `report`.
-    Raises an OrchestratorError of the situation.
+    The cluster is opened only if there are steps to run, and closed afterwards. Committed steps are not repeated. A release that
+    the same build has already published is returned unchanged. `sign_key`: PEM file with a P-256 private key, to sign the release.
+    `report`: file for the report, also of a failed build. Raises the OrchestratorError of the situation.
     """
     from orchestrator.releases.publish import Engines, check_free, place_engines, publish
     from orchestrator.releases.signing import check_sign_key

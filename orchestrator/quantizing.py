@@ -1,7 +1,6 @@
-"""Several quantization algorithms side by side, and a calibration artifact for itself: what is run is the build without engines.
+"""Comparison of quantization algorithms, calibration alone, and the search of per-layer formats. No engines are built.
 
-Because steps are shared by content, a sweep calibrates once for all algorithms that need only amax values and computes the
-reference once for all.
+Steps are shared by content: a sweep computes the reference once, and calibrates once for all algorithms that need only amax.
 """
 
 from __future__ import annotations
@@ -39,25 +38,25 @@ from orchestrator.stores.store import check_writable
 
 UNQUANTIZED = "none"
 _ANY = ToleranceSpec(max_relative_error=None, max_mean_kl=1e9, min_top1_agreement=0.0)
-"""A sweep measures; nothing in it fails for being inexact."""
+"""Tolerance of a sweep, which accepts any error, because a sweep only measures."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """One algorithm of a sweep."""
+    """Result of one algorithm of a sweep."""
 
     algorithm: str
     checkpoint_bytes: int
-    """Of all ranks."""
+    """Size of the checkpoint, all ranks together."""
     verification: Verification
     worst_linear: str
-    """The linear with the largest weight error; empty: none is quantized."""
+    """Linear with the largest weight error; empty: no linear is quantized."""
     worst_error: float
     num_steps_run: int
-    """Steps that were not there yet; one that several algorithms share counts for the first."""
+    """Number of steps that ran. A step that several algorithms share counts for the first."""
 
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the row as plain data."""
         return {**asdict(self), "verification": self.verification.model_dump()}
 
 
@@ -69,7 +68,7 @@ def sweep(
     open_cluster: OpenCluster = local_cluster,
     listener: Listener | None = None,
 ) -> list[SweepRow]:
-    """Calibrate, convert and verify `spec` under each algorithm (`none`: as it is), all of them at once.
+    """Calibrate, convert and verify `spec` with every algorithm (`none`: unquantized), in one run.
 
     Steps that algorithms share run once. Raises QuantizationError before any work.
     """
@@ -86,7 +85,7 @@ def sweep(
 
 
 def union(plans: Sequence[Plan], labels: Sequence[str]) -> Plan:
-    """One plan with the steps of all, each once; a step that only some need carries their label in its name."""
+    """Return one plan with the steps of all plans. The name of a step that only some plans need shows their labels."""
     owners: dict[str, list[str]] = {}
     for label, made in zip(labels, plans, strict=True):
         for step in made.steps:
@@ -111,7 +110,7 @@ def calibrate(
 ) -> list[Path]:
     """Write the calibration artifact of `spec` to the folder `output`, for `quantization.scales` of other specs.
 
-    Returns the files. Raises QuantizationError when the spec needs no calibration, StoreError when there is one already.
+    Returns the files. Raises QuantizationError when the spec needs no calibration, StoreError when `output` holds an artifact.
     """
     check_extras(cluster_spec)
     if (output / "scales.safetensors").exists():
@@ -127,9 +126,9 @@ def calibrate(
 def choose(
     spec: BuildSpec, algorithms: Sequence[str], effective_bits: float, output: Path, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, LinearFormat | None]:
-    """Search per-layer formats among `algorithms` within a budget and write them as a quant_cfg.json to `output`.
+    """Search per-layer formats among `algorithms` within `effective_bits` per weight, and write them as quant_cfg.json to `output`.
 
-    Runs in this process, on the whole model. Raises QuantizationError, StoreError when `output` is there already.
+    Runs in this process, on the whole model. Raises QuantizationError, and StoreError when `output` exists.
     """
     require("build")
     from orchestrator.stores import open_source
@@ -137,7 +136,7 @@ def choose(
     from orchestrator.work.calibrate.auto_quantize import choose_formats
 
     if output.exists():
-        raise StoreError(f"{output} is there already", "Choose another --output, or remove it.")
+        raise StoreError(f"{output} already exists", "Choose another --output, or remove it.")
     plan = preparation.plan(spec.model_copy(update={"quantization": QuantizationSpec(algorithm="FP8")}))
     folder = open_source(plan.inputs.source)
     if plan.inputs.index.format != "huggingface" or not isinstance(folder, LocalFolder):
@@ -158,7 +157,7 @@ def _sized(fmt: LinearFormat, group_size: int | None) -> LinearFormat:
 
 
 def _linears(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Every quantizable linear by its global name, and the source modules that it is joined from."""
+    """Return every quantizable linear by its global name -> source modules that it is joined from."""
     found: dict[str, tuple[str, ...]] = {}
     for group in plan.inputs.weights.groups:
         for target in group.targets:
@@ -170,7 +169,7 @@ def _linears(plan: Plan) -> dict[str, tuple[str, ...]]:
 
 
 def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
-    """`spec` with another algorithm; options that it does not have are left out."""
+    """Return `spec` with another algorithm, without options that the algorithm does not have."""
     verification = spec.verification.model_copy(update={"enabled": True, "tolerance": _ANY})
     if algorithm == UNQUANTIZED:
         return spec.model_copy(update={"quantization": None, "verification": verification})
@@ -189,7 +188,7 @@ def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
 
 
 def only(plan: Plan, kinds: tuple[Kind, ...]) -> Plan:
-    """The plan's steps of some kinds."""
+    """Return the plan with only the steps of some kinds."""
     return replace(plan, steps=tuple(step for step in plan.steps if step.kind in kinds))
 
 
@@ -213,7 +212,7 @@ def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> Swee
     numbers = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in plan.of_kind(Kind.VERIFY)]
     found = next((item for item in numbers if item), None)
     if found is None:
-        raise VerificationError(f"the verification of {algorithm} left no numbers")
+        raise VerificationError(f"the verification of {algorithm} recorded no numbers")
     return SweepRow(
         algorithm=algorithm,
         checkpoint_bytes=sum(output.num_bytes for outcome in converts for output in outcome.outputs),
@@ -225,7 +224,7 @@ def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> Swee
 
 
 def _write_artifact(named: Sequence[tuple[str, Outcome]], cluster_spec: ClusterSpec, output: Path) -> list[Path]:
-    """One scales file of all parts, and each part's recipe."""
+    """Write one scales file with all parts, and the recipe of each part."""
     from safetensors.numpy import load, save
 
     store = open_store(cluster_spec.store, cluster_spec.store_options)
@@ -241,5 +240,5 @@ def _write_artifact(named: Sequence[tuple[str, Outcome]], cluster_spec: ClusterS
 
 
 def all_algorithms() -> list[str]:
-    """Every algorithm there is, after the unquantized model."""
+    """Return every algorithm, after `none` for the unquantized model."""
     return [UNQUANTIZED, *QUANTIZERS]

@@ -1,4 +1,4 @@
-"""Stages of a build alone: convert a whole checkpoint, compile engines from one."""
+"""Single stages of a build: convert a whole checkpoint, or compile engines from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from orchestrator.stores.store import Store, check_writable
 
 
 def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
-    """Write a whole TensorRT-LLM checkpoint to the folder `output`: config.json last. Resumes after a kill.
+    """Write a whole TensorRT-LLM checkpoint to the folder `output`, config.json last. Resumes after a kill.
 
-    `spec.topology.cp` may be above 1. Raises StoreError when `output` already holds one or has too little room; else as `plan`.
+    `spec.topology.cp` may be above 1. Raises as `plan`, and StoreError when `output` holds a checkpoint or has too little space.
     """
     require("build")
     if (output / "config.json").exists():
@@ -65,7 +65,7 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
 
 
 def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
-    """Read the outputs of steps of `kind` that an earlier run has left. Raises DamagedOutputError."""
+    """Verify the outputs of steps of `kind` that an earlier run committed. Raises DamagedOutputError."""
     from orchestrator.releases.publish import damaged
 
     kept = [outcome for digest, outcome in outcomes.items() if committed.get(digest) is outcome and outcome.kind is kind]
@@ -75,7 +75,7 @@ def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outco
 
 
 def _write_indexes(plan: Plan, output: Path) -> None:
-    """rank{N}.safetensors.index.json for ranks of several shards, as Hugging Face writes them."""
+    """Write rank{N}.safetensors.index.json of ranks with several shards, in Hugging Face's format."""
     for number in range(plan.topology.num_files):
         groups = plan.inputs.weights.stage(number // plan.topology.tp)
         if len(groups) == 1:
@@ -90,8 +90,8 @@ def build_engine(
 ) -> list[int]:
     """Compile ranks of a TensorRT-LLM checkpoint folder into rank{N}.engine files, with config.json beside them.
 
-    `ranks` None: all. `progress` gets rank, phase, done, total. Returns the ranks. Raises SpecError, TopologyError,
-    QuantizationError for GPUs that lack a number format, EngineBuildError.
+    `ranks` None: all. `progress` gets rank, phase, steps done, total steps. Returns the ranks. Raises SpecError, TopologyError,
+    EngineBuildError, and QuantizationError for GPUs that lack a number format.
     """
     require("build")
     from orchestrator.engines.profiles import resolved

@@ -1,7 +1,7 @@
-"""Optional parts of the package: which extra brings which module, and the error when one is missing.
+"""Extras of the package, their modules, and the error when an extra is missing.
 
-The base install serves the laptop and the serving node. What a command needs beyond it is checked before the command does
-anything (`require`); an import that fails later is explained in the same words (`missing_extra`).
+The base install serves laptops and serving nodes. A command checks the extras that it needs before any work (`require`); an
+import that fails later gets the same error (`missing_extra`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "obstore": ("obstore",),
     "tensorrt": ("tensorrt",),
 }
-"""Modules of each extra of pyproject.toml."""
+"""Extra of pyproject.toml -> its modules."""
 
 
 def require(*extras: str) -> None:
-    """Raise ToolError with every one of `extras` that has a module which is not installed. Imports nothing."""
+    """Check that the modules of `extras` are installed, without importing them. Raises ToolError, which names the missing ones."""
     missing = {extra: module for extra in extras for module in reversed(EXTRAS[extra]) if not _is_installed(module)}
     if missing:
         raise extra_error(",".join(missing), f"{', '.join(missing.values())} is not installed")
 
 
 def extra_error(extra: str, reason: str) -> ToolError:
-    """The error of a command that needs `extra`, or several joined by commas."""
+    """Return the error of a command that needs `extra`, or several joined by commas."""
     return ToolError(f"this needs the extra {extra}: {reason}", f"Run: pip install 'trt-orchestrator[{extra}]'")
 
 
 def missing_extra(error: BaseException) -> ToolError | None:
-    """The error of an import that failed for want of an extra; None for every other error."""
+    """Return the error of an import that failed because an extra is missing; None: another error."""
     if not isinstance(error, ModuleNotFoundError):
         return None
     module = (error.name or "").partition(".")[0]
@@ -50,5 +50,5 @@ def missing_extra(error: BaseException) -> ToolError | None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a finder refuses it, or a half-made module stands in its place
+    except (ImportError, ValueError):  # refused by a finder, or a module without a spec
         return False

@@ -1,6 +1,6 @@
-"""Calibration within this process, for the in-process API: the steps of a plan one after another, once in an MPI program.
+"""Calibration in this process, for the in-process API: the steps of a plan one after another, once per MPI program.
 
-Model Optimizer runs on rank 0 of COMM_WORLD; the other ranks wait, without spinning, and receive the artifact.
+Model Optimizer runs on rank 0 of COMM_WORLD. The other ranks wait, without spinning, and receive the artifact.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from orchestrator.work.scales import SCALES, Scales
 from orchestrator.work.scratch import scratch_folder
 
 _LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")
-"""What mpiexec sets for the processes that it starts."""
+"""Environment variables that mpiexec sets."""
 _POLL_SECONDS = 0.05
 _T = TypeVar("_T")
 
 
 def prepared(prepare: Callable[[], Inputs], topology: Topology) -> tuple[Inputs, list[Step]]:
-    """What `prepare` returns, and the calibrations that it asks for, on every rank of an MPI program.
+    """Return the inputs that `prepare` makes, and their calibration steps, on every rank of an MPI program.
 
-    Raises what `prepare` raises, on every rank when one fails; SpecError when the ranks ask for different calibrations.
+    Raises the error of `prepare` on all ranks when one rank fails, and SpecError when the ranks' calibrations differ.
     """
 
     def both() -> tuple[Inputs, list[Step]]:
@@ -48,7 +48,7 @@ def prepared(prepare: Callable[[], Inputs], topology: Topology) -> tuple[Inputs,
 
 
 def _asked(inputs: Inputs, steps: Sequence[Step]) -> str:
-    """What has to be the same on every rank. Not the identity of the source's files: each node may have a copy of its own."""
+    """Return a digest that must be equal on all ranks. It leaves out file identities, because each node may have its own copy."""
     files = [(file.name, file.num_bytes) for file in inputs.index.files]
     options = [{name: value for name, value in step.options.items() if name != "files"} for step in steps]
     model, quantization = inputs.model_quantization, inputs.quantization
@@ -57,9 +57,9 @@ def _asked(inputs: Inputs, steps: Sequence[Step]) -> str:
 
 
 def scales_for_all(inputs: Inputs, steps: Sequence[Step]) -> Scales | None:
-    """The artifact that the user brings, or that of the calibrations `steps`; None: the algorithm needs none.
+    """Return the user's artifact, or that of the calibrations `steps`; None: the algorithm needs none.
 
-    An error of rank 0 is raised on every rank. Raises as a calibrate step does.
+    Raises as a calibrate step does. An error on rank 0 is raised on every rank.
     """
     from safetensors.numpy import load
 
@@ -90,7 +90,7 @@ def _run(step: Step, outcomes: dict[str, Outcome], store: Store, scratch: str) -
 
 
 def _world() -> Any:
-    """COMM_WORLD of an MPI program of several ranks; None elsewhere, where MPI is not even initialized."""
+    """Return COMM_WORLD of an MPI program with several ranks; None: no such program, and MPI is not initialized."""
     if "mpi4py.MPI" not in sys.modules and not any(name in os.environ for name in _LAUNCHED):
         return None
     from mpi4py import MPI
@@ -99,7 +99,7 @@ def _world() -> Any:
 
 
 def _everywhere(compute: Callable[[], _T]) -> _T:
-    """What `compute` returns on each rank; when it fails on one, all ranks raise, instead of waiting for it for ever."""
+    """Return the result of `compute` on each rank. If it fails on one rank, all ranks raise instead of waiting."""
     comm = _world()
     if comm is None:
         return compute()
@@ -118,7 +118,7 @@ def _everywhere(compute: Callable[[], _T]) -> _T:
 
 
 def _on_first(compute: Callable[[], bytes]) -> bytes:
-    """What `compute` returns on rank 0, on every rank."""
+    """Run `compute` on rank 0 and return its result on every rank."""
     comm = _world()
     if comm is None:
         return compute()

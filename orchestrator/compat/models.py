@@ -1,12 +1,12 @@
-"""The in-process API, as TensorRT-LLM's users know it: one object per rank, no cluster, no store.
+"""TensorRT-LLM's in-process API: one object per rank, without a cluster or a store.
 
     mapping = Mapping(tp_size=2, rank=0)
     model = LLaMAForCausalLM.from_hugging_face("llama-3-8b", dtype="bfloat16", mapping=mapping)
     model.save_checkpoint("checkpoint")
     build(model, BuildConfig(max_seq_len=4096)).save("engines")
 
-`from_hugging_face` reads headers only; tensors are cut out of the source when they are saved, built or asked for, quantized on
-their way after `model.quantize(QuantizationSpec(algorithm="FP8"))`.
+`from_hugging_face` reads headers only. Tensors are cut out of the source when they are saved, built or requested, and quantized
+then if `model.quantize(QuantizationSpec(algorithm="FP8"))` was called.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Mapping:
-    """Where one rank stands: TensorRT-LLM's name for a topology and a rank in it."""
+    """A topology and a rank in it, under TensorRT-LLM's name."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -85,15 +85,15 @@ class Mapping:
 
     @property
     def file_number(self) -> int:
-        """The N of rank{N}.safetensors with this rank's weights: context-parallel ranks share it."""
+        """The N of rank{N}.safetensors with this rank's weights, which context-parallel ranks share."""
         return self.topology.file_number(self.tp_rank, self.pp_rank)
 
 
 class PretrainedModel:
-    """One rank of a model: its config, its place, and weights that are made when they are needed."""
+    """One rank of a model: config, mapping, and weights that are made when they are needed."""
 
     def __init__(self, config: ModelConfig, mapping: Mapping) -> None:
-        """Raises TopologyError when the model cannot be split so."""
+        """Create a rank without weights. Raises TopologyError when `mapping` does not fit the model."""
         topologies.check(mapping.topology, config.limits())
         self.config, self.mapping = config, mapping
         self.quantization: ModelQuantization | None = None
@@ -106,7 +106,7 @@ class PretrainedModel:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | os.PathLike[str], rank: int = 0) -> Self:
-        """A rank of a TensorRT-LLM checkpoint folder, memory-mapped. Raises SpecError, SourceMissingError."""
+        """Memory-map a rank of a TensorRT-LLM checkpoint folder. Raises SpecError, SourceMissingError."""
         folder = Path(checkpoint)
         config, topology = read_checkpoint_config(folder)
         model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep, topology.cp))
@@ -115,11 +115,11 @@ class PretrainedModel:
         return model
 
     def required_names(self) -> dict[str, tuple[int, ...]]:
-        """Name and local shape of every tensor that this rank needs."""
+        """Return the name and the shape on this rank of every tensor that it needs."""
         return {name: shape for name, (shape, _) in self._required().items()}
 
     def _required(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and safetensors dtype by name."""
+        """Return name -> shape, safetensors dtype."""
         shortest = StageNetwork(stage=self.stage, max_seq_len=1)
         network = decoder_network(shortest, self.mapping.tp_rank, Rendering.compiled(shortest))
         kinds = network.weight_dtypes()
@@ -130,10 +130,10 @@ class PretrainedModel:
         }
 
     def load(self, weights: AbstractMapping[str, Any]) -> None:
-        """Take this rank's tensors by TensorRT-LLM's names: torch tensors, numpy arrays, or mapped weights.
+        """Set this rank's tensors by TensorRT-LLM's names: torch tensors, numpy arrays, or mapped weights.
 
-        Raises WeightMapError for a missing tensor, another shape or another dtype than the config's; names that the rank
-        does not need are passed over.
+        Ignores names that the rank does not need. Raises WeightMapError for a missing tensor, or for another shape or dtype than
+        the config's.
         """
         required = self._required()
         missing = sorted(set(required) - set(weights))
@@ -149,7 +149,7 @@ class PretrainedModel:
         self._weights, self._source = taken, None
 
     def weights(self) -> AbstractMapping[str, Weight]:
-        """Every tensor of this rank; cut out of the source at the first call. Raises SourceMissingError when there are none."""
+        """Return every tensor of this rank, cut out of the source at the first call. Raises SourceMissingError without a source."""
         if self._weights is None:
             if self._source is None:
                 raise SourceMissingError("this model has no weights", "Call load(), or make it with from_hugging_face().")
@@ -159,10 +159,10 @@ class PretrainedModel:
     def quantize(self, quantization: QuantizationSpec) -> None:
         """Quantize the weights when they are cut out of the source; calibrate first where the algorithm needs it.
 
-        In an MPI program (mpi4py) every rank of COMM_WORLD calls this with the same `quantization`: Model Optimizer runs on
-        rank 0, once for the whole model (or for each of `calibration.num_stages` parts of it), the others wait and receive
-        its scales. Raises SourceMissingError for a model without a source, QuantizationError, SpecError and the source's
-        errors; what fails on one rank is raised on all.
+        In an MPI program (mpi4py), every rank of COMM_WORLD must call this with the same `quantization`. Model Optimizer runs on
+        rank 0, for the whole model or for each of `calibration.num_stages` parts; the other ranks wait for the scales. Raises
+        SourceMissingError for a model without a source, QuantizationError, SpecError and the source's errors. An error on one rank
+        is raised on all.
         """
         from orchestrator.compat.calibrating import prepared, scales_for_all
 
@@ -180,9 +180,9 @@ class PretrainedModel:
         self.quantization, self._weights = inputs.model_quantization, None
 
     def save_checkpoint(self, output_dir: str | os.PathLike[str], save_config: bool = True) -> None:
-        """Write rank{N}.safetensors, streamed, and config.json (`save_config`: rank 0 only needs it). Raises StoreError.
+        """Stream rank{N}.safetensors, and write config.json with `save_config`, which one rank needs to do. Raises StoreError.
 
-        Context-parallel ranks share a file: one of them needs to write it.
+        Context-parallel ranks share a file, which one of them needs to write.
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,14 +206,14 @@ class PretrainedModel:
 
 
 class TopModelMixin:
-    """Models that can be made from a Hugging Face folder."""
+    """Mixin for models that are read from a Hugging Face folder."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
-    """Those that this class accepts; empty: every one that some family knows."""
+    """Architectures that the class accepts; empty: all known ones."""
 
     @classmethod
     def from_hugging_face(cls, hf_model_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
-        """One rank of the model in `hf_model_dir`, in memory: headers are read, nothing is written.
+        """Return one rank of the model in `hf_model_dir`. Reads headers only, and writes nothing.
 
         Raises the source's errors, ArchitectureError, TopologyError, WeightMapError.
         """
@@ -240,7 +240,7 @@ class TopModelMixin:
 
 
 class DecoderModelForCausalLM(PretrainedModel, TopModelMixin):
-    """Any decoder that some family knows."""
+    """Any decoder of a known family."""
 
 
 class LLaMAForCausalLM(DecoderModelForCausalLM):
@@ -250,10 +250,13 @@ class LLaMAForCausalLM(DecoderModelForCausalLM):
 
     @classmethod
     def from_meta_ckpt(cls, meta_ckpt_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
-        """One rank of the model in a folder of Meta's: params.json and consolidated.NN.pth. Raises as from_hugging_face does."""
+        """Return one rank of the model in a folder with Meta's params.json and consolidated.NN.pth.
+
+        Raises as from_hugging_face does, and SourceMissingError without params.json.
+        """
         folder = Path(meta_ckpt_dir).resolve()
         if not (folder / "params.json").is_file():
-            raise SourceMissingError(f"{folder} is not Meta's: it has no params.json", "from_hugging_face reads other formats.")
+            raise SourceMissingError(f"{folder} is not in Meta's format: it has no params.json", "Use from_hugging_face.")
         return cls._from_source(folder, *read_source(str(folder), "meta"), dtype, mapping)
 
 
@@ -264,7 +267,7 @@ class MistralForCausalLM(DecoderModelForCausalLM):
 
 
 def _as_weight(name: str, value: Any) -> Weight:
-    """Bytes of a torch tensor, numpy array or mapped weight, without a copy where they are contiguous."""
+    """Return a torch tensor, numpy array or mapped weight as Weight, without a copy if it is contiguous."""
     if isinstance(value, Weight):
         return value
     if isinstance(value, np.ndarray):
@@ -291,7 +294,7 @@ class Engine:
     rank: int
     record: EngineRecord
     config: dict[str, Any]
-    """{pretrained_config, build_config}, as TensorRT-LLM's engine folders hold."""
+    """{pretrained_config, build_config}, as in config.json of TensorRT-LLM's engine folders."""
     plan: bytes
 
     def save(self, engine_dir: str | os.PathLike[str]) -> None:
@@ -305,7 +308,7 @@ class Engine:
 
 
 def build(model: PretrainedModel, config: BuildConfig) -> Engine:
-    """Compile `model`'s rank in this process.
+    """Compile the rank of `model` in this process.
 
     Raises EngineBuildError, ToolError, SpecError, TopologyError, QuantizationError for GPUs that lack a number format.
     """

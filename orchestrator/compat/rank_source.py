@@ -1,4 +1,4 @@
-"""One rank of a model still in its source's files: which rows it takes, quantized how, and the one pass that cuts them out."""
+"""One rank of a model whose tensors are still in the source's files, and the single pass that cuts and quantizes them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from orchestrator.work.scales import Scales
 from orchestrator.work.shards import Weight
 
 NO_LIMIT = 2**62
-"""Of the bytes in a shard: a rank is one file here."""
+"""Limit of a shard's size, unlimited: a rank is one file here."""
 
 
 def rank_options(weights: WeightMap, index: CheckpointIndex, topology: Topology, rank: int) -> ConvertOptions:
-    """The program for one tensor-parallel rank: it reads only the rows that this rank takes."""
+    """Return the conversion options of a single rank, which read only the rows of this rank."""
     place = topology.coordinates(rank)
     (group,) = weights.stage(place.pp_rank)
     options, tp_rank = ConvertOptions.of(group, index, topology), place.tp_rank
@@ -75,7 +75,7 @@ def _narrow(read: Read, tp_rank: int) -> Read:
 
 @dataclass(frozen=True)
 class RankSource:
-    """A rank's tensors still in the source's files."""
+    """Source of a rank's tensors, which are cut out of the source's files on demand."""
 
     folder: Path
     index: CheckpointIndex
@@ -85,9 +85,9 @@ class RankSource:
     scales: Scales | None = None
 
     def inputs(self, config: ModelConfig, topology: Topology, quantization: QuantizationSpec) -> Inputs:
-        """What quantized conversion follows from. Raises QuantizationError, SourceMissingError, TopologyError."""
+        """Return the inputs of quantized conversion. Raises QuantizationError, SourceMissingError, TopologyError."""
         asked = resolve(quantization, config.num_hidden_layers)
-        # One process calibrates: in one go, unless it is asked to hold a part at a time.
+        # One process calibrates the whole model at once, unless the user asks for parts.
         asked = replace(asked, num_stages=asked.num_stages or 1)
         weights = weight_map(self.index, self.family, config, topology, NO_LIMIT, asked.model)
         return Inputs(
@@ -95,7 +95,7 @@ class RankSource:
         )
 
     def quantized(self, inputs: Inputs, topology: Topology, rank: int, scales: Scales | None) -> RankSource:
-        """The same source, cut and quantized as `inputs` says."""
+        """Return the same source, cut and quantized according to `inputs`."""
         return replace(self, options=rank_options(inputs.weights, self.index, topology, rank), scales=scales)
 
     def write(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class RankSource:
         self._run(output)
 
     def materialize(self) -> dict[str, Weight]:
-        """Cut every tensor into one buffer of the rank's size."""
+        """Cut out all tensors of the rank, into one buffer."""
         buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
         position = 0
 
@@ -145,7 +145,7 @@ class _Sink:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
-    """Write beside the name and rename at a clean end. Raises StoreError."""
+    """Write a temporary file and rename it to `path` on success. Raises StoreError."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:

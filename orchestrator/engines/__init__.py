@@ -1,4 +1,4 @@
-"""Engine backends: what compiles a rank's graph. The request, the record, and the table of backends."""
+"""Engine backends, which compile the graph of a rank. The request and the table of backends."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "orchestrator.engines.tensorrt",
     "tensorrt_rtx": "orchestrator.engines.tensorrt",
 }
-"""Module that builds for each backend; both TensorRTs have one API."""
+"""Backend -> module. Both TensorRT libraries have the same API."""
 
 _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "build"}
-"""The extra that brings each backend's library."""
+"""Backend -> extra that installs its library."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """An optimization profile: (min, opt, max) shape of every dynamic input."""
+    """An optimization profile: the (min, opt, max) shapes of every dynamic input."""
 
     name: str
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -41,18 +41,18 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """Everything that an engine is compiled from."""
+    """Inputs of the compilation of an engine."""
 
     model: bytes
-    """Serialized ONNX model; its external initializers are bound from `weights`."""
+    """Serialized ONNX model. Its external initializers are bound from `weights`."""
     weights: Mapping[str, npt.NDArray[Any]]
-    """Contiguous bytes of every external initializer, in the graph's dtype; not copied."""
+    """Contiguous array of every external initializer, in the graph's dtype. Arrays are not copied."""
     profiles: tuple[Profile, ...]
     config: BuildConfig
 
 
 class EngineBackend(Protocol):
-    """What a member of BACKENDS offers; proven by tests/contracts/engine_contract.py."""
+    """Interface of a module of BACKENDS, tested by tests/contracts/engine_contract.py."""
 
     def build_engine(
         self,
@@ -61,21 +61,21 @@ class EngineBackend(Protocol):
         progress: Callable[[str, int, int], None],
         log: Callable[[str], None],
     ) -> EngineRecord:
-        """Compile and stream the plan to `write`, front to back.
+        """Compile, and stream the serialized engine to `write`, front to back.
 
-        `progress` gets phase, steps done and steps in all. Raises EngineBuildError, ToolError, and whatever `write` raises.
+        `progress` gets phase, steps done, total steps. Raises EngineBuildError, ToolError, and what `write` raises.
         """
         ...
 
 
 def backend(name: str) -> EngineBackend:
-    """The backend module called `name`."""
+    """Return the module of the backend `name`."""
     module: EngineBackend = importlib.import_module(BACKENDS[name])
     return module
 
 
 def installed_packages(name: str) -> dict[str, str]:
-    """Packages of a backend's library on this machine, without importing it: name to version; empty when there is none."""
+    """Return the packages of a backend's library on this machine, without importing it: name -> version; empty: not installed."""
     found = {}
     for distribution in _DISTRIBUTIONS[name]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -84,18 +84,18 @@ def installed_packages(name: str) -> dict[str, str]:
 
 
 def installed_version(name: str) -> str | None:
-    """Version of a backend's library on this machine, without importing it; None when it is not installed."""
+    """Return the version of a backend's library on this machine, without importing it; None: not installed."""
     return next(iter(installed_packages(name).values()), None)
 
 
 def cuda_version(name: str) -> str | None:
-    """Major version of the CUDA that a backend's installed library was made for, by its package's name; None: it does not say."""
+    """Return the major version of the CUDA that the installed library was built for; None: its package name has none."""
     versions = (package.rpartition("-cu")[2] for package in installed_packages(name) if "-cu" in package)
     return next(versions, None)
 
 
 def require_version(name: str, expected: str | None) -> None:
-    """Raises ToolError when the library is missing here, or is not the version that the plan was made for."""
+    """Check the version of a backend's library. Raises ToolError if it is missing or differs from the plan's, `expected`."""
     found = installed_version(name)
     if found is None:
         raise extra_error(_EXTRAS[name], f"{name} is not installed on this machine")

@@ -1,6 +1,6 @@
-"""The NVIDIA GPUs of this machine, as the driver's management library or nvidia-smi tells; no CUDA context is made.
+"""NVIDIA GPUs of this machine, as NVML or nvidia-smi reports them, without a CUDA context.
 
-A machine without driver has none. Device numbers count as CUDA counts them: CUDA_VISIBLE_DEVICES is respected.
+A machine without a driver has no GPUs. Device numbers are CUDA's: CUDA_VISIBLE_DEVICES is respected.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ _SMI_SECONDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device."""
+    """One GPU."""
 
     name: str
     compute_capability: str
-    """E.g. 9.0."""
+    """Compute capability, e.g. 9.0."""
     memory_bytes: int
     uuid: str = ""
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that CUDA programs of this process see, in their order."""
+    """Return the GPUs that CUDA programs of this process see, in CUDA's order."""
     found = _from_library() or _from_program()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if chosen is None else select(found, chosen)
 
 
 def select(gpus: tuple[Gpu, ...], chosen: str) -> tuple[Gpu, ...]:
-    """Those that a value of CUDA_VISIBLE_DEVICES names by number or UUID; as CUDA does, up to the first that is not there."""
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES names by number or UUID, up to the first unknown one, as CUDA does."""
     kept = []
     for word in (part.strip() for part in chosen.split(",")):
         number = int(word) if word.isdigit() else next((i for i, gpu in enumerate(gpus) if word and gpu.uuid.startswith(word)), -1)
@@ -49,7 +49,7 @@ class _Memory(ctypes.Structure):
 
 
 def _from_library() -> tuple[Gpu, ...]:
-    """By NVML, which comes with the driver; empty when it is not there or refuses."""
+    """Return the GPUs from NVML, which comes with the driver; empty: NVML is missing or fails."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -83,7 +83,7 @@ def _described(nvml: ctypes.CDLL, number: int) -> Gpu | None:
 
 
 def _from_program() -> tuple[Gpu, ...]:
-    """By nvidia-smi, for containers that hold the program and not the library."""
+    """Return the GPUs from nvidia-smi, for containers that have the program but not the library."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
@@ -96,7 +96,7 @@ def _from_program() -> tuple[Gpu, ...]:
 
 
 def parse_smi(text: str) -> tuple[Gpu, ...]:
-    """GPUs from nvidia-smi's CSV of name, compute_cap, memory.total (MiB) and uuid; lines that say something else are left out."""
+    """Parse nvidia-smi's CSV of name, compute_cap, memory.total (MiB) and uuid. Other lines are skipped."""
     found = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]

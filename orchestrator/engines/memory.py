@@ -1,4 +1,4 @@
-"""What an engine needs of a GPU's memory, from its record alone."""
+"""GPU memory that an engine needs, from its record alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _BITS = {
     "float": 32, "float32": 32, "half": 16, "float16": 16, "bf16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "bool": 8, "fp8": 8,
     "e8m0": 8, "int32": 32, "int64": 64, "int4": 4, "fp4": 4,
 }  # fmt: skip
-"""By TensorRT's names in lower case, and the usual ones."""
+"""Dtype -> bits per element, by TensorRT's names in lower case and by usual names."""
 _CACHE_PREFIX = "past_key_values."
 
 
 def memory_needed(engine: EngineRecord, engine_bytes: int) -> MemoryNeed:
-    """Memory at the largest shapes of any profile: the KV cache is the inputs past_key_values.*, which outputs alias.
+    """Return the memory at the largest shapes of any profile. The KV cache is the inputs past_key_values.*, which outputs alias.
 
-    The weights lie within the plan, so the size of the plan stands for them.
+    `engine_bytes`: size of the serialized engine, which contains the weights.
     """
     dims = _largest_dims(engine)
     cache = outside = 0
@@ -33,7 +33,7 @@ def memory_needed(engine: EngineRecord, engine_bytes: int) -> MemoryNeed:
 
 
 def _largest_dims(engine: EngineRecord) -> dict[str, int]:
-    """The largest size of every named dimension."""
+    """Return the largest size of every named dimension."""
     dims: dict[str, int] = {}
     for tensor in engine.tensors:
         for shapes in tensor.profiles.values():
@@ -44,6 +44,6 @@ def _largest_dims(engine: EngineRecord) -> dict[str, int]:
 
 
 def _num_bytes(tensor: TensorRange, dims: Mapping[str, int]) -> int:
-    """At the largest shape; a dimension that no input has counts as one."""
+    """Return the size at the largest shape. A dimension that no input has counts as one."""
     sizes = [dims.get(size, 1) if isinstance(size, str) else size for size in tensor.shape]
     return -(-math.prod(sizes) * _BITS.get(tensor.dtype, 32) // 8)

@@ -13,9 +13,9 @@ Shape = tuple[int, ...]
 
 
 def resolved(config: ModelConfig, engine: BuildConfig) -> BuildConfig:
-    """The engine's limits as they are for this model, none left open: max_seq_len, max_input_len and opt_input_len.
+    """Return the engine's config with max_seq_len, max_input_len and opt_input_len set for this model.
 
-    Raises SpecError when the model has not that many positions, scaled as its rotary embedding allows.
+    Raises SpecError if a limit exceeds the model's positions, as scaled by its rotary embedding.
     """
     slots, most = engine.max_seq_len or config.max_position_embeddings, config.max_positions
     if slots > most:
@@ -36,14 +36,14 @@ def resolved(config: ModelConfig, engine: BuildConfig) -> BuildConfig:
 
 
 def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
-    """The networks of a stage for an engine whose limits are resolved (`engines.profiles.resolved`)."""
+    """Return the networks of a stage for an engine whose limits are set (`resolved`)."""
     assert engine.max_seq_len is not None
     return StageNetwork(stage=stage, max_seq_len=engine.max_seq_len, gather_logits=engine.gather_logits)
 
 
 def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, Profile]:
-    """(prefill, decode): batch 1..max_batch_size; tokens 1..max_input_len, or exactly 1."""
-    assert engine.opt_input_len is not None  # as `resolved` leaves it
+    """Return the profiles of prefill and decode: batch 1..max_batch_size, tokens 1..max_input_len or exactly 1."""
+    assert engine.opt_input_len is not None  # set by `resolved`
     prefill = (1, engine.opt_input_len, engine.max_input_len)
     return _profile(PREFILL, prefill, network, engine), _profile(DECODE, (1, 1, 1), network, engine)
 

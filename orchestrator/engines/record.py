@@ -1,4 +1,4 @@
-"""What is recorded of an engine: its inputs and outputs, its device, and the memory that it needs."""
+"""Record of an engine: inputs and outputs, device, and memory."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ class TensorRange(Record):
     dtype: Word
     mode: Literal["input", "output"]
     shape: Annotated[tuple[Size | str, ...], FailFast()]
-    """A dynamic dimension is its name."""
+    """Shape, with the name of each dynamic dimension."""
     profiles: dict[str, dict[str, tuple[Size, ...]]] = Field(default_factory=dict)
-    """Inputs only: profile -> min, opt, max."""
+    """For inputs: profile -> min, opt, max -> shape."""
     aliases: str | None = None
-    """Outputs only: the input whose memory must be bound here too (KV cache). A quantized cache (INT8, FP8) has none: it needs
-    two buffers, to be swapped after each call."""
+    """For outputs: name of the input whose memory must also be bound here (KV cache); None: separate memory. A quantized cache
+    (INT8, FP8) needs two buffers, which are swapped after each call."""
 
 
 class EngineRecord(Record):
-    """What a runtime must know of an engine before it loads it."""
+    """Properties of an engine that a runtime needs before it loads the engine."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"]
     tensorrt_version: Word
     cuda_version: Word | None = None
-    """Of the CUDA that the library was made for: its major version, e.g. 13."""
+    """Major version of the CUDA that the library was built for, e.g. 13."""
     gpu_name: Word | None = None
-    """tensorrt: the GPU that it was built on, as NVML names it. tensorrt_rtx builds without one."""
+    """NVML's name of the GPU that built the engine, for tensorrt; None: tensorrt_rtx, which needs no GPU."""
     compute_capabilities: tuple[Word, ...]
-    """tensorrt: that of the GPU. tensorrt_rtx: the targets; empty: every one that the library supports."""
+    """Capability of the GPU for tensorrt, targets for tensorrt_rtx; empty: every one that the library supports."""
     profiles: tuple[Word, ...]
-    """Names of the optimization profiles, by index."""
+    """Names of the optimization profiles, in TensorRT's order."""
     tensors: Annotated[tuple[TensorRange, ...], FailFast()]
     weights_bytes: Count | None = None
     context_bytes: Count | None = None
-    """Device memory of an execution context with the most demanding profile; None: TensorRT did not tell."""
+    """Device memory of an execution context with the most demanding profile; None: TensorRT did not report it."""
 
 
 class MemoryNeed(Record):
-    """What a rank takes of its GPU's memory, besides CUDA itself."""
+    """GPU memory that a rank needs, without CUDA itself."""
 
     engine_bytes: Count
     kv_cache_bytes: Count
-    """At the largest batch and sequence."""
+    """KV cache at the largest batch and sequence."""
     io_bytes: Count
-    """Other inputs and outputs, at the largest shapes."""
+    """Other inputs and outputs at the largest shapes."""
     context_bytes: Count | None
     total_bytes: Count

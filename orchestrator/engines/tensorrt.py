@@ -1,7 +1,7 @@
-"""TensorRT, both of them: `tensorrt` for data-centre GPUs and `tensorrt_rtx` ahead of time. One API; the differences are few.
+"""Both TensorRT libraries: `tensorrt` for data-centre GPUs, and `tensorrt_rtx`, which builds without a GPU. They share one API.
 
-Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`): nothing is copied on the way in,
-and the plan is streamed on the way out. Engine bytes differ from build to build: tactics are chosen by timing.
+Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`) without a copy, and the serialized
+engine is streamed out. Engine bytes differ from build to build, because tactics are chosen by timing.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def build_engine(
     progress: Callable[[str, int, int], None],
     log: Callable[[str], None],
 ) -> EngineRecord:
-    """See EngineBackend."""
+    """Compile an engine, as EngineBackend describes."""
     trt = _module(request.config.backend)
     guard = Guard()
     logger = _logger(trt, guard.around(log))
     builder = trt.Builder(logger)
     if builder is None:
-        raise ToolError(f"{request.config.backend} cannot start here", "It needs a GPU of the target type and its driver.")
+        raise ToolError(f"{request.config.backend} cannot start", "It needs a GPU of the target type and its driver.")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     _parse(parser, request)
@@ -60,13 +60,13 @@ def _module(backend: str) -> Any:
 
 
 class Guard:
-    """Keeps what Python code raises while TensorRT calls it, Ctrl-C too: native code would lose it, and compile on."""
+    """Keeps the first exception, Ctrl-C included, of Python code that TensorRT calls: native code would drop it and continue."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
     def around(self, function: Callable[..., object]) -> Callable[..., None]:
-        """`function`, which raises nothing any more."""
+        """Return `function` with its exceptions kept instead of raised."""
 
         def guarded(*arguments: Any) -> None:
             try:
@@ -77,22 +77,22 @@ class Guard:
         return guarded
 
     def check(self) -> None:
-        """Raise what was kept."""
+        """Raise the kept exception, if any."""
         if self.error is not None:
             raise self.error
 
 
 class Reported:
-    """What TensorRT tells about memory, in its log only: an engine can be asked for it where there is a GPU."""
+    """Memory sizes from TensorRT's log. Asking the engine for them would need a GPU."""
 
     def __init__(self) -> None:
         self.weights_bytes: int | None = None
         self.context_bytes: int | None = None
-        """Of the most demanding profile."""
+        """Memory of an execution context with the most demanding profile."""
         self._persistent_bytes = 0
 
     def read(self, message: str) -> None:
-        """Take in one line. A profile's persistent memory is told before its activation memory."""
+        """Read one line of the log. TensorRT logs a profile's persistent memory before its activation memory."""
         found = _MEMORY.search(message)
         if found is None:
             return
@@ -107,7 +107,7 @@ class Reported:
 
 def _logger(trt: Any, log: Callable[[str], None]) -> Any:
     class StepLogger(trt.ILogger):  # type: ignore[misc]  # the base is known at run time only
-        """Keeps TensorRT's own words with the step."""
+        """Copies TensorRT's messages to the step's log."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -125,7 +125,7 @@ def _logger(trt: Any, log: Callable[[str], None]) -> Any:
 
 
 def _last_errors(logger: Any) -> str:
-    # Without a GPU every failure also complains of the missing driver, which is not the cause.
+    # Without a GPU every failure also reports the missing driver, which is not the cause.
     causes = [line for line in logger.errors if "CUDA driver version" not in line]
     return " | ".join(causes[-_MAX_ERRORS:]) or "it gave no reason"
 
@@ -137,7 +137,7 @@ def _parse(parser: Any, request: EngineRequest) -> None:
         if not array.flags["C_CONTIGUOUS"]:
             raise EngineBuildError(f"the weights of {name} are not contiguous")
         if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
-            raise EngineBuildError(f"TensorRT's parser does not take the weights of {name}: " + _parser_errors(parser))
+            raise EngineBuildError(f"TensorRT's parser refuses the weights of {name}: " + _parser_errors(parser))
     if not parser.parse_model_proto():
         raise EngineBuildError("TensorRT's parser refuses the graph: " + _parser_errors(parser))
 
@@ -148,7 +148,7 @@ def _parser_errors(parser: Any) -> str:
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Let TensorRT use several kernels where it has no fused one (3 query heads on 1 key/value head, for one)."""
+    """Let TensorRT use several kernels where it has no fused kernel (e.g. for 3 query heads per key/value head)."""
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -192,7 +192,7 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> N
 
 def _monitor(trt: Any, guard: Guard, progress: Callable[[str, int, int], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known at run time only
-        """Reports the outermost phase; TensorRT nests them. Cancels the build after an error."""
+        """Reports the outermost of TensorRT's nested phases. Cancels the build after an error."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -217,7 +217,7 @@ def _monitor(trt: Any, guard: Guard, progress: Callable[[str, int, int], None]) 
 
 def _stream(trt: Any, guard: Guard, write: Callable[[memoryview], object]) -> Any:
     class Stream(trt.IStreamWriter):  # type: ignore[misc]  # the base is known at run time only
-        """Hands the plan on; an error ends the build instead of crossing C++."""
+        """Passes the serialized engine on. An error ends the build instead of passing through C++."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -274,7 +274,7 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
 
 
 def _updated_in_place(trt: Any) -> set[Any]:
-    """Dtypes of caches that TensorRT's cache update takes; those of any other are read and written as a whole."""
+    """Return the dtypes that TensorRT's KV cache update accepts. Caches of other dtypes are read and written as a whole."""
     return {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
 
 

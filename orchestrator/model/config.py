@@ -64,7 +64,7 @@ class ModelConfig(BaseModel):
     sliding_window: int | None = None
     """Number of positions that a token attends to, itself included; None: all before it."""
     window_layers: tuple[bool, ...] | None = None
-    """For each layer, whether it has the window; None: all layers have it, if sliding_window is set."""
+    """Whether each layer has the window; None: all layers have it, if sliding_window is set."""
     attn_bias: bool = False
     """Whether queries, keys and values have biases."""
     attn_dense_bias: bool = False

@@ -34,9 +34,9 @@ class QuantizedWeight:
     dtype: str
     """Model dtype, safetensors' name. Elements are rounded to it before they are quantized."""
     modules: tuple[str, ...]
-    """For each read, its source module, a key of the calibration artifact."""
+    """Source module of each read, a key of the calibration artifact."""
     amax_modules: tuple[tuple[str, ...], ...]
-    """For each read, the modules fused with it, itself included. The largest weight_amax among them determines the scale."""
+    """Modules that are fused with each read, its own included. The largest weight_amax among them determines the scale."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""The network of one rank: a per-rank ONNX graph without weights, in standard operators of opset 24.
+"""Networks of the ranks: one ONNX graph per rank, without weights, in standard operators of opset 24.
 
-One graph has two executions: TensorRT's ONNX parser compiles it, ONNX Runtime runs it. Weights are bound by name from the
-rank's safetensors, without a copy. `DistCollective` (TensorRT's operator, in the default domain) stands where tensor
-parallel ranks meet.
+TensorRT's ONNX parser compiles the graph, and ONNX Runtime runs it. Weights are bound by name from the rank's safetensors,
+without a copy. Tensor-parallel ranks communicate by `DistCollective` (TensorRT's operator, in the default domain).
 """
 
 from __future__ import annotations

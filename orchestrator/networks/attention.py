@@ -14,20 +14,20 @@ _MASKED = -3.0e38
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What a layer's attention takes besides the hidden states."""
+    """Inputs of a layer's attention besides the hidden states."""
 
     layer: int
-    """Within the stage."""
+    """Layer number within the stage."""
     mask: str
     rotary: tuple[str, ...]
     """Inputs of RotaryEmbedding after the queries or keys."""
 
 
 def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
-    """Boolean [batch, 1, tokens, slots]: a token at position p sees cache slots 0..p.
+    """Add the causal mask, boolean [batch, 1, tokens, slots]: a token at position p attends to cache slots 0..p.
 
-    Slot and position are the same number, so right padding needs no mask of its own: what a padded token wrote lies
-    behind every real token until a real one overwrites it.
+    Slot and position are the same number, so right padding needs no mask: the slot of a padding token comes after every real
+    token, until a real token overwrites it.
     """
     length = graph.node("Shape", [cache], "num_slots", start=2, end=3)
     scalar = graph.node("Squeeze", [length, graph.constant("axis_0", [0])], "num_slots.scalar")
@@ -37,13 +37,13 @@ def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
 
 
 def window_mask(graph: GraphWriter, window: int) -> str:
-    """The causal mask, of the last `window` positions only."""
+    """Add the causal mask that is limited to the last `window` positions."""
     oldest = graph.node("Sub", ["positions", graph.constant("sliding_window", window)], "mask.oldest")
     return graph.node("And", ["mask.causal", graph.node("Greater", ["slots", oldest], "mask.recent")], "mask.window")
 
 
 def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs) -> str:
-    """Attention of a layer; new keys and values are scattered into the cache first."""
+    """Add the attention of a layer. New keys and values are first scattered into the KV cache."""
     config, prefix = shape.config, f"transformer.layers.{inputs.layer}.attention"
     head, heads, kv_heads = config.head_size, shape.num_heads, shape.num_kv_heads
     widths = [heads * head, kv_heads * head, kv_heads * head]
@@ -65,13 +65,13 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
 
 
 def _heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> str:
-    """[batch, tokens, heads x size] to [batch, heads, tokens, size]."""
+    """Reshape [batch, tokens, heads x size] to [batch, heads, tokens, size]."""
     shape = graph.constant(f"shape_{num_heads}_heads", [0, 0, num_heads, head_size])
     return graph.node("Transpose", [graph.node("Reshape", [x, shape], f"{x}.split")], f"{x}.heads", perm=[0, 2, 1, 3])
 
 
 def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, norm: str) -> str:
-    """The heads of queries or keys, normed as the model does: over all heads before they part, or each after."""
+    """Split queries or keys into heads, normed over all heads before the split or per head after it, as the model does."""
     config = shape.config
     if config.qk_layernorm == "full":
         x = split_rms_norm(graph, shape, x, f"{norm}.weight", f"{norm}.out", num_heads * config.head_size)
@@ -88,9 +88,9 @@ def _rotate(graph: GraphWriter, shape: RankShape, x: str, rotary: tuple[str, ...
 
 
 def _capped(graph: GraphWriter, shape: RankShape, qkv: tuple[str, str, str], mask: str, factor: float, prefix: str) -> str:
-    """Attention with soft-capped scores, in primitive operators: the fused one with a cap is refused by TensorRT's parser.
+    """Add attention with soft-capped scores, in primitive operators: TensorRT's parser refuses the fused operator with a cap.
 
-    Query heads are grouped by their key/value head: [B, kv heads, group, tokens, size], so that nothing is repeated.
+    Query heads are grouped by key/value head, [B, kv heads, group, tokens, size], so that keys and values are not repeated.
     """
     queries, keys, values = qkv
     group = shape.num_heads // shape.num_kv_heads

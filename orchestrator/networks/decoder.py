@@ -1,16 +1,16 @@
-"""The decoder's graph for one rank: prefill and decode in one.
+"""The decoder's graph for one rank, which serves both prefill and decode.
 
 Inputs, with B sequences, S tokens each, C cache slots:
 
     input_ids      int64 [B, S]            first stage; hidden_states [B, S, hidden] on the others
     position_ids   int64 [B, S]            position of each token in its sequence, which is its cache slot; 0 for padding
     write_indices  int64 [B]               first slot to write; position_ids[:, 0]
-    logit_indices  int64 [B, N]            last stage: the tokens (0..S-1) whose logits are wanted
-    past_key_values.L.key / .value         [B, kv_heads, C, head_size], L counts within the stage
+    logit_indices  int64 [B, N]            last stage: indices (0..S-1) of the tokens whose logits are returned
+    past_key_values.L.key / .value         [B, kv_heads, C, head_size], layer L counts within the stage
 
 Outputs: `hidden_states_out` [B, S, hidden], or `logits` float32 [B, N, vocabulary] on the last stage, and
-`present_key_values.L.key / .value`, which share memory with the inputs of the same name unless the cache is quantized (INT8
-or FP8): then every call writes the whole cache anew.
+`present_key_values.L.key / .value`. These share memory with the inputs of the same name, unless the cache is quantized (INT8 or
+FP8): then every call writes the whole cache.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ from orchestrator.networks.shape import RankShape
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A rank's graph and what is bound to it."""
+    """A rank's graph and the initializers that are bound to it."""
 
     model: onnx.ModelProto
     tables: dict[str, npt.NDArray[np.float32]]
-    """Initializers that are computed, not loaded: float32, to be cast to the graph's dtype."""
+    """Initializers that are computed instead of loaded, in float32, to be cast to the graph's dtype."""
     unpacked: dict[str, LinearFormat]
-    """Weights that are bound dequantized, float32, and what they are stored as."""
+    """Weights that are dequantized to float32 when they are bound -> stored format."""
 
     def weight_names(self) -> list[str]:
-        """Initializers that come from the rank's checkpoint."""
+        """Return the names of the initializers that come from the rank's checkpoint."""
         external = onnx.TensorProto.EXTERNAL
         names = [tensor.name for tensor in self.model.graph.initializer if tensor.data_location == external]
         return [name for name in names if name not in self.tables]
 
     def weight_dtypes(self) -> dict[str, int]:
-        """ONNX's dtype of every initializer that comes from the rank's checkpoint."""
+        """Return the ONNX dtype of every initializer that comes from the rank's checkpoint."""
         wanted = set(self.weight_names())
         return {tensor.name: tensor.data_type for tensor in self.model.graph.initializer if tensor.name in wanted}
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Raises ArchitectureError when the graph cannot express `config`."""
+    """Check that the graph can express `config`. Raises ArchitectureError otherwise."""
     check_rotary(config.rotary_scaling)
     layers.check_activation(config.hidden_act)
 
 
 def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -> Network:
-    """Write the graph of a rank. Only experts and an embedding split by vocabulary make the ranks of a stage differ.
+    """Write the graph of a rank. Graphs of a stage differ between ranks only by experts and a vocabulary-split embedding.
 
-    Raises ArchitectureError.
+    Raises ArchitectureError for a model that the graph cannot express.
     """
     stage = network.stage
     config = stage.config
@@ -118,10 +118,10 @@ def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
 
 
 def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInputs) -> str:
-    """Attention and MLP, each in its residual branch, with norms where the model has them."""
+    """Add attention and MLP, each in a residual branch, with the model's norms."""
     config, prefix = shape.config, f"transformer.layers.{inputs.layer}"
     before, after = config.norm_placement != "post", config.norm_placement != "pre"
-    # Before the MLP stands post_layernorm, unless it is the one after attention (Gemma 2, OLMo 2).
+    # post_layernorm is the norm before the MLP, except in Gemma 2 and OLMo 2, where it follows attention.
     mlp_norm = "pre_feedforward_layernorm" if after else "post_layernorm"
 
     def norm(x: str, name: str, wanted: bool) -> str:
@@ -139,7 +139,7 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
 
 
 def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) -> None:
-    """Take the wanted tokens first, so that the head is computed for them alone."""
+    """Add the head, for the tokens of logit_indices only."""
     config = shape.config
     local = config.padded_vocab_size(shape.tp) // shape.tp
     indices = graph.node("Unsqueeze", ["logit_indices", graph.constant("axis_2", [2])], "logit_indices.3d")
@@ -148,7 +148,7 @@ def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) 
     logits = layers.linear(graph, shape, normed, "lm_head", (local, config.hidden_size))
     width = local
     if gather and shape.tp > 1:
-        # Collectives concatenate along axis 0, so the vocabulary goes there and back; padding is cut off after.
+        # Collectives concatenate along axis 0, so the vocabulary axis is moved there and back. Padding is cut off last.
         first = graph.node("Transpose", [logits], "logits.vocab_first", perm=[2, 0, 1])
         gathered = layers.all_gather(graph, shape, first)
         back = graph.node("Transpose", [gathered], "logits.padded", perm=[1, 2, 0])

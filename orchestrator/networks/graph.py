@@ -1,4 +1,4 @@
-"""A thin writer of ONNX graphs: every call adds a node and returns the name of its output."""
+"""Thin writer of ONNX graphs: every call adds a node and returns the name of its output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GraphWriter:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self.unpacked_weights: dict[str, LinearFormat] = {}
-        """Weights that are dequantized to the graph's dtype before they are bound, and what they are stored as."""
+        """Weights that are dequantized before they are bound -> stored format."""
 
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(shape)))
@@ -49,7 +49,7 @@ class GraphWriter:
         self._outputs.append(helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(shape)))
 
     def external(self, name: str, dtype: str, shape: Sequence[int]) -> str:
-        """An initializer whose data is bound by name when the graph is compiled or run."""
+        """Add an initializer whose data is bound by name when the graph is compiled or run."""
         if name not in self._initializers:
             tensor = TensorProto(name=name, data_type=ONNX_DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
             tensor.external_data.add(key="location", value="bound-by-name")
@@ -57,44 +57,44 @@ class GraphWriter:
         return name
 
     def unpacked(self, name: str, shape: Sequence[int], fmt: LinearFormat) -> str:
-        """A float32 initializer whose data is dequantized when it is bound: its format has no standard operator."""
+        """Add a float32 initializer that is dequantized when it is bound, because its format has no standard operator."""
         self.unpacked_weights[name] = fmt
         return self.external(name, "float32", shape)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Of an initializer."""
+        """Return the shape of an initializer."""
         return tuple(self._initializers[name].dims)
 
     def constant(self, name: str, values: npt.ArrayLike) -> str:
-        """A small int64 constant; one of the same name is shared."""
+        """Add a small int64 constant, unless the name exists."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(np.asarray(values, np.int64), name)
         return name
 
     def floats(self, name: str, values: npt.ArrayLike) -> str:
-        """A small float32 constant; one of the same name is shared."""
+        """Add a small float32 constant, unless the name exists."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(np.asarray(values, np.float32), name)
         return name
 
     def scalar(self, name: str, value: float, dtype: str) -> str:
-        """A constant of no dimensions; one of the same name is shared."""
+        """Add a scalar constant, unless the name exists."""
         if name not in self._initializers:
             self._initializers[name] = helper.make_tensor(name, ONNX_DTYPES[dtype], [], [value])
         return name
 
     @staticmethod
     def onnx_dtype(dtype: str) -> int:
-        """ONNX's number of a dtype, for Cast."""
+        """Return ONNX's number of a dtype, for Cast."""
         return ONNX_DTYPES[dtype]
 
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """Add a node with one output; its name is the output's."""
+        """Add a node with one output, which also names the node."""
         self.nodes(op, inputs, [output], **attributes)
         return output
 
     def has(self, name: str) -> bool:
-        """Whether a node of this name is there."""
+        """Whether the graph has a node of this name."""
         return any(node.name == name for node in self._nodes)
 
     def nodes(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:

@@ -1,7 +1,7 @@
-"""The cache of keys and values: its names, and how a call writes into it.
+"""The KV cache: names of its inputs and outputs, and its update by a call.
 
-In the model's dtype it is updated in place (TensorScatter). TensorRT refuses that operator for INT8 and FP8, so a quantized
-cache is read, merged with the new tokens slot by slot, and written as a whole; input and output then do not share memory.
+A cache in the model's dtype is updated in place (TensorScatter). TensorRT refuses that operator for INT8 and FP8, so a quantized
+cache is read, merged with the new tokens slot by slot, and written as a whole. Then input and output do not share memory.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.shape import RankShape
 
 PAST = "past_key_values."
-"""Begins the names of the cache's inputs."""
+"""Prefix of the names of the KV cache's inputs."""
 
 
 def past_name(layer: int, what: str) -> str:
-    """Graph input: keys or values (`what`) of a local layer before the call."""
+    """Return the name of the graph input with the keys or values (`what`) of a local layer before the call."""
     return f"{PAST}{layer}.{what}"
 
 
 def present_name(layer: int, what: str) -> str:
-    """Graph output: the same after the call."""
+    """Return the name of the graph output with the keys or values (`what`) of a local layer after the call."""
     return f"present_key_values.{layer}.{what}"
 
 
 def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, update: str) -> str:
-    """All keys or values after the call, [B, heads, slots, size] in the graph's dtype; `update` [B, heads, tokens, size]."""
+    """Add all keys or values after the call, [B, heads, slots, size] in the graph's dtype. `update`: [B, heads, tokens, size]."""
     if shape.kv_cache is None:
         return graph.node(
             "TensorScatter", [past_name(layer, what), update, "write_indices"], present_name(layer, what),
@@ -46,7 +46,7 @@ def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, up
 
 
 def _token_of_slot(graph: GraphWriter) -> str:
-    """[B, slots, 1]: the token of this call that a slot takes (any, if none); `slots.written` [B, 1, slots, 1] says which do."""
+    """Add the token of this call for each slot, [B, slots, 1], and the mask of written slots, `slots.written` [B, 1, slots, 1]."""
     if graph.has("slots.token"):
         return "slots.token"
     first = graph.node("Unsqueeze", ["write_indices", graph.constant("axis_1", [1])], "slots.first")

@@ -1,4 +1,4 @@
-"""What all parts of a decoder are made of: norms, linears, activations, collectives."""
+"""Building blocks of the decoder: norms, linears, activations, embedding, MLP, collectives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from orchestrator.networks.shape import RankShape
 
 
 def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int | None = None) -> str:
-    """Root-mean-square norm over the last axis (of `size`, the hidden size by default), accumulated in float32.
+    """Add a root-mean-square norm over the last axis, accumulated in float32. `size` of the axis: hidden size by default.
 
-    Exact norms are multiplied in float32 too, before the result is rounded to the graph's dtype.
+    Exact norms are also multiplied in float32, before the result is rounded to the graph's dtype.
     """
     exact, attributes = shape.config.exact_norms, {"axis": -1, "epsilon": shape.config.norm_epsilon, "stash_type": 1}
     name, dtype = (f"{weight}_float32", "float32") if exact else (weight, shape.dtype)
@@ -25,9 +25,9 @@ def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: 
 
 
 def split_rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int) -> str:
-    """The norm of a vector that is split over the ranks, `size` elements on each: the mean square is that of all of them.
+    """Add the norm of a vector that is split over the ranks, `size` elements on each, with the mean square over all ranks.
 
-    Heads held by several ranks are counted by each, above and below the fraction alike.
+    A head that several ranks hold counts once per rank in the sum and in the number of elements, which leaves the mean unchanged.
     """
     wide = graph.node("Cast", [x], f"{output}.wide", to=graph.onnx_dtype("float32"))
     square = graph.node("Mul", [wide, wide], f"{output}.square")
@@ -51,7 +51,7 @@ def linear(
     bias: bool = False,
     dtype: str | None = None,
 ) -> str:
-    """x @ weight^T (+ bias); `size` is (out, in), the layout of the checkpoint. `dtype`: of the weight, if not the graph's."""
+    """Add x @ weight^T (+ bias). `size`: (out, in), the checkpoint's layout. `dtype` of the weight: the graph's by default."""
     fmt = shape.format_of(prefix)
     if fmt is not None:
         product = quantized_matmul(graph, shape, x, prefix, size, fmt)
@@ -63,7 +63,7 @@ def linear(
 
 
 def row_linear(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False) -> str:
-    """A linear whose input features are split: partial products are summed over the ranks, the bias is added once after."""
+    """Add a linear whose input features are split: sum the partial products over the ranks, then add the bias once."""
     product = all_reduce(graph, shape, linear(graph, shape, x, prefix, size))
     return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
 
@@ -73,14 +73,14 @@ def _add_bias(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: i
 
 
 def scale(graph: GraphWriter, x: str, factor: float, output: str, dtype: str) -> str:
-    """x * factor; x itself when the factor is 1."""
+    """Add x * factor. Returns x when the factor is 1."""
     if factor == 1.0:
         return x
     return graph.node("Mul", [x, graph.scalar(f"factor.{factor!r}.{dtype}", factor, dtype)], output)
 
 
 def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: str) -> str:
-    """cap * tanh(x / cap); x itself without a cap."""
+    """Add cap * tanh(x / cap). Returns x without a cap."""
     if cap is None:
         return x
     small = scale(graph, x, 1.0 / cap, f"{output}.small", dtype)
@@ -88,13 +88,13 @@ def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: 
 
 
 def check_activation(name: str) -> None:
-    """Raises ArchitectureError for one that has no operators here."""
+    """Check that an activation is supported. Raises ArchitectureError otherwise."""
     if name not in (*ACTIVATIONS, SWIGLU):
         raise ArchitectureError(f"activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}.")
 
 
 def activate(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
-    """The model's activation."""
+    """Add the model's activation."""
     if shape.config.hidden_act in ("silu", "swish", SWIGLU):
         return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{output}.sigmoid")], output)
     kind = "none" if shape.config.hidden_act == "gelu" else "tanh"
@@ -102,17 +102,17 @@ def activate(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
 
 
 def all_reduce(graph: GraphWriter, shape: RankShape, x: str) -> str:
-    """Sum over the tensor-parallel ranks."""
+    """Add a sum over the tensor-parallel ranks."""
     return x if shape.tp == 1 else _collective(graph, shape, x, "all_reduce", "sum")
 
 
 def all_gather(graph: GraphWriter, shape: RankShape, x: str) -> str:
-    """Concatenate over the tensor-parallel ranks, along axis 0."""
+    """Add a concatenation over the tensor-parallel ranks along axis 0."""
     return x if shape.tp == 1 else _collective(graph, shape, x, "all_gather", "none")
 
 
 def embedding(graph: GraphWriter, shape: RankShape, ids: str) -> str:
-    """Rows of the embedding, [batch, tokens, hidden], from a table that is whole, or split by vocabulary or hidden size."""
+    """Add the embedding, [batch, tokens, hidden], from a table that is whole, or split by vocabulary or hidden size."""
     config, name = shape.config, "transformer.vocab_embedding.weight"
     if not config.use_parallel_embedding or shape.tp == 1:
         return graph.node(
@@ -121,14 +121,14 @@ def embedding(graph: GraphWriter, shape: RankShape, ids: str) -> str:
     if config.embedding_sharding_dim == 1:
         table = graph.external(name, shape.dtype, [config.vocab_size, config.hidden_size // shape.tp])
         local = graph.node("Gather", [table, ids], "embedding.local", axis=0)
-        # Collectives concatenate along axis 0, so the hidden size goes there and back.
+        # Collectives concatenate along axis 0, so the hidden axis is moved there and back.
         first = graph.node("Transpose", [local], "embedding.hidden_first", perm=[2, 0, 1])
         return graph.node("Transpose", [all_gather(graph, shape, first)], "embedding", perm=[1, 2, 0])
     return _embedding_by_vocabulary(graph, shape, ids, name)
 
 
 def _embedding_by_vocabulary(graph: GraphWriter, shape: RankShape, ids: str, name: str) -> str:
-    """Each rank looks up the ids that are its own and gives zeros for the others; the sum is the embedding."""
+    """Look up the ids of each rank's rows, with zeros for all other ids, and sum over the ranks."""
     rows = shape.config.padded_vocab_size(shape.tp) // shape.tp
     table = graph.external(name, shape.dtype, [rows, shape.config.hidden_size])
     first = graph.constant("vocab_first", shape.tp_rank * rows)
@@ -152,7 +152,7 @@ def _collective(graph: GraphWriter, shape: RankShape, x: str, operation: str, re
 
 
 def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """proj(act(fc(x)) * gate(x)); fc is Hugging Face's gate_proj, gate its up_proj. With swiglu, fc is both: up, then gate."""
+    """Add proj(act(fc(x)) * gate(x)). fc is Hugging Face's gate_proj, gate its up_proj. With swiglu, fc joins both, up first."""
     config = shape.config
     local = config.intermediate_size // shape.tp
     if config.hidden_act == SWIGLU:
@@ -166,7 +166,7 @@ def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
 
 
 def gated_halves(graph: GraphWriter, shape: RankShape, both: str, prefix: str, width: int) -> str:
-    """act(gate) * up; up is the first half."""
+    """Add act(gate) * up. `up` is the first half of `both`."""
     up, gate = f"{prefix}.up", f"{prefix}.gate"
     graph.nodes("Split", [both, graph.constant(f"halves_{width}", [width, width])], [up, gate], axis=-1)
     return graph.node("Mul", [activate(graph, shape, gate, f"{prefix}.activated"), up], f"{prefix}.product")

@@ -1,8 +1,8 @@
-"""The rank graphs of a stage as one ONNX graph, which any executor runs in one process, without a communicator.
+"""Merging of the rank graphs of a stage into one ONNX graph, which any executor runs in one process without a communicator.
 
-Every name of a rank's graph gets the rank's prefix, but the inputs that all ranks are given alike. Where the ranks meet, a
-`DistCollective` of each becomes one operator: `Sum` for an all-reduce, `Concat` along axis 0 for an all-gather. Its output is
-shared, so it has no prefix. Weights stay the ranks' own: nothing is merged or copied.
+Names get the rank's prefix, except inputs that all ranks share. The `DistCollective` nodes of all ranks become one operator:
+`Sum` for an all-reduce, `Concat` along axis 0 for an all-gather. Its output is shared, so it has no prefix. Each rank keeps its
+weights: none are merged or copied.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Rename = Callable[[str], str]
 
 
 def ranked(name: str, rank: int) -> str:
-    """The name in the merged graph of what `name` is in the graph of a rank."""
+    """Return the name in the merged graph of `name` in the graph of a rank."""
     return f"rank{rank}.{name}"
 
 
 def merge_ranks(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     """Merge the graphs of a stage's ranks, in rank order.
 
-    Inputs: those that all ranks share under their own names, `rank{r}.past_key_values...` for the caches. Outputs: all of every
-    rank, prefixed: who runs the graph can check that the ranks agree. Raises ValueError for graphs that are not of one stage.
+    Inputs keep their names, except the KV caches, `rank{r}.past_key_values...`. Outputs of every rank are kept with its prefix, so
+    that the caller can check that the ranks agree. Raises ValueError for graphs that are not of one stage.
     """
     _check(models)
     shared = {value.name for value in models[0].graph.input if not value.name.startswith(PAST)}
@@ -64,7 +64,7 @@ def _check(models: Sequence[onnx.ModelProto]) -> None:
     ]
     for rank, found in enumerate(meetings):
         if found != meetings[0]:
-            raise ValueError(f"rank {rank} does not meet the others where rank 0 does: they are not ranks of one stage")
+            raise ValueError(f"rank {rank} has other collectives than rank 0: they are not ranks of one stage")
     for model in models:
         for node in model.graph.node:
             if node.op_type == _COLLECTIVE and _attribute(node, "nb_rank") != len(models):
@@ -74,7 +74,7 @@ def _check(models: Sequence[onnx.ModelProto]) -> None:
 
 
 def _parts(nodes: Iterable[onnx.NodeProto]) -> list[tuple[list[onnx.NodeProto], onnx.NodeProto | None]]:
-    """The nodes up to each collective, and the collective; None after the last one."""
+    """Split the nodes at each collective. Returns (nodes, collective) pairs; None: no collective follows."""
     found: list[tuple[list[onnx.NodeProto], onnx.NodeProto | None]] = []
     before: list[onnx.NodeProto] = []
     for node in nodes:
@@ -96,7 +96,7 @@ def _rename(rank: int, kept: set[str]) -> Rename:
 
 
 def _meet(collectives: Sequence[onnx.NodeProto], renames: Sequence[Rename]) -> onnx.NodeProto:
-    """Result of the ranks' collectives together, in rank order."""
+    """Return the operator that replaces the collectives of all ranks, in rank order."""
     first = collectives[0]
     inputs = [rename(node.input[0]) for node, rename in zip(collectives, renames, strict=True)]
     match _attribute(first, "collective_operation"):
@@ -105,7 +105,7 @@ def _meet(collectives: Sequence[onnx.NodeProto], renames: Sequence[Rename]) -> o
         case "all_gather":
             return helper.make_node("Concat", inputs, [first.output[0]], name=first.name, axis=0)
         case operation:
-            raise ValueError(f"{first.name}: no operator stands for the collective {operation}")
+            raise ValueError(f"{first.name}: no operator replaces the collective {operation}")
 
 
 def _renamed_node(node: onnx.NodeProto, rename: Rename) -> onnx.NodeProto:
@@ -118,7 +118,7 @@ def _renamed_node(node: onnx.NodeProto, rename: Rename) -> onnx.NodeProto:
 
 
 def _values(values: Iterable[onnx.ValueInfoProto], rename: Rename, rank: int, shared: set[str]) -> Iterable[onnx.ValueInfoProto]:
-    """Inputs or outputs of a rank; those that are shared come with the first rank."""
+    """Yield the renamed inputs or outputs of a rank. Shared values come with rank 0 only."""
     for value in values:
         if value.name not in shared or rank == 0:
             renamed = onnx.ValueInfoProto()

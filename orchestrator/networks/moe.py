@@ -1,7 +1,7 @@
-"""Mixture of experts: the router in float32, the experts that this rank holds, a shared expert beside them.
+"""Mixture of experts: the router in float32, the rank's experts, and the shared expert.
 
-Every local expert computes every token and the router's weights, zero for the experts not chosen, sum the results. That is
-exactly what routing computes; it spends more arithmetic than a kernel that gathers tokens.
+Every local expert computes every token. The sum is weighted by the router, with zero for experts that were not chosen. The result
+is exact, but takes more arithmetic than a kernel that gathers tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.networks.shape import RankShape
 
 
 def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """Experts, and the shared expert where there is one; one all-reduce for both."""
+    """Add the experts and the shared expert, if any, with one all-reduce for both."""
     total = _experts(graph, shape, x, prefix)
     assert shape.config.moe is not None
     if shape.config.moe.shared_expert_intermediate_size:
@@ -38,9 +38,9 @@ def _experts(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
 
 
 def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], *, shared: bool) -> str:
-    """x @ weight^T for all experts, [batch, experts, tokens, out]; `size` is (experts, out, in).
+    """Add x @ weight^T for all experts, [batch, experts, tokens, out]. `size`: (experts, out, in).
 
-    x is [batch, tokens, in] of all experts (`shared`) or [batch, experts, tokens, in].
+    x is [batch, tokens, in], the same for all experts (`shared`), or [batch, experts, tokens, in].
     """
     experts, out, inner = size
     fmt, factor = shape.format_of(prefix), None
@@ -48,7 +48,7 @@ def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tu
         weight = graph.external(f"{prefix}.weight", shape.dtype, size)
     else:
         weight = quantized_weight(graph, shape, prefix, (out, inner), fmt, experts)
-        if not shared:  # rounding knows [batch, tokens, in] only
+        if not shared:  # quantized_input takes [batch, tokens, in] only
             x = graph.node("Reshape", [x, graph.constant(f"flat_{inner}_experts", [0, -1, inner])], f"{prefix}.input_flat")
         x, factor = quantized_input(graph, shape, x, prefix, inner, fmt)
         if not shared:
@@ -68,12 +68,12 @@ def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tu
 
 
 def _per_expert(graph: GraphWriter, x: str, experts: int, size: int) -> str:
-    """[batch, experts x tokens, size] as [batch, experts, tokens, size]."""
+    """Reshape [batch, experts x tokens, size] to [batch, experts, tokens, size]."""
     return graph.node("Reshape", [x, graph.constant(f"experts_{experts}_{size}", [0, experts, -1, size])], f"{x}.experts")
 
 
 def _routing(graph: GraphWriter, shape: RankShape, x: str, prefix: str, local: int) -> str:
-    """[batch, local experts, tokens, 1]: each token's weight for each expert, zero for those not chosen."""
+    """Add the routing weights, [batch, local experts, tokens, 1], with zero for experts that were not chosen."""
     config, moe = shape.config, shape.config.moe
     assert moe is not None
     wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
@@ -95,7 +95,7 @@ def _routing(graph: GraphWriter, shape: RankShape, x: str, prefix: str, local: i
 
 
 def _shared_expert(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """An expert of every token, split like a dense MLP, weighted by a gate of its own; not summed over the ranks here."""
+    """Add the shared expert: split like a dense MLP, weighted by its gate. The caller sums over the ranks."""
     config, moe = shape.config, shape.config.moe
     assert moe is not None
     width = moe.shared_expert_intermediate_size // shape.tp

@@ -1,10 +1,10 @@
-"""Rotary embedding in the graph: tables bound by name, their rows chosen by the positions of the call.
+"""Rotary embedding in the graph: tables bound by name, with rows chosen by position_ids.
 
-Two kinds of scaling depend on the length of a text. As in transformers, the length is that of the call: the highest position
-of a sequence in it, plus one. Keys that are in the cache already keep the rotation that they were written with.
+Two kinds of scaling depend on the length of a text. As in transformers, the length of a sequence is its highest position in the
+call, plus one. Keys that are already in the KV cache keep their rotation.
 
-    longrope    one table for texts within the trained length, a second one below it in the same tensor for longer ones
-    dynamic     frequencies that fall with the length, computed in the graph; within the trained length they are plain
+    longrope    two tables in one tensor: first for texts within the trained length, then for longer texts
+    dynamic     frequencies computed in the graph: plain within the trained length, lower for longer texts
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Table = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """How the layers of a graph rotate queries and keys."""
+    """Inputs of RotaryEmbedding in the layers of a graph."""
 
     everywhere: tuple[str, ...]
-    """Inputs of RotaryEmbedding after the queries or keys: cos, sin and, for tables, their rows."""
+    """Inputs after the queries or keys: cos, sin and, for tables, their rows."""
     windowed: tuple[str, ...]
-    """The same for layers with a window, where they have a base of their own."""
+    """Inputs in layers with a window, which may have another base."""
     tables: dict[str, Table]
-    """Values of the tables, by the initializer's name."""
+    """Name of the initializer -> table."""
 
 
 def rotary_tables(config: ModelConfig, length: int, *, local: bool = False) -> tuple[Table, Table]:
-    """cos and sin of positions 0..length-1, [length, rotary_dim / 2].
+    """Return cos and sin of positions 0..length-1, [length, rotary_dim / 2].
 
-    [2 x length, rotary_dim / 2] where longer texts have frequencies of their own and `length` reaches them: first the rows of
-    texts within the trained length, then those of longer ones. `local`: the tables of the layers with a window.
+    If frequencies depend on the length and `length` exceeds the trained length: [2 x length, rotary_dim / 2], first the rows for
+    texts within the trained length, then for longer texts. `local`: the tables of the layers with a window.
     """
     regimes = [length]
     if not local and config.rotary_depends_on_length(length):
@@ -51,7 +51,7 @@ def rotary_tables(config: ModelConfig, length: int, *, local: bool = False) -> t
 
 
 def rotary(graph: GraphWriter, network: StageNetwork, dtype: str) -> Rotary:
-    """Write what the layers of a stage rotate with; `position_ids` is an input of the graph already."""
+    """Add the rotary inputs of the layers of a stage. The graph must already have the input `position_ids`."""
     stage = network.stage
     config = stage.config
     own_base = config.rotary_base_local is not None
@@ -76,7 +76,7 @@ def _is_dynamic(network: StageNetwork) -> bool:
 def _bound(
     graph: GraphWriter, network: StageNetwork, dtype: str, prefix: str, tables: dict[str, Table], *, local: bool
 ) -> tuple[str, ...]:
-    """Tables, and the row of each token."""
+    """Add cos and sin as bound tables, and the row of each token."""
     config = network.stage.config
     for name, table in zip(("cos", "sin"), rotary_tables(config, network.max_seq_len, local=local), strict=True):
         tables[graph.external(f"{prefix}_{name}", dtype, table.shape)] = table
@@ -87,20 +87,20 @@ def _bound(
 
 
 def _text_length(graph: GraphWriter) -> str:
-    """[batch, 1]: length of each sequence as far as this call goes."""
+    """Add the length of each sequence up to this call, [batch, 1]."""
     last = graph.node("ReduceMax", ["position_ids", graph.constant("axis_1", [1])], "position_ids.last", keepdims=1)
     return graph.node("Add", [last, graph.constant("one", 1)], "text_length")
 
 
 def _rows(graph: GraphWriter, trained: int, length: int) -> str:
-    """Rows of a table of two parts: positions, moved to the second part where the text is longer than the trained length."""
+    """Add the rows of a table with two parts: the positions, shifted to the second part for texts beyond the trained length."""
     long = graph.node("Greater", [_text_length(graph), graph.constant("trained_length", trained)], "text_length.is_long")
     offset = graph.node("Where", [long, graph.constant("rows_long", length), graph.constant("zero", 0)], "rotary_rows.offset")
     return graph.node("Add", ["position_ids", offset], "rotary_rows")
 
 
 def _computed(graph: GraphWriter, config: ModelConfig, dtype: str) -> tuple[str, ...]:
-    """cos and sin [batch, tokens, rotary_dim / 2] of dynamic scaling, in float32.
+    """Add cos and sin [batch, tokens, rotary_dim / 2] of dynamic scaling, computed in float32.
 
     base' = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2)), with length at least trained.
     """

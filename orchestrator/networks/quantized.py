@@ -1,9 +1,9 @@
-"""Quantized linears: what stands around a MatMul for each format of weights and activations.
+"""Quantized linears: the operators around a MatMul for each format of weights and activations.
 
-Operators are ONNX's QuantizeLinear and DequantizeLinear where TensorRT and ONNX Runtime both have them. Two formats have
-operators of TensorRT's own for their activations (NVFP4, MXFP8); the portable graph computes the same numbers with standard
-ones. What TensorRT-RTX 1.7 accepts in a strongly typed float16 or bfloat16 graph, as tried: float32 scales with `output_dtype`
-for INT8 and FP8, scales of the model's dtype for INT4, float32 dequantization and a Cast for FP4.
+Operators are ONNX's QuantizeLinear and DequantizeLinear where TensorRT and ONNX Runtime both support them. Activations of NVFP4
+and MXFP8 use TensorRT's own operators; the portable graph computes the same numbers with standard operators. TensorRT-RTX 1.7
+accepts, in a strongly typed float16 or bfloat16 graph (by experiment): float32 scales with `output_dtype` for INT8 and FP8, scales
+of the model's dtype for INT4, float32 dequantization and a Cast for FP4.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _TRT = "trt"
 _FP8 = onnx.TensorProto.FLOAT8E4M3FN
 _E4M3_TINY = 2.0**-9
 _AMAX_TINY = 1e-12
-"""A token of zeros gets this scale instead of none."""
+"""Smallest amax of a token, so that the scale of a token of zeros is not zero."""
 
 
 def quantized_matmul(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], fmt: LinearFormat) -> str:
-    """x @ weight^T of a quantized linear; `size` is (out, in)."""
+    """Add x @ weight^T of a quantized linear. `size`: (out, in)."""
     weight = quantized_weight(graph, shape, prefix, size, fmt)
     transposed = graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[1, 0])
     rounded, factor = quantized_input(graph, shape, x, prefix, size[1], fmt)
@@ -37,7 +37,7 @@ def quantized_matmul(graph: GraphWriter, shape: RankShape, x: str, prefix: str, 
 def quantized_weight(
     graph: GraphWriter, shape: RankShape, prefix: str, size: tuple[int, int], fmt: LinearFormat, experts: int = 0
 ) -> str:
-    """The dequantized weight [out, in], or [experts, out, in], in the graph's dtype."""
+    """Add the dequantized weight, [out, in] or [experts, out, in], in the graph's dtype."""
     name = f"{prefix}.weight"
     if shape.portable and fmt.weight in (WeightFormat.NVFP4, WeightFormat.MXFP8):
         return graph.unpacked(name, [experts, *size] if experts else size, fmt)
@@ -48,7 +48,7 @@ def quantized_weight(
 
 
 def _dequantized(graph: GraphWriter, shape: RankShape, prefix: str, size: tuple[int, int], fmt: LinearFormat, parts: int) -> str:
-    """Rows of one weight, or of all experts' one after the other (`parts`)."""
+    """Add the dequantized rows of one weight, or of the weights of all experts in a row (`parts`)."""
     name, scale = f"{prefix}.weight", f"{prefix}.weights_scaling_factor"
     out, to = f"{name}_dq", {"output_dtype": graph.onnx_dtype(shape.dtype)}
     rows, inner = size
@@ -82,7 +82,7 @@ def _dequantized(graph: GraphWriter, shape: RankShape, prefix: str, size: tuple[
 
 
 def _per_tensor(graph: GraphWriter, weight: str, scale: str, out: str, parts: int, to: dict[str, Any]) -> str:
-    """One scale, or one per expert on every row of it."""
+    """Add dequantization with one scale, or with one scale per expert."""
     if parts == 1:
         return graph.node("DequantizeLinear", [weight, graph.external(scale, "float32", [])], out, **to)
     rows = graph.shape_of(weight)[0]
@@ -90,7 +90,7 @@ def _per_tensor(graph: GraphWriter, weight: str, scale: str, out: str, parts: in
 
 
 def _row_scales(graph: GraphWriter, scale: str, parts: int, rows: int) -> str:
-    """[parts] scales as [rows], each repeated for the rows of its part."""
+    """Add the scales of the parts, [parts], repeated for their rows to [rows]."""
     column = graph.external(scale, "float32", [parts, 1])
     spread = graph.node("Expand", [column, graph.constant(f"shape_{parts}_{rows}", [parts, rows // parts])], f"{scale}.spread")
     return graph.node("Reshape", [spread, graph.constant(f"rows_{rows}", [rows])], f"{scale}.rows")
@@ -103,7 +103,7 @@ def _int4(graph: GraphWriter, shape: RankShape, prefix: str, size: tuple[int, in
 
 
 def _nvfp4(graph: GraphWriter, shape: RankShape, prefix: str, size: tuple[int, int], parts: int, out: str) -> str:
-    """Two levels: E4M3 block scales under a float32 scale, then E2M1 elements under them."""
+    """Add dequantization in two levels: the E4M3 block scales by the float32 scale, then the E2M1 elements by the block scales."""
     scale = f"{prefix}.weights_scaling_factor"
     blocks = graph.external(scale, "float8", [size[0], size[1] // NVFP4_BLOCK])
     if parts == 1:
@@ -126,7 +126,7 @@ def _mxfp8_dequantized(graph: GraphWriter, operands: list[str], out: str, dtype:
 def quantized_input(
     graph: GraphWriter, shape: RankShape, x: str, prefix: str, inner: int, fmt: LinearFormat
 ) -> tuple[str, str | None]:
-    """The input as the product sees it, and a factor per token for the product, where there is one."""
+    """Add the rounding of a linear's input. Returns the rounded input, and the factor per token of the product (None: none)."""
     if fmt.pre_quant_scale:
         vector = graph.external(f"{prefix}.prequant_scaling_factor", shape.dtype, [inner])
         x = graph.node("Mul", [x, vector], f"{prefix}.smoothed")
@@ -156,9 +156,9 @@ def _static(graph: GraphWriter, shape: RankShape, x: str, prefix: str, to: int) 
 
 
 def _per_token(graph: GraphWriter, shape: RankShape, x: str, prefix: str, fmt: LinearFormat) -> tuple[str, str]:
-    """Each token divided by its scale, rounded with a constant scale of one; the product is multiplied by the scale.
+    """Divide each token by its scale and round with a constant scale of one. The caller multiplies the product by the scale.
 
-    TensorRT's QuantizeLinear wants constant scales; this is the same arithmetic with one.
+    TensorRT's QuantizeLinear requires constant scales; the arithmetic is the same.
     """
     wide = graph.node("Cast", [x], f"{prefix}.input_wide", to=onnx.TensorProto.FLOAT)
     size = graph.node("Abs", [wide], f"{prefix}.input_abs")
@@ -174,7 +174,7 @@ def _per_token(graph: GraphWriter, shape: RankShape, x: str, prefix: str, fmt: L
 
 
 def _through_fp8(graph: GraphWriter, x: str, output: str, dtype: str) -> str:
-    """Rounded to E4M3 and back, with a scale of one."""
+    """Round to E4M3 and back, with a scale of one."""
     one = graph.scalar("scale_one", 1.0, "float32")
     narrow = graph.node("QuantizeLinear", [x, one], f"{output}_q", output_dtype=_FP8)
     return graph.node("DequantizeLinear", [narrow, one], f"{output}_dq", output_dtype=graph.onnx_dtype(dtype))
@@ -193,7 +193,7 @@ def _nvfp4_tensorrt(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -
 
 
 def _nvfp4_portable(graph: GraphWriter, x: str, prefix: str, inner: int) -> str:
-    """The same in float32: block amax / 6 / scale rounded to E4M3, elements to E2M1, ties to even."""
+    """Round as _nvfp4_tensorrt, in float32: block amax / 6 / scale to E4M3, elements to E2M1, ties to even."""
     scale = graph.external(f"{prefix}.activation_scaling_factor", "float32", [])
     blocks, amax = _blocks(graph, x, prefix, inner, NVFP4_BLOCK)
     bound = graph.node("Mul", [scale, graph.scalar("fp4_max", FP4_MAX, "float32")], f"{prefix}.input_bound")
@@ -207,7 +207,7 @@ def _nvfp4_portable(graph: GraphWriter, x: str, prefix: str, inner: int) -> str:
 
 
 def _to_e2m1(graph: GraphWriter, x: str, output: str) -> str:
-    """Nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of x: steps of 0.5 below 2, of 1 below 4, of 2 above."""
+    """Round to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of x: steps of 0.5 below 2, 1 below 4, 2 above."""
     size = graph.node("Abs", [x], f"{output}_size")
     small = graph.node("Min", [size, graph.scalar("fp4_max", FP4_MAX, "float32")], f"{output}_bounded")
     steps = {step: _to_multiple(graph, small, step, f"{output}_step{step}") for step in (0.5, 1.0, 2.0)}
@@ -219,7 +219,7 @@ def _to_e2m1(graph: GraphWriter, x: str, output: str) -> str:
 
 
 def _to_multiple(graph: GraphWriter, x: str, step: float, output: str) -> str:
-    """x rounded to a multiple of `step`, ties to the even one."""
+    """Round x to a multiple of `step`, ties to the even multiple."""
     size = graph.scalar(f"step_{step}", step, "float32")
     return graph.node("Mul", [graph.node("Round", [graph.node("Div", [x, size], f"{output}_in")], f"{output}_out"), size], output)
 
@@ -234,7 +234,7 @@ def _mxfp8_tensorrt(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -
 
 
 def _mxfp8_portable(graph: GraphWriter, x: str, prefix: str, inner: int) -> str:
-    """The same in float32: a power of two, 2 ^ ceil(log2(block amax / 448)), and elements rounded to E4M3."""
+    """Round as _mxfp8_tensorrt, in float32: scale 2 ^ ceil(log2(block amax / 448)), elements to E4M3."""
     blocks, amax = _blocks(graph, x, prefix, inner, MXFP8_BLOCK)
     limit = graph.scalar("fp8_max", FP8_MAX, "float32")
     least = graph.scalar("e8m0_least", 2.0**-127 * FP8_MAX, "float32")
@@ -247,9 +247,9 @@ def _mxfp8_portable(graph: GraphWriter, x: str, prefix: str, inner: int) -> str:
 
 
 def _power_of_two(graph: GraphWriter, x: str, output: str) -> str:
-    """The least power of two that is not below x.
+    """Add the least power of two that is not below x.
 
-    A logarithm may miss an exact power by a rounding error: take one a little below, then compare with the power itself.
+    The logarithm of an exact power may have a rounding error: take a slightly smaller one, then compare x with the power.
     """
     log = graph.node("Log", [x], f"{output}_log")
     log2 = graph.node("Div", [log, graph.scalar("log_2", math.log(2), "float32")], f"{output}_log2")
@@ -261,7 +261,7 @@ def _power_of_two(graph: GraphWriter, x: str, output: str) -> str:
 
 
 def _blocks(graph: GraphWriter, x: str, prefix: str, inner: int, size: int) -> tuple[str, str]:
-    """[batch, tokens, blocks, size], and the largest absolute value of each block."""
+    """Reshape x to [batch, tokens, blocks, size]. Returns it with the largest absolute value of each block."""
     shape = graph.constant(f"blocks_{inner}_{size}", [0, 0, inner // size, size])
     blocks = graph.node("Reshape", [x, shape], f"{prefix}.input_blocks")
     absolute = graph.node("Abs", [blocks], f"{prefix}.input_abs")

@@ -1,4 +1,4 @@
-"""The two renderings of a rank's network: the graph that TensorRT compiles, and the one that ONNX Runtime executes."""
+"""The two renderings of a rank's network: the graph that TensorRT compiles, and the graph that ONNX Runtime executes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from orchestrator.model.stage import StageNetwork
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """The whole list of what may differ between the compiled and the executed graph of one network."""
+    """The properties in which the compiled and the executed graph of a network may differ. There are no others."""
 
     dtype: str
-    """Weights, activations and KV cache: float16, bfloat16 or float32."""
+    """Dtype of weights, activations and KV cache: float16, bfloat16 or float32."""
     cache_slots: int | None
-    """Fixed number of cache slots, which TensorRT demands; None: as many as a call brings."""
+    """Fixed number of KV cache slots, which TensorRT requires; None: dynamic."""
     portable: bool
-    """Activations of NVFP4 and MXFP8 in standard operators instead of TensorRT's own."""
+    """Whether NVFP4 and MXFP8 activations use standard operators instead of TensorRT's own."""
 
     @staticmethod
     def compiled(network: StageNetwork) -> Rendering:
-        """The graph that becomes an engine."""
+        """Return the rendering that becomes an engine."""
         return Rendering(network.stage.config.dtype, network.max_seq_len, portable=False)
 
     @staticmethod
     def executed() -> Rendering:
-        """The graph that is verified: in float32, so that it is compared with the source and not with its rounding."""
+        """Return the rendering that is verified, in float32, so that rounding does not count as an error."""
         return Rendering("float32", None, portable=True)

@@ -1,8 +1,8 @@
-"""Rotary position embedding tables, computed by us in float32.
+"""Inverse frequencies of rotary position embedding, in float32.
 
-Formulas: RoFormer (Su et al. 2021) for the plain table; linear and dynamic-NTK interpolation as in transformers; the llama3
-scaling as published with Llama 3.1; YaRN (Peng et al. 2023); longrope (Ding et al. 2024) as published with Phi-3. Each gives
-inverse frequencies and a factor on cos and sin.
+Formulas: RoFormer (Su et al. 2021) for the plain embedding; linear and dynamic-NTK interpolation as in transformers; the llama3
+scaling as published with Llama 3.1; YaRN (Peng et al. 2023); longrope (Ding et al. 2024) as published with Phi-3. Each formula
+returns inverse frequencies and a factor on cos and sin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Scaled = tuple[npt.NDArray[Any], float]
 
 
 def check_rotary(scaling: Scaling | None) -> None:
-    """Raises ArchitectureError for a kind of rotary scaling that has no formula here."""
+    """Check that the kind of rotary scaling is supported. Raises ArchitectureError otherwise."""
     if scaling is not None and scaling.get("rope_type") not in FORMULAS:
         raise ArchitectureError(
             f"rotary scaling {scaling.get('rope_type')!r} is not supported", f"Supported: none, {', '.join(FORMULAS)}."
@@ -32,9 +32,9 @@ def check_rotary(scaling: Scaling | None) -> None:
 
 
 def inverse_frequencies(config: ModelConfig, length: int = 0, *, local: bool = False) -> tuple[Table, float]:
-    """Radians per position for each rotated pair, and the factor on cos and sin, for a text of `length` positions.
+    """Return the radians per position of each rotated pair, [rotary_dim / 2], and the factor on cos and sin.
 
-    `local`: those of the layers with a window, where the model has another base for them.
+    `length`: positions of the text. `local`: for the layers with a window, which may have another base. Raises ArchitectureError.
     """
     dim = config.rotary_embedding_dim or config.head_size
     base = config.rotary_base_local if local and config.rotary_base_local is not None else config.rotary_base
@@ -57,7 +57,7 @@ def _linear(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Sc
 
 
 def _dynamic(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
-    """The base grows with the length beyond the positions that the model was trained on."""
+    """Raise the base with the length, beyond the trained positions."""
     trained = config.max_position_embeddings
     ratio = max(length, trained) / trained
     factor = float(scaling["factor"])
@@ -65,7 +65,7 @@ def _dynamic(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Sc
 
 
 def _llama3(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
-    """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated."""
+    """Divide the frequencies of long wavelengths by `factor`, keep those of short ones, and interpolate between."""
     plain, factor = _plain(config.rotary_base, dim), np.float32(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     context = float(scaling["original_max_position_embeddings"])
@@ -77,7 +77,7 @@ def _llama3(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Sc
 
 
 def _yarn(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
-    """Dimensions that turn fast are kept, slow ones interpolated, with a ramp between `beta_fast` and `beta_slow` turns."""
+    """Keep high frequencies and divide low ones by `factor`, with a ramp between `beta_fast` and `beta_slow` turns."""
     base, factor = config.rotary_base, float(scaling["factor"])
     trained = int(scaling["original_max_position_embeddings"])
 
@@ -106,7 +106,7 @@ def _yarn_factor(factor: float, scaling: Scaling) -> float:
 
 
 def _longrope(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
-    """One list of factors for texts within the original context, another for longer ones."""
+    """Divide the frequencies by `short_factor`, or by `long_factor` for texts beyond the trained length."""
     trained = config.trained_length
     factors = np.asarray(scaling["long_factor" if length > trained else "short_factor"], np.float32)
     stretch = float(scaling.get("factor") or config.max_position_embeddings / trained)

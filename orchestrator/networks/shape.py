@@ -11,14 +11,14 @@ from orchestrator.model.stage import StageOptions
 
 @dataclass(frozen=True, slots=True)
 class RankShape:
-    """What the parts of a rank's graph are sized by."""
+    """Sizes and formats of a rank's graph."""
 
     stage: StageOptions
     dtype: str
-    """That the graph computes in; unquantized weights are bound in it."""
+    """Dtype of the graph's arithmetic and of unquantized weights."""
     tp_rank: int = 0
     portable: bool = False
-    """Standard operators only."""
+    """Whether to use standard operators only."""
 
     @property
     def config(self) -> ModelConfig:
@@ -46,16 +46,16 @@ class RankShape:
 
     @property
     def kv_cache(self) -> KvCacheFormat | None:
-        """The format that keys and values are stored in; None: the graph's dtype."""
+        """Number format of the KV cache; None: the graph's dtype."""
         return self.stage.quantization.kv_cache if self.stage.quantization else None
 
     @property
     def cache_dtype(self) -> str:
-        """Of the cache's inputs and outputs."""
+        """Dtype of the KV cache's inputs and outputs."""
         return {"INT8": "int8", "FP8": "float8", None: self.dtype}[self.kv_cache]
 
     def format_of(self, linear: str) -> LinearFormat | None:
-        """How the linear of this name (within the stage) is quantized; None: it is not."""
+        """Return the format of a linear, named as within the stage; None: not quantized."""
         if not linear.startswith("transformer.layers.") or linear.split(".", 3)[3] not in LINEARS:
             return None
         return self.stage.format_of(linear)

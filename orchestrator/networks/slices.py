@@ -1,8 +1,8 @@
-"""A rank's graph cut where ranks meet and where layers end, so that it can be executed with the weights of one slice in memory.
+"""Cutting of a rank's graph at collectives and layer ends, so that it runs with the weights of one slice in memory.
 
-A slice is a run of nodes between two cuts. All ranks of a stage have the same cuts: slice after slice runs on rank after rank,
-and a collective is computed between two slices. Weights are inputs of a slice, and values are numbered instead of named: layers
-that are alike give the same model, which is compiled once.
+A slice is a run of nodes between two cuts. All ranks of a stage have the same cuts: each slice runs on one rank after the other,
+and collectives are computed between slices. Weights are inputs of a slice, and values are numbered instead of named, so equal
+layers give the same model, which is compiled once.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ class Collective:
     operation: str
     """all_reduce (a sum) or all_gather (concatenation along axis 0)."""
     source: str
-    """Value that every rank brings."""
+    """Value that every rank sends."""
     result: str
-    """Value that every rank gets."""
+    """Value that every rank receives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Nodes that a rank executes without the others, then perhaps an exchange with them."""
+    """Nodes that a rank executes alone, and the collective that follows."""
 
     nodes: tuple[onnx.NodeProto, ...]
     inputs: tuple[str, ...]
-    """Values of the call: inputs of the graph, and outputs of earlier slices."""
+    """Inputs of the graph and outputs of earlier slices that the slice reads."""
     weights: tuple[str, ...]
     """Initializers that are bound by name."""
     constants: tuple[onnx.TensorProto, ...]
     outputs: tuple[str, ...]
-    """Values that later slices or the caller need."""
+    """Values that later slices or the caller read."""
     collective: Collective | None
+    """Collective after the nodes; None: there is none."""
     layer: int | None
-    """Number within the stage of the layer that ends here; None: it goes on, or the slice is outside of the layers."""
+    """Number (within the stage) of the layer that ends with the slice; None: no layer ends here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +56,16 @@ class Sliced:
 
     slices: tuple[Slice, ...]
     last_use: dict[str, int]
-    """Value -> number of the last slice, or of the collective after it, that reads it."""
+    """Value -> number of the last slice that reads it, itself or in its collective."""
 
     def is_read_after(self, name: str, number: int) -> bool:
-        """Whether a value that slice `number` makes is read by its collective or by a later slice."""
+        """Whether a later slice, or the collective of slice `number`, reads the value `name` of that slice."""
         collective = self.slices[number].collective
         return self.last_use.get(name, -1) > number or (collective is not None and collective.source == name)
 
 
 def cut(network: Network) -> Sliced:
-    """Cut a graph after every collective and every layer. Every node but the collectives stands in exactly one slice.
+    """Cut a graph after every collective and every layer. Every node except the collectives is in exactly one slice.
 
     Raises ValueError for a graph whose KV cache is read in one slice and written in another.
     """
@@ -99,16 +100,17 @@ def cut(network: Network) -> Sliced:
 
 
 def _check_caches(slices: Sequence[Slice]) -> None:
-    """A cache is read where it is written: all calls pass a slice before the next, so that elsewhere it would be of another call.
+    """Check that each KV cache is read in the slice that writes it. Raises ValueError otherwise.
 
-    Its shape may be read anywhere. Raises ValueError for a graph that was written otherwise.
+    All calls run through one slice before the next, so another slice would read the cache of another call. Its shape may be read
+    anywhere.
     """
     for part in slices:
         for node in part.nodes:
             for name in node.input:
                 written = name.replace("past_", "present_", 1) in part.outputs
                 if name.startswith("past_") and node.op_type != "Shape" and not written:
-                    raise ValueError(f"{node.name} reads {name} in another slice than writes it")
+                    raise ValueError(f"{node.name} reads {name}, which another slice writes")
 
 
 def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[tuple[list[onnx.NodeProto], Collective | None, int | None]]:
@@ -128,7 +130,7 @@ def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[tuple[list[onnx.NodeProto
 
 
 def looked_up(part: Slice) -> set[str]:
-    """Weights of which a slice reads single rows only: they need not be widened as a whole."""
+    """Return the weights of which a slice reads single rows only, so that they need not be widened as a whole."""
     readers: dict[str, set[str]] = {}
     for node in part.nodes:
         for position, name in enumerate(node.input):
@@ -137,10 +139,10 @@ def looked_up(part: Slice) -> set[str]:
 
 
 def executable(part: Slice, opsets: Sequence[onnx.OperatorSetIdProto], kinds: Sequence[int]) -> onnx.ModelProto:
-    """The slice as a model whose inputs are those of the slice, then its weights; `kinds` are their ONNX dtypes in this order.
+    """Return the slice as a model. Its inputs are the slice's inputs, then its weights; `kinds` are their ONNX dtypes.
 
-    Rows that are looked up in a weight of 16 bits are widened to float32. Values are numbered in the order in which they are
-    met: slices that differ in names only give equal models.
+    Rows that are looked up in a 16-bit weight are widened to float32. Values are numbered in order of appearance, so slices that
+    differ only in names give equal models.
     """
     narrow = {
         name

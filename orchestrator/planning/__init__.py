@@ -1,1 +1,1 @@
-"""From a spec to the steps of a build: pure, from headers alone."""
+"""Planning of a build: from a spec to steps, from headers alone and without side effects."""

@@ -1,6 +1,6 @@
-"""What a legal build should still be told: widths that GEMM kernels do badly with, rows that are padding, bytes read twice.
+"""Warnings and notes about a legal build: widths that are slow in GEMM kernels, padding rows, tensors read twice.
 
-Nothing here refuses anything; what cannot be built is said by `topology.check` and the weight map.
+Nothing is refused here. `topology.check` and the weight map refuse builds that are impossible.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from orchestrator.model.topology import Topology, as_set, legal_tp
 from orchestrator.model.weight_map import WeightMap
 
 _VECTOR_BYTES = 16
-"""What a tensor-core kernel loads at a time: cuBLAS's and CUTLASS's rule for leading dimensions."""
+"""Size of a load in tensor-core kernels: the alignment of leading dimensions in cuBLAS and CUTLASS."""
 _SECTOR_BYTES = 32
-"""What GPU memory moves at a time."""
+"""Size of a transfer of GPU memory."""
 
 
 def gemm_warnings(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> tuple[str, ...]:
-    """A warning for each of a rank's GEMM widths whose bytes are not a multiple of 32, with the tp that would make it one.
+    """Return a warning for each GEMM width of a rank that is not a multiple of 32 bytes, with the tp that would make it one.
 
-    Bytes are those of stored weights: 4 bits per element where a format packs two to a byte.
+    Bytes are those of stored weights: 4 bits per element for formats that pack two per byte.
     """
     kind, bits = _narrowest(config, quantization)
     found = []
@@ -35,7 +35,7 @@ def gemm_warnings(config: ModelConfig, topology: Topology, quantization: ModelQu
 
 
 def _narrowest(config: ModelConfig, quantization: ModelQuantization | None) -> tuple[str, int]:
-    """Name and bits per element of the narrowest weights of the model."""
+    """Return the name and the bits per element of the narrowest weights of the model."""
     kinds: dict[str, int] = {config.dtype: ITEM_BITS[MODEL_DTYPES[config.dtype]]}
     for fmt in quantization.formats() if quantization is not None else ():
         dtype, (rows, columns) = packed(fmt, (2, 2))
@@ -44,7 +44,7 @@ def _narrowest(config: ModelConfig, quantization: ModelQuantization | None) -> t
 
 
 def local_widths(config: ModelConfig, topology: Topology) -> dict[str, int]:
-    """Rows or columns of a rank's weight matrices, in elements, by the name that a user knows them by."""
+    """Return the widths of a rank's weight matrices, in elements, by names that users know."""
     tp, head = topology.tp, config.head_size
     widths = {
         "hidden_size": config.hidden_size,
@@ -60,7 +60,7 @@ def local_widths(config: ModelConfig, topology: Topology) -> dict[str, int]:
 
 
 def _aligned(name: str, bits: int, config: ModelConfig, topology: Topology) -> str:
-    """Which legal tp, beside the same moe_ep, give this width whole sectors."""
+    """Return the text with the legal tp, for the same moe_ep, that give this width whole sectors."""
     sizes = [
         tp
         for tp in legal_tp(config.limits(), topology.moe_ep)
@@ -70,7 +70,7 @@ def _aligned(name: str, bits: int, config: ModelConfig, topology: Topology) -> s
 
 
 def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:
-    """Says how many rows of zeros end the vocabulary, if any."""
+    """Return a note about the zero rows that pad the vocabulary; empty: none."""
     padded = config.padded_vocab_size(topology.tp)
     rows = padded - config.vocab_size
     if not rows:
@@ -84,13 +84,13 @@ def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:
 
 
 def repeated_reads(weights: WeightMap) -> tuple[str, ...]:
-    """Names each source tensor that several conversion tasks read: an embedding that is the head of another group."""
+    """Return a note for each source tensor that several conversion tasks read, e.g. a tied embedding."""
     groups = Counter(name for group in weights.groups for name in group.sources())
     repeated = [name for name, count in groups.items() if count > 1]
     if not repeated:
         return ()
     tensors = {name: tensor for group in weights.groups for name, tensor in group.sources().items() if name in repeated}
     return tuple(
-        f"{name} ({tensors[name].num_bytes:,} bytes) is read {groups[name]} times: conversion tasks that run apart need it"
+        f"{name} ({tensors[name].num_bytes:,} bytes) is read {groups[name]} times, by separate conversion tasks"
         for name in repeated
     )

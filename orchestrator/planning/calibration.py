@@ -1,7 +1,7 @@
-"""Which calibrations a plan needs: per method, one after the other through the model's layers, none of them per rank.
+"""Calibrations of a plan: for each method, a chain of steps through the model's layers, independent of the ranks.
 
-Quantities that several formats need (amax) come from one calibration, `max`, whatever the formats are: its options do not
-name them, so builds of different algorithms share the step.
+The calibration `max` collects amax, which several formats need. Its options do not name the formats, so builds of different
+algorithms share the step.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What the spec's quantization comes to."""
+    """The spec's quantization, resolved for a model."""
 
     model: ModelQuantization
     methods: Mapping[str, CalibrationMethod]
-    """By algorithm, for those that are calibrated."""
+    """Calibrated algorithm -> method."""
     data: CalibrationData
     dataset: str = ""
-    """Place of a local file; not identity."""
+    """Path of a local file with texts. No part of the build's identity."""
     device: str = "auto"
-    """Not identity."""
+    """Device of the calibration. No part of the build's identity."""
     layerwise: bool = False
     num_stages: int | None = None
-    """Parts to calibrate one after the other; None: the pipeline stages."""
+    """Number of parts that are calibrated one after the other; None: the pipeline stages."""
     scales: str | None = None
-    """Folder of an artifact that the user brings; then nothing is calibrated. Not identity."""
+    """Folder of the user's calibration artifact; None: calibrate. No part of the build's identity."""
     scales_sha256: str | None = None
 
     def methods_used(self) -> tuple[CalibrationMethod, ...]:
-        """Without repetition, `max` first: the quantities of the others take precedence over its."""
+        """Return the distinct methods, `max` first, because quantities of other methods take precedence."""
         if self.scales is not None:
             return ()
         used = {self.methods[fmt.algorithm] for fmt in self.model.formats() if fmt.algorithm in self.methods}
@@ -60,7 +60,7 @@ def calibrations(
     weights: WeightMap,
     parts: Iterable[range],
 ) -> Iterator[list[CalibrateOptions]]:
-    """For each method the options of its steps, each but the first fed by the one before."""
+    """Yield the options of the steps of each method. Each step but the first reads the output of the step before."""
     linears = [target for group in weights.groups for target in group.targets if linear_of(target.name)]
     modules = tuple(dict.fromkeys(module_of(read) for target in linears for read in target.reads))
     targets = [target for target in linears if target.quantized is not None]
@@ -99,7 +99,7 @@ def _modules(target: Target) -> Iterator[tuple[str, LinearFormat]]:
 
 
 def layer_of(module: str) -> int:
-    """The layer that a source module such as model.layers.3.mlp.up_proj belongs to."""
+    """Return the layer of a source module: 3 for model.layers.3.mlp.up_proj."""
     found = _LAYER.search(module)
     assert found is not None, module
     return int(found.group(1))

@@ -1,4 +1,4 @@
-"""What the steps of each kind record in their outcomes."""
+"""Facts that the steps of each kind record in their outcomes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from orchestrator.planning.options import BuildOptions
 
 
 class Verification(Record):
-    """How far float32 execution of the ranks' graphs was from the reference."""
+    """Difference between float32 execution of the ranks' graphs and the reference."""
 
     num_positions: Count
     max_absolute_error: float
     max_relative_error: float
     max_relative_error_to_source: float | None = None
-    """The same against the source's weights as they are, not rounded to the build's dtype first: what the dtype costs is in it."""
+    """max_relative_error against the source's weights without rounding to the build's dtype, so that it includes that rounding."""
     mean_kl: float
     top1_agreement: float
     perplexity_ratio: float | None = None
-    """Of the text that was read: the graphs' perplexity over the reference's."""
+    """Perplexity of the graphs over that of the reference, on the verification text."""
 
     def relative_errors(self) -> str:
-        """Both relative errors in words; the second only where rounding to the build's dtype makes it another number."""
+        """Return both relative errors as text; the second only if rounding to the build's dtype changes it."""
         words, to_source = f"{self.max_relative_error:.2e}", self.max_relative_error_to_source
         if to_source is None or to_source == self.max_relative_error:
             return words
@@ -35,29 +35,29 @@ class Verification(Record):
 
 
 class MiniatureCase(Record):
-    """All texts of the miniature on one layout of ranks."""
+    """Result of all texts of the miniature on one layout of ranks."""
 
     ranks: str
-    """E.g. tp=2, ep=2."""
+    """Layout of the ranks, e.g. tp=2, ep=2."""
     num_prompts: int
     num_positions: int
     max_relative_error: float
 
 
 class MiniatureThreshold(Record):
-    """A length at which the model changes what it computes."""
+    """A text length at which the model's computation changes."""
 
     key: str
     """Key of config.json that names the length."""
     value: int
     tokens: int
-    """In the miniature."""
+    """Length in the miniature."""
     crossed: bool
-    """False: no text of the miniature was long enough."""
+    """Whether a text of the miniature was longer."""
 
 
 class Miniature(Record):
-    """How far the model, made small with seeded weights, was from transformers, in float32."""
+    """Difference between the model, made small with seeded weights, and transformers, in float32."""
 
     num_layers: int
     tolerance: float
@@ -69,7 +69,7 @@ class Miniature(Record):
         return max(case.max_relative_error for case in self.cases)
 
     def line(self) -> str:
-        """One line for people."""
+        """Return a line for people."""
         lengths = {crossed: [each for each in self.thresholds if each.crossed is crossed] for crossed in (True, False)}
         crossed, not_crossed = (", ".join(f"{each.key} {each.value}" for each in lengths[which]) for which in (True, False))
         layouts = ", ".join(case.ranks.replace(", ", " ") for case in self.cases)
@@ -80,28 +80,28 @@ class Miniature(Record):
 
 
 class Facts(BaseModel):
-    """What every kind of step may record; fields of a newer program are kept."""
+    """Facts that every kind of step may record. Fields of newer programs are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     peak_memory_bytes: int = 0
-    """Resident memory of the step's process; 0: not measured by the step itself."""
+    """Peak resident memory of the step's process; 0: not measured by the step."""
     profile: str = ""
-    """Key of the step's Nsight Systems trace in the store; empty: it was not profiled."""
+    """Key of the step's Nsight Systems trace in the store; empty: not profiled."""
 
 
 class ConvertFacts(Facts):
-    """What a convert step saw while it read and wrote."""
+    """Facts of a convert step."""
 
     not_finite: tuple[str, ...] = ()
     """Source tensors that hold NaN or infinity."""
     quantization_errors: dict[str, float] = {}
-    """Relative error of each quantized linear's weight."""
+    """Quantized linear -> relative error of its weight."""
     source_bytes_read: int = 0
 
 
 class CalibrateFacts(Facts):
-    """What a calibrate step read, and how."""
+    """Facts of a calibrate step."""
 
     num_samples: int = 0
     num_tokens: int = 0
@@ -109,23 +109,23 @@ class CalibrateFacts(Facts):
     unseen: tuple[str, ...] = ()
     """Linears of experts that no token reached."""
     input_amax: dict[str, tuple[float, float, float]] = {}
-    """Smallest, median and largest input_amax by the last part of the linear's name."""
+    """Last part of the linear's name -> smallest, median and largest input_amax."""
     device: str = "cpu"
     load_seconds: float = 0.0
     peak_gpu_memory_bytes: int = 0
 
 
 class ReferenceFacts(Facts):
-    """What the source model read."""
+    """Facts of a reference step."""
 
     num_sequences: int = 0
     num_tokens: int = 0
     text: str = ""
-    """What the tokens are: text, or random token ids."""
+    """Origin of the tokens: text, or random token ids."""
 
 
 class BuildFacts(Facts):
-    """What was compiled, from what."""
+    """Facts of a build step."""
 
     engine: EngineRecord
     options: BuildOptions
@@ -134,19 +134,19 @@ class BuildFacts(Facts):
 
 
 class VerifyFacts(Facts):
-    """What was executed, and how far it was from the reference."""
+    """Facts of a verify step."""
 
     stage: int = 0
     networks: tuple[str, ...] = ()
     """Digest of the network of every tensor-parallel rank."""
     layer_errors: dict[int, float] = {}
-    """Relative error of the hidden states at the end of every layer so far, those of earlier stages included."""
+    """Layer -> relative error of the hidden states at its end, with the layers of earlier stages."""
     verification: Verification | None = None
-    """Of the logits; None: not the last stage."""
+    """Difference of the logits; None: not the last stage."""
 
 
 class MiniatureFacts(Facts):
-    """What the miniature showed."""
+    """Facts of a miniature step."""
 
     miniature: Miniature
 
@@ -162,12 +162,12 @@ _FACTS: dict[Kind, type[Facts]] = {
 
 
 def decode_facts(kind: Kind, plain: dict[str, Any]) -> Facts:
-    """The facts of a kind of step; of a step that recorded none, empty ones."""
+    """Decode the facts of a kind of step. An empty `plain` gives an empty Facts."""
     return _FACTS[kind].model_validate(plain) if plain else Facts()
 
 
 def linear_errors(facts: Iterable[Facts]) -> dict[str, float]:
-    """Quantization error of every linear, the largest first."""
+    """Return the quantization error of every linear, the largest first."""
     errors: dict[str, float] = {}
     for each in facts:
         if isinstance(each, ConvertFacts):

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a step does; `work` has one function per kind."""
+    """Kind of a step. `work` has one function per kind."""
 
     MINIATURE = "miniature"
     REFERENCE = "reference"

@@ -1,4 +1,4 @@
-"""The options of each kind of step: what decides its outputs, typed on both sides of the wire."""
+"""Options of each kind of step, which determine its outputs. Typed for the planner and for the worker."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ class _Options(BaseModel):
 
 
 class ReferenceOptions(_Options):
-    """Run the source model itself on the verification text."""
+    """Options of a step that runs the source model on the verification text."""
 
     format: str
-    """Of the source: a name of checkpoints/."""
+    """Source format, a name of checkpoints/."""
     files: tuple[SourceFile, ...]
-    """Weights, config and tokenizer."""
+    """Files with weights, config and tokenizer."""
     dtype: str
-    """Weights are rounded to it first, then computed with in float32, so that only our own errors are measured."""
+    """Dtype to which weights are rounded before computing in float32, so that verification does not measure that rounding."""
     vocab_size: int
     exact_weights: tuple[str, ...] = ()
-    """Source tensors that the graph reads in float32 (Gemma's norms, routers): not rounded."""
+    """Source tensors that are not rounded, because the graph reads them in float32 (Gemma's norms, routers)."""
     decode_steps: int | None = None
-    """Tokens at the end of each sequence that go one by one through the cache, as in the verification: rotary scaling that
-    depends on the length of a call gives other logits for one long call. None: one call, which is the same and faster."""
+    """Number of tokens at the end of each sequence that are decoded one by one, as in the verification: if rotary scaling depends
+    on the length of a call, one long call gives other logits. None: one call, which is equivalent and faster."""
     prompts: tuple[str, ...] | None
     max_tokens: int
 
 
 class CalibrateOptions(_Options):
-    """Collect the calibration artifact of some consecutive layers, on one actor. Nothing here depends on a topology."""
+    """Options of a step that calibrates some consecutive layers. Independent of the topology."""
 
     format: str
-    """Of the source: a name of checkpoints/."""
+    """Source format, a name of checkpoints/."""
     files: tuple[SourceFile, ...]
-    """Weights, then config and tokenizer."""
+    """Files with weights, then with config and tokenizer."""
     num_weight_files: int
     config: ModelConfig
     first_layer: int
     num_layers: int
     modules: tuple[str, ...]
-    """Every source module of these layers that can be quantized."""
+    """Source modules of these layers that can be quantized."""
     method: CalibrationMethod
     formats: dict[str, LinearFormat] = {}
-    """smoothquant and awq_lite: source module (model.layers.3.mlp.up_proj) -> its format. max: empty, all linears are watched."""
+    """Source module (model.layers.3.mlp.up_proj) -> format, for smoothquant and awq_lite; empty: max, which covers all linears."""
     resmooth: tuple[tuple[str, ...], ...] = ()
-    """smoothquant and awq_lite: source modules that share one pre_quant_scale."""
+    """Groups of source modules that share one pre_quant_scale, for smoothquant and awq_lite."""
     kv_cache: bool = True
-    """Watch keys and values too."""
+    """Whether to collect amax of keys and values too."""
     data: CalibrationData
     layerwise: bool = False
 
@@ -74,19 +74,19 @@ class CalibrateOptions(_Options):
 
 
 class ConvertOptions(_Options):
-    """Cut one layer group for all tensor-parallel ranks of its stage."""
+    """Options of a step that cuts one layer group for all tensor-parallel ranks of its stage."""
 
     format: str
-    """Of the source: a name of checkpoints/."""
+    """Source format, a name of checkpoints/."""
     files: tuple[SourceFile, ...]
-    """Those that the targets read; `TensorInfo.file` counts in this list."""
+    """Files that the targets read. `TensorInfo.file` is an index into them."""
     targets: tuple[Target, ...]
     shards: tuple[str, ...]
-    """File name by tp_rank."""
+    """File name of the shard of each tp_rank."""
     not_finite: Literal["warn", "error"] = "warn"
-    """What a NaN or infinity among the weights is."""
+    """Whether NaN or infinity in the weights is a warning or an error."""
     scales_sha256: str | None = None
-    """Of a calibration artifact that the user brings; None: those that the needs committed."""
+    """sha256 of the user's calibration artifact; None: the scales of the needed calibrate steps."""
 
     @staticmethod
     def of(
@@ -117,13 +117,13 @@ class ConvertOptions(_Options):
 
 
 class BuildOptions(_Options):
-    """Compile one rank's graph with its weights."""
+    """Options of a step that compiles one rank's graph with its weights."""
 
     network: StageNetwork
     tp_rank: int
     engine: BuildConfig
     tensorrt_version: str | None
-    """The version that the plan was made for; None: whatever the worker has."""
+    """Version that the plan was made for; None: the worker's."""
 
     @property
     def rank(self) -> int:
@@ -135,7 +135,7 @@ class BuildOptions(_Options):
 
 
 class VerifyOptions(_Options):
-    """Execute every rank of a stage and, on the last one, compare with the reference."""
+    """Options of a step that executes all ranks of a stage and, on the last stage, compares the logits with the reference."""
 
     network: StageNetwork
     decode_steps: int
@@ -143,18 +143,18 @@ class VerifyOptions(_Options):
 
 
 class MiniatureOptions(_Options):
-    """Compare the model, made small, with transformers. Nothing here depends on the weights."""
+    """Options of a step that compares the model, made small, with transformers. Independent of the weights."""
 
     config: dict[str, Any]
-    """The source's config.json, undecoded."""
+    """config.json of the source, undecoded."""
     family: str
     architecture: str
     ignored_keys: tuple[str, ...] = ()
-    """Keys of config.json that are not looked at here; transformers looks at them."""
+    """Keys of config.json that are ignored here, but not by transformers."""
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
     max_relative_error: float = 5e-5
-    """Right models stay below 1e-5."""
+    """Largest max |logit - reference| / max |reference|. Correct models stay below 1e-5."""
 
     @property
     def layout(self) -> dict[str, Any]:

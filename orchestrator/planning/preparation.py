@@ -1,4 +1,4 @@
-"""From a spec to a plan: read the source's headers, resolve the model and its layout, lay out the steps."""
+"""Planning of a build from a spec: read the source's headers, resolve the model and its layout, lay out the steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan(spec: BuildSpec) -> Plan:
 
 
 def plan_conversion(spec: BuildSpec) -> Plan:
-    """The plan, whose conversion at least can be run. Raises as `plan` does."""
+    """Make a plan whose conversion can run, whether or not engines support its topology. Raises as `plan` does."""
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import resolved
     from orchestrator.planning.quantization import resolve as resolve_quantization
@@ -67,7 +67,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
 
 
 def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
-    """The config with the layout that the spec asks for. Raises TopologyError when the hidden size does not divide."""
+    """Return the config with the spec's layout. Raises TopologyError when tp does not divide the hidden size."""
     conversion = spec.conversion
     if conversion.use_parallel_embedding and conversion.embedding_sharding_dim == 1 and config.hidden_size % spec.topology.tp:
         legal = [tp for tp in topologies.legal_tp(config.limits(), spec.topology.moe_ep) if config.hidden_size % tp == 0]
@@ -83,7 +83,7 @@ def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
 
 
 def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, frozenset[str]]:
-    """The family, the architecture, and the keys of config.json that are not looked at."""
+    """Return the family, the architecture, and the keys of config.json to ignore."""
     ignored = frozenset(spec.source.ignored_keys)
     if spec.source.family != "auto":
         family = family_named(spec.source.family)
@@ -98,9 +98,10 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, froze
 
 
 def source_dtype(asked: str, index: CheckpointIndex) -> str:
-    """The model's dtype: as asked, or for auto that of most bytes of the source, float32 becoming float16.
+    """Return the model's dtype: `asked`, or for auto the dtype of most bytes of the source, with float16 for float32.
 
-    Raises SpecError, and QuantizationError when most bytes are of no floating-point dtype of 16 bits or more.
+    Raises SpecError for a dtype that no model may have. Raises QuantizationError if most bytes are not floating-point numbers of
+    16 bits or more.
     """
     if asked != "auto" and asked not in MODEL_DTYPES:
         raise SpecError(f"{asked!r} is no model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
@@ -110,7 +111,7 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
     dominant = max(sizes, key=lambda name: sizes[name], default="")
     if dominant and dominant not in (*MODEL_DTYPE_NAMES, "F64"):
         raise QuantizationError(
-            f"most of the source's bytes are {dominant}: it is quantized, although its config does not say so",
+            f"most of the source's bytes are {dominant}: it is quantized, although config.json does not mention it",
             "Build from the unquantized checkpoint.",
         )
     if asked != "auto":

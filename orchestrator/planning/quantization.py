@@ -1,4 +1,4 @@
-"""From the spec's quantization to what a plan needs of it: formats, methods, the identity of data and of given scales."""
+"""Resolution of the spec's quantization for a plan: formats, methods, digests of data and of given scales."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ SCALES = "scales.safetensors"
 
 
 def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
-    """Raises QuantizationError, SourceMissingError for data or scales that are not there, TopologyError for too many parts."""
+    """Resolve the quantization of a model. Raises QuantizationError, SourceMissingError for missing data, TopologyError."""
     model = model_quantization(spec, num_layers)
     algorithms = {fmt.algorithm for fmt in model.formats()}
     calibrated = {name for name in algorithms if quantizer_named(name).calibration is not None}
     methods = {name: calibration_method(spec, name) for name in calibrated}
     calibration = spec.calibration
     if calibration.num_stages is not None and calibration.num_stages > num_layers:
-        raise TopologyError(f"quantization.calibration.num_stages is {calibration.num_stages}, the model has {num_layers} layers")
+        raise TopologyError(
+            f"quantization.calibration.num_stages is {calibration.num_stages}, but the model has {num_layers} layers"
+        )
     needed = bool(methods or spec.kv_cache)
     data, dataset = resolve_data(calibration) if needed and spec.scales is None else (_no_data(calibration), "")
     return Quantization(
@@ -41,7 +43,7 @@ def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
 
 
 def read_checkpoint_quantization(folder: Path) -> ModelQuantization | None:
-    """The formats of a TensorRT-LLM checkpoint folder; None: it is not quantized. Raises SpecError, QuantizationError."""
+    """Return the formats of a TensorRT-LLM checkpoint folder; None: not quantized. Raises SpecError, QuantizationError."""
     try:
         block = json.loads((folder / "config.json").read_bytes()).get("quantization") or {}
         mixture = folder / "quant_cfg.json"
@@ -58,7 +60,7 @@ def _no_data(spec: CalibrationSpec) -> CalibrationData:
 
 
 def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
-    """The identity of the data, and the place of a local file. Raises SourceMissingError, QuantizationError."""
+    """Return the identity of the data, and the path of a local file or "". Raises SourceMissingError, QuantizationError."""
     from orchestrator.quantizers.calibration_data import DEFAULT, check_data, default_digest
 
     path = Path(spec.dataset)

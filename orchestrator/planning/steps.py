@@ -1,4 +1,4 @@
-"""One unit of work, what came of it, and how it failed. All of it survives JSON, so any place can run it."""
+"""Steps, their outcomes and failures. All are plain JSON values, so any process can run a step."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ class _Value(BaseModel):
 
 
 class Resources(_Value):
-    """What a step occupies while it runs."""
+    """Resources that a step occupies while it runs."""
 
     cpus: int = 1
     gpus: int = 0
     memory_bytes: int = 0
     scratch_bytes: int = 0
-    """Copied to the node's scratch folder where the store is not a folder of the node."""
+    """Size of the files that are copied to the node's scratch folder, if the store is not a folder of the node."""
 
 
 class Estimate(_Value):
-    """What a step is expected to move and take, known from headers."""
+    """Estimated bytes and time of a step, from headers."""
 
     read_bytes: int = 0
     write_bytes: int = 0
     work_bytes: int = 0
-    """What the step's time grows with; see spec/rates.py."""
+    """Bytes that the step's time is proportional to; see spec/rates.py."""
     seconds: float = 0.0
-    """On one ordinary core; orders the schedule and drives the simulation, nothing depends on it being right."""
+    """Time on one ordinary core, for the schedule and the simulation. Correctness does not depend on it."""
 
 
 class Step(_Value):
-    """A unit of work. Its digest covers kind, version, options and needs; never locations, resources or estimates."""
+    """A unit of work. Its digest covers kind, version, options and needs, but not locations, resources or estimates."""
 
     kind: Kind
     version: int
-    """Of the code that runs it: raised when the same options would give other outputs."""
+    """Version of the step's code, raised when the same options would give other outputs."""
     name: str
-    """For people, e.g. convert/stage0/group0."""
+    """Name for people, e.g. convert/stage0/group0."""
     options: dict[str, Any]
-    """Everything that decides the outputs: the JSON of one class of planning/options.py."""
+    """Options that determine the outputs: the JSON of one class of planning/options.py."""
     needs: tuple[str, ...] = ()
-    """Digests of the steps whose outputs this one reads."""
+    """Digests of the steps whose outputs this step reads."""
     locations: dict[str, str] = Field(default_factory=dict)
-    """Where inputs are found; not identity."""
+    """Paths or URLs of inputs. No part of the digest."""
     resources: Resources = Resources()
     estimate: Estimate = Estimate()
 
     @property
     def rank(self) -> int | None:
-        """The rank that a build step compiles; None for steps of a stage or of the whole model."""
+        """Rank that a build step compiles; None: a step of a stage or of the whole model."""
         number = self.name.removeprefix("build/rank")
         return int(number) if number.isdigit() else None
 
@@ -71,7 +71,7 @@ class Step(_Value):
         return digest_of({"kind": self.kind.value, "version": self.version, "options": self.options, "needs": list(self.needs)})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, but the copy does not inherit the cached digest."""
+        """Copy as pydantic does, without the cached digest."""
         copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("digest", None)
         return copy
@@ -81,13 +81,13 @@ class Output(_Value):
     """One object that a step wrote."""
 
     name: str
-    """E.g. rank0.safetensors."""
+    """Name within the step, e.g. rank0.safetensors."""
     key: str
-    """In the store."""
+    """Key in the store."""
     num_bytes: int
     sha256: str
     chunks: tuple[str, ...] = ()
-    """sha256 of every CHUNK_BYTES, for what is going to be published; else empty."""
+    """sha256 of every CHUNK_BYTES; empty: the object is not published."""
 
 
 class Consumed(_Value):
@@ -101,40 +101,40 @@ class Consumed(_Value):
 
 
 class Usage(_Value):
-    """What an attempt took of its node, sampled once a second or so: peaks between two samples are missed."""
+    """Resource usage of an attempt, sampled about once a second. Peaks between two samples are missed."""
 
     peak_memory_bytes: int = 0
-    """Resident, of the worker and the processes that it started."""
+    """Peak resident memory of the worker and its child processes."""
     cpu_seconds: float = 0.0
-    """Of the same; children count when they have ended."""
+    """CPU time of the worker and its child processes, which count when they end."""
     host_cpu: float | None = None
-    """Mean over the attempt of the share of all cores that were busy, with whatever else ran there; 0 to 1."""
+    """Mean load of all cores of the node during the attempt, by all processes, 0 to 1."""
     gpu_utilization: float | None = None
-    """Mean over samples and the step's devices, as NVML says it; 0 to 1. None: no device, or no NVML."""
+    """Mean GPU utilization over samples and the step's devices, from NVML, 0 to 1. None: no device, or no NVML."""
     peak_gpu_memory_bytes: int | None = None
-    """The most that was in use on one of the step's devices, by anyone."""
+    """Peak memory in use on one of the step's devices, by all processes."""
     num_samples: int = 0
 
 
 class Outcome(_Value):
-    """What happened: the outputs of a step and how it went. Committed under the step's digest."""
+    """Outcome of a step that succeeded. Committed under the step's digest."""
 
     digest: str
     name: str
     kind: Kind
     outputs: tuple[Output, ...]
     consumed: tuple[Consumed, ...] = ()
-    """The outputs of its needs that it was made from."""
+    """Outputs of other steps that it was made from."""
     facts: Facts = Facts()
-    """What the kind records: one class of planning/facts.py per kind."""
+    """Facts that the step recorded: one class of planning/facts.py per kind."""
     node: str = ""
     started_at: str = ""
-    """ISO 8601, UTC."""
+    """Start of the attempt, ISO 8601, UTC."""
     seconds: float = 0.0
     tools: dict[str, str] = Field(default_factory=dict)
     usage: Usage | None = None
     log: str = ""
-    """Key of the whole log; empty when the step said nothing."""
+    """Key of the whole log; empty: the step logged nothing."""
     log_tail: str = ""
 
     @field_serializer("facts")
@@ -149,13 +149,13 @@ class Outcome(_Value):
         return data
 
     def facts_as(self, facts: type[F]) -> F:
-        """The facts, which are of the class `facts`. Raises TypeError for an outcome of another kind, or without facts."""
+        """Return the facts as the class `facts`. Raises TypeError for an outcome of another kind, or without facts."""
         if not isinstance(self.facts, facts):
             raise TypeError(f"{self.name} recorded {type(self.facts).__name__}, not {facts.__name__}")
         return self.facts
 
     def output(self, name: str) -> Output:
-        """The output called `name`. Raises KeyError."""
+        """Return the output `name`. Raises KeyError when there is none."""
         for output in self.outputs:
             if output.name == name:
                 return output
@@ -163,29 +163,29 @@ class Outcome(_Value):
 
 
 class FailureKind(StrEnum):
-    """Whose fault it was: decides whether to try again."""
+    """Kind of a failure, which decides whether the step is retried."""
 
     INFRASTRUCTURE = "infrastructure"
-    """Node, worker or store lost: the same step may succeed elsewhere."""
+    """Loss of a node, worker or store. The same step may succeed elsewhere."""
     APPLICATION = "application"
-    """The step's own error: it would happen again."""
+    """Error of the step itself, which would happen again."""
     CANCELLED = "cancelled"
     HANDED_OVER = "handed_over"
-    """Its node is being taken back: the step goes elsewhere, and this was no failed attempt."""
+    """The node is being taken back. The step moves to another node, and the attempt does not count as failed."""
 
 
 class Cause(StrEnum):
-    """What the machinery lost or lacked."""
+    """Cause of a failure of the infrastructure."""
 
     UNKNOWN = ""
     NODE = "node"
-    """Died, or was cut off."""
+    """The node died or was cut off."""
     WORKER = "worker"
-    """The process that ran the step."""
+    """The process that ran the step died."""
     MEMORY = "memory"
     DISK = "disk"
     STORE = "store"
-    """Could not be reached."""
+    """The store could not be reached."""
     DRAIN = "drain"
     """The node is being taken back."""
     PLACE = "place"
@@ -201,35 +201,35 @@ _ADVICE = {
     Cause.STORE: "See that the node reaches the store" + _AGAIN,
     Cause.PLACE: "Compare the pools of the cluster file with what the nodes have, and mend one of them" + _AGAIN,
 }
-"""Advice by the cause of a lost step, where its own error has none."""
+"""Advice by cause, for errors without advice of their own."""
 
 
 class Failure(_Value):
-    """Why an attempt failed."""
+    """Failure of an attempt."""
 
     kind: FailureKind
     message: str
     error: str = ""
-    """Class name of the OrchestratorError that it was, if it was one."""
+    """Class name of the OrchestratorError; empty: another error."""
     advice: str = ""
     cause: Cause = Cause.UNKNOWN
     damaged: str = ""
-    """Key of the stored output whose bytes were wrong or gone when the attempt read it; empty: none was."""
+    """Key of the stored output that was damaged or missing when the attempt read it; empty: none was."""
     node: str = ""
     rank: int | None = None
-    """Of a build step."""
+    """Rank of a build step."""
     attempt: int = 0
     log_tail: str = ""
-    """The end of the step's own log."""
+    """End of the step's log."""
     traceback: str = ""
     worker_log: str = ""
-    """The end of what the worker's process wrote to stderr."""
+    """End of the worker process's stderr."""
     kernel: str = ""
-    """What the kernel said of a process that it killed for memory."""
+    """Kernel message about a process that it killed for memory."""
 
     @staticmethod
     def of(error: BaseException, node: str = "", log_tail: str = "") -> Failure:
-        """An error raised by a step's own code."""
+        """Return the failure for an error that the step's code raised."""
         if isinstance(error, OrchestratorError):
             name, advice, message = type(error).__name__, error.advice, error.message
         else:
@@ -240,28 +240,28 @@ class Failure(_Value):
         )
 
     def to_error(self, step_name: str) -> OrchestratorError:
-        """The error to raise for the user; keeps class and exit code of the original."""
+        """Return the error to raise for the user, with class and exit code of the original."""
         cls = error_classes().get(self.error, StoreFullError if self.cause is Cause.DISK else StepFailedError)
         return cls(f"{step_name}: {self.message}", self.advice or _ADVICE.get(self.cause, ""))
 
 
 class Task(_Value):
-    """A step on its way to a worker: with what its needs produced and where to write."""
+    """A step as sent to a worker, with the outcomes of its needs and the store."""
 
     step: Step
     inputs: dict[str, Outcome]
     """Outcome of every need, by digest."""
     attempt: int
     order: int = 0
-    """Among tasks that wait for room the smallest goes first; those with the same one in order of arrival."""
+    """Priority among waiting tasks: the smallest first, equal ones in order of arrival."""
     store: str
-    """URL."""
+    """URL of the store."""
     store_options: StoreOptions = StoreOptions()
-    """How to reach it; no part of any identity."""
+    """Connection to the store. No part of any digest."""
     scratch: str | None = None
     build_id: str = ""
-    """Begins the name of every attempt of one run of a build, so that what its killed attempts left can be told from others'."""
+    """Prefix of the names of all attempts of one run of a build, which identifies leftovers of its killed attempts."""
     profile: tuple[str, ...] | None = None
-    """Run under `nsys profile` with these options; None: not."""
+    """Options of `nsys profile`, under which the step runs; None: not profiled."""
     log_format: Literal["text", "json"] = "text"
-    """Of the step's log."""
+    """Format of the step's log."""

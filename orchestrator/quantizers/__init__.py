@@ -1,7 +1,7 @@
-"""The quantizers: one algorithm per row of a table, each a fully specified value.
+"""The quantizers: a table with one fully specified algorithm per row.
 
-A user picks a name of TensorRT-LLM's (QuantAlgo). The row says how a linear is stored, which calibration it needs, and the
-tolerance of its verification.
+A user picks a name of TensorRT-LLM (QuantAlgo). The row holds the storage format of a linear, its calibration, and the tolerance
+of the verification.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class Quantizer:
 
     linear: LinearFormat
     calibration: CalibrationMethod | None
-    """None: data-free."""
+    """Calibration method; None: data-free."""
     tolerance: ToleranceSpec
-    """Of verification against the unquantized model: about twice what a 135M-parameter model shows, which is far more
-    sensitive than larger ones."""
+    """Tolerance of verification against the unquantized model: about twice the error of a 135M-parameter model, which is far
+    more sensitive than larger models."""
     exclude: tuple[str, ...] = ()
-    """Linears that keep the model's precision by default."""
+    """Patterns of linears that keep the model's dtype by default."""
 
 
 _TABLE = (
-    # INT8 weights, one scale per output row; activations keep the model's precision. Data-free.
+    # INT8 weights, one scale per output row; activations keep the model's dtype. Data-free.
     Quantizer(
         linear=LinearFormat(algorithm="W8A16", weight=WeightFormat.INT8_CHANNEL),
         calibration=None,
         tolerance=ToleranceSpec(max_relative_error=None, max_mean_kl=0.01, min_top1_agreement=0.95),
     ),
-    # INT4 weights rounded to nearest, a scale per block of input features. Data-free, and the least exact of all.
+    # INT4 weights rounded to nearest, a scale per block of input features. Data-free, the least exact of all.
     Quantizer(
         linear=LinearFormat(algorithm="W4A16", weight=WeightFormat.INT4_BLOCK, block_size=128),
         calibration=None,
@@ -72,8 +72,8 @@ _TABLE = (
     ),
     # SmoothQuant: INT8 weights per row and INT8 activations per tensor, outliers moved into the weights first.
     #
-    # alpha 0.5, and the MLP's down projection left out: its inputs have outliers that one INT8 scale cannot hold (as shipped by
-    # Model Optimizer, alpha 1.0 with it, a 135M-parameter Llama lost a third of its top-1 agreement).
+    # alpha 0.5 without the MLP's down projection, whose inputs have outliers beyond one INT8 scale. With Model Optimizer's default,
+    # alpha 1.0 and all linears, a 135M-parameter Llama lost a third of its top-1 agreement.
     Quantizer(
         linear=LinearFormat(
             algorithm="W8A8_SQ_PER_CHANNEL",
@@ -115,7 +115,7 @@ _TABLE = (
         calibration=CalibrationMethod(method="max"),
         tolerance=ToleranceSpec(max_relative_error=None, max_mean_kl=0.6, min_top1_agreement=0.58),
     ),
-    # E2M1 weights in blocks of 16 with E4M3 scales; activations keep the model's precision.
+    # E2M1 weights in blocks of 16 with E4M3 scales; activations keep the model's dtype.
     Quantizer(
         linear=LinearFormat(algorithm="W4A16_NVFP4", weight=WeightFormat.NVFP4, block_size=NVFP4_BLOCK),
         calibration=CalibrationMethod(method="max"),
@@ -124,4 +124,4 @@ _TABLE = (
 )
 
 QUANTIZERS: dict[str, Quantizer] = {quantizer.linear.algorithm: quantizer for quantizer in _TABLE}
-"""By the algorithm's name; data-free ones first."""
+"""Name of the algorithm -> quantizer, data-free ones first."""

@@ -1,4 +1,4 @@
-"""The tokens that a model reads while it is calibrated: rows of equal length, the same on every machine."""
+"""Calibration tokens: rows of equal length, the same on every machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class CalibrationData(BaseModel):
-    """Which tokens the model reads."""
+    """Identity of the calibration tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
-    """default, the name of a Hugging Face dataset, or a local file's name without its folder."""
+    """`default`, the name of a Hugging Face dataset, or the name of a local file without its folder."""
     digest: str | None
-    """sha256 of a local file, or of the text that comes with the package."""
+    """sha256 of the local file, or of the package's text; None: a Hugging Face dataset."""
     num_samples: int
     max_length: int
     batch_size: int
@@ -41,22 +41,21 @@ DEFAULT = "default"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILE = "calibration_text.md"
 _CHOICE = 8
-"""Of a large data set, this many times the tokens asked for are read, for the seed to choose among."""
+"""Factor of the tokens read from a large dataset over the tokens asked for, so that the seed has a choice."""
 _TOKENIZER = "Put the tokenizer of this model beside its weights."
 _RECORDS = "Give a .txt file, or a .jsonl or .parquet file whose records have `text`, or `messages` for the model's chat template."
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether transformers finds a tokenizer there."""
+    """Whether the folder has a tokenizer that transformers can load."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Path, vocab_size: int) -> Tokens:
-    """int64 [samples, length]: texts one after the other, cut into rows, `num_samples` of them chosen by the seed.
+    """Return int64 [samples, length]: joined texts, cut into rows without padding, `num_samples` of them chosen by the seed.
 
-    There is no padding. The text of the package gives as many rows as it has; other data must have enough. A model without a
-    tokenizer reads seeded random ids. `dataset`: the place of a local file. Raises SourceMissingError, QuantizationError,
-    DigestError.
+    The package's text may give fewer rows; other data must have enough. A model without a tokenizer gets seeded random ids.
+    `dataset`: path of a local file, or empty. Raises SourceMissingError, QuantizationError, DigestError.
     """
     import numpy as np
 
@@ -74,12 +73,12 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
     length = data.max_length
     if len(ids) < needed and data.dataset != DEFAULT:
         raise QuantizationError(
-            f"the calibration data {data.dataset} has {len(ids)} tokens, {data.num_samples} samples of {length} are asked for",
+            f"the calibration data {data.dataset} has {len(ids)} tokens, too few for {data.num_samples} samples of {length}",
             f"Give more text, or set quantization.calibration.num_samples to {max(len(ids) // length, 1)} at most.",
         )
     if ids and max(ids) >= vocab_size:
         raise QuantizationError(
-            f"the tokenizer is another model's: it gives id {max(ids)}, the vocabulary has {vocab_size}", _TOKENIZER
+            f"the tokenizer belongs to another model: it gives id {max(ids)}, the vocabulary has {vocab_size}", _TOKENIZER
         )
     length = min(length, len(ids))
     rows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
@@ -88,7 +87,7 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
 
 
 def default_digest() -> str:
-    """sha256 of the text that comes with the package."""
+    """Return the sha256 of the package's text."""
     return digest_bytes(_default_text())
 
 
@@ -97,7 +96,7 @@ def _default_text() -> bytes:
 
 
 def check_data(path: Path) -> None:
-    """Refuse a local file whose first record cannot be used, before anything is planned with it. Raises QuantizationError."""
+    """Refuse a local file whose first record cannot be used, when the build is planned. Raises QuantizationError."""
     if path.suffix == ".jsonl":
         first = next(_entries(path), None)
         if first is None:
@@ -109,7 +108,7 @@ def check_data(path: Path) -> None:
 class _Text:
     text: str
     is_chat: bool = False
-    """Written by the chat template, which puts special tokens itself."""
+    """Whether the text comes from the chat template, which adds special tokens."""
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -117,7 +116,7 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the many tokenizer classes raise
+    except Exception as error:  # tokenizer classes raise many kinds of error
         raise QuantizationError(
             f"the source's tokenizer cannot be loaded: {error}", "Put the model's tokenizer.json beside the weights."
         ) from error
@@ -136,7 +135,7 @@ def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Tex
     if data.dataset == DEFAULT:
         text = _default_text()
         if data.digest is not None and digest_bytes(text) != data.digest:
-            raise DigestError("this node's package holds another calibration text", "Install one version on every node.")
+            raise DigestError("the package on this node has another calibration text", "Install the same version on every node.")
         lines = text.decode().partition("-->")[2].splitlines(keepends=True)
         return (_Text(paragraph) for paragraph in _paragraphs(lines))
     if dataset:
@@ -157,7 +156,7 @@ def _check_same(path: Path, data: CalibrationData) -> None:
 
 
 def _entries(path: Path) -> Iterator[Any]:
-    """A text file's paragraphs, or the records of a .jsonl or .parquet file."""
+    """Yield the paragraphs of a text file, or the records of a .jsonl or .parquet file."""
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
@@ -174,7 +173,7 @@ def _entries(path: Path) -> Iterator[Any]:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """What stands between empty lines."""
+    """Yield the paragraphs between empty lines."""
     held: list[str] = []
     for line in lines:
         if line.strip():
@@ -207,7 +206,7 @@ def _hub_entries(name: str) -> Iterator[Any]:
         ) from None
     try:
         yield from datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # whatever the hub, the network or the data set's own code raises
+    except Exception as error:  # the hub, the network and the dataset's code raise many kinds of error
         raise QuantizationError(
             f"the data set {name} cannot be read: {error}", "Give a .txt, .jsonl or .parquet file instead."
         ) from error
@@ -223,15 +222,15 @@ def _check_record(entry: Any, origin: str) -> None:
 
 
 def _as_text(entry: Any, tokenizer: Any, origin: str) -> _Text:
-    """A plain text, or a record with `text`, or with `messages` under the tokenizer's chat template."""
+    """Return the text of an entry: a plain text, or a record with `text`, or with `messages` for the tokenizer's chat template."""
     _check_record(entry, origin)
     if isinstance(entry, str):
         return _Text(entry)
     if isinstance(entry.get("text"), str):
         return _Text(entry["text"])
     if not getattr(tokenizer, "chat_template", None):
-        raise QuantizationError(f"{origin} holds messages, the model's tokenizer has no chat template", "Give a text field.")
+        raise QuantizationError(f"{origin} holds messages, but the model's tokenizer has no chat template", "Give a text field.")
     try:
         return _Text(tokenizer.apply_chat_template(entry["messages"], tokenize=False), is_chat=True)
-    except Exception as error:  # whatever the template, which came with the model, raises
+    except Exception as error:  # the model's template may raise anything
         raise QuantizationError(f"the model's chat template refuses messages of {origin}: {error}", _RECORDS) from error

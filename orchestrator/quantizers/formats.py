@@ -1,8 +1,8 @@
-"""Packing weights: rows of a weight in, stored rows and their scales out, and back.
+"""Packing of weights into stored rows and scales, and unpacking.
 
 Every function works on whole rows [rows, in], so that conversion can pack a weight block by block and cut the result for all
-ranks. The arithmetic is that of Model Optimizer 0.47's TensorRT-LLM export, operation by operation and dtype by dtype: the
-rank files are bit-identical with its own.
+ranks. The arithmetic follows Model Optimizer 0.47's TensorRT-LLM export operation by operation and dtype by dtype, so that the
+rank files are bit-identical.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import torch
 
 _TINY = 1.1754943508222875e-38
-"""Smallest normal float32: what an amax is clamped to before it becomes a scale."""
+"""Smallest normal float32, to which an amax is clamped before it becomes a scale."""
 _E4M3_TINY = 2.0**-9
 """Smallest positive E4M3 number."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Stored bytes of some rows of a weight."""
+    """Stored rows of a weight."""
 
     weight: torch.Tensor
     """uint8 [rows, bytes per row], or [rows / 2, in] where two rows share a byte."""
     scales: torch.Tensor | None
-    """[rows] or [rows, blocks] in the dtype in which they are stored; None: the scale is one number of the artifact."""
+    """Scales [rows] or [rows, blocks], in their stored dtype; None: the calibration artifact has the scale."""
 
 
 def smoothed(weight: torch.Tensor, smooth: torch.Tensor, own: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
-    """`weight` [rows, in] as AWQ and SmoothQuant leave it, in its own dtype.
+    """Return `weight` [rows, in] as AWQ and SmoothQuant leave it, in the same dtype.
 
-    It is multiplied by `smooth`, and once more by own / fused where linears that are joined had to agree on one
-    pre_quant_scale. All vectors are float32 [in].
+    It is multiplied by `smooth`, and then by own / fused if joined linears had to agree on one pre_quant_scale. All vectors are
+    float32 [in].
     """
     dtype = weight.dtype
     once = (weight.float() * smooth).to(dtype)
@@ -45,19 +45,19 @@ def smoothed(weight: torch.Tensor, smooth: torch.Tensor, own: torch.Tensor, fuse
 
 
 def pack_rows(weight: torch.Tensor, fmt: LinearFormat, weight_amax: float | None) -> PackedRows:
-    """Store rows [rows, in]; `weight_amax` of the whole (fused) tensor for formats that have a scale per tensor."""
+    """Pack rows [rows, in]. `weight_amax`: of the whole fused tensor, for formats with a scale per tensor."""
     return _PACKERS[fmt.weight](weight, fmt, weight_amax)
 
 
 def unpack_rows(stored: torch.Tensor, fmt: LinearFormat, scales: torch.Tensor | None, weight_amax: float | None) -> torch.Tensor:
-    """float32 [rows, in] of stored bytes, from their scales and the amax that they were packed with."""
+    """Unpack stored bytes to float32 [rows, in], with the scales and the amax of `pack_rows`."""
     bound = {WeightFormat.NVFP4: FP4_MAX * FP8_MAX}.get(fmt.weight, FP8_MAX)
     second = float(_tensor_scale(weight_amax, bound)[0]) if weight_amax is not None else None
     return _UNPACKERS[fmt.weight](stored, fmt, scales, second)
 
 
 def _scale(amax: torch.Tensor, bound: float) -> torch.Tensor:
-    """amax / bound in float32; rows of zeros get a scale that dequantizes to zero and is itself finite."""
+    """Return amax / bound in float32. Rows of zeros get scale 1."""
     positive = amax.where(amax > 0, amax.new_full((), bound))
     return positive.clamp(min=_TINY).float() / bound
 
@@ -123,13 +123,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 number, ties to the even mantissa: sign bit, then the index in _E2M1."""
+    """Return the codes of the nearest E2M1 numbers, ties to the even mantissa: sign bit, then the index in _E2M1."""
     import torch
 
     bounds = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(_E2M1)], device=values.device)
     size = values.abs()
     codes = torch.searchsorted(bounds, size, out_int32=True)
-    # searchsorted leaves a tie below; it belongs above where the code below is odd.
+    # searchsorted rounds a tie down, but it must be rounded up where the lower code is odd.
     for bound in bounds[1::2]:
         codes += size == bound
     return ((values < 0).to(torch.uint8) << 3) + codes.to(torch.uint8)
@@ -186,7 +186,7 @@ def _unpack_int4(stored: torch.Tensor, fmt: LinearFormat, scales: torch.Tensor |
 
 
 def _unpack_int4_fp8(stored: torch.Tensor, fmt: LinearFormat, scales: torch.Tensor | None, second: float | None) -> torch.Tensor:
-    """What the product sees: the INT4 weight rounded to E4M3 with the second scale."""
+    """Unpack as the engine does: the INT4 weight, rounded to E4M3 with the second scale."""
     assert second is not None
     return _from_fp8(_to_fp8(_unpack_int4(stored, fmt, scales, None) / second)) * second
 

@@ -1,9 +1,9 @@
-"""Model Optimizer: the only file that speaks its configuration and reads its quantizers. Written against 0.47.
+"""Model Optimizer 0.47: the only file that writes its configuration and reads its quantizers.
 
-What it yields is the calibration artifact, float32 tensors by source module:
+Calibration returns the artifact, float32 tensors by source module:
 
-    {linear}.input_amax, .weight_amax                  []    raw, per linear; weight_amax of per-tensor scales only
-    {linear}.smooth                                    [in]  what the weight was multiplied by
+    {linear}.input_amax, .weight_amax                  []    raw, per linear; weight_amax for per-tensor scales only
+    {linear}.smooth                                    [in]  vector by which the weight was multiplied
     {linear}.own_pre_quant_scale, .pre_quant_scale     [in]  before and after linears with one input agreed on a vector
     {attention}.k_amax, .v_amax                        []
 """
@@ -31,10 +31,10 @@ from orchestrator.model.quantization import (
 Floats = npt.NDArray[np.float32]
 _FP8 = (4, 3)
 _WATCHING = "orchestrator_watching"
-"""Our backend of quantizers that collect an amax and never round."""
+"""Name of a quantizer backend that collects an amax and never rounds."""
 _KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": _FP8, "axis": None, "backend": _WATCHING}}
-"""An amax does not depend on the format; FP8 is one that every modelopt attention accepts. Rounded keys and values would
-change what the later passes of AWQ see: its choices must depend neither on the cache's format nor on the layers before."""
+"""Quantizers of keys and values. An amax does not depend on the format; every modelopt attention accepts FP8. They never round,
+because rounding would change the inputs of AWQ's later passes, and so its choices."""
 
 
 def calibrate(
@@ -48,9 +48,9 @@ def calibrate(
 ) -> dict[str, Floats]:
     """Calibrate `model` in place and return the artifact.
 
-    `linears`: module path in the model -> source module. `formats` and `resmooth` by source module; `max` needs neither.
-    `layerwise`: calibrate one decoder layer after the other, keep each in this folder, and go on behind those that are in it.
-    Raises QuantizationError when a linear is not there.
+    `linears`: module path in the model -> source module. `formats` and `resmooth` are keyed by source module; `max` needs neither.
+    `layerwise`: calibrate one decoder layer at a time, store each in this folder, and skip layers that it holds already.
+    Raises QuantizationError when a linear is missing.
     """
     import modelopt.torch.quantization as mtq
 
@@ -70,13 +70,13 @@ def _algorithm(method: CalibrationMethod, layerwise: Path | None) -> dict[str, A
     options = method.model_dump(exclude_none=True)
     if layerwise is None:
         return options
-    # `max` leaves weights as they are: the folder then holds amax values only.
+    # `max` does not change weights, so the folder holds only amax values.
     kept = {"checkpoint_dir": str(layerwise), "calib_mutates_weights": method.method != "max"}
     return {**options, "layerwise": {"enable": True, **kept}}
 
 
 def _entries(path: str, fmt: LinearFormat | None) -> list[dict[str, Any]]:
-    """The quantizers of one linear; None: those that watch both amax values."""
+    """Return the quantizers of one linear. `fmt` None: quantizers that collect both amax values."""
     weight = _weight(fmt) if fmt else {"num_bits": _FP8, "axis": None}
     found: list[dict[str, Any]] = [{"quantizer_name": f"{path}.weight_quantizer", "cfg": weight}]
     activation = _activation(fmt.activation) if fmt else {"num_bits": _FP8, "axis": None}
@@ -102,7 +102,7 @@ def _activation(fmt: ActivationFormat) -> dict[str, Any] | None:
 
 
 def search_config(fmt: LinearFormat) -> dict[str, Any]:
-    """A candidate of modelopt's search: the quantizers of any linear, and the algorithm that calibrates them."""
+    """Return a candidate of modelopt's search: the quantizers of any linear, and their calibration algorithm."""
     entries = _entries("*", fmt)
     named = [{**entry, "quantizer_name": entry["quantizer_name"].replace("*.", "*")} for entry in entries]
     algorithm: Any = "awq_lite" if fmt.pre_quant_scale and fmt.block_size else "smoothquant" if fmt.pre_quant_scale else "max"
@@ -141,10 +141,10 @@ def _watching() -> Iterator[None]:
 
 @contextmanager
 def _recorded_smoothing(model: Any, folder: Path | None) -> Iterator[dict[str, Floats]]:
-    """Record the float32 vector by which modelopt multiplies each weight, by the linear's path; in `folder`, too.
+    """Record the float32 vector by which modelopt multiplies each weight, by the linear's path, in memory and in `folder`.
 
-    Its quantizers keep the inverse only, rounded to the weight's dtype: the exact vector is needed to smooth other copies of
-    the weight to the same bits. Vectors that `folder` holds already are of layers that will not be calibrated again.
+    Smoothing other copies of the weight to the same bits needs the exact vector, but modelopt's quantizers keep only the inverse,
+    rounded to the weight's dtype. Vectors that `folder` already holds belong to layers that are not calibrated again.
     """
     from modelopt.torch.quantization import model_calib
 
@@ -194,12 +194,12 @@ def _artifact(
 
 
 def _smoothing(path: str, recorded: Mapping[str, Floats], pre_quant_scale: Floats) -> Floats:
-    """Of a linear that was not smoothed (AWQ could not search): ones. Raises QuantizationError when the recording failed."""
+    """Return the recorded vector, or ones for a linear that AWQ did not smooth. Raises QuantizationError if recording failed."""
     if path in recorded:
         return recorded[path]
     if np.any(pre_quant_scale != 1):
         raise QuantizationError(
-            f"Model Optimizer smoothed {path} in a way that was not seen", "Use the version of nvidia-modelopt in constraints.txt."
+            f"Model Optimizer smoothed {path} unnoticed", "Use the version of nvidia-modelopt in constraints.txt."
         )
     return np.ones_like(pre_quant_scale)
 
@@ -209,14 +209,14 @@ def _is_smoothed(module: Any) -> bool:
 
 
 def _agree(modules: list[Any]) -> None:
-    """Linears that read one vector get one pre_quant_scale, and their weights are smoothed anew."""
+    """Give linears with the same input one pre_quant_scale, and smooth their weights again."""
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
     preprocess_linear_fusion(modules, resmooth_only=True)
 
 
 def _amax(name: str, quantizer: Any) -> dict[str, Floats]:
-    """A scalar amax, if the quantizer has one."""
+    """Return the quantizer's scalar amax under `name`; empty: it has none."""
     amax = getattr(quantizer, "amax", None)
     if amax is None or amax.numel() != 1:
         return {}

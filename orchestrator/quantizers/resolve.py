@@ -1,4 +1,4 @@
-"""From what the user asks to what every linear of the model is stored as, and how near to the original it must stay."""
+"""Resolution of the spec's quantization: the format of every linear, its calibration method, and the tolerance."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ KV_CACHE_TOLERANCES = {
     "FP8": ToleranceSpec(max_relative_error=None, max_mean_kl=0.02, min_top1_agreement=0.92),
 }
 _META_LIMIT = 1200.0
-"""What Meta's FP8 recipe bounds activations with (TensorRT-LLM's clamp_val)."""
+"""Bound of activations in Meta's FP8 recipe (TensorRT-LLM's clamp_val)."""
 
 
 def quantizer_named(name: str) -> Quantizer:
-    """Raises QuantizationError with the names that there are."""
+    """Return the quantizer of this name. Raises QuantizationError, which lists the known names."""
     if name not in QUANTIZERS:
         near = difflib.get_close_matches(name.upper(), QUANTIZERS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise QuantizationError(f"no quantizer is called {name!r}", f"{hint}There are: {', '.join(QUANTIZERS)}.")
+        raise QuantizationError(f"no quantizer is named {name!r}", f"{hint}Quantizers: {', '.join(QUANTIZERS)}.")
     return QUANTIZERS[name]
 
 
 def model_quantization(spec: QuantizationSpec, num_layers: int) -> ModelQuantization:
-    """The formats of a model's linears. Raises QuantizationError for options that the algorithm does not have."""
+    """Return the formats of a model's linears. Raises QuantizationError for options that the algorithm does not have."""
     if spec.algorithm is None:
         return ModelQuantization(algorithm=None, kv_cache=spec.kv_cache)
     if spec.algorithm == MIXED_PRECISION:
-        assert spec.quant_cfg is not None  # the spec's own check
+        assert spec.quant_cfg is not None  # checked by the spec
         return ModelQuantization(algorithm=MIXED_PRECISION, layers=_read_layers(Path(spec.quant_cfg)), kv_cache=spec.kv_cache)
     quantizer = quantizer_named(spec.algorithm)
     _check_options(spec, quantizer)
@@ -58,7 +58,7 @@ def model_quantization(spec: QuantizationSpec, num_layers: int) -> ModelQuantiza
 
 
 def calibration_method(spec: QuantizationSpec, algorithm: str) -> CalibrationMethod:
-    """How a calibrated algorithm is calibrated under this spec. Raises QuantizationError for a data-free one."""
+    """Return the calibration method of an algorithm under this spec. Raises QuantizationError for a data-free algorithm."""
     method = quantizer_named(algorithm).calibration
     if method is None:
         raise QuantizationError(f"{algorithm} needs no calibration", "Leave quantization.calibration out.")
@@ -79,7 +79,7 @@ def _check_options(spec: QuantizationSpec, quantizer: Quantizer) -> None:
 
 
 def _read_layers(path: Path) -> dict[str, LinearFormat | None]:
-    """quant_cfg.json of TensorRT-LLM: {"quantized_layers": {linear: {"quant_algo": ..., "group_size": ...}}}."""
+    """Read TensorRT-LLM's quant_cfg.json: {"quantized_layers": {linear: {"quant_algo": ..., "group_size": ...}}}."""
     try:
         listed: Mapping[str, Any] = json.loads(path.read_bytes())["quantized_layers"]
         return {name: _layer_format(entry) for name, entry in listed.items()}
@@ -96,13 +96,13 @@ def _layer_format(entry: Mapping[str, Any]) -> LinearFormat:
 
 
 def from_checkpoint(block: Mapping[str, Any], mixture: Mapping[str, Any] | None) -> ModelQuantization | None:
-    """The formats of a TensorRT-LLM checkpoint, ours or Model Optimizer's, from its `quantization` block and quant_cfg.json.
+    """Return the formats of a TensorRT-LLM checkpoint, ours or Model Optimizer's, from its `quantization` block and quant_cfg.json.
 
-    Raises QuantizationError for an algorithm that there is no quantizer for.
+    Raises QuantizationError for an unknown algorithm or KV cache format.
     """
     algorithm, kv_cache = block.get("quant_algo"), block.get("kv_cache_quant_algo")
     if kv_cache not in (None, "INT8", "FP8"):
-        raise QuantizationError(f"a KV cache in {kv_cache} is not supported", "INT8 and FP8 are.")
+        raise QuantizationError(f"a KV cache in {kv_cache} is not supported", "Supported: INT8, FP8.")
     if algorithm is None:
         return ModelQuantization(algorithm=None, kv_cache=kv_cache) if kv_cache else None
     if algorithm == MIXED_PRECISION:
@@ -122,11 +122,11 @@ def from_checkpoint(block: Mapping[str, Any], mixture: Mapping[str, Any] | None)
 
 
 def tolerance(quantization: ModelQuantization | None) -> ToleranceSpec:
-    """How far a verification may be from the unquantized reference: the sum of what its parts may."""
+    """Return the tolerance of verification against the unquantized reference: the sum for linears and KV cache."""
     if quantization is None:
         return ToleranceSpec()
     parts = [quantizer_named(name).tolerance for name in sorted({fmt.algorithm for fmt in quantization.formats()})]
-    # In a mixture each linear has one format only: the worst of them bounds it.
+    # In a mixture each linear has only one format, so the worst format bounds the error.
     worst = [max(parts, key=lambda part: part.max_mean_kl)] if parts else []
     if quantization.kv_cache:
         worst.append(KV_CACHE_TOLERANCES[quantization.kv_cache])

@@ -219,7 +219,7 @@ def test_from_meta_ckpt_reads_only_meta(tmp_path: Path, direct: Path, metas: dic
     assert {name: bytes(weight.data) for name, weight in found.items()} == {
         name: bytes(weight.data) for name, weight in expected.items()
     }
-    with pytest.raises(SourceMissingError, match="not Meta's"):
+    with pytest.raises(SourceMissingError, match="not in Meta's format"):
         LLaMAForCausalLM.from_meta_ckpt(direct)
 
 

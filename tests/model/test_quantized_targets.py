@@ -184,7 +184,7 @@ def test_weight_map_odd_rows_cannot_be_packed_in_pairs() -> None:
         ({"algorithm": "FP8", "group_size": 64}, "no choice of group_size"),
         ({"algorithm": "FP8", "alpha": 0.3}, "no alpha"),
         ({"algorithm": "NVFP4", "meta_recipe": True}, "no meta_recipe"),
-        ({"algorithm": "fp_8"}, "no quantizer is called"),
+        ({"algorithm": "fp_8"}, "no quantizer is named"),
     ],
 )
 def test_model_quantization_option_of_another_algorithm_is_refused(options: dict[str, Any], said: str) -> None:

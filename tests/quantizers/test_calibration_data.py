@@ -125,7 +125,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused_with_advice(tmp_path: Path
 
 def test_data_with_fewer_tokens_than_asked_for_are_refused_with_the_largest_number(tokenizer: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "some.jsonl", {"text": words(range(14))})
-    with pytest.raises(QuantizationError, match="has 15 tokens, 9 samples of 4") as refused:
+    with pytest.raises(QuantizationError, match="has 15 tokens, too few for 9 samples of 4") as refused:
         read(path, tokenizer, num_samples=9)
     assert "num_samples to 3" in refused.value.advice
 
@@ -232,7 +232,7 @@ def test_the_packages_text_is_part_of_the_identity_and_the_same_on_every_node(to
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: Path) -> None:
-    with pytest.raises(QuantizationError, match=r"another model's: it gives id 2, the vocabulary has 2"):
+    with pytest.raises(QuantizationError, match=r"belongs to another model: it gives id 2, the vocabulary has 2"):
         calibration_tokens(data(DEFAULT), "", tokenizer, 2)
 
 
