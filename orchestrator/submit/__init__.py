@@ -1,1 +1,1 @@
-"""A build handed over to a cluster: how it is packed, followed and stopped."""
+"""Builds submitted to a cluster: packing, following, stopping."""

@@ -1,7 +1,7 @@
-"""A build on its way to a cluster: the files that travel, and the one command that runs them there.
+"""The bundle of a submitted build: its files, and the command that runs them on the cluster.
 
-Whoever brings a build to a cluster (Ray's job API, a RayJob of Kubernetes) sends these files and runs ENTRYPOINT in the folder
-that holds them. Spec and cluster file are decoded here first, so that a mistake is an error before anything is sent.
+Every kind of submission (Ray's job API, a RayJob of Kubernetes) sends these files and runs ENTRYPOINT in their folder. Spec and
+cluster file are decoded before, so that a mistake is an error before anything is sent.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from orchestrator.spec.yaml_text import dump_yaml
 
 SPEC_FILE, CLUSTER_FILE, SCRIPT_FILE = "spec.yaml", "cluster.yaml", "build.sh"
 ENTRYPOINT = f"exec sh {SCRIPT_FILE}"
-"""Prints its events as JSON lines; ends with the build's own exit code.
+"""Command of the driver. Prints events as JSON lines and exits with the build's own code.
 
-`exec`: Ray runs it through a shell, and on stop ends the shell first. A driver left behind by it would belong to the container's
-first process, and where that waits for no orphans, Ray would take the driver that has ended for one that does not end.
+`exec`: Ray runs the command through a shell, and on stop ends the shell first. The driver would then be left to the container's
+first process. Unless that reaps orphans, Ray would see the ended driver as one that does not end.
 """
 _SCRIPT = """\
 # The driver of a build, under a Python that has this program: the one that is named here, else that of Ray, else of the PATH.
@@ -54,7 +54,7 @@ exit @CODE@
 
 
 def bundle(spec: BuildSpec, cluster_spec: ClusterSpec) -> dict[str, str]:
-    """The files that travel, by name: YAML that decodes to the same values, with places made absolute by the loader."""
+    """Return the bundle's files by name: YAML that decodes to the same values, with paths made absolute by the loader."""
     return {
         SPEC_FILE: _dump(spec.model_dump(mode="json", exclude_unset=True)),
         CLUSTER_FILE: _dump(cluster_spec.model_dump(mode="json", exclude_unset=True)),
@@ -63,7 +63,7 @@ def bundle(spec: BuildSpec, cluster_spec: ClusterSpec) -> dict[str, str]:
 
 
 def script(python: str | None) -> str:
-    """The shell script that ENTRYPOINT runs."""
+    """Return the shell script that ENTRYPOINT runs."""
     tried = f"{python}, which the cluster file names" if python else "that of Ray, python and python3 were tried"
     error = ToolError(
         f"the driver's node has no Python that can import trt-orchestrator: {tried}",
@@ -80,9 +80,9 @@ def script(python: str | None) -> str:
 
 
 def submission_id(spec: BuildSpec, cluster_spec: ClusterSpec) -> str:
-    """The same build at the same store has the same id, so that a second submission finds the first.
+    """Return the id of a build at a store. It is the same each time, so that a second submission finds the first.
 
-    Also a DNS label, short enough for a RayJob of Kubernetes (47 characters).
+    The id is a DNS label, short enough for a RayJob of Kubernetes (47 characters).
     """
     wanted = {"spec": spec.model_dump(mode="json"), "store": cluster_spec.store}
     name = "".join(character if character.isalnum() else "-" for character in spec.release.name.lower()).strip("-")
@@ -91,25 +91,25 @@ def submission_id(spec: BuildSpec, cluster_spec: ClusterSpec) -> str:
 
 _FILES = "files"
 _MAX_FILE_BYTES = 100 * 10**6
-"""Limit of all files together: they pass through the cluster's head to every node."""
+"""Largest size of all files together: they pass through the cluster's head to every node."""
 _DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A spec whose local files travel with it."""
+    """A spec with its local files."""
 
     spec: BuildSpec
-    """Names them by their paths in the bundle, which begin with their digest: other content is another build."""
+    """Spec that names the files by their paths in the bundle. The paths begin with digests, so other content is another build."""
     files: dict[str, Path]
-    """Path in the bundle -> the file here."""
+    """Local files, by path in the bundle."""
 
 
 def pack(spec: BuildSpec) -> Packed:
-    """Let quant_cfg, scales and calibration data that lie on this machine travel in the bundle.
+    """Pack quant_cfg, scales and calibration data of this machine into the bundle.
 
-    A path that is not here is taken for one that every node has when it is absolute. Raises SourceMissingError for a relative
-    one, SpecError for files that are too large to travel.
+    A missing absolute path is taken to exist on every node. Raises SourceMissingError for a missing relative path, SpecError for
+    files that are too large.
     """
     wanted = spec.quantization
     if wanted is None:
@@ -125,8 +125,8 @@ def pack(spec: BuildSpec) -> Packed:
     size = sum(path.stat().st_size for path in files.values())
     if size > _MAX_FILE_BYTES:
         raise SpecError(
-            f"the files that the spec names have {size:,} bytes: more than {_MAX_FILE_BYTES:,} do not travel with a build",
-            "Put them on every node, or on a shared folder, and name them by that absolute path.",
+            f"the files that the spec names have {size:,} bytes, a submission holds {_MAX_FILE_BYTES:,}",
+            "Put them on every node or into a shared folder, and name them by that absolute path.",
         )
     return Packed(spec.model_copy(update={"quantization": wanted.model_copy(update=update)}), files)
 
@@ -153,7 +153,7 @@ def _files_below(folder: Path) -> dict[str, Path]:
 
 
 def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, ...]:
-    """What does not travel and must be there: sentences for people who submit from another machine."""
+    """Return sentences about what does not travel and must exist there, for submissions from another machine."""
     found = []
     if cluster_spec.store.startswith("file:"):
         found.append(f"the store {cluster_spec.store} must be one folder that all nodes share")
@@ -164,7 +164,7 @@ def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, 
 
 
 def named_files(spec: BuildSpec) -> dict[str, str]:
-    """Files that the spec names beside its source, by field."""
+    """Return the files that the spec names beside its source, by field."""
     wanted = spec.quantization
     if wanted is None:
         return {}
@@ -175,7 +175,7 @@ def named_files(spec: BuildSpec) -> dict[str, str]:
 
 
 def is_local(path: str) -> bool:
-    """Whether a place is a folder or file, which every node would have to have under the same path."""
+    """Whether a path or URL is a local one, which every node must have under the same path."""
     return not is_url(path)
 
 

@@ -1,4 +1,4 @@
-"""The loop that follows a build to its end, whatever runs it."""
+"""Follow a build to its end, on any cluster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from orchestrator.submit.protocol import Followed, Notice
 def follow(
     followed: Followed, show: Callable[[BuildEvent | Notice | str], None], lines: Iterable[str] | None = None
 ) -> Published | None:
-    """Show a build to its end; returns its outcome, None after Ctrl-C: then it runs on. Raises the build's own error.
+    """Show a build to its end and return its outcome; None after Ctrl-C, which leaves it running. Raises the build's own error.
 
-    Its last word is not shown but returned or raised. With `lines`, these are shown in place of its events.
+    The final event is returned or raised, not shown. With `lines`, these are shown in place of the events.
     """
     try:
         for item in lines or followed.events():
-            if not isinstance(item, (Published, Errored)):  # that of an attempt need not be the build's
+            if not isinstance(item, (Published, Errored)):  # the final event of an attempt need not be the build's
                 show(item)
     except KeyboardInterrupt:
         return None

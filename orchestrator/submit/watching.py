@@ -1,4 +1,4 @@
-"""A build looked at through its store, live or ended: which runs there are, and their events in order."""
+"""Watch a build through its store, live or ended: find its runs, and read their events in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orchestrator.run.commits import EVENTS
 from orchestrator.stores.store import ObjectMissingError, Store
 
 PATIENCE_SECONDS = 6 * ALIVE_SECONDS
-"""A driver that is silent for so long is lost, by the clocks of both machines."""
+"""Silence after which a driver counts as lost, by the clocks of both machines."""
 _LOOK_SECONDS = 1.0
-_ADVICE = "Somebody has written to the store what no build did: do not trust these events."
+_ADVICE = "Someone has changed the store: do not trust these events."
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,19 @@ class Run:
     """One run of a build."""
 
     prefix: str
-    """Prefix of its keys in the store."""
+    """Prefix of the run's keys in the store."""
     build_key: str
 
 
 def list_runs(store: Store) -> list[Run]:
-    """Runs of all builds whose events the store still has, the newest first."""
+    """Return the runs of all builds with events in the store, newest first."""
     prefixes = {info.key.rpartition("/")[0] for info in store.list(EVENTS)}
     found = [Run(prefix + "/", prefix.split("/")[1]) for prefix in prefixes if prefix.count("/") == 2]
     return sorted(found, key=lambda run: run.prefix.split("/")[2], reverse=True)
 
 
 def find_run(store: Store, release: str = "", build: str = "") -> Run:
-    """The newest run, of a release (name, or name/version) or of a build whose key begins so. Raises ReleaseMissingError."""
+    """Return the newest run of a release (name, or name/version) or of a build key's beginning. Raises ReleaseMissingError."""
     for run in list_runs(store):
         if run.build_key.startswith(build) and (not release or _is_of(_planned_release(store, run), release)):
             return run
@@ -60,7 +60,7 @@ def _planned_release(store: Store, run: Run) -> str:
 
 
 class RunReader:
-    """The events of one run, as far as the store has them."""
+    """Events of one run, as far as the store has them."""
 
     def __init__(self, store: Store, run: Run) -> None:
         self.run = run
@@ -68,16 +68,16 @@ class RunReader:
         self._log = LogReader()
         self._number = 0
         self._release = ""
-        """Name and version that the run is going to publish."""
+        """Name and version of the release that the run will publish."""
 
     @property
     def last_word(self) -> Published | Errored | None:
         return self._log.last_word
 
     def read(self) -> list[BuildEvent]:
-        """Events that are new.
+        """Return new events.
 
-        Raises StoreError; ReleaseAddressError when they are those of another build, or name another release than they planned.
+        Raises StoreError; ReleaseAddressError for events of another build, or of another release than planned.
         """
         found: list[BuildEvent] = []
         while self.last_word is None:
@@ -114,7 +114,7 @@ class Watch:
         self._heard = 0.0
 
     def events(self) -> Iterator[BuildEvent]:
-        """Events so far and, while the build runs, those to come; ends with it, or when its driver is silent for too long."""
+        """Yield events until the build ends, or its driver is silent for too long."""
         while self._reader.last_word is None:
             found = self._reader.read()
             for event in found:
@@ -128,10 +128,10 @@ class Watch:
             self._sleep(_LOOK_SECONDS)
 
     def result(self) -> Published:
-        """See Followed. Raises DriverLostError, and ReleaseAddressError for a manifest put in the place of its own."""
+        """See Followed. Raises DriverLostError, and ReleaseAddressError when another release replaced its manifest."""
         for _ in self.events():
             pass
-        reason = f"nothing was heard of it for {self._clock() - self._heard:.0f} s"
+        reason = f"it was silent for {self._clock() - self._heard:.0f} s"
         where = f"build {self._run.build_key[:12]}"
         made = conclude(self._reader.last_word, stopped=False, where=where, reason=reason)
         self._check_manifest(made)

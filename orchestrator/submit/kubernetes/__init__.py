@@ -1,3 +1,3 @@
-"""Builds on Kubernetes: what can be said about manifests without a cluster, and the API of one. No ray here."""
+"""Builds on Kubernetes: checks of manifests without a cluster, and the API of a cluster. No ray here."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The few things that a build needs of a Kubernetes API server, by the official client. Its errors become ours, with advice."""
+"""The calls to a Kubernetes API server that a build needs, by the official client. Its errors become ours, with advice."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from orchestrator.base.extras import require
 from orchestrator.submit.kubernetes.manifests import Fields, at
 
 _TIMEOUT_SECONDS = (5.0, 30.0)
-"""To connect, and between two bytes of an answer."""
+"""Timeouts in seconds: to connect, and between two bytes of an answer."""
 _NO_CACHE = "/dev/null/none"
-"""The library would keep what a cluster knows in a file that outlives the cluster's changes; that it cannot be made is no error."""
+"""Unwritable path of the library's cache of a cluster's resources, which would outlive the cluster's changes."""
 FIELD_MANAGER = "trt-orchestrator"
 
 
 class ConflictError(Exception):
-    """An object of this name is there already, or was changed meanwhile."""
+    """An object of this name already exists, or was changed meanwhile."""
 
 
 class ExpiredError(Exception):
-    """The server has forgotten the version that a watch wanted to go on from: look again, then watch from there."""
+    """The server has dropped the version that a watch should continue from: read again, then watch from there."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What objects are called in manifests."""
+    """Names of a kind in manifests."""
 
     api_version: str
     kind: str
@@ -52,26 +52,26 @@ RAY_JOB, POD = Kind("ray.io/v1", "RayJob"), Kind("v1", "Pod")
 
 
 class Api(Protocol):
-    """Objects of a cluster; `namespace` is ignored for kinds that have none. Every method raises the errors of `explain`."""
+    """Objects of a cluster. `namespace` is ignored for kinds that have none. Every method raises the errors of `explain`."""
 
     def get(self, kind: Kind, namespace: str, name: str) -> Fields | None: ...
 
     def list(self, kind: Kind, namespace: str, selector: str) -> list[Fields]: ...
 
     def create(self, obj: Fields) -> Fields:
-        """The object as it was made. Raises ConflictError when its name is taken."""
+        """Create an object and return it. Raises ConflictError when its name is taken."""
         ...
 
     def apply(self, obj: Fields) -> None:
-        """Make it, or change the fields that `obj` names (server-side apply). Raises ConflictError when others own one of them."""
+        """Create the object, or change the fields in `obj` (server-side apply). Raises ConflictError when others own a field."""
         ...
 
     def delete(self, kind: Kind, namespace: str, name: str) -> bool:
-        """Ask for its end and that of what it owns, which may take a while; False when it is not there."""
+        """Delete the object with its dependents, in the background. False when it is missing."""
         ...
 
     def watch(self, kind: Kind, namespace: str, name: str, version: str, seconds: float) -> Iterator[Fields | None]:
-        """Every change of one object after a resourceVersion, for so long; None when it is deleted. Raises ExpiredError."""
+        """Yield changes of one object after a resourceVersion until the timeout; None: deleted. Raises ExpiredError."""
         ...
 
 
@@ -79,7 +79,7 @@ class KubernetesApi:
     """See Api."""
 
     def __init__(self, context: str | None = None) -> None:
-        """Connect as kubectl does (KUBECONFIG, its context), or as a pod does inside a cluster.
+        """Connect as kubectl does (KUBECONFIG, its context), or as a pod inside a cluster.
 
         Raises ToolError without the `kubernetes` extra, UnreachableError, AuthenticationError.
         """
@@ -88,7 +88,7 @@ class KubernetesApi:
 
         client = _client(context)
         self.host = str(client.configuration.host)
-        weakref.finalize(self, client.rest_client.pool_manager.clear)  # its connections would be left to the garbage collector
+        weakref.finalize(self, client.rest_client.pool_manager.clear)  # else its connections would wait for the garbage collector
         with self._explained("reach", "the API server"):
             self._client = DynamicClient(client, cache_file=_NO_CACHE)
 
@@ -176,11 +176,11 @@ class KubernetesApi:
 
 
 def explain(status: int, message: str, verb: str, what: str) -> OrchestratorError:
-    """The error that a refused request stands for; `message` is the server's own."""
+    """Return the error for a refused request. `message` is the server's own."""
     if status == 401:
         return AuthenticationError(
-            f"the Kubernetes API does not know who asks to {verb} {what}",
-            "Log in again, or name another --context of your kubeconfig.",
+            f"the Kubernetes API does not accept the credentials to {verb} {what}",
+            "Log in again, or choose another --context of your kubeconfig.",
         )
     if status == 403:
         return AuthenticationError(f"may not {verb} {what}: {message}", _role_advice(message))
@@ -200,7 +200,7 @@ def explain(status: int, message: str, verb: str, what: str) -> OrchestratorErro
 
 
 def _role_advice(message: str) -> str:
-    """Which rule of which role is missing, from what RBAC says."""
+    """Return advice naming the missing rule and role, from RBAC's message."""
     found = re.search(r'cannot (\S+) resource "([^"]+)" in API group "([^"]*)"(?: in the namespace "([^"]+)")?', message)
     if found is None:
         return "Ask an administrator of the cluster for the right to do this."
@@ -251,5 +251,5 @@ def _client(context: str | None) -> Any:
             raise UnreachableError(
                 f"no way to a cluster: {error}", "Set KUBECONFIG, or make ~/.kube/config as your cluster's provider says."
             ) from None
-    settings.retries = False  # retries are those of `follow`, which reports them
+    settings.retries = False  # `follow` retries, and reports it
     return ApiClient(configuration=settings)

@@ -1,4 +1,4 @@
-"""A build on Kubernetes from the outside: bring it there, follow it, stop it. The API is passed in."""
+"""Submit, follow and stop a build on Kubernetes. The API is passed in."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from orchestrator.submit.protocol import Clock, Existing, Notice, Patience, deci
 
 @dataclass(frozen=True)
 class Timing:
-    """How long to wait for what, in seconds."""
+    """Waiting times in seconds."""
 
     window: float = 4.0
-    """One watch; between two, the driver's events are fetched."""
+    """Length of one watch. Between two, the driver's events are fetched."""
     patience: float = 300.0
-    """With an API server that does not answer, an operator that does nothing, or an object that is being deleted."""
+    """Longest wait for an API server that does not answer, an idle operator, or an object that is being deleted."""
     backoff: float = 2.0
     clock: Clock = field(default_factory=Clock)
 
 
 def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> KubernetesSubmission:
-    """Make a build's objects, or find that it is there. One that failed or was stopped is replaced: it goes on from its steps.
+    """Create a build's objects, or find its RayJob. A failed or stopped RayJob is replaced, and resumes from its committed steps.
 
     Raises ClusterError when the name belongs to another build, and the errors of Api.
     """
@@ -54,7 +54,7 @@ def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> Kubern
         try:
             made = api.create(rendered.job)
         except ConflictError:
-            continue  # somebody else was faster: it is there now
+            continue  # another submission was faster: the RayJob exists now
         _give_own(api, rendered, made)
         found.attached = False
         return found
@@ -70,7 +70,7 @@ def _existing(job: Fields, rendered: Rendered) -> Existing:
 
 
 def _share(api: Api, obj: Fields) -> None:
-    """What all builds of a namespace share: what an administrator has changed stays, and who may not make it needs it there."""
+    """Apply an object shared by all builds of a namespace. Fields of others stay; without the right to apply, it must exist."""
     try:
         api.apply(obj)
     except ConflictError:
@@ -83,7 +83,7 @@ def _share(api: Api, obj: Fields) -> None:
 
 
 def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
-    """The objects that go with this RayJob, made as its own; an older RayJob's are replaced: they are about to be collected."""
+    """Create the dependents of this RayJob. An older RayJob's are replaced, since they are about to be deleted."""
     uid = str(at(job, "metadata.uid"))
     owner = {"apiVersion": RAY_JOB.api_version, "kind": RAY_JOB.kind, "name": rendered.name, "uid": uid}
     for obj in rendered.owned:
@@ -95,11 +95,11 @@ def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
         try:
             api.create({**obj, "metadata": {**obj["metadata"], "ownerReferences": [owner]}})
         except ConflictError:
-            continue  # a submission beside this one made it
+            continue  # a concurrent submission created it
 
 
 def list_builds(api: Api, namespace: str) -> list[State]:
-    """Builds of a namespace, the newest first."""
+    """Return the builds of a namespace, newest first."""
     found = [state_of(job) for job in api.list(RAY_JOB, namespace, f"{PART_OF}={MANAGER}")]
     return sorted(found, key=lambda state: state.created, reverse=True)
 
@@ -110,27 +110,27 @@ class KubernetesSubmission:
     def __init__(
         self, api: Api, namespace: str, name: str, *, timing: Timing | None = None, progress: Progress | None = None
     ) -> None:
-        """`progress` is that of the build's own bundle when absent."""
+        """`progress`: source of the driver's events; absent: the store of the build's bundle."""
         self.id, self.namespace = name, namespace
         self.attached = True
         self._api, self._timing, self._progress = api, timing or Timing(), progress
         self._end: State | None = None
         self._last_word: Published | Errored | None = None
-        """The driver's, in the attempt that is under way."""
+        """Final event of the driver in the current attempt."""
 
     def status(self) -> State:
-        """The build as it is now. Raises UnknownSubmissionError."""
+        """Return the build as it is now. Raises UnknownSubmissionError."""
         job = self._api.get(RAY_JOB, self.namespace, self.id)
         if job is None:
             raise self._unknown()
         return state_of(job)
 
     def progress(self) -> Progress | None:
-        """Where the driver's events are; None when its bundle is gone. Raises one of UNREADABLE."""
+        """Return the source of the driver's events; None when the bundle is gone. Raises one of UNREADABLE."""
         return progress_of(self._api, self.namespace, self.id)
 
     def troubles(self, state: State) -> list[str]:
-        """Why the build's pods do not run; nothing for who may not list pods, or while nobody answers."""
+        """Return why the build's pods do not run; empty without the right to list pods, or without an answer."""
         if not state.ray_cluster or state.phase.is_over:
             return []
         try:
@@ -139,9 +139,10 @@ class KubernetesSubmission:
             return []
 
     def events(self) -> Iterator[BuildEvent | Notice]:
-        """See Followed; its states and why its pods do not run too, none of them twice.
+        """See Followed. Yields also the build's states, and why its pods do not run, each once.
 
-        Raises CancelledError when it is deleted meanwhile, NotStartedError when no operator touches it, UnknownSubmissionError.
+        Raises CancelledError when the build is deleted meanwhile, NotStartedError when no operator touches it,
+        UnknownSubmissionError.
         """
         began = self._timing.clock.now()
         reported: tuple[object, ...] = ()
@@ -186,7 +187,7 @@ class KubernetesSubmission:
         return events
 
     def _states(self) -> Iterator[State | Notice]:
-        """The states of the RayJob, the same again at least once in each window; a notice when nobody answers."""
+        """Yield the RayJob's states, repeating the last at least once per window; a notice when the API does not answer."""
         timing, known = self._timing, False
         patience = Patience(timing.clock, timing.patience)
         while True:
@@ -211,7 +212,7 @@ class KubernetesSubmission:
                 timing.clock.sleep(timing.backoff)
 
     def _changes(self, job: Fields, seconds: float) -> Iterator[Fields | None]:
-        """What becomes of the RayJob in so many seconds; None at last when it is deleted. Raises ExpiredError."""
+        """Yield the RayJob's changes within `seconds`; None when it is deleted. Raises ExpiredError."""
         for changed in self._api.watch(RAY_JOB, self.namespace, self.id, str(at(job, "metadata.resourceVersion")), seconds):
             yield changed
             if changed is None:
@@ -229,9 +230,9 @@ class KubernetesSubmission:
         return Published(f"{self._end.release}/manifest.json", None, None)
 
     def cancel(self) -> State:
-        """Delete the RayJob and wait until it is gone: the operator stops the driver and takes the pods away.
+        """Delete the RayJob and wait until it is gone: the operator stops the driver and removes the pods.
 
-        Returns the state that it was in. Raises UnknownSubmissionError, ClusterError when nobody takes it away.
+        Returns the state before. Raises UnknownSubmissionError, ClusterError when the RayJob is not removed in time.
         """
         state = self.status()
         self._api.delete(RAY_JOB, self.namespace, self.id)
@@ -239,7 +240,7 @@ class KubernetesSubmission:
         return state
 
     def wait_until_gone(self) -> None:
-        """Wait for the end of a RayJob that is being deleted. Raises ClusterError."""
+        """Wait until a RayJob that is being deleted is gone. Raises ClusterError."""
         timing = self._timing
         began = timing.clock.now()
         while (job := self._api.get(RAY_JOB, self.namespace, self.id)) is not None:

@@ -1,7 +1,7 @@
-"""Whether the pods of a RayJob can run a build: every step a pool, every pool pods large enough, every path a volume that lasts.
+"""Check that the pods of a RayJob can run a build: a pool for every step, large enough pods, a lasting volume for every path.
 
-The driver would find most of it out, but only once machines are running and paid for. The rules BU01 to BU04 look at the same
-files as manifests; here is what needs the meaning of the spec.
+The driver would find most problems, but only once machines are running and paid for. The rules BU01 to BU04 check the same files as
+manifests; this module checks what depends on the spec's meaning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10
 
 
 def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields) -> None:
-    """Whether it runs in the RayJob's pods. Raises ClusterError that says everything that is in the way."""
+    """Check that the build can run in the RayJob's pods. Raises ClusterError with every problem."""
     cluster = Cluster("RayJob", "spec.rayClusterSpec", at(job, "spec.rayClusterSpec", {}))
     places = {"source.path": spec.source.path, "store": cluster_spec.store, **named_files(spec)}
     problems = [
@@ -38,7 +38,7 @@ def check_fit(spec: BuildSpec, cluster_spec: ClusterSpec, job: Fields) -> None:
 
 
 def quantity(value: Any) -> float:
-    """A quantity of Kubernetes such as 8Gi, 500m or 2, as a number; 0 for none. Raises ClusterError."""
+    """Return a Kubernetes quantity such as 8Gi, 500m or 2 as a number; 0 for None. Raises ClusterError."""
     match = re.fullmatch(r"([0-9.]+)([kMGTm]?i?)", str(value or 0))
     if match is None or match.group(2) not in _SUFFIXES:
         raise ClusterError(f"{value!r} is not a quantity such as 8Gi or 500m", "Correct the overlay's resources.")
@@ -46,9 +46,9 @@ def quantity(value: Any) -> float:
 
 
 def unreachable(places: Mapping[str, str], cluster: Cluster) -> Iterator[tuple[str, str, str]]:
-    """Places, by field, on somebody's own disk that a pod would look for in vain: field, path, a group that lacks it.
+    """Yield paths of local disks that a pod would lack: field, path, a group that lacks it.
 
-    Relative paths are those of files that travel with the spec.
+    Relative paths belong to files that travel with the spec.
     """
     for field, place in places.items():
         path = place.removeprefix("file://")
@@ -58,7 +58,7 @@ def unreachable(places: Mapping[str, str], cluster: Cluster) -> Iterator[tuple[s
 
 
 def is_below(path: str, folders: Collection[str]) -> bool:
-    """Whether a path is one of the folders, or in one."""
+    """Whether a path is one of the folders, or below one."""
     return any(path == folder.rstrip("/") or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
@@ -77,7 +77,7 @@ def _misfits(spec: BuildSpec, cluster_spec: ClusterSpec, cluster: Cluster) -> It
 
 
 def _kinds(spec: BuildSpec) -> dict[str, int]:
-    """Kinds of step that this build surely has, and the GPUs that one such step takes."""
+    """Return the kinds of step that this build surely has, with the GPUs of one such step."""
     kinds = {"miniature": 0, "convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
     if spec.verification.enabled:
         kinds |= {"reference": 0, "verify": 0}
@@ -98,7 +98,7 @@ def _pool_misfits(name: str, pool: PoolSpec, cluster: Cluster) -> Iterator[str]:
 
 
 def _capacity(group: Group) -> dict[str, float]:
-    """What Ray offers on one pod of a group: its own resources, else the start parameters, else the container's limits."""
+    """Return Ray's resources of one pod of a group: its own settings, else the start parameters, else the container's limits."""
     own, params = group.get("resources", {}) or {}, group.get("rayStartParams", {}) or {}
     limits = at(group.ray, "resources.limits", {}) or {}
     return {

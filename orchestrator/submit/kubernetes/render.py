@@ -1,7 +1,7 @@
-"""A build spec and an overlay's objects become the manifests of one build. Pure: objects in, objects out.
+"""Render the manifests of a build from its spec and an overlay's objects. Pure: objects in, objects out.
 
-An overlay is a build named BASE. What bears that name (the RayJob, the bundle's ConfigMap, disruption budgets, the labels that
-select its pods) gets the build's own; what does not (service account, network policies) is shared by all builds of a namespace.
+An overlay describes a build named BASE. Objects of that name (the RayJob, the bundle's ConfigMap, disruption budgets, the labels
+that select its pods) get the build's name. Others (service account, network policies) are shared by all builds of a namespace.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ BASE = "build"
 INSTANCE, MANAGED_BY = "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"
 PART_OF = "app.kubernetes.io/part-of"
 MANAGER = "trt-orchestrator"
-"""Value of both labels on everything of ours, and the field manager of what we apply."""
+"""Value of both labels on all our objects, and the field manager of what we apply."""
 SUBMISSION, RELEASE, STORE = f"{MANAGER}/submission", f"{MANAGER}/release", f"{MANAGER}/store"
-"""Annotations of a RayJob: which build it is, where its release is going to be, and the store that its events are in."""
+"""Annotations of a RayJob: its build, the release's address, and the store of its events."""
 PLACEHOLDERS = ("://BUCKET", "://REGISTRY", "registry.example.com/")
-"""What the overlays name until somebody gives a real place."""
+"""Placeholder in the overlays for values that the user must give."""
 MAX_CONFIG_MAP_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The manifests of a build, in the order in which they are applied."""
+    """Manifests of a build, in the order in which they are applied."""
 
     name: str
     """Name of the RayJob."""
     namespace: str
     job: Fields
     owned: tuple[Fields, ...]
-    """Others of this build alone: they go when the RayJob goes."""
+    """Other objects of this build only: deleted with the RayJob."""
     shared: tuple[Fields, ...]
     """Objects of the namespace or the whole cluster."""
 
@@ -58,7 +58,7 @@ class Rendered:
         return str(yaml.safe_dump_all(self.objects, sort_keys=False, allow_unicode=True))
 
     def write(self, folder: Path) -> list[Path]:
-        """One file per object, made or replaced; returns their paths."""
+        """Write one file per object, replacing existing files; returns the paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for obj in self.objects:
@@ -68,7 +68,7 @@ class Rendered:
 
 
 def overlay_cluster(objects: list[Fields]) -> ClusterSpec:
-    """The cluster file in an overlay's bundle: what its pods offer. Raises ManifestError, SpecError."""
+    """Return the cluster file in an overlay's bundle, which describes its pods. Raises ManifestError, SpecError."""
     text = at(_config_map(objects), "data", {}).get(CLUSTER_FILE)
     if text is None:
         raise ManifestError(
@@ -87,11 +87,11 @@ def render(
     images: Mapping[str, str] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Rendered:
-    """The manifests of one build; `name` is submission_id's when absent, `namespace` the overlay's.
+    """Render the manifests of one build. `name`: absent, that of submission_id; `namespace`: absent, the overlay's.
 
-    `files` travel with the spec, which names them by these paths (submission.pack). `images` replaces images by the last part of
-    their name (trt-orchestrator-gpu); "" replaces all others. Raises ManifestError when the overlay holds no build or the result
-    breaks a rule, ClusterError when its pods cannot run this one, SpecError when a placeholder was left or the files do not fit.
+    `files` travel with the spec, which names them by these paths (bundle.pack). `images` replaces images by the last part of their
+    name (trt-orchestrator-gpu); "" replaces all others. Raises ManifestError when the overlay holds no build or the result breaks a
+    rule, ClusterError when its pods cannot run this build, SpecError when a placeholder is left or the files do not fit.
     """
     made = copy.deepcopy(objects)
     job, config = _job(made), _config_map(made)
@@ -122,7 +122,7 @@ def render(
 
 
 def refuse_placeholder_images(rendered: Rendered) -> None:
-    """Raises SpecError when a pod would ask for an image that only the examples name."""
+    """Check that no pod uses an image of the examples. Raises SpecError."""
     for container in _containers(rendered.job):
         image = str(container.get("image", ""))
         _refuse_placeholder(image, "an image", "Name yours with --image, or in the kustomization of an overlay of your own.")
@@ -157,7 +157,7 @@ def _config_map(objects: list[Fields]) -> Fields:
 
 
 def _fill(config: Fields, texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
-    """Put the bundle into its ConfigMap. Raises SpecError when it is too large for one."""
+    """Put the bundle into its ConfigMap. Raises SpecError when it is too large."""
     size = sum(len(name) + len(text.encode()) for name, text in texts.items()) + sum(len(data) for data in files.values())
     if size >= MAX_CONFIG_MAP_BYTES:
         raise SpecError(
@@ -174,7 +174,7 @@ def _key(number: int) -> str:
 
 
 def _place_files(objects: list[Fields], name: str, texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
-    """Where the volumes of the bundle have its files: keys of a ConfigMap hold no '/'."""
+    """Set the paths of the bundle's files in its volumes, because keys of a ConfigMap hold no '/'."""
     items = [{"key": path, "path": path} for path in texts]
     items += [{"key": _key(number), "path": path} for number, path in enumerate(files)]
     for found in _mappings(objects):

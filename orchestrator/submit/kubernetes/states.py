@@ -1,4 +1,4 @@
-"""What a RayJob's status means for the build in it. Pure: every decision of `orchestrator k8s` on what it sees is here.
+"""Decode a RayJob's status into the state of its build. Pure: all decisions of `orchestrator k8s` about what it sees.
 
 The words are those of KubeRay's RayJobStatus (apis/ray/v1/rayjob_types.go, v1.7).
 """
@@ -23,19 +23,19 @@ from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.kubernetes.render import RELEASE
 from orchestrator.submit.protocol import Notice
 
-_LOST = "the driver was lost before it could say why"
+_LOST = "the driver was lost before it could report why"
 
 
 class Phase(StrEnum):
-    """Where a build on Kubernetes stands."""
+    """Phase of a build on Kubernetes."""
 
     UNSEEN = "unseen"
-    """The operator has said nothing about it yet."""
+    """The operator has not reported anything yet."""
     WAITING = "waiting"
-    """Its Ray cluster is not up, or the driver waits for its place."""
+    """Its Ray cluster is not up, or the driver waits for a place."""
     RUNNING = "running"
     RETRYING = "retrying"
-    """An attempt failed; the operator makes another Ray cluster."""
+    """An attempt failed; the operator creates another Ray cluster."""
     SUSPENDED = "suspended"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -48,14 +48,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class State:
-    """A RayJob, read."""
+    """State of a RayJob."""
 
     name: str
     phase: Phase
     reason: str = ""
-    """The operator's word for why it failed."""
+    """Reason of the failure, in the operator's word."""
     message: str = ""
-    """The operator's or Ray's own; of a failed driver it holds the last lines of its log."""
+    """Message of the operator or Ray; for a failed driver, with the last lines of its log."""
     job_id: str = ""
     """Ray's id of the driver."""
     ray_cluster: str = ""
@@ -65,10 +65,10 @@ class State:
     ended: str = ""
     deleting: bool = False
     release: str = ""
-    """Where it is, or is going to be; empty for a RayJob that was not made here."""
+    """Address of the release, now or later; empty for a RayJob that was not made here."""
 
     def notice(self) -> Notice:
-        """Where it stands."""
+        """Return the state for people and machines."""
         attempt = f", attempt {self.attempt}" if self.attempt > 1 and not self.phase.is_over else ""
         where = f" ({self.ray_cluster})" if self.ray_cluster and not self.phase.is_over else ""
         fields = {"state": self.phase.value, "attempt": self.attempt, "reason": self.reason, "ray_cluster": self.ray_cluster}
@@ -90,7 +90,7 @@ _DEPLOYMENT = {
 
 
 def state_of(job: Fields) -> State:
-    """Read a RayJob; a word of a newer operator counts as running."""
+    """Read a RayJob; unknown words of a newer operator count as running."""
     status = job.get("status") or {}
     phase = _DEPLOYMENT.get(status.get("jobDeploymentStatus", ""), Phase.RUNNING)
     ray = status.get("jobStatus", "")
@@ -115,10 +115,9 @@ def state_of(job: Fields) -> State:
 
 
 def failure(state: State, last_word: Published | Errored | None = None) -> OrchestratorError | None:
-    """The error that an ended build stands for; None when it succeeded.
+    """Return the error of an ended build; None when it succeeded.
 
-    The driver's own error, if its last word was heard or stands in the status; else what the operator says; else what the
-    driver's exit code means.
+    The driver's own error, if it was seen or is in the status; else the operator's; else the meaning of the driver's exit code.
     """
     if state.phase is Phase.SUCCEEDED:
         return None
@@ -133,7 +132,7 @@ def failure(state: State, last_word: Published | Errored | None = None) -> Orche
 
 
 def unchanging(state: State, seconds: float, patience_seconds: float) -> OrchestratorError | None:
-    """The error of a RayJob that nobody looks after, `seconds` after it was made; None while patience lasts."""
+    """Return the error of a RayJob that no operator touches, `seconds` after its creation; None within the time limit."""
     if state.phase is not Phase.UNSEEN or seconds < patience_seconds:
         return None
     return NotStartedError(
@@ -170,7 +169,7 @@ def _by_exit_code(state: State) -> OrchestratorError:
     found = re.search(r"exit code (-?[0-9]+)", state.message)
     code = int(found.group(1)) if found else None
     reader = LogReader()
-    reader.feed(re.sub(r"^Job entrypoint command failed with [^\n]*", "", state.message) + "\n")  # Ray's words before the log
+    reader.feed(re.sub(r"^Job entrypoint command failed with [^\n]*", "", state.message) + "\n")  # Ray's text before the log
     tail = f"\n{reader.tail}" if reader.tail else ""
     cls = next((cls for cls in error_classes().values() if cls.exit_code == code and code != 1), DriverLostError)
     if cls is DriverLostError:
@@ -189,7 +188,7 @@ def _first_line(message: str) -> str:
 
 
 def troubles(pods: list[Fields]) -> list[str]:
-    """Why pods do not run, one line each: not scheduled, image not found, killed for memory."""
+    """Return why pods do not run, one line each: not scheduled, image not found, killed for memory."""
     found: list[str] = []
     for pod in pods:
         name = str(at(pod, "metadata.name", "?"))

@@ -1,6 +1,6 @@
-"""What must hold of manifests before they go to a cluster, and the check of it, which needs no cluster.
+"""Rules that manifests must meet before they go to a cluster, and the check, which needs no cluster.
 
-One small rule per thing, with a stable id: what a build needs (`build`), and what its files say of the cluster (`bundle`).
+One small rule per condition, with a stable id: needs of a build (`build`), and agreement of its files with the cluster (`bundle`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RULES: tuple[AnyRule, ...] = (*build.RULES, *bundle.RULES)
 
 
 def problems(objects: Sequence[Fields]) -> list[Problem]:
-    """Every rule that an object breaks, in the objects' order. Raises ManifestError for what has no shape of Kubernetes' at all."""
+    """Return the broken rules, in the objects' order. Raises ManifestError for objects of another shape than Kubernetes'."""
     try:
         parts = list(subjects(objects))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -25,7 +25,7 @@ def problems(objects: Sequence[Fields]) -> list[Problem]:
 
 
 def validate(objects: Sequence[Fields]) -> None:
-    """Raises ManifestError that names every broken rule with its advice."""
+    """Check all rules. Raises ManifestError that names every broken rule with its advice."""
     found = problems(objects)
     if found:
         lines = [f"{problem}\n    {problem.advice}" for problem in found]

@@ -1,7 +1,7 @@
-"""What this program needs of a RayJob and its cluster, so that a build ends, and ends well.
+"""Needs of this program for a RayJob and its cluster, so that a build ends, and ends well.
 
 Kubernetes, KubeRay and Kueue check their own fields (`kubectl apply --dry-run=server`; the operator within seconds). RN01, RC02 and
-PS01 stand here because nobody refuses what they refuse before a build waits for pods, or has fewer than it asked for.
+PS01 are here because nobody refuses those mistakes before a build waits for pods, or has fewer pods than requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PIN = re.compile(r"(@sha256:[0-9a-f]{64}|:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})$")
 _GPU = "nvidia.com/gpu"
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 MAX_NAME_LENGTH = {"RayCluster": 53, "RayJob": 47}
-"""The operator appends a suffix to a job's name for its cluster, and another for that one's Service."""
+"""Reserve for suffixes: the operator adds one to a job's name for its cluster, and another for the cluster's Service."""
 _VOLUMES = frozenset({"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"})
 
 

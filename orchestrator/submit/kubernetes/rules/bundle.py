@@ -1,4 +1,4 @@
-"""What the files of a build say of the cluster that runs it: a pool that selects no pod is a step that never starts."""
+"""Rules for a build's files and the cluster that runs it: a pool that selects no pod is a step that never starts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _decode(bundle: Bundle, name: str, model: type[T]) -> T:
 
 
 def _read(bundle: Bundle, name: str, model: type[T]) -> T | None:
-    """None where BU01 says what is wrong."""
+    """Decode a file of the bundle; None when it does not decode, which BU01 reports."""
     try:
         return _decode(bundle, name, model)
     except SpecError:

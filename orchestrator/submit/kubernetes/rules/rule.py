@@ -1,4 +1,4 @@
-"""What a rule is: a check of one kind of subject that yields what is wrong, with advice that is the same each time."""
+"""A rule: a check of one kind of subject that yields problems, with the same advice each time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from orchestrator.submit.kubernetes.manifests import Subject
 
 S = TypeVar("S", bound=Subject)
 Found = Iterator[tuple[str, str]]
-"""Pairs of a path within the subject, "" for itself, and what is wrong there."""
+"""Pairs of a path within the subject, "" for itself, and the problem there."""
 
 
-TYPES = "Compare with `kubectl explain`: a text where a mapping or list belongs, or a number in quotes."
+TYPES = "Compare with `kubectl explain`: text in place of a mapping or list, or a number in quotes."
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Problem:
     """A rule that a manifest breaks."""
 
     rule: str
-    """The rule's id."""
+    """Id of the rule."""
     where: str
     """Object and path, e.g. `RayJob/build: spec.suspend`."""
     message: str
@@ -37,25 +37,25 @@ class Rule(Generic[S]):
 
     id: str
     title: str
-    """What must hold."""
+    """Condition that must hold."""
     subject: type[S]
     check: Callable[[S], Found]
     advice: str
 
     def problems(self, subject: Subject) -> Iterator[Problem]:
-        """What this rule finds wrong with a subject; nothing when it is of another kind."""
+        """Return the problems of a subject; empty for a subject of another kind."""
         if not isinstance(subject, self.subject):
             return
         try:
             for path, message in self.check(subject):
                 yield Problem(self.id, subject.where(path), message, self.advice)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            # Rules read fields as the schema has them; whether they are so, the API server checks.
+            # Rules read fields as in the schema; the API server checks their types.
             yield Problem(self.id, subject.where(), f"a field is of another type than Kubernetes has there ({error})", TYPES)
 
 
 def rule(id: str, subject: type[S], advice: str) -> Callable[[Callable[[S], Found]], Rule[S]]:  # noqa: A002
-    """Makes a Rule of a check; its title is the check's docstring."""
+    """Decorate a check as a Rule, with the check's docstring as its title."""
 
     def make(check: Callable[[S], Found]) -> Rule[S]:
         return Rule(id, (check.__doc__ or "").strip(), subject, check, advice)
