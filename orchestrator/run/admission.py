@@ -1,4 +1,4 @@
-"""Which waiting tasks may begin, and on which node: CPU slots, GPUs and memory of the nodes of every pool."""
+"""Decide which waiting tasks may begin on which node, by CPU slots, GPUs and memory of the nodes of every pool."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 
 def machine_memory_bytes() -> int:
-    """Physical memory of this machine."""
+    """Return the physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def machine_cpus() -> int:
-    """Cores that this process may use: a launcher may have bound it to some of the machine's."""
+    """Return the number of cores that this process may use: a launcher may have bound it to some of them."""
     return len(os.sched_getaffinity(0))
 
 
@@ -32,23 +32,23 @@ class Node:
     capacity: Resources
     labels: Mapping[str, str] = field(default_factory=dict)
     choice: int = 0
-    """Which of a pool's labels selected it: 0 for the pool's own, then its fallbacks in order."""
+    """Index of the pool's labels that selected the node: 0 for the pool's own, then its fallbacks in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A task that may begin now, and where."""
+    """A task that may begin now, with its node."""
 
     task: Task
     pool: str
     node: str
     gpus: tuple[int, ...]
-    """Devices of the node that are the step's alone."""
+    """Devices of the node that belong to this step only."""
 
 
 @dataclass
 class _Share:
-    """What a pool may use of a node. Pools of one node do not see each other's cores and memory, but never share a GPU."""
+    """Share of a node that a pool may use. Pools on one node do not see each other's cores and memory, but never share a GPU."""
 
     pool: str
     spec: PoolSpec
@@ -57,7 +57,7 @@ class _Share:
     used: dict[str, Resources] = field(default_factory=dict)
 
     def admits(self, wanted: Resources) -> bool:
-        """Whether there is room. A step that asks for more than the whole share has may run alone."""
+        """Whether the step has room. A step larger than the whole share may run alone."""
         if not self.used:
             return wanted.gpus <= self.capacity.gpus
         taken = self.used.values()
@@ -73,14 +73,14 @@ class _Share:
 
 
 class Admission:
-    """A queue in the order that tasks state, then of arrival, in which a task that fits may pass one that does not."""
+    """Queue of tasks in their stated order, then by arrival. A task that fits may pass one that does not."""
 
     def __init__(self, cluster: ClusterSpec, nodes: Mapping[str, Sequence[Node]] | None = None) -> None:
         """`nodes` by pool; without them, each pool is a share of this machine. Raises ClusterError when a node lacks GPUs."""
         self._cluster = cluster
         self._waiting: list[Task] = []
         self._devices: dict[str, dict[int, str]] = {}
-        """By node: which step holds a device."""
+        """Digest of the step that holds a device, by node and device."""
         self._facts: dict[str, NodeFacts] = {}
         self._shares: list[_Share] = []
         for name, spec in cluster.pools.items():
@@ -88,7 +88,7 @@ class Admission:
             for node in mine:
                 if node.capacity.gpus < spec.gpus:
                     raise ClusterError(
-                        f"node {node.name} has {node.capacity.gpus} GPUs, and pool {name} says {spec.gpus}",
+                        f"node {node.name} has {node.capacity.gpus} GPUs, but pool {name} needs {spec.gpus}",
                         "Correct gpus or labels of the pool, or ask the launcher for GPUs.",
                     )
             self._shares.extend(_Share(name, spec, node, _capacity(spec, node)) for node in mine)
@@ -97,13 +97,13 @@ class Admission:
         bisect.insort(self._waiting, task, key=lambda waiting: waiting.order)
 
     def learn(self, facts: Iterable[NodeFacts]) -> None:
-        """What nodes said of themselves: steps that cannot run on one are kept from it, where another can run them."""
+        """Take in the nodes' reports: steps avoid a node that cannot run them, if another node can."""
         self._facts = {node.node: node for node in facts}
 
     def begin(self) -> Iterator[Placement]:
-        """Take out every task that may begin now; its room is held until `end`.
+        """Remove and yield every task that may begin now; its room is held until `end`.
 
-        Among nodes with room, the pool's own come before its fallbacks, and those with most to spare before others.
+        Among nodes with room, the pool's own come before its fallbacks, then those with most room.
         """
         for task in list(self._waiting):
             step = task.step
@@ -132,11 +132,11 @@ class Admission:
         self._waiting.clear()
 
     def memory_bytes(self) -> dict[tuple[str, str], int]:
-        """Reserved now, by pool and node."""
+        """Return the memory reserved now, by pool and node."""
         return {(share.pool, share.node.name): share.memory_bytes for share in self._shares}
 
     def slots(self) -> dict[str, int]:
-        """CPU slots of all nodes, by pool."""
+        """Return the CPU slots of all nodes, by pool."""
         found: dict[str, int] = {}
         for share in self._shares:
             found[share.pool] = found.get(share.pool, 0) + share.capacity.cpus
@@ -155,7 +155,7 @@ class Admission:
 
 
 def by_pool(cluster: ClusterSpec, nodes: Sequence[Node]) -> dict[str, list[Node]]:
-    """The nodes that each pool's labels or fallbacks select. Raises ClusterError when there is none."""
+    """Return the nodes that each pool's labels or fallbacks select. Raises ClusterError for a pool without nodes."""
     found: dict[str, list[Node]] = {}
     for name, spec in cluster.pools.items():
         choices = [spec.labels, *spec.fallback]
@@ -166,7 +166,7 @@ def by_pool(cluster: ClusterSpec, nodes: Sequence[Node]) -> dict[str, list[Node]
         ]
         if not found[name]:
             raise ClusterError(
-                f"no node carries the labels of pool {name}: {dict(spec.labels)}",
+                f"no node has the labels of pool {name}: {dict(spec.labels)}",
                 "The nodes have: " + "; ".join(f"{node.name} {dict(node.labels)}" for node in nodes) + ".",
             )
     return found

@@ -1,4 +1,4 @@
-"""Which nodes a pool's labels select, in the words of Ray's label selectors: VALUE, !VALUE, in(A, B), !in(A, B)."""
+"""Match nodes with a pool's labels, in the syntax of Ray's label selectors: VALUE, !VALUE, in(A, B), !in(A, B)."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_collect_with_no_number_of_days_is_wrong_usage(place: Path, days: str) -
         (b"a: " + b"[" * 5000, "is not YAML"),
         (b"a: !!int abc", "is not YAML"),
         (b"a: " + b"9" * 5000, "is not YAML"),
-        (b"- 1", "no Kubernetes object"),
+        (b"- 1", "not a Kubernetes object"),
     ],
 )
 def test_validate_of_what_holds_no_manifests_is_an_error(tmp_path: Path, data: bytes | None, words: str) -> None:

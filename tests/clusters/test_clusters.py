@@ -191,7 +191,7 @@ def test_admission_node_that_does_not_see_the_source_is_left_out() -> None:
 
 
 def test_by_pool_labels_of_no_node_are_refused_with_what_the_nodes_have() -> None:
-    with pytest.raises(ClusterError, match="no node carries the labels of pool gpu") as caught:
+    with pytest.raises(ClusterError, match="no node has the labels of pool gpu") as caught:
         by_pool(spec(gpu=PoolSpec(labels={"gpu": "H100"})), [node("a", gpu="L40S")])
     assert "a {'gpu': 'L40S'}" in caught.value.advice
 

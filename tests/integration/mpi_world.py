@@ -81,12 +81,12 @@ def test_step_process_killed_fails_alone_and_is_started_again(conversion: Plan, 
 
 
 def test_pool_that_no_node_belongs_to_is_refused(store_url: str) -> None:
-    with pytest.raises(ClusterError, match="no node carries the labels of pool gpu"):
+    with pytest.raises(ClusterError, match="no node has the labels of pool gpu"):
         MpiCluster(place(store_url, gpu=PoolSpec(labels={"ray.io/accelerator-type": "H100"})))
 
 
 def test_pool_with_more_gpus_than_its_nodes_is_refused(store_url: str) -> None:
-    with pytest.raises(ClusterError, match="has 0 GPUs, and pool gpu says 8"):
+    with pytest.raises(ClusterError, match="has 0 GPUs, but pool gpu needs 8"):
         MpiCluster(place(store_url, gpu=PoolSpec(gpus=8)))
 
 
