@@ -92,7 +92,7 @@ def _bug(error: Exception) -> OrchestratorError:
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     made = OrchestratorError(
         f"a bug of this program: {type(error).__name__}: {abbreviated(str(error), 1000)} ({where})",
-        "Run the command again with -v, and report what it prints with what you gave it.",
+        "Run the command again with -v, and report its output together with your input.",
     )
     made.__cause__ = error
     return made

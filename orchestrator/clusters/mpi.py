@@ -200,7 +200,7 @@ class MpiCluster:
             self._broken = True
             raise ClusterError(
                 f"a node of the MPI job was lost: {problem}",
-                "An MPI job cannot go on without one. Run the same command again: committed steps are not repeated.",
+                "An MPI job cannot continue without it. Run the same command again: committed steps are not repeated.",
             )
 
     def _name(self, rank: int) -> str:

@@ -192,7 +192,7 @@ def parse_failures(words: Iterable[str], plan: Plan) -> dict[tuple[str, int], Fa
                 "E.g. build/rank3:1 (infrastructure: retried) or build/rank3:1:application (the step's own error: not retried).",
             )
         failure = FailureKind(kind or FailureKind.INFRASTRUCTURE)
-        found[name, int(attempt)] = Failure(kind=failure, message="failed, as the script says")
+        found[name, int(attempt)] = Failure(kind=failure, message="failed as scripted")
     return found
 
 

@@ -3,7 +3,7 @@
 Files of a folder store are read in place, so a flipped bit would go into an engine unseen. Threads hash them while the step reads
 the same pages; an output gets its name only after that. Steps of one build on one node share results in a folder beside their
 scratch folders, keyed by a file's device, inode, size, and times of modification and change. A file written to afterwards is
-hashed again. Damage without a write, on the disk itself, changes none of these: the next build finds it, with entries of its own.
+hashed again. Damage without a write, on the disk itself, changes none of these: the next build, which has new entries, finds it.
 """
 
 from __future__ import annotations

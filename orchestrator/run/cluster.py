@@ -41,7 +41,7 @@ class Cluster(Protocol):
 
 @runtime_checkable
 class Probing(Protocol):
-    """A cluster whose nodes can be asked what they have."""
+    """A cluster whose nodes can be probed."""
 
     def probe(self, paths: Iterable[str]) -> list[NodeFacts]:
         """Return the facts of every live node. `paths`: folders and files that steps will read, to look for there."""

@@ -40,7 +40,7 @@ def _reasons(plan: Plan, outcomes: Mapping[str, Outcome], digest: str, read: Map
         known = outcomes.get(need)
         maker = known.name if known is not None else next((step.name for step in plan.steps if step.digest == need), need)
         if not mine and (known.outputs if known is not None else outcome.kind in _TRACED):
-            yield f"{outcome.name} does not say which bytes of {maker} it was made from"
+            yield f"{outcome.name} does not record which bytes of {maker} it was made from"
         held = {output.name: output.sha256 for output in known.outputs} if known is not None else {}
         for item in mine:
             if item.sha256 != held.get(item.name, item.sha256):

@@ -34,9 +34,9 @@ def check_nodes(
     has the packages of a step), SourceMissingError (no node sees the checkpoint).
     """
     answered = [node for node in nodes if not node.error]
-    warnings = [f"{node.node} gave no answer: {node.error}" for node in nodes if node.error]
+    warnings = [f"{node.node} did not answer: {node.error}" for node in nodes if node.error]
     if not answered:
-        said = "; ".join(warnings) or "there are none"
+        said = "; ".join(warnings) or "it has no nodes"
         raise ClusterError(f"no node of the cluster answers: {said}", "See that the same package is installed on every node.")
     by_kind: dict[Kind, list[Step]] = {}
     for step in plan.pending(committed):
@@ -73,7 +73,7 @@ def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
 def unseen(node: NodeFacts, steps: Iterable[Step]) -> str:
     """Return the first location that one of `steps` reads and the node does not see; empty: it sees all."""
     places = (place for step in steps for place in step.locations.values())
-    return next((f"{place} is not there" for place in places if not node.paths.get(place, True)), "")
+    return next((f"{place} is missing" for place in places if not node.paths.get(place, True)), "")
 
 
 def _check_gpus(steps: list[Step], nodes: list[NodeFacts]) -> Iterator[str]:

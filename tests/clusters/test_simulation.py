@@ -175,8 +175,8 @@ def test_longest_chain_takes_the_slowest_need() -> None:
 def test_parse_failures_reads_step_attempt_and_kind() -> None:
     found = parse_failures(["a:2", "a:3:application"], ONE)
     assert found == {
-        ("a", 2): Failure(kind=FailureKind.INFRASTRUCTURE, message="failed, as the script says"),
-        ("a", 3): Failure(kind=FailureKind.APPLICATION, message="failed, as the script says"),
+        ("a", 2): Failure(kind=FailureKind.INFRASTRUCTURE, message="failed as scripted"),
+        ("a", 3): Failure(kind=FailureKind.APPLICATION, message="failed as scripted"),
     }
 
 

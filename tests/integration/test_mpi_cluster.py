@@ -131,7 +131,7 @@ def test_build_whose_node_falls_silent_ends_with_the_reason(log: Path, store_url
         code = process.wait(PATIENCE_SECONDS)
     assert code == ClusterError.exit_code
     assert "a node of the MPI job was lost: rank" in log.read_text()
-    assert "silent for more than 3 s | An MPI job cannot go on without one. Run the same command again" in log.read_text()
+    assert "silent for more than 3 s | An MPI job cannot continue without it. Run the same command again" in log.read_text()
 
 
 def is_node(mark: str) -> list[int]:

@@ -71,7 +71,7 @@ def test_simulate_says_it_in_words(workplace: Workplace) -> None:
     assert "makespan" in done.stdout
     assert "the critical path alone takes" in done.stdout
     assert "builders" in done.stdout
-    assert "the build would fail: convert/stage0/group0: failed, as the script says" in done.stdout
+    assert "the build would fail: convert/stage0/group0: failed as scripted" in done.stdout
     assert "note:" not in done.stdout
 
 

@@ -60,10 +60,10 @@ def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"error": "gave no answer in 60 s"}, ClusterError, "no node of the cluster answers: a gave no answer"),
+        ({"error": "gave no answer in 60 s"}, ClusterError, "no node of the cluster answers: a did not answer"),
         ({"cpus": 0}, ClusterError, "no node for miniature steps"),
         ({"store_error": "cannot reach the store"}, StoreError, "no node can reach the store .*a: cannot reach the store"),
-        ({"places": None}, SourceMissingError, "no node can see the files of reference steps: a: .* is not there"),
+        ({"places": None}, SourceMissingError, "no node can see the files of reference steps: a: .* is missing"),
         ({"versions": {}}, ToolError, "a: tensorrt-rtx is not installed"),
         ({"versions": {"tensorrt_rtx": "0.1"}}, ToolError, "a: tensorrt-rtx 0.1, planned with"),
     ],

@@ -276,7 +276,7 @@ def test_publish_engine_of_other_bytes_than_were_verified_is_refused(file_bench:
     with pytest.raises(DigestError, match=r"made from different bytes of rank1\.safetensors of convert"):
         place_engines(file_bench.store, plan, outcomes)
     outcomes[built] = outcomes[built].model_copy(update={"consumed": ()})
-    with pytest.raises(DigestError, match="build/rank1 does not say which bytes of convert"):
+    with pytest.raises(DigestError, match="build/rank1 does not record which bytes of convert"):
         place_engines(file_bench.store, plan, outcomes)
 
 

@@ -256,7 +256,7 @@ class KubernetesSubmission:
     def _unknown(self) -> UnknownSubmissionError:
         return UnknownSubmissionError(
             f"there is no RayJob {self.id} in namespace {self.namespace}",
-            "`orchestrator k8s list -n NAMESPACE` shows those that are there.",
+            "`orchestrator k8s list -n NAMESPACE` shows its builds.",
         )
 
 

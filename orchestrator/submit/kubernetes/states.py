@@ -53,7 +53,7 @@ class State:
     name: str
     phase: Phase
     reason: str = ""
-    """Reason of the failure, in the operator's word."""
+    """Reason of the failure, as reported by the operator."""
     message: str = ""
     """Message of the operator or Ray; for a failed driver, with the last lines of its log."""
     job_id: str = ""

@@ -38,7 +38,7 @@ def names_are_short_labels(obj: Object) -> Found:
 
 @rule("RC02", Cluster, "Give minReplicas, replicas and maxReplicas together, in this order of size.")
 def replicas_are_ordered(cluster: Cluster) -> Found:
-    """minReplicas <= replicas <= maxReplicas: the operator cuts the number of pods to these limits without a word."""
+    """minReplicas <= replicas <= maxReplicas: the operator cuts the number of pods silently to these limits."""
     for number, group in enumerate(cluster.workers):
         given = [(key, group.get(key)) for key in ("minReplicas", "replicas", "maxReplicas") if group.get(key) is not None]
         for (low, first), (high, second) in pairwise(given):
@@ -126,14 +126,14 @@ def head_takes_no_work(cluster: Cluster) -> Found:
 
 @rule("TB06", Cluster, "Set authOptions: {mode: token}.")
 def cluster_asks_for_a_token(cluster: Cluster) -> Found:
-    """Whoever reaches Ray's ports can run code, so they ask for a token."""
+    """Ray's ports require a token, because anyone who reaches them can run code."""
     if cluster.get("authOptions.mode") != "token":
         yield "authOptions.mode", f"is {cluster.get('authOptions.mode') or 'not given'}"
 
 
 @rule("TB07", Group, "Give both, with the same values: a build's memory is planned, and Ray takes the limits for what there is.")
 def requests_are_limits(group: Group) -> Found:
-    """Ray's container requests what it is limited to: CPUs, memory, GPUs and all else."""
+    """Ray's container requests exactly its limits: CPUs, memory, GPUs and all else."""
     requests, limits = at(group.ray, "resources.requests") or {}, at(group.ray, "resources.limits") or {}
     for name in sorted({"cpu", "memory"} | requests.keys() | limits.keys()):
         if requests.get(name) is None or requests.get(name) != limits.get(name):
@@ -160,7 +160,7 @@ def images_are_pinned(pod: Pod) -> Found:
             yield f"{path}.image", f"{image!r} is not pinned"
 
 
-@rule("TB10", Pod, "Use the ServiceAccount's role, or a Secret through envFrom; nothing secret stands in a manifest.")
+@rule("TB10", Pod, "Use the ServiceAccount's role, or a Secret through envFrom; keep secrets out of manifests.")
 def manifests_hold_no_secret(pod: Pod) -> Found:
     """No variable that by its name is secret has its value in the manifest."""
     for path, container in pod.containers:
@@ -182,7 +182,7 @@ def secrets_are_made_elsewhere(obj: Object) -> Found:
 
 @rule("TB12", Group, "Give the group labels: {ray.io/accelerator-type: H100}, and name the same in the cluster file's pool.")
 def gpus_have_a_type(group: Group) -> Found:
-    """A group with GPUs says which: engines are of one kind of GPU, and steps are placed by this label."""
+    """A group with GPUs names their type: an engine is for one type of GPU, and steps are placed by this label."""
     if at(group.ray, "resources.limits", {}).get(_GPU) and not (group.get("labels") or {}).get("ray.io/accelerator-type"):
         yield "labels", "has no ray.io/accelerator-type"
 

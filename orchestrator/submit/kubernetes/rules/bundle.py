@@ -76,7 +76,7 @@ def engines_are_built_on_their_gpu(bundle: Bundle) -> Found:
 
 def _decode(bundle: Bundle, name: str, model: type[T]) -> T:
     if name not in bundle.files:
-        raise SpecError(f"{name} is not there")
+        raise SpecError(f"{name} is missing")
     return decode_yaml(model, str(bundle.files[name]), name)
 
 
