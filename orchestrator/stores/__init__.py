@@ -6,10 +6,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.base.errors import StoreError
-from orchestrator.base.urls import ADVICE, holds_secret, is_url
+from orchestrator.base.urls import ADVICE, holds_secret, is_url, refuse_secret
 from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores.file import FileStore
+from orchestrator.stores.fsspec import FsspecStore, check_scheme
+from orchestrator.stores.hub import HubStore, is_hub
+from orchestrator.stores.obstore import ObstoreStore, is_wanted
+from orchestrator.stores.remote import RemoteFolder
+from orchestrator.stores.s3 import S3Source, S3Store
 from orchestrator.stores.source import LocalFolder, SourceFolder
 from orchestrator.stores.store import Store
+
+_S3 = frozenset({"s3", "s3a"})
 
 
 def open_store(url: str, options: StoreOptions | None = None) -> Store:
@@ -23,15 +31,11 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     if not scheme:
         raise StoreError(f"store {url!r} has no scheme", "Write file:///absolute/folder, s3://bucket/prefix, ...")
     if scheme == "file":
-        from orchestrator.stores.file import FileStore
-
         return FileStore(url)
-    if scheme in {"s3", "s3a"}:
-        from orchestrator.stores.s3 import S3Store
-
-        return S3Store(url, options or StoreOptions())
-    from orchestrator.stores.fsspec import FsspecStore
-
+    if scheme in _S3:
+        options = options or StoreOptions()
+        return ObstoreStore(url, options) if is_wanted(options) else S3Store(url, options)
+    check_scheme(url, "store")
     return FsspecStore(url)
 
 
@@ -44,10 +48,10 @@ def open_source(url: str) -> SourceFolder:
         return LocalFolder(Path(url))
     if url.startswith("file://"):
         return LocalFolder(Path(unquote(urlsplit(url).path)))
-    if url.startswith("hf://"):
-        from orchestrator.stores.hub import HubModel
-
-        return HubModel(url)
-    from orchestrator.stores.remote import RemoteFolder
-
-    return RemoteFolder(url)
+    refuse_secret(url, "source.path")
+    if is_hub(url):
+        return RemoteFolder(HubStore(url))
+    if urlsplit(url).scheme in _S3:
+        return RemoteFolder(S3Source(url))
+    check_scheme(url, "source")
+    return RemoteFolder(FsspecStore(url))

@@ -17,14 +17,22 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.base.errors import BUG, StoreError, store_error
+from orchestrator.base.errors import StoreError, store_error
 from orchestrator.base.pages import PAGE_BYTES, is_on_page, page_buffer
 from orchestrator.stores.folders import files_below
-from orchestrator.stores.store import BLOCK_BYTES, NO_KEY, Block, ObjectExistsError, ObjectInfo, ObjectMissingError, Upload
+from orchestrator.stores.store import (
+    BLOCK_BYTES,
+    Block,
+    CountedWriter,
+    ObjectExistsError,
+    ObjectInfo,
+    ObjectMissingError,
+    Upload,
+    check_key,
+)
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
@@ -45,8 +53,7 @@ class FileStore:
         self.root = Path(unquote(parts.path))
 
     def _path(self, key: str) -> Path:
-        if not key or key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"{key!r} is not a key", NO_KEY)
+        check_key(key)
         return self.root / key
 
     def get(self, key: str) -> bytes:
@@ -165,15 +172,16 @@ def write_whole(path: Path, data: bytes) -> None:
     FileStore(path.parent.resolve().as_uri()).put(path.name, data)
 
 
-class FileWriter:
+class FileWriter(CountedWriter):
     """Writes beside the object's name, then links or renames to it."""
 
     def __init__(self, store: FileStore, key: str, num_bytes: int | None, create: bool) -> None:
-        self._store, self._key, self._create = store, key, create
+        super().__init__(key, num_bytes)
+        self._store, self._create = store, create
         self._path = store._path(key)
         self._temporary = self._path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        self._num_bytes = num_bytes
         self._written = 0
+        """Bytes of the file; what is staged is not among them."""
         self._file = -1
         self._stage: _Stage | None = None
 
@@ -201,16 +209,19 @@ class FileWriter:
             self._temporary.unlink(missing_ok=True)
         return os.open(self._temporary, flags, 0o644)
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        try:
+    def _write(self, view: memoryview) -> None:
+        with self._errors():
             if self._stage is None:
                 self._pwrite(view)
             else:
                 self._write_direct(self._stage, view)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise store_error(f"cannot write {self._key!r} to {self._store.url}", error) from error
-        return len(view)
 
     def _write_direct(self, stage: _Stage, view: memoryview) -> None:
         """Write from where the bytes are when memory and file both stand on a page, else by way of the stage."""
@@ -246,20 +257,14 @@ class FileWriter:
         self._stop_direct()
         self._pwrite(self._stage.tail)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        except OSError as failure:
-            raise store_error(f"cannot write {self._key!r} to {self._store.url}", failure) from failure
-        finally:
-            self._discard()
-
     def _commit(self) -> None:
-        self._flush()
-        if self._num_bytes is not None and self._written != self._num_bytes:
-            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
-        os.fsync(self._file)
+        with self._errors():
+            self._flush()
+            os.fsync(self._file)
+            self._give_name()
+        self._discard()
+
+    def _give_name(self) -> None:
         if self._create:
             try:
                 os.link(self._temporary, self._path)
@@ -272,6 +277,9 @@ class FileWriter:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _abort(self, cause: BaseException) -> None:
+        self._discard()
 
     def _discard(self) -> None:
         if self._file >= 0:

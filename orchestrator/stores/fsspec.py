@@ -1,164 +1,189 @@
-"""Any URL that fsspec knows but S3's: memory://, and gs:// or az:// where their fsspec package is installed.
+"""Any URL that fsspec knows: memory://, and gs:// or az:// where their fsspec package is installed. S3 is s3.py's.
 
 fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises; writers here open with
-autocommit=False and commit only at a clean end, or, where that means nothing (memory://), write under another name
-and move. Put-if-absent is fsspec's mode="create" (a precondition of the request on Google's and Azure's stores). Requests
-are retried as far as the package of the scheme does.
+autocommit=False and commit only at a clean end, or, where that means nothing (memory://), gather the bytes until then.
+Put-if-absent is fsspec's mode="create" (a precondition of the request on Google's and Azure's stores). What may be done
+twice is tried again; writes are, as far as the package of the scheme does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import functools
+import io
 import os
 import threading
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from orchestrator.base.errors import BUG, StoreError, store_error
+from orchestrator.base.errors import OrchestratorError, StoreError
 from orchestrator.stores.folders import find_files
+from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError, told_apart
 from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
+    CountedWriter,
+    Fetched,
+    NoSuchUploadError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectInfo,
     ObjectMissingError,
     Upload,
+    Writer,
     check_key,
 )
 
+T = TypeVar("T")
+
 _BLOCK_BYTES = 16 * 2**20
-_TEMPORARY = ".tmp-"
 _VERSION_FIELDS = ("etag", "md5Hash", "content_md5", "mtime", "created")
 _MEMORY_LOCK = threading.Lock()
+_INHERITED: list[Any] = []
+"""Clients of a parent process: kept from the garbage collector, whose finalizer would wait for the parent's threads."""
+
+
+def check_scheme(url: str, what: str) -> None:
+    """Raises StoreError for a URL whose scheme fsspec does not know, or has no package for."""
+    from fsspec.registry import get_filesystem_class, known_implementations
+    from fsspec.utils import get_protocol
+
+    try:
+        get_filesystem_class(get_protocol(url))
+    except ImportError as error:
+        package = known_implementations[get_protocol(url)]["class"].partition(".")[0]
+        raise StoreError(f"cannot open the {what} {url!r}: {error}", f"On every node: pip install {package}.") from None
+    except ValueError as error:
+        raise StoreError(
+            f"cannot open the {what} {url!r}: {error}",
+            "Schemes: file, s3, memory; gs and az with their packages; and those of fsspec packages that are installed.",
+        ) from None
 
 
 class FsspecStore:
     """Objects below an fsspec URL. The client is made by the first request of a process, and never pickled."""
 
-    def __init__(self, url: str) -> None:
-        from fsspec.registry import get_filesystem_class, known_implementations
-        from fsspec.utils import get_protocol
-
+    def __init__(self, url: str, *, fs: Any = None, backoff: Backoff | None = None) -> None:
+        """Connects to nothing yet. `fs` is a file system to use in place of the URL's own; stores may share it."""
         self.url = url.rstrip("/")
-        try:
-            get_filesystem_class(get_protocol(url))
-        except ImportError as error:
-            package = known_implementations[get_protocol(url)]["class"].partition(".")[0]
-            raise StoreError(f"cannot open the store {url!r}: {error}", f"On every node: pip install {package}.") from None
-        except ValueError as error:
-            raise StoreError(
-                f"cannot open the store {url!r}: {error}",
-                "Schemes: file, s3, memory; gs and az with their packages; and those of fsspec packages that are installed.",
-            ) from None
         self.commits = not url.startswith("memory:")
         """Whether autocommit=False keeps a file back until it is committed."""
-        self._opened: tuple[int, Any, str] = (0, None, "")
+        self._backoff = backoff or Backoff()
+        self._lock = threading.Lock()
+        self._client, self._process_id = fs, os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url,)
 
     @property
-    def _fs(self) -> Any:
+    def fs(self) -> Any:
         """A client of this process; it looks things up anew each time."""
-        return self._open()[1]
+        with self._lock:
+            if self._process_id != os.getpid():
+                _INHERITED.append(self._client)
+                self._client, self._process_id = None, os.getpid()
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    def _connect(self) -> Any:
+        import fsspec
+
+        options = {"skip_instance_cache": True, "use_listings_cache": False} if self.commits else {}
+        return fsspec.url_to_fs(self.url, **options)[0]
+
+    def _renew(self, seen: Any) -> None:
+        """Drop the client that `seen` was, so that the next request finds credentials anew."""
+        with self._lock:
+            if self._client is seen:
+                self._client = None
 
     @property
     def _root(self) -> str:
-        return self._open()[2]
+        return str(self.fs._strip_protocol(self.url)).rstrip("/")
 
-    def _open(self) -> tuple[int, Any, str]:
-        if self._opened[0] != os.getpid():
-            import fsspec
-
-            options = {"skip_instance_cache": True, "use_listings_cache": False} if self.commits else {}
-            fs, root = fsspec.url_to_fs(self.url, **options)
-            self._opened = (os.getpid(), fs, root.rstrip("/"))
-        return self._opened
-
-    def _path(self, key: str) -> str:
+    def path(self, key: str) -> str:
+        """The key as the client names it. Raises StoreError for what is no key."""
         check_key(key)
         return f"{self._root}/{key}"
 
     def get(self, key: str) -> bytes:
-        with self._errors(f"read {key!r}"):
-            return bytes(self._fs.cat_file(self._path(key)))
+        return bytes(self.fetch(key, 0, None).data)
 
     def get_range(self, key: str, begin: int, end: int) -> bytes:
-        with self._errors(f"read {key!r}"):
-            return bytes(self._fs.cat_file(self._path(key), start=begin, end=end))
+        if begin < end:
+            return bytes(self.fetch(key, begin, end).data)
+        if self.size(key) is None:
+            raise ObjectMissingError(f"{self.url} has no object {key!r}")
+        return b""
+
+    def fetch(self, key: str, begin: int, end: int | None) -> Fetched:
+        """Bytes [begin, end) of an object, fewer where it ends before."""
+        return self.retried(f"read {key!r}", lambda: self.fetch_once(key, begin, end))
+
+    def fetch_once(self, key: str, begin: int, end: int | None) -> Fetched:
+        """`fetch` in one request. Raises what `told_apart` understands."""
+        return Fetched(self.fs.cat_file(self.path(key), start=begin, end=end))
 
     def blocks(self, key: str) -> Iterator[Block]:
+        """As the protocol says. The store is asked for the version before the first block and after the last one only."""
         before = self._version(key)
-        if before is None:
-            raise ObjectMissingError(f"cannot read {key!r}: {self.url} has no such object")
-        block = b""
         for begin in range(0, before[0], BLOCK_BYTES):
-            block = self.get_range(key, begin, min(begin + BLOCK_BYTES, before[0]))
-            if self._version(key) != before:
+            end = min(begin + BLOCK_BYTES, before[0])
+            block = self.get_range(key, begin, end)
+            if end == before[0] and self._version(key) != before:
                 raise ObjectChangedError(f"{key!r} in {self.url} was replaced while it was read")
             yield block
 
-    def _version(self, key: str) -> tuple[int, str] | None:
+    def _version(self, key: str) -> tuple[int, str]:
         """Size, and what else tells versions of an object apart."""
-        with self._errors(f"read {key!r}"):
-            try:
-                info = self._fs.info(self._path(key))
-            except FileNotFoundError:
-                return None
+        info = self.look(key)
+        if info is None:
+            raise ObjectMissingError(f"cannot read {key!r}: {self.url} has no such object")
         return int(info["size"]), "".join(str(info.get(field, "")) for field in _VERSION_FIELDS)
 
+    def look(self, key: str) -> dict[str, Any] | None:
+        """What the store says of an object, its 'size' at least; None when there is none."""
+        try:
+            info: dict[str, Any] = self.retried(f"look at {key!r}", lambda: self.fs.info(self.path(key)))
+        except ObjectMissingError:
+            return None
+        return info if info["type"] == "file" else None
+
     def size(self, key: str) -> int | None:
-        with self._errors(f"read {key!r}"):
-            try:
-                info = self._fs.info(self._path(key))
-            except FileNotFoundError:
-                return None
-            return int(info["size"]) if info["type"] == "file" else None
+        info = self.look(key)
+        return None if info is None else int(info["size"])
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         # memory:// looks first and writes afterwards: one at a time makes that one decision.
-        with self._errors(f"write {key!r}"), contextlib.nullcontext() if self.commits else _MEMORY_LOCK:
-            self._fs.pipe_file(self._path(key), data, mode="create" if create else "overwrite")
+        with self.errors(f"write {key!r}"), contextlib.nullcontext() if self.commits else _MEMORY_LOCK:
+            self.fs.pipe_file(self.path(key), data, mode="create" if create else "overwrite")
 
-    def writer(self, key: str, num_bytes: int | None = None) -> FsspecWriter:
+    def writer(self, key: str, num_bytes: int | None = None) -> Writer:
         return FsspecWriter(self, key, num_bytes)
 
     def copy(self, source: str, target: str) -> None:
-        with self._errors(f"copy {source!r}"):
-            self._fs.cp_file(self._path(source), self._path(target))
+        self.retried(f"copy {source!r}", lambda: self.fs.cp_file(self.path(source), self.path(target)))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        for path, info in self._found(prefix).items():
-            key = path[len(self._root) :].lstrip("/")
-            if key.startswith(prefix) and (self.commits or _TEMPORARY not in key):
-                yield ObjectInfo(key, int(info["size"]))
-
-    def _found(self, prefix: str) -> dict[str, Any]:
-        with self._errors(f"list {prefix!r}"):
-            folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
-            return find_files(self._fs, folder)
+        """Every object of the folder in which keys with this prefix lie is looked at."""
+        root = self._root
+        folder = f"{root}/{prefix.rpartition('/')[0]}".rstrip("/")
+        for path, info in self.retried(f"list {prefix!r}", lambda: find_files(self.fs, folder)).items():
+            if info["type"] == "file" and path.startswith(f"{root}/{prefix}") and not path.endswith("/"):
+                yield ObjectInfo(path[len(root) + 1 :], int(info["size"]))
 
     def delete(self, key: str) -> None:
-        with self._errors(f"delete {key!r}"), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(key))
+        with contextlib.suppress(ObjectMissingError):
+            self.retried(f"delete {key!r}", lambda: self.fs.rm_file(self.path(key)))
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """Temporary objects; none where commits are the service's own, for it forgets what was not committed in a week."""
-        if self.commits:
-            return
-        for path, info in self._found(prefix).items():
-            temporary = path[len(self._root) :].lstrip("/")
-            key, mark, _ = temporary.partition(_TEMPORARY)
-            if mark and key.startswith(prefix):
-                yield Upload(key, temporary, datetime.datetime.fromtimestamp(info["created"], datetime.UTC))
+        """None: such services forget by themselves, in a week, what was not committed."""
+        yield from ()
 
     def abort_upload(self, upload: Upload) -> None:
-        self.delete(upload.upload_id)
+        """There are none."""
 
     def check_uploads(self, key: str) -> None:
         """Large objects need nothing that small ones do not."""
@@ -166,67 +191,78 @@ class FsspecStore:
     def local_path(self, key: str) -> Path | None:
         return None
 
+    def retried(self, doing: str, attempt: Callable[[], T]) -> T:
+        """`attempt` until it returns, with backoff and one new connection. Raises as `errors`."""
+        with self.errors(doing, self._backoff.max_attempts):
+            return self._backoff.run(attempt, functools.partial(self._renew, self.fs))
+
     @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
+    def errors(self, doing: str, attempts: int = 1) -> Iterator[None]:
+        """Failures of requests, which last, as StoreErrors that say what was being done."""
         try:
             yield
-        except FileExistsError:
-            raise ObjectExistsError(f"cannot {doing}: {self.url} already has it") from None
-        except FileNotFoundError:
-            raise ObjectMissingError(f"cannot {doing}: {self.url} has no such object") from None
-        except OSError as error:
-            raise store_error(f"cannot {doing} in {self.url}", error) from error
+        except Exception as error:
+            failure = self._meaning(doing, attempts, told_apart(error))
+            if failure is error:
+                raise
+            raise failure from error
+
+    def _meaning(self, doing: str, attempts: int, failure: Exception) -> Exception:
+        if isinstance(failure, TransientError):
+            return StoreError(
+                f"cannot {doing} in {self.url}{f', tried {attempts} times' if attempts > 1 else ''}: {failure}",
+                "The server or the network fails: see that the endpoint answers, then run the same command again.",
+            )
+        if isinstance(failure, RefusedCredentialsError):
+            return StoreError(
+                f"cannot {doing} in {self.url}: credentials were refused: {failure}",
+                "Renew this machine's credentials; use a role or web identity, which renew themselves, for long builds.",
+            )
+        if isinstance(failure, ObjectMissingError):
+            return ObjectMissingError(f"cannot {doing}: {self.url} has no such object")
+        if isinstance(failure, ObjectExistsError):
+            return ObjectExistsError(f"cannot {doing}: {self.url} already has it")
+        if isinstance(failure, StoreError) and not isinstance(failure, ObjectChangedError | NoSuchUploadError):
+            return type(failure)(f"cannot {doing} in {self.url}: {failure.message}", failure.advice)
+        assert isinstance(failure, OrchestratorError)
+        return failure
 
 
-class FsspecWriter:
+class FsspecWriter(CountedWriter):
     """A streaming write that commits at a clean end only."""
 
     def __init__(self, store: FsspecStore, key: str, num_bytes: int | None) -> None:
-        self._store, self._key, self._num_bytes = store, key, num_bytes
-        self._written = 0
+        super().__init__(key, num_bytes)
+        check_key(key)
+        self._store = store
         self._file: Any = None
-        store._path(key)  # refuses what is no key
-        self._temporary = f"{key}{_TEMPORARY}{uuid.uuid4().hex}"
 
     def __enter__(self) -> Self:
-        with self._store._errors(f"write {self._key!r}"):
-            if self._store.commits:
-                path = self._store._path(self._key)
-                self._file = self._store._fs.open(path, "wb", autocommit=False, block_size=_BLOCK_BYTES)
-            else:
-                self._file = self._store._fs.open(self._store._path(self._temporary), "wb")
+        options = {"autocommit": False, "block_size": _BLOCK_BYTES}
+        with self._errors():
+            path = self._store.path(self._key)
+            self._file = self._store.fs.open(path, "wb", **options) if self._store.commits else io.BytesIO()
         return self
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        with self._store._errors(f"write {self._key!r}"):
-            self._file.write(view)
-        self._written += len(view)
-        return len(view)
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return self._store.errors(f"write {self._key!r}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        short = self._num_bytes is not None and self._written != self._num_bytes
-        with self._store._errors(f"write {self._key!r}"):
-            if kind is None and not short:
-                self._commit()
-            else:
-                self._discard()
-        if kind is None and short:
-            raise StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
+    def _write(self, view: memoryview) -> None:
+        with self._errors():
+            self._file.write(view)
 
     def _commit(self) -> None:
-        self._file.close()
-        if self._store.commits:
-            self._file.commit()
-        else:
-            # Not mv: it would take a key with '?' or '*' in it for a pattern.
-            temporary = self._store._path(self._temporary)
-            self._store._fs.cp_file(temporary, self._store._path(self._key))
-            self._store._fs.rm_file(temporary)
-
-    def _discard(self) -> None:
-        if self._store.commits:
-            self._file.discard()
-        else:
+        if not self._store.commits:
+            self._store.put(self._key, self._file.getvalue())
+            return
+        with self._errors():
             self._file.close()
-            self._store._fs.rm_file(self._store._path(self._temporary))
+            self._file.commit()
+
+    def _abort(self, cause: BaseException) -> None:
+        try:
+            with self._errors():
+                if self._store.commits:
+                    self._file.discard()
+        except StoreError as failure:
+            cause.add_note(f"something of {self._key!r} was left behind: {failure}")

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub as sources: hf://ORG/MODEL, or hf://ORG/MODEL@REVISION. Read by ranges, nothing is downloaded.
+"""Models of the Hugging Face hub, as sources: hf://ORG/MODEL, or hf://ORG/MODEL@REVISION. Read by ranges, nothing is downloaded.
 
 A plan is made of one commit: `pinned` finds that of a branch or tag, and every node reads that. Files are identified by what the
 hub says of their content, the sha256 of large ones.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from orchestrator.base.errors import SourceMissingError, SourceUnreadableError, SpecError
-from orchestrator.model.checkpoint import SourceFile
-from orchestrator.stores.remote import RemoteFolder, TruncatedError
+from orchestrator.stores.fsspec import FsspecStore
+from orchestrator.stores.retrying import Backoff, TransientError
+from orchestrator.stores.store import Fetched, ObjectInfo
 
 HUB_OFFLINE = "TRT_ORCHESTRATOR_HF_HUB_OFFLINE"
 """Environment variable of workers, whose libraries are offline: HF_HUB_OFFLINE as it is where the build was started."""
@@ -33,15 +34,15 @@ def is_hub(url: str) -> bool:
 
 def pinned(url: str) -> str:
     """The URL of a source with the commit in place of a branch or tag; other URLs and paths are as they were."""
-    return HubModel(url).pinned if is_hub(url) else url
+    return HubStore(url).pinned if is_hub(url) else url
 
 
-class HubModel(RemoteFolder):
-    """A model of the hub, at one revision."""
+class HubStore(FsspecStore):
+    """A model of the hub, at one revision: a store that is only read."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, backoff: Backoff | None = None) -> None:
         """Raises SpecError."""
-        super().__init__(url)
+        super().__init__(url, backoff=backoff)
         found = _NAME.fullmatch(self.url.removeprefix(SCHEME))
         if found is None:
             raise SpecError(f"{url!r} is no model of the hub", "Write hf://ORG/MODEL, or hf://ORG/MODEL@REVISION.")
@@ -75,42 +76,44 @@ class HubModel(RemoteFolder):
         found = self._ask("list it", lambda: list(tree()))
         return {item.path: item for item in found if hasattr(item, "blob_id")}
 
-    def names(self) -> list[str]:
-        return sorted(self._files)
+    def _connect(self) -> None:
+        """huggingface_hub has sessions of its own."""
 
-    def source_version(self, name: str) -> tuple[SourceFile, str]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        yield from (ObjectInfo(name, file.size) for name, file in self._files.items() if name.startswith(prefix))
+
+    def look(self, key: str) -> dict[str, Any] | None:
         """Identity: the sha256 of a large file, of any other the name of its blob in git. What a commit holds stays as it is."""
-        file = self._file(name)
-        identity = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-        return SourceFile(name, int(file.size), identity), ""
+        file = self._files.get(key)
+        if file is None:
+            return None
+        return {"size": file.size, **({"lfs": {"sha256": file.lfs.sha256}} if file.lfs else {"git": file.blob_id})}
 
-    def _info(self, name: str) -> dict[str, Any]:
-        return {"type": "file", "size": self._file(name).size}
-
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            raise SourceMissingError(f"{self.url}/{name} is not there")
-        return self._files[name]
-
-    def _fetch_once(self, name: str, begin: int, end: int, etag: str) -> bytes:  # a commit is one version
+    def fetch_once(self, key: str, begin: int, end: int | None) -> Fetched:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         def get() -> bytes:
-            headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-            url = hf_hub_url(self._repo, name, revision=self._commit, endpoint=self._api.endpoint)
+            headers = {
+                **build_hf_headers(),
+                "Range": f"bytes={begin}-{'' if end is None else end - 1}",
+                "Accept-Encoding": "identity",
+            }
+            url = hf_hub_url(self._repo, key, revision=self._commit, endpoint=self._api.endpoint)
             answer = get_session().get(url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
             hf_raise_for_status(answer)
             data = bytes(answer.content)
             return data[begin:end] if answer.status_code == 200 else data  # a server without ranges sends all
 
-        data = self._refused(get)
-        if len(data) != end - begin:
-            raise TruncatedError(f"{self.url}/{name} ended at byte {begin + len(data)}, asked for {begin} to {end}")
-        return data
+        return Fetched(self._refused(get))
 
     def _ask(self, doing: str, request: Callable[[], T]) -> T:
-        return self._retried(doing, lambda: self._refused(request))
+        return self.retried(doing, lambda: self._refused(request))
+
+    def _meaning(self, doing: str, attempts: int, failure: Exception) -> Exception:
+        if isinstance(failure, TransientError):
+            return SourceUnreadableError(f"cannot {doing} at {self.url}: {failure}", self._without_network)
+        return super()._meaning(doing, attempts, failure)
 
     def _refused(self, request: Callable[[], T]) -> T:
         """Turn an answer that a retry would not change into an error of ours."""
@@ -141,11 +144,6 @@ class HubModel(RemoteFolder):
                     "Run `hf auth login` with a token that may read it, or set HF_TOKEN on every node.",
                 ) from None
             raise
-
-    def _given_up(self, doing: str, error: Exception) -> Any:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests") or isinstance(error, ConnectionError):
-            return SourceUnreadableError(f"cannot {doing} at {self.url}: {type(error).__name__}: {error}", self._without_network)
-        return super()._given_up(doing, error)
 
     @property
     def _without_network(self) -> str:

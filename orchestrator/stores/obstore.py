@@ -1,8 +1,8 @@
-"""Bulk transfer on S3 by obstore: ranged reads and streaming uploads at a fraction of s3fs's CPU time.
+"""S3 with bulk transfer by obstore: ranged reads and streaming uploads at a fraction of s3fs's CPU time; all else as s3.py.
 
-Knows how obstore is told where to go and what its errors mean; refuses to know keys' semantics, which S3Store decides. Credentials
-come from botocore's chain through a provider that asks again before they expire; endpoint and region are those that botocore
-has found. obstore's threads do not survive a fork: a forked child gets no bulk transfer.
+Knows how obstore is told where to go and what its errors mean. Credentials come from botocore's chain through a provider that asks
+again before they expire; endpoint and region are those that botocore has found. obstore's threads do not survive a fork: a
+forked child transfers through s3fs.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ import datetime
 import importlib.util
 import os
 import re
-import threading
 import uuid
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from orchestrator.base.errors import BUG, StoreError
+from orchestrator.base.errors import StoreError
 from orchestrator.spec.cluster import StoreOptions
-from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
-from orchestrator.stores.s3_client import BehindEndError, Fetched, refusal
-from orchestrator.stores.store import ObjectMissingError
-
-if TYPE_CHECKING:
-    from orchestrator.stores.s3 import S3Store
+from orchestrator.stores.retrying import Backoff, BehindEndError, TransientError, refusal
+from orchestrator.stores.s3 import WRITE_ID, S3Store, S3Writer, part_bytes
+from orchestrator.stores.store import CountedWriter, Fetched, ObjectMissingError, Writer, check_key
 
 _REQUEST_SECONDS = 300
 """Of a whole request, its body too: many uploads on few cores share the network."""
@@ -34,6 +29,15 @@ _CREDENTIAL_SECONDS = 300
 """How long obstore keeps what botocore gave; botocore itself renews what expires."""
 _RETRY_SECONDS = 600
 _runtime_process_id = 0
+
+
+def is_wanted(options: StoreOptions) -> bool:
+    """Whether obstore carries large objects. Raises StoreError when it is asked for by name and not installed."""
+    installed = importlib.util.find_spec("obstore") is not None
+    if options.transfer == "obstore" and not installed:
+        advice = "pip install 'trt-orchestrator[obstore]', or leave store_options.transfer out."
+        raise StoreError("obstore is not installed", advice)
+    return installed and options.transfer != "s3fs"
 
 
 class BotocoreCredentials:
@@ -57,65 +61,74 @@ class BotocoreCredentials:
         return {"access_key_id": now.access_key, "secret_access_key": now.secret_key, "token": now.token, "expires_at": until}
 
 
-def open_bulk(store: S3Store, backoff: Backoff) -> ObstoreBulk | None:
-    """Bulk transfer for a store; None where obstore is not installed, not wanted, or belongs to a parent process.
+class _Clients(NamedTuple):
+    """obstore's clients of one bucket, and the s3fs client whose endpoint and credentials they have."""
 
-    Raises StoreError when it is asked for by name and not installed.
-    """
-    global _runtime_process_id
-    wanted = store.options.transfer
-    if wanted == "s3fs":
-        return None
-    if importlib.util.find_spec("obstore") is None:
-        if wanted == "obstore":
-            raise StoreError(
-                "obstore is not installed", "pip install 'trt-orchestrator[obstore]', or leave store_options.transfer out."
-            )
-        return None
-    _runtime_process_id = _runtime_process_id or os.getpid()
-    return ObstoreBulk(store, backoff) if _runtime_process_id == os.getpid() else None
+    of: Any
+    once: Any
+    """Makes each request once."""
+    trying: Any
+    """Tries the parts of an upload again by itself."""
 
 
-class ObstoreBulk:
-    """Clients of one bucket: one that makes each request once, one that tries the parts of an upload again by itself."""
+class ObstoreStore(S3Store):
+    """Objects below s3://bucket/prefix; large ones are carried by obstore."""
 
-    def __init__(self, store: S3Store, backoff: Backoff) -> None:
+    _made: _Clients | None = None
+
+    def bulk(self) -> _Clients | None:
+        """obstore's clients; None in a process that was forked from one that had any."""
+        global _runtime_process_id
+        _runtime_process_id = _runtime_process_id or os.getpid()
+        if _runtime_process_id != os.getpid():
+            return None
+        if self._made is None or self._made.of is not self.fs:
+            self._made = self._make_clients()
+        return self._made
+
+    def _make_clients(self) -> _Clients:
         from obstore.store import S3Store as Client
 
-        bucket, endpoint, region = store.resolved()
-        arguments: Any = _where(endpoint, bucket, store.options) | {
-            "bucket": bucket,
+        async def look(client: Any) -> tuple[str, str]:
+            return str(client.meta.endpoint_url), str(client.meta.region_name)
+
+        endpoint, region = self.request(look)
+        arguments: Any = _where(endpoint, self.bucket, self.options) | {
+            "bucket": self.bucket,
             "region": region,
-            "credential_provider": BotocoreCredentials(store.options.profile),
+            "credential_provider": BotocoreCredentials(self.options.profile),
         }
-        retries: Any = _retry_config(backoff)
-        self._once: Any = Client(**arguments, retry_config={"max_retries": 0})
-        self._trying: Any = Client(**arguments, retry_config=retries)
+        retries: Any = _retry_config(self._backoff)
+        return _Clients(self.fs, Client(**arguments, retry_config={"max_retries": 0}), Client(**arguments, retry_config=retries))
 
-    def fetch(self, path: str, begin: int, end: int) -> Fetched:
-        """A range of an object. Raises as S3Client.fetch."""
+    def _fetch(self, path: str, begin: int, end: int | None) -> Fetched:
         import obstore
 
+        bulk = self.bulk() if end is not None else None
+        if bulk is None or end is None:
+            return super()._fetch(path, begin, end)
         with _told_apart():
-            answer = obstore.get(self._once, path, options={"range": (begin, end)})
-            found = Fetched(memoryview(answer.bytes()), (answer.meta["e_tag"] or "").strip('"'), answer.meta["size"])
-        expected = min(end, found.num_bytes) - begin
-        if len(found.data) != expected:
-            raise TransientError(f"the body of {path!r} ended after {len(found.data)} of {expected} bytes")
-        return found
+            answer = obstore.get(bulk.once, path, options={"range": (begin, end)})
+            return Fetched(memoryview(answer.bytes()), (answer.meta["e_tag"] or "").strip('"'), answer.meta["size"])
 
-    def upload_one_part(self, path: str, data: bytes) -> None:
-        """A multipart upload whose only part is `data`. Raises as S3Client.call."""
+    def writer(self, key: str, num_bytes: int | None = None) -> Writer:
+        size = part_bytes(num_bytes)
+        bulk = self.bulk() if num_bytes is None or num_bytes > size else None
+        return S3Writer(self, key, num_bytes, size) if bulk is None else ObstoreWriter(self, bulk.trying, key, num_bytes, size)
+
+    def _upload_one_part(self, key: str, data: bytes) -> None:
         import obstore
 
-        with _told_apart():
-            obstore.put(self._once, path, data, use_multipart=True)
+        bulk = self.bulk()
+        if bulk is None:
+            super()._upload_one_part(key, data)
+            return
 
-    def open_upload(self, path: str, part_bytes: int, parallel: int, metadata: dict[str, str]) -> Any:
-        """obstore's own multipart upload: a context manager with `write`, which aborts when its block raises."""
-        import obstore
+        def attempt() -> None:
+            with _told_apart():
+                obstore.put(bulk.once, self.path(key), data, use_multipart=True)
 
-        return obstore.open_writer(self._trying, path, attributes=metadata, buffer_size=part_bytes, max_concurrency=parallel)
+        self.retried(f"write {key!r}", attempt)
 
 
 def _where(endpoint: str, bucket: str, options: StoreOptions) -> dict[str, Any]:
@@ -160,7 +173,7 @@ def _retry_config(backoff: Backoff) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_apart() -> Iterator[None]:
-    """obstore's errors as those of S3Client; it says HTTP status and S3 code in its text only."""
+    """obstore's errors as those of the one list in retrying.py; it says HTTP status and S3 code in its text only."""
     from obstore.exceptions import BaseError
 
     try:
@@ -173,14 +186,13 @@ def _told_apart() -> Iterator[None]:
 
 def meaning(text: str) -> Exception:
     """What an error of obstore means, by its text; without an HTTP status the network failed."""
-    status = re.search(r"status code: (\d{3})|Status: (\d{3})|status: (\d{3})", text)
+    status = re.search(r"[Ss]tatus(?: code)?: (\d{3})", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
-    if status is None:
-        if "expected" in text and "range" in text.lower() and "beyond" in text:
-            return BehindEndError(text)
-        return TransientError(_short(text))
-    number = int(next(group for group in status.groups() if group))
-    return refusal(number, code.group(1) if code else str(number), _short(text))
+    if status is not None:
+        return refusal(int(status.group(1)), code.group(1) if code else status.group(1), _short(text))
+    if "expected" in text and "range" in text.lower() and "beyond" in text:
+        return BehindEndError(text)
+    return TransientError(_short(text))
 
 
 def _short(error: object) -> str:
@@ -188,93 +200,61 @@ def _short(error: object) -> str:
     return str(error).partition("\n")[0][:500]
 
 
-class ObstoreWriter:
-    """A streaming upload by obstore; appears under its key when the block ends well.
+class ObstoreWriter(CountedWriter):
+    """A streaming upload by obstore, which retries each part and aborts the upload when its block raises.
 
-    obstore retries each part and aborts the upload when the block raises. A failed end is looked at again: the write-id says
-    whether the object was completed all the same.
+    A failed end is looked at again: the write-id says whether the object was completed all the same.
     """
 
-    def __init__(self, store: S3Store, key: str, num_bytes: int | None, part_bytes: int, seats: Seats) -> None:
-        self._store, self._key, self._num_bytes, self._part_bytes = store, key, num_bytes, part_bytes
-        self._path = store.path(key)
+    def __init__(self, store: ObstoreStore, client: Any, key: str, num_bytes: int | None, part_bytes: int) -> None:
+        super().__init__(key, num_bytes)
+        check_key(key)
+        self._store, self._client, self._part_bytes = store, client, part_bytes
         self._write_id = uuid.uuid4().hex
-        self._written = 0
-        self._seats, self._taken = seats, 0
+        self._seats = 0
         self._upload: Any = None
 
     def __enter__(self) -> Self:
-        bulk = self._store.bulk()
-        assert bulk is not None  # the store chose this writer
-        self._taken = self._seats.take()
-        self._upload = bulk.open_upload(self._path, self._part_bytes, self._taken, {"write-id": self._write_id})
+        import obstore
+
+        self._seats = self._store.take_seats()
+        options: Any = {"attributes": {WRITE_ID: self._write_id}, "buffer_size": self._part_bytes, "max_concurrency": self._seats}
+        self._upload = obstore.open_writer(self._client, self._store.path(self._key), **options)
         self._upload.__enter__()
         return self
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        view = memoryview(data).cast("B")
+    def _write(self, view: memoryview) -> None:
         with self._errors():
             for begin in range(0, len(view) or 1, self._part_bytes):
                 # obstore keeps a reference to what it is given and sends it later; callers use their buffers again.
                 self._upload.write(bytes(view[begin : begin + self._part_bytes]))
-        self._written += len(view)
-        return len(view)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if error is not None:
-                self._abort(error)
-            elif self._num_bytes is not None and self._written != self._num_bytes:
-                wrong = StoreError(f"{self._key!r}: {self._written} bytes were written, {self._num_bytes} announced", BUG)
-                self._abort(wrong)
-                raise wrong
-            else:
-                self._commit()
-        finally:
-            self._seats.give_back(self._taken)
 
     def _commit(self) -> None:
         try:
-            with self._errors():
-                self._upload.__exit__(None, None, None)
+            self._end(None)
         except StoreError:
-            if not self._store.holds(self._key, self._write_id):
+            look = f"look at {self._key!r}"
+            if not self._store.retried(look, lambda: self._store.holds_once(self._key, self._write_id)):
                 raise
 
     def _abort(self, cause: BaseException) -> None:
         try:
-            with self._errors():
-                self._upload.__exit__(type(cause), cause, None)
+            self._end(cause)
         except StoreError as failure:
             cause.add_note(f"a multipart upload of {self._key!r} may have been left behind: {failure}")
 
+    def _end(self, cause: BaseException | None) -> None:
+        """obstore's own end of the upload, once."""
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return
+        try:
+            with self._errors():
+                upload.__exit__(type(cause) if cause else None, cause, None)
+        finally:
+            self._store.give_back(self._seats)
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        try:
-            with _told_apart():
-                yield
-        except (TransientError, RefusedCredentialsError) as error:
-            raise StoreError(
-                f"cannot write {self._key!r} to {self._store.url}: {_short(error)}",
-                "See that the endpoint answers and that this machine's credentials are valid, then run the same command again.",
-            ) from error
-
-
-class Seats:
-    """Shares the parts in flight among a store's open writers: all to one that is alone, one to each that comes beside it."""
-
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._lock = threading.Lock()
-
-    def take(self) -> int:
-        """Seats of a new writer, 1 at least."""
-        with self._lock:
-            taken = max(self._free, 1)
-            self._free -= taken
-            return taken
-
-    def give_back(self, taken: int) -> None:
-        """When the writer has ended."""
-        with self._lock:
-            self._free += taken
+        with self._store.errors(f"write {self._key!r}"), _told_apart():
+            yield

@@ -1,22 +1,62 @@
-"""When a request to a store is made again, and after how long. Knows no protocol: clients tell the kinds of failure apart."""
+"""What a failed request to a store means, when it is made again, and after how long: for every store and every source."""
 
 from __future__ import annotations
 
+import errno
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from orchestrator.base.errors import OrchestratorError, StoreError, StoreFullError, store_error
+from orchestrator.stores.store import NoSuchUploadError, ObjectExistsError, ObjectMissingError
+
 T = TypeVar("T")
+
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"})
+_TRANSIENT_CODES = frozenset(
+    {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "RequestTimeout"}
+    | {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable"}
+)
+"""Refusals of a body that was cut or damaged on its way, and of a busy server."""
+_TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+"""409 is a conflict with a request under way: try again. A condition that was lost is 412."""
+_TRANSIENT_PACKAGES = frozenset({"aiohttp", "requests", "urllib3", "httpx", "httpcore", "gcsfs", "azure", "ssl"})
+_TRANSIENT_ERRORS = frozenset(
+    {"ConnectionError", "HTTPClientError", "MetadataRetrievalError", "CredentialRetrievalError", "IncompleteReadError"}
+)
+"""Names of botocore's, with what is derived from them."""
+_LASTING_OS_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_LASTING_ERRNOS = frozenset(
+    {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+)
+_FULL = frozenset({"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "XMinioStorageFull"})
+_FULL_ADVICE = "Raise the quota or free space (`orchestrator collect`), and run the same command again."
+_ADVICE = {
+    "RequestTimeTooSkewed": "Set this machine's clock: the server refuses requests signed at another time.",
+    "MissingContentLength": "Set store_options.checksums: when_required: this server does not know trailing checksums.",
+    "MissingContentMD5": "Set store_options.checksums: when_required: this server does not know the newer checksums.",
+    "AccessDenied": "Give this machine's role or profile read, write, list and delete on the bucket.",
+    "SignatureDoesNotMatch": "The secret key is wrong, or a proxy changes the requests.",
+    "InvalidAccessKeyId": "The server does not know this access key: check the environment or the profile.",
+}
 
 
 class TransientError(Exception):
     """The same request may succeed a moment later, or may have succeeded already: its answer was lost."""
 
 
+class TruncatedError(TransientError):
+    """A body ended before its range did."""
+
+
 class RefusedCredentialsError(Exception):
     """The server does not take these credentials (any more): new ones may do."""
+
+
+class BehindEndError(Exception):
+    """A range begins behind the end of its object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +75,80 @@ class Backoff:
         for number in range(self.max_attempts - 1):
             yield min(self.first_seconds * 2**number, self.max_seconds) * (1 + self.draw()) / 2
 
-    def run(self, attempt: Callable[[], T], renew: Callable[[], None]) -> T:
+    def run(self, attempt: Callable[[], T], renew: Callable[[], None] | None = None) -> T:
         """Call `attempt` until it returns; `renew` is called once, when credentials are refused.
 
-        Raises the last TransientError, a second RefusedCredentialsError, and at once whatever else `attempt` raises.
+        Raises as `told_apart` says: the last TransientError, a second RefusedCredentialsError, whatever else at once.
         """
-        renewed = False
         delays = self.delays()
         while True:
             try:
                 return attempt()
-            except RefusedCredentialsError:
-                if renewed:
+            except Exception as error:
+                failure = told_apart(error)
+                delay = next(delays, None) if isinstance(failure, TransientError) else None
+                if delay is not None:
+                    self.sleep(delay)
+                elif renew is not None and isinstance(failure, RefusedCredentialsError):
+                    renew()
+                    renew = None
+                elif failure is error:
                     raise
-                renewed = True
-                renew()
-            except TransientError:
-                delay = next(delays, None)
-                if delay is None:
-                    raise
-                self.sleep(delay)
+                else:
+                    raise failure from error
+
+
+def told_apart(error: Exception) -> Exception:
+    """What a failure of any client means: an error of this module, of store.py, or a StoreError that no second attempt mends."""
+    if isinstance(error, OrchestratorError | TransientError | RefusedCredentialsError | BehindEndError):
+        return error
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping) and "Error" in response:  # of botocore
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return refusal(status, str(response["Error"].get("Code", "")), str(response["Error"].get("Message", "")))
+    if isinstance(error, FileExistsError):
+        return ObjectExistsError(str(error))
+    if isinstance(error, FileNotFoundError):
+        return ObjectMissingError(str(error))
+    said = f"{type(error).__name__}: {error}"
+    if _is_transient(error):
+        return TransientError(said)
+    if isinstance(error, OSError):
+        return store_error(type(error).__name__, error)
+    return StoreError(
+        f"cannot reach the store: {said}",
+        "Check store_options and AWS_CA_BUNDLE, and that this machine has credentials: environment, profile, web identity or role.",
+    )
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether networks and busy servers cause it, as far as its class tells. gcsfs has a plain OSError for a 403."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error) or str(error).startswith("Forbidden"):
+        return False
+    kind = type(error)
+    if kind.__module__.partition(".")[0] in _TRANSIENT_PACKAGES or {base.__name__ for base in kind.__mro__} & _TRANSIENT_ERRORS:
+        return True
+    return isinstance(error, OSError) and not isinstance(error, _LASTING_OS_ERRORS) and error.errno not in _LASTING_ERRNOS
+
+
+def refusal(status: int, code: str, message: str) -> Exception:
+    """The meaning of an answer of S3 that is no success. A HEAD has no body, hence no code but the number."""
+    said = f"{code} ({status}): {message}"
+    if code == "NoSuchUpload":
+        return NoSuchUploadError(said)
+    if code == "NoSuchBucket":
+        return StoreError(f"the bucket does not exist: {said}", "Create the bucket, or correct the store's URL.")
+    if status in _MEANINGS:
+        return _MEANINGS[status](said)
+    if code in _EXPIRED or (status in {400, 403} and code in {"400", "403"}):
+        return RefusedCredentialsError(said)
+    if status == 501:
+        return StoreError(f"the server does not implement this: {said}", "Use a server that has conditional and multipart writes.")
+    if code in _FULL or status == 507:
+        return StoreFullError(said, _FULL_ADVICE)
+    if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUSES or status >= 500:
+        return TransientError(said)
+    return StoreError(said, _ADVICE.get(code, ""))
+
+
+_MEANINGS: dict[int, type[Exception]] = {404: ObjectMissingError, 412: ObjectExistsError, 416: BehindEndError}

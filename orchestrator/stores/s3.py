@@ -1,36 +1,40 @@
-"""s3://: AWS and servers that speak its protocol, through s3fs; large objects through obstore where it is installed.
+"""s3://: AWS and servers that speak its protocol, through s3fs: its session, event loop and credentials, botocore's requests.
 
 Leans only on what such servers share (see check_writable): If-None-Match on single PUTs, but no If-Match (Ceph takes it only
-unquoted), no conditional CompleteMultipartUpload, no ETag that is an MD5, no checksum that the server keeps.
+unquoted), no conditional CompleteMultipartUpload, no ETag that is an MD5, no checksum that the server keeps. s3fs's own
+reads, copies and files are not used: they send parts one after the other, retry beside us, and hide the server's error code.
 
-Every object carries a random `write-id` in its metadata. When the answer to a PUT is lost, or a second try meets an object, the
-id says whether the object is our own: nothing is published twice and no race is lost to oneself.
+Every object carries a random `write-id` in its metadata. When the answer to a request is lost, or a second try meets an object,
+the id says whether the object is our own: nothing is published twice and no race is lost to oneself.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
 import functools
+import hashlib
 import io
 import itertools
 import os
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from orchestrator.base.errors import StoreError, StoreFullError
+from orchestrator.base.errors import BUG, StoreError, StoreFullError
 from orchestrator.spec.cluster import StoreOptions
-from orchestrator.stores.obstore import ObstoreBulk, ObstoreWriter, Seats, open_bulk
-from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
-from orchestrator.stores.s3_client import BehindEndError, Fetched, NoSuchUploadError, S3Client, part_bytes
-from orchestrator.stores.s3_writer import Slots, UploadWriter
+from orchestrator.stores.fsspec import FsspecStore
+from orchestrator.stores.retrying import Backoff, BehindEndError, TransientError, TruncatedError, told_apart
 from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
+    CountedWriter,
+    Fetched,
+    NoSuchUploadError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectInfo,
@@ -50,69 +54,180 @@ BLOCKS_AHEAD = 2
 COPY_BYTES = 2**30
 """Larger objects are copied in parts: S3 copies 5 GiB at once at most, and parts go side by side."""
 COPY_PART_BYTES = 256 * 2**20
+MAX_PARTS = 10_000
+CONNECTIONS = 32
+_CONNECT_TIMEOUT_SECONDS = 10
 
 
-class S3Store:
-    """Objects below s3://bucket/prefix. Threads may share it."""
+def part_bytes(num_bytes: int | None) -> int:
+    """Size of the parts of an upload: S3 takes 10,000 parts at most, and 5 MiB at least but for the last.
 
-    def __init__(self, url: str, options: StoreOptions, *, backoff: Backoff | None = None, client: S3Client | None = None) -> None:
-        """Connects to nothing yet. `client` may be shared by stores in one bucket. Raises StoreError for a URL without a bucket."""
+    Of unknown size (None): parts for 156 GiB, which no engine of one GPU reaches.
+    """
+    if num_bytes is None:
+        return 2 * BLOCK_BYTES
+    return max(BLOCK_BYTES, -(-num_bytes // (9_000 * 2**20)) * 2**20)
+
+
+class S3Store(FsspecStore):
+    """Objects below s3://bucket/prefix. Threads may share it; a forked child connects anew."""
+
+    def __init__(self, url: str, options: StoreOptions, *, fs: Any = None, backoff: Backoff | None = None) -> None:
+        """As FsspecStore. Raises StoreError for a URL without a bucket."""
+        super().__init__(url, fs=fs, backoff=backoff or Backoff(max_attempts=options.max_attempts))
         parts = urlsplit(url)
         if not parts.netloc:
             raise StoreError(f"store {url!r} names no bucket", "Write s3://bucket/prefix.")
-        self.url, self.options = url.rstrip("/"), options
+        self.options, self.bucket = options, parts.netloc
         self._prefix = f"{parts.path.strip('/')}/".lstrip("/")
-        self._client = client or S3Client(parts.netloc, options)
-        self._backoff = backoff or Backoff(max_attempts=options.max_attempts)
-        self._slots, self._seats = Slots(PARALLEL), Seats(PARALLEL)
-        self._bulk: tuple[int, ObstoreBulk | None] = (0, None)
+        self._free_seats = PARALLEL
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url, self.options)
 
-    def get(self, key: str) -> bytes:
-        return bytes(self._fetch(key, 0, None).data)
+    def _connect(self) -> Any:
+        """s3fs's file system: session, event loop and credentials as botocore finds them. Nothing of it retries."""
+        import s3fs
 
-    def get_range(self, key: str, begin: int, end: int) -> bytes:
-        if begin >= end:
-            if self.size(key) is None:
-                raise ObjectMissingError(f"{self.url} has no object {key!r}")
-            return b""
-        return bytes(self._fetch(key, begin, end).data)
+        named = {"profile": self.options.profile, "endpoint_url": self.options.endpoint_url}
+        config = {
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "connect_timeout": _CONNECT_TIMEOUT_SECONDS,
+            "read_timeout": self.options.read_timeout_seconds,
+            "max_pool_connections": CONNECTIONS,
+            "tcp_keepalive": True,
+        }
+        return s3fs.S3FileSystem(
+            **{name: value for name, value in named.items() if value},
+            client_kwargs={"region_name": self.options.region} if self.options.region else {},
+            config_kwargs=config | self._config(),
+            skip_instance_cache=True,
+            use_listings_cache=False,
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """botocore's settings that depend on whether the server is AWS."""
+        other = self.options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        style, mode = self.options.addressing_style, self.options.checksums
+        config: dict[str, Any] = {"s3": {"addressing_style": ("path" if other else "auto") if style == "auto" else style}}
+        if mode != "auto" or other:
+            mode = "when_required" if mode == "auto" else mode
+            config |= {"request_checksum_calculation": mode, "response_checksum_validation": mode}
+        return config
+
+    def path(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    # Requests, each made once. They raise as `told_apart` says.
+
+    def request(self, make: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine that is given botocore's client."""
+        from fsspec.asyn import sync
+
+        fs = self.fs
+
+        async def run() -> T:
+            return await make(await fs.set_session())
+
+        try:
+            result: T = sync(fs.loop, run)
+            return result
+        except Exception as error:
+            failure = told_apart(error)
+            if failure is error:
+                raise
+            raise failure from error
+
+    def call(self, operation: str, key: str | None = None, body: bytes | None = None, **parameters: Any) -> dict[str, Any]:
+        """An operation of botocore's S3 client by the name of its method, about one object or the bucket; a body under a digest."""
+        if key is not None:
+            parameters["Key"] = self.path(key)
+        if body is not None:
+            parameters |= {"Body": io.BytesIO(body), **self._digest_of(body)}
+        answer: dict[str, Any] = self.request(lambda client: getattr(client, operation)(Bucket=self.bucket, **parameters))
+        return answer
+
+    def _digest_of(self, body: bytes) -> dict[str, str]:
+        """What to send with a body so that the server finds it damaged: nothing where botocore sends a checksum itself.
+
+        Content-MD5 is the one digest that every server verifies; not all compare the one in the signature with the body.
+        """
+        if self.fs.config_kwargs.get("request_checksum_calculation") != "when_required":
+            return {}
+        return {"ContentMD5": base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()}
+
+    def fetch_once(self, key: str, begin: int, end: int | None) -> Fetched:
+        try:
+            found = self._fetch(self.path(key), begin, end)
+        except BehindEndError:
+            head = self.call("head_object", key)
+            if begin < head["ContentLength"]:
+                raise TransientError(f"{key!r} was replaced by a longer object just now") from None
+            return Fetched(b"", head["ETag"].strip('"'), int(head["ContentLength"]))
+        expected = (found.num_bytes if end is None else min(end, found.num_bytes)) - begin
+        if len(found.data) != expected:
+            raise TruncatedError(f"the body of {key!r} ended after {len(found.data)} of {expected} bytes")
+        return found
+
+    def _fetch(self, path: str, begin: int, end: int | None) -> Fetched:
+        wanted = {} if end is None and begin == 0 else {"Range": f"bytes={begin}-{'' if end is None else end - 1}"}
+
+        async def get(client: Any) -> Fetched:
+            response = await client.get_object(Bucket=self.bucket, Key=path, **wanted)
+            async with response["Body"] as body:
+                data = await body.read()
+            total = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
+            return Fetched(data, response.get("ETag", "").strip('"'), total)
+
+        return self.request(get)
+
+    def holds_once(self, key: str, write_id: str) -> bool:
+        """Whether the object is there and was written under this id."""
+        try:
+            return bool(self.call("head_object", key).get("Metadata", {}).get(WRITE_ID) == write_id)
+        except ObjectMissingError:
+            return False
+
+    # The protocol.
 
     def blocks(self, key: str) -> Iterator[Block]:
-        found = self._fetch(key, 0, BLOCK_BYTES)
+        def fetch(begin: int) -> Fetched:
+            return self.fetch(key, begin, begin + BLOCK_BYTES)
+
+        found = fetch(0)
         version, num_bytes = (found.etag, found.num_bytes), found.num_bytes
         yield found.data
         del found  # a block is held no longer than until the next is asked for
         begins = iter(range(BLOCK_BYTES, num_bytes, BLOCK_BYTES))
         with ThreadPoolExecutor(BLOCKS_AHEAD, "fetch") as pool:
-            jobs: deque[Future[Fetched]] = deque()
+            jobs = deque(pool.submit(fetch, begin) for begin in itertools.islice(begins, BLOCKS_AHEAD))
             try:
-                while True:
-                    for begin in itertools.islice(begins, BLOCKS_AHEAD - len(jobs)):
-                        jobs.append(pool.submit(self._fetch, key, begin, min(begin + BLOCK_BYTES, num_bytes)))
-                    if not jobs:
-                        return
+                while jobs:
                     found = jobs.popleft().result()
                     if (found.etag, found.num_bytes) != version:
                         raise ObjectChangedError(f"{key!r} in {self.url} was replaced while it was read")
                     yield found.data
                     del found
+                    jobs.extend(pool.submit(fetch, begin) for begin in itertools.islice(begins, 1))
             finally:
                 for job in jobs:
                     job.cancel()
 
-    def size(self, key: str) -> int | None:
-        found = self._head(key)
-        return None if found is None else int(found["ContentLength"])
+    def look(self, key: str) -> dict[str, Any] | None:
+        """As FsspecStore says, with a checksum where the server keeps one."""
+        try:
+            found = self.retried(f"look at {key!r}", lambda: self.call("head_object", key, ChecksumMode="ENABLED"))
+        except ObjectMissingError:
+            return None
+        return {**found, "size": int(found["ContentLength"])}
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
-        self.put_as(key, data, uuid.uuid4().hex, create=create)
+        write_id, condition = uuid.uuid4().hex, {"IfNoneMatch": "*"} if create else {}
+        self.publish(key, write_id, lambda: self.call("put_object", key, data, Metadata={WRITE_ID: write_id}, **condition))
 
-    def put_as(self, key: str, data: bytes, write_id: str, *, create: bool = False) -> None:
-        """`put` under an id of the caller's, with which `holds` answers."""
-        condition = {"IfNoneMatch": "*"} if create else {}
+    def publish(self, key: str, write_id: str, request: Callable[[], Any]) -> None:
+        """Make the request that brings an object about, until it has: one that seems to fail may have done so."""
         doubtful = False
 
         def attempt() -> None:
@@ -120,93 +235,92 @@ class S3Store:
             if doubtful and self.holds_once(key, write_id):
                 return
             try:
-                self.call("put_object", key, data, Metadata={WRITE_ID: write_id}, **condition)
-            except (TransientError, ObjectExistsError) as error:
+                request()
+            except (TransientError, ObjectExistsError, NoSuchUploadError) as error:
                 doubtful = True
                 if isinstance(error, TransientError) or not self.holds_once(key, write_id):
                     raise
 
-        try:
-            self.retried(f"write {key!r}", attempt)
-        except ObjectExistsError:
-            raise ObjectExistsError(f"{self.url} already has {key!r}") from None
+        self.retried(f"write {key!r}", attempt)
 
     def writer(self, key: str, num_bytes: int | None = None) -> Writer:
-        check_key(key)
-        size = part_bytes(num_bytes)
-        if (num_bytes is None or num_bytes > size) and self.bulk() is not None:
-            return ObstoreWriter(self, key, num_bytes, size, self._seats)
-        return UploadWriter(self, key, num_bytes, size, self._slots)
+        return S3Writer(self, key, num_bytes, part_bytes(num_bytes))
+
+    def take_seats(self) -> int:
+        """How many parts a new writer may have in flight: all to one that is alone, one to each that comes beside it."""
+        with self._lock:
+            taken = max(self._free_seats, 1)
+            self._free_seats -= taken
+            return taken
+
+    def give_back(self, taken: int) -> None:
+        """The seats of a writer that has ended."""
+        with self._lock:
+            self._free_seats += taken
 
     def copy(self, source: str, target: str) -> None:
         check_key(target)
-        found = self._head(source)
+        found = self.look(source)
         if found is None:
             raise ObjectMissingError(f"{self.url} has no object {source!r}")
         if source == target:
             return
-        where = {"Bucket": self._client.bucket, "Key": self.path(source)}
-        if found["ContentLength"] <= COPY_BYTES:
+        where = {"Bucket": self.bucket, "Key": self.path(source)}
+        if found["size"] <= COPY_BYTES:
             self.retried(f"copy {source!r}", lambda: self.call("copy_object", target, CopySource=where))
             return
-        with UploadWriter(self, target, None, COPY_PART_BYTES, Slots(PARALLEL)) as writer:
-            for begin in range(0, found["ContentLength"], COPY_PART_BYTES):
-                writer.copy_part(where, begin, min(begin + COPY_PART_BYTES, found["ContentLength"]))
+        with S3Writer(self, target, None, COPY_PART_BYTES) as writer:
+            for begin in range(0, found["size"], COPY_PART_BYTES):
+                writer.copy_part(where, begin, min(begin + COPY_PART_BYTES, found["size"]))
             writer.wait()
-            now = self._head(source)
+            now = self.look(source)
             if now is None or now["ETag"] != found["ETag"]:
                 raise ObjectChangedError(f"{source!r} in {self.url} was replaced while it was copied")
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        token: dict[str, str] = {}
-        while True:
-            page = self._page(
-                prefix, functools.partial(self._client.call, "list_objects_v2", Prefix=self._prefix + prefix, **token)
-            )
+        for page in self._pages("list_objects_v2", prefix, ContinuationToken="NextContinuationToken"):
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # a marker of a folder, which some servers and tools make
                     yield ObjectInfo(entry["Key"][len(self._prefix) :], int(entry["Size"]))
+
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        marks = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for page in self._pages("list_multipart_uploads", prefix, **marks):
+            for entry in page.get("Uploads", ()):
+                yield Upload(entry["Key"][len(self._prefix) :], entry["UploadId"], entry["Initiated"])
+
+    def _pages(self, operation: str, prefix: str, **marks: str) -> Iterator[dict[str, Any]]:
+        """Every page of a listing; `marks`: which field of a page is which parameter of the request for the next one.
+
+        Raises StoreError for a listing that is broken off: botocore's paginators take it for complete.
+        """
+        place: dict[str, Any] = {}
+        while True:
+            request = functools.partial(self.call, operation, Prefix=self._prefix + prefix, **place)
+            page = self.retried(f"list {prefix!r}", request)
+            yield page
             if not page.get("IsTruncated"):
                 return
-            following = {"ContinuationToken": page.get("NextContinuationToken", "")}
-            if following == token or not following["ContinuationToken"]:
-                raise self._broken_off(prefix)
-            token = following
+            following = {parameter: page.get(field, "") for parameter, field in marks.items()}
+            if following == place or not next(iter(following.values())):
+                raise StoreError(
+                    f"cannot list {prefix!r} in {self.url}: the server breaks the listing off and does not say where to go on",
+                    "Use a server that lists more than a page of objects as S3 does.",
+                )
+            place = following
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(ObjectMissingError):
             self.retried(f"delete {key!r}", lambda: self.call("delete_object", key))
 
-    def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        marker: dict[str, str] = {}
-        while True:
-            request = functools.partial(self._client.call, "list_multipart_uploads", Prefix=self._prefix + prefix, **marker)
-            page = self._page(prefix, request)
-            for entry in page.get("Uploads", ()):
-                yield Upload(entry["Key"][len(self._prefix) :], entry["UploadId"], entry["Initiated"])
-            if not page.get("IsTruncated"):
-                return
-            following = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
-            if following == marker or not following["KeyMarker"]:
-                raise self._broken_off(prefix)
-            marker = following
-
     def abort_upload(self, upload: Upload) -> None:
+        request = functools.partial(self.call, "abort_multipart_upload", upload.key, UploadId=upload.upload_id)
         with contextlib.suppress(NoSuchUploadError, ObjectMissingError):
-            self.retried(
-                f"abort the upload of {upload.key!r}",
-                lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id),
-            )
+            self.retried(f"abort the upload of {upload.key!r}", request)
 
     def check_uploads(self, key: str) -> None:
-        data = b"an upload of one part"
-        bulk = self.bulk()
         try:
-            if bulk is not None:
-                self.retried(f"write {key!r}", lambda: bulk.upload_one_part(self.path(key), data))
-            else:
-                with UploadWriter(self, key, len(data), len(data), self._slots) as writer:
-                    writer.write(data)
+            self._upload_one_part(key, b"an upload of one part")
         except StoreFullError:
             raise
         except StoreError as error:
@@ -216,98 +330,116 @@ class S3Store:
                 "otherwise use a server that has multipart uploads, and see that the bucket's policy allows them.",
             ) from error
 
-    def local_path(self, key: str) -> Path | None:
-        return None
+    def _upload_one_part(self, key: str, data: bytes) -> None:
+        with S3Writer(self, key, len(data), len(data)) as writer:
+            writer.write(data)
 
-    # What the writers of this package use.
 
-    def path(self, key: str) -> str:
-        """The key within the bucket. Raises StoreError for what is no key."""
+class S3Writer(CountedWriter):
+    """A streaming multipart upload: parts side by side, memory bounded, nothing left when it fails.
+
+    An object of less than one part is a single PUT. On any exception, KeyboardInterrupt too, the parts under way are waited for and
+    the upload is aborted: S3 may keep a part that arrives after its upload was aborted.
+    """
+
+    def __init__(self, store: S3Store, key: str, num_bytes: int | None, part_bytes: int) -> None:
+        super().__init__(key, num_bytes)
         check_key(key)
-        return self._prefix + key
+        self._store, self._part_bytes = store, part_bytes
+        self._write_id = uuid.uuid4().hex
+        self._buffer = io.BytesIO()
+        self._upload_id = ""
+        self._seats = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._parts: list[Future[str]] = []
+        self._ended = False
 
-    def call(self, operation: str, key: str, body: bytes | None = None, **parameters: Any) -> dict[str, Any]:
-        """One request about one object, made once, its body under a digest; raises as S3Client.call."""
-        if body is not None:
-            parameters |= {"Body": io.BytesIO(body), **self._client.digest_of(body)}
-        return self._client.call(operation, Key=self.path(key), **parameters)
+    def _write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += self._buffer.write(view[done : done + self._part_bytes - self._buffer.tell()])
+            if self._buffer.tell() == self._part_bytes:
+                self._send()
 
-    def retried(self, doing: str, attempt: Callable[[], T]) -> T:
-        """`attempt` until it returns, with backoff and one new connection; failures that last become StoreErrors."""
-        seen = self._client.connection
-        try:
-            return self._backoff.run(attempt, lambda: self._renew(seen))
-        except TransientError as error:
+    def _send(self) -> None:
+        body, self._buffer = self._buffer.getvalue(), io.BytesIO()
+        self._add(lambda number: str(self._request("upload_part", number, body)["ETag"]))
+
+    def copy_part(self, source: dict[str, str], begin: int, end: int) -> None:
+        """Append bytes [begin, end) of another object of the store, which the server copies."""
+
+        def copy(number: int) -> str:
+            answer = self._request("upload_part_copy", number, None, CopySource=source, CopySourceRange=f"bytes={begin}-{end - 1}")
+            return str(answer["CopyPartResult"]["ETag"])
+
+        self._add(copy)
+
+    def wait(self) -> None:
+        """Until every part has arrived. Raises the first StoreError among them."""
+        for part in self._parts:
+            part.result()
+
+    def _add(self, transfer: Callable[[int], str]) -> None:
+        number = len(self._parts) + 1
+        if number > MAX_PARTS:
             raise StoreError(
-                f"cannot {doing} in {self.url}, tried {self._backoff.max_attempts} times: {error}",
-                "The server or the network fails: see that the endpoint answers, then run the same command again.",
-            ) from error
-        except RefusedCredentialsError as error:
-            raise StoreError(
-                f"cannot {doing} in {self.url}: credentials were refused: {error}",
-                "Renew this machine's credentials; use a role or web identity, which renew themselves, for long builds.",
-            ) from error
-        except ObjectMissingError:
-            raise ObjectMissingError(f"cannot {doing}: {self.url} has no such object") from None
-        except (ObjectExistsError, ObjectChangedError, NoSuchUploadError):
-            raise
-        except StoreError as error:
-            raise type(error)(f"cannot {doing} in {self.url}: {error.message}", error.advice) from error
+                f"{self._key!r} is larger than {MAX_PARTS} parts of {self._part_bytes:,} bytes", "Announce its size to the writer."
+            )
+        if self._pool is None:
+            self._seats = self._store.take_seats()
+            self._pool = ThreadPoolExecutor(self._seats, "upload")
+            begin = functools.partial(self._store.call, "create_multipart_upload", self._key, Metadata={WRITE_ID: self._write_id})
+            self._upload_id = str(self._store.retried(f"write {self._key!r}", begin)["UploadId"])
+        if number > self._seats:
+            self._parts[number - 1 - self._seats].result()  # no more parts in memory; a failure is told here, not after hours
+        self._parts.append(self._pool.submit(transfer, number))
 
-    def holds_once(self, key: str, write_id: str) -> bool:
-        """Whether the object is there and was written under this id. One request; raises as `call`."""
+    def _request(self, operation: str, number: int, body: bytes | None, **parameters: Any) -> dict[str, Any]:
+        def attempt() -> dict[str, Any]:
+            if self._ended:
+                raise StoreError("its writer has ended", BUG)
+            return self._store.call(operation, self._key, body, UploadId=self._upload_id, PartNumber=number, **parameters)
+
+        return self._store.retried(f"write part {number} of {self._key!r}", attempt)
+
+    def _commit(self) -> None:
+        if not self._parts:
+            self._store.put(self._key, self._buffer.getvalue())
+            return
+        if self._buffer.tell():
+            self._send()
+        self.wait()
+        parts = {"Parts": [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self._parts, 1)]}
+        complete = functools.partial(self._store.call, "complete_multipart_upload", self._key)
+        self._store.publish(self._key, self._write_id, lambda: complete(UploadId=self._upload_id, MultipartUpload=parts))
+        self._end()
+
+    def _abort(self, cause: BaseException) -> None:
+        self._end()
+        if not self._upload_id:
+            return
         try:
-            return bool(self.call("head_object", key).get("Metadata", {}).get(WRITE_ID) == write_id)
-        except ObjectMissingError:
-            return False
+            self._store.abort_upload(Upload(self._key, self._upload_id, datetime.datetime.now(datetime.UTC)))
+        except StoreError as failure:
+            cause.add_note(f"the multipart upload of {self._key!r} was left behind: {failure}")
 
-    def holds(self, key: str, write_id: str) -> bool:
-        """`holds_once`, retried."""
-        return self.retried(f"look at {key!r}", lambda: self.holds_once(key, write_id))
+    def _end(self) -> None:
+        """Until no part is under way any more."""
+        self._ended = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._store.give_back(self._seats)
+            self._seats = 0
 
-    def resolved(self) -> tuple[str, str, str]:
-        """Bucket, endpoint URL and region, as botocore finds them."""
-        return (self._client.bucket, *self._client.resolved())
 
-    def bulk(self) -> ObstoreBulk | None:
-        """What carries large objects in this process; None: s3fs."""
-        process_id, bulk = self._bulk
-        if process_id != os.getpid():
-            bulk = open_bulk(self, self._backoff)
-            self._bulk = os.getpid(), bulk
-        return bulk
+class S3Source(S3Store):
+    """Objects that are only read, with botocore's own settings: the options of the store are not those of a source."""
 
-    def _fetch(self, key: str, begin: int, end: int | None) -> Fetched:
-        """A range, through what carries large objects when it has an end."""
-        path = self.path(key)
+    def __init__(self, url: str, *, fs: Any = None, backoff: Backoff | None = None) -> None:
+        super().__init__(url, StoreOptions(), fs=fs, backoff=backoff)
 
-        def attempt() -> Fetched:
-            bulk = self.bulk() if end is not None else None
-            try:
-                return self._client.fetch(path, begin, end) if bulk is None or end is None else bulk.fetch(path, begin, end)
-            except BehindEndError:
-                found = self.call("head_object", key)
-                if begin < found["ContentLength"]:
-                    raise TransientError(f"{key!r} was replaced by a longer object just now") from None
-                return Fetched(b"", found["ETag"].strip('"'), int(found["ContentLength"]))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
 
-        return self.retried(f"read {key!r}", attempt)
-
-    def _renew(self, seen: Any) -> None:
-        self._client.refuse(seen)
-        self._bulk = (0, None)
-
-    def _head(self, key: str) -> dict[str, Any] | None:
-        try:
-            return self.retried(f"look at {key!r}", lambda: self.call("head_object", key))
-        except ObjectMissingError:
-            return None
-
-    def _broken_off(self, prefix: str) -> StoreError:
-        return StoreError(
-            f"cannot list {prefix!r} in {self.url}: the server breaks the listing off and does not say where to go on",
-            "Use a server that lists more than a page of objects as S3 does.",
-        )
-
-    def _page(self, prefix: str, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return self.retried(f"list {prefix!r}", request)
+    def _config(self) -> dict[str, Any]:
+        return {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from orchestrator.base.errors import StoreError
+from orchestrator.base.errors import BUG, StoreError
 
 BLOCK_BYTES = 8 * 2**20
 """What `Store.blocks` yields at a time, and the least part of an upload."""
@@ -36,6 +36,22 @@ class ObjectChangedError(StoreError):
     """An object was replaced while it was read."""
 
     default_advice = "Read it again; leave the store's objects alone while others read them."
+
+
+class NoSuchUploadError(StoreError):
+    """The multipart upload is not there (any more)."""
+
+    default_advice = "Something aborted it: raise the age at which a lifecycle rule or a collector does so."
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A range of an object, with what tells versions of it apart where the store says so."""
+
+    data: Block
+    etag: str = ""
+    num_bytes: int = -1
+    """Size of the whole object; -1 where the store does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,45 @@ class Writer(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+
+
+class CountedWriter:
+    """What the writers share: bytes are counted, and the end is a commit only when as many came as were announced."""
+
+    def __init__(self, key: str, num_bytes: int | None) -> None:
+        self._key, self._num_bytes = key, num_bytes
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._write(view)
+        self._count += len(view)
+        return len(view)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is not None:
+            self._abort(error)
+            return
+        try:
+            if self._num_bytes is not None and self._count != self._num_bytes:
+                raise StoreError(f"{self._key!r}: {self._count} bytes were written, {self._num_bytes} announced", BUG)
+            self._commit()
+        except BaseException as failure:
+            self._abort(failure)
+            raise
+
+    def _write(self, view: memoryview) -> None:
+        raise NotImplementedError
+
+    def _commit(self) -> None:
+        raise NotImplementedError
+
+    def _abort(self, cause: BaseException) -> None:
+        """Leave nothing behind; what cannot be removed is noted on `cause`."""
+        raise NotImplementedError
 
 
 class Store(Protocol):

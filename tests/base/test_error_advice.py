@@ -27,7 +27,7 @@ from orchestrator.planning.facts import Verification
 from orchestrator.planning.steps import Cause, Failure, FailureKind
 from orchestrator.spec.build import ToleranceSpec
 from orchestrator.stores.file import FileStore
-from orchestrator.stores.s3_client import refusal
+from orchestrator.stores.retrying import refusal
 from orchestrator.work.verify import compare
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,8 @@ import pytest
 from orchestrator.base import errors
 from orchestrator.base.errors import OrchestratorError, StoreError, error_classes
 from orchestrator.stores import store as stores
-from orchestrator.stores.s3_client import NoSuchUploadError
 
-STORE_SUBCLASSES = {stores.ObjectExistsError, stores.ObjectMissingError, stores.ObjectChangedError, NoSuchUploadError}
+STORE_SUBCLASSES = {stores.ObjectExistsError, stores.ObjectMissingError, stores.ObjectChangedError, stores.NoSuchUploadError}
 CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 

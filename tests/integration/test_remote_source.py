@@ -22,6 +22,8 @@ from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_source
 from orchestrator.stores.remote import RemoteFolder
+from orchestrator.stores.retrying import Backoff
+from orchestrator.stores.s3 import S3Source
 from tests.conftest import SpecMaker
 from tests.integration.steps import run_steps
 from tests.support.s3_server import BUCKET, SECRET, S3Server
@@ -121,8 +123,8 @@ def test_identity_of_an_object_with_a_sha256_is_its_content_and_a_version_is_sti
 def test_read_with_wrong_credentials_fails_at_once(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     slept: list[float] = []
-    with pytest.raises(StoreError, match="PermissionError"):
-        RemoteFolder(f"s3://{BUCKET}/llama", sleep=slept.append).read("config.json")
+    with pytest.raises(StoreError, match="credentials were refused"):
+        RemoteFolder(S3Source(f"s3://{BUCKET}/llama", backoff=Backoff(sleep=slept.append))).read("config.json")
     assert slept == []
 
 

@@ -356,23 +356,18 @@ def test_collect_outcome_that_is_not_understood_keeps_its_outputs_for_the_releas
     assert needed <= _keys(published.store)
 
 
-class _Pages:
-    """The client of an S3 bucket whose listings are answered from a script."""
-
-    bucket = "models"
-    connection = None
+class _Pages(S3Store):
+    """A bucket whose listings are answered from a script."""
 
     def __init__(self, *pages: dict[str, object] | Exception) -> None:
-        self._pages = list(pages)
+        super().__init__("s3://models/s", StoreOptions(), fs=True, backoff=Backoff(max_attempts=2, sleep=lambda seconds: None))
+        self._pages_left = list(pages)
 
-    def call(self, operation: str, **parameters: object) -> dict[str, object]:
-        page = self._pages.pop(0)
+    def call(self, operation: str, key: str | None = None, body: bytes | None = None, **parameters: object) -> dict[str, Any]:
+        page = self._pages_left.pop(0)
         if isinstance(page, Exception):
             raise page
         return page
-
-    def refuse(self, seen: object) -> None:
-        pass
 
 
 _PAGE: dict[str, object] = {"Contents": [{"Key": "s/releases/a/1/manifest.json", "Size": 5}], "IsTruncated": True}
@@ -389,10 +384,8 @@ _PAGE: dict[str, object] = {"Contents": [{"Key": "s/releases/a/1/manifest.json",
     ],
 )
 def test_list_s3_listing_that_ends_early_is_an_error(pages: list[dict[str, object] | Exception]) -> None:
-    client: Any = _Pages(*pages)
-    store = S3Store("s3://models/s", StoreOptions(), backoff=Backoff(max_attempts=2, sleep=lambda seconds: None), client=client)
     with pytest.raises(StoreError, match="cannot list"):
-        list(store.list("releases/"))
+        list(_Pages(*pages).list("releases/"))
 
 
 @pytest.mark.parametrize("days", [-1, 36_501])

@@ -17,11 +17,10 @@ import pytest
 
 from orchestrator.base.errors import DigestError, StoreError
 from orchestrator.spec.cluster import StoreOptions
-from orchestrator.stores import s3, s3_client
-from orchestrator.stores.obstore import BotocoreCredentials
+from orchestrator.stores import s3
+from orchestrator.stores.obstore import BotocoreCredentials, ObstoreStore
 from orchestrator.stores.retrying import Backoff
 from orchestrator.stores.s3 import S3Store
-from orchestrator.stores.s3_client import S3Client
 from orchestrator.stores.store import ObjectChangedError, ObjectExistsError, ObjectMissingError, check_writable
 from orchestrator.work.context import download
 from tests.contracts.store_contract import listed, write_half_and_fail
@@ -50,7 +49,7 @@ class Workbench:
             endpoint_url=self.proxy.url, transfer=transfer, read_timeout_seconds=READ_TIMEOUT_SECONDS, max_attempts=max_attempts
         )
         backoff = Backoff(max_attempts, first_seconds=0.001, max_seconds=0.002, sleep=self.slept.append, draw=lambda: 1.0)
-        return S3Store(self.url, options, backoff=backoff, client=S3Client(self.server.bucket, options))
+        return (ObstoreStore if transfer == "obstore" else S3Store)(self.url, options, backoff=backoff)
 
     def truth(self) -> S3Store:
         """The same store, past the proxy."""
@@ -65,8 +64,7 @@ def proxy_of_module(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def bench(s3_environment: S3Server, proxy_of_module: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Workbench:
-    for module in (s3, s3_client):
-        monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3, "BLOCK_BYTES", PART_BYTES)
     proxy = proxy_of_module
     proxy.rate = 0.0
     for what in (proxy.script, proxy.always, proxy.seen):
@@ -242,10 +240,10 @@ def test_expired_credentials_are_found_anew_once(bench: Workbench, transfer: Tra
     bench.truth().put("key", DATA)
     store = bench.store(transfer)
     assert store.get_range("key", 0, 5) == DATA[:5]
-    before = store._client.connection
+    before = store.fs
     bench.proxy.script += [("GET", Fault.EXPIRED)]
     assert store.get_range("key", 0, 5) == DATA[:5]
-    assert store._client.connection is not before
+    assert store.fs is not before
     bench.proxy.always["GET"] = Fault.EXPIRED
     bench.proxy.seen.clear()
     with pytest.raises(StoreError, match="credentials were refused") as caught:
@@ -339,9 +337,9 @@ def test_download_to_a_place_that_takes_no_more_is_a_store_error_and_leaves_noth
 _WRITE_AND_WAIT = """
 import sys
 from orchestrator.spec.cluster import StoreOptions
-from orchestrator.stores import s3, s3_client
-s3.BLOCK_BYTES = s3_client.BLOCK_BYTES = 5 * 2**20
-store = s3.S3Store(sys.argv[1], StoreOptions(transfer=sys.argv[2]))
+from orchestrator.stores import open_store, s3
+s3.BLOCK_BYTES = 5 * 2**20
+store = open_store(sys.argv[1], StoreOptions(transfer=sys.argv[2]))
 with store.writer("steps/killed", 3 * s3.BLOCK_BYTES) as writer:
     writer.write(bytes(2 * s3.BLOCK_BYTES))
     print("written", flush=True)

@@ -14,7 +14,9 @@ from orchestrator.checkpoints import read_source
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
 from orchestrator.spec.loading import load_spec
-from orchestrator.stores.hub import HubModel
+from orchestrator.stores.hub import HubStore
+from orchestrator.stores.remote import RemoteFolder
+from orchestrator.stores.retrying import Backoff
 from tests.support.fake_hub import FakeHub, run_hub
 from tests.support.synthetic import build_spec, model_config, random_arrays, write_source
 
@@ -98,9 +100,8 @@ def test_plan_without_a_network_says_how_to_get_the_model(hub: FakeHub, monkeypa
 
 def test_plan_of_a_hub_that_does_not_answer_says_so_after_some_tries(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    place = HubModel("hf://acme/tiny")
     delays: list[float] = []
-    place._sleep = delays.append
+    place = RemoteFolder(HubStore("hf://acme/tiny", backoff=Backoff(sleep=delays.append)))
     with pytest.raises(SourceUnreadableError, match="cannot look at it") as caught:
         place.names()
     assert "hf download acme/tiny" in caught.value.advice

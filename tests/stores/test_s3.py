@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,14 +23,21 @@ from orchestrator.run.cluster import worker_environment
 from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, StoreOptions
 from orchestrator.spec.decoding import decode
-from orchestrator.stores import obstore, open_store, s3, s3_client
-from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError
-from orchestrator.stores.s3 import S3Store
-from orchestrator.stores.s3_client import NoSuchUploadError, S3Client, part_bytes, refusal
-from orchestrator.stores.store import BLOCK_BYTES, ObjectExistsError, ObjectMissingError, Store, check_writable
+from orchestrator.stores import obstore, open_store, s3
+from orchestrator.stores.obstore import ObstoreStore
+from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, TransientError, refusal
+from orchestrator.stores.s3 import S3Store, part_bytes
+from orchestrator.stores.store import (
+    BLOCK_BYTES,
+    NoSuchUploadError,
+    ObjectExistsError,
+    ObjectMissingError,
+    Store,
+    check_writable,
+)
 from tests.conftest import SpecMaker
 from tests.contracts.store_contract import NUM_RACERS, StoreContract
-from tests.support.s3_server import SECRET, S3Server
+from tests.support.s3_server import SECRET, S3Server, in_environment
 
 PART_BYTES = 5 * 2**20
 """The least that S3 takes for a part that is not the last."""
@@ -36,16 +45,17 @@ AT_ONCE = Backoff(first_seconds=0.001, max_seconds=0.002, sleep=lambda _: None)
 
 
 @pytest.fixture(scope="module")
-def clients(s3_server: S3Server) -> dict[str, S3Client]:
-    """One connection for all the tests of a member: making one takes longer than most tests."""
-    return {name: S3Client(s3_server.bucket, StoreOptions(transfer=name)) for name in ("s3fs", "obstore")}
+def connection(s3_server: S3Server) -> Iterator[Any]:
+    """One for all the tests of this module: making one takes longer than most of them."""
+    with in_environment(s3_server), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "CONNECTIONS", StoreContract.num_races * NUM_RACERS)
+        yield S3Store(f"s3://{s3_server.bucket}", StoreOptions()).fs
 
 
 @pytest.fixture
 def url(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A corner of the bucket for each test; small parts, for a server on two cores."""
-    for module in (s3, s3_client):
-        monkeypatch.setattr(module, "BLOCK_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3, "BLOCK_BYTES", PART_BYTES)
     return f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
 
 
@@ -53,9 +63,8 @@ class TestS3StoreThroughS3fs(StoreContract):
     upload_bytes = PART_BYTES + 256
 
     @pytest.fixture
-    def store(self, url: str, clients: dict[str, S3Client], monkeypatch: pytest.MonkeyPatch) -> Store:
-        monkeypatch.setattr(s3_client, "_CONNECTIONS", self.num_races * NUM_RACERS)
-        return S3Store(url, StoreOptions(transfer="s3fs"), client=clients["s3fs"], backoff=AT_ONCE)
+    def store(self, url: str, connection: Any) -> Store:
+        return S3Store(url, StoreOptions(transfer="s3fs"), fs=connection, backoff=AT_ONCE)
 
 
 class TestS3StoreWithObstore(StoreContract):
@@ -63,8 +72,8 @@ class TestS3StoreWithObstore(StoreContract):
     num_races = 20 if "S3_SERVER" in os.environ else 2  # the code is that of the member above, and takes seconds
 
     @pytest.fixture
-    def store(self, url: str, clients: dict[str, S3Client]) -> Store:
-        return S3Store(url, StoreOptions(transfer="obstore"), client=clients["obstore"], backoff=AT_ONCE)
+    def store(self, url: str, connection: Any) -> Store:
+        return ObstoreStore(url, StoreOptions(transfer="obstore"), fs=connection, backoff=AT_ONCE)
 
 
 @given(st.integers(0, 50 * 2**40))

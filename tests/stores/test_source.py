@@ -10,6 +10,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.spec.loading import load_spec, resolve_source
 from orchestrator.stores import open_source, open_store
-from orchestrator.stores.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemoteFolder, is_transient, windows
+from orchestrator.stores.fsspec import FsspecStore
+from orchestrator.stores.remote import PART_BYTES, SMALL_BYTES, WINDOW_BYTES, RemoteFolder, windows
+from orchestrator.stores.retrying import Backoff, TransientError, told_apart
 from orchestrator.stores.source import LocalFolder, PlannedRange, SourceFolder, planned_ranges
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
@@ -265,6 +268,7 @@ class FaultyFs:
     def __init__(self, data: bytes, *faults: Exception | bytes) -> None:
         self.data, self.faults = data, list(faults)
         self.asked: list[tuple[int, int]] = []
+        self.looked = 0
         self.etag = "1"
         self._lock = threading.Lock()
 
@@ -272,6 +276,8 @@ class FaultyFs:
         return "root"
 
     def info(self, path: str) -> dict[str, Any]:
+        with self._lock:
+            self.looked += 1
         if path != "root/x":
             raise FileNotFoundError(path)
         return {"name": path, "size": len(self.data), "type": "file", "ETag": f'"{self.etag}"'}
@@ -290,7 +296,8 @@ class Faulty:
 
     def __init__(self, data: bytes, *faults: Exception | bytes) -> None:
         self.fs, self.slept = FaultyFs(data, *faults), list[float]()
-        self.place = RemoteFolder("fake://root", fs=self.fs, sleep=self.slept.append)
+        backoff = Backoff(max_attempts=8, sleep=self.slept.append, draw=lambda: 1.0)
+        self.place = RemoteFolder(FsspecStore("fake://root", fs=self.fs, backoff=backoff))
 
     def read(self, offset: int, size: int, planned: list[PlannedRange] | None = None) -> bytes:
         buffer = bytearray(size)
@@ -317,7 +324,7 @@ def test_fetch_that_fails_twice_then_works_gives_the_bytes(fault: Exception | by
 
 def test_fetch_that_never_works_is_a_store_error_with_growing_bounded_delays() -> None:
     faulty = Faulty(b"0123456789", *[OSError("SlowDown")] * 100)
-    with pytest.raises(StoreError, match=r"cannot read x at fake://root: OSError: SlowDown"):
+    with pytest.raises(StoreError, match=r"cannot read 'x' in fake://root, tried 8 times: OSError: SlowDown"):
         faulty.read(2, 6)
     assert faulty.slept == [0.5, 1, 2, 4, 8, 16, 30]
 
@@ -331,7 +338,7 @@ def test_fetch_of_a_body_that_is_always_short_is_corrupt() -> None:
 @pytest.mark.parametrize("fault", [PermissionError("denied"), OSError(22, "InvalidRequest"), ValueError("a bug")], ids=repr)
 def test_fetch_that_cannot_ever_work_is_not_repeated(fault: Exception) -> None:
     faulty = Faulty(b"0123456789", fault)
-    assert not is_transient(fault)
+    assert not isinstance(told_apart(fault), TransientError)
     with pytest.raises(StoreError):
         faulty.read(2, 6)
     assert faulty.slept == []
@@ -372,6 +379,67 @@ def test_read_into_parts_are_in_flight_together() -> None:
 
     faulty.fs.cat_file = wait  # type: ignore[method-assign]
     assert len(faulty.read(0, 16 * 2**20)) == 16 * 2**20
+
+
+def test_readers_of_different_windows_fetch_at_the_same_time() -> None:
+    """Eight requests are under way together: nobody holds, while fetching, what another reader needs."""
+    spans = [(begin, begin + 100) for start in range(0, 8000, 1000) for begin in (start, start + 100)]
+    faulty = Faulty(bytes(range(250)) * 40)
+    together = threading.Barrier(8, timeout=20)
+    plain = faulty.fs.cat_file
+
+    def wait(path: str, start: int, end: int) -> bytes:
+        together.wait()
+        return plain(path, start, end)
+
+    faulty.fs.cat_file = wait  # type: ignore[method-assign]
+    with faulty.place.open((faulty.place.source_file("x"),), [(0, *span) for span in spans]) as source:
+
+        def read(span: tuple[int, int]) -> bytes:
+            buffer = bytearray(span[1] - span[0])
+            source.read_into(0, span[0], memoryview(buffer))
+            return bytes(buffer)
+
+        with ThreadPoolExecutor(8) as pool:
+            first = list(pool.map(read, spans[::2]))
+        assert first + [read(span) for span in spans[1::2]] == [
+            faulty.fs.data[begin:end] for begin, end in spans[::2] + spans[1::2]
+        ]
+    assert sorted(faulty.fs.asked) == [(start, start + 200) for start in range(0, 8000, 1000)]
+
+
+def test_readers_of_one_window_wait_for_its_one_fetch() -> None:
+    faulty = Faulty(bytes(range(250)) * 40)
+    spans = [(begin, begin + 100) for begin in range(0, 800, 100)]
+    at_once = threading.Barrier(8, timeout=20)
+    with faulty.place.open((faulty.place.source_file("x"),), [(0, *span) for span in spans]) as source:
+
+        def read(span: tuple[int, int]) -> bytes:
+            buffer = bytearray(span[1] - span[0])
+            at_once.wait()
+            source.read_into(0, span[0], memoryview(buffer))
+            return bytes(buffer)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(read, spans))
+    assert found == [faulty.fs.data[begin:end] for begin, end in spans]
+    assert faulty.fs.asked == [(0, 800)]
+    assert faulty.fs.looked == 2  # for the plan, and before the first read
+
+
+def test_readers_of_different_files_look_at_them_at_the_same_time() -> None:
+    faulty = Faulty(b"0123456789")
+    (planned,) = files = (faulty.place.source_file("x"),)
+    together = threading.Barrier(4, timeout=20)
+    plain = faulty.fs.info
+
+    def wait(path: str) -> dict[str, Any]:
+        together.wait()
+        return plain(path)
+
+    faulty.fs.info = wait  # type: ignore[method-assign]
+    with faulty.place.open(4 * files) as source, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: source.read_into(number, 0, memoryview(bytearray(planned.num_bytes))), range(4)))
 
 
 def test_read_into_a_part_that_fails_for_good_fails_the_read() -> None:

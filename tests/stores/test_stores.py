@@ -7,8 +7,10 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,8 @@ from orchestrator.base.errors import StoreError
 from orchestrator.base.pages import page_buffer
 from orchestrator.stores import file, open_store
 from orchestrator.stores.file import FileStore
-from orchestrator.stores.store import Store, check_writable
+from orchestrator.stores.fsspec import FsspecStore
+from orchestrator.stores.store import BLOCK_BYTES, ObjectChangedError, Store, check_writable
 from tests.contracts.store_contract import StoreContract, listed, write_half_and_fail
 
 STAGE_BYTES = 2 * 4096
@@ -42,6 +45,7 @@ class TestFileStoreWithoutPageCache(StoreContract):
 
 class TestMemoryStore(StoreContract):
     shared_by_processes = False
+    leaves_uploads = False
 
     @pytest.fixture
     def store(self) -> Iterator[Store]:
@@ -243,3 +247,35 @@ def test_file_store_disk_that_fills_up_is_an_error_and_leaves_nothing(file_store
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files_below(folder) == ["before"]
+
+
+class _CountingFs(MemoryFileSystem):  # type: ignore[misc]
+    """A file system of its own that counts how often it is asked about an object, and replaces it before the last time."""
+
+    store: dict[str, Any] = {}
+    replaced = False
+    asked = 0
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        self.asked += 1
+        if self.replaced and self.asked > 1:
+            self.pipe_file(path, bytes(self.store[path].getbuffer().nbytes))
+        found: dict[str, Any] = super().info(path, **options)
+        return found
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_fsspec_blocks_ask_about_the_object_before_the_first_and_after_the_last(replaced: bool) -> None:
+    fs = _CountingFs(skip_instance_cache=True)
+    store = FsspecStore(f"memory://{uuid.uuid4().hex}", fs=fs)
+    data = bytes(range(256)) * (5 * BLOCK_BYTES // 256 // 2)
+    store.put("key", data)
+    fs.asked, fs.replaced = 0, replaced
+    blocks = store.blocks("key")
+    assert [next(blocks), next(blocks)] == [data[:BLOCK_BYTES], data[BLOCK_BYTES : 2 * BLOCK_BYTES]]
+    if replaced:
+        with pytest.raises(ObjectChangedError, match="replaced while it was read"):
+            next(blocks)
+    else:
+        assert list(blocks) == [data[2 * BLOCK_BYTES :]]
+    assert fs.asked == 2
