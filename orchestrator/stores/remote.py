@@ -132,30 +132,28 @@ def _sha256(info: dict[str, Any]) -> str:
 
 @dataclass
 class Window:
-    """Small planned ranges of a file that lie side by side: bytes [begin, end), fetched once."""
+    """Small planned ranges of a file that lie side by side, without a gap: bytes [begin, end), fetched once."""
 
     begin: int
     end: int
-    left: int
-    """Planned bytes that nobody has asked for yet; at none the window is dropped."""
+    asked: int = 0
     data: Future[Block] | None = None
+
+    @property
+    def left(self) -> int:
+        """Planned bytes that nobody has asked for yet; at none the window is dropped."""
+        return self.end - self.begin - self.asked
 
 
 def windows(planned: Iterable[PlannedRange]) -> dict[int, list[Window]]:
     """Windows of each file, in order, over the small ranges. No byte is in two of them, none that is not planned in any."""
     found: dict[int, list[Window]] = {}
-    small = sorted({item for item in planned if 0 < item[2] - item[1] < SMALL_BYTES})
-    for file, begin, end in small:
+    for file, begin, end in sorted({item for item in planned if 0 < item[2] - item[1] < SMALL_BYTES}):
         mine = found.setdefault(file, [])
-        last = mine[-1] if mine else None
-        if last is not None and begin < last.end:
-            last.left += max(end - last.end, 0)
-            last.end = max(end, last.end)
-        elif last is not None and begin == last.end and end - last.begin <= WINDOW_BYTES:
-            last.left += end - begin
-            last.end = end
+        if mine and (begin < mine[-1].end or (begin == mine[-1].end and end - mine[-1].begin <= WINDOW_BYTES)):
+            mine[-1].end = max(end, mine[-1].end)
         else:
-            mine.append(Window(begin, end, end - begin))
+            mine.append(Window(begin, end))
     return found
 
 
@@ -220,16 +218,17 @@ class RemoteSource:
             if known is None:
                 self._held += size
             data = window.data = known or Future()
-            window.left -= len(out)
-            if window.left <= 0:
-                self._held -= size
-                mine.pop(position)
         if known is None:
             _fill(data, lambda: self._fetch(file, window.begin, min(window.end, self._files[file].num_bytes)))
         piece = data.result()[offset - window.begin : end - window.begin]
         if len(piece) != len(out):
             raise SourceCorruptError(f"{self._place.url}/{self._files[file].name} ended at byte {offset + len(piece)}")
         out[:] = piece
+        with self._lock:
+            window.asked += len(out)
+            if window.left <= 0 and window in mine:
+                self._held -= size
+                mine.remove(window)
         return True
 
     def _fetch_into(self, file: int, offset: int, out: memoryview) -> None:
