@@ -76,10 +76,10 @@ def read_header_at(folder: SourceFolder, name: str) -> tuple[list[HeaderEntry], 
     try:
         plain = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(plain, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         metadata = plain.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict):
-            raise ValueError("__metadata__ is no JSON object")
+            raise ValueError("__metadata__ is not a JSON object")
         entries = [_entry(name, fields, 8 + length) for name, fields in plain.items()]
     except (ValueError, RecursionError) as error:
         raise SourceCorruptError(f"{path}: the safetensors header is damaged: {abbreviated(str(error), 300)}") from None
@@ -102,7 +102,7 @@ def _entry(name: str, fields: Any, data_start: int) -> HeaderEntry:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise ValueError(f"{shown} has no dtype, shape and data_offsets")
     if not is_text(name):
-        raise ValueError(f"the name {shown!a} is no text")
+        raise ValueError(f"the name {shown!a} is not a text")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"{shown} has the unknown dtype {abbreviated(repr(dtype), 40)}")

@@ -88,7 +88,7 @@ def _read_config(folder: SourceFolder) -> tuple[ModelConfig, Topology, Family]:
     plain = read_json(folder, CONFIG)
     quantization = plain.get("quantization") or {}
     if not isinstance(quantization, dict):
-        raise SourceCorruptError(f"{folder.url}/{CONFIG}: quantization is no JSON object")
+        raise SourceCorruptError(f"{folder.url}/{CONFIG}: quantization is not a JSON object")
     algorithm = quantization.get("quant_algo") or quantization.get("kv_cache_quant_algo")
     if algorithm:
         raise QuantizationError(f"{folder.url} is already quantized ({algorithm})", "Build from the unquantized checkpoint.")
@@ -135,7 +135,7 @@ def _rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]
     check_file_names(list(listed.values()), r"[^/\\]+\.safetensors", f"{folder.url}/{listing}")
     missing = sorted(set(listed.values()) - present)
     if missing:
-        raise SourceMissingError(f"{folder.url}/{listing} names the shard {missing[0]}, which is not there")
+        raise SourceMissingError(f"{folder.url}/{listing} names the shard {missing[0]}, which is missing")
     return sorted(set(listed.values()))
 
 

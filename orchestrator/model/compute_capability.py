@@ -57,7 +57,7 @@ def parse(text: str) -> Capability:
     """Return (8, 9) for 8.9, sm89 or SM_89. Raises SpecError for any other text."""
     digits = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", text.lower())
     if digits is None:
-        raise SpecError(f"engine.compute_capabilities: {text!r} is no compute capability", "Write them as 8.9 or 12.0.")
+        raise SpecError(f"engine.compute_capabilities: {text!r} is not a compute capability", "Write them as 8.9 or 12.0.")
     return int(digits[1]), int(digits[2])
 
 

@@ -124,7 +124,7 @@ def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable,
 def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigTable) -> tuple[str, ...]:
     """Return warnings for keys that are skipped because transformers does not read them, and for values of doubtful meaning."""
     found = [
-        f"{key} {shown(config[key])} in config.json of {architecture} is passed over, as transformers does: {passed.why}"
+        f"{key} {shown(config[key])} in config.json of {architecture} is ignored, as in transformers: {passed.why}"
         for key, passed in table.passed_over.items()
         if key in config and passed.quiet is not None and config[key] not in passed.quiet
     ]

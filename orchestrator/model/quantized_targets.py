@@ -144,7 +144,7 @@ def problem(target: Target, fmt: LinearFormat) -> Problem | None:
     block = {WeightFormat.NVFP4: NVFP4_BLOCK, WeightFormat.MXFP8: MXFP8_BLOCK}.get(fmt.weight, fmt.block_size)
     if block and (whole % block or inner % block):
         legal = tuple(size for size in _BLOCKS if math.gcd(whole, inner) % size == 0) if fmt.block_size else None
-        return Problem(linear, f"{inner} input features per rank (of {whole}) are no multiple of the block size {block}", legal)
+        return Problem(linear, f"{inner} input features per rank (of {whole}) are not a multiple of the block size {block}", legal)
     if fmt.weight in (WeightFormat.INT4_BLOCK, WeightFormat.INT4_BLOCK_FP8) and any(_is_odd(read) for read in target.reads):
         return Problem(linear, "INT4 packs two output rows into a byte, and a rank has an odd number of rows")
     return None

@@ -104,7 +104,7 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
     16 bits or more.
     """
     if asked != "auto" and asked not in MODEL_DTYPES:
-        raise SpecError(f"{asked!r} is no model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
+        raise SpecError(f"{asked!r} is not a model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
     sizes: dict[str, int] = {}
     for tensor in index.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
@@ -117,6 +117,8 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
     if asked != "auto":
         return asked
     if dominant not in MODEL_DTYPE_NAMES:
-        raise SpecError(f"the source's dtype {dominant or 'none'} is no model dtype", "Set dtype: bfloat16 or float16 in the spec.")
+        raise SpecError(
+            f"the source's dtype {dominant or 'none'} is not a model dtype", "Set dtype: bfloat16 or float16 in the spec."
+        )
     name = MODEL_DTYPE_NAMES[dominant]
     return "float16" if name == "float32" else name

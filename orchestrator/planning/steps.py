@@ -195,7 +195,7 @@ class Cause(StrEnum):
 _AGAIN = "; then run the same command again: committed steps are not repeated."
 _ADVICE = {
     Cause.NODE: "See why the node was lost" + _AGAIN,
-    Cause.WORKER: "The end of the worker's log stands in the build's record; where it was killed, see by whom" + _AGAIN,
+    Cause.WORKER: "Read the end of the worker's log in the build's record; if the worker was killed, find out by whom" + _AGAIN,
     Cause.MEMORY: "Give the step's pool more memory in the cluster file, or make ranks smaller with more tp or pp" + _AGAIN,
     Cause.DISK: "Free space in the node's scratch folder, or set `scratch` in the cluster file to a larger one" + _AGAIN,
     Cause.STORE: "See that the node reaches the store" + _AGAIN,

@@ -147,7 +147,7 @@ ENTRY = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         ({"a": 7}, "a has no dtype, shape and data_offsets"),
         ({"a": {**ENTRY, "dtype": ["BF16"]}}, "a has the unknown dtype ['BF16']"),
         ({"a": {**ENTRY, "dtype": "BF17"}}, "unknown dtype 'BF17'"),
@@ -162,9 +162,9 @@ ENTRY = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}
         ({"a": {**ENTRY, "data_offsets": ["0", "4"]}}, "a has the malformed data_offsets"),
         ({"a": {**ENTRY, "data_offsets": [4, 0]}}, "a: bytes 4..0 do not hold"),
         ({"a": {**ENTRY, "data_offsets": [4, 8]}}, "a starts at byte"),
-        ({"\ud800": ENTRY}, "is no text"),
+        ({"\ud800": ENTRY}, "is not a text"),
         ({"a": ENTRY, "b": ENTRY}, "b starts at byte"),
-        ({"a": ENTRY, "__metadata__": [1]}, "__metadata__ is no JSON object"),
+        ({"a": ENTRY, "__metadata__": [1]}, "__metadata__ is not a JSON object"),
         ({"x" * 10**6: {**ENTRY, "shape": [3]}}, "do not hold"),
         ({"a": {**ENTRY, "shape": [2**62], "data_offsets": [0, 2**63 - 1]}}, "do not hold"),
     ],

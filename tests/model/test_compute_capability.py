@@ -69,5 +69,5 @@ def test_parse_spellings_of_one_capability_agree(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "ampere", "8", "8.9.1"])
 def test_parse_of_no_capability_is_a_wrong_spec(text: str) -> None:
-    with pytest.raises(SpecError, match="is no compute capability"):
+    with pytest.raises(SpecError, match="is not a compute capability"):
         parse(text)

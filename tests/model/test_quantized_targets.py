@@ -166,7 +166,7 @@ def test_weight_map_sizes_count_packed_bytes() -> None:
 
 def test_weight_map_block_that_does_not_divide_a_rank_is_refused_with_the_legal_blocks() -> None:
     config = model_config(hidden_size=192, intermediate_size=384, num_attention_heads=3, num_key_value_heads=3, head_size=64)
-    with pytest.raises(QuantizationError, match="are no multiple of the block size 128") as caught:
+    with pytest.raises(QuantizationError, match="are not a multiple of the block size 128") as caught:
         targets(quantization("W4A16_AWQ"), tp=1, config=config)
     assert "16, 32, 64" in caught.value.advice
     assert targets(quantization("W4A16_AWQ", group_size=64), tp=1, config=config)
