@@ -1,6 +1,6 @@
 """Run steps on a Ray cluster: one actor per step, a thin layer around `orchestrator.work`.
 
-The only code that imports ray.
+The only code that imports ray. `Client` does without it: it speaks the REST API of the cluster.
 """
 
 from __future__ import annotations

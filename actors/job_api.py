@@ -1,26 +1,27 @@
 """Ray's job API, reduced to the calls that submissions need. Each request has a time limit, each failure is an error of ours.
 
-The only place that knows Ray's SDK for jobs. It polls, because Ray's own log streaming ends healthy builds.
+The only place that knows Ray's REST API for jobs. It needs no Ray on this machine, so that the base install can submit. It polls,
+because Ray's own log streaming ends healthy builds.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import http.client
+import io
 import ipaddress
-import logging
+import json
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
-
-import ray
-from ray.dashboard.modules.dashboard_sdk import SubmissionClient
-from ray.dashboard.utils import get_address_for_submission_client
-from ray.job_submission import JobSubmissionClient
+from urllib.parse import quote, urlsplit
 
 from orchestrator.base.errors import (
     AuthenticationError,
@@ -37,6 +38,11 @@ from orchestrator.run.labels import selects
 from orchestrator.spec.cluster import DriverSpec
 
 _REQUEST_SECONDS = 30.0
+_OK, _MISSING, _SERVER_ERROR = 200, 404, 500
+_DENIED = (401, 403)
+_OLDEST_RAY = (2, 52)
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""Equal folders make equal packages."""
 _NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubernetes forward that port first."
@@ -134,120 +140,135 @@ class RayJobApi:
     def __init__(self, address: str | None = None) -> None:
         """Connect. `address`: http(s)://HOST:PORT of the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
-        The token is taken from RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names. Raises UnreachableError, and
+        The token is taken from RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names (with
+        RAY_AUTH_MODE=token also from Ray's ~/.ray/auth_token). Raises UnreachableError, ClusterError for an old Ray, and
         AuthenticationError, also when the request would go over the open internet without a token.
         """
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # they log every upload
-            logging.getLogger(name).setLevel(logging.WARNING)
         self.address = _url_of(address)
-        token = _token()
-        check_open(self.address, token is not None)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with _errors(self.address):
-            self._client: Any = _Client(self.address, headers)
+        self._token = _token()
+        check_open(self.address, self._token is not None)
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        version = str(self._ask("GET", "/api/version")["ray_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
+            raise ClusterError(f"{self.address} runs Ray {version}", "Submit to a cluster with Ray 2.52 or newer.")
 
     def submit(
         self, job_id: str, entrypoint: str, folder: Path, driver: DriverSpec, metadata: Mapping[str, str], env: Mapping[str, str]
     ) -> None:
-        try:
-            with _errors(self.address):
-                self._client.submit_job(
-                    entrypoint=entrypoint,
-                    submission_id=job_id,
-                    runtime_env={"working_dir": str(folder), "env_vars": dict(env)},
-                    metadata=dict(metadata),
-                    entrypoint_num_cpus=driver.cpus or None,
-                    entrypoint_memory=driver.memory or None,
-                    entrypoint_resources=dict(driver.resources) or None,
-                    entrypoint_label_selector=dict(driver.labels) or None,
-                )
-        except ClusterError as error:
-            if "already exists" in error.message:
-                raise DuplicateJobError(f"a job {job_id} exists") from None
-            raise
+        fields = {
+            "entrypoint": entrypoint,
+            "submission_id": job_id,
+            "runtime_env": {"working_dir": self._uploaded(folder), "env_vars": dict(env)},
+            "metadata": dict(metadata),
+            "entrypoint_num_cpus": driver.cpus or None,
+            "entrypoint_memory": driver.memory or None,
+            "entrypoint_resources": dict(driver.resources) or None,
+            "entrypoint_label_selector": dict(driver.labels) or None,
+        }
+        body = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
+        status, text = self._request("POST", "/api/jobs/", body)
+        if "already exists" in text and status != _OK:
+            raise DuplicateJobError(f"a job {job_id} exists")
+        if status != _OK:
+            raise refusal(self.address, "", status, text)
 
     def jobs(self) -> list[Job]:
-        with _errors(self.address):
-            return [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return [_job(details) for details in self._ask("GET", "/api/jobs/") if details["submission_id"]]
 
     def job(self, job_id: str) -> Job:
-        with _errors(self.address, job_id):
-            return _job(self._client.get_job_info(job_id))
+        return _job(self._ask("GET", f"/api/jobs/{quote(job_id)}", job_id))
 
     def log(self, job_id: str) -> str:
-        with _errors(self.address, job_id):
-            return str(self._client.get_job_logs(job_id))
+        return str(self._ask("GET", f"/api/jobs/{quote(job_id)}/logs", job_id)["logs"])
 
     def stop(self, job_id: str) -> bool:
-        with _errors(self.address, job_id):
-            return bool(self._client.stop_job(job_id))
+        return bool(self._ask("POST", f"/api/jobs/{quote(job_id)}/stop", job_id)["stopped"])
 
     def nodes(self) -> list[NodeOffer]:
-        with _errors(self.address):
-            return [
-                NodeOffer(node.get("resources_total") or {}, node.get("labels") or {})
-                for node in self._client.list_nodes()
-                if node.get("state") == "ALIVE"
-            ]
+        answer = self._ask("GET", "/api/v0/nodes?detail=1&limit=1000")
+        return [
+            NodeOffer(node.get("resources_total") or {}, node.get("labels") or {})
+            for node in answer["data"]["result"]["result"]
+            if node.get("state") == "ALIVE"
+        ]
+
+    def _uploaded(self, folder: Path) -> str:
+        """URI of `folder` as a package in the cluster, uploaded unless it is there."""
+        data = package(folder)
+        name = f"_ray_pkg_{hashlib.sha256(data).hexdigest()[:32]}.zip"
+        path = f"/api/packages/gcs/{name}"
+        status, text = self._request("GET", path)
+        if status == _MISSING:
+            status, text = self._request("PUT", path, data)
+        if status != _OK:
+            raise refusal(self.address, "", status, text)
+        return f"gcs://{name}"
+
+    def _ask(self, method: str, path: str, job_id: str = "") -> Any:
+        """The JSON that a request answers. Raises what `refusal` makes of a status that is no success."""
+        status, text = self._request(method, path)
+        if status != _OK:
+            raise refusal(self.address, job_id, status, text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise UnreachableError(f"what answers at {self.address} is not Ray's dashboard", _ADVICE) from None
+
+    def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
+        """Status and text of an answer. Raises UnreachableError, AuthenticationError."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
+        request = urllib.request.Request(self.address + path, body, headers, method=method)  # noqa: S310  # _url_of gives http(s)
+        try:
+            with self._opener.open(request, timeout=_REQUEST_SECONDS) as answer:
+                return int(answer.status), answer.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise UnreachableError(f"no answer from {self.address}: {_reason(error)}", _ADVICE) from None
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
-    """Ray's client, with a time limit for every request, and always at the given address."""
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the token to another host."""
 
-    def __init__(self, url: str, headers: dict[str, str]) -> None:
-        SubmissionClient.__init__(self, address=url, headers=headers)  # the SDK's own lets RAY_ADDRESS override its argument
-        self._client_ray_version = ray.__version__
-        self._check_connection_and_version(min_version="2.52")
-
-    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        options.setdefault("timeout", _REQUEST_SECONDS)
-        return super()._do_request(method, endpoint, **options)
-
-    def list_nodes(self) -> list[dict[str, Any]]:
-        answer = self._do_request("GET", "/api/v0/nodes?detail=1&limit=1000")
-        if answer.status_code != 200:
-            self._raise_error(answer)
-        return list(answer.json()["data"]["result"]["result"])
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
-def _job(details: Any) -> Job:
+def package(folder: Path) -> bytes:
+    """A zip file of `folder`'s files, as Ray unpacks a working directory."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix(), _ZIP_TIME), path.read_bytes())
+    return buffer.getvalue()
+
+
+def _job(details: Mapping[str, Any]) -> Job:
+    began, ended = details.get("start_time"), details.get("end_time")
     return Job(
-        id=details.submission_id,
-        state=str(details.status.value),
-        message=details.message or "",
-        error_type=str(details.error_type or ""),
-        exit_code=details.driver_exit_code,
-        metadata=details.metadata or {},
-        submitted_at=details.start_time / 1000 if details.start_time else None,
-        ended_at=details.end_time / 1000 if details.end_time else None,
-        node=details.driver_node_id or "",
+        id=details["submission_id"],
+        state=str(details["status"]),
+        message=details.get("message") or "",
+        error_type=str(details.get("error_type") or ""),
+        exit_code=details.get("driver_exit_code"),
+        metadata=details.get("metadata") or {},
+        submitted_at=began / 1000 if began else None,
+        ended_at=ended / 1000 if ended else None,
+        node=details.get("driver_node_id") or "",
     )
 
 
-@contextlib.contextmanager
-def _errors(address: str, job_id: str = "") -> Iterator[None]:
-    """Turn exceptions of requests and the SDK into our errors."""
-    import requests
-    from ray.exceptions import AuthenticationError as RayAuthenticationError
-
-    try:
-        yield
-    except RayAuthenticationError as error:
-        raise AuthenticationError(
-            f"{address} refuses: {str(error).splitlines()[0]}",
-            "Set RAY_AUTH_TOKEN to the cluster's token in this shell (or RAY_AUTH_TOKEN_PATH to a file with it).",
-        ) from None
-    except (requests.exceptions.RequestException, OSError) as error:
-        raise UnreachableError(f"no answer from {address}: {_reason(error)}", _ADVICE) from None
-    except RuntimeError as error:
-        raise refusal(address, job_id, str(error)) from None
-
-
-def refusal(address: str, job_id: str, text: str) -> Exception:
+def refusal(address: str, job_id: str, status: int, text: str) -> Exception:
     """Return the error for an unsuccessful answer of Ray."""
-    status, _, said = text.removeprefix("Request failed with status code ").partition(": ")
-    said = said.strip().splitlines()[-1] if said.strip() else text
-    if status == "404" and job_id:
+    reason = text.strip().splitlines()[-1] if text.strip() else str(status)
+    if status in _DENIED:
+        return AuthenticationError(
+            f"{address} refuses: {reason}",
+            "Set RAY_AUTH_TOKEN to the cluster's token in this shell (or RAY_AUTH_TOKEN_PATH to a file with it).",
+        )
+    if status == _MISSING and job_id:
         return UnknownSubmissionError(f"{address} has no job {job_id}", "`orchestrator list` shows its jobs.")
     if "No available agent" in text:
         return UnreachableError(
@@ -255,25 +276,22 @@ def refusal(address: str, job_id: str, text: str) -> Exception:
             "If Ray has just started, try again. Else see dashboard_agent.log in Ray's log folder; a second Ray on a "
             "machine needs a different --dashboard-agent-listen-port.",
         )
-    if status.startswith("5") and "already exists" not in text:
-        return UnreachableError(f"{address} failed to answer ({status}): {said}")
-    return ClusterError(f"{address} refused: {said}")
+    if status >= _SERVER_ERROR:
+        return UnreachableError(f"{address} failed to answer ({status}): {reason}")
+    return ClusterError(f"{address} refused: {reason}")
 
 
 def _reason(error: BaseException) -> str:
     text = str(error)
-    if text.startswith("Failed to connect"):  # the SDK's own text, which repeats the address
-        return "no connection"
     return next((known for known in ("Connection refused", "timed out", "Name or service not known") if known in text), text)
 
 
 def _token() -> str | None:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip()
-    if path and Path(path).is_file():
-        return Path(path).read_text().strip()
-    return None
+    usual = "~/.ray/auth_token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or usual).expanduser()
+    return path.read_text().strip() if path.is_file() else None
 
 
 def _url_of(address: str | None) -> str:
@@ -285,6 +303,8 @@ def _url_of(address: str | None) -> str:
         return given.rstrip("/")
     if address is not None and "://" not in address and address != "auto":
         return f"http://{address}".rstrip("/")
+    from ray.dashboard.utils import get_address_for_submission_client
+
     try:  # the cluster's own address, as inside a job: Ray knows its dashboard
         return str(get_address_for_submission_client(given))
     except Exception as error:

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.base.errors import ToolError
+from orchestrator.base.errors import ToolError, UnreachableError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL_BYTES = 200_000_000
+NOWHERE = "http://127.0.0.1:1"
 _NOT_INSTALLED = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "benchmarks", "shared")
 
 
@@ -34,10 +35,12 @@ class Case:
     words: tuple[str, ...]
     extra: str = ""
     """The extra that it must name; empty: it runs."""
+    unreachable: bool = False
+    """It must come as far as the cluster, of which there is none here."""
 
     @property
     def exit_code(self) -> int:
-        return ToolError.exit_code if self.extra else 0
+        return ToolError.exit_code if self.extra else UnreachableError.exit_code if self.unreachable else 0
 
 
 def served(folder: Path, release: str) -> Iterator[Case]:
@@ -55,6 +58,8 @@ def served(folder: Path, release: str) -> Iterator[Case]:
     yield Case(("collect", store))
     yield Case(("schema", "manifest"))
     yield Case(("submit", "--help"))
+    yield Case(("submit", spec, "--cluster", str(folder / "ray.yaml"), "--address", NOWHERE), unreachable=True)
+    yield Case(("list", "--address", NOWHERE), unreachable=True)
     yield Case(("k8s", "overlays"))
     yield Case(("k8s", "render", str(folder / "remote.yaml"), "--overlay", "cpu-aot", "--store", "s3://bucket/builds"))
     yield Case(("k8s", "validate", str(ROOT / "deploy/kuberay/overlays/h100")))
@@ -71,7 +76,6 @@ def refused(folder: Path, release: str) -> Iterator[Case]:
     yield Case(("checkpoint", "compare", str(folder / "model"), str(folder / "model")), "build")
     yield Case(("build", spec, "--cluster", str(folder / "ray.yaml")), "build,ray")
     yield Case(("build", spec, "--cluster", str(folder / "mpi.yaml")), "build,mpi")
-    yield Case(("submit", spec, "--cluster", str(folder / "ray.yaml"), "--address", "http://127.0.0.1:1"), "ray")
     yield Case(("k8s", "list"), "kubernetes")
     yield Case(("tag", release, "signed", "--sign-key", str(folder / "spec.yaml")), "signing")
 

@@ -43,8 +43,7 @@ LOG = [
 
 
 def test_refusal_of_a_cluster_whose_agents_are_away_does_not_blame_the_address() -> None:
-    said = 'Request failed with status code 500: {"msg": "No available agent to submit job, please try again later."}'
-    error = refusal("http://head:8265", "", said)
+    error = refusal("http://head:8265", "", 500, '{"msg": "No available agent to submit job, please try again later."}')
     assert isinstance(error, UnreachableError)
     assert error.message == "http://head:8265 answers, but no node's agent takes the job"
     assert "dashboard_agent.log" in error.advice
