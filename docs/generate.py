@@ -65,7 +65,13 @@ def spec_lines() -> Iterator[str]:
         for path, model in _sections(root):
             if path:
                 yield from ("", f"### {path}")
-            yield from ("", inspect.cleandoc(model.__doc__ or ""), "", "| field | type | default | meaning |", "|---|---|---|---|")
+            yield from (
+                "",
+                _plain(inspect.cleandoc(model.__doc__ or "")),
+                "",
+                "| field | type | default | meaning |",
+                "|---|---|---|---|",
+            )
             yield from (_row(model, name, info, path) for name, info in model.model_fields.items())
         yield ""
 
@@ -99,7 +105,17 @@ def _row(model: type[BaseModel], name: str, info: FieldInfo, path: str) -> str:
         default = "**required**" if info.is_required() else "absent" if info.default is None else "its defaults"
         meaning = meaning or inspect.cleandoc(section.__doc__ or "").splitlines()[0]
     cells = (f"`{name}`", kind, default, " ".join(meaning.split()))
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return _table_row(cells)
+
+
+def _table_row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """`text` without what Markdown would take for tags or emphasis outside of code."""
+    parts = text.split("`")
+    return "`".join(part if number % 2 else part.replace("<", "&lt;").replace(" *", " \\*") for number, part in enumerate(parts))
 
 
 def _source_of(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
@@ -161,7 +177,7 @@ def error_lines() -> Iterator[str]:
     for cls in sorted(classes, key=lambda cls: (cls.exit_code, cls.__name__)):
         meaning = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
         cells = (str(cls.exit_code), f"`{cls.__name__}`", meaning, cls.default_advice)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        yield _table_row(cells)
 
 
 if __name__ == "__main__":

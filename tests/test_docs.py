@@ -5,6 +5,7 @@ Each check is a function from a document to its problems; the planted documents 
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import typing
@@ -14,12 +15,16 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
 import orchestrator
 import orchestrator.families
 from benchmarks import first_70b
 from docs import generate
+from orchestrator.base.errors import SpecError
 from orchestrator.cli import app
+from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.decoding import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -199,8 +204,35 @@ def untrue_diffs(path: Path, text: str) -> Iterator[str]:
                 yield f"{name} has no line {added!r}"
 
 
+def wrong_examples(path: Path, text: str) -> Iterator[str]:
+    """Specs that do not decode, and Python whose imports do not exist."""
+    for language, block in _FENCE.findall(text):
+        if language == "yaml" and re.search(r"^(source|quantization):", block, re.MULTILINE):
+            try:
+                decode(
+                    BuildSpec, {"source": {"path": "x"}, "release": {"name": "x", "version": "1"}} | yaml.safe_load(block), "page"
+                )
+            except SpecError as error:
+                yield f"spec: {error.message}"
+        elif language == "python":
+            imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            for node in imports:
+                try:
+                    exec(ast.unparse(node), {})
+                except ImportError as error:
+                    yield f"python: {error}"
+
+
 Check = Callable[[Path, str], Iterator[str]]
-EVERYWHERE: tuple[Check, ...] = (broken_links, wrong_commands, missing_targets, missing_modules, missing_paths, untrue_diffs)
+EVERYWHERE: tuple[Check, ...] = (
+    broken_links,
+    wrong_commands,
+    missing_targets,
+    missing_modules,
+    missing_paths,
+    untrue_diffs,
+    wrong_examples,
+)
 SOMEWHERE: tuple[tuple[str, Check], ...] = (
     ("README.md", large_page),
     ("docs/benchmarks.md", lonely_figures),
@@ -245,6 +277,8 @@ def test_page_keeps_its_own_promise(name: str, check: Check) -> None:
         (untrue_steps, _TOUR.replace("work/convert/step.py", "work/convert/stop.py"), "no file"),
         (untrue_steps, _TOUR.replace("`make_plan`", "`no_such_function`"), "does not define"),
         (untrue_steps, "".join(reversed(_TOUR.splitlines(keepends=True))), "no file before it names"),
+        (wrong_examples, "```yaml\nsource: {path: x}\nengine: {max_batch: 1}\n```", "spec: "),
+        (wrong_examples, "```python\nfrom orchestrator import no_such_name\n```", "python: "),
         (untrue_diffs, "```diff\n+++ Makefile\n+nothing\n```", "Makefile has no line 'nothing'"),
     ],
 )
