@@ -55,7 +55,7 @@ def unfit(node: NodeFacts, step: Step) -> str:
         return node.error or node.store_error
     unseen = [place for place in step.locations.values() if not node.paths.get(place, True)]
     if unseen:
-        return f"{unseen[0]} is not there"
+        return f"{unseen[0]} is missing"
     if step.kind is Kind.BUILD:
         backend = step.options.get("engine", {}).get("backend", "")
         wanted = step.options.get("tensorrt_version")

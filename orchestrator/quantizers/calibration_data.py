@@ -148,7 +148,7 @@ def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Tex
 def _check_same(path: Path, data: CalibrationData) -> None:
     if not path.is_file():
         raise SourceMissingError(
-            f"{path} is not there on this node", "Every node that calibrates must see the file under that path."
+            f"{path} is missing on this node", "Every node that calibrates must see the file under that path."
         )
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != data.digest:

@@ -1,4 +1,4 @@
-"""Stores, where bytes go, and sources, where a checkpoint lies: each member chosen by the scheme of a URL."""
+"""Stores, where bytes are written, and sources, where a checkpoint is read. The scheme of a URL chooses the class."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
 
 
 def open_source(url: str) -> SourceFolder:
-    """The place at `url`: a path of this machine, a file:// URL, or any URL that fsspec knows.
+    """Open the source at `url`: a local path, a file:// URL, or any URL that fsspec knows.
 
-    Raises StoreError for a scheme that fsspec does not know, SpecError for a URL with a password in it.
+    Raises StoreError for a scheme that fsspec does not know, SpecError for a URL with a password.
     """
     if not is_url(url):
         return LocalFolder(Path(url))

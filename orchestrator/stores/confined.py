@@ -1,4 +1,4 @@
-"""Files of a source that are published with a release: read from within the source only, since others get to read them."""
+"""Read files of a source that are published with a release: only from within the source, because others will read them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SNAPSHOTS = "snapshots"
 
 
 def read_companion(folder: SourceFolder, name: str) -> bytes:
-    """A tokenizer or config file. Raises SourceLinkError when it is a link out of the source, and as `SourceFolder.read`."""
+    """Read a tokenizer or config file. Raises SourceLinkError for a link out of the source, and as `SourceFolder.read`."""
     if isinstance(folder, LocalFolder):
         _check_within(folder.folder, name)
     return folder.read(name)
 
 
 def _check_within(folder: Path, name: str) -> None:
-    """Raises SourceLinkError, SourceMissingError."""
+    """Check that a file lies within the source. Raises SourceLinkError, SourceMissingError."""
     try:
         root, target = folder.resolve(), (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -33,7 +33,7 @@ def _check_within(folder: Path, name: str) -> None:
 
 
 def _hub_repository(root: Path) -> list[Path]:
-    """The folder of blobs that a snapshot in a hub cache links to: models--ORG--NAME/snapshots/REV/x -> ../../blobs/SHA."""
+    """Return the folder of blobs that a snapshot in a hub cache links to: models--ORG--NAME/snapshots/REV/x -> ../../blobs/SHA."""
     if root.parent.name == _SNAPSHOTS and (root.parents[1] / "blobs").is_dir():
         return [root.parents[1] / "blobs"]
     return []

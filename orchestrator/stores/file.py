@@ -1,8 +1,8 @@
 """file:// on a POSIX file system, local or shared.
 
-An object is written under a temporary name, synced, then linked to its own name: link(2) fails when the name is taken,
-atomically, on NFS too. Copies are hard links where possible, because objects are never written in place. Large objects
-bypass the page cache: it costs more CPU than sha256 does to fill it, and it is memory that a container is charged for.
+An object is written under a temporary name, synced, then linked to its own name: link(2) fails when the name is taken, atomically,
+on NFS too. Copies are hard links where possible, because objects are never written in place. Large objects bypass the page cache:
+filling it costs more CPU than sha256, and its memory is charged to the container.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from orchestrator.stores.store import (
 
 _TEMPORARY = ".tmp-"
 _DIRECT_BYTES = 64 * 2**20
-"""Objects announced to be at least this large are written with O_DIRECT, where the file system can."""
+"""Objects announced to be at least this large are written with O_DIRECT, where the file system supports it."""
 _STAGE_BYTES = 4 * 2**20
 _UNSTAGED_BYTES = 2**20
-"""Pieces at least this large are written from where they are, if they stand on a page; one request each."""
+"""Pieces at least this large are written without staging if they are page-aligned, in one request each."""
 
 
 class FileStore:
@@ -66,7 +66,7 @@ class FileStore:
             return file.read(end - begin)
 
     def blocks(self, key: str) -> Iterator[Block]:
-        # The open file stays the version that it was: objects are replaced by name, never written in place.
+        # An open file stays the same version: objects are replaced by name, never written in place.
         with self._reading(key), self._path(key).open("rb", buffering=0) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
@@ -113,7 +113,7 @@ class FileStore:
                     yield ObjectInfo(key, path.stat().st_size)
 
     def _below(self, prefix: str) -> Iterator[tuple[Path, str]]:
-        """Every file of the folder in which keys with this prefix lie, and its key. Raises StoreError for an unreadable folder."""
+        """Yield every file of the folder that holds this prefix, with its key. Raises StoreError for an unreadable folder."""
         parent = prefix.rpartition("/")[0]
         folder = self._path(parent) if parent else self.root
         with self._listing(prefix):
@@ -136,7 +136,7 @@ class FileStore:
             self._path(key).unlink(missing_ok=True)
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """Temporary files: they tell the folder of what they were to become, not its name."""
+        """Yield temporary files. Their keys show the folder of the target object, not its name."""
         for path, key in self._below(prefix):
             if path.name.startswith(_TEMPORARY):
                 with self._listing(prefix), contextlib.suppress(FileNotFoundError):
@@ -146,7 +146,7 @@ class FileStore:
         self.delete(upload.key)
 
     def check_uploads(self, key: str) -> None:
-        """Large objects need nothing that small ones do not."""
+        """Do nothing: large objects need nothing that small ones do not."""
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -168,7 +168,7 @@ class FileStore:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also when this process is ended meanwhile. Raises StoreError."""
+    """Write a file atomically, even if this process is killed meanwhile. Raises StoreError."""
     FileStore(path.parent.resolve().as_uri()).put(path.name, data)
 
 
@@ -181,7 +181,7 @@ class FileWriter(CountedWriter):
         self._path = store._path(key)
         self._temporary = self._path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
         self._written = 0
-        """Bytes of the file; what is staged is not among them."""
+        """Bytes written to the file, without staged ones."""
         self._file = -1
         self._stage: _Stage | None = None
 
@@ -192,7 +192,7 @@ class FileWriter(CountedWriter):
             if self._num_bytes:
                 with contextlib.suppress(OSError):  # no fallocate here: the file grows as it is written
                     os.posix_fallocate(self._file, 0, self._num_bytes)
-        except BaseException as error:  # an interrupt too: no __exit__ follows
+        except BaseException as error:  # an interrupt too: __exit__ will not run
             self._discard()
             if not isinstance(error, OSError):
                 raise
@@ -224,7 +224,7 @@ class FileWriter(CountedWriter):
             raise store_error(f"cannot write {self._key!r} to {self._store.url}", error) from error
 
     def _write_direct(self, stage: _Stage, view: memoryview) -> None:
-        """Write from where the bytes are when memory and file both stand on a page, else by way of the stage."""
+        """Write straight from the caller's memory when memory and file are page-aligned, else through the stage."""
         if len(view) >= _UNSTAGED_BYTES and stage.is_on_page and is_on_page(view):
             self._pwrite(stage.take_pages())
             whole = len(view) // PAGE_BYTES * PAGE_BYTES
@@ -244,13 +244,13 @@ class FileWriter(CountedWriter):
         self._written += done
 
     def _stop_direct(self) -> bool:
-        """Go on through the page cache: some file systems open with O_DIRECT and then refuse it. False: it was off."""
+        """Continue through the page cache: some file systems open with O_DIRECT, then refuse it. False: it was already off."""
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return bool(flags & os.O_DIRECT)
 
     def _flush(self) -> None:
-        """Write what is staged: whole pages directly, the odd end through the page cache."""
+        """Write staged bytes: whole pages directly, the remainder through the page cache."""
         if self._stage is None:
             return
         self._pwrite(self._stage.take_pages())
@@ -290,21 +290,21 @@ class FileWriter(CountedWriter):
 
 
 class _Stage:
-    """Gathers small and unaligned pieces in a page-aligned buffer, as O_DIRECT wants it."""
+    """Gathers small and unaligned pieces in a page-aligned buffer for O_DIRECT."""
 
     def __init__(self) -> None:
         self._buffer = page_buffer(_STAGE_BYTES)
         self._filled = 0
         self.tail = self._buffer[:0]
-        """Less than a page: what `take_pages` left."""
+        """Less than a page: the remainder of `take_pages`."""
 
     @property
     def is_on_page(self) -> bool:
-        """Whether the next byte of the file is the first of a page."""
+        """Whether the next byte of the file begins a page."""
         return self._filled % PAGE_BYTES == 0
 
     def fill(self, view: memoryview) -> Iterator[memoryview]:
-        """Take in `view`; yields the buffer each time that it is full."""
+        """Take in `view`; yields the buffer each time it is full."""
         while len(view):
             count = min(len(view), _STAGE_BYTES - self._filled)
             self._buffer[self._filled : self._filled + count] = view[:count]
@@ -315,7 +315,7 @@ class _Stage:
                 self._filled = 0
 
     def take_pages(self) -> memoryview:
-        """The whole pages that are left, to be written at once; the stage is empty then, but for the tail."""
+        """Return the remaining whole pages, to be written at once. Only the tail stays staged."""
         pages = self._filled // PAGE_BYTES * PAGE_BYTES
         self.tail = self._buffer[pages : self._filled]
         self._filled = 0

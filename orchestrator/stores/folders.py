@@ -1,7 +1,7 @@
-"""Listing what lies below a folder, of this machine or of an fsspec file system: all of it, or an error.
+"""List everything below a folder, local or of an fsspec file system, or raise an error.
 
-os.walk, Path.rglob and fsspec's find pass over what they cannot read. To `collect`, what is not listed does not exist: a manifest
-in an unreadable folder would give up everything that its release stands on.
+os.walk, Path.rglob and fsspec's find skip what they cannot read. For `collect`, an unlisted object does not exist: a manifest in an
+unreadable folder would release everything that its release needs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`; none when it is not there. Links to folders are followed, as they are when a key is read.
+    """Yield every file below `folder`; empty for a missing folder. Links to folders are followed, as when a key is read.
 
-    Raises OSError for any folder below it that cannot be listed, vanishes meanwhile, or leads back to one above it.
+    Raises OSError for any folder below that cannot be listed, vanishes meanwhile, or leads back to a parent.
     """
     try:
         top = folder.stat()
@@ -39,9 +39,9 @@ def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 
 def find_files(fs: Any, root: str) -> dict[str, dict[str, Any]]:
-    """Every file below `root` of an fsspec file system, by its path; none when it is not there.
+    """Return every file below `root` of an fsspec file system, by path; empty for a missing root.
 
-    Raises what a request raises, OSError for a folder below it that cannot be listed.
+    Raises the errors of requests, and OSError for a folder below that cannot be listed.
     """
     if _lists_at_once(fs):
         try:
@@ -66,7 +66,7 @@ def _walk(fs: Any, folder: str, entries: list[dict[str, Any]]) -> Iterator[tuple
 
 
 def _lists_at_once(fs: Any) -> bool:
-    """Whether the file system has a listing of its own, as object stores do; fsspec's goes on when a folder cannot be listed."""
+    """Whether the file system has its own listing, as object stores do; fsspec's own skips folders that cannot be listed."""
     from fsspec.asyn import AsyncFileSystem
     from fsspec.spec import AbstractFileSystem
 

@@ -1,9 +1,9 @@
-"""Any URL that fsspec knows: memory://, and gs:// or az:// where their fsspec package is installed. S3 is s3.py's.
+"""Any URL that fsspec knows: memory://, and gs:// or az:// with their fsspec packages. s3.py does S3.
 
-fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises; writers here open with
-autocommit=False and commit only at a clean end, or, where that means nothing (memory://), gather the bytes until then.
-Put-if-absent is fsspec's mode="create" (a precondition of the request on Google's and Azure's stores). What may be done
-twice is tried again; writes are, as far as the package of the scheme does.
+fsspec's `with fs.open(path, "wb")` publishes a truncated object when its block raises. So writers here open with autocommit=False
+and commit only at a clean end, or, where that has no effect (memory://), gather the bytes until then. Put-if-absent is fsspec's
+mode="create" (a precondition of the request on Google's and Azure's stores). Repeatable requests are retried here, writes only as
+far as the scheme's package does.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _BLOCK_BYTES = 16 * 2**20
 _VERSION_FIELDS = ("etag", "md5Hash", "content_md5", "mtime", "created")
 _MEMORY_LOCK = threading.Lock()
 _INHERITED: list[Any] = []
-"""Clients of a parent process: kept from the garbage collector, whose finalizer would wait for the parent's threads."""
+"""Clients of a parent process, kept from the garbage collector, whose finalizer would wait for the parent's threads."""
 
 
 def check_scheme(url: str, what: str) -> None:
-    """Raises StoreError for a URL whose scheme fsspec does not know, or has no package for."""
+    """Check the scheme. Raises StoreError when fsspec does not know it, or lacks its package."""
     from fsspec.registry import get_filesystem_class, known_implementations
     from fsspec.utils import get_protocol
 
@@ -62,13 +62,13 @@ def check_scheme(url: str, what: str) -> None:
 
 
 class FsspecStore:
-    """Objects below an fsspec URL. The client is made by the first request of a process, and never pickled."""
+    """Objects below an fsspec URL. The first request of a process makes the client, which is never pickled."""
 
     def __init__(self, url: str, *, fs: Any = None, backoff: Backoff | None = None) -> None:
-        """Connects to nothing yet. `fs` is a file system to use in place of the URL's own; stores may share it."""
+        """Connects to nothing yet. `fs`: a file system to use instead of the URL's own; stores may share it."""
         self.url = url.rstrip("/")
         self.commits = not url.startswith("memory:")
-        """Whether autocommit=False keeps a file back until it is committed."""
+        """Whether autocommit=False holds back a file until it is committed."""
         self._backoff = backoff or Backoff()
         self._lock = threading.Lock()
         self._client, self._process_id = fs, os.getpid()
@@ -78,7 +78,7 @@ class FsspecStore:
 
     @property
     def fs(self) -> Any:
-        """A client of this process; it looks things up anew each time."""
+        """Client of this process. It caches no listings."""
         with self._lock:
             if self._process_id != os.getpid():
                 _INHERITED.append(self._client)
@@ -94,7 +94,7 @@ class FsspecStore:
         return fsspec.url_to_fs(self.url, **options)[0]
 
     def _renew(self, seen: Any) -> None:
-        """Drop the client that `seen` was, so that the next request finds credentials anew."""
+        """Drop the client `seen`, so that the next request reads credentials again."""
         with self._lock:
             if self._client is seen:
                 self._client = None
@@ -104,7 +104,7 @@ class FsspecStore:
         return str(self.fs._strip_protocol(self.url)).rstrip("/")
 
     def path(self, key: str) -> str:
-        """The key as the client names it. Raises StoreError for what is no key."""
+        """Return the client's path of a key. Raises StoreError for an invalid key."""
         check_key(key)
         return f"{self._root}/{key}"
 
@@ -119,15 +119,15 @@ class FsspecStore:
         return b""
 
     def fetch(self, key: str, begin: int, end: int | None) -> Fetched:
-        """Bytes [begin, end) of an object, fewer where it ends before."""
+        """Read bytes [begin, end) of an object, fewer at its end."""
         return self.retried(f"read {key!r}", lambda: self.fetch_once(key, begin, end))
 
     def fetch_once(self, key: str, begin: int, end: int | None) -> Fetched:
-        """`fetch` in one request. Raises what `told_apart` understands."""
+        """Do `fetch` in one request. Raises errors for `told_apart`."""
         return Fetched(self.fs.cat_file(self.path(key), start=begin, end=end))
 
     def blocks(self, key: str) -> Iterator[Block]:
-        """As the protocol says. The store is asked for the version before the first block and after the last one only."""
+        """See Store. Asks for the version only before the first block and after the last."""
         before = self._version(key)
         for begin in range(0, before[0], BLOCK_BYTES):
             end = min(begin + BLOCK_BYTES, before[0])
@@ -137,14 +137,14 @@ class FsspecStore:
             yield block
 
     def _version(self, key: str) -> tuple[int, str]:
-        """Size, and what else tells versions of an object apart."""
+        """Return the size, and a mark that distinguishes versions of an object."""
         info = self.look(key)
         if info is None:
             raise ObjectMissingError(f"cannot read {key!r}: {self.url} has no such object")
         return int(info["size"]), "".join(str(info.get(field, "")) for field in _VERSION_FIELDS)
 
     def look(self, key: str) -> dict[str, Any] | None:
-        """What the store says of an object, its 'size' at least; None when there is none."""
+        """Return the store's facts about an object, at least its 'size'; None when it is missing."""
         try:
             info: dict[str, Any] = self.retried(f"look at {key!r}", lambda: self.fs.info(self.path(key)))
         except ObjectMissingError:
@@ -167,7 +167,7 @@ class FsspecStore:
         self.retried(f"copy {source!r}", lambda: self.fs.cp_file(self.path(source), self.path(target)))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object of the folder in which keys with this prefix lie is looked at."""
+        """See Store. Looks at every object of the folder that holds this prefix."""
         root = self._root
         folder = f"{root}/{prefix.rpartition('/')[0]}".rstrip("/")
         for path, info in self.retried(f"list {prefix!r}", lambda: find_files(self.fs, folder)).items():
@@ -179,26 +179,26 @@ class FsspecStore:
             self.retried(f"delete {key!r}", lambda: self.fs.rm_file(self.path(key)))
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """None: such services forget by themselves, in a week, what was not committed."""
+        """Yield nothing: such services remove uncommitted uploads within a week."""
         yield from ()
 
     def abort_upload(self, upload: Upload) -> None:
-        """There are none."""
+        """Do nothing: there are no uploads."""
 
     def check_uploads(self, key: str) -> None:
-        """Large objects need nothing that small ones do not."""
+        """Do nothing: large objects need nothing that small ones do not."""
 
     def local_path(self, key: str) -> Path | None:
         return None
 
     def retried(self, doing: str, attempt: Callable[[], T]) -> T:
-        """`attempt` until it returns, with backoff and one new connection. Raises as `errors`."""
+        """Call `attempt` until it returns, with backoff and one new connection. Raises as `errors`."""
         with self.errors(doing, self._backoff.max_attempts):
             return self._backoff.run(attempt, functools.partial(self._renew, self.fs))
 
     @contextlib.contextmanager
     def errors(self, doing: str, attempts: int = 1) -> Iterator[None]:
-        """Failures of requests, which last, as StoreErrors that say what was being done."""
+        """Turn lasting failures of requests into StoreErrors that name the operation."""
         try:
             yield
         except Exception as error:
@@ -229,7 +229,7 @@ class FsspecStore:
 
 
 class FsspecWriter(CountedWriter):
-    """A streaming write that commits at a clean end only."""
+    """A streaming write that commits only at a clean end."""
 
     def __init__(self, store: FsspecStore, key: str, num_bytes: int | None) -> None:
         super().__init__(key, num_bytes)

@@ -1,7 +1,7 @@
-"""Models of the Hugging Face hub, as sources: hf://ORG/MODEL, or hf://ORG/MODEL@REVISION. Read by ranges, nothing is downloaded.
+"""Models of the Hugging Face hub as sources: hf://ORG/MODEL, or hf://ORG/MODEL@REVISION. Read by ranges; nothing is downloaded.
 
-A plan is made of one commit: `pinned` finds that of a branch or tag, and every node reads that. Files are identified by what the
-hub says of their content, the sha256 of large ones.
+A plan is made from one commit: `pinned` resolves a branch or tag to it, and every node reads that commit. Files are identified by
+the hub's facts about their content, for large files the sha256.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.stores.retrying import Backoff, TransientError
 from orchestrator.stores.store import Fetched, ObjectInfo
 
 HUB_OFFLINE = "TRT_ORCHESTRATOR_HF_HUB_OFFLINE"
-"""Environment variable of workers, whose libraries are offline: HF_HUB_OFFLINE as it is where the build was started."""
+"""Environment variable for workers, whose libraries are offline: HF_HUB_OFFLINE of the process that started the build."""
 SCHEME = "hf://"
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,12 +33,12 @@ def is_hub(url: str) -> bool:
 
 
 def pinned(url: str) -> str:
-    """The URL of a source with the commit in place of a branch or tag; other URLs and paths are as they were."""
+    """Return the URL of a source with the commit in place of a branch or tag; other URLs and paths unchanged."""
     return HubStore(url).pinned if is_hub(url) else url
 
 
 class HubStore(FsspecStore):
-    """A model of the hub, at one revision: a store that is only read."""
+    """A model of the hub at one revision: a read-only store."""
 
     def __init__(self, url: str, *, backoff: Backoff | None = None) -> None:
         """Raises SpecError."""
@@ -52,7 +52,7 @@ class HubStore(FsspecStore):
     def _api(self) -> Any:
         from huggingface_hub import HfApi, constants
 
-        # Libraries of a worker ask for nothing of their own accord; its source is read as the user's own process would.
+        # Libraries of a worker are offline; the worker's source is read as the user's own process would.
         choice = os.environ.get(HUB_OFFLINE)
         if choice is not None:
             constants.HF_HUB_OFFLINE = choice.upper() in {"1", "ON", "YES", "TRUE"}
@@ -67,7 +67,7 @@ class HubStore(FsspecStore):
 
     @property
     def pinned(self) -> str:
-        """The URL of this very commit."""
+        """URL of this very commit."""
         return f"{SCHEME}{self._repo}@{self._commit}"
 
     @cached_property
@@ -77,13 +77,13 @@ class HubStore(FsspecStore):
         return {item.path: item for item in found if hasattr(item, "blob_id")}
 
     def _connect(self) -> None:
-        """huggingface_hub has sessions of its own."""
+        """Nothing to connect: huggingface_hub has sessions of its own."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         yield from (ObjectInfo(name, file.size) for name, file in self._files.items() if name.startswith(prefix))
 
     def look(self, key: str) -> dict[str, Any] | None:
-        """Identity: the sha256 of a large file, of any other the name of its blob in git. What a commit holds stays as it is."""
+        """Return the facts of a file. Identity: sha256 of a large file, git blob id of others. Files of a commit never change."""
         file = self._files.get(key)
         if file is None:
             return None
@@ -103,7 +103,7 @@ class HubStore(FsspecStore):
             answer = get_session().get(url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
             hf_raise_for_status(answer)
             data = bytes(answer.content)
-            return data[begin:end] if answer.status_code == 200 else data  # a server without ranges sends all
+            return data[begin:end] if answer.status_code == 200 else data  # a server without ranges sends everything
 
         return Fetched(self._refused(get))
 
@@ -116,7 +116,7 @@ class HubStore(FsspecStore):
         return super()._meaning(doing, attempts, failure)
 
     def _refused(self, request: Callable[[], T]) -> T:
-        """Turn an answer that a retry would not change into an error of ours."""
+        """Turn answers that a retry would not change into errors of ours."""
         from huggingface_hub import errors
 
         try:

@@ -1,10 +1,10 @@
-"""How a file of weights is known: by its content where somebody has written that down, else by its time of modification.
+"""Identify a file of weights: by its content where a digest is recorded, else by its time of modification.
 
-Nobody reads hundreds of gigabytes to make a plan. What is written down: the name of a hub cache's blob, the metadata that
-`hf download --local-dir` keeps beside its files, SHA256SUMS or FILE.sha256 beside the file. A claim counts while the file was not
-touched since: its time of change, which nobody can set back, is no later than the claim's time of modification. What was known by
-its content once is remembered under the user's cache folder. When such a file's times have changed and its size has not, it is
-read, once, to see whether its content has: that is cheaper than to build everything again.
+No plan reads hundreds of gigabytes. Recorded digests are: the name of a hub cache's blob, the metadata that `hf download
+--local-dir` keeps beside its files, SHA256SUMS or FILE.sha256 beside the file. A record counts if the file was not touched since:
+its time of change, which cannot be set back, is no later than the record's time of modification. A digest found once is
+remembered under the user's cache folder. When the times of such a file have changed but not its size, the file is read once to
+compare its content: that is cheaper than to build everything again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_CLAIM_BYTES = 2**20
 
 
 def identity(folder: Path, name: str, found: os.stat_result) -> str:
-    """sha256:... of the content where that is known, else mtime:...; `found` is the file's state."""
+    """Return sha256:... of the content where known, else mtime:...; `found` is the file's status."""
     path = folder / name
     known = _blob(path) or _remembered(path, found, read_again=True)
     if known is None:
@@ -36,7 +36,7 @@ def identity(folder: Path, name: str, found: os.stat_result) -> str:
 
 
 def matches(folder: Path, name: str, found: os.stat_result, planned: str) -> bool:
-    """Whether a file, here and now, is the one that another process, perhaps of another node, identified as `planned`."""
+    """Whether the local file is the one that another process, perhaps of another node, identified as `planned`."""
     kind, _, value = planned.partition(":")
     if kind == "mtime":
         return value == str(found.st_mtime_ns)
@@ -45,17 +45,17 @@ def matches(folder: Path, name: str, found: os.stat_result, planned: str) -> boo
     path = folder / name
     if kind != "sha256" or _blob(path) or _remembered(path, found):
         return False
-    return _hashed(path, found) == value  # known by its content there, and not here: its times have changed since
+    return _hashed(path, found) == value  # its content was known there, but not here: its times have changed since
 
 
 def _blob(path: Path) -> str | None:
-    """Hub caches name a file of Git LFS by its sha256."""
+    """Return the digest in the name of a hub cache's Git LFS blob."""
     blob = path.resolve().name
     return blob if _SHA256.fullmatch(blob) else None
 
 
 def _claimed(folder: Path, name: str, found: os.stat_result) -> str | None:
-    """Digest that somebody has written down since the file was touched last."""
+    """Return a digest recorded after the file was last touched."""
     beside = (folder / name).parent
     for claim, line in (
         (folder / _HUB_METADATA.format(name=name), rf"\S+\n({_SHA256.pattern})\n"),
@@ -77,7 +77,7 @@ def _state(found: os.stat_result) -> list[int]:
 
 
 def _record(path: Path) -> Path | None:
-    """Where a file's content is remembered; None where that folder is not this user's alone: a record is believed."""
+    """Return where a file's digest is remembered; None unless the folder is this user's alone, because records are trusted."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trt-orchestrator" / "sources"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _record(path: Path) -> Path | None:
 
 
 def _remembered(path: Path, found: os.stat_result, *, read_again: bool = False) -> str | None:
-    """The content of a file that is as it was when it was last known; with `read_again` also of one that may be."""
+    """Return the digest of a file unchanged since it was remembered; with `read_again`, also of one that may be unchanged."""
     record = _record(path)
     try:
         plain = json.loads(record.read_bytes()) if record is not None else {}
@@ -115,7 +115,7 @@ def _remember(path: Path, found: os.stat_result, known: str) -> None:
 
 
 def _hashed(path: Path, found: os.stat_result) -> str | None:
-    """Read a file once; None when it cannot be read or changes meanwhile."""
+    """Return the digest of a file by reading it; None when it cannot be read or changes meanwhile."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         known = hashlib.file_digest(file, "sha256").hexdigest()
         if _state(os.fstat(file.fileno())) == _state(found):

@@ -1,8 +1,8 @@
-"""S3 with bulk transfer by obstore: ranged reads and streaming uploads at a fraction of s3fs's CPU time; all else as s3.py.
+"""S3 with bulk transfer by obstore: ranged reads and streaming uploads at a fraction of s3fs's CPU time; the rest as in s3.py.
 
-Knows how obstore is told where to go and what its errors mean. Credentials come from botocore's chain through a provider that asks
-again before they expire; endpoint and region are those that botocore has found. obstore's threads do not survive a fork: a
-forked child transfers through s3fs.
+The only module that knows obstore's settings and errors. Credentials come from botocore's chain through a provider that asks again
+before they expire; endpoint and region are those that botocore found. obstore's threads do not survive a fork, so a forked child
+transfers through s3fs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from orchestrator.stores.s3 import WRITE_ID, S3Store, S3Writer, part_bytes
 from orchestrator.stores.store import CountedWriter, Fetched, ObjectMissingError, Writer, check_key
 
 _REQUEST_SECONDS = 300
-"""Of a whole request, its body too: many uploads on few cores share the network."""
+"""Timeout of a whole request including its body: many uploads on few cores share the network."""
 _CREDENTIAL_SECONDS = 300
-"""How long obstore keeps what botocore gave; botocore itself renews what expires."""
+"""Time for which obstore keeps credentials of botocore, which renews expiring ones."""
 _RETRY_SECONDS = 600
 _runtime_process_id = 0
 
 
 def is_wanted(options: StoreOptions) -> bool:
-    """Whether obstore carries large objects. Raises StoreError when it is asked for by name and not installed."""
+    """Whether obstore transfers large objects. Raises StoreError when it is requested but not installed."""
     installed = importlib.util.find_spec("obstore") is not None
     if options.transfer == "obstore" and not installed:
         advice = "pip install 'trt-orchestrator[obstore]', or leave store_options.transfer out."
@@ -41,7 +41,7 @@ def is_wanted(options: StoreOptions) -> bool:
 
 
 class BotocoreCredentials:
-    """obstore's credential provider: whatever botocore finds, asked anew every few minutes."""
+    """obstore's credential provider: botocore's credentials, read again every few minutes."""
 
     def __init__(self, profile: str | None) -> None:
         """Raises StoreError when there are no credentials."""
@@ -62,22 +62,22 @@ class BotocoreCredentials:
 
 
 class _Clients(NamedTuple):
-    """obstore's clients of one bucket, and the s3fs client whose endpoint and credentials they have."""
+    """obstore's clients of one bucket, and the s3fs client whose endpoint and credentials they share."""
 
     of: Any
     once: Any
-    """Makes each request once."""
+    """Client without retries."""
     trying: Any
-    """Tries the parts of an upload again by itself."""
+    """Client that retries the parts of an upload."""
 
 
 class ObstoreStore(S3Store):
-    """Objects below s3://bucket/prefix; large ones are carried by obstore."""
+    """Objects below s3://bucket/prefix, with large ones transferred by obstore."""
 
     _made: _Clients | None = None
 
     def bulk(self) -> _Clients | None:
-        """obstore's clients; None in a process that was forked from one that had any."""
+        """obstore's clients; None in a process forked from one that had any."""
         global _runtime_process_id
         _runtime_process_id = _runtime_process_id or os.getpid()
         if _runtime_process_id != os.getpid():
@@ -173,7 +173,7 @@ def _retry_config(backoff: Backoff) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_apart() -> Iterator[None]:
-    """obstore's errors as those of the one list in retrying.py; it says HTTP status and S3 code in its text only."""
+    """Turn obstore's errors into those of retrying.py. HTTP status and S3 code are only in their text."""
     from obstore.exceptions import BaseError
 
     try:
@@ -185,7 +185,7 @@ def _told_apart() -> Iterator[None]:
 
 
 def meaning(text: str) -> Exception:
-    """What an error of obstore means, by its text; without an HTTP status the network failed."""
+    """Return the meaning of an obstore error from its text; without an HTTP status the network failed."""
     status = re.search(r"[Ss]tatus(?: code)?: (\d{3})", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
     if status is not None:
@@ -196,14 +196,14 @@ def meaning(text: str) -> Exception:
 
 
 def _short(error: object) -> str:
-    """The first line of what obstore says: the rest is Rust's picture of its own values."""
+    """Return the first line of obstore's message: the rest is a dump of Rust values."""
     return str(error).partition("\n")[0][:500]
 
 
 class ObstoreWriter(CountedWriter):
     """A streaming upload by obstore, which retries each part and aborts the upload when its block raises.
 
-    A failed end is looked at again: the write-id says whether the object was completed all the same.
+    After a failed end, the write-id shows whether the object was completed all the same.
     """
 
     def __init__(self, store: ObstoreStore, client: Any, key: str, num_bytes: int | None, part_bytes: int) -> None:
@@ -226,7 +226,7 @@ class ObstoreWriter(CountedWriter):
     def _write(self, view: memoryview) -> None:
         with self._errors():
             for begin in range(0, len(view) or 1, self._part_bytes):
-                # obstore keeps a reference to what it is given and sends it later; callers use their buffers again.
+                # obstore keeps a reference and sends it later; callers reuse their buffers.
                 self._upload.write(bytes(view[begin : begin + self._part_bytes]))
 
     def _commit(self) -> None:
@@ -244,7 +244,7 @@ class ObstoreWriter(CountedWriter):
             cause.add_note(f"a multipart upload of {self._key!r} may have been left behind: {failure}")
 
     def _end(self, cause: BaseException | None) -> None:
-        """obstore's own end of the upload, once."""
+        """End obstore's own upload, once."""
         upload, self._upload = self._upload, None
         if upload is None:
             return

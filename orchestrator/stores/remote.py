@@ -1,9 +1,8 @@
 """Sources at any URL that has a store: s3://, gs://, memory://. Nothing is copied to disk.
 
-A large range is fetched in parts, several at once, each tried again when the network fails. Small tensors that lie side by
-side are fetched together, once, when the reader has said what it will ask for. Every part of an S3 object is checked to be
-of the version that the plan was made from by the ETag that came with it: `If-Match` would say the same, but Ceph's gateway
-refuses the quoted ETag that every client sends.
+A large range is fetched in parts, several at once, each retried when the network fails. Adjacent small tensors are fetched
+together, once, if the reader has announced its reads. Every part of an S3 object is checked to belong to the plan's version by
+the ETag that came with it: `If-Match` would do the same, but Ceph's gateway refuses the quoted ETag that every client sends.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from orchestrator.stores.source import ByteSource, PlannedRange, check_unchanged
 from orchestrator.stores.store import Block, ObjectMissingError
 
 PART_BYTES = 8 * 2**20
-"""A range is split into parts of about this size: between two thirds and one and a half of it."""
+"""Size of the parts of a range: each has between two thirds and one and a half of it."""
 SMALL_BYTES = 4 * 2**20
-"""Reads below it are worth fetching together with their neighbours."""
+"""Smaller reads are fetched together with their neighbours."""
 WINDOW_BYTES = 16 * 2**20
-"""The most that is fetched at once for small reads."""
+"""Largest fetch for small reads."""
 _HELD_BYTES = 256 * 2**20
-"""Windows in memory at once, fetched and not yet used up; reads beyond that go to the source one by one."""
+"""Memory of the windows that are fetched and not yet used up. Reads beyond that go to the source one by one."""
 _THREADS = 8
 _CONTENT_FIELDS = ("md5Hash", "content_md5")
-"""MD5 of the content, on Google's and Azure's stores: there an ETag changes when only metadata does."""
+"""Fields with the content's MD5 on Google's and Azure's stores: there an ETag also changes with metadata."""
 _ETAG_FIELDS = ("ETag", "etag")
 _TIME_FIELDS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -45,7 +44,7 @@ T = TypeVar("T")
 
 
 class RemoteFolder:
-    """A prefix of an object store, read through the client that the store of such a URL has."""
+    """A prefix of an object store, read through the client of such a URL's store."""
 
     def __init__(self, store: FsspecStore) -> None:
         self.url, self._store = store.url, store
@@ -57,20 +56,20 @@ class RemoteFolder:
         return names
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        """As SourceFolder says; a range that ends behind the file is cut there. Raises SourceMissingError, StoreError."""
+        """See SourceFolder. A range that ends behind the file is cut there. Raises SourceMissingError, StoreError."""
         size = self.source_file(name).num_bytes
         stop = size if end is None else min(end, size)
         return bytes(self.fetch(name, begin, stop)) if begin < stop else b""
 
     def source_file(self, name: str) -> SourceFile:
-        """Identity: a checksum of the content, else the ETag, else the time of modification, else nothing but the size."""
+        """Return a file. Identity: a checksum of the content, else the ETag, else the time of modification, else only the size."""
         return self.source_version(name)[0]
 
     def source_version(self, name: str) -> tuple[SourceFile, str]:
-        """A file as `source_file` says, and the ETag of this version of it, empty where there is none."""
+        """Return a file like `source_file`, and the ETag of this version, empty without one."""
         info = self._store.look(name)
         if info is None:
-            raise SourceMissingError(f"{self.url}/{name} is not there")
+            raise SourceMissingError(f"{self.url}/{name} is missing")
         etag = next((str(info[field]).strip('"') for field in _ETAG_FIELDS if info.get(field)), "")
         return SourceFile(name, int(info["size"]), _identity(info)), etag
 
@@ -78,9 +77,9 @@ class RemoteFolder:
         return RemoteSource(self, files, planned)
 
     def fetch(self, name: str, begin: int, end: int, etag: str = "") -> Block:
-        """Bytes [begin, end), all of them, of the object with that ETag (empty: with any).
+        """Read all bytes [begin, end) of the object with that ETag (empty: any).
 
-        Raises SourceMissingError, SourceCorruptError when it ends early or was replaced, StoreError when it cannot be read.
+        Raises SourceMissingError, SourceCorruptError when the object ends early or was replaced, StoreError when it cannot be read.
         """
 
         def attempt() -> Block:
@@ -97,7 +96,7 @@ class RemoteFolder:
         try:
             return self._store.retried(f"read {name!r}", attempt)
         except ObjectMissingError:
-            raise SourceMissingError(f"{self.url}/{name} is not there") from None
+            raise SourceMissingError(f"{self.url}/{name} is missing") from None
         except OrchestratorError as error:
             if isinstance(error.__cause__, TruncatedError):
                 raise SourceCorruptError(str(error.__cause__)) from error
@@ -105,7 +104,7 @@ class RemoteFolder:
 
 
 def _identity(info: dict[str, Any]) -> str:
-    """By content where the store knows it, else by what changes whenever that may have changed."""
+    """Return an identity by content where the store knows it, else by a mark that changes with every write."""
     if sha256 := _sha256(info):
         return f"sha256:{sha256}"
     if "git" in info:
@@ -120,7 +119,7 @@ def _identity(info: dict[str, Any]) -> str:
 
 
 def _sha256(info: dict[str, Any]) -> str:
-    """sha256 of the content: S3's checksum of an object that was uploaded at once with one, or the hub's of a file of Git LFS."""
+    """Return the content's sha256: S3's checksum of an object uploaded in one request, or the hub's of a Git LFS file."""
     lfs = info.get("lfs")
     if isinstance(lfs, dict) and re.fullmatch(r"[0-9a-f]{64}", str(lfs.get("sha256", ""))):
         return str(lfs["sha256"])
@@ -132,7 +131,7 @@ def _sha256(info: dict[str, Any]) -> str:
 
 @dataclass
 class Window:
-    """Small planned ranges of a file that lie side by side, without a gap: bytes [begin, end), fetched once."""
+    """Adjacent small planned ranges of a file without a gap: bytes [begin, end), fetched once."""
 
     begin: int
     end: int
@@ -141,12 +140,12 @@ class Window:
 
     @property
     def left(self) -> int:
-        """Planned bytes that nobody has asked for yet; at none the window is dropped."""
+        """Planned bytes that are not yet read; at zero the window is dropped."""
         return self.end - self.begin - self.asked
 
 
 def windows(planned: Iterable[PlannedRange]) -> dict[int, list[Window]]:
-    """Windows of each file, in order, over the small ranges. No byte is in two of them, none that is not planned in any."""
+    """Return the windows over the small ranges by file, in order. They do not overlap and hold only planned bytes."""
     found: dict[int, list[Window]] = {}
     for file, begin, end in sorted({item for item in planned if 0 < item[2] - item[1] < SMALL_BYTES}):
         mine = found.setdefault(file, [])
@@ -165,9 +164,9 @@ class RemoteSource:
         self._windows = windows(planned)
         self._held = 0
         self._etags: dict[int, Future[str]] = {}
-        """ETag of the version that is read, by number of the file."""
+        """ETag of the version that is read, by file number."""
         self._lock = threading.Lock()
-        """Held to decide who asks for what, never while asking."""
+        """Held to decide which thread asks the store, never while asking."""
         self._pool = ThreadPoolExecutor(_THREADS, "fetch")
         self.bytes_read = 0
 
@@ -179,7 +178,7 @@ class RemoteSource:
         self._windows.clear()
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        """As ByteSource says. Raises SourceMissingError, SourceCorruptError, StoreError."""
+        """See ByteSource. Raises SourceMissingError, SourceCorruptError, StoreError."""
         self._check(file)
         out = buffer.cast("B") if buffer.ndim != 1 or buffer.format != "B" else buffer
         if not len(out):
@@ -189,7 +188,7 @@ class RemoteSource:
         self._fetch_into(file, offset, out)
 
     def _check(self, file: int) -> str:
-        """ETag of a file, which is the one that the plan was made from; the store is asked once."""
+        """Return the ETag of a file after checking that it is the planned file; the store is asked once."""
         with self._lock:
             known = self._etags.get(file)
             future = known or self._etags.setdefault(file, Future())
@@ -203,7 +202,7 @@ class RemoteSource:
         return etag
 
     def _from_window(self, file: int, offset: int, out: memoryview) -> bool:
-        """Serve a read from the window that it lies in; False when there is none, or no room to hold it."""
+        """Serve a read from its window; False without a window, or without memory to hold it."""
         end = offset + len(out)
         with self._lock:
             mine = self._windows.get(file, [])
@@ -213,7 +212,7 @@ class RemoteSource:
             window = mine[position]
             known, size = window.data, window.end - window.begin
             if known is None and (window.left <= len(out) or self._held + size > _HELD_BYTES):
-                mine.pop(position)  # the others of it are read alone as well: no byte is to be fetched twice
+                mine.pop(position)  # other reads of the window are fetched alone as well: no byte is fetched twice
                 return False
             if known is None:
                 self._held += size
@@ -262,7 +261,7 @@ class RemoteSource:
 
 
 def _fill(future: Future[T], make: Callable[[], T]) -> None:
-    """Give everyone who waits for it what `make` returns or raises."""
+    """Give all waiting threads the result or error of `make`."""
     try:
         future.set_result(make())
     except BaseException as error:

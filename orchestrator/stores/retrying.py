@@ -1,4 +1,4 @@
-"""What a failed request to a store means, when it is made again, and after how long: for every store and every source."""
+"""Meaning of failed requests, and when to repeat them, for every store and source."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TRANSIENT_CODES = frozenset(
     {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "RequestTimeout"}
     | {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable"}
 )
-"""Refusals of a body that was cut or damaged on its way, and of a busy server."""
+"""S3 codes for a body cut or damaged on the way, and for a busy server."""
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
-"""409 is a conflict with a request under way: try again. A condition that was lost is 412."""
+"""HTTP statuses to retry. 409 is a conflict with a concurrent request; a lost condition is 412."""
 _TRANSIENT_PACKAGES = frozenset({"aiohttp", "requests", "urllib3", "httpx", "httpcore", "gcsfs", "azure", "ssl"})
 _TRANSIENT_ERRORS = frozenset(
     {"ConnectionError", "HTTPClientError", "MetadataRetrievalError", "CredentialRetrievalError", "IncompleteReadError"}
 )
-"""Names of botocore's, with what is derived from them."""
+"""Names of botocore's exception classes that are retried, with their subclasses."""
 _LASTING_OS_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _LASTING_ERRNOS = frozenset(
     {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -44,15 +44,15 @@ _ADVICE = {
 
 
 class TransientError(Exception):
-    """The same request may succeed a moment later, or may have succeeded already: its answer was lost."""
+    """The same request may succeed a moment later, or has already succeeded without an answer."""
 
 
 class TruncatedError(TransientError):
-    """A body ended before its range did."""
+    """A body ended before its range."""
 
 
 class RefusedCredentialsError(Exception):
-    """The server does not take these credentials (any more): new ones may do."""
+    """The server refuses these credentials; new ones may work."""
 
 
 class BehindEndError(Exception):
@@ -61,24 +61,24 @@ class BehindEndError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How often a request is made, and the waits between: doubling, each drawn from its upper half."""
+    """Attempts of a request and the waits between: doubling, each drawn from its upper half."""
 
     max_attempts: int = 10
     first_seconds: float = 0.5
     max_seconds: float = 30.0
     sleep: Callable[[float], None] = time.sleep
     draw: Callable[[], float] = random.random
-    """A number of [0, 1)."""
+    """Draws a number of [0, 1)."""
 
     def delays(self) -> Iterator[float]:
-        """Seconds before the second, third, ... attempt."""
+        """Yield the seconds before the second, third, ... attempt."""
         for number in range(self.max_attempts - 1):
             yield min(self.first_seconds * 2**number, self.max_seconds) * (1 + self.draw()) / 2
 
     def run(self, attempt: Callable[[], T], renew: Callable[[], None] | None = None) -> T:
-        """Call `attempt` until it returns; `renew` is called once, when credentials are refused.
+        """Call `attempt` until it returns. When credentials are refused, call `renew` once.
 
-        Raises as `told_apart` says: the last TransientError, a second RefusedCredentialsError, whatever else at once.
+        Raises as `told_apart` says: the last TransientError, a second RefusedCredentialsError, any other error at once.
         """
         delays = self.delays()
         while True:
@@ -99,11 +99,11 @@ class Backoff:
 
 
 def told_apart(error: Exception) -> Exception:
-    """What a failure of any client means: an error of this module, of store.py, or a StoreError that no second attempt mends."""
+    """Return the meaning of any client's failure: an error of this module or store.py, or a StoreError that no retry can fix."""
     if isinstance(error, OrchestratorError | TransientError | RefusedCredentialsError | BehindEndError):
         return error
     response = getattr(error, "response", None)
-    if isinstance(response, Mapping) and "Error" in response:  # of botocore
+    if isinstance(response, Mapping) and "Error" in response:  # an error of botocore
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return refusal(status, str(response["Error"].get("Code", "")), str(response["Error"].get("Message", "")))
     if isinstance(error, FileExistsError):
@@ -122,7 +122,7 @@ def told_apart(error: Exception) -> Exception:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether networks and busy servers cause it, as far as its class tells. gcsfs has a plain OSError for a 403."""
+    """Whether the error's class is typical of networks and busy servers. gcsfs has a plain OSError for a 403."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error) or str(error).startswith("Forbidden"):
         return False
     kind = type(error)
@@ -132,7 +132,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def refusal(status: int, code: str, message: str) -> Exception:
-    """The meaning of an answer of S3 that is no success. A HEAD has no body, hence no code but the number."""
+    """Return the meaning of an unsuccessful answer of S3. A HEAD has no body, so only the status is its code."""
     said = f"{code} ({status}): {message}"
     if code == "NoSuchUpload":
         return NoSuchUploadError(said)

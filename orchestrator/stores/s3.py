@@ -1,11 +1,11 @@
-"""s3://: AWS and servers that speak its protocol, through s3fs: its session, event loop and credentials, botocore's requests.
+"""s3://: AWS and compatible servers, through s3fs: its session, event loop and credentials, and botocore's requests.
 
-Leans only on what such servers share (see check_writable): If-None-Match on single PUTs, but no If-Match (Ceph takes it only
-unquoted), no conditional CompleteMultipartUpload, no ETag that is an MD5, no checksum that the server keeps. s3fs's own
-reads, copies and files are not used: they send parts one after the other, retry beside us, and hide the server's error code.
+Uses only features that such servers share (see check_writable): If-None-Match on single PUTs, but no If-Match (Ceph accepts it only
+unquoted), no conditional CompleteMultipartUpload, no ETag as an MD5, no checksum kept by the server. s3fs's own reads, copies and
+files are not used: they send parts one by one, retry on their own, and hide the server's error code.
 
-Every object carries a random `write-id` in its metadata. When the answer to a request is lost, or a second try meets an object,
-the id says whether the object is our own: nothing is published twice and no race is lost to oneself.
+Every object has a random `write-id` in its metadata. When an answer is lost, or a second attempt meets an object, the id shows
+whether the object is our own: nothing is published twice and no race is lost to oneself.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ WRITE_ID = "write-id"
 PARALLEL = 4
 """Parts in flight."""
 BLOCKS_AHEAD = 2
-"""Blocks in flight of one reader; obstore holds each twice while it joins the pieces that came."""
+"""Blocks in flight of one reader. obstore holds each twice while it joins the received pieces."""
 COPY_BYTES = 2**30
-"""Larger objects are copied in parts: S3 copies 5 GiB at once at most, and parts go side by side."""
+"""Larger objects are copied in parts: S3 copies at most 5 GiB at once, and parts run in parallel."""
 COPY_PART_BYTES = 256 * 2**20
 MAX_PARTS = 10_000
 CONNECTIONS = 32
@@ -60,9 +60,9 @@ _CONNECT_TIMEOUT_SECONDS = 10
 
 
 def part_bytes(num_bytes: int | None) -> int:
-    """Size of the parts of an upload: S3 takes 10,000 parts at most, and 5 MiB at least but for the last.
+    """Return the size of an upload's parts. S3 accepts at most 10,000 parts, each except the last of at least 5 MiB.
 
-    Of unknown size (None): parts for 156 GiB, which no engine of one GPU reaches.
+    For an unknown size (None): parts for 156 GiB, which no engine of one GPU reaches.
     """
     if num_bytes is None:
         return 2 * BLOCK_BYTES
@@ -70,10 +70,10 @@ def part_bytes(num_bytes: int | None) -> int:
 
 
 class S3Store(FsspecStore):
-    """Objects below s3://bucket/prefix. Threads may share it; a forked child connects anew."""
+    """Objects below s3://bucket/prefix. Threads may share the store; a forked child opens its own connections."""
 
     def __init__(self, url: str, options: StoreOptions, *, fs: Any = None, backoff: Backoff | None = None) -> None:
-        """As FsspecStore. Raises StoreError for a URL without a bucket."""
+        """See FsspecStore. Raises StoreError for a URL without a bucket."""
         super().__init__(url, fs=fs, backoff=backoff or Backoff(max_attempts=options.max_attempts))
         parts = urlsplit(url)
         if not parts.netloc:
@@ -86,7 +86,7 @@ class S3Store(FsspecStore):
         return type(self), (self.url, self.options)
 
     def _connect(self) -> Any:
-        """s3fs's file system: session, event loop and credentials as botocore finds them. Nothing of it retries."""
+        """Return s3fs's file system with session, event loop and credentials of botocore. It never retries."""
         import s3fs
 
         named = {"profile": self.options.profile, "endpoint_url": self.options.endpoint_url}
@@ -106,7 +106,7 @@ class S3Store(FsspecStore):
         )
 
     def _config(self) -> dict[str, Any]:
-        """botocore's settings that depend on whether the server is AWS."""
+        """Return botocore's settings that depend on whether the server is AWS."""
         other = self.options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         style, mode = self.options.addressing_style, self.options.checksums
         config: dict[str, Any] = {"s3": {"addressing_style": ("path" if other else "auto") if style == "auto" else style}}
@@ -119,10 +119,10 @@ class S3Store(FsspecStore):
         check_key(key)
         return self._prefix + key
 
-    # Requests, each made once. They raise as `told_apart` says.
+    # Requests without retries. They raise errors for `told_apart`.
 
     def request(self, make: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine that is given botocore's client."""
+        """Run a coroutine function with botocore's client."""
         from fsspec.asyn import sync
 
         fs = self.fs
@@ -140,7 +140,7 @@ class S3Store(FsspecStore):
             raise failure from error
 
     def call(self, operation: str, key: str | None = None, body: bytes | None = None, **parameters: Any) -> dict[str, Any]:
-        """An operation of botocore's S3 client by the name of its method, about one object or the bucket; a body under a digest."""
+        """Call a method of botocore's S3 client for an object or the bucket; a body gets a digest."""
         if key is not None:
             parameters["Key"] = self.path(key)
         if body is not None:
@@ -149,9 +149,9 @@ class S3Store(FsspecStore):
         return answer
 
     def _digest_of(self, body: bytes) -> dict[str, str]:
-        """What to send with a body so that the server finds it damaged: nothing where botocore sends a checksum itself.
+        """Return parameters by which the server detects a damaged body; empty where botocore sends a checksum.
 
-        Content-MD5 is the one digest that every server verifies; not all compare the one in the signature with the body.
+        Content-MD5 is the one digest that every server verifies; not all compare the signature's digest with the body.
         """
         if self.fs.config_kwargs.get("request_checksum_calculation") != "when_required":
             return {}
@@ -183,7 +183,7 @@ class S3Store(FsspecStore):
         return self.request(get)
 
     def holds_once(self, key: str, write_id: str) -> bool:
-        """Whether the object is there and was written under this id."""
+        """Whether the object exists and was written under this id."""
         try:
             return bool(self.call("head_object", key).get("Metadata", {}).get(WRITE_ID) == write_id)
         except ObjectMissingError:
@@ -198,7 +198,7 @@ class S3Store(FsspecStore):
         found = fetch(0)
         version, num_bytes = (found.etag, found.num_bytes), found.num_bytes
         yield found.data
-        del found  # a block is held no longer than until the next is asked for
+        del found  # a block is held no longer than until the next is requested
         begins = iter(range(BLOCK_BYTES, num_bytes, BLOCK_BYTES))
         with ThreadPoolExecutor(BLOCKS_AHEAD, "fetch") as pool:
             jobs = deque(pool.submit(fetch, begin) for begin in itertools.islice(begins, BLOCKS_AHEAD))
@@ -215,7 +215,7 @@ class S3Store(FsspecStore):
                     job.cancel()
 
     def look(self, key: str) -> dict[str, Any] | None:
-        """As FsspecStore says, with a checksum where the server keeps one."""
+        """See FsspecStore. Adds a checksum where the server keeps one."""
         try:
             found = self.retried(f"look at {key!r}", lambda: self.call("head_object", key, ChecksumMode="ENABLED"))
         except ObjectMissingError:
@@ -227,7 +227,7 @@ class S3Store(FsspecStore):
         self.publish(key, write_id, lambda: self.call("put_object", key, data, Metadata={WRITE_ID: write_id}, **condition))
 
     def publish(self, key: str, write_id: str, request: Callable[[], Any]) -> None:
-        """Make the request that brings an object about, until it has: one that seems to fail may have done so."""
+        """Repeat the request that creates an object until it has done so: an attempt that seems to fail may have succeeded."""
         doubtful = False
 
         def attempt() -> None:
@@ -247,14 +247,14 @@ class S3Store(FsspecStore):
         return S3Writer(self, key, num_bytes, part_bytes(num_bytes))
 
     def take_seats(self) -> int:
-        """How many parts a new writer may have in flight: all to one that is alone, one to each that comes beside it."""
+        """Return how many parts a new writer may have in flight: all for the only writer, one for each further one."""
         with self._lock:
             taken = max(self._free_seats, 1)
             self._free_seats -= taken
             return taken
 
     def give_back(self, taken: int) -> None:
-        """The seats of a writer that has ended."""
+        """Return the seats of a writer that has ended."""
         with self._lock:
             self._free_seats += taken
 
@@ -280,7 +280,7 @@ class S3Store(FsspecStore):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         for page in self._pages("list_objects_v2", prefix, ContinuationToken="NextContinuationToken"):
             for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):  # a marker of a folder, which some servers and tools make
+                if not entry["Key"].endswith("/"):  # a folder marker, which some servers and tools create
                     yield ObjectInfo(entry["Key"][len(self._prefix) :], int(entry["Size"]))
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
@@ -290,9 +290,9 @@ class S3Store(FsspecStore):
                 yield Upload(entry["Key"][len(self._prefix) :], entry["UploadId"], entry["Initiated"])
 
     def _pages(self, operation: str, prefix: str, **marks: str) -> Iterator[dict[str, Any]]:
-        """Every page of a listing; `marks`: which field of a page is which parameter of the request for the next one.
+        """Yield every page of a listing. `marks`: parameters of the next request, by field of the page.
 
-        Raises StoreError for a listing that is broken off: botocore's paginators take it for complete.
+        Raises StoreError for an incomplete listing, which botocore's paginators take for complete.
         """
         place: dict[str, Any] = {}
         while True:
@@ -304,7 +304,7 @@ class S3Store(FsspecStore):
             following = {parameter: page.get(field, "") for parameter, field in marks.items()}
             if following == place or not next(iter(following.values())):
                 raise StoreError(
-                    f"cannot list {prefix!r} in {self.url}: the server breaks the listing off and does not say where to go on",
+                    f"cannot list {prefix!r} in {self.url}: the server ends the listing without naming the next page",
                     "Use a server that lists more than a page of objects as S3 does.",
                 )
             place = following
@@ -336,10 +336,10 @@ class S3Store(FsspecStore):
 
 
 class S3Writer(CountedWriter):
-    """A streaming multipart upload: parts side by side, memory bounded, nothing left when it fails.
+    """A streaming multipart upload: parallel parts, bounded memory, nothing left when it fails.
 
-    An object of less than one part is a single PUT. On any exception, KeyboardInterrupt too, the parts under way are waited for and
-    the upload is aborted: S3 may keep a part that arrives after its upload was aborted.
+    An object of less than one part is a single PUT. On any exception, also KeyboardInterrupt, running parts are waited for before
+    the upload is aborted: S3 may keep a part that arrives after the abort.
     """
 
     def __init__(self, store: S3Store, key: str, num_bytes: int | None, part_bytes: int) -> None:
@@ -366,7 +366,7 @@ class S3Writer(CountedWriter):
         self._add(lambda number: str(self._request("upload_part", number, body)["ETag"]))
 
     def copy_part(self, source: dict[str, str], begin: int, end: int) -> None:
-        """Append bytes [begin, end) of another object of the store, which the server copies."""
+        """Append bytes [begin, end) of another object of the store, copied by the server."""
 
         def copy(number: int) -> str:
             answer = self._request("upload_part_copy", number, None, CopySource=source, CopySourceRange=f"bytes={begin}-{end - 1}")
@@ -375,7 +375,7 @@ class S3Writer(CountedWriter):
         self._add(copy)
 
     def wait(self) -> None:
-        """Until every part has arrived. Raises the first StoreError among them."""
+        """Wait until every part has arrived. Raises the first StoreError among them."""
         for part in self._parts:
             part.result()
 
@@ -391,7 +391,7 @@ class S3Writer(CountedWriter):
             begin = functools.partial(self._store.call, "create_multipart_upload", self._key, Metadata={WRITE_ID: self._write_id})
             self._upload_id = str(self._store.retried(f"write {self._key!r}", begin)["UploadId"])
         if number > self._seats:
-            self._parts[number - 1 - self._seats].result()  # no more parts in memory; a failure is told here, not after hours
+            self._parts[number - 1 - self._seats].result()  # bounds the parts in memory, and reports a failure now, not after hours
         self._parts.append(self._pool.submit(transfer, number))
 
     def _request(self, operation: str, number: int, body: bytes | None, **parameters: Any) -> dict[str, Any]:
@@ -424,7 +424,7 @@ class S3Writer(CountedWriter):
             cause.add_note(f"the multipart upload of {self._key!r} was left behind: {failure}")
 
     def _end(self) -> None:
-        """Until no part is under way any more."""
+        """Wait until no part is in flight."""
         self._ended = True
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -433,7 +433,7 @@ class S3Writer(CountedWriter):
 
 
 class S3Source(S3Store):
-    """Objects that are only read, with botocore's own settings: the options of the store are not those of a source."""
+    """Objects to read only, with botocore's own settings: the store's options do not apply to sources."""
 
     def __init__(self, url: str, *, fs: Any = None, backoff: Backoff | None = None) -> None:
         super().__init__(url, StoreOptions(), fs=fs, backoff=backoff)

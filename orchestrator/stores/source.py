@@ -1,6 +1,6 @@
-"""Where a source checkpoint lies: a folder of this machine, or a URL. Names, sizes, identities, and positioned reads.
+"""Sources of checkpoints, a local folder or a URL: names, sizes, identities, and positioned reads.
 
-Formats read through this protocol, so that a format need not know whether its bytes are on a disk or in object storage.
+Formats read through this protocol, so they need not know whether the bytes are on a disk or in object storage.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from orchestrator.model.checkpoint import SourceFile, TensorInfo
 from orchestrator.stores.identity import identity, matches
 
 LFS_MAGIC = b"version https://git-lfs"
-"""How a Git-LFS pointer begins."""
+"""Beginning of a Git-LFS pointer."""
 
 PlannedRange = tuple[int, int, int]
-"""Number of a file, first byte, byte after the last: what a reader is going to ask for."""
+"""Announced read: file number, first byte, byte after the last."""
 
 
 class ByteSource(Protocol):
     """Open files of a source; a context manager."""
 
     bytes_read: int
-    """So far, from wherever the source lies."""
+    """Bytes read so far."""
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of file number `file` from `offset`. Raises SourceCorruptError when it ends early."""
+        """Fill `buffer` with the bytes of file number `file` from `offset`. Raises SourceCorruptError when the file ends early."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -44,32 +44,32 @@ class ByteSource(Protocol):
 
 
 class SourceFolder(Protocol):
-    """A folder of files, wherever it is. `url` is what a worker opens it by."""
+    """A folder of files, local or remote. Workers open it by `url`."""
 
     url: str
 
     def names(self) -> list[str]:
-        """Names of the files, sorted; those of folders below as 'folder/name'. Raises SourceMissingError without a place."""
+        """Return the sorted names of the files, in subfolders 'folder/name'. Raises SourceMissingError for a missing folder."""
         ...
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes [begin, end) of a file, to its end when None. Raises SourceMissingError."""
+        """Read bytes [begin, end) of a file, to its end when None. Raises SourceMissingError."""
         ...
 
     def source_file(self, name: str) -> SourceFile:
-        """A file of weights as it is now. Raises SourceMissingError."""
+        """Return a file of weights as it is now. Raises SourceMissingError."""
         ...
 
     def open(self, files: tuple[SourceFile, ...], planned: Iterable[PlannedRange] = ()) -> ByteSource:
-        """Open files for reading in large blocks; each is checked to be what the plan was made from.
+        """Open files for reading in large blocks. Each is checked to be the file that the plan was made from.
 
-        `planned` may tell what will be read, so that small neighbours can be fetched together; any range may be read.
+        `planned`: announced reads, so that small neighbours can be fetched together. Other ranges may be read too.
         """
         ...
 
 
 def planned_ranges(tensors: Iterable[TensorInfo]) -> Iterator[PlannedRange]:
-    """Where the bytes of tensors lie that are going to be read; those of a format's own encoding are left out."""
+    """Yield the byte ranges of tensors to read, without a format's own encoding."""
     for tensor in tensors:
         if tensor.assembly is None:
             yield tensor.file, tensor.offset, tensor.offset + tensor.num_bytes
@@ -86,7 +86,7 @@ _NO_FILE = {
 
 
 def check_folder(folder: Path) -> None:
-    """Raises SourceMissingError for what is no folder, SourceUnreadableError for one that cannot be looked into."""
+    """Check a folder. Raises SourceMissingError when it is missing or no folder, SourceUnreadableError when it cannot be listed."""
     try:
         is_folder = stat.S_ISDIR(folder.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,7 +98,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _advice(folder: Path) -> str:
-    """For a folder that is not there: it may be meant as a name of the hub, which has no folder of the organization either."""
+    """Return advice about a missing folder: it may be meant as a name of the hub."""
     name = "/".join(folder.parts[-2:])
     if folder.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return "Check source.path in the spec: a relative one counts from the folder of the spec."
@@ -113,14 +113,14 @@ def _cannot_list(error: OSError) -> NoReturn:
 
 
 class LocalFolder:
-    """A folder of this machine."""
+    """A local folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = str(folder)
 
     def names(self) -> list[str]:
-        """Names of what is no folder: what is no file either is refused when it is read."""
+        """Return the names of everything that is no folder. Reading refuses other kinds of files."""
         check_folder(self.folder)
         found: list[str] = []
         for path, _, files in os.walk(self.folder, onerror=_cannot_list):
@@ -129,7 +129,7 @@ class LocalFolder:
         return sorted(found)
 
     def top_names(self) -> list[str]:
-        """Names of the files right in the folder; none of what is no folder. Raises SourceUnreadableError."""
+        """Return the names of the files directly in the folder; empty if it is no folder. Raises SourceUnreadableError."""
         try:
             with os.scandir(self.folder) as found:
                 return sorted(entry.name for entry in found if not entry.is_dir(follow_symlinks=False))
@@ -151,14 +151,14 @@ class LocalFolder:
             raise SourceUnreadableError(f"cannot read {path}: {error.strerror}") from None
 
     def _stat(self, name: str) -> os.stat_result:
-        """Status of a file or of a link's target. Raises SourceMissingError, SourceCorruptError, SourceUnreadableError."""
+        """Return the status of a file, following links. Raises SourceMissingError, SourceCorruptError, SourceUnreadableError."""
         path = self.folder / name
         try:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             where = f" is a link to {path.readlink()}, which" if path.is_symlink() else ""
             raise SourceMissingError(
-                f"{path}{where} is not there on this node",
+                f"{path}{where} is missing on this node",
                 "Download the checkpoint again. Every node that converts must see the source under the same path.",
             ) from None
         except (OSError, ValueError) as error:
@@ -168,9 +168,9 @@ class LocalFolder:
         return found
 
     def source_file(self, name: str) -> SourceFile:
-        """Identity: the sha256 of its content where that is known, else its time of modification; see identity.py.
+        """Return a file. Identity: the sha256 of its content where known, else its time of modification; see identity.py.
 
-        Any rewrite of a file changes its times, so the worst case is a needless rebuild, never a stale engine.
+        Any rewrite of a file changes its times. So the worst case is a needless rebuild, never a stale engine.
         """
         found = self._stat(name)
         if not is_text(name):
@@ -178,7 +178,7 @@ class LocalFolder:
         return SourceFile(name, found.st_size, identity(self.folder, name, found))
 
     def as_planned(self, planned: SourceFile) -> SourceFile:
-        """A file as it is now; `planned` itself when it is the one that the plan was made from. Raises as `source_file`."""
+        """Return a file as it is now; `planned` itself when it is the file of the plan. Raises as `source_file`."""
         found = self._stat(planned.name)
         if found.st_size == planned.num_bytes and matches(self.folder, planned.name, found, planned.identity):
             return planned
@@ -189,11 +189,11 @@ class LocalFolder:
 
 
 class FileSource:
-    """Files of this machine, opened on first use and closed together. Several threads may read at once.
+    """Local files, opened on first use and closed together. Several threads may read at once.
 
-    preadv into reused buffers: memory-mapped slices read up to 8 times the bytes when the page cache is cold, and map
-    badly over network file systems. Large ranges that are not in the page cache are read past it: each byte is read once, and
-    filling the cache with it would cost more than all the copying of a conversion.
+    preadv into reused buffers: memory-mapped slices read up to 8 times the bytes when the page cache is cold, and map badly over
+    network file systems. Large ranges that are not in the page cache bypass it: each byte is read once, and filling the cache
+    would cost more than all the copying of a conversion.
     """
 
     def __init__(self, place: LocalFolder, files: tuple[SourceFile, ...]) -> None:
@@ -226,7 +226,7 @@ class FileSource:
             self.bytes_read += done
 
     def _open(self, file: int) -> int:
-        """Open a file, once, if it still is what the plan was made from."""
+        """Open a file, once, if it still is the file of the plan."""
         with self._lock:
             if file not in self._descriptors:
                 planned = self._files[file]
@@ -244,9 +244,9 @@ _DIRECT_BUFFER_BYTES = 8 * 2**20
 
 
 class _DirectReader:
-    """O_DIRECT reads: straight into the caller's buffer where it and the tensor begin on pages, else through one that does.
+    """O_DIRECT reads: straight into the caller's buffer if it and the tensor are page-aligned, else through an aligned one.
 
-    Each thread has a buffer of its own: nothing is read ahead past the page cache, so only reads side by side keep a disk busy.
+    Each thread has its own buffer: nothing is read ahead without the page cache, so only parallel reads keep a disk busy.
     """
 
     def __init__(self) -> None:
@@ -262,7 +262,7 @@ class _DirectReader:
         self._own = threading.local()
 
     def read_into(self, descriptor: int, offset: int, out: memoryview) -> int:
-        """Fill `out` from its start; returns the bytes filled, fewer at the file's end or where O_DIRECT does not work."""
+        """Fill `out` from its start. Returns the bytes filled: fewer at the file's end, or where O_DIRECT does not work."""
         done = 0
         while self._works and done < len(out):
             try:
@@ -292,13 +292,13 @@ class _DirectReader:
 
     def _reopened(self, descriptor: int) -> int:
         with self._lock:
-            if descriptor not in self._descriptors:  # by way of /proc: surely the same file, whatever its name has become
+            if descriptor not in self._descriptors:  # through /proc: surely the same file, even if renamed
                 self._descriptors[descriptor] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
             return self._descriptors[descriptor]
 
 
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
-    """Whether both ends of a range are in the page cache, or nobody can tell."""
+    """Whether both ends of a range are in the page cache, or their state is unknown."""
     if not hasattr(os, "RWF_NOWAIT"):
         return True
     byte = bytearray(1)
@@ -311,7 +311,7 @@ def _is_cached(descriptor: int, offset: int, size: int) -> bool:
 
 
 def check_unchanged(planned: SourceFile, found: SourceFile, where: str) -> None:
-    """Raises SourceCorruptError when a file is not the one that the plan was made from."""
+    """Check that a file is the file of the plan. Raises SourceCorruptError."""
     if found != planned:
         raise SourceCorruptError(
             f"{where}/{planned.name} is not the file that the plan was made from: {found.num_bytes} bytes {found.identity}, "

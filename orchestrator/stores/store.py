@@ -1,8 +1,8 @@
-"""Stores: where bytes go. The protocol, and the table of members by URL scheme.
+"""The protocol of stores, and its checks.
 
-Every member passes tests/contracts/store_contract.py. An object appears whole or not at all; an exception inside a
-writer publishes nothing. Clients are made by the first request, in the process that makes it; a pickled store is its URL and
-its options, so that no credential ever leaves a process.
+Every store passes tests/contracts/store_contract.py. An object appears whole or not at all; an exception inside a writer publishes
+nothing. The first request of a process makes the client. A pickled store is its URL and its options, so that no credential ever
+leaves a process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Protocol, Self
 from orchestrator.base.errors import BUG, StoreError
 
 BLOCK_BYTES = 8 * 2**20
-"""What `Store.blocks` yields at a time, and the least part of an upload."""
+"""Largest block of `Store.blocks`, and smallest part of an upload."""
 Block = bytes | memoryview
 
 
 class ObjectExistsError(StoreError):
-    """put(create=True) met an object."""
+    """put(create=True) found an existing object."""
 
 
 class ObjectMissingError(StoreError):
-    """There is no such object."""
+    """The object does not exist."""
 
     default_advice = "It was deleted or never written."
 
@@ -39,19 +39,19 @@ class ObjectChangedError(StoreError):
 
 
 class NoSuchUploadError(StoreError):
-    """The multipart upload is not there (any more)."""
+    """The multipart upload does not exist, or no longer."""
 
     default_advice = "Something aborted it: raise the age at which a lifecycle rule or a collector does so."
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A range of an object, with what tells versions of it apart where the store says so."""
+    """A range of an object, with a mark of the object's version where the store gives one."""
 
     data: Block
     etag: str = ""
     num_bytes: int = -1
-    """Size of the whole object; -1 where the store does not say."""
+    """Size of the whole object; -1 where the store does not report it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a writer has begun and not ended: invisible, but it takes room. A killed process leaves it for ever."""
+    """An unfinished write: invisible, but it takes space. A killed process leaves it behind."""
 
     key: str
-    """Of the object that it was to become, or of the temporary object that it is."""
+    """Key of the target object, or of the temporary one."""
     upload_id: str
-    """The store's own name for it; empty where the key says it all."""
+    """The store's id of the upload; empty where the key suffices."""
     started_at: datetime
 
 
 class Writer(Protocol):
-    """A streaming write: appears under its key when the block ends, vanishes when it ends with an exception."""
+    """A streaming write: the object appears when the block ends, and nothing remains when the block raises."""
 
     def write(self, data: bytes | bytearray | memoryview) -> int: ...
 
@@ -84,7 +84,7 @@ class Writer(Protocol):
 
 
 class CountedWriter:
-    """What the writers share: bytes are counted, and the end is a commit only when as many came as were announced."""
+    """Base of the writers: counts bytes, and commits only when their number is the announced one."""
 
     def __init__(self, key: str, num_bytes: int | None) -> None:
         self._key, self._num_bytes = key, num_bytes
@@ -118,7 +118,7 @@ class CountedWriter:
         raise NotImplementedError
 
     def _abort(self, cause: BaseException) -> None:
-        """Leave nothing behind; what cannot be removed is noted on `cause`."""
+        """Leave nothing behind; anything that cannot be removed is noted on `cause`."""
         raise NotImplementedError
 
 
@@ -129,58 +129,58 @@ class Store(Protocol):
     def url(self) -> str: ...
 
     def get(self, key: str) -> bytes:
-        """The whole object. Raises ObjectMissingError."""
+        """Read a whole object. Raises ObjectMissingError."""
         ...
 
     def get_range(self, key: str, begin: int, end: int) -> bytes:
-        """Bytes [begin, end). Raises ObjectMissingError."""
+        """Read bytes [begin, end). Raises ObjectMissingError."""
         ...
 
     def blocks(self, key: str) -> Iterator[Block]:
-        """The whole object in order, in blocks of at most BLOCK_BYTES, several fetched ahead; all of one version of it.
+        """Yield a whole object in order, in blocks of at most BLOCK_BYTES, several fetched ahead, all of one version.
 
         Raises ObjectMissingError, and ObjectChangedError when the object was replaced before its last block was read.
         """
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes of the object; None when there is none."""
+        """Return the object's size in bytes; None when it is missing."""
         ...
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
-        """Write a small object at once. With `create`, raises ObjectExistsError if there is one; of several at once one wins."""
+        """Write a small object at once. With `create`, raises ObjectExistsError if it exists; one of several writers wins."""
         ...
 
     def writer(self, key: str, num_bytes: int | None = None) -> Writer:
-        """Stream an object; `num_bytes` is its size where known, so that room is reserved first."""
+        """Stream an object. `num_bytes`: its size if known, to reserve space first."""
         ...
 
     def copy(self, source: str, target: str) -> None:
-        """Copy within the store, without the bytes passing through this process where the store can."""
+        """Copy within the store, on the server if the store can."""
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix` (a folder: end it with '/')."""
+        """Yield every object whose key starts with `prefix` (for a folder, end it with '/')."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; none there is no error."""
+        """Remove an object; a missing object is no error."""
         ...
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """What was begun under keys that start with `prefix` and is not ended, by anyone: running or dead."""
+        """Yield unfinished writes under keys that start with `prefix`, of live and dead writers."""
         ...
 
     def abort_upload(self, upload: Upload) -> None:
-        """Remove what an upload has stored; none there is no error. Its writer, if it still runs, fails."""
+        """Remove an unfinished write; a missing one is no error. A live writer of it fails."""
         ...
 
     def check_uploads(self, key: str) -> None:
-        """Write a few bytes to `key` the way that large objects are. Raises StoreError that says what the server cannot do."""
+        """Write a few bytes to `key` in the way of large objects. Raises StoreError that names what the server cannot do."""
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """The object as a file of this machine, where it is one."""
+        """Return the object's local file; None when it has none."""
         ...
 
 
@@ -188,13 +188,13 @@ NO_KEY = "Names in a store are relative paths without '..': whatever names this 
 
 
 def check_key(key: str) -> None:
-    """Raises StoreError for what is no key: empty, absolute, or leading out of the store."""
+    """Check a key. Raises StoreError for one that is empty, absolute, or leads out of the store."""
     if not key or key.startswith("/") or ".." in key.split("/"):
         raise StoreError(f"{key!r} is not a key", NO_KEY)
 
 
 def check_present(store: Store) -> None:
-    """Raises StoreError for a store that nobody has written to: its address is mistyped, or relative to another folder."""
+    """Check that the store was written to: else its address is mistyped, or relative to another folder. Raises StoreError."""
     folder = store.local_path("probe")
     found = folder.parent.is_dir() if folder is not None else next(iter(store.list("")), None) is not None
     if not found:
@@ -204,7 +204,7 @@ def check_present(store: Store) -> None:
 
 
 def check_writable(store: Store) -> None:
-    """Prove with a probe object that the store does what a build needs of it. Raises StoreError that says what it cannot do.
+    """Check with a probe object that the store can do what a build needs. Raises StoreError that names what it cannot do.
 
     A build commits by put-if-absent: a store that ignores the condition would let two builds overwrite each other.
     """

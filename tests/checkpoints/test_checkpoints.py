@@ -85,7 +85,7 @@ def test_read_index_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_read_index_missing_config_is_named(single: Path) -> None:
     (single / "config.json").unlink()
-    refused(single, SourceMissingError, "config.json is not there")
+    refused(single, SourceMissingError, "config.json is missing")
 
 
 def test_read_index_folder_without_weights_is_refused(single: Path) -> None:
@@ -331,7 +331,7 @@ def test_file_source_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 def test_file_source_missing_file_is_named(tmp_path: Path) -> None:
     with (
         FileSource(LocalFolder(tmp_path), (SourceFile("gone", 1, "mtime:1"),)) as source,
-        pytest.raises(SourceMissingError, match="gone is not there on this node"),
+        pytest.raises(SourceMissingError, match="gone is missing on this node"),
     ):
         read(source, 0, 0, 1)
 

@@ -57,7 +57,7 @@ def _replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (
             _replaced(lambda path: path.symlink_to("../blobs/gone")),
             SourceMissingError,
-            "is a link to ../blobs/gone, which is not there",
+            "is a link to ../blobs/gone, which is missing",
         ),
         (lambda path: path.write_bytes(b""), SourceCorruptError, ""),
     ],

@@ -237,7 +237,7 @@ def test_build_rotten_source_under_a_rotten_shard_is_refused_and_not_published(f
     weights.write_bytes(data)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     for version in ("2", "3"):  # not only in the build that has found it
-        with pytest.raises(SourceCorruptError, match="made another rank"):
+        with pytest.raises(SourceCorruptError, match="wrote another rank"):
             file_bench.build(version, **SMALLER)
     assert not [info.key for info in file_bench.store.list("releases/tiny/2/")]
 

@@ -345,7 +345,7 @@ def test_fetch_that_cannot_ever_work_is_not_repeated(fault: Exception) -> None:
 
 
 def test_fetch_of_an_object_that_vanished_is_missing() -> None:
-    with pytest.raises(SourceMissingError, match="fake://root/x is not there"):
+    with pytest.raises(SourceMissingError, match="fake://root/x is missing"):
         Faulty(b"0123456789", FileNotFoundError()).read(2, 6)
 
 

@@ -315,7 +315,7 @@ def test_convert_source_that_vanishes_after_planning_leaves_nothing(tmp_path: Pa
     config = model_config()
     made = conversion(tmp_path, config, random_arrays(config))
     (tmp_path / "source" / "model.safetensors").unlink()
-    fails_and_leaves_nothing(made, SourceMissingError, "is not there on this node")
+    fails_and_leaves_nothing(made, SourceMissingError, "is missing on this node")
 
 
 def test_convert_source_that_is_replaced_after_planning_leaves_nothing(tmp_path: Path) -> None:

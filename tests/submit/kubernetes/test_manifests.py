@@ -34,7 +34,7 @@ def test_load_manifests_folder_without_kustomization_reads_every_file_below(tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "is not YAML"), ("a: 1", "not a Kubernetes object"), ("- 1", "no Kubernetes object")]
+    ("text", "said"), [("a: [", "is not YAML"), ("a: 1", "not a Kubernetes object"), ("- 1", "not a Kubernetes object")]
 )
 def test_load_manifests_what_is_none_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
