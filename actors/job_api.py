@@ -42,7 +42,7 @@ _OK, _MISSING, _SERVER_ERROR = 200, 404, 500
 _DENIED = (401, 403)
 _OLDEST_RAY = (2, 52)
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""Equal folders make equal packages."""
+"""Fixed time of all files: equal folders make equal packages."""
 _NEVER_STARTED = {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ADVICE = "Give the address of the head's dashboard, http://HOST:8265; on Kubernetes forward that port first."
@@ -193,7 +193,7 @@ class RayJobApi:
         ]
 
     def _uploaded(self, folder: Path) -> str:
-        """URI of `folder` as a package in the cluster, uploaded unless it is there."""
+        """Return the URI of `folder` as a package in the cluster, uploading it if it is missing."""
         data = package(folder)
         name = f"_ray_pkg_{hashlib.sha256(data).hexdigest()[:32]}.zip"
         path = f"/api/packages/gcs/{name}"
@@ -205,17 +205,17 @@ class RayJobApi:
         return f"gcs://{name}"
 
     def _ask(self, method: str, path: str, job_id: str = "") -> Any:
-        """The JSON that a request answers. Raises what `refusal` makes of a status that is no success."""
+        """Request JSON. Raises the error of `refusal` for an unsuccessful status."""
         status, text = self._request(method, path)
         if status != _OK:
             raise refusal(self.address, job_id, status, text)
         try:
             return json.loads(text)
         except ValueError:
-            raise UnreachableError(f"what answers at {self.address} is not Ray's dashboard", _ADVICE) from None
+            raise UnreachableError(f"the server at {self.address} is not Ray's dashboard", _ADVICE) from None
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
-        """Status and text of an answer. Raises UnreachableError, AuthenticationError."""
+        """Request and return status and text. Raises UnreachableError, AuthenticationError."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
         request = urllib.request.Request(self.address + path, body, headers, method=method)  # noqa: S310  # _url_of gives http(s)
         try:
@@ -229,14 +229,14 @@ class RayJobApi:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the token to another host."""
+    """Refuses redirects, which would carry the token to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def package(folder: Path) -> bytes:
-    """A zip file of `folder`'s files, as Ray unpacks a working directory."""
+    """Return a zip file of `folder`'s files, as Ray unpacks a working directory."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.rglob("*")):
@@ -323,8 +323,8 @@ def check_open(url: str, has_token: bool) -> None:
     public = [text for text in found if ipaddress.ip_address(str(text).partition("%")[0]).is_global]
     if public:
         raise AuthenticationError(
-            f"{url} is a public address ({public[0]}), and there is no token: whoever reaches it can run code there",
-            "Start the cluster with RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN here; better, close the port and go through ssh -L.",
+            f"{url} is a public address ({public[0]}), but no token is set: anyone who reaches it can run code there",
+            "Start the cluster with RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN here; better, close the port and use ssh -L.",
         )
 
 
