@@ -74,7 +74,8 @@ def build(
     ):
         reports = Listeners(reports, recording.listener)
         committed, again = commits.agreeing(target, plan, commits.committed(target, (step.digest for step in plan.steps)))
-        plan = replace(plan, warnings=plan.warnings + again + check_build(plan, committed, cluster_spec, target))
+        check_build(plan, committed, cluster_spec, target)
+        plan = replace(plan, warnings=plan.warnings + again)
         reports.on_plan(plan, committed, already_published=False)
         placed: list[Engines] = []
         result = execute(

@@ -197,7 +197,8 @@ def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, liste
     check_writable(store)
     with commits.in_use(store, [step.digest for step in plan.steps]):
         committed, again = commits.agreeing(store, plan, commits.committed(store, (step.digest for step in plan.steps)))
-        plan = replace(plan, warnings=plan.warnings + again + check_steps(plan, committed, cluster_spec, store))
+        check_steps(plan, committed, cluster_spec, store)
+        plan = replace(plan, warnings=plan.warnings + again)
         listener.on_plan(plan, committed, already_published=False)
         accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
         result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)

@@ -46,7 +46,8 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
     committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
     cluster_spec = ClusterSpec(store=store.url)
-    only = replace(only, warnings=only.warnings + again + check_steps(only, committed, cluster_spec, store))
+    check_steps(only, committed, cluster_spec, store)
+    only = replace(only, warnings=only.warnings + again)
     reports = listener or SilentListener()
     reports.on_plan(only, committed, already_published=False)
     result = execute(

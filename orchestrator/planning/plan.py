@@ -16,7 +16,16 @@ from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.model.weight_map import LayerGroup, WeightMap
 from orchestrator.planning.advice import gemm_warnings, padding_notes, repeated_reads
-from orchestrator.planning.calibration import Quantization, calibrations, in_layers, layer_of
+from orchestrator.planning.calibration import Quantization, calibrations, in_layers
+from orchestrator.planning.estimates import (
+    MINIATURE_MEMORY_BYTES,
+    build_memory,
+    calibrate_memory,
+    convert_memory,
+    estimate,
+    reference_memory,
+    verify_memory,
+)
 from orchestrator.planning.options import (
     BuildOptions,
     CalibrateOptions,
@@ -25,10 +34,9 @@ from orchestrator.planning.options import (
     ReferenceOptions,
     VerifyOptions,
 )
-from orchestrator.planning.steps import Estimate, Kind, Outcome, Resources, Step
+from orchestrator.planning.steps import Kind, Outcome, Resources, Step
 from orchestrator.spec.build import BuildConfig, BuildSpec, ToleranceSpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
-from orchestrator.spec.rates import STEP_RATES
 
 VERSIONS: dict[Kind, int] = {
     Kind.MINIATURE: 1,
@@ -39,10 +47,6 @@ VERSIONS: dict[Kind, int] = {
     Kind.VERIFY: 3,
 }
 """Raise one when its code would give other outputs for the same options."""
-
-_GB = 10**9
-_MINIATURE_BYTES = _GB
-"""Memory of torch, transformers and ONNX Runtime; the model is nothing beside them."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ def _miniature(inputs: Inputs) -> Step:
         version=VERSIONS[Kind.MINIATURE],
         name="miniature",
         options=options.model_dump(mode="json"),
-        resources=Resources(memory_bytes=_MINIATURE_BYTES),
-        estimate=_estimate(Kind.MINIATURE, read_bytes=0, work_bytes=0),
+        resources=Resources(memory_bytes=MINIATURE_MEMORY_BYTES),
+        estimate=estimate(Kind.MINIATURE, read_bytes=0, work_bytes=0),
     )
 
 
@@ -197,19 +201,9 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         name="reference",
         options=options.model_dump(mode="json"),
         locations={"source": inputs.source},
-        # A layer in float32, the next one's beside it, and one on its way through transformers' loader.
-        resources=Resources(memory_bytes=3 * _largest_layer_bytes(inputs.index) + 2 * _GB),
-        estimate=_estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
+        resources=Resources(memory_bytes=reference_memory(inputs.index, inputs.config.dtype)),
+        estimate=estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
     )
-
-
-def _largest_layer_bytes(index: CheckpointIndex) -> int:
-    """Bytes in float32 of the source's largest layer."""
-    sizes: dict[int, int] = {}
-    for name, tensor in index.tensors.items():
-        if ".layers." in name:
-            sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + tensor.num_elements * 4
-    return max(sizes.values(), default=0)
 
 
 def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:
@@ -244,9 +238,9 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         needs=(previous.digest,) if previous else (),
         locations={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
         resources=Resources(
-            gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=2 * part_bytes + 2 * hidden_bytes + 2 * _GB
+            gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=calibrate_memory(part_bytes, hidden_bytes)
         ),
-        estimate=_estimate(
+        estimate=estimate(
             Kind.CALIBRATE,
             read_bytes=part_bytes,
             write_bytes=0 if options.is_last else hidden_bytes,
@@ -273,8 +267,8 @@ def _convert(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         locations={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
-        resources=Resources(memory_bytes=2 * largest + 300_000_000),
-        estimate=_estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
+        resources=Resources(memory_bytes=convert_memory(largest)),
+        estimate=estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )
 
 
@@ -292,9 +286,9 @@ def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[S
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in converts),
         resources=Resources(
-            gpus=1 if inputs.engine.backend == "tensorrt" else 0, memory_bytes=4 * rank_bytes + _GB, scratch_bytes=rank_bytes
+            gpus=1 if inputs.engine.backend == "tensorrt" else 0, memory_bytes=build_memory(rank_bytes), scratch_bytes=rank_bytes
         ),
-        estimate=_estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
+        estimate=estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
     )
 
 
@@ -321,17 +315,11 @@ def _verify(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         resources=Resources(
-            # The weights of one slice of one rank, the next one's beside them, and one of them on its way to float32.
-            memory_bytes=3 * inputs.weights.largest_layer_bytes(stage.pp_rank) + 500_000_000,
+            memory_bytes=verify_memory(inputs.weights, stage.pp_rank),
             scratch_bytes=stage.tp * rank_bytes,
         ),
-        estimate=_estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
+        estimate=estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
-
-
-def _estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int = 0) -> Estimate:
-    seconds = STEP_RATES[kind.value].of(work_bytes)
-    return Estimate(read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=work_bytes, seconds=seconds)
 
 
 def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:

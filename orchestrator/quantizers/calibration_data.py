@@ -147,9 +147,7 @@ def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Tex
 
 def _check_same(path: Path, data: CalibrationData) -> None:
     if not path.is_file():
-        raise SourceMissingError(
-            f"{path} is missing on this node", "Every node that calibrates must see the file under that path."
-        )
+        raise SourceMissingError(f"{path} is missing on this node", "Every node that calibrates must see the file under that path.")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != data.digest:
             raise DigestError(f"{path} is not the file that the plan was made with", "Run the build again.")

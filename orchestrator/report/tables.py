@@ -104,6 +104,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
                 "needs": [plan.step(need).name for need in step.needs],
                 "read_bytes": step.estimate.read_bytes,
                 "write_bytes": step.estimate.write_bytes,
+                "memory_bytes": step.resources.memory_bytes,
+                "scratch_bytes": step.resources.scratch_bytes,
+                "gpus": step.resources.gpus,
+                "seconds": round(step.estimate.seconds, 3),
             }
             for step in plan.steps
         ],

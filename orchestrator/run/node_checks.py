@@ -14,6 +14,7 @@ from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Step
 from orchestrator.run.labels import selects
+from orchestrator.run.preflight import check_memory
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
@@ -64,10 +65,9 @@ def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeF
     yield from _check_tools(plan, steps[0].kind, mine)
     advice = "Put it at the same path on every node, or into object storage."
     yield from _usable(mine, lambda node: unseen(node, steps), SourceMissingError, f"see the files of {kind} steps", advice)
-    needed = max(step.resources.memory_bytes for step in steps)
-    largest = max(node.memory_bytes for node in mine)
-    if needed > largest > 0:
-        yield f"{kind} steps need about {needed:,} bytes of memory, the largest node has {largest:,}: they may be killed"
+    largest = max(mine, key=lambda node: node.memory_bytes)
+    if largest.memory_bytes:
+        check_memory(steps, pool, largest.memory_bytes, f"the largest node for {kind} steps ({largest.node})")
 
 
 def unseen(node: NodeFacts, steps: Iterable[Step]) -> str:

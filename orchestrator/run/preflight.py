@@ -15,7 +15,7 @@ from orchestrator.base.extras import require
 from orchestrator.model.compute_capability import check_target
 from orchestrator.planning.plan import Plan, unplaceable
 from orchestrator.planning.steps import Kind, Outcome, Step
-from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores.store import Store
 
 _EXTRAS = {"local": ("build",), "mpi": ("build", "mpi"), "ray": ("build", "ray")}
@@ -26,8 +26,8 @@ def check_extras(cluster_spec: ClusterSpec) -> None:
     require(*_EXTRAS[cluster_spec.kind])
 
 
-def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:
-    """Check a plan against the place where it will run; returns warnings.
+def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> None:
+    """Check a plan against the place where it will run.
 
     Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
     """
@@ -35,16 +35,15 @@ def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: Clus
 
     check_supported(plan.inputs.config)
     check_target(plan.inputs.model_quantization, plan.spec.engine.compute_capabilities)
-    warnings = check_steps(plan, committed, cluster_spec, store)
+    check_steps(plan, committed, cluster_spec, store)
     pending = plan.pending(committed)
     if cluster_spec.kind == "local":
         _check_tools(plan, {step.kind for step in pending})
         _check_scratch(pending, cluster_spec, store)
-    return warnings
 
 
-def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> tuple[str, ...]:
-    """Check that every step finds a pool and that the store has room; returns warnings. Raises ClusterError, StoreError."""
+def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> None:
+    """Check that every step finds a pool and memory, and that the store has room. Raises ClusterError, StoreError."""
     problems = unplaceable(plan, cluster_spec)
     if problems:
         raise ClusterError(
@@ -55,29 +54,43 @@ def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: Clus
     if folder is not None:
         needed = sum(step.estimate.write_bytes for step in pending)
         _check_room(folder, needed, store.url, "the steps write", "Free space, or choose another place to write to.")
-    return memory_warnings(pending, cluster_spec)
+    if cluster_spec.kind == "local":
+        from orchestrator.run.admission import machine_memory_bytes
+
+        for kind in Kind:
+            steps = [step for step in pending if step.kind is kind]
+            check_memory(steps, cluster_spec.pool_for(kind.value), machine_memory_bytes(), "this machine")
 
 
-def memory_warnings(steps: Sequence[Step], cluster_spec: ClusterSpec) -> tuple[str, ...]:
-    """Return a warning when steps need more memory than this machine has; such a step runs alone.
+def check_memory(steps: Sequence[Step], pool: PoolSpec | None, present_bytes: int, where: str) -> None:
+    """Refuse steps that need more memory than `where` has, e.g. "this machine".
 
-    Only pools without a `memory` setting: exceeding that setting is an error of `unplaceable`.
+    A pool with a `memory` setting is not checked here: exceeding that setting is an error of `unplaceable`. Raises ClusterError.
     """
-    from orchestrator.run.admission import machine_memory_bytes
-
-    if cluster_spec.kind != "local":
-        return ()
-    present = machine_memory_bytes()
-    unbounded = [step for step in steps if (pool := cluster_spec.pool_for(step.kind.value)) is not None and pool.memory is None]
-    large = sorted(
-        (step for step in unbounded if step.resources.memory_bytes > present), key=lambda step: -step.resources.memory_bytes
-    )
+    if pool is None or pool.memory is not None:
+        return
+    large = [step for step in steps if step.resources.memory_bytes > present_bytes]
+    large.sort(key=lambda step: -step.resources.memory_bytes)
     if not large:
-        return ()
-    return (
-        f"{len(large)} steps need more memory than this machine's {present:,} bytes, {large[0].name} about "
-        f"{large[0].resources.memory_bytes:,}: each runs alone and may be killed. More tp or pp makes ranks smaller",
+        return
+    others = f", and {len(large) - 1} more steps need more than it has" if len(large) > 1 else ""
+    raise ClusterError(
+        f"{large[0].name} needs about {large[0].resources.memory_bytes:,} bytes of memory, {where} has {present_bytes:,}{others}",
+        f"{_HELP[large[0].kind]} Larger nodes help too: give them a pool with `steps: [{large[0].kind.value}]`. To try it all the "
+        "same, set `memory` of the pool in the cluster file.",
     )
+
+
+_SMALLER_RANKS = "More tp or pp makes ranks smaller."
+_HELP = {
+    Kind.MINIATURE: "It needs the memory of torch and transformers.",
+    Kind.REFERENCE: "It holds one layer of the model in float32, whatever the topology.",
+    Kind.CALIBRATE: "More quantization.calibration.num_stages makes its parts smaller.",
+    Kind.CONVERT: "It holds blocks of the largest tensor.",
+    Kind.BUILD: _SMALLER_RANKS,
+    Kind.VERIFY: _SMALLER_RANKS,
+}
+"""What reduces the memory of a step, by its kind."""
 
 
 def _check_tools(plan: Plan, kinds: set[Kind]) -> None:

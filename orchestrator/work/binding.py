@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,12 @@ class PortableWeights:
             raise SourceCorruptError(f"{name} is {weight.dtype} in the rank's checkpoint, its graph wants floating point", _CONVERT)
         plain = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[weight.dtype]
         return weight.data.view(plain).reshape(self._dims[name]), kinds[weight.dtype]
+
+    def release(self, names: Iterable[str]) -> None:
+        """Take the pages of weights that were bound, or made from, out of this process's memory."""
+        for name in names:
+            if name in self._weights:
+                self._weights[name].release()
 
     def __getitem__(self, name: str) -> tuple[Array, int]:
         """Return an initializer's value and its ONNX dtype. Raises SourceCorruptError for a wrong stored dtype."""

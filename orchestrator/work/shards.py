@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,17 @@ class Weight:
     dtype: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+    mapping: mmap.mmap | None = None
+    """Mapped file that holds `data`; None: memory of this process."""
+    offset: int = 0
+    """First byte in `mapping`."""
+
+    def release(self) -> None:
+        """Take the tensor's pages out of this process's memory. They are read again when they are touched."""
+        begin = -(-self.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (self.offset + self.data.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self.mapping is not None and end > begin:
+            self.mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
@@ -32,10 +44,12 @@ def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for path in paths:
         entries, _ = read_header(path)
-        mapped = np.memmap(path, np.uint8, mode="r")
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = np.frombuffer(mapping, np.uint8)
         for entry in entries:
             data = mapped[entry.offset : entry.offset + entry.num_bytes]
-            weights[entry.name] = Weight(entry.dtype, entry.shape, data)
+            weights[entry.name] = Weight(entry.dtype, entry.shape, data, mapping, entry.offset)
     return weights
 
 

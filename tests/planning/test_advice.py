@@ -99,4 +99,6 @@ def test_padding_notes_vocabulary_that_divides_is_not_mentioned() -> None:
 def test_repeated_reads_tied_embedding_of_two_tasks_is_named(tied: bool, pp: int, max_shard_bytes: int, times: int) -> None:
     config = model_config(tie_word_embeddings=tied)
     said = repeated_reads(weight_map(synthetic_index(config), LLAMA, config, Topology(1, pp), max_shard_bytes))
-    assert [line.split(":")[0] for line in said] == (["model.embed_tokens.weight (1,184 bytes) is read 2 times"] if times else [])
+    assert [line.split(":")[0] for line in said] == (
+        ["model.embed_tokens.weight (1,184 bytes) is read 2 times, by separate conversion tasks"] if times else []
+    )

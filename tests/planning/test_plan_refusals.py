@@ -165,5 +165,5 @@ def test_prompts_of_one_token_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_prompts_without_a_token_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no token of the verification prompt ''"):
+    with pytest.raises(SpecError, match="no tokens for the verification prompt ''"):
         sequences(monkeypatch, tmp_path, ("abc", ""))

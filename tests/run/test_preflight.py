@@ -213,23 +213,26 @@ def test_scratch_room_is_that_of_the_largest_copy(source: Path, tmp_path: Path, 
     assert preflight._scratch_bytes(build, remote) == build.estimate.read_bytes
 
 
-def test_memory_that_the_machine_lacks_is_a_warning_and_that_a_pool_lacks_an_error(
+def test_memory_that_the_machine_or_the_pool_lacks_is_an_error_with_what_helps(
     monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
 ) -> None:
     made = preparation.plan(build_spec(source, topology={"tp": 2}))
     place = ClusterSpec(store=(tmp_path / "store").as_uri())
     store = open_store(place.store)
     monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 10**12)
-    assert preflight.check_steps(made, {}, place, store) == ()
-    monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 10**9)
-    (said,) = preflight.check_steps(made, {}, place, store)
-    assert "3 steps need more memory than this machine's 1,000,000,000 bytes, " in said
-    committed = {step.digest: None for step in made.steps}
-    assert preflight.check_steps(made, committed, place, store) == ()  # type: ignore[arg-type]  # only the keys count
-    ray = place.model_copy(update={"kind": "ray"})
-    assert preflight.memory_warnings(made.steps, ray) == ()
-    pools = place.model_copy(update={"pools": {"small": PoolSpec(memory=10**9)}})
-    with pytest.raises(ClusterError, match=r"needs about 1,0\d\d,\d\d\d,\d\d\d bytes of memory, its pool has 1,000,000,000"):
+    preflight.check_steps(made, {}, place, store)
+    monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 3 * 10**8)
+    with pytest.raises(ClusterError, match=r"miniature needs about 700,000,000 bytes of memory, this machine has 300,000,000\n"):
+        preflight.check_steps(made, {}, place, store)
+    committed = {step.digest: None for step in made.steps if step.kind is not Kind.BUILD}
+    with pytest.raises(ClusterError, match=r"^build/rank0 needs about .*, and 1 more steps need more than it has\n") as caught:
+        preflight.check_steps(made, committed, place, store)  # type: ignore[arg-type]  # only the keys count
+    assert "More tp or pp makes ranks smaller" in caught.value.advice
+    preflight.check_steps(made, {step.digest: None for step in made.steps}, place, store)  # type: ignore[misc]
+    promised = place.model_copy(update={"pools": {"default": PoolSpec(memory=10**12)}})
+    preflight.check_steps(made, {}, promised, store)
+    pools = place.model_copy(update={"pools": {"small": PoolSpec(memory=3 * 10**8)}})
+    with pytest.raises(ClusterError, match=r"needs about 7\d\d,\d\d\d,\d\d\d bytes of memory, its pool has 300,000,000"):
         preflight.check_steps(made, {}, pools, store)
 
 

@@ -26,9 +26,8 @@ def streamed(source: str, dtype: str = "float32", exact: tuple[str, ...] = (), d
 
 
 def whole(source: Path, dtype: str = "float32") -> list[Any]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **eager)
     model.eval()
     with torch.inference_mode():
         for parameter in model.parameters():

@@ -88,6 +88,7 @@ class Lockstep:
         for number, part in enumerate(slices[first:], first):
             for rank in self._ranks:
                 self._pass(rank, number, next(weights))
+                rank.weights.release(part.weights)
             if part.collective is not None:
                 self._exchange(part.collective)
             if part.layer is not None:
