@@ -17,18 +17,18 @@ from orchestrator.planning.steps import Estimate
 from orchestrator.spec.rates import STEP_RATES
 
 MINIATURE_MEMORY_BYTES = 700_000_000
-"""torch, transformers and ONNX Runtime. The model is nothing beside them."""
+"""Memory of torch, transformers and ONNX Runtime. The miniature model itself is negligible."""
 _TORCH_BYTES = 700_000_000
-"""torch and transformers, and a block of the head's rows with its products."""
+"""Memory of torch and transformers, and of a block of the head's rows with its products."""
 _VERIFY_BYTES = 200_000_000
-"""ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
+"""Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
 _CONVERT_BYTES = 300_000_000
 _BUILD_BYTES = 500_000_000
-"""TensorRT, and the workspace of its tactics."""
+"""Memory of TensorRT and the workspace of its tactics."""
 
 
 def reference_memory(index: CheckpointIndex, dtype: str) -> int:
-    """Memory of the reference: a layer in float32, the next one as it is stored, three experts, one tensor while it is rounded."""
+    """Return the memory of a reference: a layer in float32, the next one as stored, three experts, and a tensor being rounded."""
     dense: dict[int, int] = defaultdict(int)
     stored: dict[int, int] = defaultdict(int)
     experts: dict[str, int] = defaultdict(int)
@@ -49,26 +49,26 @@ def reference_memory(index: CheckpointIndex, dtype: str) -> int:
 
 
 def verify_memory(weights: WeightMap, pp_rank: int) -> int:
-    """Memory of a verification: one slice of one rank in float32, the next one, and one of them while it is made."""
+    """Return the memory of a verification: a slice of a rank in float32, the next slice, and a slice being loaded."""
     return _VERIFY_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
 
 
 def build_memory(rank_bytes: int) -> int:
-    """Memory of an engine build: TensorRT holds up to two and a half times the rank's weights."""
+    """Return the memory of an engine build: TensorRT holds up to two and a half times the rank's weights."""
     return _BUILD_BYTES + rank_bytes * 5 // 2
 
 
 def convert_memory(largest_tensor_bytes: int) -> int:
-    """Memory of a conversion: blocks of a tensor on their way from the source to the shards."""
+    """Return the memory of a conversion: blocks of a tensor between the source and the shards."""
     return _CONVERT_BYTES + 2 * largest_tensor_bytes
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:
-    """Memory of a calibration: the layers of a part, read and loaded, and the hidden states that come in and go out."""
+    """Return the memory of a calibration: the layers of a part, read and loaded, and their input and output hidden states."""
     return _TORCH_BYTES + 2 * part_bytes + 2 * hidden_bytes
 
 
 def estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int = 0) -> Estimate:
-    """Bytes and seconds of a step, from its work and the default rates."""
+    """Return the bytes and seconds of a step, from its work and the default rates."""
     seconds = STEP_RATES[kind.value].of(work_bytes)
     return Estimate(read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=work_bytes, seconds=seconds)

@@ -1,4 +1,4 @@
-"""The plan of a build: a value that can be printed, hashed, simulated and resumed. Made from headers alone."""
+"""The plan of a build: a value that can be printed, hashed, simulated and resumed, made from headers alone."""
 
 from __future__ import annotations
 
@@ -46,51 +46,51 @@ VERSIONS: dict[Kind, int] = {
     Kind.BUILD: 2,
     Kind.VERIFY: 3,
 }
-"""Raise one when its code would give other outputs for the same options."""
+"""Version of the code of each kind. Raise it when the code would give other outputs for the same options."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that a plan follows from, besides the spec."""
+    """Inputs of a plan besides the spec."""
 
     index: CheckpointIndex
     extra_files: tuple[SourceFile, ...]
     """Tokenizer and config files of the source."""
     source: str
-    """Absolute place of the source; not identity."""
+    """Absolute path or URL of the source. No part of the build's identity."""
     config: ModelConfig
     weights: WeightMap
     tensorrt_version: str | None
     engine: BuildConfig
-    """The spec's, resolved for this model: no limit left open."""
+    """The spec's engine options, with all limits set for this model."""
     quantization: Quantization | None = None
     tolerance: ToleranceSpec = field(default_factory=ToleranceSpec)
-    """Of verification, where the spec gives none."""
+    """Tolerance of the verification where the spec gives none."""
     family: str = field(kw_only=True)
     """Name of the family whose tables read the source."""
     ignored_keys: frozenset[str] = frozenset()
-    """Keys of config.json that are not looked at."""
+    """Keys of config.json that are ignored."""
 
     @property
     def model_quantization(self) -> ModelQuantization | None:
         return self.quantization.model if self.quantization else None
 
     def network(self, topology: Topology, pp_rank: int) -> StageNetwork:
-        """The networks of a stage: one value for what is compiled and what is verified."""
+        """Return the networks of a stage, the same for build and verify steps."""
         return network_of(StageOptions.of(self.config, topology, pp_rank, self.model_quantization), self.engine)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a build, needs before those that need them."""
+    """The steps of a build, each after the steps that it needs."""
 
     spec: BuildSpec
     inputs: Inputs
     steps: tuple[Step, ...]
     warnings: tuple[str, ...] = ()
-    """What may be a mistake, or will be slow; the build goes on."""
+    """Possible mistakes and causes of slowness, which do not stop the build."""
     notes: tuple[str, ...] = ()
-    """What happens that the spec does not say."""
+    """Facts that do not follow from the spec, e.g. padding of the vocabulary."""
 
     @property
     def topology(self) -> Topology:
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def build_key(self) -> str:
-        """The address of the inputs: the same inputs give the same key, on any machine."""
+        """Digest of the build's inputs. The same inputs give the same key on any machine."""
         files = sorted([file.name, file.identity] for file in self.inputs.extra_files)
         return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files})
 
@@ -113,12 +113,12 @@ class Plan:
         return (step for step in self.steps if step.kind is kind)
 
     def sinks(self) -> list[Step]:
-        """Steps that no other step needs: what the release is made of."""
+        """Return the steps that no other step needs. The release is made from them."""
         needed = {need for step in self.steps for need in step.needs}
         return [step for step in self.steps if step.digest not in needed]
 
     def pending(self, committed: Mapping[str, Outcome]) -> list[Step]:
-        """The steps to run, in plan order. A committed step hides whatever only it needs."""
+        """Return the steps to run, in plan order. Steps that only committed steps need are skipped."""
         wanted: set[str] = set()
         frontier = [step.digest for step in self.sinks()]
         while frontier:
@@ -130,14 +130,15 @@ class Plan:
         return [step for step in self.steps if step.digest in wanted]
 
     def order(self) -> dict[str, int]:
-        """By digest: what goes first among steps that could start. As the plan lists them, stage by stage: the first engine begins
-        while later stages are still converted, and shows early what TensorRT thinks of the network.
+        """Return the priority of each step by digest, smallest first: the plan's order, stage by stage.
+
+        So the first engine is built while later stages are still converted, and a network that TensorRT refuses fails early.
         """
         return {step.digest: number for number, step in enumerate(self.steps)}
 
 
 def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
-    """Lay out the steps: miniature | reference | calibrate and convert per stage | build per rank | verify per stage."""
+    """Lay out the steps: miniature, reference, calibrate and convert per stage, build per rank, verify per stage."""
     topology = spec.topology.topology()
     steps: list[Step] = [_miniature(inputs)]
     reference = _reference(spec, inputs) if spec.verification.enabled else None
@@ -162,7 +163,7 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
 
 
 def _miniature(inputs: Inputs) -> Step:
-    """First of all, since it needs nothing but the config and takes seconds; the release waits for it."""
+    """Return the miniature step. It comes first because it needs only the config and takes seconds."""
     config = inputs.config
     options = MiniatureOptions(
         config=dict(inputs.index.config),
@@ -207,7 +208,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
 
 
 def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:
-    """Every calibration of the build, those that feed others first."""
+    """Return the calibrations of the build, each after the calibration that it needs."""
     quantization = inputs.quantization
     if quantization is None:
         return []
@@ -323,7 +324,7 @@ def _verify(
 
 
 def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
-    """Steps that no pool of `cluster` can ever hold, those with the same reason together; empty when all fit."""
+    """Return the steps that no pool of `cluster` can ever hold, grouped by reason; empty: all fit."""
     found: dict[str, list[str]] = {}
     for step in plan.steps:
         if reason := _why_unplaceable(step, cluster.pool_for(step.kind.value)):
