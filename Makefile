@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Writes what is generated in docs/: the fields of specs, the exit codes.
+# Writes what is generated in docs/: the fields of specs, the exit codes, what the plan of a 70B says.
 docs: $(STAMP)
 	$(BIN)/python -m docs.generate
 

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import orchestrator
 from benchmarks.sources import write_llama
+from orchestrator.clusters import simulation
 from orchestrator.planning.steps import Kind
 from orchestrator.report import format_bytes
+from orchestrator.spec.rates import RatesSpec
 
 CLUSTER = Path(__file__).resolve().parents[1] / "cluster_configs/node-8gpu.yaml"
 
@@ -61,6 +63,9 @@ def totals(plan: orchestrator.Plan) -> Iterator[str]:
             memory = format_bytes(max(step.resources.memory_bytes for step in steps))
             yield f"{kind.value:<10} {len(steps):>3} steps  read {read:>9}  write {written:>9}  memory of one {memory:>9}"
     yield f"store: {format_bytes(sum(step.estimate.write_bytes for step in plan.steps))}"
+    found = simulation.simulate(plan, orchestrator.load_cluster(CLUSTER), RatesSpec(), {})
+    memory = format_bytes(sum(pool.peak_memory_bytes for pool in found.pools.values()))
+    yield f"one 8-GPU node, simulated: {found.makespan_seconds / 60:.0f} minutes, steps reserve at most {memory} of memory"
 
 
 if __name__ == "__main__":

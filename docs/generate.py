@@ -1,4 +1,4 @@
-"""Writes what is generated in docs/: the fields of specs (spec.md) and the exit codes (troubleshooting.md).
+"""Writes what is generated in docs/: the fields of specs, the exit codes, what the plan of a 70B says.
 
     python -m docs.generate
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import tempfile
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import orchestrator
+from benchmarks import first_70b
 from orchestrator.base.errors import OrchestratorError, error_classes
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -46,7 +49,11 @@ def main() -> None:
 
 def pages() -> dict[Path, str]:
     """The pages as they must be."""
-    contents = {"spec.md": "\n".join(spec_lines()), "troubleshooting.md": "\n".join(error_lines())}
+    contents = {
+        "spec.md": "\n".join(spec_lines()),
+        "troubleshooting.md": "\n".join(error_lines()),
+        "first-70b.md": "\n".join(["```", *_plan_lines(), "```"]),
+    }
     return {FOLDER / name: _between_marks(FOLDER / name, text) for name, text in contents.items()}
 
 
@@ -56,6 +63,11 @@ def _between_marks(path: Path, text: str) -> str:
     if not begin or not end:
         raise SystemExit(f"{path} lacks the marks {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def _plan_lines() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield from first_70b.totals(orchestrator.plan(orchestrator.load_spec(first_70b.write_spec(Path(folder)))))
 
 
 def spec_lines() -> Iterator[str]:

@@ -19,7 +19,6 @@ import yaml
 
 import orchestrator
 import orchestrator.families
-from benchmarks import first_70b
 from docs import generate
 from orchestrator.base.errors import SpecError
 from orchestrator.cli import app
@@ -331,12 +330,6 @@ def test_spec_page_has_every_field_with_its_meaning() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| *([^|]*) *\|$", (DOCS / "spec.md").read_text(), re.MULTILINE)
     assert len(rows) > 80
     assert [name for name, meaning in rows if not meaning.strip()] == []
-
-
-def test_first_70b_figures_are_those_of_the_plan(tmp_path: Path) -> None:
-    plan = orchestrator.plan(orchestrator.load_spec(first_70b.write_spec(tmp_path)))
-    (quoted,) = [block for _, block in _FENCE.findall((DOCS / "first-70b.md").read_text()) if "miniature" in block]
-    assert quoted.splitlines() == list(first_70b.totals(plan))
 
 
 def test_readme_model_table_is_that_of_the_families() -> None:
