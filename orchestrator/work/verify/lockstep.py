@@ -1,8 +1,8 @@
-"""Execute the ranks of a pipeline stage in lockstep, in one process, with the weights of one slice of one rank in memory.
+"""Execute the ranks of a pipeline stage in lockstep, in one process, with only one slice of one rank's weights in memory.
 
-For every slice of the graph: each rank's weights of it are read, widened and bound, all calls pass it, and the weights are
-dropped; then the collective that ends the slice is computed for every call. Keys and values of a layer live from its first
-slice to its last. What stays is the hidden states of all calls: neither layers nor ranks add to the peak.
+For every slice of the graph, each rank's weights are read, widened and bound, all calls pass it, and the weights are dropped. Then
+the collective that ends the slice is computed for every call. Keys and values of a layer live from its first slice to its last.
+Only the hidden states of all calls stay: neither layers nor ranks add to the peak.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ _RANKS_AGREE = 1e-5
 
 @dataclass
 class _Rank:
-    """One rank's graph, weights and values."""
+    """Graph, weights and values of one rank."""
 
     network: Network
     sliced: Sliced
     weights: PortableWeights
     empty_cache: Any
-    """OrtValue with which every cache begins: a large number, so that reading an unwritten slot cannot pass for right."""
+    """OrtValue that fills every initial cache: a large number, so that reading an unwritten slot gives a wrong result."""
     values: list[dict[str, Any]]
-    """By call: OrtValues by name, from the slice that makes them to the last one that reads them."""
+    """OrtValues by call and name, from the slice that makes them to the last one that reads them."""
     cache: dict[str, Any] = field(default_factory=dict)
-    """Keys and values that the next call reads, by the name of the input."""
+    """Keys and values for the next call, by input name."""
 
 
 class Lockstep:
-    """The ranks of a stage and the calls that pass them."""
+    """Ranks of a stage, and the calls that pass them."""
 
     def __init__(
         self, network: StageNetwork, weights: Sequence[Mapping[str, Weight]], calls: Sequence[Call], hidden_states: Sequence[Array]
     ) -> None:
-        """`weights` by tp_rank; `hidden_states` by call, of the stage before (empty on the first).
+        """`weights` by tp_rank; `hidden_states` by call, from the stage before (empty for the first stage).
 
         Raises SourceMissingError, SourceCorruptError, ArchitectureError.
         """
@@ -76,11 +76,12 @@ class Lockstep:
         keep: Callable[[int, dict[str, Array]], None] = lambda layer, state: None,
         last: tuple[int, Mapping[str, Array]] | None = None,
     ) -> list[Array]:
-        """Hidden states by call [B, S, hidden], or logits [B, S, vocabulary] on the last stage.
+        """Return the hidden states [B, S, hidden] by call, or logits [B, S, vocabulary] on the last stage.
 
-        `report` gets the slices that are done and their number; `watch` a layer's number in the model and the hidden states at its
-        end, by call; then `keep` the layer's number and the values that later slices read. `last` is such a layer and its values,
-        of an earlier attempt: the slices up to its end are skipped. Raises VerificationError when the ranks' hidden states differ.
+        `report` gets the number of finished slices and of all. `watch` gets a layer's number in the model and the hidden states
+        at its end, by call; then `keep` gets that number and the values that later slices read. `last`: such a layer and its
+        values, from an earlier attempt; slices up to its end are skipped. Raises VerificationError when the ranks' hidden states
+        differ.
         """
         slices = self._ranks[0].sliced.slices
         first = 0 if last is None else self._restore(*last)
@@ -102,7 +103,7 @@ class Lockstep:
         return self._results()
 
     def _weights_ahead(self, first: int) -> Iterator[list[Any]]:
-        """The weights of each slice, rank after rank, as OrtValues; the next are read while a slice is executed."""
+        """Yield the weights of each slice and rank, as OrtValues; the next are read while a slice is executed."""
         count = len(self._ranks[0].sliced.slices)
         order = [(rank, number) for number in range(first, count) for rank in self._ranks]
         if not order:
@@ -116,7 +117,7 @@ class Lockstep:
                 yield bound.pop()
 
     def _pass(self, rank: _Rank, number: int, weights: list[Any]) -> None:
-        """All calls through one slice of one rank."""
+        """Run all calls through one slice of one rank."""
         part = rank.sliced.slices[number]
         if not part.nodes:
             return
@@ -135,7 +136,7 @@ class Lockstep:
                     rank.cache[_PAST + name.removeprefix(_PRESENT)] = value
 
     def _session(self, rank: _Rank, part: Slice, feeds: Sequence[Any]) -> Any:
-        """Slices that are alike share one session."""
+        """Return the slice's session; equal slices share one."""
         kinds = [value.element_type() for value in feeds]
         model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
         if model not in self._sessions:
@@ -143,7 +144,7 @@ class Lockstep:
         return self._sessions[model]
 
     def _exchange(self, collective: Collective) -> None:
-        """Every rank gets the sum of what all have, or all of it along axis 0."""
+        """Give every rank the sum of all ranks' values, or their concatenation along axis 0."""
         for call in range(len(self._calls)):
             parts = [rank.values[call][collective.source].numpy() for rank in self._ranks]
             together = functools.reduce(np.add, parts) if collective.operation == "all_reduce" else np.concatenate(parts)
@@ -160,7 +161,7 @@ class Lockstep:
                 rank.cache.clear()
 
     def _state(self) -> dict[str, Array]:
-        """Values that later slices read, by rank, call and name; those of a rank that equal rank 0's are left out."""
+        """Return the values that later slices read, by rank, call and name, without those that equal rank 0's."""
         state: dict[str, Array] = {}
         for tp_rank, rank in enumerate(self._ranks):
             for call, values in enumerate(rank.values):
@@ -172,7 +173,7 @@ class Lockstep:
         return state
 
     def _restore(self, layer: int, state: Mapping[str, Array]) -> int:
-        """Take the values of an earlier attempt. Returns the number of the first slice behind the layer."""
+        """Restore the values of an earlier attempt; returns the number of the first slice after the layer."""
         for tp_rank, rank in enumerate(self._ranks):
             for key, array in state.items():
                 of_rank, call, name = key.split("/", 2)
@@ -182,7 +183,7 @@ class Lockstep:
         return ends[0] + 1
 
     def _check_agreement(self, name: str) -> None:
-        """Raises VerificationError when a rank's hidden states at a layer's end differ from rank 0's."""
+        """Compare the ranks' hidden states at a layer's end with rank 0's. Raises VerificationError."""
         for call in range(len(self._calls)):
             first, *others = (rank.values[call][name].numpy() for rank in self._ranks)
             for tp_rank, other in enumerate(others, 1):
@@ -211,12 +212,12 @@ _PAST, _PRESENT = past_name(0, "").split(".", 1)[0], present_name(0, "").split("
 
 
 def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str) -> Any:
-    """A value of the call, or the cache as the call before left it."""
+    """Return a value of the call, or the cache left by the previous call."""
     if not name.startswith(_PAST):
         return values[name]
     if _PRESENT + name.removeprefix(_PAST) in part.outputs:
         return rank.cache.get(name, rank.empty_cache)
-    return rank.empty_cache  # only its shape is read: `cut` has made sure of that
+    return rank.empty_cache  # only its shape is read: `cut` ensures that
 
 
 def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> di
 
 
 def _bind(rank: _Rank, number: int) -> list[Any]:
-    """The weights of a slice in the order in which it takes them."""
+    """Return the weights of a slice, in the order of its inputs."""
     part = rank.sliced.slices[number]
     rows_only = looked_up(part)
     bound = (rank.weights.stored(name) if name in rows_only else rank.weights[name] for name in part.weights)
