@@ -108,8 +108,7 @@ def main() -> None:
         folder = Path(name)
         release = _build_release(folder)
         num_bytes, seconds = _install(folder)
-        program = str(folder / "env/bin/orchestrator")
-        wrong = [said for case in [*served(folder, release), *refused(folder, release)] if (said := _run(program, case))]
+        wrong = [said for case in [*served(folder, release), *refused(folder, release)] if (said := _run(folder, case))]
         if (folder / "new").exists():
             wrong.append("a command without its extra has written something")
     size = f"{num_bytes / 1e6:.0f} MB with the environment's own pip"
@@ -141,13 +140,15 @@ def _install(folder: Path) -> tuple[int, float]:
     return sum(path.stat().st_size for path in files), seconds
 
 
-def _run(program: str, case: Case) -> str:
+def _run(folder: Path, case: Case) -> str:
     """Run a command outside of the repository, print how it ended; returns what is wrong with that."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     began = time.perf_counter()
-    done = subprocess.run([program, *case.words], capture_output=True, text=True, check=False, cwd="/", env=environment)
+    done = subprocess.run(
+        [str(folder / "env/bin/orchestrator"), *case.words], capture_output=True, text=True, check=False, cwd="/", env=environment
+    )
     found = problem(case, done.returncode, done.stdout + done.stderr)
-    shown = " ".join("/".join(Path(word).parts[-2:]) if word.startswith(("/", "file:")) else word for word in case.words)
+    shown = " ".join(word.replace(f"{folder}/", "").replace(f"{ROOT}/", "").removeprefix("file://") for word in case.words)
     ended = f"names the extra {case.extra}" if case.extra and not found else f"exit code {done.returncode}"
     print(f"{time.perf_counter() - began:5.1f} s  {ended:<28}  orchestrator {shown}{': ' + found if found else ''}", flush=True)
     return f"{shown}: {found}" if found else ""
