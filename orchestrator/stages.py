@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.base.errors import StoreError
@@ -17,6 +17,7 @@ from orchestrator.model import topology as topologies
 from orchestrator.model.compute_capability import check_target
 from orchestrator.model.config import to_trtllm
 from orchestrator.model.stage import StageOptions
+from orchestrator.planning.facts import Verification, VerifyFacts
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.preparation import plan_conversion
@@ -31,8 +32,24 @@ from orchestrator.stores import open_store
 from orchestrator.stores.store import Store, check_writable
 
 
-def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> Plan:
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint."""
+
+    plan: Plan
+    verification: Verification | None
+    """None: it was not verified."""
+
+
+_CONVERSION = (Kind.CALIBRATE, Kind.CONVERT)
+_PROOF = (Kind.MINIATURE, Kind.REFERENCE, Kind.VERIFY)
+
+
+def convert(spec: BuildSpec, output: Path, listener: Listener | None = None, *, verify: bool = False) -> Converted:
     """Write a whole TensorRT-LLM checkpoint to the folder `output`, config.json last. Resumes after a kill.
+
+    `verify`: execute every rank's graph and compare with the Hugging Face model first, as a build does; no engine is needed. Then
+    VerificationError is raised for a wrong checkpoint, which is not put into `output`.
 
     `spec.topology.cp` may be above 1. Raises as `plan`, and StoreError when `output` holds a checkpoint or has too little space.
     """
@@ -43,7 +60,7 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     staging = output / ".staging"
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
-    only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (Kind.CALIBRATE, Kind.CONVERT)))
+    only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (*_CONVERSION, *(_PROOF if verify else ()))))
     committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
     cluster_spec = ClusterSpec(store=store.url)
     check_steps(only, committed, cluster_spec, store)
@@ -62,7 +79,8 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None) -> 
     _write_indexes(plan, output)
     write_checkpoint_config(output, plan.inputs.config, plan.topology, plan.inputs.model_quantization)
     shutil.rmtree(staging)
-    return plan
+    verified = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in only.of_kind(Kind.VERIFY)]
+    return Converted(plan, verified[-1] if verified else None)
 
 
 def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:

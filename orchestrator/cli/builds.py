@@ -151,6 +151,12 @@ def convert(
     cp: Annotated[int, typer.Option("--cp", help="Context-parallel size; these ranks share files.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")] = "auto",
     max_shard_bytes: Annotated[str, typer.Option("--max-shard-bytes", help="Largest shard; larger ranks are split.")] = "5GB",
+    embedding_dim: Annotated[
+        int | None, typer.Option("--split-embedding", help="Split the embedding over ranks: 0 by vocabulary, 1 by hidden size.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every rank with the Hugging Face model before the checkpoint is written.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to TensorRT-LLM's format, like convert_checkpoint.py."""
@@ -164,7 +170,7 @@ def convert(
                 "source": {"path": resolve_source(source, Path.cwd())},
                 "dtype": dtype,
                 "topology": {"tp": tp, "pp": pp, "cp": cp},
-                "conversion": {"max_shard_bytes": max_shard_bytes},
+                "conversion": {"max_shard_bytes": max_shard_bytes, **_embedding(embedding_dim)},
                 "engine": {"max_input_len": 1},
                 "release": {"name": "checkpoint", "version": "0"},
             },
@@ -172,10 +178,18 @@ def convert(
         )
         from orchestrator.report import format_count
 
-        made = stages.convert(spec, output, _listener(as_json))
+        converted = stages.convert(spec, output, _listener(as_json), verify=verify)
+        made = converted.plan
         if not as_json:
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
             out.print(f"{format_count(made.topology.world_size, 'rank')}{shared} in {output}")
+            if converted.verification is not None:
+                found = converted.verification
+                out.print(f"verified on {found.num_positions} positions, max relative error {found.relative_errors()}")
+
+
+def _embedding(dim: int | None) -> dict[str, Any]:
+    return {} if dim is None else {"use_parallel_embedding": True, "embedding_sharding_dim": dim}
 
 
 @app.command()

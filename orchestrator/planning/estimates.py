@@ -22,8 +22,11 @@ _TORCH_BYTES = 700_000_000
 """Memory of torch and transformers, and of a block of the head's rows with its products."""
 _VERIFY_BYTES = 200_000_000
 """Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
-_CONVERT_BYTES = 300_000_000
+_CONVERT_BYTES = 100_000_000
+_PACKING_BYTES = 350_000_000
+"""torch, and blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
+_BUILD_LAYER_BYTES = 25_000_000
 """Memory of TensorRT and the workspace of its tactics."""
 
 
@@ -53,14 +56,16 @@ def verify_memory(weights: WeightMap, pp_rank: int) -> int:
     return _VERIFY_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
 
 
-def build_memory(rank_bytes: int) -> int:
-    """Return the memory of an engine build: TensorRT holds up to two and a half times the rank's weights."""
-    return _BUILD_BYTES + rank_bytes * 5 // 2
+def build_memory(rank_bytes: int, num_layers: int) -> int:
+    """Memory of an engine build: TensorRT holds up to two and a half times the rank's weights, and what it knows of each layer."""
+    return _BUILD_BYTES + rank_bytes * 5 // 2 + num_layers * _BUILD_LAYER_BYTES
 
 
-def convert_memory(largest_tensor_bytes: int) -> int:
-    """Return the memory of a conversion: blocks of a tensor between the source and the shards."""
-    return _CONVERT_BYTES + 2 * largest_tensor_bytes
+def convert_memory(largest_tensor_bytes: int, *, quantized: bool) -> int:
+    """Memory of a conversion. Blocks of bounded size pass through it; torch packs whole blocks of rows."""
+    if quantized:
+        return _PACKING_BYTES + 2 * largest_tensor_bytes
+    return _CONVERT_BYTES + min(largest_tensor_bytes, _CONVERT_BYTES)
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:

@@ -153,10 +153,14 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
         converts = [_convert(group, inputs, topology, calibrates, spec.conversion.not_finite) for group in groups]
         rank_bytes = sum(group.shard_bytes for group in groups)
         steps.extend(converts)
-        steps.extend(_build(inputs, network, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp))
-        if reference is not None:
-            previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
-            steps.append(previous)
+        engines = [_build(inputs, network, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp)]
+        if reference is None:
+            steps.extend(engines)
+            continue
+        previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
+        # A wrong rank is known before its stage's engines are built, unless the proof takes longer than they do.
+        is_quick = previous.estimate.seconds < sum(engine.estimate.seconds for engine in engines)
+        steps.extend([previous, *engines] if is_quick else [*engines, previous])
     warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
     notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
     return Plan(spec, inputs, tuple(steps), warnings, notes)
@@ -268,7 +272,7 @@ def _convert(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         locations={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
-        resources=Resources(memory_bytes=convert_memory(largest)),
+        resources=Resources(memory_bytes=convert_memory(largest, quantized=quantization is not None)),
         estimate=estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )
 
@@ -287,7 +291,9 @@ def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[S
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in converts),
         resources=Resources(
-            gpus=1 if inputs.engine.backend == "tensorrt" else 0, memory_bytes=build_memory(rank_bytes), scratch_bytes=rank_bytes
+            gpus=1 if inputs.engine.backend == "tensorrt" else 0,
+            memory_bytes=build_memory(rank_bytes, network.stage.num_layers),
+            scratch_bytes=rank_bytes,
         ),
         estimate=estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
     )

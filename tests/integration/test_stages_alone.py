@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -11,9 +12,11 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from orchestrator.base.errors import ArchitectureError, TopologyError, WeightMapError
+from orchestrator import stages
+from orchestrator.base.errors import ArchitectureError, TopologyError, VerificationError, WeightMapError
 from orchestrator.cli import app
 from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, MistralForCausalLM, build
+from tests.support.synthetic import build_spec
 
 CONFIG = BuildConfig(max_batch_size=2, max_input_len=16, max_seq_len=64)
 
@@ -49,6 +52,25 @@ def test_convert_of_ranks_over_the_limit_writes_shards_and_an_index(tiny_llama: 
     whole = LLaMAForCausalLM.from_checkpoint(tmp_path / "whole").weights()
     split = LLaMAForCausalLM.from_checkpoint(tmp_path / "split").weights()
     assert all(bytes(whole[name].data) == bytes(split[name].data) for name in whole)
+
+
+def test_convert_with_verify_writes_the_same_files_and_prints_their_error(tiny_llama: Path, tmp_path: Path) -> None:
+    split = ("--tp", "2", "--pp", "2", "--split-embedding", "0")
+    convert(tiny_llama, tmp_path / "plain", *split)
+    words = ["convert", "--source", str(tiny_llama), "--output", str(tmp_path / "verified"), *split, "--verify"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"verified on \d+ positions, max relative error \d\.\d\de-0[678]", result.output)
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "verified").iterdir())
+    assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "verified" / name).read_bytes() for name in names)
+
+
+def test_convert_with_verify_beyond_the_tolerance_writes_no_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    spec = build_spec(tiny_llama, topology={"tp": 2}, verification={"tolerance": {"max_relative_error": 1e-12}})
+    with pytest.raises(VerificationError, match=r"^verify/stage0: .* relative error .* > 1e-12"):
+        stages.convert(spec, tmp_path / "output", verify=True)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == [".staging"]
 
 
 def test_convert_over_an_existing_checkpoint_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

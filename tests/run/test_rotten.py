@@ -298,7 +298,7 @@ def test_convert_rotten_shard_of_a_killed_run_is_converted_again(
     stages.convert(spec, output)
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
-    assert whole.topology.tp == 2
+    assert whole.plan.topology.tp == 2
 
 
 _replace = Path.replace

@@ -60,7 +60,7 @@ def test_convert_from_the_hub_equals_convert_from_the_folder_and_fetches_each_by
     made = stages.convert(build_spec("hf://acme/tiny"), tmp_path / "remote")
     for path in sorted((tmp_path / "local").iterdir()):
         assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert any(step.kind is Kind.CONVERT for step in made.steps)
+    assert any(step.kind is Kind.CONVERT for step in made.plan.steps)
     assert all(wanted for method, path, wanted in hub.requests if method == "GET" and path.endswith(".safetensors"))
     total = sum(path.stat().st_size for path in hub.folders[ONE].iterdir())
     assert hub.fetched < 3 * total  # small files are their headers' first read
