@@ -25,8 +25,8 @@ from actors.postmortem import Evidence, WorkerFacts, examine
 from actors.step_actor import Message
 from actors.workers import Worker, Workers
 from orchestrator.base.errors import ClusterError, Interrupted
+from orchestrator.events import STEP_EVENT, StepEvent, StepFailed
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import EVENT, AnyEvent, StepFailed
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Task
 from orchestrator.run.cluster import worker_environment
 from orchestrator.run.retry import leaves_drained_node
@@ -92,7 +92,7 @@ class RayCluster:
     def start(self, task: Task) -> None:
         self._placement.add(task, self.now())
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             left = _WAIT_SECONDS if deadline is None else min(max(deadline - time.monotonic(), 0.0), _WAIT_SECONDS)
@@ -169,12 +169,12 @@ class RayCluster:
             stream = worker.actor.run.options(num_returns="streaming").remote(placed.task.model_dump_json())
             self._attempts[stream] = _Attempt(placed, worker, now)
 
-    def _look_after(self) -> list[AnyEvent]:
+    def _look_after(self) -> list[StepEvent]:
         """Check time and nodes: steps to move off a node, steps that wait in vain, evidence that does not arrive."""
         now, nodes = self.now(), {node.node_id: node for node in self._watch.nodes}
         self._placement.update(nodes.values())
         self._workers.sweep(now, {node.node_id for node in nodes.values() if node.leaves_at is not None})
-        found: list[AnyEvent] = []
+        found: list[StepEvent] = []
         if now < self._looked_at + _LOOK_SECONDS and nodes.keys() == self._known:
             return found
         self._looked_at, self._known = now, nodes.keys()
@@ -195,7 +195,7 @@ class RayCluster:
         self._ask_for_nodes(now)
         return found
 
-    def _look_after_waiting(self, stream: Any, attempt: _Attempt, now: float, *, stays: bool) -> list[AnyEvent]:
+    def _look_after_waiting(self, stream: Any, attempt: _Attempt, now: float, *, stays: bool) -> list[StepEvent]:
         """Check a worker that has not begun: its node may be gone, or full of other work."""
         step, waited = attempt.placed.task.step, now - attempt.since
         other = waited > _PATIENCE_SECONDS and self._placement.has_other(step, attempt.placed.node.node_id)
@@ -210,7 +210,7 @@ class RayCluster:
             return [StepFailed(digest=step.digest, failure=failure)]
         return []
 
-    def _look_after_leaving(self, stream: Any, attempt: _Attempt, now: float, left: float) -> list[AnyEvent]:
+    def _look_after_leaving(self, stream: Any, attempt: _Attempt, now: float, left: float) -> list[StepEvent]:
         step, node = attempt.placed.task.step, attempt.placed.node
         elapsed = now - (attempt.began or now)
         if not leaves_drained_node(left, elapsed, step.estimate.seconds) or not self._placement.has_other(step, node.node_id):
@@ -221,7 +221,7 @@ class RayCluster:
         self._placement.end(step.digest, now, failure)
         return [StepFailed(digest=step.digest, failure=failure)]
 
-    def _poll(self, timeout_seconds: float) -> list[AnyEvent]:
+    def _poll(self, timeout_seconds: float) -> list[StepEvent]:
         pending = [*self._attempts, *self._inquests]
         if not pending:
             time.sleep(timeout_seconds)
@@ -231,7 +231,7 @@ class RayCluster:
             ready, _ = ray.wait(pending, num_returns=1, timeout=timeout_seconds, fetch_local=False)
         return [event for item in ready for event in (self._next(item) if item in self._attempts else [self._conclude(item)])]
 
-    def _next(self, stream: Any) -> list[AnyEvent]:
+    def _next(self, stream: Any) -> list[StepEvent]:
         """Receive the next messages of a worker."""
         attempt = self._attempts[stream]
         try:
@@ -245,12 +245,12 @@ class RayCluster:
             if what == "worker":
                 attempt.began, attempt.facts = self.now(), WorkerFacts.model_validate_json(text)
             elif what == "event":
-                found.append(EVENT.validate_json(text))
+                found.append(STEP_EVENT.validate_json(text))
             else:
                 self._finish(stream, found[-1], int(text))
         return found
 
-    def _finish(self, stream: Any, event: AnyEvent, resting_bytes: int) -> None:
+    def _finish(self, stream: Any, event: StepEvent, resting_bytes: int) -> None:
         """End an attempt. A worker whose step failed is not used again."""
         failure = event.failure if isinstance(event, StepFailed) else None
         worker = self._attempts.pop(stream).worker
@@ -264,7 +264,7 @@ class RayCluster:
         """End the worker of an attempt, and ignore it from now on."""
         self._workers.end(self._attempts.pop(stream).worker)
 
-    def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> list[AnyEvent]:
+    def _broken(self, stream: Any, attempt: _Attempt, error: BaseException) -> list[StepEvent]:
         """Handle a stream that ended without a final event."""
         digest, node = attempt.placed.task.step.digest, attempt.placed.node
         self._drop(stream)

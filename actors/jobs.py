@@ -32,7 +32,8 @@ from orchestrator.base.errors import (
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.events.builds import BuildEvent, LogReader, Published, conclude
+from orchestrator.events import Event, Published
+from orchestrator.events.log import LogReader, conclude
 from orchestrator.releases.manifest import MANIFEST, release_prefix
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
@@ -172,7 +173,7 @@ class RaySubmission:
         """Return everything that the driver has printed so far."""
         return self._api.log(self.id)
 
-    def events(self, timeout_seconds: float | None = None) -> Iterator[BuildEvent]:
+    def events(self, timeout_seconds: float | None = None) -> Iterator[Event]:
         """See Followed. Failed polls are repeated for minutes.
 
         Raises NotStartedError when the job is pending for too long, UnreachableError when the cluster does not answer for minutes,
@@ -225,7 +226,7 @@ class RaySubmission:
                 pass
         job, said = self.status(), self._log.last_word
         if said is None and job.state == "SUCCEEDED":
-            return Published(job.metadata.get("manifest", ""), None, None)  # the log is lost with its node, but the release is not
+            return Published(manifest=job.metadata.get("manifest", ""))  # the log is lost with its node, but the release is not
         if said is None and job.never_started:
             raise NotStartedError(f"{self.id} could not start: {_first_line(job.message)}")
         reason = self._log.tail or _first_line(job.message)

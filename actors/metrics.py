@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.events.builds import BuildEvent, Planned, Retrying, Stepped
+from orchestrator.events import Event, Planned, StepFailed, StepProgressed, StepRetried, StepStarted, StepSucceeded
 from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.steps import Failure, FailureKind, Outcome
 
@@ -42,30 +42,28 @@ class Metrics:
         self._running: set[str] = set()
         self._read: dict[str, int] = {}
 
-    def tell(self, event: BuildEvent) -> None:
+    def tell(self, event: Event) -> None:
         """Count an event."""
         if isinstance(event, Planned):
             self._release, self._pending = event.release, len(event.pending)
-        elif isinstance(event, Retrying):
-            self._count("trt_build_retries_total", 1, kind=_kind(event.step))
-        elif isinstance(event, Stepped):
-            self._stepped(event)
-
-    def _stepped(self, told: Stepped) -> None:
-        event, kind = told.event, _kind(told.step)
-        if event.type == "started":
-            self._running.add(told.step)
-        elif event.type == "progress":
+        elif isinstance(event, StepRetried):
+            self._count("trt_build_retries_total", 1, kind=event.kind)
+        elif isinstance(event, StepProgressed):
             if event.unit == "bytes":
-                self._read[told.step] = event.done
-            return
-        elif event.type == "succeeded":
-            self._running.discard(told.step)
-            self._pending -= 1
-            self._succeeded(kind, event.outcome, self._read.pop(told.step, 0))
-        else:
-            self._running.discard(told.step)
-            self._failed(kind, event.failure)
+                self._read[event.step] = event.done
+        elif isinstance(event, StepStarted):
+            self._running.add(event.step)
+            self._gauge()
+        elif isinstance(event, StepSucceeded | StepFailed):
+            self._running.discard(event.step)
+            if isinstance(event, StepSucceeded):
+                self._pending -= 1
+                self._succeeded(event.kind, event.outcome, self._read.pop(event.step, 0))
+            else:
+                self._failed(event.kind, event.failure)
+            self._gauge()
+
+    def _gauge(self) -> None:
         self._metric("trt_build_steps_pending").set(max(self._pending, 0), {"release": self._release})
         self._metric("trt_build_steps_running").set(len(self._running), {"release": self._release})
 
@@ -100,7 +98,3 @@ def _ray_metric(name: str) -> Any:
 
     told, labels = (COUNTERS | GAUGES)[name]
     return (Counter if name in COUNTERS else Gauge)(name, description=told, tag_keys=labels)
-
-
-def _kind(step: str) -> str:
-    return step.partition("/")[0]

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from actors.node_watch import node_name
 from actors.postmortem import facts_here
 from orchestrator.base.errors import BUG, ToolError
+from orchestrator.events import StepFailed, StepSucceeded
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.work.process import without_launcher
 from orchestrator.work.streaming import stream
@@ -47,7 +48,7 @@ class StepActor:
         held: list[Message] = [("worker", facts_here(node_id).model_dump_json())]
         for event in stream(task, node_name(host, node_id)):
             held.append(("event", event.model_dump_json()))
-            if event.type in ("succeeded", "failed"):
+            if isinstance(event, StepSucceeded | StepFailed):
                 held.append(("rest", str(resting_bytes())))
             yield held
             held = []

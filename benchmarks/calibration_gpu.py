@@ -253,26 +253,25 @@ def _parts(
 ) -> tuple[float, dict[str, tuple[float, float, str]]]:
     """Seconds of the whole, and of every step its begin, end and node."""
     from actors import RayCluster
+    from orchestrator.events import Event, StepStarted, StepSucceeded
     from orchestrator.planning import preparation
     from orchestrator.planning.steps import Kind
     from orchestrator.quantizing import only, union
     from orchestrator.run import execute
-    from orchestrator.run.listener import SilentListener
 
     began = time.monotonic()
     asked = [_asked(folder, source, algorithm, tiny, num_gpus=num_gpus, num_stages=2) for algorithm in algorithms]
     made = union([only(preparation.plan(spec), (Kind.CALIBRATE,)) for spec, _ in asked], algorithms)
     spans: dict[str, tuple[float, float, str]] = {}
 
-    class Clock(SilentListener):
-        def on_event(self, event: Any) -> None:
-            name, now = made.step(event.digest).name, time.monotonic() - began
-            if event.type == "started":
-                spans[name] = (now, now, event.node)
-            elif event.type == "succeeded":
-                spans[name] = (spans[name][0], now, spans[name][2])
+    def clock(event: Event) -> None:
+        now = time.monotonic() - began
+        if isinstance(event, StepStarted):
+            spans[event.step] = (now, now, event.node)
+        elif isinstance(event, StepSucceeded):
+            spans[event.step] = (spans[event.step][0], now, spans[event.step][2])
 
-    result = execute.execute(made, {}, asked[0][1], RayCluster, Clock())
+    result = execute.execute(made, {}, asked[0][1], RayCluster, clock)
     result.raise_failures(made)
     return time.monotonic() - began, spans
 

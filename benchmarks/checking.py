@@ -27,12 +27,11 @@ from unittest import mock
 from benchmarks.sources import write_llama
 from orchestrator import building
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import StepEvent, silent
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.releases import publish
 from orchestrator.run import checking, execute
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
@@ -47,13 +46,13 @@ class InTurn:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._events: list[AnyEvent] = []
+        self._events: list[StepEvent] = []
 
     def start(self, task: Task) -> None:
         forget(self._folder)
         self._events.extend(stream(task, "here"))
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         found, self._events = self._events, []
         return found
 
@@ -142,7 +141,7 @@ def check_shards(source: Path, sections: dict[str, Any], folder: Path) -> None:
     only = replace(made, steps=tuple(made.of_kind(Kind.CONVERT)))
     store = open_store(folder.resolve().as_uri())
     with timed("convert") as total:
-        result = execute.execute(only, {}, ClusterSpec(store=store.url), LocalCluster, SilentListener())
+        result = execute.execute(only, {}, ClusterSpec(store=store.url), LocalCluster, silent)
         result.raise_failures(only)
         subprocess.run(["sync", "-f", str(folder)], check=True)
     outputs = [output for outcome in result.outcomes.values() for output in outcome.outputs]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.sources import write_llama
-from orchestrator.events.steps import EVENT, StepFailed, StepSucceeded
+from orchestrator.events import STEP_EVENT, StepFailed, StepSucceeded
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Step, Task
 from orchestrator.spec.build import BuildSpec
@@ -96,7 +96,7 @@ def convert(step: Step, store: Path) -> Measured:
     )
     wall = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    event = EVENT.validate_json(done.stdout.splitlines()[-1])
+    event = STEP_EVENT.validate_json(done.stdout.splitlines()[-1])
     if isinstance(event, StepFailed):
         raise SystemExit(event.failure.message)
     assert isinstance(event, StepSucceeded)

@@ -23,11 +23,11 @@ from benchmarks.convert import copy_seconds
 from benchmarks.sources import write_llama
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.clusters.local import LocalCluster
+from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.run import execute
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
@@ -113,7 +113,7 @@ def convert(plan: Plan, folder: Path) -> tuple[Measured, list[Outcome]]:
     url = folder.resolve().as_uri()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    result = execute.execute(plan, {}, ClusterSpec(store=url), LocalCluster, SilentListener())
+    result = execute.execute(plan, {}, ClusterSpec(store=url), LocalCluster, silent)
     result.raise_failures(plan)
     subprocess.run(["sync", "-f", str(folder)], check=True)
     wall = time.monotonic() - began

@@ -18,10 +18,10 @@ from pathlib import Path
 import ray
 
 from actors import RayCluster
+from orchestrator.events import silent
 from orchestrator.planning.plan import Plan
 from orchestrator.run import commits
 from orchestrator.run.driver import drive
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.support.plans import fake_plan, outcome_of
@@ -57,7 +57,7 @@ def through_driver(plan: Plan, spec: ClusterSpec) -> None:
     """Drive the plan from nothing, workers and all."""
     cluster = RayCluster(spec)
     try:
-        result = drive(plan, {}, cluster, spec, SilentListener())
+        result = drive(plan, {}, cluster, spec, silent)
     finally:
         cluster.close()
     assert len(result.outcomes) == len(plan.steps), result.failures

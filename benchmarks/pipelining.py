@@ -18,10 +18,9 @@ from pathlib import Path
 
 from actors import RayCluster
 from orchestrator import building
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import Event, StepStarted, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import QuantizationSpec, SourceSpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.spec.loading import load_spec
@@ -29,18 +28,18 @@ from orchestrator.spec.loading import load_spec
 _NUM_ORDERS = 10_000
 
 
-class Clock(SilentListener):
+class Clock:
     """When steps began and ended, here."""
 
     def __init__(self) -> None:
         self.began: dict[str, float] = {}
         self.ended: dict[str, float] = {}
 
-    def on_event(self, event: AnyEvent) -> None:
+    def __call__(self, event: Event) -> None:
         """Take the time of a start or an end."""
-        if event.type == "started":
+        if isinstance(event, StepStarted):
             self.began.setdefault(event.digest, time.monotonic())
-        elif event.type == "succeeded":
+        elif isinstance(event, StepSucceeded):
             self.ended[event.digest] = time.monotonic()
 
 

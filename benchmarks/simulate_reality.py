@@ -15,10 +15,9 @@ from pathlib import Path
 
 from orchestrator import building
 from orchestrator.clusters import simulation
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import Event
 from orchestrator.planning import preparation
 from orchestrator.run import commits
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
@@ -26,13 +25,13 @@ from orchestrator.spec.rates import RatesSpec
 from orchestrator.stores import open_store
 
 
-class Clock(SilentListener):
+class Clock:
     """When the first step started and the last one ended."""
 
     def __init__(self) -> None:
         self.first = self.last = 0.0
 
-    def on_event(self, event: AnyEvent) -> None:
+    def __call__(self, event: Event) -> None:
         self.last = time.monotonic()
         self.first = self.first or self.last
 

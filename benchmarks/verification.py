@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator import clusters
+from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
 from orchestrator.run import commits, execute
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
@@ -54,7 +54,7 @@ def verify(model: Path, tp: int, pp: int, store: str) -> Verification:
     made = preparation.plan(spec)
     only = Plan(made.spec, made.inputs, tuple(step for step in made.steps if step.kind is not Kind.BUILD))
     committed = commits.committed(open_store(store), (step.digest for step in only.steps))
-    result = execute.execute(only, committed, ClusterSpec(store=store), clusters.local_cluster, SilentListener())
+    result = execute.execute(only, committed, ClusterSpec(store=store), clusters.local_cluster, silent)
     result.raise_failures(only)
     last = list(only.of_kind(Kind.VERIFY))[-1]
     return result.outcomes[last.digest].facts.verification

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.clusters import local_cluster
+from orchestrator.events import Event, Listener, Planned, Published, silent, to_all
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.releases.manifest import MANIFEST, Manifest, release_prefix
-from orchestrator.report.recording import Recording, check_report, fetch_report
+from orchestrator.report.recording import check_report, fetch_report, recorded
 from orchestrator.run import commits
 from orchestrator.run.driver import Result
 from orchestrator.run.execute import OpenCluster, execute
-from orchestrator.run.listener import Listener, Listeners, SilentListener
 from orchestrator.run.preflight import check_build, check_extras
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -38,7 +38,7 @@ def build(
     cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
-    listener: Listener | None = None,
+    listener: Listener = silent,
     sign_key: Path | None = None,
     report: Path | None = None,
 ) -> Build:
@@ -52,7 +52,6 @@ def build(
     from orchestrator.releases.signing import check_sign_key
 
     check_extras(cluster_spec)
-    reports = listener or SilentListener()
     if sign_key is not None:
         check_sign_key(sign_key)
     if report is not None:
@@ -63,31 +62,37 @@ def build(
     check_writable(target)
     existing = check_free(target, plan, sign_key)
     if existing is not None:
-        reports.on_plan(plan, {}, already_published=True)
+        listener(Planned.of(plan, (), already_published=True))
         if report is not None:
             fetch_report(target, release_prefix(spec.release.name, spec.release.version), existing, report)
+        listener(_published(address, 0, existing))
         return Build(plan, existing, address, None)
     prefix = release_prefix(spec.release.name, spec.release.version)
     with (
         commits.in_use(target, [step.digest for step in plan.steps], prefix, plan.build_key),
-        Recording(target, plan, report) as recording,
+        recorded(target, plan, report) as recording,
     ):
-        reports = Listeners(reports, recording.listener)
+        listener = to_all(listener, recording.tell)
         committed, again = commits.agreeing(target, plan, commits.committed(target, (step.digest for step in plan.steps)))
         check_build(plan, committed, cluster_spec, target)
         plan = replace(plan, warnings=plan.warnings + again)
-        reports.on_plan(plan, committed, already_published=False)
+        listener(Planned.of(plan, plan.pending(committed)))
         placed: list[Engines] = []
         result = execute(
             plan,
             committed,
             cluster_spec,
             open_cluster,
-            reports,
+            listener,
             lambda outcomes: placed.append(place_engines(target, plan, outcomes)),
         )
-        recording.ended(result)
+        recording.result = result
         result.raise_failures(plan)
         manifest = publish(target, plan, result.outcomes, placed[-1], sign_key, recording.page)
-        recording.published(f"{address}/{MANIFEST}", manifest)
+        listener(_published(address, len(result.ran), manifest))
         return Build(plan, manifest, address, result)
+
+
+def _published(address: str, steps_run: int, manifest: Manifest) -> Event:
+    numbers = manifest.verification.model_dump() if manifest.verification else None
+    return Published(manifest=f"{address}/{MANIFEST}", steps_run=steps_run, verification=numbers)

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.base.errors import QuantizationError, StoreError, VerificationError
 from orchestrator.base.extras import require
 from orchestrator.clusters import local_cluster
+from orchestrator.events import Listener, Planned, silent
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
 from orchestrator.planning import preparation
 from orchestrator.planning.calibration import layer_of
@@ -27,7 +28,6 @@ from orchestrator.quantizers.resolve import quantizer_named
 from orchestrator.run import commits
 from orchestrator.run.driver import Result
 from orchestrator.run.execute import OpenCluster, execute
-from orchestrator.run.listener import Listener, SilentListener
 from orchestrator.run.preflight import check_extras, check_steps
 from orchestrator.spec.build import BuildSpec, QuantizationSpec, ToleranceSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -66,7 +66,7 @@ def sweep(
     cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
-    listener: Listener | None = None,
+    listener: Listener = silent,
 ) -> list[SweepRow]:
     """Calibrate, convert and verify `spec` with every algorithm (`none`: unquantized), in one run.
 
@@ -75,7 +75,7 @@ def sweep(
     check_extras(cluster_spec)
     specs = [_under(spec, algorithm) for algorithm in algorithms]
     plans = [only(preparation.plan(wanted), (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY)) for wanted in specs]
-    result = _run(union(plans, algorithms), cluster_spec, open_cluster, listener or SilentListener())
+    result = _run(union(plans, algorithms), cluster_spec, open_cluster, listener)
     rows, counted = [], set[str]()
     for algorithm, made in zip(algorithms, plans, strict=True):
         own = {step.digest for step in made.steps} - counted
@@ -106,7 +106,7 @@ def calibrate(
     cluster_spec: ClusterSpec,
     *,
     open_cluster: OpenCluster = local_cluster,
-    listener: Listener | None = None,
+    listener: Listener = silent,
 ) -> list[Path]:
     """Write the calibration artifact of `spec` to the folder `output`, for `quantization.scales` of other specs.
 
@@ -118,7 +118,7 @@ def calibrate(
     plan = only(preparation.plan(spec), (Kind.CALIBRATE,))
     if not plan.steps:
         raise QuantizationError("this spec calibrates nothing", "Choose a calibrated algorithm or a kv_cache format.")
-    result = _run(plan, cluster_spec, open_cluster, listener or SilentListener())
+    result = _run(plan, cluster_spec, open_cluster, listener)
     outcomes = [result.outcomes[step.digest] for step in plan.steps]
     return _write_artifact([(step.name, outcome) for step, outcome in zip(plan.steps, outcomes, strict=True)], cluster_spec, output)
 
@@ -199,7 +199,7 @@ def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, liste
         committed, again = commits.agreeing(store, plan, commits.committed(store, (step.digest for step in plan.steps)))
         check_steps(plan, committed, cluster_spec, store)
         plan = replace(plan, warnings=plan.warnings + again)
-        listener.on_plan(plan, committed, already_published=False)
+        listener(Planned.of(plan, plan.pending(committed)))
         accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
         result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)
     result.raise_failures(plan)

@@ -13,6 +13,7 @@ from orchestrator.base.extras import require
 from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config, write_json
 from orchestrator.clusters import local_cluster
 from orchestrator.engines.profiles import network_of
+from orchestrator.events import Listener, Planned, silent
 from orchestrator.model import topology as topologies
 from orchestrator.model.compute_capability import check_target
 from orchestrator.model.config import to_trtllm
@@ -24,7 +25,6 @@ from orchestrator.planning.preparation import plan_conversion
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.run import commits
 from orchestrator.run.execute import execute
-from orchestrator.run.listener import Listener, SilentListener
 from orchestrator.run.preflight import check_steps
 from orchestrator.spec.build import BuildConfig, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -45,7 +45,7 @@ _CONVERSION = (Kind.CALIBRATE, Kind.CONVERT)
 _PROOF = (Kind.MINIATURE, Kind.REFERENCE, Kind.VERIFY)
 
 
-def convert(spec: BuildSpec, output: Path, listener: Listener | None = None, *, verify: bool = False) -> Converted:
+def convert(spec: BuildSpec, output: Path, listener: Listener = silent, *, verify: bool = False) -> Converted:
     """Write a whole TensorRT-LLM checkpoint to the folder `output`, config.json last. Resumes after a kill.
 
     `verify`: execute every rank's graph and compare with the Hugging Face model first, as a build does; no engine is needed. Then
@@ -65,10 +65,9 @@ def convert(spec: BuildSpec, output: Path, listener: Listener | None = None, *, 
     cluster_spec = ClusterSpec(store=store.url)
     check_steps(only, committed, cluster_spec, store)
     only = replace(only, warnings=only.warnings + again)
-    reports = listener or SilentListener()
-    reports.on_plan(only, committed, already_published=False)
+    listener(Planned.of(only, only.pending(committed)))
     result = execute(
-        only, committed, cluster_spec, local_cluster, reports, functools.partial(check_kept, store, Kind.CONVERT, committed)
+        only, committed, cluster_spec, local_cluster, listener, functools.partial(check_kept, store, Kind.CONVERT, committed)
     )
     result.raise_failures(only)
     for step in only.of_kind(Kind.CONVERT):

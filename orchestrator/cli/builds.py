@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,29 +33,28 @@ from orchestrator.spec.decoding import decode
 from orchestrator.spec.rates import RatesSpec
 
 if TYPE_CHECKING:
+    from orchestrator.building import Build
+    from orchestrator.events import Listener
     from orchestrator.run.cluster import Cluster
-    from orchestrator.run.listener import Listener
 
 app = typer.Typer()
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Work with checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
-def _listener(as_json: bool) -> Listener:
-    from orchestrator.report import ConsoleListener, JsonListener
+@contextlib.contextmanager
+def _listening(as_json: bool, cluster_spec: ClusterSpec | None = None) -> Iterator[Listener]:
+    """Shows a build as lines of JSON or to people; with a `cluster_spec` of Ray, counts it in metrics that Ray exports too."""
+    from orchestrator.events import print_line, to_all
+    from orchestrator.report import LiveView
 
-    return JsonListener() if as_json else ConsoleListener(out)
+    with contextlib.ExitStack() as stack:
+        listeners = [print_line if as_json else stack.enter_context(LiveView(out)).on]
+        if cluster_spec is not None and cluster_spec.kind == "ray":
+            from actors.metrics import Metrics
 
-
-def _listener_at(cluster_spec: ClusterSpec, as_json: bool) -> Listener:
-    """Return the listener, on Ray with metrics: Ray exports them with its own."""
-    if cluster_spec.kind != "ray":
-        return _listener(as_json)
-    from actors.metrics import Metrics
-    from orchestrator.report import EventListener
-    from orchestrator.run.listener import Listeners
-
-    return Listeners(_listener(as_json), EventListener(Metrics().tell))
+            listeners.append(Metrics().tell)
+        yield to_all(*listeners)
 
 
 def _open_cluster(cluster_spec: ClusterSpec) -> Cluster:
@@ -90,27 +90,16 @@ def build(
 
         wanted = load_spec(spec)
         cluster_spec = place_of(cluster, store)
-        made = building.build(
-            wanted,
-            cluster_spec,
-            open_cluster=_open_cluster,
-            listener=_listener_at(cluster_spec, as_json),
-            sign_key=sign_key,
-            report=report,
-        )
-        _report_build(made, as_json)
+        with _listening(as_json, cluster_spec) as listener:
+            made = building.build(
+                wanted, cluster_spec, open_cluster=_open_cluster, listener=listener, sign_key=sign_key, report=report
+            )
+        if not as_json:
+            _report_build(made)
 
 
-def _report_build(made: Any, as_json: bool) -> None:
+def _report_build(made: Build) -> None:
     manifest = made.manifest
-    address = f"{made.address}/manifest.json"
-    if as_json:
-        from orchestrator.events.builds import Published, encode_line
-
-        ran = 0 if made.result is None else len(made.result.ran)
-        verification = manifest.verification.model_dump() if manifest.verification else None
-        print(encode_line(Published(address, ran, verification, time.time())), flush=True)
-        return
     if manifest.miniature:
         out.print(manifest.miniature.line())
     if manifest.verification:
@@ -125,7 +114,7 @@ def _report_build(made: Any, as_json: bool) -> None:
 
     engines = [file for record in manifest.ranks for file in record.files]
     out.print(f"{format_count(len(engines), 'engine')}, {format_bytes(sum(file.num_bytes for file in engines))}")
-    out.print(f"published: {address}", soft_wrap=True)
+    out.print(f"published: {made.address}/manifest.json", soft_wrap=True)
 
 
 @app.command()
@@ -178,7 +167,8 @@ def convert(
         )
         from orchestrator.report import format_count
 
-        converted = stages.convert(spec, output, _listener(as_json), verify=verify)
+        with _listening(as_json) as listener:
+            converted = stages.convert(spec, output, listener, verify=verify)
         made = converted.plan
         if not as_json:
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
@@ -225,15 +215,16 @@ def quantize(
                 out.print(f"{target}: " + ", ".join(f"{count} linears {name}" for name, count in counts.items()))
         elif sweep:
             algorithms = sweeping.all_algorithms() if sweep == "all" else sweep.split(",")
-            rows = sweeping.sweep(
-                wanted, algorithms, place_of(cluster, store), open_cluster=_open_cluster, listener=_listener(as_json)
-            )
+            cluster_spec = place_of(cluster, store)
+            with _listening(as_json) as listener:
+                rows = sweeping.sweep(wanted, algorithms, cluster_spec, open_cluster=_open_cluster, listener=listener)
             show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
         else:
             if output is None:
                 raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
             cluster_spec = place_of(cluster, store)
-            written = sweeping.calibrate(wanted, output, cluster_spec, open_cluster=_open_cluster, listener=_listener(as_json))
+            with _listening(as_json) as listener:
+                written = sweeping.calibrate(wanted, output, cluster_spec, open_cluster=_open_cluster, listener=listener)
             show({"files": [str(path) for path in written]}, [], as_json)
             if not as_json:
                 out.print(f"{', '.join(path.name for path in written)} in {output}", soft_wrap=True)

@@ -7,11 +7,9 @@ import json
 import logging
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -112,14 +110,14 @@ def show_error(error: OrchestratorError, as_json: bool) -> None:
 
 
 def _event_line(error: OrchestratorError) -> str:
-    from orchestrator.events.builds import Errored, encode_line
+    from orchestrator.events import Errored, encode_line
 
-    event = Errored.of(error, time.time())
+    event = Errored.of(error)
     if type(error) is OrchestratorError and error.__cause__ is not None:
-        event = replace(event, error=type(error.__cause__).__name__)
+        event = event.model_copy(update={"error": type(error.__cause__).__name__})
     while len(line := encode_line(event)) > _LINE_BYTES:
         message, advice = (bounded(text, len(text) // 2 + 50) for text in (event.message, event.advice))
-        event = replace(event, message=message, advice=advice)
+        event = event.model_copy(update={"message": message, "advice": advice})
     return line
 
 

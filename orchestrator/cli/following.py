@@ -12,7 +12,7 @@ from orchestrator.cli.console import out, plain
 from orchestrator.planning.facts import Verification
 
 if TYPE_CHECKING:
-    from orchestrator.events.builds import BuildEvent, Published
+    from orchestrator.events import Event, Published
     from orchestrator.submit.protocol import Followed, Notice
 
 _DETACHED = 130
@@ -29,23 +29,18 @@ def show_build(
     from orchestrator.submit.follow import follow
     from orchestrator.submit.protocol import Notice
 
-    view: LiveView | None = None
+    view = LiveView(out)
 
-    def show(item: BuildEvent | Notice | str) -> None:
-        nonlocal view
+    def show(item: Event | Notice | str) -> None:
         if as_json or isinstance(item, str):
             _print_line(item)
         elif isinstance(item, Notice):
             out.print(f"[yellow]{plain(item.text)}[/]" if item.kind == "trouble" else plain(item.text), soft_wrap=True)
         else:
-            view = view or LiveView(out)
             view.on(item)
 
-    try:
+    with view:
         made = follow(followed, show, lines)
-    finally:
-        if view is not None:
-            view.close()
     if made is None:
         if not as_json:
             out.print(f"Detached; {name} keeps running.")
@@ -58,8 +53,8 @@ def show_build(
         _show_published(made)
 
 
-def _print_line(item: BuildEvent | Notice | str) -> None:
-    from orchestrator.events.builds import encode_line
+def _print_line(item: Event | Notice | str) -> None:
+    from orchestrator.events import encode_line
     from orchestrator.submit.protocol import Notice
 
     if isinstance(item, Notice):

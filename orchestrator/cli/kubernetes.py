@@ -237,7 +237,7 @@ def logs_command(
     """Print the driver's events as JSON lines, from the store; for a failed driver, also the end of its log."""
     with exit_codes():
         from orchestrator.base.errors import StoreError
-        from orchestrator.events.builds import encode_line
+        from orchestrator.events import encode_line
 
         build = _build(context, namespace, name)
         if follow:

@@ -7,7 +7,7 @@ import queue
 import time
 
 from orchestrator.clusters.processes import StepProcesses
-from orchestrator.events.steps import AnyEvent, StepFailed, StepSucceeded
+from orchestrator.events import StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.steps import Task
 from orchestrator.run.admission import Admission
 from orchestrator.spec.cluster import ClusterSpec
@@ -21,16 +21,16 @@ class LocalCluster:
     def __init__(self, spec: ClusterSpec) -> None:
         self._admission = Admission(spec)
         self._scratch = spec.scratch
-        self._events: queue.Queue[AnyEvent] = queue.Queue()
+        self._events: queue.Queue[StepEvent] = queue.Queue()
         self.processes = StepProcesses(spec.threads_per_step, self._events.put)
         self._closed = False
 
     def start(self, task: Task) -> None:
         self._admission.add(task)
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         self._begin()
-        found: list[AnyEvent] = []
+        found: list[StepEvent] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._events.get(timeout=timeout_seconds))
             while True:

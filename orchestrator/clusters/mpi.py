@@ -22,8 +22,8 @@ from typing import Any
 
 from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.processes import StepProcesses
+from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import EVENT, AnyEvent, StepFailed, StepSucceeded
 from orchestrator.planning.steps import Resources, Task
 from orchestrator.run.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
 from orchestrator.spec.cluster import ClusterSpec
@@ -73,7 +73,7 @@ class MpiCluster:
     def start(self, task: Task) -> None:
         self._admission.add(task)
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         """Return events as Cluster says. Raises ClusterError when a node was lost, because MPI cannot continue without it."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._begin()
@@ -164,13 +164,13 @@ class MpiCluster:
         self._sending = [request for request in self._sending if not request.Test()]
         self._sending.append(self._comm.isend(command, dest=rank, tag=_TAG_COMMAND))
 
-    def _receive(self) -> list[AnyEvent]:
+    def _receive(self) -> list[StepEvent]:
         """Receive all events that have arrived; final events free their room."""
         while (rank := self._next(_TAG_ALIVE)[0]) or (rank := self._next(_TAG_BYE)[0]):
             self._seen[rank] = time.monotonic()
-        events: list[AnyEvent] = []
+        events: list[StepEvent] = []
         while (received := self._next(_TAG_EVENT))[0]:
-            event = EVENT.validate_json(received[1])
+            event = STEP_EVENT.validate_json(received[1])
             if isinstance(event, (StepSucceeded, StepFailed)):
                 self._placed.pop(event.digest, None)
                 self._admission.end(event.digest)
@@ -242,7 +242,7 @@ def serve(threads_per_step: int) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    events: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+    events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
     processes = StepProcesses(threads_per_step, events.put)
     comm.send(describe_node(), dest=0, tag=_TAG_HELLO)
     try:
@@ -252,7 +252,7 @@ def serve(threads_per_step: int) -> None:
     comm.send(None, dest=0, tag=_TAG_BYE)
 
 
-def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[AnyEvent]) -> None:
+def _serve(comm: Any, processes: StepProcesses, events: queue.SimpleQueue[StepEvent]) -> None:
     facts: queue.SimpleQueue[str] = queue.SimpleQueue()
     alive = time.monotonic()
     while True:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import IO
 
-from orchestrator.events.steps import EVENT, AnyEvent, StepFailed, StepSucceeded
+from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.steps import Task
 from orchestrator.run.cluster import worker_environment
 from orchestrator.work.lost import crash, oom_kills
@@ -26,7 +26,7 @@ from orchestrator.work.process import belong_to_parent, without_launcher
 class StepProcesses:
     """Running steps of one machine. `report` is called from background threads."""
 
-    def __init__(self, threads_per_step: int, report: Callable[[AnyEvent], None]) -> None:
+    def __init__(self, threads_per_step: int, report: Callable[[StepEvent], None]) -> None:
         self._threads_per_step = threads_per_step
         self._report = report
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -85,7 +85,7 @@ class StepProcesses:
                 process.stdin.write(task.model_dump_json().encode())
             for line in process.stdout:
                 try:
-                    event = EVENT.validate_json(line)
+                    event = STEP_EVENT.validate_json(line)
                 except ValueError:  # no event: output of a library, or of another version of this program
                     continue
                 final = final or isinstance(event, (StepSucceeded, StepFailed))

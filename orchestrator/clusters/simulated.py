@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.clusters.links import Links
-from orchestrator.events.steps import AnyEvent, StepFailed, StepStarted, StepSucceeded
+from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Failure, Kind, Outcome, Resources, Step, Task
 from orchestrator.run.admission import Admission, Node, Placement, machine_cpus, machine_memory_bytes
 from orchestrator.spec.cluster import ClusterSpec
@@ -65,7 +65,7 @@ class SimulatedCluster:
         self._failures = dict(failures or {})
         self._attempts: dict[str, _Attempt] = {}
         self._computing: list[tuple[float, int, str]] = []
-        self._events: list[AnyEvent] = []
+        self._events: list[StepEvent] = []
         self._clock = 0.0
         self._sequence = 0
         self.spans: list[Span] = []
@@ -76,7 +76,7 @@ class SimulatedCluster:
     def start(self, task: Task) -> None:
         self.admission.add(task)
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         limit = math.inf if timeout_seconds is None else self._clock + timeout_seconds
         self._begin()
         while not self._events and self._advance(limit):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.base.errors import ClusterError, SpecError
 from orchestrator.clusters.simulated import STORE_READ, STORE_WRITE, SimulatedCluster, Span, node_links
+from orchestrator.events import Event, StepRetried
 from orchestrator.planning.plan import Plan, unplaceable
 from orchestrator.planning.steps import Failure, FailureKind, Kind, Outcome, Step
 from orchestrator.run.driver import Result, drive
-from orchestrator.run.listener import SilentListener
-from orchestrator.run.schedule import Start
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.rates import STEP_RATES, RatesSpec, StepRate, fit
 
@@ -73,14 +73,6 @@ class Simulation:
         return plain
 
 
-class _Retries(SilentListener):
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_retry(self, command: Start) -> None:
-        self.count += 1
-
-
 def simulate(
     plan: Plan, cluster_spec: ClusterSpec, rates: RatesSpec, failures: Mapping[tuple[str, int], Failure] | None = None
 ) -> Simulation:
@@ -98,9 +90,9 @@ def simulate(
     if problems:
         raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps.")
     cluster = SimulatedCluster(cluster_spec, failures, rates)
-    retries = _Retries()
-    result = drive(plan, {}, cluster, cluster_spec, retries)
-    return _measure(plan, cluster_spec, rates, cluster, result, retries.count)
+    events: Counter[type[Event]] = Counter()
+    result = drive(plan, {}, cluster, cluster_spec, lambda event: events.update([type(event)]))
+    return _measure(plan, cluster_spec, rates, cluster, result, events[StepRetried])
 
 
 def _measure(

@@ -14,17 +14,17 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from orchestrator.base.errors import OrchestratorError, StepFailedError, interruption
-from orchestrator.events.builds import Alive, BuildEvent, Errored, Published, Stepped, encode_line
-from orchestrator.report.lines import Clock
+from orchestrator.events import Errored, Event, Heartbeat, Published, StepProgressed, encode_line
 from orchestrator.run.commits import EVENTS
 from orchestrator.stores.store import Store
 
-ALIVE_SECONDS = 30.0
-"""So often a driver that has nothing to say says that it is there."""
+HEARTBEAT_SECONDS = 30.0
+"""Heartbeat interval of an idle driver."""
 _LEAST_SECONDS, _MOST_SECONDS, _SEGMENTS = 1.0, 15.0, 300
 """Between two objects: the time since the build began / _SEGMENTS, within these limits."""
 _MAX_LINES = 20_000
@@ -45,7 +45,7 @@ def segment_key(run: str, number: int) -> str:
 class Journal:
     """Of one run. As a context manager it writes the last word: the error that ended the block, if `tell` was not told one."""
 
-    def __init__(self, store: Store, build_key: str, clock: Clock = time.time) -> None:
+    def __init__(self, store: Store, build_key: str, clock: Callable[[], float] = time.time) -> None:
         self.run = new_run(build_key, clock())
         self._store = store
         self._clock = clock
@@ -62,11 +62,10 @@ class Journal:
         self._ended = False
         self._writer = threading.Thread(target=self._work, name="journal", daemon=True)
 
-    def tell(self, event: BuildEvent) -> None:
+    def tell(self, event: Event) -> None:
         """Take an event; returns at once."""
         line = encode_line(event)
-        progress = isinstance(event, Stepped) and event.event.type == "progress"
-        key: object = ("progress", event.step) if progress and isinstance(event, Stepped) else next(self._count)
+        key: object = ("progress", event.step) if isinstance(event, StepProgressed) else next(self._count)
         with self._lock:
             self._ended = self._ended or isinstance(event, Published | Errored)
             self._lines.pop(key, None)
@@ -80,7 +79,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None and not self._ended:
-            self.tell(Errored.of(_as_ours(error), self._clock()))
+            self.tell(Errored.of(_as_ours(error)))
         self._closed = True
         self._wake.set()
         self._writer.join(_CLOSE_SECONDS)
@@ -97,8 +96,8 @@ class Journal:
             return
         with self._lock:
             lines, self._lines = list(self._lines.values()), {}
-        if not lines and self._clock() - self._written >= ALIVE_SECONDS:
-            lines = [encode_line(Alive(self._clock()))]
+        if not lines and self._clock() - self._written >= HEARTBEAT_SECONDS:
+            lines = [encode_line(Heartbeat(time=self._clock()))]
         if lines:
             self._pending = ("\n".join(lines) + "\n").encode()
             self._put()

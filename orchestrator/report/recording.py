@@ -2,77 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import html
 import os
-import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from orchestrator.base.errors import OrchestratorError, StoreError, store_error
-from orchestrator.events.builds import BuildEvent, Published
+from orchestrator.events import Event
 from orchestrator.planning.plan import Plan
 from orchestrator.releases.manifest import Manifest
-from orchestrator.report import EventListener
 from orchestrator.report.html import REPORT, Told, render
 from orchestrator.report.journal import Journal
-from orchestrator.report.lines import Clock
 from orchestrator.report.story import Story
 from orchestrator.run.driver import Result
 from orchestrator.stores.store import ObjectMissingError, Store
 
 
 class Recording:
-    """Of one run. A build that raises inside the block leaves its error to those who watch, and a report at `report` if given."""
+    """One run: a listener that keeps its events, and what its report is made of."""
 
-    def __init__(self, store: Store, plan: Plan, report: Path | None, clock: Clock = time.time) -> None:
-        self.listener = EventListener(self._tell, clock)
+    def __init__(self, plan: Plan, journal: Journal, report: Path | None) -> None:
+        self.result: Result | None = None
+        """How the steps ended; None until then."""
         self._plan = plan
+        self._journal = journal
         self._report = report
-        self._clock = clock
         self._story = Story()
-        self._journal = Journal(store, plan.build_key, clock)
-        self._result: Result | None = None
 
-    def ended(self, result: Result) -> None:
-        """No step is left to run."""
-        self._result = result
+    def tell(self, event: Event) -> None:
+        """Take an event."""
+        self._story.tell(event)
+        self._journal.tell(event)
 
-    def page(self, manifest: Manifest) -> bytes:
-        """The report of a build that is going to be published with this manifest and the report itself."""
-        data = drawn(self._told(manifest))
+    def page(self, manifest: Manifest | None, error: BaseException | None = None) -> bytes:
+        """The report of a build that is going to be published with this manifest and the report itself, or that has failed."""
+        problem = error.message if isinstance(error, OrchestratorError) else type(error).__name__ if error else ""
+        result = self.result or Result({}, frozenset())
+        told = Told(self._plan, result.outcomes, result.ran, self._story, manifest, result.failures, result.lost, problem)
+        data = drawn(told)
         if self._report is not None:
             write_report(self._report, data)
         return data
 
-    def published(self, address: str, manifest: Manifest) -> None:
-        """The last word."""
-        numbers = manifest.verification.model_dump() if manifest.verification else None
-        self._journal.tell(Published(address, len(self._result.ran) if self._result else 0, numbers, self._clock()))
 
-    def __enter__(self) -> Self:
-        self._journal.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._journal.__exit__(kind, error, trace)
-        if error is not None and self._report is not None:
-            write_report(self._report, drawn(self._told(None, error)))
-
-    def _told(self, manifest: Manifest | None, error: BaseException | None = None) -> Told:
-        problem = error.message if isinstance(error, OrchestratorError) else type(error).__name__ if error else ""
-        result = self._result
-        if result is None:
-            return Told(self._plan, {}, frozenset(), self._story, manifest, problem=problem)
-        return Told(
-            self._plan, result.outcomes, result.ran, self._story, manifest, result.failures, result.lost, problem
-        )  # fmt: skip
-
-    def _tell(self, event: BuildEvent) -> None:
-        self._story.tell(event)
-        self._journal.tell(event)
+@contextlib.contextmanager
+def recorded(store: Store, plan: Plan, report: Path | None) -> Iterator[Recording]:
+    """Record one run. An error inside the block is written for those who watch, and into a report at `report` if given."""
+    journal = Journal(store, plan.build_key)
+    recording = Recording(plan, journal, report)
+    try:
+        with journal:
+            yield recording
+    except BaseException as error:
+        if report is not None:
+            recording.page(None, error)
+        raise
 
 
 def drawn(told: Told) -> bytes:

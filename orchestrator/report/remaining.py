@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.events.builds import place_of
+from orchestrator.events import kind_of
 
 
 class Remaining:
@@ -42,7 +42,7 @@ class Remaining:
         return max(sum(rest) / max(width, 1.0), max(rest, default=0.0))
 
     def _rest(self, step: str, at: float, part: float) -> float:
-        whole = self._guesses[step] * self._scale(place_of(step)["kind"])
+        whole = self._guesses[step] * self._scale(kind_of(step))
         if step not in self._began:
             return whole
         spent = at - self._began[step]

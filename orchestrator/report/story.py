@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.events.builds import BuildEvent, NodesSeen, Planned, Stepped
+from orchestrator.events import Event, NodesProbed, Planned, StepEvent, StepFailed, StepStarted, StepSucceeded, kind_of
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import FailureKind
 
@@ -27,7 +27,7 @@ class Attempt:
 
     @property
     def kind(self) -> str:
-        return self.step.partition("/")[0]
+        return kind_of(self.step)
 
 
 class Story:
@@ -43,36 +43,31 @@ class Story:
         self._ended: list[Attempt] = []
         self._running: dict[str, Attempt] = {}
 
-    def tell(self, event: BuildEvent) -> None:
+    def tell(self, event: Event) -> None:
         """Take an event."""
-        self.began = event.at if self.began is None else self.began
-        self.last = max(self.last, event.at)
+        self.began = event.time if self.began is None else self.began
+        self.last = max(self.last, event.time)
         if isinstance(event, Planned):
             self.warnings.extend(event.warnings)
             self.notes.extend(event.notes)
-        elif isinstance(event, NodesSeen):
+        elif isinstance(event, NodesProbed):
             self.nodes = event.nodes
             self.warnings.extend(event.warnings)
-        elif isinstance(event, Stepped):
-            self._stepped(event)
+        elif isinstance(event, StepStarted):
+            self._end(event, "failed", "nothing more was heard of it")
+            self._running[event.step] = Attempt(event.step, event.node, event.attempt, event.time, event.time, "running")
+        elif isinstance(event, StepSucceeded):
+            self._end(event, "succeeded")
+        elif isinstance(event, StepFailed):
+            moved = event.failure.kind is FailureKind.HANDED_OVER
+            self._end(event, "moved" if moved else "failed", event.failure.message)
 
     def attempts(self) -> list[Attempt]:
         """In order of their beginning; one that runs still ends with the last event."""
         running = [replace(attempt, ended=self.last) for attempt in self._running.values()]
         return sorted([*self._ended, *running], key=lambda attempt: (attempt.began, attempt.step))
 
-    def _stepped(self, told: Stepped) -> None:
-        event = told.event
-        if event.type == "started":
-            self._end(told.step, told.at, "failed", "nothing more was heard of it")
-            self._running[told.step] = Attempt(told.step, event.node, event.attempt, told.at, told.at, "running")
-        elif event.type == "succeeded":
-            self._end(told.step, told.at, "succeeded")
-        elif event.type == "failed":
-            moved = event.failure.kind is FailureKind.HANDED_OVER
-            self._end(told.step, told.at, "moved" if moved else "failed", event.failure.message)
-
-    def _end(self, step: str, at: float, state: State, message: str = "") -> None:
-        attempt = self._running.pop(step, None)
+    def _end(self, event: StepEvent, state: State, message: str = "") -> None:
+        attempt = self._running.pop(event.step, None)
         if attempt is not None:
-            self._ended.append(replace(attempt, ended=at, state=state, message=message))
+            self._ended.append(replace(attempt, ended=event.time, state=state, message=message))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from rich.table import Table
 
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.steps import Kind
-from orchestrator.run.listener import Finished
+from orchestrator.planning.steps import Kind, Outcome, Step
 
 
 def format_bytes(count: float) -> str:
@@ -40,16 +39,15 @@ def format_seconds(seconds: float) -> str:
     return first if second.startswith("0 ") else f"{first} {second}"
 
 
-def step_table(plan: Plan, result: Finished) -> Table:
-    """Step, node, seconds, bytes written, digest, and whether it was run, cached, or not needed."""
+def step_table(steps: Iterable[tuple[Step, Outcome | None]], ran: Collection[str]) -> Table:
+    """Node, seconds and bytes written of each step, and whether it is among those that `ran`, by name."""
     table = Table("step", "node", "seconds", "written", "digest", "", box=None, pad_edge=False)
-    for step in plan.steps:
-        outcome = result.outcomes.get(step.digest)
+    for step, outcome in steps:
         if outcome is None:
             table.add_row(step.name, "", "", "", step.digest[:12], "not run")
             continue
         written = format_bytes(sum(output.num_bytes for output in outcome.outputs))
-        state = "run" if step.digest in result.ran else "cached"
+        state = "run" if step.name in ran else "cached"
         table.add_row(step.name, outcome.node, f"{outcome.seconds:.1f}", written, step.digest[:12], state)
     return table
 

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orchestrator.events.builds import BuildEvent, Finished, NodesSeen, Planned, Retrying, Stepped
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import (
+    Event,
+    NodesProbed,
+    Planned,
+    StepEvent,
+    StepFailed,
+    StepProgressed,
+    StepRetried,
+    StepsFinished,
+    StepStarted,
+    StepSucceeded,
+    kind_of,
+)
 from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.steps import FailureKind, Outcome
 from orchestrator.report.remaining import Remaining
-from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds
+from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds, step_table
 
 
 class LiveView:
-    """Takes events in order; `close` before anything else is printed."""
+    """A listener, and a context manager that leaves the terminal as it is. Ends with a table of the steps."""
 
-    def __init__(self, console: Console, *, table: bool = True) -> None:
-        """With `table`, the steps of each node are printed at the end."""
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._with_table = table
         self._remaining = Remaining()
         self._progress = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[note]:<40}"), TimeElapsedColumn(),
@@ -40,24 +49,27 @@ class LiveView:
         self._left: TaskID | None = None
         self._outcomes: list[Outcome] = []
 
-    def on(self, event: BuildEvent) -> None:
+    def on(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, Planned):
-            self._planned(event)
-        elif isinstance(event, Stepped):
-            self._stepped(event)
-        elif isinstance(event, NodesSeen):
-            self._nodes(event)
-        elif isinstance(event, Retrying):
-            self._print(f"[yellow]{escape(event.step)}: attempt {event.attempt} in {event.delay_seconds:.0f} s[/]")
-        elif isinstance(event, Finished):
-            self.close()
-            if self._outcomes and self._with_table:
-                self._console.print(self._table())
+        handlers: dict[type[Event], Callable[[Any], None]] = {
+            Planned: self._planned, NodesProbed: self._nodes, StepStarted: self._started, StepProgressed: self._came_on,
+            StepSucceeded: self._succeeded, StepFailed: self._failed, StepRetried: self._retried, StepsFinished: self._finished,
+        }  # fmt: skip
+        if type(event) in handlers:
+            handlers[type(event)](event)
+        if isinstance(event, StepEvent) and event.kind in self._bars:
+            self._draw(event.kind, event.time)
 
     def close(self) -> None:
         """Leave the terminal as it is now."""
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def _planned(self, event: Planned) -> None:
         if event.already_published:
@@ -65,10 +77,10 @@ class LiveView:
             return
         for warning in event.warnings:
             self._print(f"[yellow]warning:[/] {escape(warning)}")
-        kept = event.num_steps - len(event.pending)
-        self._print(f"{format_count(event.num_steps, 'step')}, {kept} committed or not needed, {len(event.pending)} to run.")
+        kept = event.steps - len(event.pending)
+        self._print(f"{format_count(event.steps, 'step')}, {kept} committed or not needed, {len(event.pending)} to run.")
         for name in event.pending:
-            self._totals[_kind(name)] = self._totals.get(_kind(name), 0) + 1
+            self._totals[kind_of(name)] = self._totals.get(kind_of(name), 0) + 1
         for kind, total in self._totals.items():
             self._bars[kind] = self._progress.add_task(kind, total=total, note=f"0/{total}", start=False)
         self._remaining.plan(dict(zip(event.pending, event.estimates, strict=False)))
@@ -76,7 +88,7 @@ class LiveView:
             self._left = self._progress.add_task("all", total=len(event.pending), note="", start=False)
             self._progress.start()
 
-    def _nodes(self, event: NodesSeen) -> None:
+    def _nodes(self, event: NodesProbed) -> None:
         devices = counted(device.name for node in event.nodes for device in node.devices)
         cpus = sum(node.cpus for node in event.nodes)
         what = [f"{cpus:.0f} CPU slots", *(f"{count} {name}" for name, count in devices.items())]
@@ -84,18 +96,10 @@ class LiveView:
         for warning in event.warnings:
             self._print(f"[yellow]warning:[/] {escape(warning)}")
 
-    def _stepped(self, event: Stepped) -> None:
-        handle: dict[type, Callable[[Stepped, Any], None]] = {
-            StepStarted: self._started, StepProgress: self._came_on, StepSucceeded: self._succeeded, StepFailed: self._failed,
-        }  # fmt: skip
-        handle[type(event.event)](event, event.event)
-        if _kind(event.step) in self._bars:
-            self._draw(_kind(event.step), event.at)
-
     def _draw(self, kind: str, at: float) -> None:
-        parts = [part for name, part in self._done.items() if _kind(name) == kind]
+        parts = [part for name, part in self._done.items() if kind_of(name) == kind]
         note = f"{sum(part == 1.0 for part in parts)}/{self._totals[kind]}"
-        moved = sum(count for name, count in self._bytes.items() if _kind(name) == kind)
+        moved = sum(count for name, count in self._bytes.items() if kind_of(name) == kind)
         if moved:
             elapsed = max(at - self._began.get(kind, at), 1e-3)
             note += f"  {format_bytes(moved)}  {format_bytes(moved / elapsed)}/s"
@@ -105,37 +109,46 @@ class LiveView:
             left = "" if seconds is None else f"about {format_seconds(seconds)} left"
             self._progress.update(self._left, completed=sum(self._done.values()), note=left)
 
-    def _started(self, told: Stepped, event: StepStarted) -> None:
-        kind = _kind(told.step)
-        if kind in self._bars:
-            self._progress.start_task(self._bars[kind])
+    def _started(self, event: StepStarted) -> None:
+        if event.kind in self._bars:
+            self._progress.start_task(self._bars[event.kind])
         if self._left is not None:
             self._progress.start_task(self._left)
-        self._began.setdefault(kind, told.at)
-        self._remaining.start(told.step, told.at)
-        self._done[told.step] = 0.0
+        self._began.setdefault(event.kind, event.time)
+        self._remaining.start(event.step, event.time)
+        self._done[event.step] = 0.0
 
-    def _came_on(self, told: Stepped, event: StepProgress) -> None:
-        self._done[told.step] = min(event.done / max(event.total, 1), 0.99)
+    def _came_on(self, event: StepProgressed) -> None:
+        self._done[event.step] = min(event.done / max(event.total, 1), 0.99)
         if event.unit == "bytes":
-            self._bytes[told.step] = event.done
+            self._bytes[event.step] = event.done
 
-    def _succeeded(self, told: Stepped, event: StepSucceeded) -> None:
-        self._done[told.step] = 1.0
-        self._remaining.end(told.step, told.at)
+    def _succeeded(self, event: StepSucceeded) -> None:
+        self._done[event.step] = 1.0
+        self._remaining.end(event.step, event.time)
         self._outcomes.append(event.outcome)
         facts = event.outcome.facts
         for name in facts.not_finite if isinstance(facts, ConvertFacts) else ():
             self._print(f"[yellow]warning: {escape(str(name))} holds NaN or infinity[/]")
         if not self._console.is_terminal:  # a log file sees no bars
-            self._print(f"{escape(told.step)}: {event.outcome.seconds:.1f} s on {escape(event.outcome.node)}")
+            self._print(f"{escape(event.step)}: {event.outcome.seconds:.1f} s on {escape(event.outcome.node)}")
 
-    def _failed(self, told: Stepped, event: StepFailed) -> None:
-        self._done.pop(told.step, None)
-        self._remaining.drop(told.step)
+    def _failed(self, event: StepFailed) -> None:
+        self._done.pop(event.step, None)
+        self._remaining.drop(event.step)
         moved = event.failure.kind is FailureKind.HANDED_OVER
         word = "[yellow]moves[/]" if moved else "[red]failed[/]"
-        self._print(f"{escape(told.step)} {word}: {escape(event.failure.message)}")
+        self._print(f"{escape(event.step)} {word}: {escape(event.failure.message)}")
+
+    def _retried(self, event: StepRetried) -> None:
+        self._print(f"[yellow]{escape(event.step)}: attempt {event.attempt} in {event.delay_seconds:.0f} s[/]")
+
+    def _finished(self, event: StepsFinished) -> None:
+        self.close()
+        if event.steps:
+            self._console.print(step_table(event.steps, event.ran))
+        elif self._outcomes:
+            self._console.print(self._table())
 
     def _table(self) -> Table:
         """Steps that ran, node by node."""
@@ -149,7 +162,3 @@ class LiveView:
 
     def _print(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, soft_wrap=True)
-
-
-def _kind(step: str) -> str:
-    return step.partition("/")[0]

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+from orchestrator.events import StepEvent
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import AnyEvent
 from orchestrator.planning.steps import Task
 from orchestrator.stores.hub import HUB_OFFLINE
 
@@ -26,7 +26,7 @@ class Cluster(Protocol):
         """
         ...
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         """Wait for events and return those since the last call; empty after `timeout_seconds` (None: no limit)."""
         ...
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.base.errors import StepFailedError
-from orchestrator.events.steps import AnyEvent, StepSucceeded
+from orchestrator.events import Listener, StepEvent, StepFailed, StepRetried, StepStarted, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Outcome, Task
 from orchestrator.run.cluster import Cluster
-from orchestrator.run.listener import Listener
 from orchestrator.run.schedule import Schedule, Start, TakenBack
 from orchestrator.spec.cluster import ClusterSpec
 
@@ -38,6 +38,12 @@ class Result:
             others = ", ".join(plan.step(other).name for other in list(self.failures)[1:])
             raise type(error)(f"{error.message} (also failed: {others})", error.advice) from None
         raise error
+
+
+def retried(command: Start) -> StepRetried:
+    """The event of a command that starts another attempt."""
+    step = command.step
+    return StepRetried(digest=step.digest, step=step.name, attempt=command.attempt, delay_seconds=command.delay_seconds)
 
 
 Lookup = Callable[[str], Outcome | None]
@@ -75,6 +81,8 @@ class _Drive:
     """Heap of commands: due time, sequence number, command."""
     ran: set[str] = field(default_factory=set)
     count: int = 0
+    attempts: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Node and number of each step's attempt, by digest."""
 
     def run(self) -> Result:
         schedule = self.schedule
@@ -87,21 +95,33 @@ class _Drive:
                 raise StepFailedError("the plan is stuck: steps are pending and none runs", "This is a bug: report it.")
         return Result(schedule.outcomes, frozenset(self.ran), schedule.failures, schedule.lost)
 
-    def take(self, event: AnyEvent) -> list[Start]:
-        self.listener.on_event(event)
-        if event.type == "succeeded":
+    def take(self, event: StepEvent) -> list[Start]:
+        self.listener(self.named(event))
+        if isinstance(event, StepSucceeded):
             self.ran.add(event.digest)
         commands = self.schedule.handle(event)
         for taken in self.schedule.taken_back():
             self.set_aside(taken)
         return commands
 
+    def named(self, event: StepEvent) -> StepEvent:
+        """The event with the name of its step, the node and number of its attempt, and the driver's own time."""
+        if isinstance(event, StepStarted):
+            self.attempts[event.digest] = (event.node, event.attempt)
+        node, attempt = self.attempts.get(event.digest, ("", 0))
+        if isinstance(event, StepSucceeded):
+            node = event.outcome.node or node
+        elif isinstance(event, StepFailed):
+            node = event.failure.node or node
+        name = self.schedule.plan.step(event.digest).name
+        return event.model_copy(update={"step": name, "node": node, "attempt": attempt, "time": time.time()})
+
     def launch(self, commands: list[Start]) -> None:
         for command in commands:
             self.count += 1
             heapq.heappush(self.delayed, (self.cluster.now() + command.delay_seconds, self.count, command))
             if command.attempt > 1:
-                self.listener.on_retry(command)
+                self.listener(retried(command))
         while self.delayed and self.delayed[0][0] <= self.cluster.now():
             self.begin(heapq.heappop(self.delayed)[2])
 

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from orchestrator.base.errors import DamagedOutputError
-from orchestrator.events.steps import StepFailed
+from orchestrator.events import Listener, NodesProbed, StepFailed, StepsFinished
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Outcome
 from orchestrator.run import commits
 from orchestrator.run.checking import forget
 from orchestrator.run.cluster import Cluster, Probing
-from orchestrator.run.driver import Result, drive
-from orchestrator.run.listener import Listener
+from orchestrator.run.driver import Result, drive, retried
 from orchestrator.run.node_checks import check_nodes, read_locations
 from orchestrator.run.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.spec.cluster import ClusterSpec
@@ -56,11 +55,13 @@ def execute(
                 raise
             rest = {digest: outcome for digest, outcome in result.outcomes.items() if outcome is not taken.outcome}
             step = plan.step(taken.outcome.digest)
-            listener.on_event(StepFailed(digest=step.digest, failure=Failure.of(damage, taken.outcome.node)))
-            listener.on_retry(Start(step, 2))
+            failure, node = Failure.of(damage, taken.outcome.node), taken.outcome.node
+            listener(StepFailed(digest=step.digest, step=step.name, node=node, attempt=1, failure=failure))
+            listener(retried(Start(step, 2)))
             again = _drive(plan, rest, cluster_spec, open_cluster, listener)
             result = replace(again, ran=result.ran | again.ran)
-    listener.on_finish(plan, result)
+    names = sorted(plan.step(digest).name for digest in result.ran)
+    listener(StepsFinished(ran=tuple(names), steps=tuple((step, result.outcomes.get(step.digest)) for step in plan.steps)))
     return result
 
 
@@ -76,7 +77,7 @@ def _drive(
         try:
             if isinstance(cluster, Probing):
                 nodes = cluster.probe(read_locations(plan, committed))
-                listener.on_nodes(nodes, check_nodes(plan, committed, cluster_spec, nodes))
+                listener(NodesProbed(nodes=tuple(nodes), warnings=check_nodes(plan, committed, cluster_spec, nodes)))
             lookup, set_aside = functools.partial(commits.find, target), functools.partial(commits.set_aside, target)
             return drive(plan, committed, cluster, cluster_spec, listener, lookup, build_id, set_aside)
         finally:

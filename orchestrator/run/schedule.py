@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.base.errors import DamagedOutputError
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Step
 from orchestrator.run.consumption import outdated
@@ -56,7 +56,7 @@ class Schedule:
     """State of one build."""
 
     def __init__(self, plan: Plan, committed: Mapping[str, Outcome], retries: RetrySpec) -> None:
-        self._plan = plan
+        self.plan = plan
         self._retries = retries
         self._pending = {step.digest: step for step in plan.pending(committed)}
         self._running: dict[str, int] = {}
@@ -98,7 +98,7 @@ class Schedule:
         self._waiting.pop(command.step.digest, None)
         return self._running.get(command.step.digest) == command.attempt
 
-    def handle(self, event: StepStarted | StepProgress | StepSucceeded | StepFailed) -> list[Start]:
+    def handle(self, event: StepEvent) -> list[Start]:
         """Take in one event, return the commands that follow. Ignores late events of steps that are not running."""
         if event.digest not in self._running:
             return []
@@ -107,7 +107,7 @@ class Schedule:
             self._attempts[event.digest] = self._running.pop(event.digest)
             self.outcomes[event.digest] = event.outcome
             around = [event.digest, *self._needed_by.get(event.digest, ())]
-            for digest, reason in outdated(self._plan, self.outcomes, around).items():
+            for digest, reason in outdated(self.plan, self.outcomes, around).items():
                 self._take_back(digest, reason, damaged=False)
             return self._start_ready()
         if isinstance(event, StepFailed):
@@ -120,7 +120,7 @@ class Schedule:
         return found
 
     def _failed(self, digest: str, failure: Failure) -> list[Start]:
-        step, attempt = self._plan.step(digest), self._running[digest]
+        step, attempt = self.plan.step(digest), self._running[digest]
         failure = failure.model_copy(update={"attempt": attempt, "rank": step.rank})
         if failure.damaged and not self.failures and self._repeat_maker(failure):
             self.lost.setdefault(digest, []).append(failure)
@@ -155,7 +155,7 @@ class Schedule:
 
     def _take_back(self, digest: str, reason: str, *, damaged: bool) -> bool:
         """Forget an outcome so that its step runs again. False, with a failure of the step, when that was done too often."""
-        outcome, step = self.outcomes.pop(digest), self._plan.step(digest)
+        outcome, step = self.outcomes.pop(digest), self.plan.step(digest)
         self._taken_back.append(TakenBack(outcome, reason, damaged))
         self._repeats[digest] = self._repeats.get(digest, 0) + 1
         attempt = self._attempts.setdefault(digest, 1)
@@ -172,7 +172,7 @@ class Schedule:
         return True
 
     def _pend(self) -> None:
-        pending = self._plan.pending(self.outcomes)
+        pending = self.plan.pending(self.outcomes)
         self._pending = {step.digest: step for step in pending if step.digest not in self._running}
 
     def _give_up(self, digest: str, failure: Failure) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator.base.digest import digest_of
 from orchestrator.base.errors import SourceMissingError, SpecError, ToolError
 from orchestrator.base.urls import is_url
-from orchestrator.events.builds import Errored, encode_line
+from orchestrator.events import Errored, encode_line
 from orchestrator.spec.build import DATA_SUFFIXES, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.yaml_text import dump_yaml

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from orchestrator.events.builds import BuildEvent, Errored, Published
+from orchestrator.events import Errored, Event, Published
 from orchestrator.submit.protocol import Followed, Notice
 
 
 def follow(
-    followed: Followed, show: Callable[[BuildEvent | Notice | str], None], lines: Iterable[str] | None = None
+    followed: Followed, show: Callable[[Event | Notice | str], None], lines: Iterable[str] | None = None
 ) -> Published | None:
     """Show a build to its end and return its outcome; None after Ctrl-C, which leaves it running. Raises the build's own error.
 

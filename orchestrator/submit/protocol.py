@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from orchestrator.base.errors import UnreachableError
-from orchestrator.events.builds import BuildEvent, Published
+from orchestrator.events import Event, Published
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Notice:
 class Followed(Protocol):
     """A build that can be followed. Following has no effect on the build."""
 
-    def events(self) -> Iterator[BuildEvent | Notice]:
+    def events(self) -> Iterator[Event | Notice]:
         """Yield events from the build's beginning to its end, as they arrive. Raises the reason why it cannot be followed."""
         ...
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.base.errors import ReleaseAddressError, ReleaseMissingError
-from orchestrator.events.builds import BuildEvent, Errored, LogReader, Planned, Published, conclude
+from orchestrator.events import Errored, Event, Planned, Published
+from orchestrator.events.log import LogReader, conclude
 from orchestrator.releases.manifest import MANIFEST, address_parts, parse_manifest, release_prefix
-from orchestrator.report.journal import ALIVE_SECONDS, segment_key
+from orchestrator.report.journal import HEARTBEAT_SECONDS, segment_key
 from orchestrator.run.commits import EVENTS
 from orchestrator.stores.store import ObjectMissingError, Store
 
-PATIENCE_SECONDS = 6 * ALIVE_SECONDS
+PATIENCE_SECONDS = 6 * HEARTBEAT_SECONDS
 """Silence after which a driver counts as lost, by the clocks of both machines."""
 _LOOK_SECONDS = 1.0
 _ADVICE = "Someone has changed the store: do not trust these events."
@@ -74,12 +75,12 @@ class RunReader:
     def last_word(self) -> Published | Errored | None:
         return self._log.last_word
 
-    def read(self) -> list[BuildEvent]:
+    def read(self) -> list[Event]:
         """Return new events.
 
         Raises StoreError; ReleaseAddressError for events of another build, or of another release than planned.
         """
-        found: list[BuildEvent] = []
+        found: list[Event] = []
         while self.last_word is None:
             try:
                 text = self._store.get(segment_key(self.run.prefix, self._number)).decode()
@@ -91,7 +92,7 @@ class RunReader:
             self._check(event)
         return found
 
-    def _check(self, event: BuildEvent) -> None:
+    def _check(self, event: Event) -> None:
         where = f"{self._store.url}/{self.run.prefix}"
         if isinstance(event, Planned):
             self._release = event.release
@@ -113,12 +114,12 @@ class Watch:
         self._reader = RunReader(store, run)
         self._heard = 0.0
 
-    def events(self) -> Iterator[BuildEvent]:
+    def events(self) -> Iterator[Event]:
         """Yield events until the build ends, or its driver is silent for too long."""
         while self._reader.last_word is None:
             found = self._reader.read()
             for event in found:
-                self._heard = max(self._heard, event.at)
+                self._heard = max(self._heard, event.time)
                 yield event
             if found:
                 continue

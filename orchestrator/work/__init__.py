@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.base.errors import DamagedOutputError
-from orchestrator.events.steps import StepProgress
+from orchestrator.events import StepProgressed
 from orchestrator.planning.facts import Facts
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.run import commits
@@ -46,7 +46,7 @@ _REPORT_SECONDS = 0.2
 _LOG_TAIL_LINES = 40
 
 
-def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Outcome:
+def run(task: Task, emit: Callable[[StepProgressed], None], node: str = "") -> Outcome:
     """Do the step and commit its outcome, or return the outcome that is already committed.
 
     Raises the step's error; then nothing is committed.
@@ -64,7 +64,7 @@ def run(task: Task, emit: Callable[[StepProgress], None], node: str = "") -> Out
 
 
 def _attempt(
-    task: Task, emit: Callable[[StepProgress], None], node: str, store: Store, scratch: Path, checks: InputChecks
+    task: Task, emit: Callable[[StepProgressed], None], node: str, store: Store, scratch: Path, checks: InputChecks
 ) -> Outcome:
     digest = task.step.digest
     module, _, name = FUNCTIONS[task.step.kind].partition(":")
@@ -146,7 +146,7 @@ def _attach_log(error: BaseException, lines: list[str]) -> None:
     error._step_log = "\n".join(lines[-_LOG_TAIL_LINES:])  # type: ignore[attr-defined]
 
 
-def _throttled(digest: str, emit: Callable[[StepProgress], None], ranges: Ranges) -> Callable[[str, int, int, Unit], None]:
+def _throttled(digest: str, emit: Callable[[StepProgressed], None], ranges: Ranges) -> Callable[[str, int, int, Unit], None]:
     """Return a progress reporter that emits a few events per second at most, and always the last of a phase."""
     last = 0.0
 
@@ -156,6 +156,6 @@ def _throttled(digest: str, emit: Callable[[StepProgress], None], ranges: Ranges
         now = time.monotonic()
         if now - last >= _REPORT_SECONDS or done >= total:
             last = now
-            emit(StepProgress(digest=digest, phase=phase, done=done, total=total, unit=unit))
+            emit(StepProgressed(digest=digest, phase=phase, done=done, total=total, unit=unit))
 
     return report

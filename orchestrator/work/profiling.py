@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.base.errors import ToolError
-from orchestrator.events.steps import EVENT, StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Failure, FailureKind, Task
 from orchestrator.run import commits
 from orchestrator.stores import open_store
 from orchestrator.work.process import die_with_parent, scratch_root
 from orchestrator.work.scratch import scratch_folder
 
-Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 _TRACE = "trace.nsys-rep"
 _TAIL = 4000
 
@@ -26,7 +25,7 @@ def trace_key(task: Task) -> str:
     return commits.attempt_prefix(task.step.digest, f"{task.build_id}profile{task.attempt}") + _TRACE
 
 
-def stream_profiled(task: Task, node: str) -> Iterator[Event]:
+def stream_profiled(task: Task, node: str) -> Iterator[StepEvent]:
     """Stream events as `stream` does. The facts of the last event name the trace; the committed facts do not."""
     nsys = shutil.which("nsys")
     if nsys is None:
@@ -38,7 +37,7 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
         trace = folder / _TRACE
         options = ["--force-overwrite=true", f"--output={trace}", *(task.profile or ())]
         command = [nsys, "profile", *options, sys.executable, "-m", "orchestrator.work", node]
-        final: Event | None = None
+        final: StepEvent | None = None
         with (
             (folder / "stderr").open("w+b") as errors,
             subprocess.Popen(
@@ -52,7 +51,7 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
             for line in process.stdout:
                 if not line.startswith(b"{"):  # nsys prints here too
                     continue
-                event = EVENT.validate_json(line)
+                event = STEP_EVENT.validate_json(line)
                 if isinstance(event, (StepSucceeded, StepFailed)):
                     final = event
                 else:
@@ -63,7 +62,7 @@ def stream_profiled(task: Task, node: str) -> Iterator[Event]:
         yield _concluded(task, node, final, trace, f"nsys ended with exit code {code} before the step did", said)
 
 
-def _concluded(task: Task, node: str, final: Event | None, trace: Path, problem: str, said: str) -> Event:
+def _concluded(task: Task, node: str, final: StepEvent | None, trace: Path, problem: str, said: str) -> StepEvent:
     if final is None:
         failure = Failure(kind=FailureKind.INFRASTRUCTURE, message=problem, node=node, log_tail=said)
         return StepFailed(digest=task.step.digest, failure=failure)

@@ -8,21 +8,19 @@ import threading
 import traceback
 from collections.abc import Iterator
 
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Task
 from orchestrator.work import log_of, run
 from orchestrator.work.failures import failure_of
 from orchestrator.work.profiling import stream_profiled
 
-Event = StepStarted | StepProgress | StepSucceeded | StepFailed
 
-
-def stream(task: Task, node: str) -> Iterator[Event]:
+def stream(task: Task, node: str) -> Iterator[StepEvent]:
     """Run the task in a new thread; yields its start, its progress, and exactly one final event."""
     if task.profile is not None:
         yield from stream_profiled(task, node)
         return
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
 
     def work() -> None:
         try:

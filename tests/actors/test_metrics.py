@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from actors.metrics import COUNTERS, GAUGES, PREFIX, Metrics
-from orchestrator.events.builds import Planned, Retrying, Stepped
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import Planned, StepFailed, StepProgressed, StepRetried, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Usage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,17 +51,17 @@ class Ledger:
 def play(metrics: Metrics) -> None:
     """A build of two steps: one lost a node and moved once, the other has just begun."""
     step = DONE.name
-    metrics.tell(Planned(2, (step, "build/rank0"), "key", False, release="tiny/1"))
+    metrics.tell(Planned(steps=2, pending=(step, "build/rank0"), build_key="key", already_published=False, release="tiny/1"))
     for event in (
         StepStarted(digest="d", node="n", attempt=1), StepFailed(digest="d", failure=LOST),
         StepStarted(digest="d", node="n", attempt=2), StepFailed(digest="d", failure=MOVED),
     ):  # fmt: skip
-        metrics.tell(Stepped(step, event))
-    metrics.tell(Retrying(step, "d", 2, 1.0))
-    metrics.tell(Stepped(step, StepStarted(digest="d", node="n", attempt=3)))
-    metrics.tell(Stepped(step, StepProgress(digest="d", phase="convert", done=50, total=50, unit="bytes")))
-    metrics.tell(Stepped(step, StepSucceeded(digest="d", outcome=DONE)))
-    metrics.tell(Stepped("build/rank0", StepStarted(digest="e", node="n", attempt=1)))
+        metrics.tell(event.model_copy(update={"step": step}))
+    metrics.tell(StepRetried(digest="d", step=step, attempt=2, delay_seconds=1.0))
+    metrics.tell(StepStarted(digest="d", step=step, node="n", attempt=3))
+    metrics.tell(StepProgressed(digest="d", step=step, phase="convert", done=50, total=50, unit="bytes"))
+    metrics.tell(StepSucceeded(digest="d", step=step, outcome=DONE))
+    metrics.tell(StepStarted(digest="e", step="build/rank0", node="n", attempt=1))
 
 
 def test_metrics_count_a_build() -> None:

@@ -25,7 +25,7 @@ from orchestrator.base.errors import (
     UnreachableError,
 )
 from orchestrator.cli import app
-from orchestrator.events.builds import Finished, Published, Retrying
+from orchestrator.events import Published, StepRetried, StepsFinished
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.spec.decoding import decode
@@ -237,7 +237,7 @@ def test_events_come_once_and_in_order_however_the_log_grows(spec: BuildSpec) ->
         ("SUCCEEDED", f"\n{LOG[2]}\n{PUBLISHED}"),
     ]
     found = list(submitted(FakeApi(script=script), spec).events())
-    assert [type(event) for event in found] == [Retrying, Finished, Published]
+    assert [type(event) for event in found] == [StepRetried, StepsFinished, Published]
 
 
 def test_events_go_on_after_broken_polls(spec: BuildSpec) -> None:
@@ -245,7 +245,7 @@ def test_events_go_on_after_broken_polls(spec: BuildSpec) -> None:
     job, clock = submitted(api, spec), FakeClock()
     api.faults = [lost() for _ in range(100)]
     job._clock = clock.clock()
-    assert [type(event) for event in job.events()] == [Retrying, Published]
+    assert [type(event) for event in job.events()] == [StepRetried, Published]
     assert clock.time < 600
 
 
@@ -340,9 +340,8 @@ def test_result_whose_log_is_lost_is_read_from_what_ray_kept(spec: BuildSpec) ->
     with pytest.raises(TopologyError, match="tp=3"):
         job.result()
     api.known[job.id] = replace(api.known[job.id], state="SUCCEEDED", message="Job finished successfully.")
-    assert Client(api=api, clock=FakeClock().clock()).attach(job.id).result() == Published(
-        "s3://bucket/releases/llama/1/manifest.json", None, None
-    )
+    made = Client(api=api, clock=FakeClock().clock()).attach(job.id).result()
+    assert made == Published(manifest="s3://bucket/releases/llama/1/manifest.json", time=made.time)
 
 
 def test_job_that_the_cluster_forgot_is_a_lost_driver(spec: BuildSpec) -> None:

@@ -11,8 +11,8 @@ import pytest
 from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.processes import StepProcesses, devices
 from orchestrator.clusters.simulated import SimulatedCluster
+from orchestrator.events import StepFailed, StepStarted, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import FailureKind, Kind, Resources, Task
 from orchestrator.run.admission import Admission, Node, by_pool
 from orchestrator.run.cluster import Cluster
@@ -66,7 +66,7 @@ def test_simulated_slots_are_never_overbooked() -> None:
     tasks = [task(str(number), seconds=5.0) for number in range(5)]
     for item in tasks:
         cluster.start(item)
-    assert [event.type for event in cluster.events(0.0)] == ["started", "started"]
+    assert [event.event for event in cluster.events(0.0)] == ["started", "started"]
     collect(cluster, tasks)
     assert history(cluster) == [(0.0, 5.0, "0"), (0.0, 5.0, "1"), (5.0, 10.0, "2"), (5.0, 10.0, "3"), (10.0, 15.0, "4")]
 
@@ -74,10 +74,10 @@ def test_simulated_slots_are_never_overbooked() -> None:
 def test_simulated_events_waits_no_longer_than_it_is_told() -> None:
     cluster = SimulatedCluster(spec())
     cluster.start(task("long", seconds=60.0))
-    assert [event.type for event in cluster.events(None)] == ["started"]
+    assert [event.event for event in cluster.events(None)] == ["started"]
     assert cluster.events(7.0) == []
     assert cluster.now() == 7.0
-    assert [event.type for event in cluster.events(53.0)] == ["succeeded"]
+    assert [event.event for event in cluster.events(53.0)] == ["succeeded"]
     assert cluster.now() == 60.0
 
 

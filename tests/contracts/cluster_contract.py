@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.events.steps import AnyEvent, StepFailed, StepStarted, StepSucceeded
+from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import FailureKind, Resources, Task
 from orchestrator.run.cluster import Cluster
 
@@ -29,10 +29,10 @@ class ContractTasks:
     """Ends with an error of the step's own in every attempt."""
 
 
-def collect(cluster: Cluster, tasks: Iterable[Task]) -> list[AnyEvent]:
+def collect(cluster: Cluster, tasks: Iterable[Task]) -> list[StepEvent]:
     """Every event until each of `tasks` has ended."""
     waiting = {task.step.digest for task in tasks}
-    events: list[AnyEvent] = []
+    events: list[StepEvent] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while waiting:
         assert time.monotonic() < deadline, f"no final event of {waiting}"
@@ -48,8 +48,8 @@ def alone(task: Task, order: int) -> Task:
     return task.model_copy(update={"step": step, "order": order})
 
 
-def by_step(events: Iterable[AnyEvent]) -> dict[str, list[AnyEvent]]:
-    found: dict[str, list[AnyEvent]] = defaultdict(list)
+def by_step(events: Iterable[StepEvent]) -> dict[str, list[StepEvent]]:
+    found: dict[str, list[StepEvent]] = defaultdict(list)
     for event in events:
         found[event.digest].append(event)
     return dict(found)
@@ -65,7 +65,7 @@ class ClusterContract:
         found = by_step([*collect(cluster, started), *cluster.events(0.1)])
         assert set(found) == {task.step.digest for task in started}
         for events in found.values():
-            kinds = [event.type for event in events]
+            kinds = [event.event for event in events]
             assert kinds[0] == "started"
             assert kinds[-1] in {"succeeded", "failed"}
             assert set(kinds[1:-1]) <= {"progress"}
@@ -95,7 +95,7 @@ class ClusterContract:
             task = tasks.failing.model_copy(update={"attempt": attempt})
             cluster.start(task)
             events = collect(cluster, [task])
-            assert [event.type for event in events if event.type != "progress"] == ["started", "failed"]
+            assert [event.event for event in events if event.event != "progress"] == ["started", "failed"]
             assert isinstance(events[0], StepStarted)
             assert events[0].attempt == attempt
             assert events[0].node

@@ -23,7 +23,7 @@ from orchestrator.base.errors import (
     UnknownSubmissionError,
     VerificationError,
 )
-from orchestrator.events.builds import BuildEvent, Errored, Published
+from orchestrator.events import Errored, Event, Published
 from orchestrator.spec.build import BuildSpec
 from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
 from orchestrator.submit.kubernetes.builds import KubernetesSubmission, Timing, list_builds, submit
@@ -94,10 +94,10 @@ class Recorder:
 
     at_phase: dict[Phase, Callable[[], object]] = field(default_factory=dict)
     states: list[Fields] = field(default_factory=list)
-    events: list[BuildEvent] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
-    def take(self, item: BuildEvent | Notice) -> None:
+    def take(self, item: Event | Notice) -> None:
         if not isinstance(item, Notice):
             self.events.append(item)
         elif item.kind == "trouble":
@@ -117,9 +117,9 @@ class Recorder:
 class Script:
     """A driver's events, all at the first look."""
 
-    events: list[BuildEvent]
+    events: list[Event]
 
-    def poll(self, attempt: int) -> list[BuildEvent]:
+    def poll(self, attempt: int) -> list[Event]:
         found, self.events = self.events, []
         return found
 
@@ -170,7 +170,7 @@ class KubernetesContract:
     def test_follow_events_of_the_driver_are_passed_on_and_its_last_word_counts(self, bed: Bed) -> None:
         made, seen = bed.render(backoffLimit=0), Recorder()
         bed.submit(made, Driver("fails", "nothing of use"))
-        events: list[BuildEvent] = [Errored("SourceCorruptError", "model.safetensors", "", 14)]
+        events: list[Event] = [Errored(error="SourceCorruptError", message="model.safetensors", exit_code=14)]
         with pytest.raises(SourceCorruptError, match=r"model\.safetensors"):
             bed.follow(made, seen, Script([*events]))
         assert seen.events == events
@@ -178,7 +178,7 @@ class KubernetesContract:
     def test_follow_driver_that_published_but_failed_in_an_attempt_before_succeeds(self, bed: Bed) -> None:
         made, seen = bed.render(backoffLimit=2), Recorder()
         bed.submit(made, Driver("succeeds", ray_failure(22), fails_first=2))
-        last = bed.follow(made, seen, Script([Published("s3://mine/manifest.json", 1, None)]))
+        last = bed.follow(made, seen, Script([Published(manifest="s3://mine/manifest.json")]))
         assert (last.phase, last.attempt) == (Phase.SUCCEEDED, 3)
         assert {state["attempt"] for state in seen.states} == {1, 2, 3}
 

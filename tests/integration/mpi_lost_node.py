@@ -21,7 +21,7 @@ def main() -> None:
     step = Step(kind=Kind.CONVERT, version=1, name="convert", options={})
     try:
         cluster.start(Task(step=step, inputs={}, attempt=1, store=sys.argv[1]))
-        assert cluster.events(30.0)[0].type == "started"
+        assert cluster.events(30.0)[0].event == "started"
         os.kill(cluster.pids[cluster.rank_of(step.digest)], signal.SIGSTOP)
         while True:
             cluster.events(None)

@@ -11,12 +11,11 @@ import pytest
 
 from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import MpiCluster
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import Event, StepFailed, StepStarted
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import FailureKind
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.driver import drive
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.contracts.cluster_contract import ClusterContract
 from tests.integration.test_real_clusters import conversion, tasks
@@ -44,17 +43,17 @@ class TestMpiCluster(ClusterContract):
         opened.close()
 
 
-class Watcher(SilentListener):
+class Watcher:
     """Remembers events; kills the process of the first step that starts, when it is told to."""
 
     def __init__(self, cluster: MpiCluster, *, kill: bool = False) -> None:
         self.cluster = cluster
         self.kill = kill
-        self.events: list[AnyEvent] = []
+        self.events: list[Event] = []
 
-    def on_event(self, event: AnyEvent) -> None:
+    def __call__(self, event: Event) -> None:
         self.events.append(event)
-        if self.kill and event.type == "started":
+        if self.kill and isinstance(event, StepStarted):
             self.kill = False
             node = self.cluster.pids[self.cluster.rank_of(event.digest)]
             (step,) = Path(f"/proc/{node}/task/{node}/children").read_text().split()
@@ -71,10 +70,10 @@ def test_step_process_killed_fails_alone_and_is_started_again(conversion: Plan, 
         cluster.close()
     assert not result.failures
     assert set(result.outcomes) == {step.digest for step in conversion.steps}
-    (failed,) = [event.failure for event in watcher.events if event.type == "failed"]
+    (failed,) = [event.failure for event in watcher.events if isinstance(event, StepFailed)]
     assert failed.kind is FailureKind.INFRASTRUCTURE
     assert "SIGKILL" in failed.message
-    started = [event for event in watcher.events if event.type == "started"]
+    started = [event for event in watcher.events if isinstance(event, StepStarted)]
     assert len(started) == len(conversion.steps) + 1
     assert len({event.node for event in started}) == 2, "two nodes, and only one was used"
     assert failed.node in {event.node for event in started}
@@ -113,4 +112,4 @@ def test_pool_of_a_label_from_the_environment_gets_that_node_alone(conversion: P
         drive(conversion, {}, cluster, spec, watcher)
     finally:
         cluster.close()
-    assert {event.node.rpartition("/")[2] for event in watcher.events if event.type == "started"} == {"2"}
+    assert {event.node.rpartition("/")[2] for event in watcher.events if isinstance(event, StepStarted)} == {"2"}

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from actors import Client, RaySubmission
 from orchestrator.base.errors import NotStartedError, TerminatedError, TopologyError
 from orchestrator.cli import app
-from orchestrator.events.builds import Errored, Finished, Planned, Published, Stepped
-from orchestrator.events.steps import StepStarted, StepSucceeded
+from orchestrator.events import Errored, Planned, Published, StepEvent, StepsFinished, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Kind
 from orchestrator.releases import read_release
 from orchestrator.run import commits
@@ -90,10 +89,10 @@ def test_submitted_build_runs_on_a_worker_is_published_and_found_again(
     assert not job.attached
     planned, *_, finished, published = events = list(job.events(timeout_seconds=240))
     assert isinstance(planned, Planned)
-    assert isinstance(finished, Finished)
+    assert isinstance(finished, StepsFinished)
     assert isinstance(published, Published)
     assert set(finished.ran) == set(planned.pending)
-    assert any(isinstance(event, Stepped) and isinstance(event.event, StepStarted) for event in events)
+    assert any(isinstance(event, StepStarted) for event in events)
     assert job.result() == published
     _, manifest = read_release(published.manifest.removesuffix("/manifest.json"))
     assert manifest.build_key == planned.build_key
@@ -148,11 +147,11 @@ def test_build_stopped_in_its_middle_ends_cleanly_and_goes_on_when_submitted_aga
     assert (again.attached, again.id) == (False, f"{job.id}-2")
     planned, *_, finished, published = again.events(timeout_seconds=240)
     assert isinstance(planned, Planned)
-    assert isinstance(finished, Finished)
+    assert isinstance(finished, StepsFinished)
     assert isinstance(published, Published)
     assert committed
     assert not committed & set(finished.ran)
-    assert len(planned.pending) < planned.num_steps
+    assert len(planned.pending) < planned.steps
 
 
 def _stop_while_it_compiles(job: RaySubmission) -> set[str]:
@@ -160,9 +159,9 @@ def _stop_while_it_compiles(job: RaySubmission) -> set[str]:
     committed: set[str] = set()
     stopped, event = False, None
     for event in job.events(timeout_seconds=240):
-        if isinstance(event, Stepped) and isinstance(event.event, StepSucceeded):
+        if isinstance(event, StepSucceeded):
             committed.add(event.step)
-        if isinstance(event, Stepped) and event.step.startswith(Kind.BUILD.value) and committed and not stopped:
+        if isinstance(event, StepEvent) and event.kind == Kind.BUILD and committed and not stopped:
             stopped = True
             job.cancel()
     assert stopped

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from orchestrator.base.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
 from orchestrator.cli import app
-from orchestrator.events.builds import BuildEvent
+from orchestrator.events import Event
 from orchestrator.releases import read_release
 from orchestrator.stores import open_store
 from orchestrator.submit.kubernetes.api import RAY_JOB, ExpiredError, Kind, KubernetesApi
@@ -195,7 +195,7 @@ class Restarting(Recorder):
 
     server: KubeApiserver | None = None
 
-    def take(self, item: BuildEvent | Notice) -> None:
+    def take(self, item: Event | Notice) -> None:
         super().take(item)
         if self.troubles and self.server is not None:
             self.server.start()

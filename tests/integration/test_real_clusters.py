@@ -20,13 +20,12 @@ from actors.placement import Node
 from orchestrator import building
 from orchestrator.base.errors import ClusterError, ToolError
 from orchestrator.clusters.local import LocalCluster
-from orchestrator.events.steps import AnyEvent, StepFailed, StepSucceeded
+from orchestrator.events import Event, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, FailureKind, Kind, Resources, Task
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.driver import drive
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.conftest import SpecMaker
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks
@@ -85,7 +84,7 @@ class TestRayCluster(ClusterContract):
         return cluster  # as many as the session has
 
 
-class Killer(SilentListener):
+class Killer:
     """Does away with the worker of the first step that starts."""
 
     def __init__(self, cluster: Any) -> None:
@@ -93,8 +92,8 @@ class Killer(SilentListener):
         self.victim = ""
         self.attempts: list[tuple[str, int]] = []
 
-    def on_event(self, event: AnyEvent) -> None:
-        if event.type != "started":
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, StepStarted):
             return
         self.attempts.append((event.digest, event.attempt))
         if not self.victim:
@@ -160,7 +159,7 @@ def test_ray_step_on_a_node_that_leaves_too_soon_is_handed_over(
     try:
         cluster.start(Task(step=step, inputs={}, attempt=1, store=store_url))
         events = [*cluster.events(30.0)]
-        assert [event.type for event in events] == ["started"]
+        assert [event.event for event in events] == ["started"]
         (node,) = cluster._watch.nodes
         cluster._watch.close()
         cluster._watch = Leaving(node)  # type: ignore[assignment]

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from orchestrator.base.errors import SourceCorruptError, StoreError
 from orchestrator.cli import app
 from orchestrator.clusters.local import LocalCluster
+from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.run import execute
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_source
 from orchestrator.stores.remote import RemoteFolder
@@ -45,7 +45,7 @@ def upload(fs: Any, folder: Path, prefix: str) -> str:
 def convert_with_processes(plan: Plan, store: str) -> list[Outcome]:
     """The convert steps as a build runs them: each in a process of its own."""
     only = Plan(plan.spec, plan.inputs, tuple(plan.of_kind(Kind.CONVERT)))
-    result = execute.execute(only, {}, ClusterSpec(store=store), LocalCluster, SilentListener())
+    result = execute.execute(only, {}, ClusterSpec(store=store), LocalCluster, silent)
     result.raise_failures(only)
     return [result.outcomes[step.digest] for step in only.steps]
 

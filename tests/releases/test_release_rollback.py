@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from orchestrator.base.errors import DigestError, ReleaseAddressError, SignatureError
 from orchestrator.cli import app
-from orchestrator.events.builds import Planned, Published, encode_line
+from orchestrator.events import Planned, Published, encode_line
 from orchestrator.releases import list_releases, open_release, pull, tag, verify
 from orchestrator.releases.manifest import MANIFEST, Chunks, address_parts
 from orchestrator.releases.signing import fingerprint
@@ -243,8 +243,12 @@ def test_verify_as_json_states_name_version_manifest_and_signer(signed: Release,
     }  # fmt: skip
 
 
+def planned(build_key: str, release: str) -> Planned:
+    return Planned(steps=1, pending=(), build_key=build_key, already_published=False, release=release)
+
+
 def _write_events(signed: Release, folder: str, planned: Planned, published: str) -> None:
-    text = "".join(encode_line(event) + "\n" for event in (planned, Published(published, 1, None)))
+    text = "".join(encode_line(event) + "\n" for event in (planned, Published(manifest=published)))
     signed.store.put(segment_key(f"events/{folder}/9/", 0), text.encode())
 
 
@@ -254,21 +258,36 @@ def _watched(signed: Release) -> Watch:
 
 def test_watch_events_copied_to_another_build_are_refused(signed: Release) -> None:
     key = signed.manifest.build_key
-    _write_events(signed, "0" * 64, Planned(1, (), key, False, release="tiny/1"), f"{signed.url}/manifest.json")
+    _write_events(
+        signed,
+        "0" * 64,
+        planned(key, "tiny/1"),
+        f"{signed.url}/manifest.json",
+    )
     with pytest.raises(ReleaseAddressError, match="holds the events of build"):
         list(_watched(signed).events())
 
 
 def test_watch_events_that_publish_another_release_than_planned_are_refused(signed: Release) -> None:
     key = signed.manifest.build_key
-    _write_events(signed, key, Planned(1, (), key, False, release="tiny/2"), f"{signed.url}/manifest.json")
+    _write_events(
+        signed,
+        key,
+        planned(key, "tiny/2"),
+        f"{signed.url}/manifest.json",
+    )
     with pytest.raises(ReleaseAddressError, match="planned was tiny/2"):
         list(_watched(signed).events())
 
 
 def test_watch_a_build_whose_release_was_replaced_ends_with_an_error(signed: Release) -> None:
     key = signed.manifest.build_key
-    _write_events(signed, key, Planned(1, (), key, False, release="tiny/1"), f"{signed.url}/manifest.json")
+    _write_events(
+        signed,
+        key,
+        planned(key, "tiny/1"),
+        f"{signed.url}/manifest.json",
+    )
     watched = _watched(signed)
     assert len(list(watched.events())) == 2
     assert watched.result().manifest.endswith("releases/tiny/1/manifest.json")

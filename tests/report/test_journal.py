@@ -20,10 +20,9 @@ from orchestrator.base.errors import (
     VerificationError,
 )
 from orchestrator.cli import app
-from orchestrator.events.builds import Alive, BuildEvent, Errored, Finished, Planned, Published, Stepped
-from orchestrator.events.steps import StepProgress, StepStarted
+from orchestrator.events import Errored, Event, Heartbeat, Planned, Published, StepProgressed, StepsFinished, StepStarted
 from orchestrator.planning import preparation
-from orchestrator.report.journal import ALIVE_SECONDS, Journal, segment_key
+from orchestrator.report.journal import HEARTBEAT_SECONDS, Journal, segment_key
 from orchestrator.run import commits
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
@@ -69,8 +68,9 @@ def store(tmp_path: Path) -> Store:
     return open_store((tmp_path / "store").as_uri())
 
 
-def progress(done: int, clock: Clock) -> Stepped:
-    return Stepped("convert/stage0/group0", StepProgress(digest="d", phase="convert", done=done, total=9, unit="bytes"), at=clock())
+def progress(done: int, clock: Clock) -> StepProgressed:
+    name = "convert/stage0/group0"
+    return StepProgressed(digest="d", step=name, phase="convert", done=done, total=9, unit="bytes", time=clock())
 
 
 def watched(store: Store, journal: Journal, clock: Clock) -> Watch:
@@ -79,8 +79,8 @@ def watched(store: Store, journal: Journal, clock: Clock) -> Watch:
 
 def test_journal_keeps_the_newest_progress_of_a_step_and_everything_else(store: Store, clock: Clock) -> None:
     journal = Journal(store, KEY, clock)
-    started = Stepped("convert/stage0/group0", StepStarted(digest="d", node="n", attempt=1), "n", 1, clock())
-    for event in (started, progress(1, clock), progress(2, clock), progress(3, clock), Finished(())):
+    started = StepStarted(digest="d", step="convert/stage0/group0", node="n", attempt=1, time=clock())
+    for event in (started, progress(1, clock), progress(2, clock), progress(3, clock), StepsFinished(ran=())):
         journal.tell(event)
     journal.flush()
     lines = [json.loads(line) for line in store.get(segment_key(journal.run, 0)).splitlines()]
@@ -93,28 +93,28 @@ def test_journal_keeps_the_newest_progress_of_a_step_and_everything_else(store: 
 def test_journal_of_a_store_that_fails_for_a_while_loses_and_repeats_nothing(store: Store, clock: Clock) -> None:
     flaky = Flaky(store)
     journal = Journal(flaky, KEY, clock)  # type: ignore[arg-type]  # only put is called
-    journal.tell(Finished(("a",)))
+    journal.tell(StepsFinished(ran=("a",)))
     flaky.failures = 2
     for name in ("b", "c", "d"):
         journal.flush()
-        journal.tell(Finished((name,)))
+        journal.tell(StepsFinished(ran=(name,)))
     journal.flush()
     journal.flush()
-    journal.tell(Published("m", 0, None))
+    journal.tell(Published(manifest="m"))
     journal.flush()
     told = list(watched(store, journal, clock).events())
-    assert [event.ran[0] for event in told if isinstance(event, Finished)] == ["a", "b", "c", "d"]
+    assert [event.ran[0] for event in told if isinstance(event, StepsFinished)] == ["a", "b", "c", "d"]
 
 
 def test_journal_with_nothing_to_say_says_that_it_is_alive(store: Store, clock: Clock) -> None:
     journal = Journal(store, KEY, clock)
     journal.flush()
-    clock.now += ALIVE_SECONDS
+    clock.now += HEARTBEAT_SECONDS
     journal.flush()
     journal.flush()
-    journal.tell(Published("m", 0, None))
+    journal.tell(Published(manifest="m"))
     journal.flush()
-    assert [type(event) for event in watched(store, journal, clock).events()] == [Alive, Published]
+    assert [type(event) for event in watched(store, journal, clock).events()] == [Heartbeat, Published]
 
 
 @pytest.mark.parametrize(
@@ -140,27 +140,27 @@ def test_watch_of_a_build_that_ended_badly_raises_its_own_error(
 
 def test_watch_of_a_driver_that_died_waits_and_then_says_so(store: Store, clock: Clock) -> None:
     journal = Journal(store, KEY, clock)
-    journal.tell(Finished((), clock()))
+    journal.tell(StepsFinished(ran=(), time=clock()))
     journal.flush()
     began = clock.now
     watch = watched(store, journal, clock)
     assert len(list(watch.events())) == 1
     assert PATIENCE_SECONDS <= clock.now - began < PATIENCE_SECONDS + 5
-    with pytest.raises(DriverLostError, match="nothing was heard"):
+    with pytest.raises(DriverLostError, match="it was silent for"):
         watch.result()
 
 
 def test_watch_of_a_live_build_shows_what_comes_later(store: Store, clock: Clock) -> None:
     journal = Journal(store, KEY, clock)
-    journal.tell(Finished(("first",)))
+    journal.tell(StepsFinished(ran=("first",)))
     journal.flush()
 
     def sleep(seconds: float) -> None:
-        journal.tell(Published("s3://m", 1, None))
+        journal.tell(Published(manifest="s3://m"))
         journal.flush()
 
     watch = Watch(store, Run(journal.run, KEY), clock, sleep)
-    assert [type(event) for event in watch.events()] == [Finished, Published]
+    assert [type(event) for event in watch.events()] == [StepsFinished, Published]
     assert watch.result().manifest == "s3://m"
 
 
@@ -175,8 +175,8 @@ def test_build_tells_its_store_and_watch_replays_it(tmp_path: Path) -> None:
     planned, finished, published = Watch(store, run).events()
     assert isinstance(planned, Planned)
     assert planned.release == "tiny/1"
-    assert isinstance(finished, Finished)
-    assert published == Published(f"{done.address}/manifest.json", 0, None)
+    assert isinstance(finished, StepsFinished)
+    assert published == Published(manifest=f"{done.address}/manifest.json", steps_run=0, time=published.time)
     for url in (store.url, done.address, f"{done.address}/manifest.json", str(tmp_path / "store")):
         shown = CliRunner().invoke(app, ["watch", url])
         assert shown.exit_code == 0, shown.output
@@ -192,10 +192,10 @@ def test_watch_that_is_interrupted_says_nothing_of_the_builds_end(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:
     journal = Journal(store, KEY, clock)
-    journal.tell(Alive(clock()))
+    journal.tell(Heartbeat(time=clock()))
     journal.flush()
 
-    def interrupted(watch: Watch) -> Iterator[BuildEvent]:
+    def interrupted(watch: Watch) -> Iterator[Event]:
         raise KeyboardInterrupt
         yield
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from orchestrator import building
 from orchestrator.base.errors import StepFailedError, StoreError
-from orchestrator.events.builds import NodesSeen, Planned, Stepped
+from orchestrator.events import NodesProbed, Planned, StepFailed, StepStarted, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.facts import ConvertFacts, Facts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
@@ -86,22 +85,21 @@ def outcome(step: Step, node: str, began: float, seconds: float) -> Outcome:
 def told(plan: Plan, published: Published | None = None, failing: bool = False) -> Told:
     """A run on two nodes: the first step is cached, one was retried, and with `failing` the last one failed."""
     story = Story()
-    story.tell(
-        Planned(len(plan.steps), tuple(step.name for step in plan.steps), plan.build_key, False, ("mind <the> gap",), at=100.0)
-    )
-    story.tell(NodesSeen(tuple(NodeFacts(node=f"node-{number}", cpus=8, memory_bytes=64 * 10**9) for number in range(2)), at=100.5))
+    story.tell(Planned.of(plan, plan.steps).model_copy(update={"warnings": ("mind <the> gap",), "time": 100.0}))
+    nodes = tuple(NodeFacts(node=f"node-{number}", cpus=8, memory_bytes=64 * 10**9) for number in range(2))
+    story.tell(NodesProbed(nodes=nodes, time=100.5))
     outcomes, at = {plan.steps[0].digest: outcome(plan.steps[0], "node-0", 0, 3.0)}, 101.0
     for number, step in enumerate(plan.steps[1:]):
         node = f"node-{number % 2}"
-        story.tell(Stepped(step.name, StepStarted(digest=step.digest, node=node, attempt=1), at=at))
+        story.tell(StepStarted(digest=step.digest, step=step.name, node=node, attempt=1, time=at))
         if number == 1:
-            story.tell(Stepped(step.name, StepFailed(digest=step.digest, failure=LOST), at=at + 1))
-            story.tell(Stepped(step.name, StepStarted(digest=step.digest, node=node, attempt=2), at=at + 2))
+            story.tell(StepFailed(digest=step.digest, step=step.name, failure=LOST, time=at + 1))
+            story.tell(StepStarted(digest=step.digest, step=step.name, node=node, attempt=2, time=at + 2))
         if failing and step is plan.steps[-1]:
-            story.tell(Stepped(step.name, StepFailed(digest=step.digest, failure=WRONG), at=at + 4))
+            story.tell(StepFailed(digest=step.digest, step=step.name, failure=WRONG, time=at + 4))
             continue
         outcomes[step.digest] = outcome(step, node, at, 4.0)
-        story.tell(Stepped(step.name, StepSucceeded(digest=step.digest, outcome=outcomes[step.digest]), at=at + 4))
+        story.tell(StepSucceeded(digest=step.digest, step=step.name, outcome=outcomes[step.digest], time=at + 4))
         at += 3.0
     ran = frozenset(outcomes) - {plan.steps[0].digest}
     failures = {plan.steps[-1].digest: WRONG} if failing else {}

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from orchestrator.events.builds import NodesSeen
+from orchestrator.events import NodesProbed
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.report import LiveView
 
@@ -16,5 +16,5 @@ from orchestrator.report import LiveView
 def test_view_counts_nodes_as_people_do(count: int, said: str) -> None:
     text = io.StringIO()
     nodes = tuple(NodeFacts(node=f"node-{number}", cpus=2, memory_bytes=10**9) for number in range(count))
-    LiveView(Console(file=text, width=80)).on(NodesSeen(nodes, (), 0.0))
+    LiveView(Console(file=text, width=80)).on(NodesProbed(nodes=nodes))
     assert text.getvalue().strip() == said

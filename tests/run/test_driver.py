@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
 
 from orchestrator.base.errors import DtypeError, StepFailedError
 from orchestrator.clusters.simulated import SimulatedCluster
-from orchestrator.events.nodes import NodeFacts
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import Event, StepEvent, StepRetried
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, FailureKind, Outcome, Task
-from orchestrator.report import Finished
 from orchestrator.run.driver import Result, drive
-from orchestrator.run.schedule import Start
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.support.plans import LOST, WRONG, fake_plan, named, outcome_of
 
@@ -30,23 +27,15 @@ Failures = Mapping[tuple[str, int], Failure]
 class Recorder:
     """A listener that remembers."""
 
-    events: list[AnyEvent] = field(default_factory=list)
+    events: list[StepEvent] = field(default_factory=list)
     retries: list[tuple[str, int, float]] = field(default_factory=list)
 
-    def on_plan(self, plan: Plan, committed: Mapping[str, Outcome], *, already_published: bool) -> None:
-        raise AssertionError("the driver does not announce plans")
-
-    def on_nodes(self, nodes: Sequence[NodeFacts], warnings: Sequence[str]) -> None:
-        raise AssertionError("the driver asks no nodes")
-
-    def on_event(self, event: AnyEvent) -> None:
-        self.events.append(event)
-
-    def on_retry(self, command: Start) -> None:
-        self.retries.append((command.step.name, command.attempt, command.delay_seconds))
-
-    def on_finish(self, plan: Plan, result: Finished) -> None:
-        raise AssertionError("the driver does not announce the end")
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepRetried):
+            self.retries.append((event.step, event.attempt, event.delay_seconds))
+        else:
+            assert isinstance(event, StepEvent), "the driver announces neither plans nor nodes nor ends"
+            self.events.append(event)
 
 
 @dataclass
@@ -176,7 +165,10 @@ def test_drive_waiting_retry_does_not_start_after_another_failure() -> None:
 
 def test_drive_listener_hears_every_event_in_order() -> None:
     done = run(CHAIN, {("b", 1): LOST})
-    heard = [(CHAIN.step(event.digest).name, event.type) for event in done.recorder.events]
+    heard = [(event.step, event.event) for event in done.recorder.events]
+    assert {(event.step, event.node, event.attempt) for event in done.recorder.events} == {
+        (name, "default/0", attempt) for name, attempt in (("a", 1), ("b", 1), ("b", 2), ("c", 1))
+    }
     pairs = [("a", "succeeded"), ("b", "failed"), ("b", "succeeded"), ("c", "succeeded")]
     assert heard == [item for name, end in pairs for item in ((name, "started"), (name, end))]
 

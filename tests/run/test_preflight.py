@@ -25,9 +25,10 @@ from orchestrator.checkpoints import read_source
 from orchestrator.cli import app
 from orchestrator.compat.models import DecoderModelForCausalLM
 from orchestrator.compat.models import build as build_in_process
+from orchestrator.events import Planned, encode_line
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
-from orchestrator.report import ConsoleListener, JsonListener
+from orchestrator.report import LiveView
 from orchestrator.run import admission, preflight
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
@@ -255,12 +256,9 @@ def test_plan_prints_warnings_and_notes(source: Path, tmp_path: Path) -> None:
 def test_listeners_show_warnings_before_the_first_step(source: Path) -> None:
     made = dataclasses.replace(preparation.plan(build_spec(source)), warnings=("mind [the] gap",), notes=("a note",))
     text = io.StringIO()
-    listener = ConsoleListener(Console(file=text, width=80))
-    listener.on_plan(made, {step.digest: None for step in made.steps}, already_published=False)  # type: ignore[misc]
+    LiveView(Console(file=text, width=80)).on(Planned.of(made, ()))
     assert "warning: mind [the] gap" in text.getvalue()
-    lines = io.StringIO()
-    JsonListener(lines).on_plan(made, {}, already_published=False)
-    said = json.loads(lines.getvalue())
+    said = json.loads(encode_line(Planned.of(made, made.steps)))
     assert (said["warnings"], said["notes"]) == (["mind [the] gap"], ["a note"])
 
 

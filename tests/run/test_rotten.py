@@ -18,13 +18,12 @@ import pytest
 from orchestrator import building, stages, work
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DamagedOutputError, DigestError, SourceCorruptError
-from orchestrator.events.builds import encode_line
+from orchestrator.events import encode_line
 from orchestrator.planning import preparation
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.steps import Kind, Outcome, Output, Task
 from orchestrator.releases import collect, verify
 from orchestrator.releases.publish import place_engines
-from orchestrator.report import EventListener
 from orchestrator.run import commits
 from orchestrator.run.schedule import MAX_REPEATS
 from orchestrator.spec.build import BuildSpec
@@ -97,7 +96,7 @@ class Bench:
             self.spec(version, **sections),
             place,
             open_cluster=lambda place: Watched(self.ran, lambda task: self.before(task)),
-            listener=EventListener(lambda event: self.said.append(encode_line(event))),
+            listener=lambda event: self.said.append(encode_line(event)),
         )
 
     def outcome(self, version: str, kind: Kind, number: int = 0, **sections: Any) -> Outcome:

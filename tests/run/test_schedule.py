@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events import StepFailed, StepProgressed, StepStarted, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Consumed, Failure, FailureKind, Kind, Outcome, Output, Step
 from orchestrator.run.schedule import MAX_REPEATS, Schedule, Start
@@ -149,7 +149,7 @@ def test_handle_start_and_progress_ask_for_nothing() -> None:
     schedule = schedule_of(plan)
     schedule.start()
     assert schedule.handle(StepStarted(digest=digest, node="n", attempt=1)) == []
-    assert schedule.handle(StepProgress(digest=digest, phase="convert", done=1, total=2, unit="bytes")) == []
+    assert schedule.handle(StepProgressed(digest=digest, phase="convert", done=1, total=2, unit="bytes")) == []
     assert schedule.num_running == 1
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from orchestrator.base.errors import SpecError, StoreError
 from orchestrator.clusters.local import LocalCluster
+from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.run import execute
 from orchestrator.run.cluster import worker_environment
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, StoreOptions
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import obstore, open_store, s3
@@ -93,7 +93,7 @@ def test_no_secret_in_what_leaves_the_process(
     place = ClusterSpec(store=url, store_options=StoreOptions(region="us-east-1"))
     store = open_store(url, place.store_options)
     check_writable(store)
-    result = execute.execute(only, {}, place, LocalCluster, SilentListener())
+    result = execute.execute(only, {}, place, LocalCluster, silent)
     result.raise_failures(only)
     with pytest.raises(StoreError) as caught:
         store.get("no/such")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.base.errors import SourceMissingError, SpecError, ToolError
-from orchestrator.events.builds import Errored, decode_line
+from orchestrator.events import Errored, decode_line
 from orchestrator.spec.build import BuildSpec, SourceSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

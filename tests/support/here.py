@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import work
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import StepEvent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
@@ -56,12 +56,12 @@ class HereCluster:
     """The Cluster protocol in this process: a step runs when it is started."""
 
     def __init__(self) -> None:
-        self._events: list[AnyEvent] = []
+        self._events: list[StepEvent] = []
 
     def start(self, task: Task) -> None:
         self._events.extend(stream(task, "here"))
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         found, self._events = self._events, []
         return found
 

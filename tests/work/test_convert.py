@@ -32,7 +32,7 @@ from orchestrator.base.errors import (
 from orchestrator.base.pages import is_on_page
 from orchestrator.checkpoints import trtllm
 from orchestrator.checkpoints.safetensors import read_header
-from orchestrator.events.steps import StepProgress
+from orchestrator.events import StepProgressed
 from orchestrator.model.checkpoint import TensorInfo
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.rules import Span
@@ -125,7 +125,7 @@ class Conversion:
     def run(self) -> list[Outcome]:
         return [self.run_step(number) for number in range(len(list(self.plan.of_kind(Kind.CONVERT))))]
 
-    def run_step(self, number: int, events: list[StepProgress] | None = None) -> Outcome:
+    def run_step(self, number: int, events: list[StepProgressed] | None = None) -> Outcome:
         step = list(self.plan.of_kind(Kind.CONVERT))[number]
         task = Task(step=step, inputs={}, attempt=1, store=self.store.url, scratch=str(self.scratch))
         return work.run(task, [].append if events is None else events.append, "node")
@@ -271,7 +271,7 @@ def test_convert_file_is_loaded_by_torch_and_its_data_starts_on_a_page(tmp_path:
 
 def test_convert_progress_ends_at_the_estimate(tmp_path: Path) -> None:
     config = model_config()
-    made, events = conversion(tmp_path, config, random_arrays(config)), list[StepProgress]()
+    made, events = conversion(tmp_path, config, random_arrays(config)), list[StepProgressed]()
     outcome = made.run_step(0, events)
     assert [event.done for event in events] == sorted(event.done for event in events)
     assert events[-1].done == events[-1].total == outcome.facts.source_bytes_read

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator import building
 from orchestrator.base.errors import MiniatureError
-from orchestrator.events.steps import AnyEvent
+from orchestrator.events import StepEvent
 from orchestrator.families import FAMILIES, family_for
 from orchestrator.model.config import ModelConfig, from_hugging_face
 from orchestrator.model.stage import StageOptions
@@ -274,7 +274,7 @@ class OneAtATime(HereCluster):
         self._waiting.append(task)
         self._waiting.sort(key=lambda waiting: waiting.order)
 
-    def events(self, timeout_seconds: float | None) -> list[AnyEvent]:
+    def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         if self._waiting:
             super().start(self._waiting.pop(0))
         return super().events(timeout_seconds)

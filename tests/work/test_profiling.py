@@ -13,11 +13,11 @@ import pytest
 
 from orchestrator.base.errors import ToolError
 from orchestrator.clusters.local import LocalCluster
+from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.run.driver import Result, drive
-from orchestrator.run.listener import SilentListener
 from orchestrator.spec.cluster import ClusterSpec, ProfileSpec
 from orchestrator.stores import open_store
 from orchestrator.work.logs import StepLog
@@ -58,7 +58,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def run(plan: Plan, place: ClusterSpec) -> Result:
     cluster = LocalCluster(place)
     try:
-        return drive(plan, {}, cluster, place, SilentListener())
+        return drive(plan, {}, cluster, place, silent)
     finally:
         cluster.close()
 

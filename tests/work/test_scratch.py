@@ -165,7 +165,7 @@ def test_local_cluster_that_is_closed_leaves_no_scratch_of_the_steps_that_it_kil
     os.mkfifo(fifo)  # the step waits for its source
     cluster = clusters.local_cluster(ClusterSpec(store=task.store, scratch=task.scratch))
     cluster.start(task)
-    assert cluster.events(60)[0].type == "started"
+    assert cluster.events(60)[0].event == "started"
     seen = threading.Event()
     while not list(root.iterdir()):
         seen.wait(0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.events.builds import place_of
+from orchestrator.events import stage_of
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Step
 from orchestrator.report.html.svg import element, picture, shorten, text, title
@@ -67,7 +67,7 @@ def _stage(step: Step) -> int:
     stage = step.options.get("stage")
     if isinstance(stage, dict):
         return int(stage.get("pp_rank", 0))
-    return int(place_of(step.name)["stage"] or 0)
+    return stage_of(step.name) or 0
 
 
 def _place(boxes: Mapping[tuple[Kind, int], _Box]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.base.errors import AuthenticationError, CancelledError, ClusterError, UnknownSubmissionError, UnreachableError
-from orchestrator.events.builds import BuildEvent, Errored, Planned, Published
+from orchestrator.events import Errored, Event, Planned, Published
 from orchestrator.submit.kubernetes.api import POD, RAY_JOB, Api, ConflictError, ExpiredError, Kind
 from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.kubernetes.progress import UNREADABLE, Progress, progress_of
@@ -138,7 +138,7 @@ class KubernetesSubmission:
         except (AuthenticationError, UnreachableError):
             return []
 
-    def events(self) -> Iterator[BuildEvent | Notice]:
+    def events(self) -> Iterator[Event | Notice]:
         """See Followed. Yields also the build's states, and why its pods do not run, each once.
 
         Raises CancelledError when the build is deleted meanwhile, NotStartedError when no operator touches it,
@@ -177,7 +177,7 @@ class KubernetesSubmission:
             if neglected is not None:
                 raise neglected
 
-    def _driver_events(self, state: State) -> list[BuildEvent]:
+    def _driver_events(self, state: State) -> list[Event]:
         events = self._progress.poll(state.attempt) if self._progress is not None else []
         for event in events:
             if isinstance(event, (Published, Errored)):
@@ -227,7 +227,7 @@ class KubernetesSubmission:
         error = failure(self._end, self._last_word)
         if error is not None:
             raise error
-        return Published(f"{self._end.release}/manifest.json", None, None)
+        return Published(manifest=f"{self._end.release}/manifest.json")
 
     def cancel(self) -> State:
         """Delete the RayJob and wait until it is gone: the operator stops the driver and removes the pods.

@@ -14,7 +14,7 @@ from orchestrator.base.errors import (
     StoreError,
     ToolError,
 )
-from orchestrator.events.builds import BuildEvent
+from orchestrator.events import Event
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode_yaml
@@ -34,7 +34,7 @@ UNREADABLE: tuple[type[OrchestratorError], ...] = (AuthenticationError, ReleaseA
 class Progress(Protocol):
     """Source of the driver's events."""
 
-    def poll(self, attempt: int) -> list[BuildEvent]:
+    def poll(self, attempt: int) -> list[Event]:
         """Return new events. `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
         ...
 
@@ -49,7 +49,7 @@ class StoreProgress:
         self._reader: RunReader | None = None
         self._attempt = 0
 
-    def poll(self, attempt: int) -> list[BuildEvent]:
+    def poll(self, attempt: int) -> list[Event]:
         found = self._reader.read() if self._reader is not None else []
         if self._reader is None or self._reader.last_word is not None or attempt != self._attempt:
             run = self._newest()

@@ -18,7 +18,8 @@ from orchestrator.base.errors import (
     TerminatedError,
     error_classes,
 )
-from orchestrator.events.builds import Errored, LogReader, Published
+from orchestrator.events import Errored, Published
+from orchestrator.events.log import LogReader
 from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.kubernetes.render import RELEASE
 from orchestrator.submit.protocol import Notice

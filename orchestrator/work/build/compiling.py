@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from orchestrator.base.errors import EngineBuildError, store_error
 from orchestrator.planning.options import BuildOptions
-from orchestrator.events.steps import EVENT, StepFailed, StepProgress
+from orchestrator.events import STEP_EVENT, StepFailed, StepProgressed
 from orchestrator.planning.steps import Failure
 from orchestrator.work.failures import failure_of
 from orchestrator.work.lost import crash, oom_kills
@@ -100,8 +100,8 @@ def _follow(
     except BrokenPipeError:  # the process ended at once: its exit code says more
         return None
     for line in process.stdout:
-        event = EVENT.validate_json(line)
-        if isinstance(event, StepProgress):
+        event = STEP_EVENT.validate_json(line)
+        if isinstance(event, StepProgressed):
             progress(int(event.digest), event.phase, event.done, event.total)
         elif isinstance(event, StepFailed):
             failed = int(event.digest), event.failure
@@ -121,7 +121,7 @@ def main(pipe: IO[str]) -> None:
         log: list[str] = []
 
         def report(phase: str, done: int, total: int, digest: str = str(rank)) -> None:
-            progress = StepProgress(digest=digest, phase=phase, done=done, total=total, unit="steps")
+            progress = StepProgressed(digest=digest, phase=phase, done=done, total=total, unit="steps")
             pipe.write(progress.model_dump_json() + "\n")
 
         try:

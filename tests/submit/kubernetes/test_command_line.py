@@ -19,7 +19,7 @@ from orchestrator.base.errors import (
     VerificationError,
 )
 from orchestrator.cli import app
-from orchestrator.events.builds import BuildEvent, Errored, Planned
+from orchestrator.events import Errored, Event, Planned
 from orchestrator.report.journal import Journal
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
@@ -54,10 +54,12 @@ def operator(store: Store, monkeypatch: pytest.MonkeyPatch) -> Operator:
     return operator
 
 
-def write_run(store: Store, at: datetime.datetime, *events: BuildEvent, release: str = "llama/1") -> None:
+def write_run(store: Store, at: datetime.datetime, *events: Event, release: str = "llama/1") -> None:
     """What a driver that began at a moment wrote to the store."""
     journal = Journal(store, "0" * 64, at.timestamp)
-    for event in (Planned(2, ("convert/stage0/group0",), "0" * 64, False, release=release), *events):
+    pending = ("convert/stage0/group0",)
+    planned = Planned(steps=2, pending=pending, build_key="0" * 64, already_published=False, release=release)
+    for event in (planned, *events):
         journal.tell(event)
     journal.flush()
 
@@ -150,7 +152,7 @@ def test_submit_interrupted_only_looks_away(operator: Operator, submission: list
 
 
 def test_submit_shows_the_events_of_its_own_driver(operator: Operator, submission: list[str], store: Store) -> None:
-    write_run(store, BEFORE, Errored("StoreError", "of an older run", "", 17))
+    write_run(store, BEFORE, Errored(error="StoreError", message="of an older run", advice="", exit_code=17))
     write_run(store, AFTER, release="other/1")
     write_run(store, AFTER)
     code, text = run(*submission)
@@ -161,7 +163,7 @@ def test_submit_shows_the_events_of_its_own_driver(operator: Operator, submissio
 
 def test_submit_last_word_in_the_store_is_the_builds_error(operator: Operator, submission: list[str], store: Store) -> None:
     operator.drivers["mine"] = Driver("fails", "the pod was gone before anyone could read its log")
-    write_run(store, AFTER, Errored("VerificationError", "rank 1 is wrong", "look", 24))
+    write_run(store, AFTER, Errored(error="VerificationError", message="rank 1 is wrong", advice="look", exit_code=24))
     code, text = run(*submission)
     assert code == VerificationError.exit_code
     assert "error: rank 1 is wrong" in text

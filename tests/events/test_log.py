@@ -1,39 +1,38 @@
-"""A driver's JSON lines, read back: what JsonListener and the command line print becomes events, a result, or the error again."""
+"""A driver's log, read back in pieces: its events, and the result of its build or the error again."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.base.errors import DriverLostError, OrchestratorError, TerminatedError, error_classes
-from orchestrator.events.builds import (
-    BuildEvent,
+from orchestrator.events import (
     Errored,
-    Finished,
-    LogReader,
+    Event,
     Planned,
     Published,
-    Retrying,
-    Stepped,
-    conclude,
+    StepFailed,
+    StepProgressed,
+    StepRetried,
+    StepsFinished,
+    StepStarted,
+    StepSucceeded,
     decode_line,
+    encode_line,
 )
-from orchestrator.events.steps import StepFailed, StepProgress, StepStarted, StepSucceeded
+from orchestrator.events.log import LogReader, conclude
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
-from orchestrator.report import JsonListener
-from orchestrator.run.driver import Result
-from orchestrator.run.schedule import Start
 from tests.conftest import SpecMaker
 from tests.support.plans import LOST, outcome_of
 from tests.support.synthetic import model_config, random_arrays, write_source
 
-PUBLISHED = {"event": "published", "manifest": "s3://b/releases/tiny/1/manifest.json", "steps_run": 3, "verification": None}
+PUBLISHED = {"event": "published", "time": "2026-01-01T00:00:00Z", "manifest": "s3://b/releases/tiny/1/manifest.json"}
 
 
 @pytest.fixture
@@ -45,44 +44,36 @@ def plan(tmp_path: Path, make_spec: SpecMaker) -> Plan:
 @pytest.fixture
 def log(plan: Plan) -> str:
     """What a driver prints of a build with a lost and a repeated step, among lines of others."""
-    stream = io.StringIO()
-    listener = JsonListener(stream)
-    first, *_ = plan.steps
-    listener.on_plan(plan, {}, already_published=False)
-    stream.write("2026-01-01 INFO a library speaks\n")
-    listener.on_event(StepStarted(digest=first.digest, node="n1", attempt=1))
-    listener.on_event(StepFailed(digest=first.digest, failure=LOST))
-    listener.on_retry(Start(first, 2, 4.0))
-    listener.on_event(StepProgress(digest=first.digest, phase="convert", done=1, total=2, unit="bytes"))
-    listener.on_event(StepSucceeded(digest=first.digest, outcome=outcome_of(first)))
-    stream.write('{"event": "of a newer driver"}\n{"not": "ours"}\n[1]\n{broken\n')
-    listener.on_finish(plan, Result({}, frozenset({first.digest})))
-    return stream.getvalue() + json.dumps(PUBLISHED) + "\n"
+    lines = [encode_line(event) for event in events(plan)]
+    others = ['{"event": "of a newer driver"}', '{"not": "ours"}', "[1]", "{broken"]
+    return "\n".join([lines[0], "2026-01-01 INFO a library speaks", *lines[1:-1], *others, lines[-1]]) + "\n"
+
+
+def events(plan: Plan) -> list[Event]:
+    step = plan.steps[0]
+    attempt: dict[str, Any] = {"digest": step.digest, "step": step.name, "node": "n1", "attempt": 1, "time": 1e9}
+    return [
+        Planned.of(plan, plan.steps).model_copy(update={"time": 1e9}),
+        StepStarted(**attempt),
+        StepFailed(**attempt, failure=LOST),
+        StepRetried(digest=step.digest, step=step.name, attempt=2, delay_seconds=4.0, time=1e9),
+        StepProgressed(**attempt, phase="convert", done=1, total=2, unit="bytes"),
+        StepSucceeded(**attempt, outcome=outcome_of(step)),
+        StepsFinished(ran=(step.name,), time=1e9),
+        Published(manifest="s3://b/releases/tiny/1/manifest.json", steps_run=3, time=1e9),
+    ]
 
 
 def test_log_of_a_build_becomes_its_events_in_order(plan: Plan, log: str) -> None:
     reader = LogReader()
-    name, digest = plan.steps[0].name, plan.steps[0].digest
-    planned, *others = reader.feed(log)
-    assert isinstance(planned, Planned)
-    assert (planned.num_steps, planned.build_key) == (len(plan.steps), plan.build_key)
-    assert planned.pending == tuple(step.name for step in plan.steps)
-    assert others == [
-        Stepped(name, StepStarted(digest=digest, node="n1", attempt=1)),
-        Stepped(name, StepFailed(digest=digest, failure=LOST)),
-        Retrying(name, digest, 2, 4.0),
-        Stepped(name, StepProgress(digest=digest, phase="convert", done=1, total=2, unit="bytes")),
-        Stepped(name, StepSucceeded(digest=digest, outcome=outcome_of(plan.steps[0]))),
-        Finished((name,)),
-        Published(PUBLISHED["manifest"], 3, None),
-    ]
-    assert reader.last_word == others[-1]
+    assert reader.feed(log) == events(plan)
+    assert reader.last_word == events(plan)[-1]
 
 
 LINES = [
-    '{"event": "finish", "ran": ["convert/é"]}',
+    '{"event": "finish", "time": "2026-01-01T00:00:00Z", "ran": ["convert/é"]}',
     "a library speaks",
-    '{"event": "retry", "digest": "d", "attempt": 2, "delay_seconds": 1.5}',
+    '{"event": "retry", "time": "2026-01-01T00:00:00Z", "digest": "d", "attempt": 2, "delay_seconds": 1.5}',
     "",
     json.dumps(PUBLISHED),
 ]
@@ -94,8 +85,8 @@ def test_log_cut_anywhere_gives_every_event_once(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     whole = LogReader().feed(text)
     in_pieces, growing = LogReader(), LogReader()
-    pieces: list[BuildEvent] = []
-    grown: list[BuildEvent] = []
+    pieces: list[Event] = []
+    grown: list[Event] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         pieces += in_pieces.feed(text[begin:end])
         grown += growing.feed_whole(text[:end])
@@ -118,11 +109,6 @@ def test_log_without_a_last_newline_is_read_when_closed() -> None:
     assert reader.close() == []
 
 
-@pytest.mark.parametrize("line", ["", "{}", '{"event": 1}', '{"event": "error"}', '{"event": "started", "digest": 3}', "null"])
-def test_line_that_is_no_event_is_passed_over(line: str) -> None:
-    assert decode_line(line) is None
-
-
 @pytest.mark.parametrize("cls", error_classes().values(), ids=lambda cls: cls.__name__)
 def test_last_error_line_is_raised_as_the_class_that_it_was(cls: type[OrchestratorError]) -> None:
     said = {"event": "error", "error": cls.__name__, "message": "m", "advice": "a", "exit_code": cls.exit_code}
@@ -136,7 +122,7 @@ def test_last_error_line_is_raised_as_the_class_that_it_was(cls: type[Orchestrat
 
 def test_last_error_line_of_an_unknown_class_keeps_its_exit_code() -> None:
     with pytest.raises(OrchestratorError, match="NovelError: m") as caught:
-        conclude(Errored("NovelError", "m", "a", 99), stopped=False, where="build-x")
+        conclude(Errored(error="NovelError", message="m", advice="a", exit_code=99), stopped=False, where="build-x")
     assert caught.value.exit_code == 99
 
 
