@@ -68,6 +68,38 @@ class StepActor:
         return platform.node(), ray.get_runtime_context().get_node_id()
 
 
+class ConvertActor(StepActor):
+    """Actor that converts one layer group of the source for all tensor-parallel ranks of a stage. CPU only."""
+
+    kinds = (Kind.CONVERT,)
+
+
+class QuantizeActor(StepActor):
+    """Actor that calibrates one pipeline stage, as the stage's rank 0."""
+
+    kinds = (Kind.CALIBRATE,)
+
+
+class EngineActor(StepActor):
+    """Actor that compiles one rank. Backend `tensorrt` holds a GPU of the target type; `tensorrt_rtx` needs none.
+
+    Between the engines of two stages it converts for the next.
+    """
+
+    kinds = (Kind.BUILD,)
+    also = (Kind.CONVERT,)
+
+
+class VerifyActor(StepActor):
+    """Actor that executes all ranks of a pipeline stage in lockstep, the reference model, or the miniature."""
+
+    kinds = (Kind.VERIFY, Kind.REFERENCE, Kind.MINIATURE)
+
+
+ACTORS = {kind: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds}
+"""Actor of each kind of step; Ray shows the names of these classes."""
+
+
 def forget_launcher() -> None:
     """Remove the variables of MPI or Slurm that started the cluster here: a step is no rank of that job."""
     kept = without_launcher(os.environ)

@@ -8,19 +8,10 @@ from typing import Any
 
 import ray
 
-from actors.convert_actor import ConvertActor
-from actors.engine_actor import EngineActor
 from actors.placement import Node, Placed
-from actors.quantize_actor import QuantizeActor
-from actors.step_actor import KEPT_BYTES, StepActor
-from actors.verify_actor import VerifyActor
+from actors.step_actor import ACTORS, KEPT_BYTES, StepActor
 from orchestrator.planning.steps import Resources
 from orchestrator.run.cluster import worker_environment
-
-ACTORS: dict[str, type[StepActor]] = {
-    kind.value: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds
-}
-"""Actor class of each kind of step."""
 
 _SLACK_BYTES = 2**28
 """Memory by which a worker may fall short of a step's estimate: a new process costs more than the estimate is worth."""
@@ -64,7 +55,7 @@ class Workers:
                 worker.idle_since = None
                 return worker
         self._make_room(placed)
-        kind = ACTORS[placed.task.step.kind.value]
+        kind = ACTORS[placed.task.step.kind]
         worker = Worker(self._actor(kind, placed), kind, placed.node, placed.held)
         self._all.append(worker)
         return worker

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.convert_actor import ConvertActor
-from actors.engine_actor import EngineActor
 from actors.placement import Node, Placed
-from actors.step_actor import StepActor
+from actors.step_actor import ConvertActor, EngineActor, StepActor
 from actors.workers import Worker
 from orchestrator.planning.steps import Kind, Resources
 from tests.support.placing import GB, node

@@ -15,8 +15,8 @@ import pytest
 import ray
 
 from actors import RayCluster
-from actors.convert_actor import ConvertActor
 from actors.placement import Node
+from actors.step_actor import ConvertActor
 from orchestrator import building
 from orchestrator.base.errors import ClusterError, ToolError
 from orchestrator.clusters.local import LocalCluster
