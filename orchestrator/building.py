@@ -74,9 +74,10 @@ def build(
     ):
         listener = to_all(listener, recording.tell)
         committed, again = commits.agreeing(target, plan, commits.committed(target, (step.digest for step in plan.steps)))
-        check_build(plan, committed, cluster_spec, target)
+        pending = plan.pending(committed)
+        check_build(plan, pending, cluster_spec, target)
         plan = replace(plan, warnings=plan.warnings + again)
-        listener(Planned.of(plan, plan.pending(committed)))
+        listener(Planned.of(plan, pending))
         placed: list[Engines] = []
         result = execute(
             plan,

@@ -197,9 +197,10 @@ def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, liste
     check_writable(store)
     with commits.in_use(store, [step.digest for step in plan.steps]):
         committed, again = commits.agreeing(store, plan, commits.committed(store, (step.digest for step in plan.steps)))
-        check_steps(plan, committed, cluster_spec, store)
+        pending = plan.pending(committed)
+        check_steps(plan, pending, cluster_spec, store)
         plan = replace(plan, warnings=plan.warnings + again)
-        listener(Planned.of(plan, plan.pending(committed)))
+        listener(Planned.of(plan, pending))
         accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
         result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)
     result.raise_failures(plan)

@@ -63,9 +63,10 @@ def convert(spec: BuildSpec, output: Path, listener: Listener = silent, *, verif
     only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (*_CONVERSION, *(_PROOF if verify else ()))))
     committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
     cluster_spec = ClusterSpec(store=store.url)
-    check_steps(only, committed, cluster_spec, store)
+    pending = only.pending(committed)
+    check_steps(only, pending, cluster_spec, store)
     only = replace(only, warnings=only.warnings + again)
-    listener(Planned.of(only, only.pending(committed)))
+    listener(Planned.of(only, pending))
     result = execute(
         only, committed, cluster_spec, local_cluster, listener, functools.partial(check_kept, store, Kind.CONVERT, committed)
     )

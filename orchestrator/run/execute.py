@@ -68,7 +68,8 @@ def execute(
 def _drive(
     plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, open_cluster: OpenCluster, listener: Listener
 ) -> Result:
-    if not plan.pending(committed):
+    pending = plan.pending(committed)
+    if not pending:
         return Result(committed, frozenset())
     build_id = uuid.uuid4().hex[:_BUILD_ID_DIGITS]
     target = open_store(cluster_spec.store, cluster_spec.store_options)
@@ -76,8 +77,8 @@ def _drive(
         cluster = open_cluster(cluster_spec)
         try:
             if isinstance(cluster, Probing):
-                nodes = cluster.probe(read_locations(plan, committed))
-                listener(NodesProbed(nodes=tuple(nodes), warnings=check_nodes(plan, committed, cluster_spec, nodes)))
+                nodes = cluster.probe(read_locations(pending))
+                listener(NodesProbed(nodes=tuple(nodes), warnings=check_nodes(plan, pending, cluster_spec, nodes)))
             lookup, set_aside = functools.partial(commits.find, target), functools.partial(commits.set_aside, target)
             return drive(plan, committed, cluster, cluster_spec, listener, lookup, build_id, set_aside)
         finally:

@@ -12,7 +12,7 @@ from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMiss
 from orchestrator.base.urls import is_url
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.steps import Kind, Outcome, Step
+from orchestrator.planning.steps import Kind, Step
 from orchestrator.run.labels import selects
 from orchestrator.run.preflight import check_memory
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
@@ -20,15 +20,13 @@ from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
-def read_locations(plan: Plan, committed: Mapping[str, Outcome]) -> list[str]:
+def read_locations(pending: Iterable[Step]) -> list[str]:
     """Return the folders and files (no URLs) that pending steps read."""
-    named = {place for step in plan.pending(committed) for name, place in step.locations.items() if name in ("source", "scales")}
+    named = {place for step in pending for name, place in step.locations.items() if name in ("source", "scales")}
     return sorted(place for place in named if place.startswith("/") and not is_url(place))
 
 
-def check_nodes(
-    plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, nodes: Sequence[NodeFacts]
-) -> tuple[str, ...]:
+def check_nodes(plan: Plan, pending: Iterable[Step], cluster_spec: ClusterSpec, nodes: Sequence[NodeFacts]) -> tuple[str, ...]:
     """Check the reports of a cluster's nodes; returns warnings.
 
     Raises ClusterError (no node for a pool, no GPU where one is needed), StoreError (no node reaches the store), ToolError (no node
@@ -40,7 +38,7 @@ def check_nodes(
         said = "; ".join(warnings) or "it has no nodes"
         raise ClusterError(f"no node of the cluster answers: {said}", "See that the same package is installed on every node.")
     by_kind: dict[Kind, list[Step]] = {}
-    for step in plan.pending(committed):
+    for step in pending:
         by_kind.setdefault(step.kind, []).append(step)
     for kind, steps in by_kind.items():
         pool = cluster_spec.pool_for(kind.value)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.base.errors import ClusterError, StoreFullError
 from orchestrator.base.extras import require
 from orchestrator.model.compute_capability import check_target
 from orchestrator.planning.plan import Plan, unplaceable
-from orchestrator.planning.steps import Kind, Outcome, Step
+from orchestrator.planning.steps import Kind, Step
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores.store import Store
 
@@ -26,7 +26,7 @@ def check_extras(cluster_spec: ClusterSpec) -> None:
     require(*_EXTRAS[cluster_spec.kind])
 
 
-def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> None:
+def check_build(plan: Plan, pending: Sequence[Step], cluster_spec: ClusterSpec, store: Store) -> None:
     """Check a plan against the place where it will run.
 
     Raises ArchitectureError, QuantizationError for GPUs that lack a number format, ClusterError, ToolError, StoreError.
@@ -35,21 +35,19 @@ def check_build(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: Clus
 
     check_supported(plan.inputs.config)
     check_target(plan.inputs.model_quantization, plan.spec.engine.compute_capabilities)
-    check_steps(plan, committed, cluster_spec, store)
-    pending = plan.pending(committed)
+    check_steps(plan, pending, cluster_spec, store)
     if cluster_spec.kind == "local":
         _check_tools(plan, {step.kind for step in pending})
         _check_scratch(pending, cluster_spec, store)
 
 
-def check_steps(plan: Plan, committed: Mapping[str, Outcome], cluster_spec: ClusterSpec, store: Store) -> None:
+def check_steps(plan: Plan, pending: Sequence[Step], cluster_spec: ClusterSpec, store: Store) -> None:
     """Check that every step finds a pool and memory, and that the store has room. Raises ClusterError, StoreError."""
     problems = unplaceable(plan, cluster_spec)
     if problems:
         raise ClusterError(
             "the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps to the cluster file."
         )
-    pending = plan.pending(committed)
     folder = store.local_path("probe")
     if folder is not None:
         needed = sum(step.estimate.write_bytes for step in pending)

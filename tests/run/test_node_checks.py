@@ -34,7 +34,7 @@ def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:
     version = made.inputs.tensorrt_version or ""
     facts = {
         "node": name, "cpus": 8, "memory_bytes": 10**12, "shm_free_bytes": 10**9,
-        "places": dict.fromkeys(read_locations(made, {}), True), "versions": {"tensorrt_rtx": version},
+        "places": dict.fromkeys(read_locations(made.steps), True), "versions": {"tensorrt_rtx": version},
         **changes,
     }  # fmt: skip
     return NodeFacts(**facts)
@@ -50,11 +50,11 @@ def own(warnings: tuple[str, ...]) -> list[str]:
 
 
 def test_read_locations_are_the_folders_that_steps_read(made: Plan) -> None:
-    assert read_locations(made, {}) == [made.inputs.source]
+    assert read_locations(made.steps) == [made.inputs.source]
 
 
 def test_check_nodes_all_well_says_nothing(made: Plan) -> None:
-    assert own(check_nodes(made, {}, place(), [node(made), node(made, "b")])) == []
+    assert own(check_nodes(made, made.steps, place(), [node(made), node(made, "b")])) == []
 
 
 @pytest.mark.parametrize(
@@ -74,21 +74,21 @@ def test_check_nodes_what_no_node_has_is_an_error_with_its_name(
     if "places" in changes:
         changes = {"paths": {made.inputs.source: False}}
     with pytest.raises(error, match=words):
-        check_nodes(made, {}, place(), [node(made, **changes)])
+        check_nodes(made, made.steps, place(), [node(made, **changes)])
     if error is not ClusterError:
-        warnings = own(check_nodes(made, {}, place(), [node(made, **changes), node(made, "b")]))
+        warnings = own(check_nodes(made, made.steps, place(), [node(made, **changes), node(made, "b")]))
         assert warnings
         assert all("a" in warning and "left out" in warning for warning in warnings)
 
 
 def test_check_nodes_labels_that_no_node_carries_are_named(made: Plan) -> None:
     with pytest.raises(ClusterError, match=r"none with CPUs carries the labels .*H100.*; the nodes: a .*L40S"):
-        check_nodes(made, {}, place(default=H100), [node(made, labels={"ray.io/accelerator-type": "L40S"})])
+        check_nodes(made, made.steps, place(default=H100), [node(made, labels={"ray.io/accelerator-type": "L40S"})])
 
 
 def test_check_nodes_fallback_labels_count(made: Plan) -> None:
     pool = H100.model_copy(update={"fallback": ({"ray.io/accelerator-type": "L40S"},)})
-    assert own(check_nodes(made, {}, place(default=pool), [node(made, labels={"ray.io/accelerator-type": "L40S"})])) == []
+    assert own(check_nodes(made, made.steps, place(default=pool), [node(made, labels={"ray.io/accelerator-type": "L40S"})])) == []
 
 
 def gpu_plan(made: Plan) -> Plan:
@@ -103,19 +103,19 @@ def gpu_plan(made: Plan) -> Plan:
 def test_check_nodes_gpus_that_are_not_there_are_an_error(made: Plan) -> None:
     wanted = gpu_plan(made)
     with pytest.raises(ClusterError, match="needs 1 GPU: none of a offers one"):
-        check_nodes(wanted, {}, place(), [node(made)])
+        check_nodes(wanted, wanted.steps, place(), [node(made)])
     with pytest.raises(ClusterError, match="no driver finds a GPU on a"):
-        check_nodes(wanted, {}, place(), [node(made, gpus=1)])
+        check_nodes(wanted, wanted.steps, place(), [node(made, gpus=1)])
 
 
 def test_check_nodes_gpus_of_two_kinds_are_a_warning(made: Plan) -> None:
     kinds = [GpuFacts(name="H100", memory_bytes=1, compute_capability="9.0"), GpuFacts(name="L40S", memory_bytes=1)]
     nodes = [node(made, name, gpus=1, devices=(kind,)) for name, kind in zip("ab", kinds, strict=True)]
-    (warning,) = own(check_nodes(gpu_plan(made), {}, place(), nodes))
+    (warning,) = own(check_nodes(gpu_plan(made), gpu_plan(made).steps, place(), nodes))
     assert "may run on different GPUs (H100, L40S)" in warning
 
 
 def test_check_nodes_versions_that_differ_are_a_warning(made: Plan) -> None:
     version = made.inputs.tensorrt_version or ""
     nodes = [node(made, name, versions={"ray": name, "tensorrt_rtx": version}) for name in "ab"]
-    assert "ray differs: a on a; b on b" in check_nodes(made, {}, place(), nodes)
+    assert "ray differs: a on a; b on b" in check_nodes(made, made.steps, place(), nodes)

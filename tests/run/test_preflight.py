@@ -221,20 +221,20 @@ def test_memory_that_the_machine_or_the_pool_lacks_is_an_error_with_what_helps(
     place = ClusterSpec(store=(tmp_path / "store").as_uri())
     store = open_store(place.store)
     monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 10**12)
-    preflight.check_steps(made, {}, place, store)
+    preflight.check_steps(made, made.steps, place, store)
     monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 3 * 10**8)
     with pytest.raises(ClusterError, match=r"miniature needs about 700,000,000 bytes of memory, this machine has 300,000,000\n"):
-        preflight.check_steps(made, {}, place, store)
+        preflight.check_steps(made, made.steps, place, store)
     committed = {step.digest: None for step in made.steps if step.kind is not Kind.BUILD}
     with pytest.raises(ClusterError, match=r"^build/rank0 needs about .*, and 1 more steps need more than it has\n") as caught:
-        preflight.check_steps(made, committed, place, store)  # type: ignore[arg-type]  # only the keys count
+        preflight.check_steps(made, made.pending(committed), place, store)  # type: ignore[arg-type]  # only the keys count
     assert "More tp or pp makes ranks smaller" in caught.value.advice
-    preflight.check_steps(made, {step.digest: None for step in made.steps}, place, store)  # type: ignore[misc]
+    preflight.check_steps(made, (), place, store)
     promised = place.model_copy(update={"pools": {"default": PoolSpec(memory=10**12)}})
-    preflight.check_steps(made, {}, promised, store)
+    preflight.check_steps(made, made.steps, promised, store)
     pools = place.model_copy(update={"pools": {"small": PoolSpec(memory=3 * 10**8)}})
     with pytest.raises(ClusterError, match=r"needs about 7\d\d,\d\d\d,\d\d\d bytes of memory, its pool has 300,000,000"):
-        preflight.check_steps(made, {}, pools, store)
+        preflight.check_steps(made, made.steps, pools, store)
 
 
 # How they are shown
