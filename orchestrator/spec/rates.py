@@ -7,13 +7,15 @@ for `seconds_per_gb` of each 10^9 bytes of its work (Estimate.work_bytes). Nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from orchestrator.spec.cluster import KindName
 from orchestrator.spec.decoding import Frozen
 from orchestrator.spec.values import NumBytes
+
+BytesPerSecond = Annotated[NumBytes, Field(ge=1)]
 
 
 class StepRate(Frozen):
@@ -44,9 +46,9 @@ STEP_RATES: dict[str, StepRate] = {
 class PoolRates(Frozen):
     """Rates of each node of a pool."""
 
-    network: NumBytes | None = None
+    network: BytesPerSecond | None = None
     """Bytes per second between a node and the store, in each direction; absent: no limit."""
-    disk: NumBytes | None = None
+    disk: BytesPerSecond | None = None
     """Bytes per second of the disk that reads and writes share; absent: no limit."""
     price_per_hour: float = Field(default=0.0, ge=0)
     """Price of one node, in your currency."""
@@ -61,9 +63,9 @@ class RatesSpec(Frozen):
 
     start_seconds: float = Field(default=1.0, ge=0)
     """Start-up time of a step: its process or actor, and its imports."""
-    store_read: NumBytes | None = None
+    store_read: BytesPerSecond | None = None
     """Bytes per second that all nodes together read from the store. Absent: no limit."""
-    store_write: NumBytes | None = None
+    store_write: BytesPerSecond | None = None
     """Bytes per second that all nodes together write to the store. Absent: no limit."""
     steps: dict[KindName, StepRate] = Field(default_factory=dict)
     """Step rates by kind. Absent kinds have the defaults."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,12 @@ def test_rates_file_sizes_may_have_units_and_wrong_kinds_are_named() -> None:
     assert (read.store_read, read.pool("a").network) == (5 * GB, 1_250_000_000)
     with pytest.raises(SpecError, match=r"steps\.compile"):
         decode(RatesSpec, {"steps": {"compile": {"seconds": 1}}}, "rates.yaml")
+
+
+@pytest.mark.parametrize("plain", [{"store_read": 0}, {"pools": {"a": {"network": "0GB"}}}, {"pools": {"a": {"disk": 0}}}])
+def test_rates_file_with_a_link_of_no_speed_is_refused(plain: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="greater than or equal to 1"):
+        decode(RatesSpec, plain, "rates.yaml")
 
 
 @given(st.floats(0.1, 100), st.floats(0.1, 100), st.lists(st.integers(GB // 100, 100 * GB), min_size=2, max_size=20, unique=True))
