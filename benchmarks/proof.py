@@ -1,4 +1,4 @@
-"""A large build on this machine: seconds and peak memory of every step, each in a process of its own, beside what the plan reserves.
+"""A large build on this machine: seconds and peak memory of every step, each in its own process, beside the reserved memory.
 
     python -m benchmarks.proof [--width 8b|405b] [--layers 4] [--tp 2] [--pp 2] [--engines] [--folder DIR]
 
