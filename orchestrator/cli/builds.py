@@ -44,7 +44,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @contextlib.contextmanager
 def _listening(as_json: bool, cluster_spec: ClusterSpec | None = None) -> Iterator[Listener]:
-    """Shows a build as lines of JSON or to people; with a `cluster_spec` of Ray, counts it in metrics that Ray exports too."""
+    """Show a build as JSON lines or to people. With a `cluster_spec` of kind ray, count its metrics for Ray's export too."""
     from orchestrator.events import print_line, to_all
     from orchestrator.report import LiveView
 

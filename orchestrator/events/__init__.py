@@ -1,7 +1,7 @@
-"""What happens in a build: one union of events, and their JSON, one object per line, as `orchestrator build --json` prints it.
+"""Events of a build: one union, and its JSON, one object per line, as `orchestrator build --json` prints it.
 
-A worker sends the events of its step to the driver, and the driver notifies listeners of these and its own. A reader passes over
-other lines (warnings of libraries, tracebacks), events that it does not know and fields that it does not know.
+A worker sends the events of its step to the driver, and the driver notifies listeners of these and its own. A reader skips other
+lines (warnings of libraries, tracebacks), unknown events and unknown fields.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _encodable(value: Any) -> Any:
 Moment = Annotated[float, BeforeValidator(_seconds), PlainSerializer(_iso)]
 """Seconds since 1970; ISO 8601 in JSON."""
 Words = Annotated[str, BeforeValidator(_encodable)]
-"""Text for people. Names of files need not be text: their other bytes are written out."""
+"""Text for people. File names need not be valid text: their other bytes are escaped."""
 
 
 class _Event(BaseModel):
@@ -47,23 +47,23 @@ class _Event(BaseModel):
     event: str
     """Name of the kind of event."""
     time: Moment = Field(default_factory=time.time)
-    """When it happened, on the clock of the process that wrote it."""
+    """Time of the event, on the clock of the process that wrote it."""
 
 
 class Planned(_Event):
-    """The driver has made its plan and knows what is to do."""
+    """The driver has made its plan."""
 
     event: Literal["plan"] = "plan"
     steps: int
     """Number of steps of the plan."""
     pending: tuple[str, ...]
-    """Names of the steps to run, e.g. convert/stage0/group0; their kind is what stands before the first '/'."""
+    """Names of the steps to run, e.g. convert/stage0/group0. The part before the first '/' is the kind."""
     build_key: str
     already_published: bool
     warnings: tuple[Words, ...] = ()
     notes: tuple[Words, ...] = ()
     estimates: tuple[float, ...] = ()
-    """Seconds that the plan guesses for each pending step; empty when the driver does not guess."""
+    """Estimated seconds of each pending step; empty when the driver does not estimate."""
     release: str = ""
     """NAME/VERSION to publish."""
 
@@ -82,7 +82,7 @@ class Planned(_Event):
 
 
 class NodesProbed(_Event):
-    """What the nodes have, before the first step; missing where the cluster is this machine alone."""
+    """Facts of the nodes, before the first step; missing where the cluster is this machine alone."""
 
     event: Literal["nodes"] = "nodes"
     nodes: tuple[NodeFacts, ...]
@@ -125,15 +125,15 @@ class StepStarted(_OfAttempt):
 
     event: Literal["started"] = "started"
     at: str = ""
-    """When, on the node's clock: ISO 8601, UTC."""
+    """Start on the node's clock: ISO 8601, UTC."""
 
 
 class StepProgressed(_OfAttempt):
-    """How far a phase of a step is."""
+    """Progress of a phase of a step."""
 
     event: Literal["progress"] = "progress"
     phase: str
-    """E.g. convert, parse, tactics."""
+    """Name of the phase, e.g. convert, parse, tactics."""
     done: int
     total: int
     unit: Literal["bytes", "steps"]
@@ -147,14 +147,14 @@ class StepSucceeded(_OfAttempt):
 
 
 class StepFailed(_OfAttempt):
-    """Final: this attempt came to nothing."""
+    """Final: the attempt failed."""
 
     event: Literal["failed"] = "failed"
     failure: Failure
 
 
 class StepRetried(_OfStep):
-    """A step is going to be tried again."""
+    """A step will be tried again."""
 
     event: Literal["retry"] = "retry"
     delay_seconds: float
@@ -167,7 +167,7 @@ class StepsFinished(_Event):
     ran: tuple[str, ...]
     """Names of the steps that ran in this build."""
     steps: tuple[tuple[Step, Outcome | None], ...] = Field(default=(), exclude=True, repr=False)
-    """Every step of the plan and its outcome, for listeners in the driver's process: not in JSON."""
+    """Every step of the plan with its outcome, for listeners in the driver's process: not in JSON."""
 
 
 class Heartbeat(_Event):
@@ -183,9 +183,9 @@ class Published(_Event):
     manifest: str
     """URL of the release's manifest.json."""
     steps_run: int | None = None
-    """Steps that this driver ran; others were committed before. None: not known, its log is lost."""
+    """Steps that this driver ran; others were committed before. None: unknown, because its log is lost."""
     verification: dict[str, Any] | None = None
-    """The numbers of the manifest; None: switched off in the spec."""
+    """Verification numbers of the manifest; None: the spec switched it off."""
 
 
 class Errored(_Event):
@@ -203,7 +203,7 @@ class Errored(_Event):
         return Errored(error=type(error).__name__, message=error.message, advice=error.advice, exit_code=error.exit_code)
 
     def to_error(self) -> OrchestratorError:
-        """The error as the driver raised it; for a class that is not known here, one with its exit code."""
+        """Return the error as the driver raised it; for an unknown class, an error with its exit code."""
         cls = error_classes().get(self.error)
         if cls is not None:
             return cls(self.message, self.advice)
@@ -213,20 +213,20 @@ class Errored(_Event):
 
 
 StepEvent = StepStarted | StepProgressed | StepSucceeded | StepFailed
-"""What a cluster reports of an attempt: its start, progress, and one final event."""
+"""Events of an attempt, which a cluster reports: its start, progress, and one final event."""
 Event = Planned | NodesProbed | StepEvent | StepRetried | StepsFinished | Heartbeat | Published | Errored
 STEP_EVENT: TypeAdapter[StepEvent] = TypeAdapter(Annotated[StepEvent, Field(discriminator="event")])
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 Listener = Callable[[Event], None]
-"""Notified of every event of a build, in order."""
+"""Called with every event of a build, in order."""
 
 
 def silent(event: Event) -> None:
-    """Listener that ignores every event."""
+    """Ignore an event; the listener that does nothing."""
 
 
 def to_all(*listeners: Listener) -> Listener:
-    """One listener that passes every event to each of `listeners`."""
+    """Return a listener that passes every event to each of `listeners`."""
 
     def listen(event: Event) -> None:
         for listener in listeners:
@@ -236,17 +236,17 @@ def to_all(*listeners: Listener) -> Listener:
 
 
 def print_line(event: Event) -> None:
-    """Listener that prints every event to stdout as a line of JSON."""
+    """Print an event to stdout as a line of JSON."""
     print(encode_line(event), flush=True)
 
 
 def encode_line(event: Event) -> str:
-    """One line of JSON, without its newline; `decode_line` reads it."""
+    """Return an event as a line of JSON, without a newline; `decode_line` reads it."""
     return json.dumps(event.model_dump(mode="json"))
 
 
 def decode_line(line: str) -> Event | None:
-    """The event that a line holds; None for any other line."""
+    """Return the event in a line; None for any other line."""
     if not line.startswith("{"):
         return None
     try:
@@ -256,12 +256,12 @@ def decode_line(line: str) -> Event | None:
 
 
 def kind_of(step: str) -> str:
-    """Kind of a step, from its name."""
+    """Return the kind of a step, from its name."""
     return step.partition("/")[0]
 
 
 def stage_of(step: str) -> int | None:
-    """Pipeline stage or part of a step, from its name, e.g. convert/stage0/group1; None where it has none."""
+    """Return the pipeline stage or part of a step, from its name, e.g. convert/stage0/group1; None without one."""
     return _number("stage|part", step)
 
 

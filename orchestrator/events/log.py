@@ -1,4 +1,4 @@
-"""The log of a driver, read back while it grows: its events, and how its build ended."""
+"""Read the log of a driver while it grows: its events, and how its build ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TAIL_LINES, _TAIL_CHARACTERS = 20, 2000
 
 
 class LogReader:
-    """A log that grows, read in pieces of any size; keeps what its end means for the build."""
+    """A growing log, read in pieces of any size. Keeps the build's final event."""
 
     def __init__(self) -> None:
         self.last_word: Published | Errored | None = None
@@ -18,7 +18,7 @@ class LogReader:
         self._tail = ""
 
     def feed(self, text: str) -> list[Event]:
-        """The events of the lines that `text` completes; a line that it begins waits for the next piece."""
+        """Return the events of the lines that `text` completes; an incomplete line waits for the next piece."""
         self._tail = (self._tail + text)[-_TAIL_CHARACTERS:]
         *lines, self._begun = (self._begun + text).split("\n")
         found = [event for line in lines if (event := decode_line(line)) is not None]
@@ -28,28 +28,28 @@ class LogReader:
         return found
 
     def feed_whole(self, text: str) -> list[Event]:
-        """As `feed`, for a source that always gives the whole log; a shorter one than before gives nothing new."""
+        """Do as `feed` for a source that always returns the whole log. A shorter log than before gives no events."""
         new, self._read = text[self._read :], max(self._read, len(text))
         return self.feed(new)
 
     def close(self) -> list[Event]:
-        """The event of a last line without a newline."""
+        """Return the event of a last line without a newline."""
         return self.feed("\n") if self._begun else []
 
     @property
     def tail(self) -> str:
-        """The last lines that are no events, for people: why a driver died without a last word."""
-        lines = self._tail.splitlines()[len(self._tail) == _TAIL_CHARACTERS :]  # the first may have lost its beginning
+        """The last lines without events, for people: why a driver died without a final event."""
+        lines = self._tail.splitlines()[len(self._tail) == _TAIL_CHARACTERS :]  # the first line may be incomplete
         plain = [line for line in lines if line.strip() and not line.startswith("{")]
         return "\n".join(plain[-_TAIL_LINES:])
 
 
 def conclude(last_word: Published | Errored | None, *, stopped: bool, where: str, reason: str = "") -> Published:
-    """Outcome of the build of an ended driver. Raises the build's own error, TerminatedError, or DriverLostError with `reason`."""
+    """Return the result of an ended driver. Raises the build's own error, TerminatedError, or DriverLostError with `reason`."""
     if isinstance(last_word, Published):
         return last_word
     if last_word is not None:
         raise last_word.to_error()
     if stopped:
         raise TerminatedError(f"{where} was stopped")
-    raise DriverLostError(f"{where} ended without a last word" + (f": {reason}" if reason else ""))
+    raise DriverLostError(f"{where} ended without a result" + (f": {reason}" if reason else ""))

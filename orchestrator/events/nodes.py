@@ -1,4 +1,4 @@
-"""What a node really has, as it says itself before the first step."""
+"""Facts of a node, reported by the node before the first step."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from orchestrator.planning.steps import Kind, Step
 
 
 class GpuFacts(BaseModel):
-    """A device, as its driver describes it."""
+    """A GPU as its driver describes it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     memory_bytes: int
     compute_capability: str = ""
-    """E.g. 9.0."""
+    """Compute capability, e.g. 9.0."""
 
 
 class NodeFacts(BaseModel):
-    """One node's answer; what it could not find out stays empty."""
+    """Report of one node. Facts that it could not find out stay empty."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     node: str
-    """As outcomes name it."""
+    """Name of the node, as in outcomes."""
     node_id: str = ""
     address: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     cpus: float = 0
-    """That it offers to steps."""
+    """CPU slots for steps."""
     gpus: float = 0
     memory_bytes: int = 0
     devices: tuple[GpuFacts, ...] = ()
     driver: str = ""
     """Version of the GPU driver."""
     scratch: str = ""
-    """Folder."""
+    """Scratch folder."""
     scratch_free_bytes: int = 0
     store_error: str = ""
-    """Why a tiny object could not be written, read and removed; empty: it could."""
+    """Error when writing, reading and removing a tiny object; empty: no error."""
     store_seconds: float = 0.0
     paths: dict[str, bool] = Field(default_factory=dict)
-    """Folders and files that steps read, and whether this node sees them."""
+    """Whether this node sees a folder or file that steps read, by path."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of Python and of packages; one that is not installed is absent."""
+    """Versions of Python and of packages; absent if not installed."""
     error: str = ""
-    """Why the node gave no answer."""
+    """Reason for a missing report."""
 
 
 def unfit(node: NodeFacts, step: Step) -> str:
-    """Why a step must not run on a node that answered so; empty: it may."""
+    """Return why a step must not run on a node with these facts; empty: it may."""
     if node.error or node.store_error:
         return node.error or node.store_error
     unseen = [place for place in step.locations.values() if not node.paths.get(place, True)]

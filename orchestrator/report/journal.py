@@ -1,9 +1,9 @@
-"""A build's events as JSON lines in its store while it runs, so that it can be watched from anywhere.
+"""Events of a build as JSON lines in its store while it runs, so that it can be watched from anywhere.
 
     events/<build key>/<run>/<number>.jsonl     number from 000000; run begins with the time, so the last one is the newest
 
-Objects cannot be appended to, so every second or so what is new becomes the next numbered object. A long build writes them less
-often. A store that does not answer costs the build nothing: lines wait, and of a step's progress only the newest does.
+Objects cannot be appended to, so about every second the new lines become the next numbered object; in a long build less often. A
+store that does not answer costs the build nothing: lines wait, and only the newest progress of each step is kept.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from orchestrator.stores.store import Store
 HEARTBEAT_SECONDS = 30.0
 """Heartbeat interval of an idle driver."""
 _LEAST_SECONDS, _MOST_SECONDS, _SEGMENTS = 1.0, 15.0, 300
-"""Between two objects: the time since the build began / _SEGMENTS, within these limits."""
+"""Seconds between two objects: the time since the build began / _SEGMENTS, within these limits."""
 _MAX_LINES = 20_000
 _CLOSE_SECONDS = 15.0
 
 
 def new_run(build_key: str, at: float) -> str:
-    """Key prefix of a run's events; ends with '/'."""
+    """Return the key prefix of a run's events, with a trailing '/'."""
     began = datetime.datetime.fromtimestamp(at, datetime.UTC)
     return f"{EVENTS}{build_key}/{began:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}/"
 
 
 def segment_key(run: str, number: int) -> str:
-    """Where a piece of a run stands."""
+    """Return the key of an object of a run."""
     return f"{run}{number:06d}.jsonl"
 
 
 class Journal:
-    """Of one run. As a context manager it writes the last word: the error that ended the block, if `tell` was not told one."""
+    """Events of one run. As a context manager, adds the error that ends the block, unless `tell` got a final event."""
 
     def __init__(self, store: Store, build_key: str, clock: Callable[[], float] = time.time) -> None:
         self.run = new_run(build_key, clock())
@@ -51,11 +51,11 @@ class Journal:
         self._clock = clock
         self._began = self._written = clock()
         self._lines: dict[object, str] = {}
-        """In order; of each step's progress the newest only."""
+        """Lines in order; of each step's progress only the newest."""
         self._count = itertools.count()
         self._number = 0
         self._pending: bytes | None = None
-        """The next object, until the store has taken it: a reader may have seen it already, so it never changes."""
+        """The next object until the store has accepted it. It never changes, because a reader may have seen it already."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closed = False
@@ -63,7 +63,7 @@ class Journal:
         self._writer = threading.Thread(target=self._work, name="journal", daemon=True)
 
     def tell(self, event: Event) -> None:
-        """Take an event; returns at once."""
+        """Queue an event; returns at once."""
         line = encode_line(event)
         key: object = ("progress", event.step) if isinstance(event, StepProgressed) else next(self._count)
         with self._lock:
@@ -91,7 +91,7 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is new. What the store refuses is tried again by the next call."""
+        """Write the new lines. The next call repeats what the store refuses."""
         if self._pending is not None and not self._put():
             return
         with self._lock:
@@ -106,7 +106,7 @@ class Journal:
         assert self._pending is not None
         try:
             self._store.put(segment_key(self.run, self._number), self._pending)
-        except Exception:  # of whatever library: who watches may wait, the build may not fail for him
+        except Exception:  # of any library: watchers may wait, but the build must not fail
             return False
         self._pending, self._written = None, self._clock()
         self._number += 1
@@ -114,7 +114,7 @@ class Journal:
 
 
 def _as_ours(error: BaseException) -> OrchestratorError:
-    """What the command line makes of the error."""
+    """Return an error as the command line reports it."""
     if isinstance(error, OrchestratorError):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What is kept of a build besides its release: its events in the store while it runs, and the report of it at the end."""
+"""Records of a build besides its release: its events in the store while it runs, and its report at the end."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from orchestrator.stores.store import ObjectMissingError, Store
 
 
 class Recording:
-    """One run: a listener that keeps its events, and what its report is made of."""
+    """Record of one run: a listener that stores its events and collects the content of its report."""
 
     def __init__(self, plan: Plan, journal: Journal, report: Path | None) -> None:
         self.result: Result | None = None
-        """How the steps ended; None until then."""
+        """Result of the steps; None while they run."""
         self._plan = plan
         self._journal = journal
         self._report = report
         self._story = Story()
 
     def tell(self, event: Event) -> None:
-        """Take an event."""
+        """Record an event."""
         self._story.tell(event)
         self._journal.tell(event)
 
     def page(self, manifest: Manifest | None, error: BaseException | None = None) -> bytes:
-        """The report of a build that is going to be published with this manifest and the report itself, or that has failed."""
+        """Render the report of a build that will be published with this manifest and the report, or that has failed."""
         problem = error.message if isinstance(error, OrchestratorError) else type(error).__name__ if error else ""
         result = self.result or Result({}, frozenset())
         told = Told(self._plan, result.outcomes, result.ran, self._story, manifest, result.failures, result.lost, problem)
@@ -50,7 +50,7 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(store: Store, plan: Plan, report: Path | None) -> Iterator[Recording]:
-    """Record one run. An error inside the block is written for those who watch, and into a report at `report` if given."""
+    """Record one run. An error inside the block goes to watchers and, if given, into a report at `report`."""
     journal = Journal(store, plan.build_key)
     recording = Recording(plan, journal, report)
     try:
@@ -63,7 +63,7 @@ def recorded(store: Store, plan: Plan, report: Path | None) -> Iterator[Recordin
 
 
 def drawn(told: Told) -> bytes:
-    """The report. Should it fail to draw, a page that says so: engines that took hours are not to be lost for a picture."""
+    """Render the report, or a page about its failure: an error in a picture must not lose engines that took hours."""
     try:
         return render(told)
     except Exception:
@@ -75,7 +75,7 @@ def drawn(told: Told) -> bytes:
 
 
 def check_report(path: Path) -> None:
-    """Raises StoreError when no report can be written there: before the build, not after it."""
+    """Check before the build that a report can be written to `path`. Raises StoreError."""
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise StoreError(f"cannot write the report to {path}", "Give --report a file in a folder that exists.")
     if not os.access(path if path.exists() else path.resolve().parent, os.W_OK, effective_ids=True):
@@ -83,7 +83,7 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, data: bytes) -> None:
-    """Raises StoreError when it cannot be written there."""
+    """Write a report. Raises StoreError."""
     try:
         path.write_bytes(data)
     except OSError as error:
@@ -91,7 +91,7 @@ def write_report(path: Path, data: bytes) -> None:
 
 
 def fetch_report(store: Store, prefix: str, manifest: Manifest, path: Path) -> None:
-    """The published report of an earlier build. Raises StoreError when it has none."""
+    """Copy the published report of an earlier build to `path`. Raises StoreError when it has none."""
     for file in manifest.documents:
         if file.path == REPORT:
             try:
@@ -99,4 +99,4 @@ def fetch_report(store: Store, prefix: str, manifest: Manifest, path: Path) -> N
             except ObjectMissingError:
                 break
             return
-    raise StoreError(f"{manifest.name} {manifest.version} was published without a report", "Leave --report out.")
+    raise StoreError(f"{manifest.name} {manifest.version} was published without a report", "Omit --report.")

@@ -1,4 +1,4 @@
-"""How long a build is going to take: the plan's guesses, put right by what its steps have taken so far."""
+"""Estimate the remaining time of a build: the plan's estimates, corrected by the duration of its ended steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from orchestrator.events import kind_of
 
 
 class Remaining:
-    """Knows steps by name and time by the events' own, so that a replayed build says what it said."""
+    """Knows steps by name and takes the time from events, so that a replayed build gives the same estimates."""
 
     def __init__(self) -> None:
         self._guesses: dict[str, float] = {}
@@ -17,7 +17,7 @@ class Remaining:
         self._started_at: float | None = None
 
     def plan(self, guesses: Mapping[str, float]) -> None:
-        """The seconds that every step to run is guessed to take on one slot."""
+        """Set the estimated seconds of every step to run, on one slot."""
         self._guesses = dict(guesses)
 
     def start(self, step: str, at: float) -> None:
@@ -25,15 +25,15 @@ class Remaining:
         self._started_at = at if self._started_at is None else self._started_at
 
     def end(self, step: str, at: float) -> None:
-        """A step has succeeded."""
+        """Note that a step has succeeded."""
         self._took[step] = max(at - self._began.pop(step, at), 1e-3)
 
     def drop(self, step: str) -> None:
-        """An attempt has failed; another one begins from nothing."""
+        """Note that an attempt has failed; the next one starts over."""
         self._began.pop(step, None)
 
     def seconds(self, at: float, parts: Mapping[str, float]) -> float | None:
-        """From `at` to the end; `parts` say how much of a running step is done, 0 to 1. None: nothing has ended yet."""
+        """Return the seconds from `at` to the end; None until a step has ended. `parts`: finished part of running steps, 0 to 1."""
         if self._started_at is None or not self._took or not self._guesses:
             return None
         rest = [self._rest(step, at, parts.get(step, 0.0)) for step in self._guesses if step not in self._took]
@@ -50,7 +50,7 @@ class Remaining:
         return max(by_part, 0.0)
 
     def _scale(self, kind: str) -> float:
-        """Seconds per guessed second: of the kind where one of it has ended, else of all."""
+        """Return measured seconds per estimated second: of this kind if a step of it has ended, else of all kinds."""
         own = [step for step in self._took if step.startswith(kind + "/") or step == kind]
         known = [step for step in own or self._took if self._guesses.get(step)]
         guessed = sum(self._guesses[step] for step in known)

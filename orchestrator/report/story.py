@@ -1,4 +1,4 @@
-"""What happened in a build, attempt by attempt, put together from its events."""
+"""The attempts of a build, collected from its events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attempt:
     ended: float
     state: State
     message: str = ""
-    """Why it failed or moved."""
+    """Reason why the attempt failed or moved."""
 
     @property
     def kind(self) -> str:
@@ -31,7 +31,7 @@ class Attempt:
 
 
 class Story:
-    """Takes events in order."""
+    """Collects events in order."""
 
     def __init__(self) -> None:
         self.began: float | None = None
@@ -44,7 +44,7 @@ class Story:
         self._running: dict[str, Attempt] = {}
 
     def tell(self, event: Event) -> None:
-        """Take an event."""
+        """Take in an event."""
         self.began = event.time if self.began is None else self.began
         self.last = max(self.last, event.time)
         if isinstance(event, Planned):
@@ -54,7 +54,7 @@ class Story:
             self.nodes = event.nodes
             self.warnings.extend(event.warnings)
         elif isinstance(event, StepStarted):
-            self._end(event, "failed", "nothing more was heard of it")
+            self._end(event, "failed", "it did not report again")
             self._running[event.step] = Attempt(event.step, event.node, event.attempt, event.time, event.time, "running")
         elif isinstance(event, StepSucceeded):
             self._end(event, "succeeded")
@@ -63,7 +63,7 @@ class Story:
             self._end(event, "moved" if moved else "failed", event.failure.message)
 
     def attempts(self) -> list[Attempt]:
-        """In order of their beginning; one that runs still ends with the last event."""
+        """Return the attempts in order of their start; a running attempt ends with the last event."""
         running = [replace(attempt, ended=self.last) for attempt in self._running.values()]
         return sorted([*self._ended, *running], key=lambda attempt: (attempt.began, attempt.step))
 

@@ -13,7 +13,7 @@ from orchestrator.planning.steps import Kind, Outcome, Step
 
 
 def format_bytes(count: float) -> str:
-    """1.5 GB, decimal units."""
+    """Format bytes in decimal units, e.g. 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -22,12 +22,12 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: int, what: str) -> str:
-    """1 node, 2 nodes."""
+    """Format a number with a noun: 1 node, 2 nodes."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def format_seconds(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    """Format a duration: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -40,7 +40,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def step_table(steps: Iterable[tuple[Step, Outcome | None]], ran: Collection[str]) -> Table:
-    """Node, seconds and bytes written of each step, and whether it is among those that `ran`, by name."""
+    """Return node, seconds and bytes written of each step, and whether it is in `ran`, by name."""
     table = Table("step", "node", "seconds", "written", "digest", "", box=None, pad_edge=False)
     for step, outcome in steps:
         if outcome is None:
@@ -53,7 +53,7 @@ def step_table(steps: Iterable[tuple[Step, Outcome | None]], ran: Collection[str
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan for people: what each step reads, writes and reserves."""
+    """Return the plan for people: bytes that each step reads, writes and reserves."""
     table = Table("step", "reads", "writes", "memory", "digest", "after", box=None, pad_edge=False)
     for step in plan.steps:
         needs = ", ".join(plan.step(need).name for need in step.needs)
@@ -69,7 +69,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def stage_table(plan: Plan) -> Table:
-    """The pipeline stages: layers, ranks, bytes per rank, conversion tasks."""
+    """Return the pipeline stages: layers, ranks, bytes per rank, conversion tasks."""
     table = Table("stage", "layers", "ranks", "bytes per rank", "shards", box=None, pad_edge=False)
     topology = plan.topology
     for pp_rank, layers in enumerate(topology.stages(plan.inputs.config.num_hidden_layers)):
@@ -81,7 +81,7 @@ def stage_table(plan: Plan) -> Table:
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan for machines, and for golden files: everything but places."""
+    """Return the plan for machines, and for golden files: everything but paths."""
     read = sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT))
     return {
         "build_key": plan.build_key,
@@ -113,7 +113,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def counted(items: Iterable[str]) -> dict[str, int]:
-    """How often each item occurs, in order of first occurrence."""
+    """Return how often each item occurs, in order of first occurrence."""
     counts: dict[str, int] = defaultdict(int)
     for item in items:
         counts[item] += 1

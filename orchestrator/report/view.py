@@ -1,4 +1,4 @@
-"""How a build looks on a terminal: a bar per kind of step and the time that is left, told by events, its own or replayed ones."""
+"""View of a build on a terminal: a bar per kind of step and the time left, from live or replayed events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orchestrator.report.tables import counted, format_bytes, format_count, form
 
 
 class LiveView:
-    """A listener, and a context manager that leaves the terminal as it is. Ends with a table of the steps."""
+    """A listener and context manager. Leaves the terminal as it is, and ends with a table of the steps."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -42,10 +42,10 @@ class LiveView:
         self._bars: dict[str, TaskID] = {}
         self._totals: dict[str, int] = {}
         self._done: dict[str, float] = {}
-        """Part of each step that is done, by its name."""
+        """Finished part of each step, by name."""
         self._bytes: dict[str, int] = {}
         self._began: dict[str, float] = {}
-        """When the first step of each kind began, on the events' own clock."""
+        """Time of each kind's first start, on the events' clock."""
         self._left: TaskID | None = None
         self._outcomes: list[Outcome] = []
 
@@ -61,7 +61,7 @@ class LiveView:
             self._draw(event.kind, event.time)
 
     def close(self) -> None:
-        """Leave the terminal as it is now."""
+        """End the view and leave the terminal as it is."""
         if self._progress.live.is_started:
             self._progress.stop()
 
@@ -130,7 +130,7 @@ class LiveView:
         facts = event.outcome.facts
         for name in facts.not_finite if isinstance(facts, ConvertFacts) else ():
             self._print(f"[yellow]warning: {escape(str(name))} holds NaN or infinity[/]")
-        if not self._console.is_terminal:  # a log file sees no bars
+        if not self._console.is_terminal:  # a log file shows no bars
             self._print(f"{escape(event.step)}: {event.outcome.seconds:.1f} s on {escape(event.outcome.node)}")
 
     def _failed(self, event: StepFailed) -> None:
@@ -151,7 +151,7 @@ class LiveView:
             self._console.print(self._table())
 
     def _table(self) -> Table:
-        """Steps that ran, node by node."""
+        """Return the steps that ran, node by node."""
         table = Table("node", "steps", "seconds", "written", box=None, pad_edge=False)
         for node in sorted({outcome.node for outcome in self._outcomes}):
             mine = [outcome for outcome in self._outcomes if outcome.node == node]

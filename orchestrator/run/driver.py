@@ -41,7 +41,7 @@ class Result:
 
 
 def retried(command: Start) -> StepRetried:
-    """The event of a command that starts another attempt."""
+    """Return the event of a command that starts another attempt."""
     step = command.step
     return StepRetried(digest=step.digest, step=step.name, attempt=command.attempt, delay_seconds=command.delay_seconds)
 
@@ -105,7 +105,7 @@ class _Drive:
         return commands
 
     def named(self, event: StepEvent) -> StepEvent:
-        """The event with the name of its step, the node and number of its attempt, and the driver's own time."""
+        """Return the event with its step's name, its attempt's node and number, and the driver's own time."""
         if isinstance(event, StepStarted):
             self.attempts[event.digest] = (event.node, event.attempt)
         node, attempt = self.attempts.get(event.digest, ("", 0))

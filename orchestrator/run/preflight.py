@@ -88,7 +88,7 @@ _HELP = {
     Kind.BUILD: _SMALLER_RANKS,
     Kind.VERIFY: _SMALLER_RANKS,
 }
-"""What reduces the memory of a step, by its kind."""
+"""Advice on the memory of a step, by its kind."""
 
 
 def _check_tools(plan: Plan, kinds: set[Kind]) -> None:

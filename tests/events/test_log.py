@@ -129,7 +129,7 @@ def test_last_error_line_of_an_unknown_class_keeps_its_exit_code() -> None:
 def test_conclude_without_a_last_word_tells_stopped_from_lost() -> None:
     with pytest.raises(TerminatedError, match="build-x was stopped"):
         conclude(None, stopped=True, where="build-x")
-    with pytest.raises(DriverLostError, match="build-x ended without a last word: out of memory"):
+    with pytest.raises(DriverLostError, match="build-x ended without a result: out of memory"):
         conclude(None, stopped=False, where="build-x", reason="out of memory")
 
 
