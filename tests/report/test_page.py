@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from orchestrator import building
 from orchestrator.base.errors import StepFailedError, StoreError
 from orchestrator.events import NodesProbed, Planned, StepFailed, StepStarted, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
-from orchestrator.planning.facts import ConvertFacts, Facts
+from orchestrator.planning.facts import ConvertFacts, Facts, Verification, VerifyFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Output, Step
 from orchestrator.report import recording
@@ -250,14 +251,30 @@ def test_page_in_a_browser_fits_its_window_and_draws_its_pictures(published: Pub
     print(f"screenshots: {SCREENSHOTS}")
 
 
+def test_page_of_a_verified_build_has_the_error_of_every_layer(published: Published) -> None:
+    shown = told(published.plan, published)
+    assert shown.manifest is not None
+    digest = next(iter(shown.outcomes))
+    facts = VerifyFacts(layer_errors={layer: 1e-6 * (layer + 1) for layer in range(5)})
+    outcomes = {**shown.outcomes, digest: shown.outcomes[digest].model_copy(update={"facts": facts})}
+    numbers = Verification(
+        num_positions=3, max_absolute_error=1e-5, max_relative_error=5e-6, mean_kl=0.0, top1_agreement=1.0, perplexity_ratio=None
+    )
+    manifest = shown.manifest.model_copy(update={"verification": numbers})
+    text = render(replace(shown, outcomes=outcomes, manifest=manifest)).decode()
+    assert "Verification error by layer" in text
+    assert "layer 4, hidden states: 5e-06" in text
+
+
 @given(st.dictionaries(st.sampled_from(range(5)), st.just(0.0) | st.floats(1e-9, 10), min_size=1))
 def test_errors_picture_of_any_errors_is_drawn(errors: dict[int, float]) -> None:
     named = {f"transformer.layers.{layer}.mlp.fc": error for layer, error in errors.items()}
-    assert errors_picture(named).count("<circle") == len(named)
+    assert errors_picture(by_layer(named), "Errors", "linears").count("<circle") == len(named)
 
 
 def test_errors_picture_of_errors_that_are_all_the_same_is_drawn() -> None:
-    assert "<circle" in errors_picture({"transformer.layers.0.mlp.fc": 0.00403, "transformer.layers.1.mlp.fc": 0.00403})
+    same = {"mlp.fc": {0: 0.00403, 1: 0.00403}}
+    assert "<circle" in errors_picture(same, "Errors", "linears")
 
 
 def test_drawn_report_that_cannot_be_drawn_is_a_page_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.planning.facts import linear_errors
+from orchestrator.planning.facts import VerifyFacts, linear_errors
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Kind, Outcome, Step
 from orchestrator.releases.manifest import Manifest
@@ -196,10 +196,10 @@ def _quantization(told: Told) -> dict[str, Any] | None:
     if model is None:
         return None
     errors = linear_errors(outcome.facts for outcome in told.outcomes.values())
-    worst = list(errors.items())[:_WORST]
+    series, worst = by_layer(errors), list(errors.items())[:_WORST]
     return {
         "algorithm": model.algorithm or "none", "kv_cache": told.plan.spec.quantization and told.plan.spec.quantization.kv_cache,
-        "plot": errors_picture(errors), "series": list(by_layer(errors)), "linears": len(errors),
+        "plot": errors_picture(series, "Quantization error by layer", "linears"), "series": list(series), "linears": len(errors),
         "worst": [(name, f"{error:.3g}", round(100 * error / worst[0][1], 1) if worst[0][1] else 0) for name, error in worst],
     }  # fmt: skip
 
@@ -219,7 +219,13 @@ def _verification(told: Told) -> dict[str, Any] | None:
     ]
     if numbers.perplexity_ratio is not None:
         rows.append(("Perplexity", f"{numbers.perplexity_ratio:.4f}", "times the reference's"))
-    return {"rows": rows, "reference": "the unquantized model" if told.plan.inputs.model_quantization else "transformers"}
+    facts = (outcome.facts for outcome in told.outcomes.values())
+    layers = {layer: error for each in facts if isinstance(each, VerifyFacts) for layer, error in each.layer_errors.items()}
+    series = {"hidden states": dict(sorted(layers.items()))} if layers else {}
+    return {
+        "rows": rows, "reference": "the unquantized model" if told.plan.inputs.model_quantization else "transformers",
+        "plot": errors_picture(series, "Verification error by layer", "hidden states"),
+    }  # fmt: skip
 
 
 def _nodes(told: Told) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Plot of the quantization error by layer: a point for each linear of a layer, a line along the worst."""
+"""Plot of errors by layer: a point for each series and layer, a line along the worst."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def _scale(top: float, bottom: float) -> tuple[float, float]:
     return base, top + (top - base) * 0.08 or 1.0
 
 
-def errors_picture(errors: Mapping[str, float]) -> str:
-    """Draw the plot; empty when no linear belongs to a layer."""
-    series = by_layer(errors)
+def errors_picture(series: Mapping[str, Mapping[int, float]], name: str, what: str) -> str:
+    """Draw errors by series and layer under the title `name`; empty without any. `what`: a plural noun for their number."""
     if not series:
         return ""
     layers = sorted({layer for values in series.values() for layer in values})
@@ -64,12 +63,13 @@ def errors_picture(errors: Mapping[str, float]) -> str:
     )
     line = "L".join(f"{x(layer):.1f} {y(worst[layer]):.1f}" for layer in layers)
     content.append(element("path", d=f"M{line}", class_="worst"))
-    for number, (name, values) in enumerate(series.items()):
+    for number, (label, values) in enumerate(series.items()):
         aside = (number - (len(series) - 1) / 2) / len(series) * 0.6 * inner / (layers[-1] - layers[0] + 1)
         for layer, error in values.items():
-            told = f"layer {layer}, {name}: {error:.3g}"
+            told = f"layer {layer}, {label}: {error:.3g}"
             content.append(
                 element("circle", title(told), cx=x(layer) + aside, cy=y(error), r=4, class_=f"series s{min(number, _SERIES - 1)}")
             )
-    told = f"Relative error of {len(errors)} linears in {len(layers)} layers; the largest is {max(worst.values()):.3g}."
-    return picture(width, _TOP + _HEIGHT + _BOTTOM, "Quantization error by layer", told, content)
+    count = sum(map(len, series.values()))
+    told = f"Relative error of {count} {what} in {len(layers)} layers; the largest is {max(worst.values()):.3g}."
+    return picture(width, _TOP + _HEIGHT + _BOTTOM, name, told, content)
