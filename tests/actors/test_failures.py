@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 from ray import exceptions
 
+from actors import postmortem
 from actors.failures import failure_of, with_evidence
 from actors.placement import Node
-from actors.postmortem import Evidence, WorkerFacts, facts_here, kernel_lines
+from actors.postmortem import Evidence, WorkerFacts, facts_here
 from orchestrator.base.errors import DtypeError
 from orchestrator.planning.steps import Cause, FailureKind, Resources
 from orchestrator.work.lost import memory_group
@@ -65,41 +67,17 @@ def test_failure_of_anything_on_a_drained_node_is_a_hand_over() -> None:
     assert own.kind is FailureKind.APPLICATION
 
 
-RECORDS = [
-    "6,1,1000000,-;Out of memory: Killed process 77 (old)",
-    "6,2,5000000,-;eth0: link up",
-    "4,3,6000000,-;ray::EngineActo invoked oom-killer: gfp_mask=0x0\n SUBSYSTEM=x",
-    "3,4,6100000,-;oom-kill:constraint=CONSTRAINT_MEMCG,oom_memcg=/pod,task_memcg=/pod/mine,task=ray::EngineActo,pid=77,uid=0",
-    "3,5,6200000,-;Memory cgroup out of memory: Killed process 77 (ray::EngineActo) total-vm:1kB",
-    "3,6,6300000,-;oom-kill:constraint=CONSTRAINT_NONE,task_memcg=/pod/other,task=python,pid=78,uid=0",
-    "3,7,6400000,-;Out of memory: Killed process 78 (python) total-vm:1kB",
-    "garbage",
-]
-"""Of a machine where a worker and somebody else's process were killed."""
-
-
-def facts(**changes: object) -> WorkerFacts:
-    known = {"node_id": "id", "process_id": 77, "contained": False, "group": "/", "log": "", "oom_kills": 0, "boot_seconds": 4.0}
-    return WorkerFacts.model_validate({**known, **changes})
-
-
-@pytest.mark.parametrize(
-    ("whose", "killed"),
-    [
-        (facts(), "77"),
-        (facts(process_id=78), "78"),
-        (facts(process_id=79), None),
-        (facts(process_id=5, contained=True, group="/pod/mine"), "77"),
-        (facts(process_id=77, contained=True, group="/pod/third"), None),
-        (facts(process_id=77, contained=True), None),
-        (facts(boot_seconds=7.0), None),
-    ],
-)
-def test_kernel_lines_are_those_on_the_worker_and_nobody_else(whose: WorkerFacts, killed: str | None) -> None:
-    found = kernel_lines(RECORDS, whose, 10.0)
-    assert len(found) == (2 if killed else 0)
-    assert all(f"pid={killed}," in line or f"Killed process {killed} " in line for line in found)
-    assert kernel_lines(RECORDS, whose, 100.0) == []  # whoever died then was not killed so long ago
+def test_examine_finds_the_end_of_stderr_and_the_kills_since_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "worker.err"
+    log.write_text("x" * 5000 + "last words")
+    facts = WorkerFacts(node_id="id", group="/mine", log=str(log), oom_kills=2)
+    monkeypatch.setattr(postmortem, "oom_kills", {"/mine": 3}.__getitem__)
+    found = postmortem.examine(facts)
+    assert found.worker_log.endswith("last words")
+    assert len(found.worker_log) == 4000
+    assert found.kernel.startswith("the kernel killed 1 processes")
+    monkeypatch.setattr(postmortem, "oom_kills", {"/mine": 2}.__getitem__)
+    assert postmortem.examine(facts).kernel == ""
 
 
 def test_memory_group_is_that_of_version_one_else_the_only_one() -> None:
@@ -119,5 +97,4 @@ def test_with_evidence_a_worker_that_the_kernel_killed_was_lost_to_memory() -> N
 def test_facts_here_are_of_this_process() -> None:
     facts = facts_here("id")
     assert facts.node_id == "id"
-    assert facts.process_id > 0
     assert facts.boot_seconds > 0
