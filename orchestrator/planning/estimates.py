@@ -43,10 +43,11 @@ def reference_memory(index: CheckpointIndex, dtype: str) -> int:
             prefix, _, rest = name.partition(".experts.")
             experts[f"{prefix}.{rest.split('.')[0]}"] += tensor.num_elements * 4
             continue
+        num_bytes = tensor.num_elements * ITEM_BITS[tensor.dtype] // 8
         dense[layer_of(name)] += tensor.num_elements * 4
-        stored[layer_of(name)] += tensor.num_elements * ITEM_BITS[tensor.dtype] // 8
-        if tensor.dtype != MODEL_DTYPES[dtype]:
-            largest = max(largest, tensor.num_elements * 6)
+        stored[layer_of(name)] += num_bytes
+        # While it is widened, and where its elements change, while it is rounded too.
+        largest = max(largest, 2 * num_bytes + (6 * tensor.num_elements if tensor.dtype != MODEL_DTYPES[dtype] else 0))
     layer = max((dense[number] + stored[number] for number in dense), default=0)
     return _TORCH_BYTES + layer + largest + 3 * max(experts.values(), default=0)
 
