@@ -35,7 +35,7 @@ KILLED = """
 import os, signal, sys
 from orchestrator import work
 from orchestrator.planning.steps import Task
-from orchestrator.work.part_model import PartModel
+from orchestrator.work.calibrate.part_model import PartModel
 task, last = Task.model_validate_json(open(sys.argv[1]).read()), int(sys.argv[2])
 original, num_calls = PartModel.run, 0
 def run(*args):
