@@ -99,9 +99,9 @@ def ray_nodes(ray_bed: RayNodes) -> RayNodes:
 
 
 _ALONE = (
-    "actors/test_metrics", "cli/test_stopping", "integration/test_jobs", "integration/test_kuberay_pods", "integration/test_mpi_cluster",
-    "integration/test_race", "integration/test_ray_nodes", "integration/test_real_clusters", "integration/test_stopping",
-    "integration/test_storm", "work/test_lost",
+    "actors/test_metrics", "cli/test_stopping", "integration/test_jobs", "integration/test_kuberay_pods",
+    "integration/test_mpi_cluster", "integration/test_race", "integration/test_ray_nodes", "integration/test_real_clusters",
+    "integration/test_stopping", "integration/test_storm", "work/test_lost",
 )  # fmt: skip
 """Files whose tests start Ray nodes, have the kernel kill for memory, or measure times: they follow each other in one process."""
 
