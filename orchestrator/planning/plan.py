@@ -205,8 +205,8 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         version=VERSIONS[Kind.REFERENCE],
         name="reference",
         options=options.model_dump(mode="json"),
-        locations={"source": inputs.source},
-        resources=Resources(memory_bytes=reference_memory(inputs.index, inputs.config.dtype)),
+        locations={"source": inputs.source, "device": verification.device},
+        resources=Resources(gpus=_gpus(verification.device), memory_bytes=reference_memory(inputs.index, inputs.config.dtype)),
         estimate=estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
     )
 
@@ -242,9 +242,7 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         options=options.model_dump(mode="json"),
         needs=(previous.digest,) if previous else (),
         locations={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
-        resources=Resources(
-            gpus=1 if inputs.quantization.device == "cuda" else 0, memory_bytes=calibrate_memory(part_bytes, hidden_bytes)
-        ),
+        resources=Resources(gpus=_gpus(inputs.quantization.device), memory_bytes=calibrate_memory(part_bytes, hidden_bytes)),
         estimate=estimate(
             Kind.CALIBRATE,
             read_bytes=part_bytes,
@@ -321,12 +319,18 @@ def _verify(
         name=f"verify/stage{stage.pp_rank}",
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
+        locations={"device": spec.verification.device},
         resources=Resources(
+            gpus=_gpus(spec.verification.device),
             memory_bytes=verify_memory(inputs.weights, stage.pp_rank),
             scratch_bytes=stage.tp * rank_bytes,
         ),
         estimate=estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
+
+
+def _gpus(device: str) -> int:
+    return 1 if device == "cuda" else 0
 
 
 def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:

@@ -189,6 +189,9 @@ class VerificationSpec(Frozen):
     """Tokens of each prompt that are used."""
     decode_steps: int = Field(default=4, ge=1)
     """How many of these tokens are decoded one by one through the KV cache, after a prefill of the others."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the reference and of the ranks' graphs. cuda: reserve a GPU; auto: use one that the process sees. No part of the
+    build's identity."""
     tolerance: ToleranceSpec | None = None
     """Tolerance. Absent: that of an exact conversion, or of the quantization algorithm."""
 

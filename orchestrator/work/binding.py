@@ -87,6 +87,12 @@ class PortableWeights:
         self._dims = {tensor.name: tuple(tensor.dims) for tensor in network.model.graph.initializer}
         self._kinds = network.weight_dtypes()
 
+    def is_widened(self, name: str) -> bool:
+        """Whether a weight is stored in 16 or 32 bits and bound in float32."""
+        return (
+            name not in self._network.tables and name not in self._network.unpacked and self._kinds[name] == onnx.TensorProto.FLOAT
+        )
+
     def stored(self, name: str) -> tuple[Array, int]:
         """Return a floating-point weight as stored, shaped, and its ONNX dtype. Raises SourceCorruptError for other dtypes."""
         weight = self._weights[name]

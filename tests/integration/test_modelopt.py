@@ -174,11 +174,11 @@ def test_calibration_experts_that_see_no_token_take_the_largest_of_their_peers(s
 def test_calibration_reports_what_it_read_and_the_range_of_its_inputs(source: Path, store: Path) -> None:
     (one,) = run_here(preparation.plan(spec(source, 1, 1, algorithm="FP8")), store, [Kind.CALIBRATE]).values()
     facts, scales = one.facts, scales_of(one, store)
-    assert (facts["num_samples"], facts["num_tokens"]) == (modelopt.NUM_SAMPLES, modelopt.NUM_SAMPLES * modelopt.MAX_LENGTH)
-    assert facts["unseen"] == []
+    assert (facts.num_samples, facts.num_tokens) == (modelopt.NUM_SAMPLES, modelopt.NUM_SAMPLES * modelopt.MAX_LENGTH)
+    assert facts.unseen == ()
     values = sorted(float(value) for name, value in scales.items() if name.endswith("down_proj.input_amax"))
-    assert facts["input_amax"]["down_proj"] == [values[0], sum(values) / 2, values[-1]]  # of two layers
-    assert len(facts["input_amax"]) == 7
+    assert facts.input_amax["down_proj"] == (values[0], sum(values) / 2, values[-1])  # of two layers
+    assert len(facts.input_amax) == 7
     recipe = json.loads(open_store(store.as_uri()).get(one.output("recipe.json").key))
     assert recipe["method"] == {"method": "max"}
     assert set(recipe["tools"]) == {"nvidia-modelopt", "torch", "transformers"}

@@ -310,3 +310,10 @@ def test_unplaceable_step_larger_than_its_pools_memory_is_named() -> None:
         line = next(line for line in found if name in line)
         assert ": needs about " in line
         assert line.endswith("its pool has 1,000,000")
+
+
+def test_make_plan_device_of_the_verification_reserves_a_gpu_and_is_no_identity() -> None:
+    plans = {device: plan_of(verification={"device": device}) for device in ("auto", "cpu", "cuda")}
+    assert len({made.build_key for made in plans.values()}) == 1
+    reserved = {device: {step.kind for step in made.steps if step.resources.gpus} for device, made in plans.items()}
+    assert reserved == {"auto": set(), "cpu": set(), "cuda": {Kind.REFERENCE, Kind.VERIFY}}

@@ -33,10 +33,10 @@ class Measured:
         return self.step.resources.memory_bytes / self.peak_bytes
 
 
-def run_apart(step: Step, inputs: Mapping[str, Outcome], store: str) -> Measured:
+def run_apart(step: Step, inputs: Mapping[str, Outcome], store: str, threads: int = 1) -> Measured:
     """Run a step in a new process."""
     task = Task(step=step, inputs={need: inputs[need] for need in step.needs}, attempt=1, store=store)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, "-m", "tests.support.peaks"]
     done = subprocess.run(words, input=task.model_dump_json(), stdout=subprocess.PIPE, text=True, env=environment, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.base.errors import ToolError
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.facts import CalibrateFacts
 from orchestrator.planning.options import CalibrateOptions
@@ -27,6 +26,7 @@ from orchestrator.quantizers.calibration_data import calibration_tokens, has_tok
 from orchestrator.work.calibrate.part_model import PartModel, load_part
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
+from orchestrator.work.device import device_of
 from orchestrator.work.scales import SCALES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
     import torch
 
     options = CalibrateOptions.model_validate(task.step.options)
-    device = _device(task.step.locations.get("device", "auto"))
+    device = device_of(task, "quantization.calibration.device")
     tokens = _tokens(task, options, context)
     context.log(f"calibrate: {len(tokens)} samples of {tokens.shape[1]} tokens on {device}")
     if not has_tokenizer(context.scratch / "tokenizer"):
@@ -81,16 +81,6 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
     )
     _write_recipe(context, options, tokens, facts)
     return facts
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ToolError("calibration is set to CUDA, but torch sees no GPU here", "Set quantization.calibration.device: auto.")
-    if asked != "auto":
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:

@@ -117,7 +117,7 @@ def _add(module: Any, expert: int, call: ExpertCall, total: Any) -> None:
     # The order, by k and then by token, is that of transformers' eager experts: another may round differently.
     places, tokens = torch.where((call.top_k_index == expert).T)
     if len(tokens):
-        first = torch.zeros((len(tokens), 1), dtype=torch.int64)
+        first = torch.zeros((len(tokens), 1), dtype=torch.int64, device=tokens.device)
         result = module(call.hidden_states[tokens], first, call.top_k_weights[tokens, places, None])
         total.index_add_(0, tokens, result.to(total.dtype))
 
@@ -137,9 +137,9 @@ class Layer:
 class SourceLayers:
     """Reads the layers of a source."""
 
-    def __init__(self, opened: ByteSource, index: CheckpointIndex, skeletons: Sequence[Any]) -> None:
+    def __init__(self, opened: ByteSource, index: CheckpointIndex, skeletons: Sequence[Any], device: torch.device) -> None:
         """`skeletons`: transformers' layers without memory (device meta)."""
-        self._opened, self._format, self._skeletons = opened, index.format, skeletons
+        self._opened, self._format, self._skeletons, self._device = opened, index.format, skeletons, device
         self._dense: list[dict[str, TensorInfo]] = [{} for _ in skeletons]
         self._experts: list[dict[int, dict[str, TensorInfo]]] = [{} for _ in skeletons]
         for name, tensor in index.tensors.items():
@@ -169,6 +169,9 @@ class SourceLayers:
     def _read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         return read_tensors(self._opened, self._format, tensors)
 
+    def _read_to_device(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+        return {name: tensor.to(self._device) for name, tensor in self._read(tensors).items()}
+
     def _layer(self, number: int, stored: dict[str, Any]) -> Layer:
         module = self._skeletons[number]
         experts = self._stream_experts(number, module)
@@ -180,7 +183,8 @@ class SourceLayers:
             )
         for name in [name for name, _ in module.named_parameters()]:
             path, _, last = name.rpartition(".")
-            module.get_submodule(path).register_parameter(last, torch.nn.Parameter(stored.pop(name).float(), requires_grad=False))
+            values = stored.pop(name).to(self._device).float()
+            module.get_submodule(path).register_parameter(last, torch.nn.Parameter(values, requires_grad=False))
         return Layer(number, module, experts, self._dense[number])
 
     def _stream_experts(self, number: int, module: Any) -> Experts | None:
@@ -194,7 +198,7 @@ class SourceLayers:
                 f"the source lacks weights of {len(lacking)} experts of layer {number}, e.g. of expert {lacking[0]}",
                 "Use the complete checkpoint.",
             )
-        return Experts(parent, self._experts[number], self._read)
+        return Experts(parent, self._experts[number], self._read_to_device)
 
 
 def name_in_layer(name: str) -> str:

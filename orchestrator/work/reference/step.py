@@ -22,6 +22,7 @@ from orchestrator.planning.steps import Task
 from orchestrator.quantizers.calibration_data import has_tokenizer
 from orchestrator.work.companions import companion_folder
 from orchestrator.work.context import Context
+from orchestrator.work.device import device_of
 from orchestrator.work.reference.prompts import PROMPTS
 from orchestrator.work.resume import LayerStates
 
@@ -54,7 +55,9 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
     context.tools["transformers"] = transformers.__version__
     sequences, text = _sequences(options, companion_folder(source, options.files[len(index.files) :], context))
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
-    model = StreamedModel(source, index, options.dtype, options.exact_weights)
+    device = device_of(task, "verification.device")
+    model = StreamedModel(source, index, options.dtype, options.exact_weights, device)
+    context.log(f"reference: layers on {device}")
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     shape = (int(lengths.sum()), model.hidden_size)
     header = encode_header(((f"layer{layer}", "F32", shape) for layer in range(model.num_layers)), {})

@@ -47,12 +47,13 @@ class LayerEnd:
 class StreamedModel:
     """Source model that is run layer by layer."""
 
-    def __init__(self, source: str, index: CheckpointIndex, dtype: str, exact: Sequence[str] = ()) -> None:
+    def __init__(self, source: str, index: CheckpointIndex, dtype: str, exact: Sequence[str] = (), device: str = "cpu") -> None:
         """`dtype`: dtype that weights are rounded to; `exact`: source tensors that are not rounded.
 
         Raises ArchitectureError for a config without a causal LM in transformers.
         """
         self._source, self._index, self._dtype, self._exact = source, index, dtype, tuple(exact)
+        self._device = torch.device(device)
         self._config = transformers.AutoConfig.for_model(**loadable_config(index))
         self._config._attn_implementation = self._config._experts_implementation = "eager"
         if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -91,7 +92,7 @@ class StreamedModel:
             if last is not None:
                 first, rounded = last.layer + 1, _in_calls(last.rounded, rounded)
                 own = _in_calls(last.own, rounded) if last.own is not None else None
-            for layer in SourceLayers(opened, self._index, self._frame.layers).loaded(first):
+            for layer in SourceLayers(opened, self._index, self._frame.layers, self._device).loaded(first):
                 own = self._through(layer, rounded, own, arguments)
                 keep(layer.number, _joined(rounded), None if own is None else _joined(own))
                 report(layer.number + 1, self.num_layers)
@@ -188,10 +189,10 @@ class StreamedModel:
         for hidden, of_calls in zip(stream, arguments, strict=True):
             cache = transformers.DynamicCache(config=self._config)
             for call, of_layers in enumerate(of_calls):
-                given = of_layers[layer.number]
+                given = _on(self._device, of_layers[layer.number])
                 if given.get("past_key_values") is not None:
                     given = {**given, "past_key_values": cache}
-                hidden[call] = layer.module(hidden[call], **given)
+                hidden[call] = layer.module(hidden[call].to(self._device), **given).cpu()
 
     def _finish(
         self, calls: Calls, rounded: Calls, own: Calls | None, opened: ByteSource
@@ -215,9 +216,19 @@ class StreamedModel:
                 raw.append([list(parts) for parts in raw[0]])
             for number, (_, which) in enumerate(streams):
                 for sequence, values in enumerate(inputs[number]):
-                    raw[number][sequence].append(values @ rows[which].T)
+                    product = values.to(self._device) @ rows[which].to(self._device).T
+                    raw[number][sequence].append(product.cpu())
         found = [self._frame.finished(calls, [torch.cat(parts, dim=-1) for parts in of_stream]) for of_stream in raw]
         return found[0], found[1] if len(found) > 1 else None
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Return a layer's argument with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _on(device, each) for name, each in value.items()}
+    return tuple(_on(device, each) for each in value) if isinstance(value, tuple) else value
 
 
 def _unchanged(values: Any) -> Any:

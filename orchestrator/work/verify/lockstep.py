@@ -25,7 +25,7 @@ from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executa
 from orchestrator.work.binding import PortableWeights
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import empty_cache, open_session, ort_value
+from orchestrator.work.verify.ort import element_type, empty_cache, open_session, ort_value, run_session, widened_on_gpu
 
 Array = npt.NDArray[Any]
 _NOTHING: Array = np.zeros(0)
@@ -52,7 +52,12 @@ class Lockstep:
     """Ranks of a stage, and the calls that pass them."""
 
     def __init__(
-        self, network: StageNetwork, weights: Sequence[Mapping[str, Weight]], calls: Sequence[Call], hidden_states: Sequence[Array]
+        self,
+        network: StageNetwork,
+        weights: Sequence[Mapping[str, Weight]],
+        calls: Sequence[Call],
+        hidden_states: Sequence[Array],
+        device: str = "cpu",
     ) -> None:
         """`weights` by tp_rank; `hidden_states` by call, from the stage before (empty for the first stage).
 
@@ -60,6 +65,7 @@ class Lockstep:
         """
         self._stage, self._gather, self._calls = network.stage, network.gather_logits, calls
         self._sessions: dict[bytes, Any] = {}
+        self._device = device
         slots = 1 + max(int(call.position_ids.max()) for call in calls)
         self._ranks = []
         for tp_rank, mine in enumerate(weights):
@@ -109,11 +115,11 @@ class Lockstep:
         if not order:
             return
         with ThreadPoolExecutor(1, "weights") as pool:
-            coming = pool.submit(_bind, *order[0])
+            coming = pool.submit(_bind, *order[0], self._device)
             for following in [*order[1:], None]:
                 bound = [coming.result()]
                 if following is not None:
-                    coming = pool.submit(_bind, *following)
+                    coming = pool.submit(_bind, *following, self._device)
                 yield bound.pop()
 
     def _pass(self, rank: _Rank, number: int, weights: list[Any]) -> None:
@@ -125,11 +131,7 @@ class Lockstep:
         for values in rank.values:
             feeds = [_input(rank, part, values, name) for name in part.inputs] + weights
             session = session or self._session(rank, part, feeds)
-            names = [value.name for value in session.get_inputs()]
-            outputs = session.run_with_ort_values(
-                [value.name for value in session.get_outputs()], dict(zip(names, feeds, strict=True))
-            )
-            for name, value in zip(part.outputs, outputs, strict=True):
+            for name, value in zip(part.outputs, run_session(session, feeds), strict=True):
                 if rank.sliced.is_read_after(name, number) or name == self._result:
                     values[name] = value
                 if name.startswith(_PRESENT):
@@ -137,10 +139,10 @@ class Lockstep:
 
     def _session(self, rank: _Rank, part: Slice, feeds: Sequence[Any]) -> Any:
         """Return the slice's session; equal slices share one."""
-        kinds = [value.element_type() for value in feeds]
+        kinds = [element_type(value) for value in feeds]
         model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
         if model not in self._sessions:
-            self._sessions[model] = open_session(model)
+            self._sessions[model] = open_session(model, device=self._device)
         return self._sessions[model]
 
     def _exchange(self, collective: Collective) -> None:
@@ -231,9 +233,14 @@ def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> di
     return {name: ort_value(value) for name, value in feeds.items()}
 
 
-def _bind(rank: _Rank, number: int) -> list[Any]:
+def _bind(rank: _Rank, number: int, device: str) -> list[Any]:
     """Return the weights of a slice, in the order of its inputs."""
     part = rank.sliced.slices[number]
     rows_only = looked_up(part)
-    bound = (rank.weights.stored(name) if name in rows_only else rank.weights[name] for name in part.weights)
-    return [ort_value(value, kind) for value, kind in bound]
+
+    def bound(name: str) -> Any:
+        if device == "cuda" and name not in rows_only and rank.weights.is_widened(name):
+            return widened_on_gpu(*rank.weights.stored(name))
+        return ort_value(*(rank.weights.stored(name) if name in rows_only else rank.weights[name]))
+
+    return [bound(name) for name in part.weights]

@@ -17,6 +17,7 @@ from orchestrator.planning.facts import ReferenceFacts, Verification, VerifyFact
 from orchestrator.planning.options import VerifyOptions
 from orchestrator.planning.steps import Kind, Output, Task
 from orchestrator.work.context import Context
+from orchestrator.work.device import verification_device
 from orchestrator.work.reference.step import HIDDEN_STATES as REFERENCE_STATES
 from orchestrator.work.reference.step import OUTPUT as REFERENCE
 from orchestrator.work.resume import LayerStates
@@ -48,7 +49,9 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     if not stage.is_first:
         handed = load_file(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES)))
         previous = [handed[f"call{number}"] for number in range(len(calls))]
-    ranks = Lockstep(options.network, weights, calls, previous)
+    device = verification_device(task)
+    context.log(f"verify: slices on {device}")
+    ranks = Lockstep(options.network, weights, calls, previous, device)
     layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
     states = LayerStates(context, task.step.digest, only_last=True)
     last = None
