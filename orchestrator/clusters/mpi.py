@@ -27,6 +27,7 @@ from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import Resources, Task
 from orchestrator.run.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
 from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.work.launcher import check_launcher
 from orchestrator.work.probe import probe_here
 
 LABELS_VARIABLE = "ORCHESTRATOR_NODE_LABELS"
@@ -215,11 +216,15 @@ class MpiCluster:
 
 
 def _open_pool() -> tuple[Any, Any]:
-    """Return the job's communicator and its pool of workers. Raises ClusterError when this process was started without them."""
+    """Return the job's communicator and its pool of workers.
+
+    Raises ClusterError when this process was started without them, ToolError when launcher and library are of different MPIs.
+    """
     from mpi4py import MPI
     from mpi4py.futures import MPIPoolExecutor, _core
 
     comm = MPI.COMM_WORLD
+    check_launcher(os.environ, MPI.Get_library_version(), comm.Get_size())
     if comm.Get_size() < 2:
         raise ClusterError("kind: mpi needs an MPI job of at least two processes", _LAUNCH)
     if getattr(_core, "SharedPool", None) is None:

@@ -20,11 +20,11 @@ from orchestrator.planning.plan import Inputs, calibrate_steps
 from orchestrator.planning.steps import Failure, Outcome, Step, Task
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
+from orchestrator.work.launcher import LAUNCHED, check_launcher
 from orchestrator.work.process import scratch_root
 from orchestrator.work.scales import SCALES, Scales
 from orchestrator.work.scratch import scratch_folder
 
-_LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")
 """Environment variables that mpiexec sets."""
 _POLL_SECONDS = 0.05
 _T = TypeVar("_T")
@@ -91,10 +91,11 @@ def _run(step: Step, outcomes: dict[str, Outcome], store: Store, scratch: str) -
 
 def _world() -> Any:
     """Return COMM_WORLD of an MPI program with several ranks; None: no such program, and MPI is not initialized."""
-    if "mpi4py.MPI" not in sys.modules and not any(name in os.environ for name in _LAUNCHED):
+    if "mpi4py.MPI" not in sys.modules and not any(name in os.environ for name in LAUNCHED):
         return None
     from mpi4py import MPI
 
+    check_launcher(os.environ, MPI.Get_library_version(), MPI.COMM_WORLD.size)
     return MPI.COMM_WORLD if MPI.COMM_WORLD.size > 1 else None
 
 
