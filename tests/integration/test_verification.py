@@ -1,8 +1,9 @@
-"""Every rank's graph, executed by ONNX Runtime under MPI, against transformers."""
+"""Every rank's graph, executed by ONNX Runtime in lockstep, against transformers."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def verify(spec: Any, store: str) -> Verification:
     outcomes = run_steps(made, store, WITHOUT_ENGINES)
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
     return outcomes[last].facts.verification
+
+
+def test_verification_needs_neither_an_mpi_library_nor_a_launcher(
+    tmp_path: Path, store_url: str, make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # type: ignore[arg-type]  # an import of it fails
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = make_spec(write_tiny_llama(tmp_path / "model"), topology={"tp": 2, "pp": 2})
+    assert verify(spec, store_url).max_relative_error < 5e-5
 
 
 @pytest.mark.parametrize(
