@@ -20,9 +20,8 @@ demo: $(STAMP) $(MODEL)/config.json
 demo-cluster: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.three_nodes
 
-# Two processes; tests that need the machine for themselves (Ray nodes, kills for memory, times) follow each other in one of them.
 test: $(STAMP) $(MODEL)/config.json
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -96,18 +96,3 @@ def ray_nodes(ray_bed: RayNodes) -> RayNodes:
     """The nodes, with those back that an earlier test did away with."""
     ray_bed.restore()
     return ray_bed
-
-
-_ALONE = (
-    "actors/test_metrics", "cli/test_stopping", "integration/test_jobs", "integration/test_kuberay_pods",
-    "integration/test_mpi_cluster", "integration/test_race", "integration/test_ray_nodes", "integration/test_real_clusters",
-    "integration/test_stopping", "integration/test_storm", "work/test_lost",
-)  # fmt: skip
-"""Files whose tests start Ray nodes, have the kernel kill for memory, or measure times: they follow each other in one process."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that need the machine for themselves."""
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(_ALONE):
-            item.add_marker(pytest.mark.xdist_group("machine"))
