@@ -20,7 +20,6 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.failures import failure_of, with_evidence
 from actors.node_watch import NodeWatch
-from actors.placement import Placed, Placement
 from actors.postmortem import Evidence, WorkerFacts, examine
 from actors.step_actor import Message
 from actors.workers import Worker, Workers
@@ -29,6 +28,7 @@ from orchestrator.events import STEP_EVENT, StepEvent, StepFailed
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Task
 from orchestrator.run.cluster import worker_environment
+from orchestrator.run.placement import Placed, Placement, unplaced
 from orchestrator.run.retry import leaves_drained_node
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.probe import probe_here
@@ -141,11 +141,7 @@ class RayCluster:
         for reference, node in asked.items():
             if reference not in ready:
                 ray.cancel(reference, force=True)
-            offer = {
-                "node": node.name, "node_id": node.node_id, "labels": dict(node.labels), "cpus": node.capacity.cpus,
-                "gpus": node.capacity.gpus, "memory_bytes": node.capacity.memory_bytes,
-            }  # fmt: skip
-            found.append(self._answer(reference if reference in ready else None).model_copy(update=offer))
+            found.append(self._answer(reference if reference in ready else None).model_copy(update=node.offer()))
         self._placement.learn(found)
         return found
 
@@ -185,9 +181,7 @@ class RayCluster:
                 found.extend(self._look_after_waiting(stream, attempt, now, stays=leaves_at is None))
             elif node is not None and leaves_at is not None:
                 found.extend(self._look_after_leaving(stream, attempt, now, leaves_at - time.time()))
-        for task, reason in self._placement.overdue(now):
-            failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=reason)
-            found.append(StepFailed(digest=task.step.digest, failure=failure))
+        found.extend(self._placement.overdue(now))
         for reference, (event, until) in list(self._inquests.items()):
             if now >= until:
                 del self._inquests[reference]
@@ -205,9 +199,7 @@ class RayCluster:
         elif waited > self._spec.schedule_timeout_seconds:
             self._drop(stream)
             message = f"did not begin on {attempt.placed.node.name} for {waited:.0f} s: other work holds the resources"
-            failure = Failure(kind=FailureKind.APPLICATION, error=ClusterError.__name__, cause=Cause.PLACE, message=message)
-            self._placement.end(step.digest, now, failure)
-            return [StepFailed(digest=step.digest, failure=failure)]
+            return [self._ended(unplaced(step.digest, message))]
         return []
 
     def _look_after_leaving(self, stream: Any, attempt: _Attempt, now: float, left: float) -> list[StepEvent]:

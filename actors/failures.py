@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from ray import exceptions
 
-from actors.placement import Node
 from actors.postmortem import Evidence
 from orchestrator.planning.steps import Cause, Failure, FailureKind
+from orchestrator.run.placement import Node
 from orchestrator.work.failures import cause_of
 
 _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from actors.placement import Node
 from orchestrator.planning.steps import Resources
+from orchestrator.run.placement import Node
 
 _PERIOD_SECONDS = 0.5
 

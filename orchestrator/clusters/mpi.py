@@ -25,7 +25,8 @@ from orchestrator.clusters.processes import StepProcesses
 from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import Resources, Task
-from orchestrator.run.admission import Admission, Node, by_pool, machine_cpus, machine_memory_bytes
+from orchestrator.run.cluster import machine_cpus, machine_memory_bytes
+from orchestrator.run.placement import Node, Placement, check_pools
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.launcher import check_launcher
 from orchestrator.work.probe import probe_here
@@ -61,18 +62,17 @@ class MpiCluster:
         self._closed = False
         self.pids: dict[int, int] = {}
         """Process id of each node's rank, on its host."""
-        self._placed: dict[str, int] = {}
-        """Rank that runs a step, by the step's digest."""
+        self._placement = Placement(spec)
         try:
             self._nodes = self._greet()
-            self._admission = Admission(spec, by_pool(spec, list(self._nodes.values())))
+            check_pools(spec, self._nodes.values())
         except BaseException:
             self.close()
             raise
-        self._rank_of = {node.name: rank for rank, node in self._nodes.items()}
+        self._placement.update(self._nodes.values())
 
     def start(self, task: Task) -> None:
-        self._admission.add(task)
+        self._placement.add(task, self.now())
 
     def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         """Return events as Cluster says. Raises ClusterError when a node was lost, because MPI cannot continue without it."""
@@ -80,6 +80,8 @@ class MpiCluster:
         self._begin()
         while not self._closed:
             found = self._receive()
+            if not self._placement.running:
+                found.extend(self._placement.overdue(self.now()))
             if found:
                 return found
             self._check_alive()
@@ -108,13 +110,13 @@ class MpiCluster:
             self._check_alive()
             time.sleep(_POLL_SECONDS)
         silent = NodeFacts(node="", error=f"silent for {spec.probe_timeout_seconds:.0f} s")
-        found = [answers.get(rank, silent).model_copy(update=_offer(node)) for rank, node in self._nodes.items()]
-        self._admission.learn(found)
+        found = [answers.get(rank, silent).model_copy(update=node.offer()) for rank, node in self._nodes.items()]
+        self._placement.learn(found)
         return found
 
     def rank_of(self, digest: str) -> int:
         """Return the rank that runs a step. Raises KeyError."""
-        return self._placed[digest]
+        return int(self._placement.running[digest].node.node_id)
 
     def close(self) -> None:
         if self._closed:
@@ -150,16 +152,15 @@ class MpiCluster:
         nodes = {}
         for rank, said in found.items():
             name = said["host"] if hosts.count(said["host"]) == 1 else f"{said['host']}/{rank}"
-            nodes[rank] = Node(name, Resources.model_validate(said["capacity"]), said["labels"])
+            nodes[rank] = Node(str(rank), name, Resources.model_validate(said["capacity"]), said["labels"])
         return nodes
 
     def _begin(self) -> None:
         if self._closed:
             return
-        for placed in self._admission.begin():
-            rank = self._rank_of[placed.node]
-            self._placed[placed.task.step.digest] = rank
-            self._send(rank, {"task": placed.task.model_dump_json(), "gpus": placed.gpus, "node": placed.node})
+        for placed in self._placement.begin(self.now()):
+            command = {"task": placed.task.model_dump_json(), "gpus": placed.gpus, "node": placed.node.name}
+            self._send(int(placed.node.node_id), command)
 
     def _send(self, rank: int, command: dict[str, Any] | None) -> None:
         self._sending = [request for request in self._sending if not request.Test()]
@@ -173,8 +174,7 @@ class MpiCluster:
         while (received := self._next(_TAG_EVENT))[0]:
             event = STEP_EVENT.validate_json(received[1])
             if isinstance(event, (StepSucceeded, StepFailed)):
-                self._placed.pop(event.digest, None)
-                self._admission.end(event.digest)
+                self._placement.end(event.digest, self.now(), event.failure if isinstance(event, StepFailed) else None)
             events.append(event)
         return events
 
@@ -232,14 +232,6 @@ def _open_pool() -> tuple[Any, Any]:
     executor = MPIPoolExecutor(main=False)
     executor.bootup()
     return comm, executor
-
-
-def _offer(node: Node) -> dict[str, Any]:
-    capacity = node.capacity
-    return {
-        "node": node.name, "labels": dict(node.labels), "cpus": capacity.cpus, "gpus": capacity.gpus,
-        "memory_bytes": capacity.memory_bytes,
-    }  # fmt: skip
 
 
 def serve(threads_per_step: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,9 +32,8 @@ class StepProcesses:
         self._followers: list[threading.Thread] = []
         self._closed = False
 
-    def start(self, task: Task, gpus: tuple[int, ...], node: str = "") -> None:
+    def start(self, task: Task, gpus: tuple[int, ...], node: str) -> None:
         """Start an attempt. `gpus`: indices among the devices visible to this process; `node`: name of the machine."""
-        node = node or platform.node()
         process, log = self._spawn(node, gpus)
         self._processes[task.step.digest] = process
         follower = threading.Thread(target=self._follow, args=(task, node, process, log), daemon=True)

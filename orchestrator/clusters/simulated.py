@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from orchestrator.clusters.links import Links
 from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Failure, Kind, Outcome, Resources, Step, Task
-from orchestrator.run.admission import Admission, Node, Placement, machine_cpus, machine_memory_bytes
+from orchestrator.run.cluster import machine_cpus, machine_memory_bytes
+from orchestrator.run.placement import Node, Placed, Placement
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.rates import RatesSpec
 
 STORE_READ, STORE_WRITE = "store/read", "store/write"
+_POOL = "orchestrator/pool"
+"""Label of every node: the pool whose nodes it is one of. Fallbacks select by the labels of other pools, as in a real cluster."""
 
 
 def node_links(node: str) -> tuple[str, str, str]:
@@ -37,13 +40,14 @@ class Span:
     digest: str
     attempt: int
     pool: str
+    """The node's pool."""
     node: str
     failed: bool
 
 
 @dataclass
 class _Attempt:
-    placed: Placement
+    placed: Placed
     start: float
     phases: Iterator[None]
 
@@ -60,7 +64,9 @@ class SimulatedCluster:
     ) -> None:
         self._rates = rates
         self.nodes = {name: _nodes(spec, name) for name in spec.pools}
-        self.admission = Admission(spec, self.nodes)
+        pools = {name: pool.model_copy(update={"labels": {_POOL: name}}) for name, pool in spec.pools.items()}
+        self._placement = Placement(spec.model_copy(update={"pools": pools}))
+        self._placement.update(node for nodes in self.nodes.values() for node in nodes)
         self.links = Links(_limits(self.nodes, rates or RatesSpec()))
         self._failures = dict(failures or {})
         self._attempts: dict[str, _Attempt] = {}
@@ -74,7 +80,7 @@ class SimulatedCluster:
         """Largest memory that steps reserved on one node, by pool."""
 
     def start(self, task: Task) -> None:
-        self.admission.add(task)
+        self._placement.add(task, self._clock)
 
     def events(self, timeout_seconds: float | None) -> list[StepEvent]:
         limit = math.inf if timeout_seconds is None else self._clock + timeout_seconds
@@ -88,29 +94,30 @@ class SimulatedCluster:
         return self._clock
 
     def close(self) -> None:
-        self.admission.clear()
+        self._placement.update([])  # nothing begins without nodes
         self._attempts.clear()
         self._computing.clear()
 
     def _begin(self) -> None:
-        for placed in self.admission.begin():
-            task = placed.task
-            self._events.append(StepStarted(digest=task.step.digest, node=placed.node, attempt=task.attempt))
+        for placed in self._placement.begin(self._clock):
+            task, pool = placed.task, placed.node.labels[_POOL]
+            self._events.append(StepStarted(digest=task.step.digest, node=placed.node.name, attempt=task.attempt))
             attempt = _Attempt(placed, self._clock, self._phases(placed))
             self._attempts[task.step.digest] = attempt
-            for (pool, _), held in self.admission.memory_bytes().items():
-                self.peak_memory_bytes[pool] = max(self.peak_memory_bytes.get(pool, 0), held)
+            self.peak_memory_bytes[pool] = max(self.peak_memory_bytes.get(pool, 0), self._placement.held_bytes(placed.node))
             self._next(task.step.digest)
 
-    def _phases(self, placed: Placement) -> Iterator[None]:
+    def _phases(self, placed: Placed) -> Iterator[None]:
         """Run an attempt: each turn begins a phase, and the next turn comes when the phase is over."""
         step, digest = placed.task.step, placed.task.step.digest
-        inward, outward, disk = node_links(placed.node)
+        inward, outward, disk = node_links(placed.node.name)
         if self._rates is not None and step.estimate.read_bytes:
             self.links.begin(digest, (STORE_READ, inward, disk), step.estimate.read_bytes)
             yield
         self._sequence += 1
-        heapq.heappush(self._computing, (self._clock + self._compute_seconds(step, placed.pool), self._sequence, digest))
+        heapq.heappush(
+            self._computing, (self._clock + self._compute_seconds(step, placed.node.labels[_POOL]), self._sequence, digest)
+        )
         yield
         failed = (step.name, placed.task.attempt) in self._failures
         if self._rates is not None and step.estimate.write_bytes and not failed:
@@ -151,16 +158,16 @@ class SimulatedCluster:
         step = task.step
         failure = self._failures.get((step.name, task.attempt))
         span = Span(
-            attempt.start, self._clock, step.name, step.kind, step.digest, task.attempt, placed.pool, placed.node,
-            failed=failure is not None,
+            attempt.start, self._clock, step.name, step.kind, step.digest, task.attempt, placed.node.labels[_POOL],
+            placed.node.name, failed=failure is not None,
         )  # fmt: skip
         self.spans.append(span)
-        self.admission.end(step.digest)
+        self._placement.end(step.digest, self._clock, failure)
         if failure is not None:
             self._events.append(StepFailed(digest=step.digest, failure=failure))
             return
         outcome = Outcome(
-            digest=step.digest, name=step.name, kind=step.kind, outputs=(), node=placed.node, seconds=span.end - span.start
+            digest=step.digest, name=step.name, kind=step.kind, outputs=(), node=placed.node.name, seconds=span.end - span.start
         )
         self._events.append(StepSucceeded(digest=step.digest, outcome=outcome))
 
@@ -168,7 +175,8 @@ class SimulatedCluster:
 def _nodes(spec: ClusterSpec, pool: str) -> list[Node]:
     found = spec.pools[pool]
     capacity = Resources(cpus=found.cpus or machine_cpus(), gpus=found.gpus, memory_bytes=found.memory or machine_memory_bytes())
-    return [Node(f"{pool}/{number}", capacity) for number in range(found.nodes)]
+    names = [f"{pool}/{number}" for number in range(found.nodes)]
+    return [Node(name, name, capacity, {**found.labels, _POOL: pool}) for name in names]
 
 
 def _limits(nodes: Mapping[str, list[Node]], rates: RatesSpec) -> dict[str, float | None]:

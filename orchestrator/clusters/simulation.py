@@ -101,16 +101,16 @@ def _measure(
     makespan = max((span.end for span in cluster.spans), default=0.0)
     alone = {step.digest: seconds_alone(step, cluster_spec, rates) for step in plan.steps}
     critical, path = longest_chain(plan, alone)
-    slots = cluster.admission.slots()
     pools = {}
     for name, nodes in cluster.nodes.items():
         busy = sum(span.end - span.start for span in cluster.spans if span.pool == name)
         links = [node_links(node.name) for node in nodes]
+        slots = sum(node.capacity.cpus for node in nodes)
         pools[name] = PoolUse(
             nodes=len(nodes),
-            slots=slots[name],
+            slots=slots,
             busy_seconds=busy,
-            utilization=busy / (slots[name] * makespan) if makespan else 0.0,
+            utilization=busy / (slots * makespan) if makespan else 0.0,
             peak_memory_bytes=cluster.peak_memory_bytes.get(name, 0),
             read_bytes=sum(cluster.links.carried.get(inward, 0) for inward, _, _ in links),
             write_bytes=sum(cluster.links.carried.get(outward, 0) for _, outward, _ in links),

@@ -48,6 +48,16 @@ class Probing(Protocol):
         ...
 
 
+def machine_memory_bytes() -> int:
+    """Return the physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine_cpus() -> int:
+    """Return the number of cores that this process may use: a launcher may have bound it to some of them."""
+    return len(os.sched_getaffinity(0))
+
+
 def worker_environment(threads: int, *, gpu: bool) -> dict[str, str]:
     """Return the environment variables of every worker of a step: pinned threads, no GPUs for steps that use none."""
     count = str(threads)

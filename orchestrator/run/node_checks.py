@@ -13,7 +13,7 @@ from orchestrator.base.urls import is_url
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Step
-from orchestrator.run.labels import selects
+from orchestrator.run.placement import is_of
 from orchestrator.run.preflight import check_memory
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
@@ -50,8 +50,7 @@ def check_nodes(plan: Plan, pending: Iterable[Step], cluster_spec: ClusterSpec, 
 def _check_pool(plan: Plan, steps: list[Step], pool: PoolSpec, nodes: list[NodeFacts]) -> Iterator[str]:
     """Check the nodes of a pool against its steps of one kind; yields warnings."""
     kind = steps[0].kind.value
-    mine = [node for node in nodes if any(selects(labels, node.labels) for labels in (pool.labels, *pool.fallback))]
-    mine = [node for node in mine if node.cpus >= 1]
+    mine = [node for node in nodes if is_of(pool, node.labels) and node.cpus >= 1]
     if not mine:
         have = "; ".join(f"{node.node} {_own(node.labels)} with {node.cpus:.0f} CPUs" for node in nodes)
         raise ClusterError(

@@ -23,11 +23,11 @@ class PoolSpec(Frozen):
     nodes: int = Field(default=1, ge=1)
     """Number of nodes, for the simulation. A build uses the nodes that it finds."""
     cpus: int | None = Field(default=None, ge=1)
-    """CPU slots per node; a step takes one or more. Absent: the cores of the machine."""
+    """CPU slots per node for the pool's steps; a step takes one or more. Absent: the cores of the machine."""
     gpus: int = Field(default=0, ge=0)
     """GPUs per node."""
     memory: NumBytes | None = None
-    """Memory per node that steps may reserve. Absent: that of the machine."""
+    """Memory per node that the pool's steps may reserve. Absent: that of the machine."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that select the pool's nodes, e.g. ray.io/accelerator-type: H100."""
     fallback: tuple[dict[str, str], ...] = ()
@@ -130,9 +130,9 @@ class ClusterSpec(Frozen):
     threads_per_step: int = Field(default=1, ge=1)
     """Threads per step (OMP_NUM_THREADS)."""
     schedule_timeout_seconds: float = Field(default=600.0, gt=0)
-    """For ray: longest wait of a step for a node that can take it. Then the build ends and says what is missing."""
+    """For ray and mpi: longest wait of a step for a node that can take it. Then the build ends and says what is missing."""
     probe_timeout_seconds: float = Field(default=60.0, gt=0)
-    """For ray: longest wait for a node's answer to the probe before the first step."""
+    """For ray and mpi: longest wait for a node's answer to the probe before the first step."""
 
     def pool_name_for(self, kind: str) -> str | None:
         """Name of the first pool that lists a kind of step; None when no pool does."""

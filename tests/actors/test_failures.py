@@ -10,10 +10,10 @@ from ray import exceptions
 
 from actors import postmortem
 from actors.failures import failure_of, with_evidence
-from actors.placement import Node
 from actors.postmortem import Evidence, WorkerFacts, facts_here
 from orchestrator.base.errors import DtypeError
 from orchestrator.planning.steps import Cause, FailureKind, Resources
+from orchestrator.run.placement import Node
 from orchestrator.work.lost import memory_group
 
 NODE = Node("id", "host/id", Resources())

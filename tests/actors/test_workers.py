@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from actors.placement import Node, Placed
 from actors.step_actor import ConvertActor, EngineActor, StepActor
 from actors.workers import Worker
 from orchestrator.planning.steps import Kind, Resources
+from orchestrator.run.placement import Node, Placed
 from tests.support.placing import GB, node
 from tests.support.plans import task
 

@@ -13,7 +13,7 @@ from orchestrator.base.errors import ClusterError
 from orchestrator.clusters.mpi import MpiCluster
 from orchestrator.events import Event, StepFailed, StepStarted
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.steps import FailureKind
+from orchestrator.planning.steps import Cause, FailureKind, Resources, Task
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.driver import drive
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
@@ -87,6 +87,19 @@ def test_pool_that_no_node_belongs_to_is_refused(store_url: str) -> None:
 def test_pool_with_more_gpus_than_its_nodes_is_refused(store_url: str) -> None:
     with pytest.raises(ClusterError, match="has 0 GPUs, but pool gpu needs 8"):
         MpiCluster(place(store_url, gpu=PoolSpec(gpus=8)))
+
+
+def test_step_for_a_gpu_that_no_node_has_ends_with_the_reason(conversion: Plan, store_url: str) -> None:
+    wanted = conversion.steps[0].model_copy(update={"resources": Resources(gpus=1)})
+    cluster = MpiCluster(ClusterSpec(kind="mpi", store=store_url, schedule_timeout_seconds=0.5))
+    try:
+        cluster.start(Task(step=wanted, inputs={}, attempt=1, store=store_url))
+        (event,) = cluster.events(30.0)
+    finally:
+        cluster.close()
+    assert isinstance(event, StepFailed)
+    assert event.failure.cause is Cause.PLACE
+    assert "has 0 GPUs" in event.failure.message
 
 
 def test_probe_every_node_answers_for_itself(store_url: str, tmp_path: Path) -> None:

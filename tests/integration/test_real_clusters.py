@@ -15,7 +15,6 @@ import pytest
 import ray
 
 from actors import RayCluster
-from actors.placement import Node
 from actors.step_actor import ConvertActor
 from orchestrator import building
 from orchestrator.base.errors import ClusterError, ToolError
@@ -26,6 +25,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, FailureKind, Kind, Resources, Task
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.driver import drive
+from orchestrator.run.placement import Node
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.conftest import SpecMaker
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks

@@ -29,7 +29,7 @@ from orchestrator.events import Planned, encode_line
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
 from orchestrator.report import LiveView
-from orchestrator.run import admission, preflight
+from orchestrator.run import cluster, preflight
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.support.meta import write_bin, write_meta
@@ -220,9 +220,9 @@ def test_memory_that_the_machine_or_the_pool_lacks_is_an_error_with_what_helps(
     made = preparation.plan(build_spec(source, topology={"tp": 2}))
     place = ClusterSpec(store=(tmp_path / "store").as_uri())
     store = open_store(place.store)
-    monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr(cluster, "machine_memory_bytes", lambda: 10**12)
     preflight.check_steps(made, made.steps, place, store)
-    monkeypatch.setattr(admission, "machine_memory_bytes", lambda: 3 * 10**8)
+    monkeypatch.setattr(cluster, "machine_memory_bytes", lambda: 3 * 10**8)
     with pytest.raises(ClusterError, match=r"miniature needs about 700,000,000 bytes of memory, this machine has 300,000,000\n"):
         preflight.check_steps(made, made.steps, place, store)
     committed = {step.digest: None for step in made.steps if step.kind is not Kind.BUILD}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.placement import Node
 from orchestrator.planning.steps import Resources
+from orchestrator.run.placement import Node
 
 GB = 10**9
 

@@ -1,4 +1,4 @@
-"""Which step begins where: decisions without Ray."""
+"""Which step begins where: decisions without a cluster."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import Node, Placement
+from orchestrator.base.errors import ClusterError
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Task
+from orchestrator.run.placement import Node, Placement, check_pools, selects
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.support.placing import GB, node
 from tests.support.plans import task
@@ -30,6 +31,10 @@ def placement(nodes: list[Node], tasks: list[Task], place: ClusterSpec | None = 
 
 def begun(made: Placement, now: float = 0.0) -> list[tuple[str, str]]:
     return [(placed.task.step.name, placed.node.name) for placed in made.begin(now)]
+
+
+def gpus(made: Placement) -> list[tuple[str, tuple[int, ...]]]:
+    return [(placed.task.step.name, placed.gpus) for placed in made.begin(0.0)]
 
 
 def lost(cause: Cause) -> Failure:
@@ -68,6 +73,57 @@ def test_begin_memory_is_reserved_and_more_than_a_node_has_means_the_whole_node(
     assert begun(made) == [("huge", "a")]
     made.end(tasks[0].step.digest, 1.0)
     assert begun(made) == [("next", "a")]
+
+
+def test_begin_a_pool_that_promises_more_memory_than_a_node_has_still_runs_its_steps_alone() -> None:
+    tasks = [task("huge", memory_bytes=50 * GB), task("next", memory_bytes=GB)]
+    made = placement([node("a")], tasks, spec(default=PoolSpec(memory=99 * GB)))
+    assert begun(made) == [("huge", "a")]
+    made.end(tasks[0].step.digest, 1.0)
+    assert begun(made) == [("next", "a")]
+
+
+def test_begin_memory_of_a_pool_is_a_limit_for_its_steps_together() -> None:
+    tasks = [task("first", memory_bytes=4 * GB), task("large", memory_bytes=4 * GB), task("small", memory_bytes=GB)]
+    made = placement([node("a", cpus=3)], tasks, spec(default=PoolSpec(memory=6 * GB)))
+    assert begun(made) == [("first", "a"), ("small", "a")]
+
+
+def test_begin_pools_share_a_node_and_each_keeps_its_own_limit() -> None:
+    pools = {"one": PoolSpec(cpus=1, steps=("convert",)), "two": PoolSpec(cpus=3)}
+    tasks = [task("a"), task("b"), *(task(f"build{number}", Kind.BUILD) for number in range(4))]
+    assert begun(placement([node("n", cpus=8)], tasks, spec(**pools))) == [
+        ("a", "n"), ("build0", "n"), ("build1", "n"), ("build2", "n"),
+    ]  # fmt: skip
+    assert begun(placement([node("n", cpus=2)], tasks, spec(**pools))) == [("a", "n"), ("build0", "n")]
+    large = [task("c", memory_bytes=6 * GB), task("build", Kind.BUILD, memory_bytes=6 * GB)]
+    assert begun(placement([node("n", cpus=8)], large, spec(**pools))) == [("c", "n")]
+
+
+def test_begin_of_equally_loaded_nodes_the_one_with_less_memory_held_comes_first() -> None:
+    tasks = [task("x", memory_bytes=2 * GB), task("y", memory_bytes=GB), task("z")]
+    assert begun(placement([node("a"), node("b")], tasks)) == [("x", "a"), ("y", "b"), ("z", "b")]
+
+
+def test_begin_steps_of_a_node_get_different_gpus_and_give_them_back() -> None:
+    tasks = [task(f"build{number}", Kind.BUILD, gpus=1) for number in range(3)]
+    made = placement([node("a", cpus=8, gpus=2)], [*tasks, task("pair", Kind.CALIBRATE, gpus=2)])
+    assert gpus(made) == [("build0", (0,)), ("build1", (1,))]
+    made.end(tasks[0].step.digest, 1.0)
+    assert gpus(made) == [("build2", (0,))]
+    for each in tasks[1:]:
+        made.end(each.step.digest, 2.0)
+    assert gpus(made) == [("pair", (0, 1))]
+
+
+def test_held_bytes_are_those_of_all_pools_on_the_node() -> None:
+    pools = {"one": PoolSpec(steps=("convert",)), "two": PoolSpec()}
+    tasks = [task("a", memory_bytes=GB), task("b", Kind.BUILD, memory_bytes=3 * GB)]
+    made = placement([node("n")], tasks, spec(**pools))
+    begun(made)
+    assert made.held_bytes(node("n")) == 4 * GB
+    made.end(tasks[0].step.digest, 1.0)
+    assert made.held_bytes(node("n")) == 3 * GB
 
 
 def test_begin_ranks_of_a_stage_hold_their_cores_on_one_node() -> None:
@@ -168,10 +224,11 @@ def test_overdue_work_that_nobody_can_take_ends_with_what_it_asks_for_and_what_t
     made = placement([node("a", labels={"gpu": "L40S"})], [task("x", gpus=1)], spec(default=pool))
     assert begun(made) == []
     assert made.overdue(99.0) == []
-    ((given_up, reason),) = made.overdue(100.0)
-    assert given_up.step.name == "x"
+    (given_up,) = made.overdue(100.0)
+    assert (given_up.digest, given_up.failure.cause) == (task("x", gpus=1).step.digest, Cause.PLACE)
+    assert isinstance(given_up.failure.to_error("x"), ClusterError)
     asked, have = "1 CPU, 1 GPU with labels {'gpu': 'H100'}", "a: labels {'gpu': 'L40S'}"
-    assert reason == f"no node could take it for 100 s: it asks for {asked}; the nodes: {have}"
+    assert given_up.failure.message == f"no node could take it for 100 s: it asks for {asked}; the nodes: {have}"
     assert made.num_waiting == 0
 
 
@@ -181,8 +238,9 @@ def test_overdue_work_that_waits_for_others_to_end_never_is() -> None:
     assert made.overdue(1e6) == []
     made.update([])
     assert made.overdue(1e6 + 99.0) == []
-    ((given_up, reason),) = made.overdue(1e6 + 100.0)
-    assert (given_up.step.name, reason.rpartition("; ")[2]) == ("y", "the nodes: none is alive")
+    (given_up,) = made.overdue(1e6 + 100.0)
+    assert given_up.digest == task("y").step.digest
+    assert given_up.failure.message.endswith("; the nodes: none is alive")
 
 
 def test_put_back_a_step_that_did_not_begin_waits_again_for_another_node() -> None:
@@ -215,3 +273,27 @@ def test_begin_never_promises_more_than_a_node_has(sizes: list[tuple[int, int, i
             break
     possible = [size for size in sizes if size[1] <= max(gpus for _, gpus, _ in nodes)]
     assert ended == len(possible)
+
+
+def test_check_pools_labels_of_no_node_are_refused_with_what_the_nodes_have() -> None:
+    with pytest.raises(ClusterError, match="no node has the labels of pool gpu") as caught:
+        check_pools(spec(gpu=PoolSpec(labels={"gpu": "H100"})), [node("a", labels={"gpu": "L40S"})])
+    assert "a {'gpu': 'L40S'}" in caught.value.advice
+
+
+def test_check_pools_a_node_with_fewer_gpus_than_its_pool_names_is_refused() -> None:
+    pool = PoolSpec(gpus=2, labels={"gpu": "H100"}, fallback=({"gpu": "L40S"},))
+    there = [node("a", gpus=2, labels={"gpu": "H100"}), node("b", gpus=1, labels={"gpu": "L40S"}), node("other")]
+    check_pools(spec(gpu=pool), there[::2])
+    with pytest.raises(ClusterError, match="node b has 1 GPUs, but pool gpu needs 2"):
+        check_pools(spec(gpu=pool), there)
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "expected"),
+    [("H100", "H100", True), ("H100", "L40S", False), ("H100", None, False), ("!H100", "L40S", True), ("!H100", None, True),
+     ("in(H100, L40S)", "L40S", True), ("in(H100,L40S)", "A100", False), ("!in(H100,L40S)", "A100", True),
+     ("!in(H100)", None, True)],
+)  # fmt: skip
+def test_selects_as_rays_label_selectors_do(condition: str, value: str | None, expected: bool) -> None:
+    assert selects({"gpu": condition}, {} if value is None else {"gpu": value}) is expected
