@@ -38,6 +38,14 @@ _PREFIX = "raybed"
 _INSIDE = """
 hostname "$1"; ip link set lo up
 mount -t tmpfs -o size=2g tmpfs /dev/shm
+# `ip netns exec` mounts another /sys, without the control groups that every real node has.
+if [ "$(awk '$1 == "memory" {print $2}' /proc/cgroups)" != 0 ]; then
+  mount -t tmpfs tmpfs /sys/fs/cgroup
+  mkdir /sys/fs/cgroup/memory
+  mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory
+else
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup
+fi
 mount --bind "$2" /tmp/ray
 mount -t tmpfs -o size="$4" tmpfs "$3"
 shift 4; exec "$@"
