@@ -23,7 +23,7 @@ _TORCH_BYTES = 700_000_000
 _VERIFY_BYTES = 200_000_000
 """Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
 _CONVERT_BYTES = 100_000_000
-_PACKING_BYTES = 350_000_000
+_PACKING_BYTES = 420_000_000
 """torch, and blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
 _BUILD_LAYER_BYTES = 25_000_000
