@@ -154,7 +154,7 @@ def test_convert_of_weights_that_are_not_finite_names_them(tmp_path: Path, make_
     spoil(source, victim, value)
     warned = preparation.plan(make_spec(source, topology={"tp": 2}, dtype=dtype))
     (outcome,) = run_steps(warned, (tmp_path / "store").as_uri(), (Kind.CONVERT,)).values()
-    assert outcome.facts.not_finite == [victim]
+    assert outcome.facts.not_finite == (victim,)
     refused = preparation.plan(make_spec(source, topology={"tp": 2}, dtype=dtype, conversion={"not_finite": "error"}))
     with pytest.raises(NotFiniteError, match="down_proj"):
         run_steps(refused, (tmp_path / "other").as_uri(), (Kind.CONVERT,))
@@ -166,7 +166,7 @@ def test_convert_of_large_and_small_finite_weights_warns_of_nothing(tmp_path: Pa
     source = write_tiny("llama", tmp_path / "model")
     spoil(source, "model.layers.0.mlp.up_proj.weight", value)
     (outcome,) = run_steps(preparation.plan(make_spec(source)), (tmp_path / "store").as_uri(), (Kind.CONVERT,)).values()
-    assert outcome.facts.not_finite == []
+    assert outcome.facts.not_finite == ()
 
 
 def test_plan_of_a_norm_that_is_no_float_is_refused(tmp_path: Path, make_spec: SpecMaker) -> None:
