@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import add, le, sub
 from typing import Any
 
@@ -236,7 +237,7 @@ class Placement:
 
     def _free_gpus(self, step: Step, node: Node) -> tuple[int, ...]:
         taken = {gpu for placed in self.running.values() if placed.node.node_id == node.node_id for gpu in placed.gpus}
-        return tuple([gpu for gpu in range(node.capacity.gpus) if gpu not in taken][: step.resources.gpus])
+        return tuple(islice((gpu for gpu in range(node.capacity.gpus) if gpu not in taken), step.resources.gpus))
 
     def _wanted(self, step: Step, share: _Amounts) -> _Amounts:
         """Return the step's resources on a node: at most its pool's whole share, so that no step waits in vain."""

@@ -20,7 +20,7 @@ _STAND_INS: dict[str, tuple[str, ...]] = {"miniature": ("verify", "reference", "
 class PoolSpec(Frozen):
     """Machines of one kind."""
 
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=100_000)
     """Number of nodes, for the simulation. A build uses the nodes that it finds."""
     cpus: int | None = Field(default=None, ge=1)
     """CPU slots per node for the pool's steps; a step takes one or more. Absent: the cores of the machine."""

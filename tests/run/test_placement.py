@@ -297,3 +297,8 @@ def test_check_pools_a_node_with_fewer_gpus_than_its_pool_names_is_refused() -> 
 )  # fmt: skip
 def test_selects_as_rays_label_selectors_do(condition: str, value: str | None, expected: bool) -> None:
     assert selects({"gpu": condition}, {} if value is None else {"gpu": value}) is expected
+
+
+def test_begin_on_a_node_of_absurdly_many_gpus_takes_as_many_as_the_step_needs() -> None:
+    made = placement([node("a", gpus=10**18)], [task("x", gpus=2)])
+    assert gpus(made) == [("x", (0, 1))]

@@ -169,3 +169,8 @@ def test_decode_cluster_with_empty_pools_is_refused() -> None:
 def test_decode_result_survives_json() -> None:
     spec: BaseModel = decode(BuildSpec, {**PLAIN, "topology": {"tp": 2, "pp": 2, "pp_partition": [1, 2]}}, "spec.yaml")
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_cluster_of_absurdly_many_nodes_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"pools\.a\.nodes.*less than or equal to 100000"):
+        decode(ClusterSpec, {"store": "file:///s", "pools": {"a": {"nodes": 10**9}}}, "cluster.yaml")
