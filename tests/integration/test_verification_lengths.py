@@ -110,5 +110,5 @@ def test_publishing_of_an_engine_from_another_network_than_the_verified_is_refus
     for network in ("another", None):
         facts = outcomes[third.digest].facts.model_copy(update={"network": network})
         wrong = outcomes[third.digest].model_copy(update={"facts": facts})
-        with pytest.raises(VerificationError, match="engines of ranks 2 were compiled from are not those"):
+        with pytest.raises(VerificationError, match="engines of ranks 2 were compiled from other networks than were verified"):
             check_networks(made, {**outcomes, third.digest: wrong})
