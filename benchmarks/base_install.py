@@ -1,4 +1,4 @@
-"""What `pip install trt-orchestrator` alone costs and serves: megabytes, seconds, and the commands that run there.
+"""Cost and use of `pip install trt-orchestrator` alone: megabytes, seconds, and the commands that run there.
 
     python -m benchmarks.base_install
 
@@ -95,7 +95,7 @@ def write_files(folder: Path, model: Path) -> None:
 
 
 def problem(case: Case, exit_code: int, output: str) -> str:
-    """What is wrong with the end of a command; empty: nothing."""
+    """Return the problem with the end of a command; empty: none."""
     if exit_code != case.exit_code:
         return f"exit code {exit_code}, expected {case.exit_code}"
     named = not case.extra or f"pip install 'trt-orchestrator[{case.extra}]'" in output

@@ -1,4 +1,4 @@
-"""What a first 70B takes, from headers alone: the plan of a Llama-3-70B-shaped model at tp=8, and its simulation on one 8-GPU node.
+"""Needs of a first 70B, from headers alone: the plan of a Llama-3-70B-shaped model at tp=8, and its simulation on one 8-GPU node.
 
     python -m benchmarks.first_70b [--folder DIR] [--cluster CLUSTER]
 
@@ -53,7 +53,7 @@ def write_spec(folder: Path) -> Path:
 
 
 def totals(plan: orchestrator.Plan) -> Iterator[str]:
-    """What the steps of each kind move and take, and what the store holds in the end."""
+    """Return what the steps of each kind move and take, and what the store holds in the end."""
     yield f"source {format_bytes(plan.inputs.index.num_bytes)}; {len(plan.steps)} steps"
     for kind in Kind:
         steps = list(plan.of_kind(kind))

@@ -23,11 +23,13 @@ _TORCH_BYTES = 700_000_000
 _VERIFY_BYTES = 200_000_000
 """Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
 _CONVERT_BYTES = 100_000_000
+"""Memory of the interpreter and numpy; blocks in flight take at most as much again."""
 _PACKING_BYTES = 420_000_000
-"""torch, and blocks of rows in float32."""
+"""Memory of torch, and of blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
-_BUILD_LAYER_BYTES = 25_000_000
 """Memory of TensorRT and the workspace of its tactics."""
+_BUILD_LAYER_BYTES = 25_000_000
+"""Memory of TensorRT per layer of the network."""
 
 
 def reference_memory(index: CheckpointIndex, dtype: str) -> int:

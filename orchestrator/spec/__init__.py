@@ -1,1 +1,1 @@
-"""What a user writes: the build, the cluster, rates for the simulation; loading and decoding of YAML."""
+"""Specs of users: the build, the cluster, rates for the simulation; loading and decoding of YAML."""

@@ -12,14 +12,11 @@ from pydantic import Field, model_validator
 
 from orchestrator.base.urls import PlaceText
 from orchestrator.model.topology import Topology
-from orchestrator.spec.decoding import Frozen as Frozen
-from orchestrator.spec.decoding import decode as decode
-from orchestrator.spec.decoding import decode_yaml as decode_yaml
+from orchestrator.spec.decoding import Frozen
 from orchestrator.spec.values import NumBytes
 
 DATA_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """Endings of files with calibration texts."""
-Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 class SourceSpec(Frozen):

@@ -53,12 +53,15 @@ class LayerStates:
             whole += 1
         return {layer: found[layer] for layer in range(whole)}
 
-    def keep(self, layer: int, arrays: Arrays) -> None:
-        """Take the state at the end of a layer; it is written when the time since the last block is over."""
-        if self._only_last:
-            self._pending.clear()
-        self._pending[layer] = arrays
-        if self._clock() - self._written_at >= SECONDS:
+    def keep(self, layer: int, arrays: Callable[[], Arrays]) -> None:
+        """Take the state at the end of a layer; it is written when the time since the last block is over.
+
+        With `only_last`, `arrays` is called for a layer that is written only. Raises DamagedOutputError when an input is damaged.
+        """
+        is_due = self._clock() - self._written_at >= SECONDS
+        if is_due or not self._only_last:
+            self._pending[layer] = arrays()
+        if is_due:
             self._write()
 
     def _read(self, key: str) -> dict[int, dict[str, npt.NDArray[Any]]]:
@@ -76,6 +79,7 @@ class LayerStates:
     def _write(self) -> None:
         from safetensors.numpy import save
 
+        self._context.checks.settle()  # a state made from damaged bytes would outlive their repair
         arrays = ((f"{layer}.{name}", array) for layer, named in self._pending.items() for name, array in named.items())
         data = save({name: np.ascontiguousarray(array) for name, array in arrays})
         before = [info.key for info in self._context.store.list(self._prefix)] if self._only_last else []

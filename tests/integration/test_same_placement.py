@@ -24,7 +24,7 @@ from tests.support.tiny import write_tiny_llama
 
 GB = 10**9
 SIZES = (Resources(memory_bytes=2 * GB), Resources(), Resources(cpus=2), Resources(memory_bytes=GB), Resources(memory_bytes=9 * GB))
-"""Of the steps in turn: for two on the large node, for any, for the whole large node, and one that has to run alone there."""
+"""Resources of the steps in turn: two fit on the large node, one anywhere, one fills that node, one must run alone there."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a second submission does about a first, and how long a place may be silent."""
+"""Decision of a second submission about a first; patience with a silent place."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import work
+from orchestrator.base.errors import DamagedOutputError
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Step, Task
 from orchestrator.stores import open_store
@@ -22,13 +23,19 @@ LAYERS = 4
 
 
 class Killed(BaseException):
-    """What SIGKILL is to an attempt: nothing after it runs."""
+    """SIGKILL as an attempt feels it: nothing after it runs."""
 
 
 class FakeContext:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.after_commit: list[Callable[[], None]] = []
+        self.checks = self
+        self.damage: DamagedOutputError | None = None
+
+    def settle(self) -> None:
+        if self.damage is not None:
+            raise self.damage
 
 
 class FakeClock:
@@ -57,7 +64,7 @@ def test_saved_layers_are_those_before_the_last_write(store: Store) -> None:
     first = states(store, clock)
     for layer in range(7):
         clock.now += 4.0  # a block after every third layer
-        first.keep(layer, state(layer))
+        first.keep(layer, lambda layer=layer: state(layer))  # type: ignore[misc]
     found = states(store, clock).saved()
     assert list(found) == list(range(6))
     assert all(np.array_equal(found[layer]["a"], state(layer)["a"]) for layer in found)
@@ -68,7 +75,7 @@ def test_saved_of_a_damaged_block_stops_before_it(store: Store) -> None:
     first = states(store, clock)
     for layer in range(4):
         clock.now += 20.0
-        first.keep(layer, state(layer))
+        first.keep(layer, lambda layer=layer: state(layer))  # type: ignore[misc]
     (key,) = (info.key for info in store.list("resume/digest/") if info.key.startswith("resume/digest/2-"))
     data = bytearray(store.get(key))
     data[-1] ^= 1
@@ -81,9 +88,33 @@ def test_saved_of_the_last_layer_only_removes_earlier_blocks(store: Store) -> No
     first = states(store, clock, only_last=True)
     for layer in range(3):
         clock.now += 20.0
-        first.keep(layer, state(layer))
+        first.keep(layer, lambda layer=layer: state(layer))  # type: ignore[misc]
     assert len(list(store.list("resume/"))) == 1
     assert list(states(store, clock, only_last=True).saved()) == [2]
+
+
+def test_keep_of_a_state_made_from_damaged_bytes_writes_nothing(store: Store) -> None:
+    clock, context = FakeClock(), FakeContext(store)
+    made = LayerStates(context, "digest", clock=clock)  # type: ignore[arg-type]
+    clock.now, context.damage = 20.0, DamagedOutputError("a shard is damaged", key="steps/x")
+    with pytest.raises(DamagedOutputError):
+        made.keep(0, lambda: state(0))
+    assert list(store.list("")) == []
+
+
+def test_keep_of_the_last_layer_only_copies_no_state_before_it_is_due(store: Store) -> None:
+    clock = FakeClock()
+    copied: list[int] = []
+
+    def copy(layer: int) -> dict[str, Any]:
+        copied.append(layer)
+        return state(layer)
+
+    made = states(store, clock, only_last=True)
+    for layer in range(4):
+        clock.now += 6.0
+        made.keep(layer, lambda layer=layer: copy(layer))  # type: ignore[misc]
+    assert copied == [1, 3]
 
 
 @pytest.fixture

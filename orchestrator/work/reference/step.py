@@ -75,7 +75,7 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
 
         def keep(layer: int, rounded: Floats, own: Floats | None) -> None:
             writer.write(rounded.tobytes())
-            states.keep(layer, {"rounded": rounded} if own is None else {"rounded": rounded, "own": own})
+            states.keep(layer, lambda: {"rounded": rounded} if own is None else {"rounded": rounded, "own": own})
 
         logits, own = model.logits(
             sequences,

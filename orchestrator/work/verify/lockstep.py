@@ -79,15 +79,15 @@ class Lockstep:
         self,
         report: Callable[[int, int], None] = lambda done, total: None,
         watch: Callable[[int, list[Array]], None] = lambda layer, hidden_states: None,
-        keep: Callable[[int, dict[str, Array]], None] = lambda layer, state: None,
+        keep: Callable[[int, Callable[[], dict[str, Array]]], None] = lambda layer, state: None,
         last: tuple[int, Mapping[str, Array]] | None = None,
     ) -> list[Array]:
         """Return the hidden states [B, S, hidden] by call, or logits [B, S, vocabulary] on the last stage.
 
         `report` gets the number of finished slices and of all. `watch` gets a layer's number in the model and the hidden states
-        at its end, by call; then `keep` gets that number and the values that later slices read. `last`: such a layer and its
-        values, from an earlier attempt; slices up to its end are skipped. Raises VerificationError when the ranks' hidden states
-        differ.
+        at its end, by call; then `keep` gets that number and a function that copies the values that later slices read. `last`:
+        such a layer and its values, from an earlier attempt; slices up to its end are skipped. Raises VerificationError when the
+        ranks' hidden states differ.
         """
         slices = self._ranks[0].sliced.slices
         first = 0 if last is None else self._restore(*last)
@@ -104,7 +104,7 @@ class Lockstep:
                 watch(self._stage.first_layer + part.layer, ended)
             self._forget(number, layer_ended=part.layer is not None)
             if part.layer is not None:
-                keep(self._stage.first_layer + part.layer, self._state())
+                keep(self._stage.first_layer + part.layer, self._state)
             report(number + 1, len(slices))
         return self._results()
 

@@ -61,7 +61,7 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     results = ranks.run(
         lambda done, total: context.report("verify", done, total, "steps"),
         layers.watch,
-        lambda layer, state: states.keep(layer, layers.put(state)),
+        lambda layer, state: states.keep(layer, lambda: layers.put(state())),
         last,
     )
     errors = {**_earlier_errors(task), **layers.errors}
