@@ -27,9 +27,9 @@ from orchestrator.base.errors import ClusterError, Interrupted
 from orchestrator.events import STEP_EVENT, StepEvent, StepFailed
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Task
-from orchestrator.run.cluster import worker_environment
-from orchestrator.run.placement import Placed, Placement, unplaced
-from orchestrator.run.retry import leaves_drained_node
+from orchestrator.scheduling.cluster import worker_environment
+from orchestrator.scheduling.placement import Placed, Placement, unplaced
+from orchestrator.scheduling.retry import leaves_drained_node
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.probe import probe_here
 from orchestrator.work.process import end_descendants, scratch_root

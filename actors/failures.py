@@ -9,7 +9,7 @@ from ray import exceptions
 
 from actors.postmortem import Evidence
 from orchestrator.planning.steps import Cause, Failure, FailureKind
-from orchestrator.run.placement import Node
+from orchestrator.scheduling.placement import Node
 from orchestrator.work.failures import cause_of
 
 _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (

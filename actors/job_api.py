@@ -34,7 +34,7 @@ from orchestrator.base.errors import (
     UnreachableError,
     error_classes,
 )
-from orchestrator.run.placement import selects
+from orchestrator.scheduling.placement import selects
 from orchestrator.spec.cluster import DriverSpec
 
 _REQUEST_SECONDS = 30.0

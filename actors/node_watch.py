@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from orchestrator.planning.steps import Resources
-from orchestrator.run.placement import Node
+from orchestrator.scheduling.placement import Node
 
 _PERIOD_SECONDS = 0.5
 

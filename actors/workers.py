@@ -10,8 +10,8 @@ import ray
 
 from actors.step_actor import ACTORS, KEPT_BYTES, StepActor
 from orchestrator.planning.steps import Resources
-from orchestrator.run.cluster import worker_environment
-from orchestrator.run.placement import Node, Placed
+from orchestrator.scheduling.cluster import worker_environment
+from orchestrator.scheduling.placement import Node, Placed
 
 _SLACK_BYTES = 2**28
 """Memory by which a worker may fall short of a step's estimate: a new process costs more than the estimate is worth."""

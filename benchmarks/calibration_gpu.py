@@ -190,7 +190,7 @@ def _run_ours(folder: Path, source: Path, algorithm: str, tiny: bool, *, gpu: bo
     from orchestrator.planning import preparation
     from orchestrator.planning.steps import Kind
     from orchestrator.quantizing import calibrate
-    from orchestrator.run import commits
+    from orchestrator.scheduling import commits
     from orchestrator.stores import open_store
 
     spec, place = _asked(folder, source, algorithm, tiny, num_gpus=int(gpu))
@@ -257,7 +257,7 @@ def _parts(
     from orchestrator.planning import preparation
     from orchestrator.planning.steps import Kind
     from orchestrator.quantizing import only, union
-    from orchestrator.run import execute
+    from orchestrator.scheduling import execute
 
     began = time.monotonic()
     asked = [_asked(folder, source, algorithm, tiny, num_gpus=num_gpus, num_stages=2) for algorithm in algorithms]

@@ -31,7 +31,7 @@ from orchestrator.events import StepEvent, silent
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.releases import publish
-from orchestrator.run import checking, execute
+from orchestrator.scheduling import checking, execute
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

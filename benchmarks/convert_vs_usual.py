@@ -27,7 +27,7 @@ from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
-from orchestrator.run import execute
+from orchestrator.scheduling import execute
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

@@ -20,8 +20,8 @@ import ray
 from actors import RayCluster
 from orchestrator.events import silent
 from orchestrator.planning.plan import Plan
-from orchestrator.run import commits
-from orchestrator.run.driver import drive
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.driver import drive
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.support.plans import fake_plan, outcome_of

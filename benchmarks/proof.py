@@ -27,7 +27,7 @@ from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import VerifyFacts
 from orchestrator.planning.steps import Kind, Outcome
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

@@ -17,7 +17,7 @@ from orchestrator import building
 from orchestrator.clusters import simulation
 from orchestrator.events import Event
 from orchestrator.planning import preparation
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from orchestrator.planning.steps import Kind, Outcome
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.loading import load_spec
 from orchestrator.stores import open_store
 from tests.support.ray_nodes import BedOptions, RayNodes, ray_nodes, skip_reason

@@ -19,7 +19,7 @@ from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
-from orchestrator.run import commits, execute
+from orchestrator.scheduling import commits, execute
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

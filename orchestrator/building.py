@@ -11,10 +11,10 @@ from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.releases.manifest import MANIFEST, Manifest, release_prefix
 from orchestrator.report.recording import check_report, fetch_report, recorded
-from orchestrator.run import commits
-from orchestrator.run.driver import Result
-from orchestrator.run.execute import OpenCluster, execute
-from orchestrator.run.preflight import check_build, check_extras
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.driver import Result
+from orchestrator.scheduling.execute import OpenCluster, execute
+from orchestrator.scheduling.preflight import check_build, check_extras
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store

@@ -25,10 +25,10 @@ from orchestrator.planning.quantization import resolve_data
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.resolve import quantizer_named
-from orchestrator.run import commits
-from orchestrator.run.driver import Result
-from orchestrator.run.execute import OpenCluster, execute
-from orchestrator.run.preflight import check_extras, check_steps
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.driver import Result
+from orchestrator.scheduling.execute import OpenCluster, execute
+from orchestrator.scheduling.preflight import check_extras, check_steps
 from orchestrator.spec.build import BuildSpec, QuantizationSpec, ToleranceSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stages import check_kept

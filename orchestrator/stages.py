@@ -23,9 +23,9 @@ from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.preparation import plan_conversion
 from orchestrator.planning.steps import Kind, Outcome
-from orchestrator.run import commits
-from orchestrator.run.execute import execute
-from orchestrator.run.preflight import check_steps
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.execute import execute
+from orchestrator.scheduling.preflight import check_steps
 from orchestrator.spec.build import BuildConfig, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store

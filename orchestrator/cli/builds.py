@@ -35,7 +35,7 @@ from orchestrator.spec.rates import RatesSpec
 if TYPE_CHECKING:
     from orchestrator.building import Build
     from orchestrator.events import Listener
-    from orchestrator.run.cluster import Cluster
+    from orchestrator.scheduling.cluster import Cluster
 
 app = typer.Typer()
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Work with checkpoints.")

@@ -137,7 +137,7 @@ def rates(spec: SpecFile, cluster: ClusterFile = None, store: StoreUrl = None) -
 
         from orchestrator.clusters import simulation
         from orchestrator.planning import preparation
-        from orchestrator.run import commits
+        from orchestrator.scheduling import commits
         from orchestrator.spec.loading import load_spec
         from orchestrator.stores import open_store
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.run.cluster import Cluster
+from orchestrator.scheduling.cluster import Cluster
 from orchestrator.spec.cluster import ClusterSpec
 
 

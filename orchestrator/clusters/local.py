@@ -10,8 +10,8 @@ import time
 from orchestrator.clusters.processes import StepProcesses
 from orchestrator.events import StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.steps import Resources, Task
-from orchestrator.run.cluster import machine_cpus, machine_memory_bytes
-from orchestrator.run.placement import Node, Placement
+from orchestrator.scheduling.cluster import machine_cpus, machine_memory_bytes
+from orchestrator.scheduling.placement import Node, Placement
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.process import scratch_root
 from orchestrator.work.scratch import remove_dead

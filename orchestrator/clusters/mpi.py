@@ -25,8 +25,8 @@ from orchestrator.clusters.processes import StepProcesses
 from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepSucceeded
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.steps import Resources, Task
-from orchestrator.run.cluster import machine_cpus, machine_memory_bytes
-from orchestrator.run.placement import Node, Placement, check_pools
+from orchestrator.scheduling.cluster import machine_cpus, machine_memory_bytes
+from orchestrator.scheduling.placement import Node, Placement, check_pools
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.work.launcher import check_launcher
 from orchestrator.work.probe import probe_here

@@ -17,7 +17,7 @@ from typing import IO
 
 from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.steps import Task
-from orchestrator.run.cluster import worker_environment
+from orchestrator.scheduling.cluster import worker_environment
 from orchestrator.work.lost import crash, oom_kills
 from orchestrator.work.process import belong_to_parent, without_launcher
 

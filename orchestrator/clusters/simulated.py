@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from orchestrator.clusters.links import Links
 from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Failure, Kind, Outcome, Resources, Step, Task
-from orchestrator.run.cluster import machine_cpus, machine_memory_bytes
-from orchestrator.run.placement import Node, Placed, Placement
+from orchestrator.scheduling.cluster import machine_cpus, machine_memory_bytes
+from orchestrator.scheduling.placement import Node, Placed, Placement
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.rates import RatesSpec
 

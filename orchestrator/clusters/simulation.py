@@ -13,7 +13,7 @@ from orchestrator.clusters.simulated import STORE_READ, STORE_WRITE, SimulatedCl
 from orchestrator.events import Event, StepRetried
 from orchestrator.planning.plan import Plan, unplaceable
 from orchestrator.planning.steps import Failure, FailureKind, Kind, Outcome, Step
-from orchestrator.run.driver import Result, drive
+from orchestrator.scheduling.driver import Result, drive
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.rates import STEP_RATES, RatesSpec, StepRate, fit
 

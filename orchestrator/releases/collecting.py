@@ -27,7 +27,7 @@ from orchestrator.base.errors import DigestError, SchemaVersionError, SpecError
 from orchestrator.planning.steps import Outcome
 from orchestrator.releases.listing import RELEASES
 from orchestrator.releases.manifest import MANIFEST, Manifest, parse_manifest, signature_key
-from orchestrator.run.commits import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
+from orchestrator.scheduling.commits import ASIDE, EVENTS, LIVE, OUTCOMES, STEPS, LiveBuild, outcome_key
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store, Upload, check_present

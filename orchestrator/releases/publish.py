@@ -49,7 +49,7 @@ from orchestrator.releases.manifest import (
     signature_key,
 )
 from orchestrator.releases.proof import check_miniature, check_networks
-from orchestrator.run.consumption import outdated
+from orchestrator.scheduling.consumption import outdated
 from orchestrator.stores import open_source
 from orchestrator.stores.confined import read_companion
 from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store

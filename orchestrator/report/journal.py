@@ -20,7 +20,7 @@ from typing import Self
 
 from orchestrator.base.errors import OrchestratorError, StepFailedError, interruption
 from orchestrator.events import Errored, Event, Heartbeat, Published, StepProgressed, encode_line
-from orchestrator.run.commits import EVENTS
+from orchestrator.scheduling.commits import EVENTS
 from orchestrator.stores.store import Store
 
 HEARTBEAT_SECONDS = 30.0

@@ -17,7 +17,7 @@ from orchestrator.releases.manifest import Manifest
 from orchestrator.report.html import REPORT, Told, render
 from orchestrator.report.journal import Journal
 from orchestrator.report.story import Story
-from orchestrator.run.driver import Result
+from orchestrator.scheduling.driver import Result
 from orchestrator.stores.store import ObjectMissingError, Store
 
 

@@ -11,7 +11,7 @@ from orchestrator.events import Errored, Event, Planned, Published
 from orchestrator.events.log import LogReader, conclude
 from orchestrator.releases.manifest import MANIFEST, address_parts, parse_manifest, release_prefix
 from orchestrator.report.journal import HEARTBEAT_SECONDS, segment_key
-from orchestrator.run.commits import EVENTS
+from orchestrator.scheduling.commits import EVENTS
 from orchestrator.stores.store import ObjectMissingError, Store
 
 PATIENCE_SECONDS = 6 * HEARTBEAT_SECONDS

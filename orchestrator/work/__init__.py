@@ -19,8 +19,8 @@ from orchestrator.base.errors import DamagedOutputError
 from orchestrator.events import StepProgressed
 from orchestrator.planning.facts import Facts
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.run import commits
-from orchestrator.run.checking import InputChecks
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.checking import InputChecks
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 from orchestrator.work.context import Context, Unit

@@ -14,7 +14,7 @@ from typing import Literal
 from orchestrator.base.digest import ChunkHasher
 from orchestrator.base.errors import DamagedOutputError, DigestError
 from orchestrator.planning.steps import Consumed, Output
-from orchestrator.run.checking import InputChecks
+from orchestrator.scheduling.checking import InputChecks
 from orchestrator.stores.file import FileStore
 from orchestrator.stores.store import ObjectMissingError, Store, Writer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.base.errors import ToolError
 from orchestrator.events import STEP_EVENT, StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Failure, FailureKind, Task
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from orchestrator.work.process import die_with_parent, scratch_root
 from orchestrator.work.scratch import scratch_folder

@@ -13,7 +13,7 @@ from actors.failures import failure_of, with_evidence
 from actors.postmortem import Evidence, WorkerFacts, facts_here
 from orchestrator.base.errors import DtypeError
 from orchestrator.planning.steps import Cause, FailureKind, Resources
-from orchestrator.run.placement import Node
+from orchestrator.scheduling.placement import Node
 from orchestrator.work.lost import memory_group
 
 NODE = Node("id", "host/id", Resources())

@@ -7,7 +7,7 @@ import pytest
 from actors.step_actor import ConvertActor, EngineActor, StepActor
 from actors.workers import Worker
 from orchestrator.planning.steps import Kind, Resources
-from orchestrator.run.placement import Node, Placed
+from orchestrator.scheduling.placement import Node, Placed
 from tests.support.placing import GB, node
 from tests.support.plans import task
 

@@ -12,7 +12,7 @@ from orchestrator.clusters.processes import StepProcesses, devices
 from orchestrator.clusters.simulated import SimulatedCluster
 from orchestrator.events import StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import FailureKind, Kind
-from orchestrator.run.cluster import Cluster
+from orchestrator.scheduling.cluster import Cluster
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks, collect
 from tests.support.plans import LOST, WRONG, task

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from orchestrator.events import StepEvent, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning.steps import FailureKind, Resources, Task
-from orchestrator.run.cluster import Cluster
+from orchestrator.scheduling.cluster import Cluster
 
 PATIENCE_SECONDS = 120.0
 """Real seconds after which a cluster that reports nothing has failed the test."""

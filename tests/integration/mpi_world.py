@@ -14,8 +14,8 @@ from orchestrator.clusters.mpi import MpiCluster
 from orchestrator.events import Event, StepFailed, StepStarted
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, FailureKind, Resources, Task
-from orchestrator.run.cluster import Cluster
-from orchestrator.run.driver import drive
+from orchestrator.scheduling.cluster import Cluster
+from orchestrator.scheduling.driver import drive
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.contracts.cluster_contract import ClusterContract
 from tests.integration.test_real_clusters import conversion, tasks

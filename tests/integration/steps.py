@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator import work
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 
 
 def run_steps(plan: Plan, store: str, kinds: Collection[Kind] = tuple(Kind)) -> dict[str, Outcome]:

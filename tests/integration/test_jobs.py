@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.events import Errored, Planned, Published, StepEvent, StepsFinished, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Kind
 from orchestrator.releases import read_release
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec
 from orchestrator.stores import open_store

@@ -18,7 +18,7 @@ from orchestrator.base.errors import StoreError
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store

@@ -23,9 +23,9 @@ from orchestrator.events import Event, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, FailureKind, Kind, Resources, Task
-from orchestrator.run.cluster import Cluster
-from orchestrator.run.driver import drive
-from orchestrator.run.placement import Node
+from orchestrator.scheduling.cluster import Cluster
+from orchestrator.scheduling.driver import drive
+from orchestrator.scheduling.placement import Node
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.conftest import SpecMaker
 from tests.contracts.cluster_contract import ClusterContract, ContractTasks

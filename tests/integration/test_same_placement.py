@@ -16,8 +16,8 @@ from orchestrator.events import Event, StepStarted
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Kind, Resources, Step
-from orchestrator.run.driver import drive
-from orchestrator.run.placement import Node, Placed, Placement
+from orchestrator.scheduling.driver import drive
+from orchestrator.scheduling.placement import Node, Placed, Placement
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.conftest import SpecMaker
 from tests.support.tiny import write_tiny_llama

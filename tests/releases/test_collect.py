@@ -24,7 +24,7 @@ from orchestrator.base.errors import SpecError, StoreError
 from orchestrator.planning.steps import Kind, Outcome, Output
 from orchestrator.releases import collect, collecting, list_releases, open_release, tag, verify
 from orchestrator.releases.manifest import MANIFEST
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.cluster import ClusterSpec, StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.stores.folders import find_files

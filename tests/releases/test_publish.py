@@ -13,7 +13,7 @@ from orchestrator.planning.steps import Kind
 from orchestrator.releases.describe import describe
 from orchestrator.releases.manifest import MANIFEST
 from orchestrator.releases.publish import place_engines, publish
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from tests.support.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
 

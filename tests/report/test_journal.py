@@ -23,7 +23,7 @@ from orchestrator.cli import app
 from orchestrator.events import Errored, Event, Heartbeat, Planned, Published, StepProgressed, StepsFinished, StepStarted
 from orchestrator.planning import preparation
 from orchestrator.report.journal import HEARTBEAT_SECONDS, Journal, segment_key
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store

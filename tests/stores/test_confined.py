@@ -13,7 +13,7 @@ from orchestrator.checkpoints import companions, read_source
 from orchestrator.cli import app
 from orchestrator.planning import preparation
 from orchestrator.releases.publish import place_engines, publish
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from orchestrator.stores.source import LocalFolder
 from tests.support.releases import pretend_to_run, release_spec, tiny_source

@@ -19,8 +19,8 @@ from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Task
-from orchestrator.run import execute
-from orchestrator.run.cluster import worker_environment
+from orchestrator.scheduling import execute
+from orchestrator.scheduling.cluster import worker_environment
 from orchestrator.spec.cluster import ClusterSpec, StoreOptions
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import obstore, open_store, s3

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.run.commits import OUTCOMES, outcome_key
+from orchestrator.scheduling.commits import OUTCOMES, outcome_key
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from tests.support.ray_nodes import RayNodes

@@ -14,7 +14,7 @@ from orchestrator.events import StepEvent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.stores import open_store
 from orchestrator.work.streaming import stream

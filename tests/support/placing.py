@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.planning.steps import Resources
-from orchestrator.run.placement import Node
+from orchestrator.scheduling.placement import Node
 
 GB = 10**9
 

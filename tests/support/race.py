@@ -77,7 +77,7 @@ def check_store(store: str, public_key: Path, rounds: int) -> str:
     """After the races: every release verifies, what is committed is whole, and collecting finds losers' objects only."""
     from orchestrator.planning.steps import Outcome
     from orchestrator.releases import collect, list_releases, verify
-    from orchestrator.run import commits
+    from orchestrator.scheduling import commits
     from orchestrator.stores import open_store
 
     opened = open_store(store)

@@ -18,7 +18,7 @@ from orchestrator.planning.steps import Consumed, Kind, Outcome, Output, Step
 from orchestrator.releases import signing
 from orchestrator.releases.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
 from orchestrator.releases.publish import signed_digests
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

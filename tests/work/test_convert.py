@@ -44,7 +44,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from orchestrator.stores.source import LocalFolder
 from orchestrator.stores.store import Store

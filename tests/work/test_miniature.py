@@ -21,7 +21,7 @@ from orchestrator.planning import preparation
 from orchestrator.planning.facts import Miniature
 from orchestrator.planning.options import MiniatureOptions
 from orchestrator.planning.steps import Kind, Task
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode

@@ -17,7 +17,7 @@ from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Task
-from orchestrator.run.driver import Result, drive
+from orchestrator.scheduling.driver import Result, drive
 from orchestrator.spec.cluster import ClusterSpec, ProfileSpec
 from orchestrator.stores import open_store
 from orchestrator.work.logs import StepLog

@@ -17,8 +17,8 @@ from orchestrator.base.errors import DamagedOutputError
 from orchestrator.events import StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Step
-from orchestrator.run.consumption import outdated
-from orchestrator.run.retry import Retry, decide
+from orchestrator.scheduling.consumption import outdated
+from orchestrator.scheduling.retry import Retry, decide
 from orchestrator.spec.cluster import RetrySpec
 
 MAX_REPEATS = 2

@@ -12,12 +12,12 @@ from orchestrator.base.errors import DamagedOutputError
 from orchestrator.events import Listener, NodesProbed, StepFailed, StepsFinished
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Outcome
-from orchestrator.run import commits
-from orchestrator.run.checking import forget
-from orchestrator.run.cluster import Cluster, Probing
-from orchestrator.run.driver import Result, drive, retried
-from orchestrator.run.node_checks import check_nodes, read_locations
-from orchestrator.run.schedule import MAX_REPEATS, Start, taken_back
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.checking import forget
+from orchestrator.scheduling.cluster import Cluster, Probing
+from orchestrator.scheduling.driver import Result, drive, retried
+from orchestrator.scheduling.node_checks import check_nodes, read_locations
+from orchestrator.scheduling.schedule import MAX_REPEATS, Start, taken_back
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.stores import open_store
 

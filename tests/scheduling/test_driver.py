@@ -10,7 +10,7 @@ from orchestrator.clusters.simulated import SimulatedCluster
 from orchestrator.events import Event, StepEvent, StepRetried
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, FailureKind, Outcome, Task
-from orchestrator.run.driver import Result, drive
+from orchestrator.scheduling.driver import Result, drive
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec, RetrySpec
 from tests.support.plans import LOST, WRONG, fake_plan, named, outcome_of
 

@@ -11,8 +11,8 @@ from orchestrator.base.errors import StepFailedError
 from orchestrator.events import Listener, StepEvent, StepFailed, StepRetried, StepStarted, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Outcome, Task
-from orchestrator.run.cluster import Cluster
-from orchestrator.run.schedule import Schedule, Start, TakenBack
+from orchestrator.scheduling.cluster import Cluster
+from orchestrator.scheduling.schedule import Schedule, Start, TakenBack
 from orchestrator.spec.cluster import ClusterSpec
 
 

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DamagedOutputError
 from orchestrator.planning.steps import Output
-from orchestrator.run.checking import InputChecks, forget
+from orchestrator.scheduling.checking import InputChecks, forget
 
 DATA = bytes(range(256)) * 20_000
 

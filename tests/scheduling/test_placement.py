@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.base.errors import ClusterError
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Task
-from orchestrator.run.placement import Node, Placement, check_pools, selects
+from orchestrator.scheduling.placement import Node, Placement, check_pools, selects
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from tests.support.placing import GB, node
 from tests.support.plans import task

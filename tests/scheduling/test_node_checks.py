@@ -11,7 +11,7 @@ from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMiss
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
-from orchestrator.run.node_checks import check_nodes, read_locations
+from orchestrator.scheduling.node_checks import check_nodes, read_locations
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 H100 = PoolSpec(labels={"ray.io/accelerator-type": "H100"})

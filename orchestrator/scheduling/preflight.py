@@ -53,7 +53,7 @@ def check_steps(plan: Plan, pending: Sequence[Step], cluster_spec: ClusterSpec, 
         needed = sum(step.estimate.write_bytes for step in pending)
         _check_room(folder, needed, store.url, "the steps write", "Free space, or choose another place to write to.")
     if cluster_spec.kind == "local":
-        from orchestrator.run.cluster import machine_memory_bytes
+        from orchestrator.scheduling.cluster import machine_memory_bytes
 
         for kind in Kind:
             steps = [step for step in pending if step.kind is kind]

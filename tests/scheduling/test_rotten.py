@@ -24,8 +24,8 @@ from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.steps import Kind, Outcome, Output, Task
 from orchestrator.releases import collect, verify
 from orchestrator.releases.publish import place_engines
-from orchestrator.run import commits
-from orchestrator.run.schedule import MAX_REPEATS
+from orchestrator.scheduling import commits
+from orchestrator.scheduling.schedule import MAX_REPEATS
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, StoreOptions
 from orchestrator.stores import open_store

@@ -29,7 +29,7 @@ from orchestrator.events import Planned, encode_line
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
 from orchestrator.report import LiveView
-from orchestrator.run import cluster, preflight
+from orchestrator.scheduling import cluster, preflight
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores import open_store
 from tests.support.meta import write_bin, write_meta

@@ -13,8 +13,8 @@ from orchestrator.base.urls import is_url
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Step
-from orchestrator.run.placement import is_of
-from orchestrator.run.preflight import check_memory
+from orchestrator.scheduling.placement import is_of
+from orchestrator.scheduling.preflight import check_memory
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from orchestrator.base.errors import SourceCorruptError, StoreError
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
-from orchestrator.run.consumption import outdated
-from orchestrator.run.schedule import TakenBack
+from orchestrator.scheduling.consumption import outdated
+from orchestrator.scheduling.schedule import TakenBack
 from orchestrator.stores.store import ObjectExistsError, ObjectMissingError, Store
 
 OUTCOMES, STEPS, LIVE, EVENTS, ASIDE = "outcomes/", "steps/", "live/", "events/", "aside/"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.planning.steps import Kind, Outcome, Output
-from orchestrator.run import commits
+from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.planning.steps import Failure, FailureKind
-from orchestrator.run.retry import GiveUp, Retry, decide, leaves_drained_node
+from orchestrator.scheduling.retry import GiveUp, Retry, decide, leaves_drained_node
 from orchestrator.spec.cluster import RetrySpec
 from tests.support.plans import LOST, WRONG
 

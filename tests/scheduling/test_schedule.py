@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.events import StepFailed, StepProgressed, StepStarted, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Consumed, Failure, FailureKind, Kind, Outcome, Output, Step
-from orchestrator.run.schedule import MAX_REPEATS, Schedule, Start
+from orchestrator.scheduling.schedule import MAX_REPEATS, Schedule, Start
 from orchestrator.spec.cluster import RetrySpec
 from tests.support.plans import LOST, WRONG, fake_plan, named, outcome_of
 
