@@ -41,11 +41,14 @@ def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
     return StageNetwork(stage=stage, max_seq_len=engine.max_seq_len, gather_logits=engine.gather_logits)
 
 
-def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, Profile]:
-    """Return the profiles of prefill and decode: batch 1..max_batch_size, tokens 1..max_input_len or exactly 1."""
+def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, ...]:
+    """Return the profiles of prefill and decode: batch 1..max_batch_size, tokens 1..max_input_len or exactly 1.
+
+    An engine for Triton has the first only, which admits one token too.
+    """
     assert engine.opt_input_len is not None  # set by `resolved`
-    prefill = (1, engine.opt_input_len, engine.max_input_len)
-    return _profile(PREFILL, prefill, network, engine), _profile(DECODE, (1, 1, 1), network, engine)
+    prefill = _profile(PREFILL, (1, engine.opt_input_len, engine.max_input_len), network, engine)
+    return (prefill,) if engine.for_triton else (prefill, _profile(DECODE, (1, 1, 1), network, engine))
 
 
 def _profile(name: str, tokens: tuple[int, int, int], network: StageNetwork, engine: BuildConfig) -> Profile:

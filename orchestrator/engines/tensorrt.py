@@ -237,7 +237,7 @@ def _stream(trt: Any, guard: Guard, write: Callable[[memoryview], object]) -> An
 def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) -> EngineRecord:
     inputs = [network.get_input(number) for number in range(network.num_inputs)]
     outputs = [network.get_output(number) for number in range(network.num_outputs)]
-    past = {tensor.name for tensor in inputs}
+    aliases = _aliases(trt, network)
     tensors = [
         TensorRange(
             name=tensor.name,
@@ -252,13 +252,16 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
         )
         for tensor in inputs
     ]
-    for tensor in outputs:
-        source = tensor.name.replace("present_", "past_", 1)
-        in_place = tensor.name.startswith("present_") and source in past and tensor.dtype in _updated_in_place(trt)
-        aliases = source if in_place else None
-        tensors.append(
-            TensorRange(name=tensor.name, dtype=tensor.dtype.name.lower(), mode="output", shape=_shape(tensor), aliases=aliases)
+    tensors += [
+        TensorRange(
+            name=tensor.name,
+            dtype=tensor.dtype.name.lower(),
+            mode="output",
+            shape=_shape(tensor),
+            aliases=aliases.get(tensor.name),
         )
+        for tensor in outputs
+    ]
     gpu = next(iter(visible_gpus()), None) if request.config.backend == "tensorrt" else None
     return EngineRecord(
         backend=request.config.backend,
@@ -273,9 +276,11 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
     )
 
 
-def _updated_in_place(trt: Any) -> set[Any]:
-    """Return the dtypes that TensorRT's KV cache update accepts. Caches of other dtypes are read and written as a whole."""
-    return {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
+def _aliases(trt: Any, network: Any) -> dict[str, str]:
+    """Return the output of each KV cache update, with the input whose memory it must share."""
+    layers = (network.get_layer(number) for number in range(network.num_layers))
+    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
+    return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
 
 
 def _shape(tensor: Any) -> tuple[int | str, ...]:

@@ -1,7 +1,8 @@
 """The KV cache: names of its inputs and outputs, and its update by a call.
 
 A cache in the model's dtype is updated in place (TensorScatter). TensorRT refuses that operator for INT8 and FP8, so a quantized
-cache is read, merged with the new tokens slot by slot, and written as a whole. Then input and output do not share memory.
+cache is read, merged with the new tokens slot by slot, and written as a whole. Then input and output do not share memory. So is a
+cache for a server that cannot bind both to one address.
 """
 
 from __future__ import annotations
@@ -27,22 +28,29 @@ def present_name(layer: int, what: str) -> str:
 
 def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, update: str) -> str:
     """Add all keys or values after the call, [B, heads, slots, size] in the graph's dtype. `update`: [B, heads, tokens, size]."""
-    if shape.kv_cache is None:
+    if shape.kv_cache is None and shape.in_place:
         return graph.node(
             "TensorScatter", [past_name(layer, what), update, "write_indices"], present_name(layer, what),
             axis=-2, mode="linear",
         )  # fmt: skip
     prefix = f"transformer.layers.{layer}.attention.{what[0]}_cache"
+    if shape.kv_cache is None:
+        return _merged(graph, prefix, past_name(layer, what), update, present_name(layer, what))
     scale = graph.external(f"{prefix}_scaling_factor", "float32", [])
     dtype = graph.onnx_dtype(shape.dtype)
     past = graph.node("DequantizeLinear", [past_name(layer, what), scale], f"{prefix}.past", output_dtype=dtype)
-    tokens_first = graph.node("Transpose", [update], f"{prefix}.tokens_first", perm=[0, 2, 1, 3])
-    placed = graph.node("GatherND", [tokens_first, _token_of_slot(graph)], f"{prefix}.placed", batch_dims=1)
-    new = graph.node("Transpose", [placed], f"{prefix}.new", perm=[0, 2, 1, 3])
-    merged = graph.node("Where", ["slots.written", new, past], f"{prefix}.merged")
+    merged = _merged(graph, prefix, past, update, f"{prefix}.merged")
     to = onnx.TensorProto.INT8 if shape.kv_cache == "INT8" else onnx.TensorProto.FLOAT8E4M3FN
     present = graph.node("QuantizeLinear", [merged, scale], present_name(layer, what), output_dtype=to)
     return graph.node("DequantizeLinear", [present, scale], f"{prefix}.present", output_dtype=dtype)
+
+
+def _merged(graph: GraphWriter, prefix: str, past: str, update: str, output: str) -> str:
+    """Add `output`: the cache `past` with the new tokens in their slots."""
+    tokens_first = graph.node("Transpose", [update], f"{prefix}.tokens_first", perm=[0, 2, 1, 3])
+    placed = graph.node("GatherND", [tokens_first, _token_of_slot(graph)], f"{prefix}.placed", batch_dims=1)
+    new = graph.node("Transpose", [placed], f"{prefix}.new", perm=[0, 2, 1, 3])
+    return graph.node("Where", ["slots.written", new, past], output)
 
 
 def _token_of_slot(graph: GraphWriter) -> str:

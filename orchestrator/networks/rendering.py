@@ -18,10 +18,13 @@ class Rendering:
     portable: bool
     """Whether NVFP4 and MXFP8 activations use standard operators instead of TensorRT's own."""
 
+    in_place: bool = True
+    """Whether a KV cache in the graph's dtype is updated in place; False: read and written as a whole, as a quantized one is."""
+
     @staticmethod
-    def compiled(network: StageNetwork) -> Rendering:
+    def compiled(network: StageNetwork, in_place: bool = True) -> Rendering:
         """Return the rendering that becomes an engine."""
-        return Rendering(network.stage.config.dtype, network.max_seq_len, portable=False)
+        return Rendering(network.stage.config.dtype, network.max_seq_len, portable=False, in_place=in_place)
 
     @staticmethod
     def executed() -> Rendering:

@@ -19,6 +19,8 @@ class RankShape:
     tp_rank: int = 0
     portable: bool = False
     """Whether to use standard operators only."""
+    in_place: bool = True
+    """Whether a KV cache in the graph's dtype is updated in place."""
 
     @property
     def config(self) -> ModelConfig:

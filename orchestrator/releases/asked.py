@@ -24,6 +24,7 @@ class AskedEngine(BaseModel):
     max_seq_len: int | None = None
     max_logits_per_sequence: int = 1
     weight_streaming: bool = False
+    gather_logits: bool = True
 
 
 def asked_engine(manifest: Manifest) -> AskedEngine:

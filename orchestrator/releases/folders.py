@@ -164,6 +164,18 @@ class OutputFolder:
             finally:
                 temporary.unlink()
 
+    def link(self, path: str, name: str) -> None:
+        """Make `path` a symbolic link to `name`, a file in the same folder. Replaces what is there. Raises StoreError."""
+        assert "/" not in name
+        target = self.spot(path)
+        temporary = target.beside(f".{uuid.uuid4().hex}.part")
+        with writing(target.path):
+            try:
+                os.symlink(name, temporary.name, dir_fd=temporary.folder)
+                temporary.move_to(target)
+            finally:
+                temporary.unlink()
+
     def sync(self) -> None:
         """Make all new names in the folder survive a crash. Raises StoreError."""
         with writing(self.path):

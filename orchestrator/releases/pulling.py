@@ -104,23 +104,27 @@ def _bring(release: Release, files: list[FileRecord], arrangement: Arrangement, 
         output.sync()  # the names of files are written once the files are safely on disk
         for path, data in arrangement.written.items():
             output.write_whole(_staged(path, staged), data)
+        for path, name in arrangement.links.items():
+            output.link(_staged(path, staged), name)
         output.sync()
         for final, temporary in staged.items():
             output.rename_folder(temporary, final)
         output.sync()
+    for note in arrangement.notes:
+        listener.on_note(note)
     return [folder / arrangement.paths[file.path] for file in wanted]
 
 
 def _check_targets(arrangement: Arrangement) -> None:
     """Check that the layout writes inside the folder and each file once, whatever the manifest says. Raises DigestError."""
-    targets = list({*arrangement.paths.values(), *arrangement.written})
+    targets = list({*arrangement.paths.values(), *arrangement.written, *arrangement.links})
     try:
         for path in targets:
             check_path(path)
         check_disjoint(targets)
     except ValueError as error:
         raise DigestError(f"the release cannot be laid out: {error}") from None
-    overwritten = set(arrangement.paths.values()) & arrangement.written.keys()
+    overwritten = set(arrangement.paths.values()) & (arrangement.written.keys() | arrangement.links.keys())
     if overwritten:
         raise DigestError(f"the release cannot be laid out: {min(overwritten)} is also a file of the layout")
 

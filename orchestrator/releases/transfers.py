@@ -22,6 +22,10 @@ class Listener(Protocol):
         """Note that a file is done."""
         ...
 
+    def on_note(self, text: str) -> None:
+        """Note what the layout of a pull cannot do."""
+        ...
+
 
 class Silent:
     """A listener that ignores everything."""
@@ -33,4 +37,7 @@ class Silent:
         pass
 
     def on_file(self, file: FileRecord) -> None:
+        pass
+
+    def on_note(self, text: str) -> None:
         pass

@@ -82,6 +82,10 @@ class TransferView:
             if self._names:
                 self._print(f"  {file.sha256[:_DIGITS]}  {escape(file.path)}")
 
+    def on_note(self, text: str) -> None:
+        with self._lock:
+            self._print(escape(text))
+
     def note(self) -> str:
         """Return bytes, rate and time left as text."""
         began, before = self._seen[0]

@@ -34,7 +34,7 @@ class EngineContract:
         return BuildConfig.model_validate({"backend": self.name, "max_batch_size": 2, "max_input_len": 8, "max_seq_len": 32})
 
     def request_for(
-        self, topology: Topology, pp_rank: int = 0, dtype: str = "bfloat16", heads: int = 6, kv_heads: int = 2
+        self, topology: Topology, pp_rank: int = 0, dtype: str = "bfloat16", heads: int = 6, kv_heads: int = 2, **options: bool
     ) -> EngineRequest:
         model = ModelConfig.model_validate(
             {
@@ -46,11 +46,10 @@ class EngineContract:
         )  # fmt: skip
         stage = StageOptions.of(model, topology, pp_rank)
         wanted = StageNetwork(stage=stage, max_seq_len=32)
-        network = decoder_network(wanted, 0, Rendering.compiled(wanted))
+        config = self.config().model_copy(update=options)
+        network = decoder_network(wanted, 0, Rendering.compiled(wanted, not config.for_triton))
         weights = bind(network, seeded_weights(network, dtype), dtype)
-        return EngineRequest(
-            network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, self.config())), self.config()
-        )
+        return EngineRequest(network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, config)), config)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_engine_of_every_dtype_is_built_and_described(self, dtype: str) -> None:
@@ -83,6 +82,16 @@ class EngineContract:
         assert ("input_ids" in names) == (pp_rank == 0)
         assert ("hidden_states" in names) == (pp_rank == 1)
         assert ("logits" in names) == (pp_rank == 1)
+
+    @pytest.mark.parametrize("for_triton", [False, True])
+    def test_engine_for_triton_has_one_profile_and_caches_of_their_own(self, for_triton: bool) -> None:
+        request = self.request_for(Topology(1, 1), for_triton=for_triton)  # the spec asks for backend tensorrt too
+        record = backend(self.name).build_engine(request, lambda data: None, lambda *_: None, lambda line: None)
+        assert record.profiles == (("prefill",) if for_triton else ("prefill", "decode"))
+        present = {tensor.name: tensor.aliases for tensor in record.tensors if tensor.name.startswith("present_")}
+        assert len(present) == 4
+        for name, aliases in present.items():
+            assert aliases == (None if for_triton else name.replace("present_", "past_"))
 
     def test_engine_of_a_damaged_graph_is_refused(self) -> None:
         good = self.request_for(Topology(1, 1))

@@ -250,6 +250,30 @@ def test_update_cache_quantized_writes_its_slots_and_leaves_the_others(kv_cache:
     assert np.allclose(found, expected.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_update_cache_in_place_and_as_a_whole_write_the_same_slots(in_place: bool) -> None:
+    config = model_config(dtype="float32", num_attention_heads=4, num_key_value_heads=2, head_size=4)
+    shape = RankShape(StageOptions.of(config, Topology(1, 1), 0), "float32", 0, in_place=in_place)
+    graph = GraphWriter("cache")
+    graph.input("position_ids", "int64", ["batch", "tokens"])
+    graph.input("write_indices", "int64", ["batch"])
+    graph.input("past_key_values.0.key", "float32", ["batch", 2, "slots", 4])
+    graph.input("update", "float32", ["batch", 2, "tokens", 4])
+    causal_mask(graph, "position_ids", "past_key_values.0.key")
+    assert update_cache(graph, shape, 0, "key", "update") == "present_key_values.0.key"
+    graph.output("present_key_values.0.key", "float32", ["batch", 2, "slots", 4])
+    assert ("TensorScatter" in {node.op_type for node in graph.model().graph.node}) == in_place
+    generator = np.random.default_rng(1)
+    past, update = generator.standard_normal((2, 2, 6, 4), np.float32), generator.standard_normal((2, 2, 2, 4), np.float32)
+    session = onnxruntime.InferenceSession(graph.model().SerializeToString(), providers=["CPUExecutionProvider"])
+    places = {"position_ids": np.array([[1, 2], [3, 4]]), "write_indices": np.array([1, 3])}
+    feeds = {**places, "past_key_values.0.key": past, "update": update}
+    found = session.run(["present_key_values.0.key"], feeds)[0]
+    expected = past.copy()
+    expected[0, :, 1:3], expected[1, :, 3:5] = update[0], update[1]
+    np.testing.assert_array_equal(found, expected)
+
+
 def stored_cache(values: torch.Tensor, scale: float, kv_cache: str) -> torch.Tensor:
     if kv_cache == "INT8":
         return (values / scale).round().clamp(-128, 127).to(torch.int8)

@@ -1,9 +1,8 @@
-"""Layouts: what TensorRT-LLM, Triton and an OCI registry find in a pulled folder."""
+"""Layouts: what TensorRT-LLM and an OCI registry find in a pulled folder. Triton has test_triton.py."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -33,27 +32,6 @@ def test_trtllm_layout_is_an_engine_directory(published: Published, tmp_path: Pa
     assert (config["build_config"]["max_batch_size"], config["build_config"]["max_seq_len"]) == (2, 64)
 
 
-def test_triton_layout_is_a_model_per_rank_whose_version_comes_last(published: Published, tmp_path: Path) -> None:
-    pull(published.url, tmp_path, ranks=[0, 3], layout="triton", check=False)
-    found = files_below(tmp_path)
-    assert {name for name in found if not name.startswith(".")} == {
-        f"tiny-rank{rank}/{name}" for rank in (0, 3) for name in ("config.pbtxt", "1/model.plan")
-    }
-    config = found["tiny-rank3/config.pbtxt"].decode()
-    assert 'platform: "tensorrt_plan"' in config
-    assert '{ name: "input_ids" data_type: TYPE_INT64 dims: [ -1, -1 ] }' in config
-    assert '{ name: "logits" data_type: TYPE_FP32 dims: [ -1, 1, 131 ] }' in config
-    assert re.search(r"gpus: \[ 1 \]", config)
-    assert config.count("[") == config.count("]")
-
-
-def test_triton_layout_pulled_again_keeps_the_version(published: Published, tmp_path: Path) -> None:
-    for _ in range(2):
-        pull(published.url, tmp_path, ranks=[1], layout="triton", check=False)
-    assert (tmp_path / "tiny-rank1" / "1" / "model.plan").read_bytes() == published.path(1).read_bytes()
-    assert not list(tmp_path.rglob("*.part"))
-
-
 def test_oci_layout_holds_every_blob_that_its_index_reaches(published: Published, tmp_path: Path) -> None:
     pull(published.url, tmp_path, layout="oci", check=False)
     assert json.loads((tmp_path / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
@@ -80,17 +58,6 @@ def test_layout_that_is_not_there_is_refused_before_any_byte(published: Publishe
         pull(published.url, tmp_path / "out", layout="zip", check=False)
     assert "flat, oci, triton, trtllm" in caught.value.advice
     assert not (tmp_path / "out").exists()
-
-
-def test_triton_layout_of_a_tensor_whose_name_ends_a_string_stays_one_string(published: Published) -> None:
-    record = published.manifest.ranks[0]
-    tensor = record.engine.tensors[0].model_copy(update={"name": 'a" }\n]\nmodel_warmup [ { name: "é'})
-    engine = record.engine.model_copy(update={"tensors": (tensor, *record.engine.tensors[1:])})
-    changed = record.model_copy(update={"engine": engine})
-    manifest = published.manifest.model_copy(update={"ranks": (changed, *published.manifest.ranks[1:])})
-    request = Request(manifest, (0,), tuple(record.files), manifest.to_json(), None)
-    config = arrange("triton", request).written["tiny-rank0/config.pbtxt"].decode()
-    assert '{ name: "a\\042 }\\012]\\012model_warmup [ { name: \\042é" data_type' in config
 
 
 @pytest.mark.parametrize("asked", [{}, {"max_batch_size": "x"}, {"max_batch_size": 1, "opt_batch_size": 1, "max_input_len": []}])

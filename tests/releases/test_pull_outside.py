@@ -16,7 +16,7 @@ from orchestrator.base.paths import check_disjoint, check_path
 from orchestrator.releases import pull, verify
 from orchestrator.releases.manifest import MANIFEST, seal
 from orchestrator.stores import open_store
-from tests.support.releases import Published, publish_tiny, reseal
+from tests.support.releases import FOR_TRITON, Published, publish_tiny, reseal
 
 VICTIM = b"not to be touched"
 
@@ -175,9 +175,7 @@ def test_pull_over_a_link_at_the_manifest_replaces_it(release: Published, tmp_pa
     assert (out / MANIFEST).read_bytes() == (release.folder / MANIFEST).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("layout", "folder"), [("flat", "tokenizer"), ("oci", "blobs"), ("oci", "blobs/sha256"), ("triton", ".release")]
-)
+@pytest.mark.parametrize(("layout", "folder"), [("flat", "tokenizer"), ("oci", "blobs"), ("oci", "blobs/sha256")])
 def test_pull_through_a_linked_folder_is_refused(release: Published, tmp_path: Path, layout: str, folder: str) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -188,8 +186,9 @@ def test_pull_through_a_linked_folder_is_refused(release: Published, tmp_path: P
     assert list(elsewhere.rglob("*")) == []
 
 
-@pytest.mark.parametrize("name", ["tiny-rank0", "tiny-rank0/.1.part"])
-def test_pull_triton_through_a_linked_model_folder_is_refused(release: Published, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["tiny-stage0", "tiny-stage0/.1.part", "tiny-stage0/release"])
+def test_pull_triton_through_a_linked_model_folder_is_refused(tmp_path: Path, name: str) -> None:
+    release = publish_tiny(tmp_path / "published", engine=FOR_TRITON)
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (out / name).parent.mkdir(parents=True)

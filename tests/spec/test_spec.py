@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.base.errors import SpecError
 from orchestrator.model.topology import Topology
-from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.build import BuildConfig, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.spec.values import parse_bytes
@@ -122,6 +122,7 @@ def test_decode_unknown_word_is_told_with_the_known_ones() -> None:
         ({"engine": {"max_input_len": 64, "max_seq_len": 32}}, "max_seq_len is smaller than max_input_len"),
         ({"engine": {"max_input_len": 8, "max_logits_per_sequence": 9}}, "max_logits_per_sequence is greater"),
         ({"engine": {"backend": "tensorrt", "compute_capabilities": ["8.9"]}}, "compute_capabilities need backend tensorrt_rtx"),
+        ({"engine": {"for_triton": True}}, "for_triton needs backend tensorrt"),
         ({"verification": {"max_tokens": 4, "decode_steps": 4}}, "decode_steps must be smaller than max_tokens"),
         ({"topology": {"pp": 0}}, "topology.pp"),
         ({"dtype": "int8"}, "dtype"),
@@ -174,3 +175,10 @@ def test_decode_result_survives_json() -> None:
 def test_cluster_of_absurdly_many_nodes_is_refused() -> None:
     with pytest.raises(SpecError, match=r"pools\.a\.nodes.*less than or equal to 100000"):
         decode(ClusterSpec, {"store": "file:///s", "pools": {"a": {"nodes": 10**9}}}, "cluster.yaml")
+
+
+def test_engine_options_that_came_later_are_in_no_digest_until_they_are_set() -> None:
+    assert "for_triton" not in BuildConfig().model_dump(mode="json")
+    asked = BuildConfig(backend="tensorrt", for_triton=True).model_dump(mode="json")
+    assert asked["for_triton"] is True
+    assert BuildConfig.model_validate(asked).for_triton

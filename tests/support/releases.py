@@ -11,6 +11,9 @@ from typing import Any
 
 from orchestrator import building
 from orchestrator.base.digest import ChunkHasher, chunk_digests, digest_bytes
+from orchestrator.engines import Profile
+from orchestrator.engines.profiles import rank_profiles
+from orchestrator.networks import Rendering, decoder_network
 from orchestrator.planning import preparation
 from orchestrator.planning.options import BuildOptions, VerifyOptions
 from orchestrator.planning.plan import Plan
@@ -20,13 +23,14 @@ from orchestrator.releases.manifest import MANIFEST, Chunks, FileRecord, Manifes
 from orchestrator.releases.publish import signed_digests
 from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
-from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 from tests.support.synthetic import model_config, random_arrays, write_source
 
 SMALL_CHUNK = 1000
+FOR_TRITON = {"backend": "tensorrt", "for_triton": True, "max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
 
 
 def tiny_source(folder: Path) -> Path:
@@ -92,16 +96,37 @@ def engine_facts(step: Step) -> dict[str, Any]:
     if step.kind is not Kind.BUILD:
         return {}
     options = BuildOptions.model_validate(step.options)
-    ids = {
-        "name": "input_ids", "dtype": "int64", "mode": "input", "shape": ["batch", "tokens"],
-        "profiles": {"prefill": {"min": [1, 1], "opt": [1, 8], "max": [2, 16]}},
-    }  # fmt: skip
-    logits = {"name": "logits", "dtype": "float", "mode": "output", "shape": ["batch", 1, 131]}
+    profiles = rank_profiles(options.network, options.engine)
     engine = {
         "backend": options.engine.backend, "tensorrt_version": "1.7.1.116", "cuda_version": "13",
-        "compute_capabilities": ["8.9"], "profiles": ["prefill"], "tensors": [ids, logits],
+        "compute_capabilities": ["8.9"], "profiles": [profile.name for profile in profiles], "tensors": _tensors(options, profiles),
     }  # fmt: skip
     return {"engine": engine, "options": step.options, "network": options.network.digest(options.tp_rank)}
+
+
+def _tensors(options: BuildOptions, profiles: tuple[Profile, ...]) -> list[dict[str, Any]]:
+    """Inputs and outputs of the real graph, as the backend records them."""
+    graph = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network)).model.graph
+    dtypes = {1: "float", 3: "int8", 7: "int64", 10: "half", 16: "bf16", 17: "fp8"}
+    found = []
+    for mode, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            tensor = value.type.tensor_type
+            dtype = dtypes[tensor.elem_type]
+            in_place = value.name.startswith("present_") and dtype not in ("int8", "fp8") and not options.engine.for_triton
+            ranges = {
+                profile.name: dict(zip(("min", "opt", "max"), profile.shapes[value.name], strict=True))
+                for profile in profiles
+                if value.name in profile.shapes
+            }
+            found.append(
+                {
+                    "name": value.name, "dtype": dtype, "mode": mode, "profiles": ranges,
+                    "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+                    "aliases": value.name.replace("present_", "past_") if in_place else None,
+                }
+            )  # fmt: skip
+    return found
 
 
 def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = None, **sections: Any) -> Published:
@@ -112,7 +137,8 @@ def publish_tiny(folder: Path, sign_key: Path | None = None, url: str | None = N
     store = open_store(url or (folder / "store").as_uri())
     spec = release_spec(source, **sections)
     pretend_to_run(preparation.plan(spec), store)
-    done = building.build(spec, ClusterSpec(store=store.url), sign_key=sign_key)
+    cluster_spec = ClusterSpec(store=store.url, pools={"all": PoolSpec(gpus=1)})
+    done = building.build(spec, cluster_spec, sign_key=sign_key)
     return Published(done.address, done.manifest, store, Path(done.address.removeprefix("file://")), done.plan)
 
 

@@ -48,6 +48,10 @@ class Arrangement:
     """Content of additional files by path, written in this order once all fetched files are in place."""
     renames: tuple[tuple[str, str], ...] = field(default=())
     """Folders to rename at the very end: (name while it is filled, final name)."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Symbolic links by path, each to a name in its own folder."""
+    notes: tuple[str, ...] = field(default=())
+    """Limits of what was laid out, for whoever asked for it."""
 
 
 class Layout(Protocol):

@@ -38,7 +38,7 @@ def compile_rank(
     log: Callable[[str], None],
 ) -> EngineRecord:
     """Compile a rank from its converted weights, streaming the engine to `write`."""
-    network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network))
+    network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network, not options.engine.for_triton))
     request = EngineRequest(
         model=network.model.SerializeToString(),
         weights=bind(network, weights, options.stage.config.dtype),
