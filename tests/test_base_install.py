@@ -104,9 +104,9 @@ def test_extras_are_those_of_pyproject_and_hold_their_modules() -> None:
             assert any(canonicalize_name(name).startswith(tuple(distributions)) for name in modules[module]), module
 
 
-def test_every_extra_but_the_data_centre_one_is_in_dev() -> None:
+def test_every_extra_that_needs_no_gpu_is_in_dev() -> None:
     (own,) = [Requirement(text) for text in PROJECT["optional-dependencies"]["dev"] if text.startswith("trt-orchestrator[")]
-    assert own.extras == set(EXTRAS) - {"tensorrt"}
+    assert own.extras == set(EXTRAS) - {"tensorrt", "gpu"}
 
 
 def test_require_names_every_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

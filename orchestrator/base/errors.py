@@ -322,6 +322,13 @@ class DeadlineError(OrchestratorError):
     default_advice = "Submit it again: committed steps are not repeated."
 
 
+class EngineRunError(OrchestratorError):
+    """The engines of a release cannot be run, or fail while they run."""
+
+    exit_code = 47
+    default_advice = "Look at the logs of all ranks: the first that failed says why, and the others waited for it."
+
+
 class ManifestError(OrchestratorError):
     """A Kubernetes manifest breaks a rule, or cannot be read."""
 

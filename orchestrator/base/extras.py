@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "signing": ("model_signing", "cryptography"),
     "obstore": ("obstore",),
     "tensorrt": ("tensorrt",),
+    "gpu": ("nccl", "cuda", "numpy", "safetensors"),
 }
 """Extra of pyproject.toml -> its modules."""
 

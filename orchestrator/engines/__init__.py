@@ -94,6 +94,12 @@ def cuda_version(name: str) -> str | None:
     return next(versions, None)
 
 
+def library(name: str) -> Any:
+    """Import and return the library of a backend. Raises ToolError when it is not installed."""
+    require_version(name, None)
+    return importlib.import_module(name)
+
+
 def require_version(name: str, expected: str | None) -> None:
     """Check the version of a backend's library. Raises ToolError if it is missing or differs from the plan's, `expected`."""
     found = installed_version(name)

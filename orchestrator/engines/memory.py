@@ -12,7 +12,8 @@ _BITS = {
     "e8m0": 8, "int32": 32, "int64": 64, "int4": 4, "fp4": 4,
 }  # fmt: skip
 """Dtype -> bits per element, by TensorRT's names in lower case and by usual names."""
-_CACHE_PREFIX = "past_key_values."
+CACHE_PREFIX = "past_key_values."
+"""Prefix of the names of the KV cache's inputs."""
 
 
 def memory_needed(engine: EngineRecord, engine_bytes: int) -> MemoryNeed:
@@ -20,19 +21,19 @@ def memory_needed(engine: EngineRecord, engine_bytes: int) -> MemoryNeed:
 
     `engine_bytes`: size of the serialized engine, which contains the weights.
     """
-    dims = _largest_dims(engine)
+    dims = largest_dims(engine)
     cache = outside = 0
     for tensor in engine.tensors:
         if tensor.aliases is None:
-            size = _num_bytes(tensor, dims)
-            cache, outside = (cache + size, outside) if tensor.name.startswith(_CACHE_PREFIX) else (cache, outside + size)
+            size = tensor_bytes(tensor, dims)
+            cache, outside = (cache + size, outside) if tensor.name.startswith(CACHE_PREFIX) else (cache, outside + size)
     total = engine_bytes + cache + outside + (engine.context_bytes or 0)
     return MemoryNeed(
         engine_bytes=engine_bytes, kv_cache_bytes=cache, io_bytes=outside, context_bytes=engine.context_bytes, total_bytes=total
     )
 
 
-def _largest_dims(engine: EngineRecord) -> dict[str, int]:
+def largest_dims(engine: EngineRecord) -> dict[str, int]:
     """Return the largest size of every named dimension."""
     dims: dict[str, int] = {}
     for tensor in engine.tensors:
@@ -43,7 +44,7 @@ def _largest_dims(engine: EngineRecord) -> dict[str, int]:
     return dims
 
 
-def _num_bytes(tensor: TensorRange, dims: Mapping[str, int]) -> int:
+def tensor_bytes(tensor: TensorRange, dims: Mapping[str, int]) -> int:
     """Return the size at the largest shape. A dimension that no input has counts as one."""
     sizes = [dims.get(size, 1) if isinstance(size, str) else size for size in tensor.shape]
     return -(-math.prod(sizes) * _BITS.get(tensor.dtype, 32) // 8)

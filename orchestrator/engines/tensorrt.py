@@ -6,13 +6,12 @@ engine is streamed out. Engine bytes differ from build to build, because tactics
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
 
 from orchestrator.base.errors import EngineBuildError, SpecError, ToolError
-from orchestrator.engines import EngineRequest, Profile, cuda_version, require_version
+from orchestrator.engines import EngineRequest, Profile, cuda_version, library
 from orchestrator.engines.device import visible_gpus
 from orchestrator.engines.record import EngineRecord, TensorRange
 from orchestrator.spec.build import BuildConfig
@@ -29,7 +28,7 @@ def build_engine(
     log: Callable[[str], None],
 ) -> EngineRecord:
     """Compile an engine, as EngineBackend describes."""
-    trt = _module(request.config.backend)
+    trt = library(request.config.backend)
     guard = Guard()
     logger = _logger(trt, guard.around(log))
     builder = trt.Builder(logger)
@@ -52,11 +51,6 @@ def build_engine(
     if not built or not stream.num_bytes:
         raise EngineBuildError(f"{request.config.backend} could not build the engine: " + _last_errors(logger))
     return _record(trt, network, request, logger.reported)
-
-
-def _module(backend: str) -> Any:
-    require_version(backend, None)
-    return importlib.import_module(backend)
 
 
 class Guard:

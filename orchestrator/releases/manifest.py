@@ -43,7 +43,7 @@ _LISTED_PROBLEMS = 1000
 _SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
 
 
-Role = Literal["engine", "tokenizer", "config", "report"]
+Role = Literal["engine", "tokenizer", "config", "report", "reference"]
 
 
 class Chunks(Record):
@@ -164,6 +164,8 @@ class Manifest(Record):
     """Files that every rank needs: tokenizer and config."""
     documents: Annotated[tuple[FileRecord, ...], FailFast()] = ()
     """Documents for people: the report of the build."""
+    reference: FileRecord | None = None
+    """Largest logits of the source model on the verification text, for `orchestrator run --check`. None: not verified."""
     engine_config: dict[str, Any]
     """TensorRT options of the build: BuildConfig of spec/build.py."""
     quantization: QuantizationRecord | None = None
@@ -203,7 +205,11 @@ class Manifest(Record):
         return seal(self.model_dump(mode="json"))
 
     def all_files(self) -> list[FileRecord]:
-        return [file for rank in self.ranks for file in rank.files] + [*self.shared, *self.documents]
+        return [file for rank in self.ranks for file in rank.files] + self.common_files()
+
+    def common_files(self) -> list[FileRecord]:
+        """Return the files that do not belong to a rank."""
+        return [*self.shared, *([self.reference] if self.reference else []), *self.documents]
 
     @property
     def num_bytes(self) -> int:

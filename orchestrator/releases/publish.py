@@ -32,6 +32,7 @@ from orchestrator.base.errors import (
     StoreError,
 )
 from orchestrator.model.config import to_trtllm
+from orchestrator.planning.options import VerifyOptions
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Output
 from orchestrator.releases import signing
@@ -49,6 +50,7 @@ from orchestrator.releases.manifest import (
     signature_key,
 )
 from orchestrator.releases.proof import check_miniature, check_networks
+from orchestrator.releases.reference_numbers import REFERENCE, shortened
 from orchestrator.scheduling.consumption import outdated
 from orchestrator.stores import open_source
 from orchestrator.stores.confined import read_companion
@@ -113,6 +115,8 @@ class Engines:
     folder: str
     """Folder of this attempt, relative to the release, with a trailing '/'."""
     ranks: tuple[RankRecord, ...]
+    reference: bytes | None = None
+    """Content of reference.safetensors; None: nothing was verified."""
 
 
 def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> Engines:
@@ -132,7 +136,16 @@ def place_engines(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> 
     built = [outcomes[step.digest] for step in plan.of_kind(Kind.BUILD)]
     with ThreadPoolExecutor(_READERS, "read-back") as pool:
         ranks = pool.map(lambda outcome: _publish_rank(store, prefix, folder, plan, outcome), built)
-        return Engines(folder, tuple(ranks))
+        return Engines(folder, tuple(ranks), _reference(store, plan, outcomes))
+
+
+def _reference(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> bytes | None:
+    """Return the reference numbers of a build that was verified; None: it was not. Raises DamagedOutputError."""
+    verified, references = next(plan.of_kind(Kind.VERIFY), None), list(plan.of_kind(Kind.REFERENCE))
+    if verified is None or not references:
+        return None
+    options = VerifyOptions.model_validate(verified.options)
+    return shortened(store, outcomes[references[0].digest].output(REFERENCE), options.decode_steps, options.tolerance)
 
 
 def publish(
@@ -153,6 +166,9 @@ def publish(
     prefix = release_prefix(release.name, release.version)
     shared = tuple(_publish_shared(store, prefix, folder, plan))
     manifest = describe(plan, outcomes, engines.ranks, shared)
+    if engines.reference is not None:
+        numbers = _put(store, prefix, folder, REFERENCE, "reference", "application/octet-stream", engines.reference)
+        manifest = manifest.model_copy(update={"reference": numbers})
     if report is not None:
         page = _put(store, prefix, folder, "report.html", "report", "text/html", report(manifest))
         manifest = manifest.model_copy(update={"documents": (page,)})

@@ -59,9 +59,9 @@ class Release:
         return {**{file.path: file.sha256 for file in self.manifest.all_files()}, MANIFEST: self.digest}
 
     def files_of(self, ranks: set[int]) -> list[FileRecord]:
-        """Return the files that these ranks need, each path once: their own, then the shared files and the documents."""
+        """Return the files that these ranks need, each path once: their own, then those of all ranks."""
         own = [file for record in self.manifest.ranks if record.rank in ranks for file in record.files]
-        return list({file.path: file for file in [*own, *self.manifest.shared, *self.manifest.documents]}.values())
+        return list({file.path: file for file in [*own, *self.manifest.common_files()]}.values())
 
 
 def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:

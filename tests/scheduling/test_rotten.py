@@ -33,7 +33,7 @@ from orchestrator.stores.store import Store
 from orchestrator.work.context import Context
 from orchestrator.work.shards import rank_shards
 from tests.support.here import HereCluster
-from tests.support.releases import engine_facts, release_spec, tiny_source
+from tests.support.releases import engine_facts, release_spec, tiny_reference, tiny_source
 from tests.support.s3_server import S3Server
 
 
@@ -47,7 +47,7 @@ def build_of_bytes(task: Task, context: Context) -> dict[str, Any]:
 
 def reference_of_bytes(task: Task, context: Context) -> dict[str, Any]:
     with context.output("reference.safetensors") as writer:
-        writer.write(b"logits" * 100)
+        writer.write(tiny_reference())
     return {}
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save
+
 from orchestrator import building
 from orchestrator.base.digest import ChunkHasher, chunk_digests, digest_bytes
 from orchestrator.engines import Profile
@@ -21,6 +24,7 @@ from orchestrator.planning.steps import Consumed, Kind, Outcome, Output, Step
 from orchestrator.releases import signing
 from orchestrator.releases.manifest import MANIFEST, Chunks, FileRecord, Manifest, signature_key
 from orchestrator.releases.publish import signed_digests
+from orchestrator.releases.reference_numbers import REFERENCE
 from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
@@ -57,8 +61,11 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
     """Commit an outcome for every step, with outputs of seeded bytes; an engine has several small chunks."""
     outcomes = {}
     for step in plan.steps:
-        name = f"rank{BuildOptions.model_validate(step.options).rank}.engine" if step.kind is Kind.BUILD else "out"
-        data = (step.digest * 60).encode()[:3500]
+        name, data = "out", (step.digest * 60).encode()[:3500]
+        if step.kind is Kind.BUILD:
+            name = f"rank{BuildOptions.model_validate(step.options).rank}.engine"
+        elif step.kind is Kind.REFERENCE:
+            name, data = REFERENCE, tiny_reference()
         key = commits.attempt_prefix(step.digest, "attempt") + name
         store.put(key, data)
         output = Output(name=name, key=key, num_bytes=len(data), sha256=digest_bytes(data), chunks=chunk_digests(data))
@@ -69,13 +76,26 @@ def pretend_to_run(plan: Plan, store: Store) -> dict[str, Outcome]:
                 name=step.name,
                 kind=step.kind,
                 outputs=(output,),
-                consumed=tuple(Consumed(step=need, name="out", sha256=outcomes[need].outputs[0].sha256) for need in step.needs),
+                consumed=tuple(
+                    Consumed(step=need, name=made.name, sha256=made.sha256)
+                    for need in step.needs
+                    for made in outcomes[need].outputs[:1]
+                ),
                 facts=engine_facts(step),
                 tools={"tensorrt_rtx": "1.7.1.116"},
                 log_tail="a log may hold anything",
             ),
         )
     return outcomes
+
+
+def tiny_reference() -> bytes:
+    """What a reference step writes, of seeded logits: two texts of 5 and 3 tokens, a vocabulary of 50."""
+    generator = np.random.default_rng(4)
+    tokens = generator.integers(0, 50, (2, 5))
+    tokens[1, 3:] = 0
+    logits = generator.standard_normal((2, 5, 50)).astype(np.float32)
+    return save({"tokens": tokens, "lengths": np.array([5, 3]), "logits": logits})
 
 
 MINIATURE = {
