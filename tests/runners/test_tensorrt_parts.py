@@ -90,7 +90,7 @@ def exchanged(make: Callable[[], Rendezvous]) -> list[bytes]:
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(make().exchange, "stage0", None) for _ in range(2)]
         threading.Event().wait(0.1)
-        made = make().exchange("stage0", b"\x00id" * 40)
+        made = make().exchange("stage0", lambda: b"\x00id" * 40)
         return [made, *(task.result() for task in waiting)]
 
 
@@ -107,9 +107,9 @@ def test_ids_travel_by_the_store_of_torchrun() -> None:
 
 
 def test_files_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
-    FileRendezvous(tmp_path).exchange("world", b"old")
+    FileRendezvous(tmp_path).exchange("world", lambda: b"old")
     with pytest.raises(EngineRunError, match=r"world\.id is left from an earlier run"):
-        FileRendezvous(tmp_path).exchange("world", b"new")
+        FileRendezvous(tmp_path).exchange("world", lambda: b"new")
     assert (tmp_path / "world.id").read_bytes() == b"old"
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from orchestrator.base.errors import EngineRunError
 
 _POLL_SECONDS = 0.05
+Make = Callable[[], bytes]
 _CAPSULE_NAME = b"ncclComm_t"
 """Lives as long as the program: a capsule keeps only the address of its name."""
 
@@ -54,8 +55,8 @@ def groups_of(tp: int, pp: int) -> tuple[Group, ...]:
 class Rendezvous(Protocol):
     """The way of a group's id from the rank that makes it to the others."""
 
-    def exchange(self, name: str, made: bytes | None) -> bytes:
-        """Return the id of a group: `made` by its first rank; None: wait for it. Raises EngineRunError when it does not come."""
+    def exchange(self, name: str, make: Make | None) -> bytes:
+        """Return the id of a group. Its first rank can `make` it, the others wait. Raises EngineRunError when it does not come."""
         ...
 
 
@@ -65,7 +66,7 @@ class KnownIds:
     def __init__(self, ids: Mapping[str, bytes]) -> None:
         self._ids = ids
 
-    def exchange(self, name: str, made: bytes | None) -> bytes:
+    def exchange(self, name: str, make: Make | None) -> bytes:
         return self._ids[name]
 
 
@@ -75,9 +76,10 @@ class FileRendezvous:
     def __init__(self, folder: Path, seconds: float = 300.0) -> None:
         self._folder, self._seconds = folder, seconds
 
-    def exchange(self, name: str, made: bytes | None) -> bytes:
+    def exchange(self, name: str, make: Make | None) -> bytes:
         path = self._folder / f"{name}.id"
-        if made is not None:
+        if make is not None:
+            made = make()
             temporary = self._folder / f".{name}.{os.getpid()}"
             temporary.write_bytes(made)
             try:
@@ -106,8 +108,9 @@ class StoreRendezvous:
             store, _, _ = next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
         self._store = store
 
-    def exchange(self, name: str, made: bytes | None) -> bytes:
-        if made is not None:
+    def exchange(self, name: str, make: Make | None) -> bytes:
+        if make is not None:
+            made = make()
             self._store.set(name, made)
             return made
         try:
@@ -127,8 +130,8 @@ class Communicators:
         self._joined: dict[str, tuple[Group, Any]] = {}
         for group in groups:
             if rank in group.ranks and rendezvous is not None:
-                made = bytes(nccl.get_unique_id()) if group.ranks[0] == rank else None
-                unique_id = nccl.UniqueId.from_bytes(rendezvous.exchange(group.name, made))
+                make = (lambda: bytes(nccl.get_unique_id())) if group.ranks[0] == rank else None
+                unique_id = nccl.UniqueId.from_bytes(rendezvous.exchange(group.name, make))
                 with _explained(f"joining {group.name}"):
                     joined = nccl.Communicator.init(nranks=len(group.ranks), rank=group.ranks.index(rank), unique_id=unique_id)
                 self._joined[group.name] = group, joined
