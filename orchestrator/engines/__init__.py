@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +27,13 @@ BACKENDS: dict[str, str] = {
 _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    "tensorrt_lean": ("tensorrt-lean-cu13", "tensorrt-lean-cu12"),
 }
+LEAN = "tensorrt_lean"
+"""The runtime without a builder, which loads version-compatible engines of backend tensorrt."""
+COLLECTIVES_ADVICE = "Install tensorrt-cu13>=11.2, the same on the driver and on every node; or build with tp=1."
+_WITH_COLLECTIVES = (11, 2)
+"""First version of TensorRT that keeps the collectives of an engine with Attention (pytorch/TensorRT#4381)."""
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "build"}
 """Backend -> extra that installs its library."""
 
@@ -98,6 +105,25 @@ def library(name: str) -> Any:
     """Import and return the library of a backend. Raises ToolError when it is not installed."""
     require_version(name, None)
     return importlib.import_module(name)
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, for comparing: 11.4.0.106 -> (11, 4, 0, 106)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def collectives_problem(name: str, version: str | None, tp: int) -> str:
+    """Return why this version of a backend's library must not build ranks of `tp`; empty: it may, or the version is not known."""
+    if name != "tensorrt" or tp == 1 or version is None or version_numbers(version) >= _WITH_COLLECTIVES:
+        return ""
+    return f"tensorrt {version} can drop the collectives of tp={tp} without an error"
+
+
+def require_collectives(name: str, version: str | None, tp: int) -> None:
+    """Check that a backend's library builds collectives right. Raises ToolError."""
+    problem = collectives_problem(name, version, tp)
+    if problem:
+        raise ToolError(problem, COLLECTIVES_ADVICE)
 
 
 def require_version(name: str, expected: str | None) -> None:

@@ -35,6 +35,8 @@ class EngineRecord(Record):
     """NVML's name of the GPU that built the engine, for tensorrt; None: tensorrt_rtx, which needs no GPU."""
     compute_capabilities: tuple[Word, ...]
     """Capability of the GPU for tensorrt, targets for tensorrt_rtx; empty: every one that the library supports."""
+    version_compatible: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether later TensorRT versions of the same major number load the engine too; left out: no."""
     profiles: tuple[Word, ...]
     """Names of the optimization profiles, in TensorRT's order."""
     tensors: Annotated[tuple[TensorRange, ...], FailFast()]

@@ -7,7 +7,7 @@ engine is streamed out. Engine bytes differ from build to build, because tactics
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from orchestrator.base.errors import EngineBuildError, SpecError, ToolError
@@ -36,9 +36,11 @@ def build_engine(
         raise ToolError(f"{request.config.backend} cannot start", "It needs a GPU of the target type and its driver.")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    _parse(parser, request)
+    parse(parser, request)
     guard.check()
     _allow_decomposed_attention(trt, network)
+    if request.config.refit:
+        mark_refittable(network, request.weights)
     config = builder.create_builder_config()
     _configure(trt, config, request.config)
     for profile in request.profiles:
@@ -124,7 +126,8 @@ def _last_errors(logger: Any) -> str:
     return " | ".join(causes[-_MAX_ERRORS:]) or "it gave no reason"
 
 
-def _parse(parser: Any, request: EngineRequest) -> None:
+def parse(parser: Any, request: EngineRequest) -> None:
+    """Read the graph and bind its weights. Raises EngineBuildError."""
     if not parser.load_model_proto(request.model):
         raise EngineBuildError("TensorRT's parser cannot read the graph: " + _parser_errors(parser))
     for name, array in request.weights.items():
@@ -150,6 +153,13 @@ def _allow_decomposed_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
+def mark_refittable(network: Any, names: Iterable[str]) -> None:
+    """Mark weights as refittable: with REFIT_INDIVIDUAL no others are. Raises EngineBuildError for weights that cannot be."""
+    unknown = [name for name in names if not network.mark_weights_refittable(name)]
+    if unknown:
+        raise EngineBuildError(f"TensorRT cannot make {', '.join(unknown[:_MAX_ERRORS])} refittable", "Build without engine.refit.")
+
+
 def _configure(trt: Any, config: Any, options: BuildConfig) -> None:
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITY[options.profiling_verbosity])
     if options.optimization_level is not None:
@@ -160,6 +170,10 @@ def _configure(trt: Any, config: Any, options: BuildConfig) -> None:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.refit:
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # Else every engine would carry a copy of the lean runtime, which consumers install once.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for number, capability in enumerate(options.compute_capabilities):
@@ -267,6 +281,7 @@ def _record(trt: Any, network: Any, request: EngineRequest, reported: Reported) 
         tensors=tuple(tensors),
         weights_bytes=reported.weights_bytes,
         context_bytes=reported.context_bytes,
+        **({"version_compatible": True} if request.config.version_compatible else {}),
     )
 
 

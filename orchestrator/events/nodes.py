@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.engines import collectives_problem
 from orchestrator.planning.steps import Kind, Step
 
 
@@ -61,6 +62,10 @@ def unfit(node: NodeFacts, step: Step) -> str:
         wanted = step.options.get("tensorrt_version")
         if wanted and node.versions.get(backend) != wanted:
             return f"{backend} {node.versions.get(backend, 'is not installed')}, not {wanted}"
+        tp = step.options.get("network", {}).get("stage", {}).get("tp", 1)
+        problem = collectives_problem(backend, node.versions.get(backend), tp)
+        if problem:
+            return problem
     if step.resources.gpus > len(node.devices):
         return "no driver finds the GPU"
     return ""

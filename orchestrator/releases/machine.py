@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.base.errors import MachineError
-from orchestrator.engines import BACKENDS, installed_version
+from orchestrator.engines import BACKENDS, LEAN, installed_version, version_numbers
 from orchestrator.engines.device import Gpu, visible_gpus
+from orchestrator.engines.record import EngineRecord
 from orchestrator.releases.manifest import Manifest, RankRecord
 
 
@@ -18,12 +19,12 @@ class Machine:
     gpus: tuple[Gpu, ...]
     """GPUs, one for each rank, in the order of the ranks."""
     tensorrt: Mapping[str, str] = field(default_factory=dict)
-    """Installed TensorRT version, by backend."""
+    """Installed version of TensorRT's libraries: those of BACKENDS, and LEAN."""
 
 
 def this_machine() -> Machine:
     """Return the machine of this process."""
-    versions = {name: version for name in BACKENDS if (version := installed_version(name)) is not None}
+    versions = {name: version for name in (*BACKENDS, LEAN) if (version := installed_version(name)) is not None}
     return Machine(visible_gpus(), versions)
 
 
@@ -49,11 +50,26 @@ def problems(manifest: Manifest, ranks: Sequence[int], machine: Machine) -> list
 
 def _version_problems(records: Sequence[RankRecord], machine: Machine) -> Iterator[str]:
     for engine in (record.engine for record in records):
-        installed = machine.tensorrt.get(engine.backend)
-        if installed is None:
-            yield f"{engine.backend} {engine.tensorrt_version} is not installed"
-        elif installed != engine.tensorrt_version:
-            yield f"it has {engine.backend} {installed}, the engines load only in {engine.tensorrt_version}, which built them"
+        names = (engine.backend, LEAN) if engine.version_compatible else (engine.backend,)
+        installed = {name: machine.tensorrt[name] for name in names if name in machine.tensorrt}
+        if any(_loads(engine, version) for version in installed.values()):
+            continue
+        if not installed:
+            yield f"{' or '.join(names)} {engine.tensorrt_version} is not installed"
+        elif engine.version_compatible:
+            has = " and ".join(f"{name} {version}" for name, version in installed.items())
+            major = engine.tensorrt_version.partition(".")[0]
+            yield f"it has {has}, the engines load from {engine.tensorrt_version} on, within version {major}"
+        else:
+            has = f"{engine.backend} {installed[engine.backend]}"
+            yield f"it has {has}, the engines load only in {engine.tensorrt_version}, which built them"
+
+
+def _loads(engine: EngineRecord, version: str) -> bool:
+    if not engine.version_compatible:
+        return version == engine.tensorrt_version
+    built, found = version_numbers(engine.tensorrt_version), version_numbers(version)
+    return built[:1] == found[:1] and found >= built
 
 
 def _gpu_problems(record: RankRecord, gpu: Gpu) -> Iterator[str]:

@@ -10,6 +10,7 @@ from importlib import metadata
 
 from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMissingError, StoreError, ToolError
 from orchestrator.base.urls import is_url
+from orchestrator.engines import COLLECTIVES_ADVICE, collectives_problem
 from orchestrator.events.nodes import NodeFacts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Step
@@ -98,14 +99,19 @@ def _check_gpus(steps: list[Step], nodes: list[NodeFacts]) -> Iterator[str]:
 def _check_tools(plan: Plan, kind: Kind, nodes: list[NodeFacts]) -> Iterator[str]:
     if kind is Kind.BUILD:
         backend, wanted = plan.spec.engine.backend, plan.inputs.tensorrt_version
+        tp = plan.spec.topology.tp
 
         def wrong(node: NodeFacts) -> str:
             found = node.versions.get(backend)
             if found is None:
                 return f"{_PACKAGES[backend]} is not installed"
-            return f"{_PACKAGES[backend]} {found}, planned with {wanted}" if wanted and found != wanted else ""
+            if wanted and found != wanted:
+                return f"{_PACKAGES[backend]} {found}, planned with {wanted}"
+            return collectives_problem(backend, found, tp)
 
-        yield from _usable(nodes, wrong, ToolError, "run build steps", f"Install the same {_PACKAGES[backend]} everywhere.")
+        unsound = any(collectives_problem(backend, node.versions.get(backend), tp) for node in nodes)
+        advice = COLLECTIVES_ADVICE if unsound else f"Install the same {_PACKAGES[backend]} everywhere."
+        yield from _usable(nodes, wrong, ToolError, "run build steps", advice)
 
 
 def _usable(

@@ -35,6 +35,7 @@ def check_build(plan: Plan, pending: Sequence[Step], cluster_spec: ClusterSpec, 
 
     check_supported(plan.inputs.config)
     check_target(plan.inputs.model_quantization, plan.spec.engine.compute_capabilities)
+    _check_collectives(plan, pending)
     check_steps(plan, pending, cluster_spec, store)
     if cluster_spec.kind == "local":
         _check_tools(plan, {step.kind for step in pending})
@@ -89,6 +90,13 @@ _HELP = {
     Kind.VERIFY: _SMALLER_RANKS,
 }
 """Advice on the memory of a step, by its kind."""
+
+
+def _check_collectives(plan: Plan, pending: Sequence[Step]) -> None:
+    from orchestrator.engines import require_collectives
+
+    if any(step.kind is Kind.BUILD for step in pending):
+        require_collectives(plan.spec.engine.backend, plan.inputs.tensorrt_version, plan.spec.topology.tp)
 
 
 def _check_tools(plan: Plan, kinds: set[Kind]) -> None:

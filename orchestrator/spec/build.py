@@ -120,6 +120,14 @@ def _later(default: bool) -> Any:
     return Field(default=default, exclude_if=lambda value: value is default)
 
 
+_NOT_IN_RTX = {
+    "for_triton": "Triton has no backend that loads engines of TensorRT-RTX",
+    "refit": "TensorRT-RTX compiles refittable weights on a GPU only, and this backend builds without one",
+    "version_compatible": "TensorRT-RTX has no lean runtime, and its engines load in the version that built them",
+}
+"""Options of BuildConfig that tensorrt_rtx does not have -> the reason."""
+
+
 class BuildConfig(Frozen):
     """TensorRT options of every rank, under TensorRT-LLM's names where it has them."""
 
@@ -149,7 +157,11 @@ class BuildConfig(Frozen):
     weight_streaming: bool = False
     """Let the runtime keep a part of the weights in host memory."""
     refit: bool = False
-    """Build a refittable engine."""
+    """Let every weight of the checkpoint be replaced in the built engine, under its name in the converted checkpoint. Needs backend
+    tensorrt: TensorRT-RTX compiles refittable weights on a GPU only."""
+    version_compatible: bool = _later(False)
+    """Build engines that later TensorRT versions of the same major number load, and the lean runtime too (tensorrt-lean-cu13).
+    Needs backend tensorrt."""
     for_triton: bool = _later(False)
     """Build what Triton's TensorRT backend can run: one optimization profile, and KV caches that are written as a whole, not in
     place, which takes more memory and time. Needs backend tensorrt."""
@@ -167,8 +179,10 @@ class BuildConfig(Frozen):
             raise ValueError("max_seq_len is smaller than max_input_len")
         if self.max_logits_per_sequence > self.max_input_len:
             raise ValueError("max_logits_per_sequence is greater than max_input_len")
-        if self.backend == "tensorrt_rtx" and self.for_triton:
-            raise ValueError("for_triton needs backend tensorrt: Triton has no backend that loads engines of TensorRT-RTX")
+        if self.backend == "tensorrt_rtx":
+            for option, reason in _NOT_IN_RTX.items():
+                if getattr(self, option):
+                    raise ValueError(f"{option} needs backend tensorrt: {reason}")
         if self.backend == "tensorrt" and self.compute_capabilities:
             raise ValueError("compute_capabilities need backend tensorrt_rtx: tensorrt builds for the GPU that it runs on")
         return self

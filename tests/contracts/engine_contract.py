@@ -51,6 +51,11 @@ class EngineContract:
         weights = bind(network, seeded_weights(network, dtype), dtype)
         return EngineRequest(network.model.SerializeToString(), weights, rank_profiles(wanted, resolved(model, config)), config)
 
+    def build(self, request: EngineRequest) -> bytes:
+        chunks: list[bytes] = []
+        backend(self.name).build_engine(request, lambda data: chunks.append(bytes(data)), lambda *_: None, lambda line: None)
+        return b"".join(chunks)
+
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_engine_of_every_dtype_is_built_and_described(self, dtype: str) -> None:
         chunks: list[bytes] = []

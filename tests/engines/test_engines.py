@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.base.errors import SpecError
+from orchestrator.base.errors import EngineBuildError, SpecError
 from orchestrator.engines import EngineRequest, backend
+from orchestrator.engines.device import visible_gpus
 from orchestrator.engines.profiles import resolved
-from orchestrator.engines.tensorrt import Reported
+from orchestrator.engines.tensorrt import Reported, mark_refittable, parse
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.topology import Topology
 from orchestrator.spec.build import BuildConfig
@@ -18,6 +19,25 @@ from tests.contracts.engine_contract import EngineContract
 
 class TestTensorrtRtx(EngineContract):
     name = "tensorrt_rtx"
+
+    def test_mark_refittable_marks_every_weight_of_the_graph_and_refuses_others(self) -> None:
+        """Up to here both libraries are alike; the build itself would need a GPU."""
+        trt = pytest.importorskip(self.name)
+        request = self.request_for(Topology(2, 1))
+        logger = trt.Logger()
+        network = trt.Builder(logger).create_network(0)
+        parser = trt.OnnxParser(network, logger)
+        parse(parser, request)
+        assert not any(network.are_weights_marked_refittable(name) for name in request.weights)
+        mark_refittable(network, request.weights)
+        assert "transformer.layers.1.mlp.proj.weight" in request.weights
+        assert all(network.are_weights_marked_refittable(name) for name in request.weights)
+        with pytest.raises(EngineBuildError, match="cannot make absent refittable"):
+            mark_refittable(network, ["absent"])
+
+    def test_version_compatible_engine_carries_no_lean_runtime(self) -> None:
+        """TensorRT-RTX ships none, so that a build which asked for a copy would fail."""
+        assert self.build(self.request_for(Topology(1, 1), version_compatible=True))
 
     def test_engine_for_named_compute_capabilities_records_them(self) -> None:
         good = self.request_for(Topology(1, 1))
@@ -34,9 +54,29 @@ class TestTensorrtRtx(EngineContract):
             backend(self.name).build_engine(request, lambda data: None, lambda *_: None, lambda line: None)
         assert "SM89" in caught.value.advice
 
+    @pytest.mark.skipif(bool(visible_gpus()), reason="what a machine without a GPU cannot do")
+    def test_refittable_engine_is_refused_by_tensorrt_rtx_without_a_gpu(self) -> None:
+        """The reason why the spec refuses refit for this backend: when this fails, it may allow it."""
+        with pytest.raises(EngineBuildError, match="CUDA_SUCCESS"):
+            self.build(self.request_for(Topology(1, 1), refit=True))
+
 
 class TestTensorrt(EngineContract):
     name = "tensorrt"
+
+    def test_refittable_engine_has_every_weight_of_the_checkpoint_by_its_name(self) -> None:
+        import tensorrt
+
+        request = self.request_for(Topology(1, 1), refit=True)
+        data = self.build(request)
+        logger = tensorrt.Logger()
+        refitter = tensorrt.Refitter(tensorrt.Runtime(logger).deserialize_cuda_engine(data), logger)
+        assert set(request.weights) <= set(refitter.get_all_weights())
+
+    def test_version_compatible_engine_is_recorded_as_one(self) -> None:
+        request = self.request_for(Topology(1, 1), version_compatible=True)
+        record = backend(self.name).build_engine(request, lambda data: None, lambda *_: None, lambda line: None)
+        assert record.version_compatible
 
 
 def tiny_model(**changes: Any) -> ModelConfig:

@@ -260,6 +260,27 @@ def test_check_machine_that_does_not_fit_says_why(signed: Published, machine: Ma
         check_machine(signed.manifest, [0, 1], machine)
 
 
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        ({"tensorrt": "11.4.0.106"}, None),
+        ({"tensorrt": "11.5.1"}, None),
+        ({"tensorrt_lean": "11.5.1"}, None),
+        ({"tensorrt": "10.16.1", "tensorrt_lean": "11.4.0.106"}, None),
+        ({"tensorrt": "11.3.9"}, "it has tensorrt 11.3.9, the engines load from 11.4.0.106 on, within version 11"),
+        ({"tensorrt_lean": "12.0"}, "it has tensorrt_lean 12.0, the engines load from 11.4.0.106 on, within version 11"),
+        ({}, "tensorrt or tensorrt_lean 11.4.0.106 is not installed"),
+    ],
+)
+def test_check_machine_of_version_compatible_engines_takes_later_versions_and_the_lean_runtime(
+    signed: Published, installed: dict[str, str], reason: str | None
+) -> None:
+    made = {"backend": "tensorrt", "tensorrt_version": "11.4.0.106", "version_compatible": True}
+    ranks = tuple(record.model_copy(update={"engine": record.engine.model_copy(update=made)}) for record in signed.manifest.ranks)
+    manifest = signed.manifest.model_copy(update={"ranks": ranks})
+    assert problems(manifest, [0], Machine((_GPU,), installed)) == ([reason] if reason else [])
+
+
 def test_visible_gpus_of_nvidia_smi_are_read_and_chosen() -> None:
     gpus = parse_smi("NVIDIA H200, 9.0, 143771, GPU-a\nNVIDIA L4, 8.9, 23034, GPU-b\nNo devices were found\n")
     assert gpus[0] == Gpu("NVIDIA H200", "9.0", 143771 * 2**20, "GPU-a")

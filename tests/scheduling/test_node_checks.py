@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from orchestrator.base.errors import ClusterError, OrchestratorError, SourceMissingError, StoreError, ToolError
-from orchestrator.events.nodes import GpuFacts, NodeFacts
+from orchestrator.events.nodes import GpuFacts, NodeFacts, unfit
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.node_checks import check_nodes, read_locations
+from orchestrator.spec.build import TopologySpec
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
+GPU = GpuFacts(name="NVIDIA H100", compute_capability="9.0", memory_bytes=80 * 10**9)
 H100 = PoolSpec(labels={"ray.io/accelerator-type": "H100"})
 
 
@@ -38,6 +40,14 @@ def node(made: Plan, name: str = "a", **changes: Any) -> NodeFacts:
         **changes,
     }  # fmt: skip
     return NodeFacts(**facts)
+
+
+def of_tensorrt(made: Plan, tp: int) -> Plan:
+    """The plan for GPU nodes of a driver without TensorRT, so that no version is asked for."""
+    spec = made.spec.model_copy(
+        update={"topology": TopologySpec(tp=tp), "engine": made.spec.engine.model_copy(update={"backend": "tensorrt"})}
+    )
+    return preparation.plan(spec)
 
 
 def place(**pools: PoolSpec) -> ClusterSpec:
@@ -119,3 +129,25 @@ def test_check_nodes_versions_that_differ_are_a_warning(made: Plan) -> None:
     version = made.inputs.tensorrt_version or ""
     nodes = [node(made, name, versions={"ray": name, "tensorrt_rtx": version}) for name in "ab"]
     assert "ray differs: a on a; b on b" in check_nodes(made, made.steps, place(), nodes)
+
+
+@pytest.mark.parametrize("version", ["11.0.0.114", "11.1.2", "10.16.1"])
+def test_check_nodes_where_tensorrt_drops_collectives_is_an_error_before_any_step(made: Plan, version: str) -> None:
+    split = of_tensorrt(made, tp=2)
+    with pytest.raises(ToolError, match=f"a: tensorrt {version} can drop the collectives of tp=2") as caught:
+        check_nodes(split, split.steps, place(), [node(split, versions={"tensorrt": version}, gpus=1, devices=(GPU,))])
+    assert "tensorrt-cu13>=11.2" in caught.value.advice
+
+
+@pytest.mark.parametrize(("version", "tp"), [("11.2.0", 2), ("11.4.0.106", 2), ("11.0.0.114", 1)])
+def test_check_nodes_where_tensorrt_keeps_collectives_or_there_are_none_says_nothing(made: Plan, version: str, tp: int) -> None:
+    plan = of_tensorrt(made, tp)
+    nodes = [node(plan, versions={"tensorrt": version}, gpus=1, devices=(GPU,))]
+    assert own(check_nodes(plan, plan.steps, place(), nodes)) == []
+
+
+def test_unfit_node_whose_tensorrt_drops_collectives_gets_no_build_step_and_every_other(made: Plan) -> None:
+    plan = of_tensorrt(made, tp=2)
+    facts = node(plan, versions={"tensorrt": "11.1.0"}, gpus=1, devices=(GPU,))
+    refused = {step.kind.value for step in plan.steps if unfit(facts, step)}
+    assert refused == {"build"}

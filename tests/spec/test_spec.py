@@ -123,6 +123,8 @@ def test_decode_unknown_word_is_told_with_the_known_ones() -> None:
         ({"engine": {"max_input_len": 8, "max_logits_per_sequence": 9}}, "max_logits_per_sequence is greater"),
         ({"engine": {"backend": "tensorrt", "compute_capabilities": ["8.9"]}}, "compute_capabilities need backend tensorrt_rtx"),
         ({"engine": {"for_triton": True}}, "for_triton needs backend tensorrt"),
+        ({"engine": {"refit": True}}, "refit needs backend tensorrt: TensorRT-RTX compiles refittable weights on a GPU only"),
+        ({"engine": {"version_compatible": True}}, "version_compatible needs backend tensorrt: TensorRT-RTX has no lean runtime"),
         ({"verification": {"max_tokens": 4, "decode_steps": 4}}, "decode_steps must be smaller than max_tokens"),
         ({"topology": {"pp": 0}}, "topology.pp"),
         ({"dtype": "int8"}, "dtype"),
@@ -178,7 +180,9 @@ def test_cluster_of_absurdly_many_nodes_is_refused() -> None:
 
 
 def test_engine_options_that_came_later_are_in_no_digest_until_they_are_set() -> None:
-    assert "for_triton" not in BuildConfig().model_dump(mode="json")
-    asked = BuildConfig(backend="tensorrt", for_triton=True).model_dump(mode="json")
-    assert asked["for_triton"] is True
-    assert BuildConfig.model_validate(asked).for_triton
+    options = ("for_triton", "version_compatible")
+    assert not BuildConfig().model_dump(mode="json").keys() & set(options)
+    for option in options:
+        asked = BuildConfig.model_validate({"backend": "tensorrt", option: True}).model_dump(mode="json")
+        assert asked[option] is True
+        assert getattr(BuildConfig.model_validate(asked), option) is True

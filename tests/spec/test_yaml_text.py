@@ -168,8 +168,8 @@ def test_decode_yaml_of_numbers_in_resources_and_yes_for_a_boolean_is_as_written
     text = "store: s3://b\ndriver: {resources: {driver: 1}}\nretries: {backoff_seconds: 1e-1}\npools: {a: {memory: 1.5GB}}\n"
     place = decode_yaml(ClusterSpec, text, "cluster.yaml")
     assert (place.driver.resources, place.retries.backoff_seconds, place.pools["a"].memory) == ({"driver": 1.0}, 0.1, 1_500_000_000)
-    spec = decode_yaml(BuildSpec, SPEC + "verification: {enabled: off}\nengine: {refit: yes}\n", "spec.yaml")
-    assert (spec.verification.enabled, spec.engine.refit) == (False, True)
+    spec = decode_yaml(BuildSpec, SPEC + "verification: {enabled: off}\nengine: {weight_streaming: yes}\n", "spec.yaml")
+    assert (spec.verification.enabled, spec.engine.weight_streaming) == (False, True)
 
 
 def test_decode_yaml_of_every_file_of_the_repository_equals_pyyaml_where_both_read_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.engines.record import EngineRecord
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.steps import Task
-from orchestrator.engines import EngineRequest, backend, installed_version, require_version
+from orchestrator.engines import EngineRequest, backend, installed_version, require_collectives, require_version
 from orchestrator.engines.profiles import rank_profiles
 from orchestrator.networks import Rendering, decoder_network
 from orchestrator.work.binding import bind
@@ -38,6 +38,7 @@ def compile_rank(
     log: Callable[[str], None],
 ) -> EngineRecord:
     """Compile a rank from its converted weights, streaming the engine to `write`."""
+    require_collectives(options.engine.backend, installed_version(options.engine.backend), options.stage.tp)
     network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network, not options.engine.for_triton))
     request = EngineRequest(
         model=network.model.SerializeToString(),
