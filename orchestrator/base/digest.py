@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 64 * 2**20
@@ -26,6 +27,12 @@ def digest_of(value: Any) -> str:
 def digest_bytes(data: bytes) -> str:
     """Return the sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ChunkHasher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from orchestrator.model.checkpoint import TensorInfo
 from orchestrator.model.config import from_trtllm
 from orchestrator.releases import Release, open_release
 from orchestrator.releases.tags import TAGS
-from orchestrator.report import counted, format_bytes
+from orchestrator.report import format_bytes
 from orchestrator.stores import open_source
 from orchestrator.stores.source import LocalFolder, SourceFolder
 
@@ -137,7 +138,7 @@ def _files(
     table = Table("file", "tensors", "bytes", "dtypes", box=None, pad_edge=False)
     files = []
     for name, found in entries.items():
-        dtypes = counted(entry.dtype for entry in found)
+        dtypes = dict(Counter(entry.dtype for entry in found))
         shown = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
         table.add_row(name, str(len(found)), format_bytes(num_bytes[name]), shown)
         files.append({"file": name, "tensors": len(found), "bytes": num_bytes[name], "dtypes": dtypes})

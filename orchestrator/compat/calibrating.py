@@ -25,7 +25,6 @@ from orchestrator.work.process import scratch_root
 from orchestrator.work.scales import SCALES, Scales
 from orchestrator.work.scratch import scratch_folder
 
-"""Environment variables that mpiexec sets."""
 _POLL_SECONDS = 0.05
 _T = TypeVar("_T")
 

@@ -14,7 +14,6 @@ class LogReader:
     def __init__(self) -> None:
         self.last_word: Published | Errored | None = None
         self._begun = ""
-        self._read = 0
         self._tail = ""
 
     def feed(self, text: str) -> list[Event]:
@@ -26,11 +25,6 @@ class LogReader:
             if isinstance(event, (Published, Errored)):
                 self.last_word = event
         return found
-
-    def feed_whole(self, text: str) -> list[Event]:
-        """Do as `feed` for a source that always returns the whole log. A shorter log than before gives no events."""
-        new, self._read = text[self._read :], max(self._read, len(text))
-        return self.feed(new)
 
     def close(self) -> list[Event]:
         """Return the event of a last line without a newline."""

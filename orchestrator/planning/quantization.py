@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
+from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
 from orchestrator.model.quantization import ModelQuantization
 from orchestrator.planning.calibration import MAX, Quantization
@@ -69,7 +69,7 @@ def resolve_data(spec: CalibrationSpec) -> tuple[CalibrationData, str]:
         raise SourceMissingError(f"there is no calibration file {path}", f"Files end in {', '.join(DATA_SUFFIXES)}.")
     if is_file:
         check_data(path)
-        return _no_data(spec).model_copy(update={"dataset": path.name, "digest": _sha256(path)}), str(path.resolve())
+        return _no_data(spec).model_copy(update={"dataset": path.name, "digest": digest_file(path)}), str(path.resolve())
     digest = default_digest() if spec.dataset == DEFAULT else None
     return _no_data(spec).model_copy(update={"dataset": spec.dataset, "digest": digest}), ""
 
@@ -78,9 +78,4 @@ def _scales_sha256(folder: Path) -> str:
     path = folder / SCALES
     if not path.is_file():
         raise QuantizationError(f"{folder} holds no calibration artifact", "Make one with `orchestrator quantize --output`.")
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_file(path)

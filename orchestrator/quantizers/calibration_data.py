@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.base.digest import digest_bytes
+from orchestrator.base.digest import digest_bytes, digest_file
 from orchestrator.base.errors import DigestError, QuantizationError, SourceMissingError
 
 if TYPE_CHECKING:
@@ -148,9 +147,8 @@ def _texts(data: CalibrationData, dataset: str, tokenizer: Any) -> Iterator[_Tex
 def _check_same(path: Path, data: CalibrationData) -> None:
     if not path.is_file():
         raise SourceMissingError(f"{path} is missing on this node", "Every node that calibrates must see the file under that path.")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != data.digest:
-            raise DigestError(f"{path} is not the file that the plan was made with", "Run the build again.")
+    if digest_file(path) != data.digest:
+        raise DigestError(f"{path} is not the file that the plan was made with", "Run the build again.")
 
 
 def _entries(path: Path) -> Iterator[Any]:

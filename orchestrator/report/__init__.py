@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from orchestrator.report.tables import (
-    counted,
     describe_plan,
     format_bytes,
     format_count,
@@ -17,5 +16,5 @@ from orchestrator.report.view import LiveView
 
 __all__ = [
     "LiveView", "TransferView",
-    "counted", "describe_plan", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
+    "describe_plan", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
 ]  # fmt: skip

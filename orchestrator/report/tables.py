@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -110,11 +109,3 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             for step in plan.steps
         ],
     }
-
-
-def counted(items: Iterable[str]) -> dict[str, int]:
-    """Return how often each item occurs, in order of first occurrence."""
-    counts: dict[str, int] = defaultdict(int)
-    for item in items:
-        counts[item] += 1
-    return dict(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from orchestrator.events import (
 from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.steps import FailureKind, Outcome
 from orchestrator.report.remaining import Remaining
-from orchestrator.report.tables import counted, format_bytes, format_count, format_seconds, step_table
+from orchestrator.report.tables import format_bytes, format_count, format_seconds, step_table
 
 
 class LiveView:
@@ -89,7 +90,7 @@ class LiveView:
             self._progress.start()
 
     def _nodes(self, event: NodesProbed) -> None:
-        devices = counted(device.name for node in event.nodes for device in node.devices)
+        devices = Counter(device.name for node in event.nodes for device in node.devices)
         cpus = sum(node.cpus for node in event.nodes)
         what = [f"{cpus:.0f} CPU slots", *(f"{count} {name}" for name, count in devices.items())]
         self._print(f"{format_count(len(event.nodes), 'node')}: {escape(', '.join(what))}")

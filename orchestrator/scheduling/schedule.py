@@ -65,8 +65,6 @@ class Schedule:
         """Failure of the last attempt, by digest of the waiting step."""
         self.outcomes: dict[str, Outcome] = dict(committed)
         self.failures: dict[str, Failure] = {}
-        self.retried: dict[str, int] = {}
-        """Attempts beyond the first, by digest."""
         self.lost: dict[str, list[Failure]] = {}
         """Failures of earlier attempts, by digest, including those handed over to another node."""
         self._needed_by: dict[str, list[str]] = {}
@@ -134,7 +132,6 @@ class Schedule:
             earlier.append(failure)
             self._running[digest] = attempt + 1
             self._waiting[digest] = failure
-            self.retried[digest] = attempt
             return [Start(step, attempt + 1, decision.delay_seconds)]
         self._give_up(digest, failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason}))
         for waiting, reason in list(self._waiting.items()):
@@ -188,8 +185,6 @@ class Schedule:
         for step in ready:
             del self._pending[step.digest]
             self._running[step.digest] = self._attempts.get(step.digest, 0) + 1
-            if self._running[step.digest] > 1:
-                self.retried[step.digest] = self._running[step.digest] - 1
         return [Start(step, self._running[step.digest]) for step in ready]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.digest import digest_of
+from orchestrator.base.digest import digest_file, digest_of
 from orchestrator.base.errors import SourceMissingError, SpecError, ToolError
 from orchestrator.base.urls import is_url
 from orchestrator.events import Errored, encode_line
@@ -56,8 +56,8 @@ exit @CODE@
 def bundle(spec: BuildSpec, cluster_spec: ClusterSpec) -> dict[str, str]:
     """Return the bundle's files by name: YAML that decodes to the same values, with paths made absolute by the loader."""
     return {
-        SPEC_FILE: _dump(spec.model_dump(mode="json", exclude_unset=True)),
-        CLUSTER_FILE: _dump(cluster_spec.model_dump(mode="json", exclude_unset=True)),
+        SPEC_FILE: dump_yaml(spec.model_dump(mode="json", exclude_unset=True)),
+        CLUSTER_FILE: dump_yaml(cluster_spec.model_dump(mode="json", exclude_unset=True)),
         SCRIPT_FILE: script(cluster_spec.driver.python),
     }
 
@@ -140,8 +140,7 @@ def _pack(place: str, files: dict[str, Path]) -> str:
         raise SourceMissingError(f"there is no {place}, which the spec names", "A relative path counts from this folder.")
     hasher = hashlib.sha256()
     for name, file in found.items():
-        with file.open("rb") as opened:
-            hasher.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        hasher.update(f"{name}\0{digest_file(file)}\n".encode())
     folder = f"{_FILES}/{hasher.hexdigest()[:_DIGITS]}"
     files |= {f"{folder}/{name}": file for name, file in found.items()}
     return f"{folder}/{path.name}"
@@ -157,7 +156,7 @@ def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, 
     found = []
     if cluster_spec.store.startswith("file:"):
         found.append(f"the store {cluster_spec.store} must be one folder that all nodes share")
-    if is_local(spec.source.path):
+    if not is_url(spec.source.path):
         found.append(f"every node must have the source {spec.source.path} under this path")
     found += [f"every node must have {path}" for path in named_files(spec).values() if Path(path).is_absolute()]
     return tuple(found)
@@ -172,12 +171,3 @@ def named_files(spec: BuildSpec) -> dict[str, str]:
     if Path(wanted.calibration.dataset).suffix not in DATA_SUFFIXES:  # a data set of the hub
         del named["calibration.dataset"]
     return {f"quantization.{field}": path for field, path in named.items() if path is not None}
-
-
-def is_local(path: str) -> bool:
-    """Whether a path or URL is a local one, which every node must have under the same path."""
-    return not is_url(path)
-
-
-def _dump(value: object) -> str:
-    return dump_yaml(value)

@@ -181,9 +181,3 @@ def _download_once(store: Store, key: str, num_bytes: int, sha256: str, writer: 
             written += len(block)
         if (hasher.hexdigest(), written) != (sha256, num_bytes):
             raise DigestError(f"{key} in {store.url} is not what was written: sha256 {hasher.hexdigest()}, expected {sha256}")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,14 +19,6 @@ _TRANSIENT = {"TransientError", "EndpointConnectionError", "ConnectTimeoutError"
 _OUT_OF_MEMORY = {"OutOfMemoryError"}
 
 
-class ProcessLostError(Exception):
-    """A process that a step started was lost to a failure below the step. Raise the step's error from it."""
-
-    def __init__(self, cause: Cause) -> None:
-        super().__init__(f"what the process lost or lacked: {cause.value}")
-        self.cause = cause
-
-
 def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -> Failure:
     """Return the record of an exception that a step raised. Failures below the step count as infrastructure and are retried."""
     cause = cause_of(error)
@@ -39,8 +31,6 @@ def failure_of(error: BaseException, node: str, log_tail: str, traceback: str) -
 def cause_of(error: BaseException) -> Cause:
     """Return the cause of an error. UNKNOWN: the step's own error, which would happen again anywhere."""
     for each in _chain(error):
-        if isinstance(each, ProcessLostError):
-            return each.cause
         names = {base.__name__ for base in type(each).__mro__}
         if isinstance(each, MemoryError) or names & _OUT_OF_MEMORY:
             return Cause.MEMORY

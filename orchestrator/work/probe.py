@@ -105,10 +105,3 @@ def _scratch_free(scratch: str | None) -> int:
         return shutil.disk_usage(root).free
     except OSError:
         return 0
-
-
-def _free(folder: str) -> int:
-    try:
-        return shutil.disk_usage(folder).free if Path(folder).is_dir() else 0
-    except OSError:
-        return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import DigestError, QuantizationError
 from orchestrator.model.quantization import WeightFormat
 from orchestrator.model.targets import ArtifactScale
@@ -67,7 +67,7 @@ def scales_for(task: Task, options: ConvertOptions, context: Context) -> Scales:
     """Read the artifacts of the task's calibrate steps, or the user's own. Raises DigestError, QuantizationError."""
     if options.scales_sha256 is not None:
         path = Path(task.step.locations["scales"]) / SCALES
-        if hashlib.sha256(path.read_bytes()).hexdigest() != options.scales_sha256:
+        if digest_file(path) != options.scales_sha256:
             raise DigestError(f"{path} was changed during the build", "Run the build again.")
         return Scales.read([path])
     outcomes = [task.inputs[need] for need in task.step.needs]

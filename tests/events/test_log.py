@@ -84,22 +84,12 @@ def test_log_cut_anywhere_gives_every_event_once(data: st.DataObject) -> None:
     text = "\n".join(LINES) + "\n"
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     whole = LogReader().feed(text)
-    in_pieces, growing = LogReader(), LogReader()
+    in_pieces = LogReader()
     pieces: list[Event] = []
-    grown: list[Event] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         pieces += in_pieces.feed(text[begin:end])
-        grown += growing.feed_whole(text[:end])
-    assert pieces == grown == whole
+    assert pieces == whole
     assert len(whole) == 3
-
-
-def test_log_that_shrinks_tells_nothing_twice() -> None:
-    reader = LogReader()
-    text = "\n".join(LINES) + "\n"
-    assert len(reader.feed_whole(text)) == 3
-    assert reader.feed_whole(text[:10]) == []
-    assert reader.feed_whole(text) == []
 
 
 def test_log_without_a_last_newline_is_read_when_closed() -> None:

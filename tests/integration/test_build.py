@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator import building
+from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import DigestError, ReleaseExistsError, ReleaseMissingError, VerificationError
 from orchestrator.planning.steps import Kind
 from orchestrator.releases import pull
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
-from orchestrator.work.context import file_sha256
 from tests.conftest import SpecMaker
 
 ENGINE = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
@@ -50,7 +50,7 @@ def test_build_of_four_ranks_publishes_verified_engines(published: building.Buil
     assert manifest.verification.max_relative_error < 1e-3
     release = Path(published.address.removeprefix("file://"))
     for file in manifest.all_files():
-        assert file_sha256(release / file.key) == file.sha256
+        assert digest_file(release / file.key) == file.sha256
     first, last = manifest.ranks[0].engine, manifest.ranks[3].engine
     assert first.tensors[0].name == "input_ids"
     assert first.tensors[0].profiles["prefill"]["max"] == (2, 16)
@@ -114,7 +114,7 @@ def test_pull_of_a_rank_fetches_what_it_needs(published: building.Build, tmp_pat
     assert "config.json" in names
     assert not names & {"rank0.engine", "rank1.engine", "rank3.engine"}
     record = published.manifest.ranks[2].files[0]
-    assert file_sha256(tmp_path / "rank2.engine") == record.sha256
+    assert digest_file(tmp_path / "rank2.engine") == record.sha256
 
 
 def test_pull_of_a_damaged_engine_is_refused_and_leaves_nothing(published: building.Build, tmp_path: Path) -> None:

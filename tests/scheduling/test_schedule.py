@@ -84,7 +84,7 @@ def test_handle_lost_machine_retries_after_doubling_delays_then_gives_up() -> No
     assert schedule.handle(failed(step, LOST)) == [Start(step, 2, 2.0)]
     assert schedule.num_running == 1
     assert schedule.handle(failed(step, LOST)) == [Start(step, 3, 3.0)]
-    assert schedule.retried == {step.digest: 2}
+    assert len(schedule.lost[step.digest]) == 2
     assert schedule.handle(failed(step, LOST)) == []
     assert schedule.done
     assert schedule.failures[step.digest].message == "node lost (attempt 3 of 3)"
