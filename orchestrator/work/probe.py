@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from orchestrator.base.errors import OrchestratorError
+from orchestrator.engines.device import all_gpus, open_nvml
 from orchestrator.events.nodes import GpuFacts, NodeFacts
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.work.process import scratch_root
@@ -27,12 +28,13 @@ _PACKAGES = {
 def probe_here(store: str, options_json: str, scratch: str | None, paths: Iterable[str]) -> str:
     """Return the NodeFacts of this machine as JSON. The cluster adds the node's name, labels and resources."""
     folder = scratch or tempfile.gettempdir()
-    devices, driver = _devices()
     error, seconds = _try_store(store, StoreOptions.model_validate_json(options_json))
     facts = NodeFacts(
         node=platform.node(),
-        devices=devices,
-        driver=driver,
+        devices=tuple(
+            GpuFacts(name=g.name, memory_bytes=g.memory_bytes, compute_capability=g.compute_capability) for g in all_gpus()
+        ),
+        driver=_driver(),
         scratch=folder,
         scratch_free_bytes=_scratch_free(scratch),
         store_error=error,
@@ -43,25 +45,10 @@ def probe_here(store: str, options_json: str, scratch: str | None, paths: Iterab
     return facts.model_dump_json()
 
 
-def _devices() -> tuple[tuple[GpuFacts, ...], str]:
-    """Return GPUs and driver version from NVML; empty without NVML. CUDA_VISIBLE_DEVICES does not hide GPUs from NVML."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:
-        return (), ""
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_device(pynvml, handle) for handle in handles), str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _device(pynvml, handle) -> GpuFacts:  # type: ignore[no-untyped-def]
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-    return GpuFacts(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(memory), compute_capability=f"{major}.{minor}")
+def _driver() -> str:
+    """Return the version of the GPU driver; empty without one."""
+    with open_nvml() as nvml:
+        return str(nvml.nvmlSystemGetDriverVersion()) if nvml is not None else ""
 
 
 def _try_store(url: str, options: StoreOptions) -> tuple[str, float]:

@@ -6,13 +6,13 @@ import contextlib
 import os
 import resource
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import psutil
 
+from orchestrator.engines.device import open_nvml, visible_gpus
 from orchestrator.planning.steps import Usage
 
 _SECONDS = 1.0
@@ -93,8 +93,12 @@ class Sampler:
 class MachineReader:
     """Samples of this process and its children, and of the GPUs that it sees."""
 
-    def __init__(self, load_nvml: Callable[[], Any] | None = None) -> None:
-        self._nvml, self._devices = _open_nvml(load_nvml or _import_nvml)
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()  # NVML stays open as long as the reader
+        self._nvml = self._stack.enter_context(open_nvml())
+        self._devices: list[Any] = []
+        with contextlib.suppress(Exception):  # a GPU that fails is not sampled
+            self._devices = [self._nvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in visible_gpus()]
 
     def sample(self) -> Sample:
         utilizations, memory = [], []
@@ -112,30 +116,6 @@ class MachineReader:
         times = psutil.cpu_times()
         every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # counted in user and nice too
         return every - times.idle - getattr(times, "iowait", 0.0), every
-
-
-def _import_nvml() -> Any:
-    import pynvml
-
-    return pynvml
-
-
-def _open_nvml(load: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """Return NVML and the devices of CUDA_VISIBLE_DEVICES; None and no devices without GPU, driver or package."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.strip():
-        return None, []
-    try:
-        nvml = load()
-        nvml.nvmlInit()
-        names = [name.strip() for name in visible.split(",")] if visible else map(str, range(nvml.nvmlDeviceGetCount()))
-        return nvml, [_device(nvml, name) for name in names]
-    except Exception:  # of NVML, whose classes are unknown where it is not installed
-        return None, []
-
-
-def _device(nvml: Any, name: str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def resident_bytes(process: int) -> int:

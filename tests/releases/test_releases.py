@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DigestError, MachineError, ReleaseMissingError, SignatureError, SpecError, StoreError
 from orchestrator.cli import app
-from orchestrator.engines.device import Gpu, parse_smi, select
+from orchestrator.engines.device import Gpu
 from orchestrator.releases import list_releases, open_release, pull, reading, tag, verify
 from orchestrator.releases.machine import Machine, check_machine, problems
 from orchestrator.releases.manifest import MANIFEST
@@ -279,15 +279,6 @@ def test_check_machine_of_version_compatible_engines_takes_later_versions_and_th
     ranks = tuple(record.model_copy(update={"engine": record.engine.model_copy(update=made)}) for record in signed.manifest.ranks)
     manifest = signed.manifest.model_copy(update={"ranks": ranks})
     assert problems(manifest, [0], Machine((_GPU,), installed)) == ([reason] if reason else [])
-
-
-def test_visible_gpus_of_nvidia_smi_are_read_and_chosen() -> None:
-    gpus = parse_smi("NVIDIA H200, 9.0, 143771, GPU-a\nNVIDIA L4, 8.9, 23034, GPU-b\nNo devices were found\n")
-    assert gpus[0] == Gpu("NVIDIA H200", "9.0", 143771 * 2**20, "GPU-a")
-    assert select(gpus, "1,0") == (gpus[1], gpus[0])
-    assert select(gpus, "GPU-b") == (gpus[1],)
-    assert select(gpus, "0,-1,1") == (gpus[0],)
-    assert select(gpus, "") == ()
 
 
 def test_tag_moves_and_keeps_its_history(signed: Published, tmp_path: Path) -> None:

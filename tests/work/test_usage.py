@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.work.usage import MachineReader, Sample, Sampler
+from tests.support.nvml import FakeNvml
 
 
 class Scripted:
@@ -61,28 +61,6 @@ def test_sampler_whose_reader_fails_does_not_fail_the_step() -> None:
     assert sampler.usage().num_samples == 0
 
 
-class FakeNvml:
-    """Two devices; the second one is asked for by its UUID too."""
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        self.begun = True
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
-        return number
-
-    def nvmlDeviceGetHandleByUUID(self, name: str) -> int:  # noqa: N802
-        return {"GPU-b": 1}[name]
-
-    def nvmlDeviceGetUtilizationRates(self, device: int) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(gpu=40 + device * 20)
-
-    def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(used=1000 + device)
-
-
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
@@ -99,15 +77,14 @@ def test_reader_samples_the_devices_that_the_step_sees(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = MachineReader(FakeNvml).sample()
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([("NVIDIA H200", "GPU-a"), ("NVIDIA L4", "GPU-b")]))
+    found = MachineReader().sample()
     assert (found.gpu_utilizations, found.gpu_memory_bytes) == expected
 
 
-def test_reader_without_nvml_has_no_devices() -> None:
-    def missing() -> object:
-        raise ImportError("no pynvml")
-
-    found = MachineReader(missing).sample()
+def test_reader_without_a_driver_has_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(None))
+    found = MachineReader().sample()
     assert (found.gpu_utilizations, found.gpu_memory_bytes) == ((), ())
     assert found.memory_bytes > 10**6
 
