@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 _ROOM_BYTES = 2**20
@@ -51,39 +52,25 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
 
 
-def descendants(process: int) -> list[int]:
-    """Return the ids of all descendants of a process, from /proc."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(folder.name))
-    found = [process]
-    for each in found:
-        found.extend(children.get(each, []))
-    return found[1:]
-
-
 def end_descendants(name: str = "", wait_seconds: float = 0.0) -> None:
     """Kill the descendants of this process whose command line begins with `name`.
 
     Waits up to `wait_seconds` until the killed processes have released their files and locks.
     """
     killed = []
-    for process in descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            if not name or Path(f"/proc/{process}/cmdline").read_text(errors="replace").startswith(name):
-                os.kill(process, signal.SIGKILL)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if not name or " ".join(process.cmdline()).startswith(name):
+                process.kill()
                 killed.append(process)
     end = time.monotonic() + wait_seconds
-    while time.monotonic() < end and any(is_running(process) for process in killed):
+    while time.monotonic() < end and any(map(_is_alive, killed)):
         time.sleep(_POLL_SECONDS)
 
 
-def is_running(process: int) -> bool:
-    """Whether a process exists and is not a zombie."""
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended; a zombie has."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.compat.models import LLaMAForCausalLM
-from orchestrator.work.process import descendants, end_descendants, is_running
+from orchestrator.work.process import end_descendants
 from orchestrator.work.scratch import remove_dead
 from tests.support.signals import hear_interrupts
 
@@ -45,6 +46,13 @@ def words_of(body: str) -> list[str]:
 
 def command(body: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words_of(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+
+
+def has_ended(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def stop(process: subprocess.Popen[str], number: int, *, ready: str = "ready") -> tuple[int, float, str]:
@@ -105,7 +113,7 @@ def test_command_that_loses_the_interrupt_is_ended_with_all_that_it_started(numb
     found, seconds, said = stop(process, number)
     assert (found, f"error: {words}" in said) == (code, True)
     assert seconds < 5
-    assert not any(is_running(child) for child in children)
+    assert all(map(has_ended, children))
 
 
 def test_command_that_finishes_although_the_interrupt_was_lost_does_not_end_with_success() -> None:
@@ -145,14 +153,6 @@ def test_command_under_nohup_ignores_the_signal() -> None:
     assert (done.returncode, done.stdout.split("\n")[1]) == (0, "went on"), done.stderr
 
 
-def test_descendants_are_children_and_theirs() -> None:
-    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        grandchild = int(process.stdout.readline())
-        assert {process.pid, grandchild} <= set(descendants(os.getpid()))
-        os.kill(grandchild, signal.SIGKILL)
-
-
 OWNER = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_SH); print(1, flush=True); time.sleep(60)"
 
 
@@ -170,7 +170,7 @@ def test_descendants_of_a_name_are_ended_and_have_let_go_of_their_locks(tmp_path
         assert remove_dead(tmp_path) == []
         end_descendants(name, 10.0)
         assert remove_dead(tmp_path) == [folder]
-        assert is_running(other.pid)
+        assert other.poll() is None
         other.kill()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,20 +12,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from orchestrator.work.process import descendants
 from tests.support.signals import hear_interrupts
 
 
 def names_below(process: int) -> list[str]:
     """Command lines of what a process has started."""
     found = []
-    for child in descendants(process):
-        try:
-            found.append(Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
+    for child in psutil.Process(process).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(child.cmdline()))
     return found
 
 
@@ -53,7 +52,7 @@ def test_build_on_ray_that_is_stopped_ends_with_the_signals_code_and_leaves_noth
     while not MOMENTS[moment](process.pid, scratch):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    below = descendants(process.pid)
+    below = psutil.Process(process.pid).children(recursive=True)
     began = time.monotonic()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -65,6 +64,6 @@ def test_build_on_ray_that_is_stopped_ends_with_the_signals_code_and_leaves_noth
     assert seconds < 5
     assert list(scratch.glob("*")) == []
     assert list((tmp_path / "store").rglob(".tmp-*")) == []
-    while any(Path(f"/proc/{child}").exists() for child in below):
+    while any(child.is_running() for child in below):
         assert time.monotonic() - began < 30, below
         time.sleep(0.05)

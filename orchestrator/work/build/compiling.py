@@ -1,15 +1,11 @@
 """Compile ranks in a separate process, for `build-engine`: TensorRT there can be killed at any time.
 
-The job goes in on stdin, events come out on stdout as JSON lines. Files are written in a folder of the output that is locked like a
-scratch folder, and get their names when they are complete.
+Files are written in a folder of the output that is locked like a scratch folder, and get their names when they are complete.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -17,12 +13,11 @@ from typing import IO
 from pydantic import BaseModel
 
 from orchestrator.base.errors import EngineBuildError, store_error
+from orchestrator.events import StepFailed, StepProgressed
 from orchestrator.planning.options import BuildOptions
-from orchestrator.events import STEP_EVENT, StepFailed, StepProgressed
 from orchestrator.planning.steps import Failure
+from orchestrator.work.child import Child, event_pipe
 from orchestrator.work.failures import failure_of
-from orchestrator.work.lost import crash, oom_kills
-from orchestrator.work.process import belong_to_parent
 from orchestrator.work.scratch import remove_dead, scratch_folder
 
 
@@ -68,44 +63,18 @@ def compile_apart(
 
 def _run(job: CompileJob, progress: Callable[[int, str, int, int], None]) -> tuple[list[int], tuple[int, Failure] | None]:
     """Run the job; returns the ranks with a complete engine, and the failed rank with its failure."""
-    words, kills = [sys.executable, "-m", "orchestrator.work.build.compiling"], oom_kills()
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, preexec_fn=belong_to_parent
-        ) as process,
-    ):
-        try:
-            failed = _follow(process, job, progress)
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        done = [rank for rank in job.ranks if (Path(job.folder) / f"rank{rank}.engine").exists()]
-        if code and failed is None:
-            rank = next((rank for rank in job.ranks if rank not in done), 0)
-            failed = rank, crash(code, "", errors, oom_kills() - kills)
-    return done, failed
-
-
-def _follow(
-    process: subprocess.Popen[bytes], job: CompileJob, progress: Callable[[int, str, int, int], None]
-) -> tuple[int, Failure] | None:
-    assert process.stdin is not None
-    assert process.stdout is not None
     failed = None
-    try:
-        with process.stdin:
-            process.stdin.write(job.model_dump_json().encode())
-    except BrokenPipeError:  # the process ended at once: its exit code says more
-        return None
-    for line in process.stdout:
-        event = STEP_EVENT.validate_json(line)
-        if isinstance(event, StepProgressed):
-            progress(int(event.digest), event.phase, event.done, event.total)
-        elif isinstance(event, StepFailed):
-            failed = int(event.digest), event.failure
-    return failed
+    with Child("orchestrator.work.build.compiling") as child:
+        for event in child.events(job):
+            if isinstance(event, StepProgressed):
+                progress(int(event.digest), event.phase, event.done, event.total)
+            elif isinstance(event, StepFailed):
+                failed = int(event.digest), event.failure
+        done = [rank for rank in job.ranks if (Path(job.folder) / f"rank{rank}.engine").exists()]
+        missing = [rank for rank in job.ranks if rank not in done]
+        if missing and failed is None:
+            failed = missing[0], child.failure("")
+    return done, failed
 
 
 def main(pipe: IO[str]) -> None:
@@ -136,7 +105,5 @@ def main(pipe: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Native code may print to stdout: only events go into the pipe.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as pipe:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with event_pipe() as pipe:
         main(pipe)
