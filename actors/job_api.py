@@ -7,21 +7,20 @@ because Ray's own log streaming ends healthy builds.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import io
 import ipaddress
 import json
 import os
 import signal
 import socket
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote, urlsplit
+
+import httpx
 
 from orchestrator.base.errors import (
     AuthenticationError,
@@ -107,35 +106,8 @@ class NodeOffer:
     labels: Mapping[str, str]
 
 
-class JobApi(Protocol):
+class JobApi:
     """Calls of submissions to a cluster. Raises UnreachableError, AuthenticationError, UnknownSubmissionError."""
-
-    @property
-    def address(self) -> str: ...
-
-    def submit(
-        self, job_id: str, entrypoint: str, folder: Path, driver: DriverSpec, metadata: Mapping[str, str], env: Mapping[str, str]
-    ) -> None:
-        """Upload `folder` as the working directory and submit. Raises DuplicateJobError."""
-        ...
-
-    def jobs(self) -> list[Job]: ...
-
-    def job(self, job_id: str) -> Job: ...
-
-    def log(self, job_id: str) -> str:
-        """Return everything that the job has printed so far."""
-        ...
-
-    def stop(self, job_id: str) -> bool:
-        """Request the job's end; False when it has already ended. A pending job ends when it starts."""
-        ...
-
-    def nodes(self) -> list[NodeOffer]: ...
-
-
-class RayJobApi:
-    """See JobApi."""
 
     def __init__(self, address: str | None = None) -> None:
         """Connect. `address`: http(s)://HOST:PORT of the head's dashboard; absent: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
@@ -145,9 +117,11 @@ class RayJobApi:
         AuthenticationError, also when the request would go over the open internet without a token.
         """
         self.address = _url_of(address)
-        self._token = _token()
-        check_open(self.address, self._token is not None)
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        token = _token()
+        check_open(self.address, token is not None)
+        # Redirects are not followed: they would carry the token to another host.
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._client = httpx.Client(base_url=self.address, headers=headers, timeout=_REQUEST_SECONDS)
         version = str(self._ask("GET", "/api/version")["ray_version"])
         if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
             raise ClusterError(f"{self.address} runs Ray {version}", "Submit to a cluster with Ray 2.52 or newer.")
@@ -155,6 +129,7 @@ class RayJobApi:
     def submit(
         self, job_id: str, entrypoint: str, folder: Path, driver: DriverSpec, metadata: Mapping[str, str], env: Mapping[str, str]
     ) -> None:
+        """Upload `folder` as the working directory and submit. Raises DuplicateJobError."""
         fields = {
             "entrypoint": entrypoint,
             "submission_id": job_id,
@@ -179,9 +154,11 @@ class RayJobApi:
         return _job(self._ask("GET", f"/api/jobs/{quote(job_id)}", job_id))
 
     def log(self, job_id: str) -> str:
+        """Return everything that the job has printed so far."""
         return str(self._ask("GET", f"/api/jobs/{quote(job_id)}/logs", job_id)["logs"])
 
     def stop(self, job_id: str) -> bool:
+        """Request the job's end; False when it has already ended. A pending job ends when it starts."""
         return bool(self._ask("POST", f"/api/jobs/{quote(job_id)}/stop", job_id)["stopped"])
 
     def nodes(self) -> list[NodeOffer]:
@@ -216,23 +193,11 @@ class RayJobApi:
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
         """Request and return status and text. Raises UnreachableError, AuthenticationError."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
-        request = urllib.request.Request(self.address + path, body, headers, method=method)  # noqa: S310  # _url_of gives http(s)
         try:
-            with self._opener.open(request, timeout=_REQUEST_SECONDS) as answer:
-                return int(answer.status), answer.read().decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException) as error:
+            answer = self._client.request(method, path, content=body)
+        except httpx.HTTPError as error:
             raise UnreachableError(f"no answer from {self.address}: {_reason(error)}", _ADVICE) from None
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would carry the token to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        return answer.status_code, answer.text
 
 
 def package(folder: Path) -> bytes:

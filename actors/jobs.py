@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.job_api import DuplicateJobError, Job, JobApi, RayJobApi, is_here, unmet
+from actors.job_api import DuplicateJobError, Job, JobApi, is_here, unmet
 from orchestrator.base.errors import (
     ClusterError,
     DriverLostError,
@@ -84,8 +84,8 @@ class Client:
     """A cluster to submit builds to."""
 
     def __init__(self, address: str | None = None, *, api: JobApi | None = None, clock: Clock | None = None) -> None:
-        """Connect to the head's dashboard; see RayJobApi for `address` and errors. `api` and `clock`: for tests."""
-        self._api = api or RayJobApi(address)
+        """Connect to the head's dashboard; see JobApi for `address` and errors. `api` and `clock`: for tests."""
+        self._api = api or JobApi(address)
         self.address = self._api.address
         self._clock = clock or Clock()
 

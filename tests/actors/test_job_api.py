@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from actors.job_api import DuplicateJobError, RayJobApi, package
+from actors.job_api import DuplicateJobError, JobApi, package
 from orchestrator.base.errors import AuthenticationError, ClusterError, OrchestratorError, UnknownSubmissionError, UnreachableError
 from orchestrator.spec.cluster import DriverSpec
 
@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_submit_uploads_the_folder_once_and_leaves_out_what_was_not_asked_for(dashboard: Dashboard, folder: Path) -> None:
     dashboard.answers |= {"PUT *": (200, ""), "POST /api/jobs/": (200, {"submission_id": "build-1"})}
-    api = RayJobApi(dashboard.address)
+    api = JobApi(dashboard.address)
     for _ in range(2):
         api.submit("build-1", "python x", folder, DriverSpec(cpus=0.5, labels={"pool": "cpu"}), {"m": "1"}, {"E": "2"})
     uploads = [(name, body) for name, body, _ in dashboard.asked if name.startswith("PUT")]
@@ -106,7 +106,7 @@ def test_jobs_are_read_and_those_that_nobody_submitted_left_out(dashboard: Dashb
         "GET /api/jobs/build-1/logs": (200, {"logs": "line\n"}),
         "POST /api/jobs/build-1/stop": (200, {"stopped": False}),
     }
-    api = RayJobApi(dashboard.address)
+    api = JobApi(dashboard.address)
     (job,) = api.jobs()
     assert (job.id, job.state, job.exit_code, job.submitted_at, job.ended_at, job.node) == ("build-1", "FAILED", 23, 1.0, 2.5, "n")
     assert api.log("build-1") == "line\n"
@@ -116,7 +116,7 @@ def test_jobs_are_read_and_those_that_nobody_submitted_left_out(dashboard: Dashb
 def test_nodes_are_those_that_live(dashboard: Dashboard) -> None:
     nodes = [{"state": "ALIVE", "resources_total": {"CPU": 2}, "labels": {"a": "b"}}, {"state": "DEAD"}]
     dashboard.answers["GET /api/v0/nodes?detail=1&limit=1000"] = (200, {"data": {"result": {"result": nodes}}})
-    (node,) = RayJobApi(dashboard.address).nodes()
+    (node,) = JobApi(dashboard.address).nodes()
     assert (node.resources, node.labels) == ({"CPU": 2}, {"a": "b"})
 
 
@@ -136,7 +136,7 @@ def test_answer_that_is_no_success_is_an_error_of_ours(
     dashboard: Dashboard, answer: tuple[int, str], error: type[OrchestratorError], words: str
 ) -> None:
     dashboard.answers["GET /api/jobs/build-1"] = answer
-    api = RayJobApi(dashboard.address)
+    api = JobApi(dashboard.address)
     with pytest.raises(error, match=words.replace("(", r"\(").replace(")", r"\)")):
         api.job("build-1")
     assert not [name for name, _, _ in dashboard.asked if "elsewhere" in name], "the token would follow a redirect"
@@ -148,15 +148,15 @@ def test_job_of_an_id_that_is_taken_is_a_duplicate(dashboard: Dashboard, folder:
         "POST /api/jobs/": (500, "trace\nValueError: Job with submission_id x already exists"),
     }
     with pytest.raises(DuplicateJobError):
-        RayJobApi(dashboard.address).submit("x", "python x", folder, DriverSpec(), {}, {})
+        JobApi(dashboard.address).submit("x", "python x", folder, DriverSpec(), {}, {})
 
 
 def test_connect_old_ray_and_a_closed_port_are_refused(dashboard: Dashboard) -> None:
     dashboard.answers["GET /api/version"] = (200, {"ray_version": "2.9.3"})
     with pytest.raises(ClusterError, match=r"runs Ray 2\.9\.3"):
-        RayJobApi(dashboard.address)
+        JobApi(dashboard.address)
     with pytest.raises(UnreachableError, match="Connection refused"):
-        RayJobApi("http://127.0.0.1:1")
+        JobApi("http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("where", ["variable", "file", "usual file"])
@@ -174,5 +174,5 @@ def test_token_goes_with_every_request(dashboard: Dashboard, where: str, tmp_pat
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     else:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    RayJobApi(dashboard.address).jobs()
+    JobApi(dashboard.address).jobs()
     assert [token for _, _, token in dashboard.asked] == ["Bearer secret"] * 2
