@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator import clusters
+from orchestrator.clusters.local import LocalCluster
 from orchestrator.events import silent
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
@@ -54,7 +54,7 @@ def verify(model: Path, tp: int, pp: int, store: str) -> Verification:
     made = preparation.plan(spec)
     only = Plan(made.spec, made.inputs, tuple(step for step in made.steps if step.kind is not Kind.BUILD))
     committed = commits.committed(open_store(store), (step.digest for step in only.steps))
-    result = execute.execute(only, committed, ClusterSpec(store=store), clusters.local_cluster, silent)
+    result = execute.execute(only, committed, ClusterSpec(store=store), LocalCluster, silent)
     result.raise_failures(only)
     last = list(only.of_kind(Kind.VERIFY))[-1]
     return result.outcomes[last.digest].facts.verification

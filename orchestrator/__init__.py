@@ -15,35 +15,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.base.errors import OrchestratorError
-    from orchestrator.building import Build, build
-    from orchestrator.model.topology import Topology
-    from orchestrator.planning.plan import Plan
-    from orchestrator.planning.preparation import plan
-    from orchestrator.releases import pull, read_release
-    from orchestrator.releases.manifest import Manifest
-    from orchestrator.spec.build import BuildConfig, BuildSpec
-    from orchestrator.spec.cluster import ClusterSpec
-    from orchestrator.spec.loading import load_cluster, load_spec
-    from orchestrator.stages import convert
-
-__all__ = [
-    "Build",
-    "BuildConfig",
-    "BuildSpec",
-    "ClusterSpec",
-    "Manifest",
-    "OrchestratorError",
-    "Plan",
-    "Topology",
-    "build",
-    "convert",
-    "load_cluster",
-    "load_spec",
-    "plan",
-    "pull",
-    "read_release",
-]
+    from orchestrator.base.errors import OrchestratorError as OrchestratorError
+    from orchestrator.building import Build as Build
+    from orchestrator.building import build as build
+    from orchestrator.model.topology import Topology as Topology
+    from orchestrator.planning.plan import Plan as Plan
+    from orchestrator.planning.preparation import plan as plan
+    from orchestrator.releases import pull as pull
+    from orchestrator.releases import read_release as read_release
+    from orchestrator.releases.manifest import Manifest as Manifest
+    from orchestrator.spec.build import BuildConfig as BuildConfig
+    from orchestrator.spec.build import BuildSpec as BuildSpec
+    from orchestrator.spec.cluster import ClusterSpec as ClusterSpec
+    from orchestrator.spec.loading import load_cluster as load_cluster
+    from orchestrator.spec.loading import load_spec as load_spec
+    from orchestrator.stages import convert as convert
 
 _PLACES = {
     "base.errors": ("OrchestratorError",),
@@ -59,6 +45,7 @@ _PLACES = {
     "stages": ("convert",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+__all__ = sorted(_PLACE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.clusters import local_cluster
+from orchestrator.clusters.local import LocalCluster
 from orchestrator.events import Event, Listener, Planned, Published, silent, to_all
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
@@ -37,7 +37,7 @@ def build(
     spec: BuildSpec,
     cluster_spec: ClusterSpec,
     *,
-    open_cluster: OpenCluster = local_cluster,
+    open_cluster: OpenCluster = LocalCluster,
     listener: Listener = silent,
     sign_key: Path | None = None,
     report: Path | None = None,
@@ -73,10 +73,9 @@ def build(
         recorded(target, plan, report) as recording,
     ):
         listener = to_all(listener, recording.tell)
-        committed, again = commits.agreeing(target, plan, commits.committed(target, (step.digest for step in plan.steps)))
+        plan, committed = commits.agreeing(target, plan)
         pending = plan.pending(committed)
         check_build(plan, pending, cluster_spec, target)
-        plan = replace(plan, warnings=plan.warnings + again)
         listener(Planned.of(plan, pending))
         placed: list[Engines] = []
         result = execute(

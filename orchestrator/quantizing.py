@@ -5,7 +5,6 @@ Steps are shared by content: a sweep computes the reference once, and calibrates
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +13,12 @@ from typing import Any
 
 from orchestrator.base.errors import QuantizationError, StoreError, VerificationError
 from orchestrator.base.extras import require
-from orchestrator.clusters import local_cluster
-from orchestrator.events import Listener, Planned, silent
+from orchestrator.clusters.local import LocalCluster
+from orchestrator.events import Listener, silent
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, quant_cfg
 from orchestrator.planning import preparation
 from orchestrator.planning.calibration import layer_of
-from orchestrator.planning.facts import ConvertFacts, Verification, VerifyFacts
+from orchestrator.planning.facts import Verification, VerifyFacts, linear_errors
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.quantization import resolve_data
 from orchestrator.planning.steps import Kind, Outcome
@@ -27,11 +26,11 @@ from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.resolve import quantizer_named
 from orchestrator.scheduling import commits
 from orchestrator.scheduling.driver import Result
-from orchestrator.scheduling.execute import OpenCluster, execute
-from orchestrator.scheduling.preflight import check_extras, check_steps
+from orchestrator.scheduling.execute import OpenCluster
+from orchestrator.scheduling.preflight import check_extras
 from orchestrator.spec.build import BuildSpec, QuantizationSpec, ToleranceSpec
 from orchestrator.spec.cluster import ClusterSpec
-from orchestrator.stages import check_kept
+from orchestrator.stages import only, run_steps
 from orchestrator.stores import open_store
 from orchestrator.stores.file import write_whole
 from orchestrator.stores.store import check_writable
@@ -65,7 +64,7 @@ def sweep(
     algorithms: Sequence[str],
     cluster_spec: ClusterSpec,
     *,
-    open_cluster: OpenCluster = local_cluster,
+    open_cluster: OpenCluster = LocalCluster,
     listener: Listener = silent,
 ) -> list[SweepRow]:
     """Calibrate, convert and verify `spec` with every algorithm (`none`: unquantized), in one run.
@@ -105,7 +104,7 @@ def calibrate(
     output: Path,
     cluster_spec: ClusterSpec,
     *,
-    open_cluster: OpenCluster = local_cluster,
+    open_cluster: OpenCluster = LocalCluster,
     listener: Listener = silent,
 ) -> list[Path]:
     """Write the calibration artifact of `spec` to the folder `output`, for `quantization.scales` of other specs.
@@ -187,30 +186,16 @@ def _under(spec: BuildSpec, algorithm: str) -> BuildSpec:
     return spec.model_copy(update={"quantization": quantization, "verification": verification})
 
 
-def only(plan: Plan, kinds: tuple[Kind, ...]) -> Plan:
-    """Return the plan with only the steps of some kinds."""
-    return replace(plan, steps=tuple(step for step in plan.steps if step.kind in kinds))
-
-
 def _run(plan: Plan, cluster_spec: ClusterSpec, open_cluster: OpenCluster, listener: Listener) -> Result:
     store = open_store(cluster_spec.store, cluster_spec.store_options)
     check_writable(store)
     with commits.in_use(store, [step.digest for step in plan.steps]):
-        committed, again = commits.agreeing(store, plan, commits.committed(store, (step.digest for step in plan.steps)))
-        pending = plan.pending(committed)
-        check_steps(plan, pending, cluster_spec, store)
-        plan = replace(plan, warnings=plan.warnings + again)
-        listener(Planned.of(plan, pending))
-        accept = functools.partial(check_kept, store, Kind.CALIBRATE, committed)
-        result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)
-    result.raise_failures(plan)
-    return result
+        return run_steps(store, plan, Kind.CALIBRATE, cluster_spec, open_cluster, listener)
 
 
 def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> SweepRow:
     converts = [result.outcomes[step.digest] for step in plan.of_kind(Kind.CONVERT)]
-    errors = {name: error for outcome in converts for name, error in outcome.facts_as(ConvertFacts).quantization_errors.items()}
-    worst = max(errors, key=lambda name: errors[name], default="")
+    worst, error = next(iter(linear_errors(outcome.facts for outcome in converts).items()), ("", 0.0))
     numbers = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in plan.of_kind(Kind.VERIFY)]
     found = next((item for item in numbers if item), None)
     if found is None:
@@ -220,7 +205,7 @@ def _row(algorithm: str, plan: Plan, result: Result, num_steps_run: int) -> Swee
         checkpoint_bytes=sum(output.num_bytes for outcome in converts for output in outcome.outputs),
         verification=found,
         worst_linear=worst,
-        worst_error=errors.get(worst, 0.0),
+        worst_error=error,
         num_steps_run=num_steps_run,
     )
 

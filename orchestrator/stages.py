@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.base.errors import StoreError
 from orchestrator.base.extras import require
 from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config, write_json
-from orchestrator.clusters import local_cluster
+from orchestrator.clusters.local import LocalCluster
 from orchestrator.engines.profiles import network_of
 from orchestrator.events import Listener, Planned, silent
 from orchestrator.model import topology as topologies
@@ -24,7 +24,8 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.preparation import plan_conversion
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.scheduling import commits
-from orchestrator.scheduling.execute import execute
+from orchestrator.scheduling.driver import Result
+from orchestrator.scheduling.execute import OpenCluster, execute
 from orchestrator.scheduling.preflight import check_steps
 from orchestrator.spec.build import BuildConfig, BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -60,18 +61,9 @@ def convert(spec: BuildSpec, output: Path, listener: Listener = silent, *, verif
     staging = output / ".staging"
     store = open_store(staging.resolve().as_uri())
     check_writable(store)
-    only = replace(plan, steps=tuple(step for step in plan.steps if step.kind in (*_CONVERSION, *(_PROOF if verify else ()))))
-    committed, again = commits.agreeing(store, only, commits.committed(store, (step.digest for step in only.steps)))
-    cluster_spec = ClusterSpec(store=store.url)
-    pending = only.pending(committed)
-    check_steps(only, pending, cluster_spec, store)
-    only = replace(only, warnings=only.warnings + again)
-    listener(Planned.of(only, pending))
-    result = execute(
-        only, committed, cluster_spec, local_cluster, listener, functools.partial(check_kept, store, Kind.CONVERT, committed)
-    )
-    result.raise_failures(only)
-    for step in only.of_kind(Kind.CONVERT):
+    steps = only(plan, (*_CONVERSION, *(_PROOF if verify else ())))
+    result = run_steps(store, steps, Kind.CONVERT, ClusterSpec(store=store.url), LocalCluster, listener)
+    for step in steps.of_kind(Kind.CONVERT):
         for written in result.outcomes[step.digest].outputs:
             path = store.local_path(written.key)
             assert path is not None  # the staging store is a folder
@@ -79,11 +71,30 @@ def convert(spec: BuildSpec, output: Path, listener: Listener = silent, *, verif
     _write_indexes(plan, output)
     write_checkpoint_config(output, plan.inputs.config, plan.topology, plan.inputs.model_quantization)
     shutil.rmtree(staging)
-    verified = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in only.of_kind(Kind.VERIFY)]
+    verified = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in steps.of_kind(Kind.VERIFY)]
     return Converted(plan, verified[-1] if verified else None)
 
 
-def check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
+def only(plan: Plan, kinds: tuple[Kind, ...]) -> Plan:
+    """Return the plan with only the steps of some kinds."""
+    return replace(plan, steps=tuple(step for step in plan.steps if step.kind in kinds))
+
+
+def run_steps(
+    store: Store, plan: Plan, kept: Kind, cluster_spec: ClusterSpec, open_cluster: OpenCluster, listener: Listener
+) -> Result:
+    """Run what `store` lacks of a plan whose steps of kind `kept` are its result. Raises their errors."""
+    plan, committed = commits.agreeing(store, plan)
+    pending = plan.pending(committed)
+    check_steps(plan, pending, cluster_spec, store)
+    listener(Planned.of(plan, pending))
+    accept = functools.partial(_check_kept, store, kept, committed)
+    result = execute(plan, committed, cluster_spec, open_cluster, listener, accept)
+    result.raise_failures(plan)
+    return result
+
+
+def _check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
     """Verify the outputs of steps of `kind` that an earlier run committed. Raises DamagedOutputError."""
     from orchestrator.releases.publish import damaged
 

@@ -42,7 +42,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 from typer.testing import CliRunner
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 
 for line in sys.stdin:
     done = CliRunner().invoke(app, json.loads(line))

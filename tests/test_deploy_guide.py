@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.submit.kubernetes.manifests import load_manifests
 from orchestrator.submit.kubernetes.rules import RULES, problems
 from tests.submit.kubernetes.overlays import KUBERAY, OVERLAYS, cluster_spec, of_kind

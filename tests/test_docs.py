@@ -21,7 +21,7 @@ import orchestrator
 import orchestrator.families
 from docs import generate
 from orchestrator.base.errors import SpecError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 

@@ -46,7 +46,7 @@ def test_lint_imports_forbidden_import_is_found(tmp_path: Path, importer: str, l
 _PROBE = """
 import json, sys
 import orchestrator
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 app(["plan", sys.argv[1], "--json"], standalone_mode=False)
 print(json.dumps([name for name in sys.argv[2:] if name in sys.modules]), file=sys.stderr)
 """

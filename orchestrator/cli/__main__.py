@@ -16,7 +16,7 @@ def main() -> None:
 
 def load() -> Callable[[], object]:
     """Import all commands."""
-    from orchestrator.cli import app
+    from orchestrator.cli.commands import app
 
     return app
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
+from rich.table import Table
 
 from orchestrator.base.errors import SpecError
 from orchestrator.cli.console import (
@@ -35,6 +36,7 @@ from orchestrator.spec.rates import RatesSpec
 if TYPE_CHECKING:
     from orchestrator.building import Build
     from orchestrator.events import Listener
+    from orchestrator.quantizing import SweepRow
     from orchestrator.scheduling.cluster import Cluster
 
 app = typer.Typer()
@@ -67,9 +69,9 @@ def _open_cluster(cluster_spec: ClusterSpec) -> Cluster:
         from orchestrator.clusters.mpi import MpiCluster
 
         return MpiCluster(cluster_spec)
-    from orchestrator.clusters import local_cluster
+    from orchestrator.clusters.local import LocalCluster
 
-    return local_cluster(cluster_spec)
+    return LocalCluster(cluster_spec)
 
 
 @app.command()
@@ -103,11 +105,7 @@ def _report_build(made: Build) -> None:
     if manifest.miniature:
         out.print(manifest.miniature.line())
     if manifest.verification:
-        found = manifest.verification
-        out.print(
-            f"verified on {found.num_positions} positions: max absolute error {found.max_absolute_error:.2e}, max relative error "
-            f"{found.relative_errors()}, mean KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.3f}"
-        )
+        out.print(f"verified on {manifest.verification.line()}")
     else:
         out.print("[yellow]verification is switched off in the spec[/]")
     from orchestrator.report import format_bytes, format_count
@@ -174,8 +172,7 @@ def convert(
             shared = f" in {made.topology.num_files} files" if made.topology.cp > 1 else ""
             out.print(f"{format_count(made.topology.world_size, 'rank')}{shared} in {output}")
             if converted.verification is not None:
-                found = converted.verification
-                out.print(f"verified on {found.num_positions} positions, max relative error {found.relative_errors()}")
+                out.print(f"verified on {converted.verification.line()}")
 
 
 def _embedding(dim: int | None) -> dict[str, Any]:
@@ -198,7 +195,6 @@ def quantize(
     """Calibrate only, compare algorithms, or search formats per layer."""
     with exit_codes(as_json):
         from orchestrator import quantizing as sweeping
-        from orchestrator.cli.sweeps import sweep_table
         from orchestrator.spec.loading import load_spec
 
         wanted = load_spec(spec)
@@ -218,7 +214,7 @@ def quantize(
             cluster_spec = place_of(cluster, store)
             with _listening(as_json) as listener:
                 rows = sweeping.sweep(wanted, algorithms, cluster_spec, open_cluster=_open_cluster, listener=listener)
-            show({"rows": [row.facts() for row in rows]}, [sweep_table(rows)], as_json)
+            show({"rows": [row.facts() for row in rows]}, [_sweep_table(rows)], as_json)
         else:
             if output is None:
                 raise SpecError("--output is missing", "Name a folder for the calibration artifact, or compare with --sweep.")
@@ -228,6 +224,25 @@ def quantize(
             show({"files": [str(path) for path in written]}, [], as_json)
             if not as_json:
                 out.print(f"{', '.join(path.name for path in written)} in {output}", soft_wrap=True)
+
+
+def _sweep_table(rows: Sequence[SweepRow]) -> Table:
+    """Return a table of algorithms: size, distance from the unquantized model, the worst linear."""
+    from orchestrator.report import format_bytes
+
+    table = Table("algorithm", "checkpoint", "perplexity", "KL", "top-1", "worst linear", "its error", box=None, pad_edge=False)
+    for row in rows:
+        found = row.verification
+        table.add_row(
+            row.algorithm,
+            format_bytes(row.checkpoint_bytes),
+            "" if found.perplexity_ratio is None else f"x {found.perplexity_ratio:.3f}",
+            f"{found.mean_kl:.2e}",
+            f"{found.top1_agreement:.3f}",
+            row.worst_linear,
+            f"{row.worst_error:.3f}" if row.worst_linear else "",
+        )
+    return table
 
 
 @app.command("build-engine")

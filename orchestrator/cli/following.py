@@ -1,21 +1,45 @@
-"""Show a build that runs elsewhere, on a terminal or as JSON lines."""
+"""Show a build that runs elsewhere, on a terminal or as JSON lines; `orchestrator watch` follows one through its store."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.console import out, plain
+from orchestrator.cli.console import Json, exit_codes, out, plain
 from orchestrator.planning.facts import Verification
+from orchestrator.spec.cluster import StoreOptions
 
 if TYPE_CHECKING:
     from orchestrator.events import Event, Published
     from orchestrator.submit.protocol import Followed, Notice
 
+app = typer.Typer()
+
 _DETACHED = 130
+
+
+@app.command()
+def watch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL or folder of the store, or of a release in it.")],
+    build: Annotated[str, typer.Option("--build", help="Build key, or its first digits; absent: the newest run.")] = "",
+    cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster file with the connection to the store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Follow a build from anywhere, or replay an ended one; exits with its code. Ctrl-C only detaches."""
+    with exit_codes(as_json):
+        from orchestrator.spec.loading import load_cluster, resolve_store
+        from orchestrator.stores import open_store
+        from orchestrator.submit.watching import Watch, find_run
+
+        place, _, release = resolve_store(url, Path.cwd()).partition("/releases/")
+        options = load_cluster(cluster).store_options if cluster else StoreOptions()
+        store = open_store(place, options)
+        run = find_run(store, release.removesuffix("/manifest.json").strip("/"), build)
+        show_build(Watch(store, run), as_json, "the build")
 
 
 def show_build(
@@ -25,11 +49,9 @@ def show_build(
 
     With `lines`, these are printed in place of the events, and the outcome is among them.
     """
+    from orchestrator.events import Errored, Published
     from orchestrator.report import LiveView
-    from orchestrator.submit.follow import follow
     from orchestrator.submit.protocol import Notice
-
-    view = LiveView(out)
 
     def show(item: Event | Notice | str) -> None:
         if as_json or isinstance(item, str):
@@ -39,14 +61,16 @@ def show_build(
         else:
             view.on(item)
 
-    with view:
-        made = follow(followed, show, lines)
-    if made is None:
+    try:
+        with LiveView(out) as view:
+            for item in lines or followed.events():
+                if not isinstance(item, (Published, Errored)):  # the final event of an attempt need not be the build's
+                    show(item)
+    except KeyboardInterrupt:
         if not as_json:
-            out.print(f"Detached; {name} keeps running.")
-            for command in commands:
-                out.print(f"  {command}", soft_wrap=True)
-        raise typer.Exit(_DETACHED)
+            out.print("\n  ".join([f"Detached; {name} keeps running.", *commands]), soft_wrap=True)
+        raise typer.Exit(_DETACHED) from None
+    made = followed.result()
     if as_json:
         _print_line(made)
     elif lines is None:
@@ -64,9 +88,5 @@ def _print_line(item: Event | Notice | str) -> None:
 
 def _show_published(made: Published) -> None:
     if made.verification:
-        found = Verification.model_validate(made.verification)
-        out.print(
-            f"verified on {found.num_positions} positions: max relative error {found.relative_errors()}, "
-            f"top-1 agreement {found.top1_agreement:.3f}"
-        )
+        out.print(f"verified on {Verification.model_validate(made.verification).line()}")
     out.print(f"published: {made.manifest}", soft_wrap=True)

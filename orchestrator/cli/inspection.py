@@ -80,12 +80,7 @@ def _release(release: Release, public_key: Path | None = None) -> tuple[dict[str
     head.add_row("signature", "none" if release.signature() is None else signer)
     head.add_row("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     if manifest.verification is not None:
-        found = manifest.verification
-        head.add_row(
-            "verified",
-            f"{found.num_positions} positions: relative error {found.relative_errors()}, "
-            f"KL {found.mean_kl:.2e}, top-1 {found.top1_agreement:.3f}",
-        )
+        head.add_row("verified", manifest.verification.line())
     ranks = Table("rank", "tp", "pp", "layers", "engine", "sha256", "GPU memory", "built for", box=None, pad_edge=False)
     for record in manifest.ranks:
         for file in record.files:

@@ -33,6 +33,13 @@ class Verification(Record):
             return words
         return f"{words} ({to_source:.2e} against the source before rounding)"
 
+    def line(self) -> str:
+        """Return the numbers as a line for people."""
+        return (
+            f"{self.num_positions} positions: max absolute error {self.max_absolute_error:.2e}, max relative error "
+            f"{self.relative_errors()}, mean KL {self.mean_kl:.2e}, top-1 agreement {self.top1_agreement:.3f}"
+        )
+
 
 class MiniatureCase(Record):
     """Result of all texts of the miniature on one layout of ranks."""

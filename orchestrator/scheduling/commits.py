@@ -15,8 +15,9 @@ import contextlib
 import datetime
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -117,14 +118,14 @@ def set_aside(store: Store, taken: TakenBack) -> None:
     store.delete(key)
 
 
-def agreeing(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], tuple[str, ...]]:
-    """Drop the outcomes that were made from other bytes than the others hold, and set them aside. Returns the rest and warnings."""
-    kept, warnings = dict(outcomes), []
+def agreeing(store: Store, plan: Plan) -> tuple[Plan, dict[str, Outcome]]:
+    """Return the plan's committed outcomes. Those made from other bytes than the rest are set aside, of which the plan warns."""
+    kept, warnings = committed(store, (step.digest for step in plan.steps)), []
     while reasons := outdated(plan, kept):
         for digest, reason in reasons.items():
             set_aside(store, TakenBack(kept.pop(digest), reason, damaged=False))
             warnings.append(f"{reason}: it runs again")
-    return kept, tuple(warnings)
+    return replace(plan, warnings=(*plan.warnings, *warnings)), kept
 
 
 def check_same_again(store: Store, outcome: Outcome) -> None:

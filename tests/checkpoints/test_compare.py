@@ -17,7 +17,7 @@ from orchestrator import stages
 from orchestrator.base.errors import SourceMissingError
 from orchestrator.checkpoints import compare as comparison
 from orchestrator.checkpoints.compare import Difference, compare
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from tests.support.synthetic import Array, build_spec, model_config, random_arrays, write_source
 
 CONFIG = model_config()

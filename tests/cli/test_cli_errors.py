@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestrator.base.errors import MESSAGE_BYTES, OrchestratorError, SpecError, abbreviated, bounded
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.planning import preparation
 
 

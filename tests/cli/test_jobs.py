@@ -24,7 +24,7 @@ from orchestrator.base.errors import (
     UnknownSubmissionError,
     UnreachableError,
 )
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Published, StepRetried, StepsFinished
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec, DriverSpec

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import ManifestError, SpecError, StoreError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from tests.support.ordinary_user import ordinary_user
 from tests.support.synthetic import model_config, random_arrays, write_source
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from orchestrator.base.errors import OrchestratorError, SpecError
 from orchestrator.base.urls import holds_secret
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.planning import preparation
 from orchestrator.releases import pull, verify
 from orchestrator.spec.build import BuildSpec

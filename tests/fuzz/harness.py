@@ -173,7 +173,7 @@ def _command() -> Callable[..., object]:
     """All commands, put together once for all children: that takes longer than most of them."""
     from typer.main import get_command
 
-    from orchestrator.cli import app
+    from orchestrator.cli.commands import app
 
     return get_command(app)
 

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from orchestrator.base import errors
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.releases.manifest import MANIFEST
 
 

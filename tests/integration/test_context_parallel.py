@@ -15,7 +15,7 @@ from orchestrator import stages
 from orchestrator.base.errors import SourceMissingError, TopologyError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.compare import compare
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, build
 from orchestrator.model.config import ModelConfig, MoeConfig, from_trtllm, to_trtllm
 from orchestrator.model.topology import Topology

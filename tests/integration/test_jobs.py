@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from actors import Client, RaySubmission
 from orchestrator.base.errors import NotStartedError, TerminatedError, TopologyError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Errored, Planned, Published, StepEvent, StepsFinished, StepStarted, StepSucceeded
 from orchestrator.planning.steps import Kind
 from orchestrator.releases import read_release

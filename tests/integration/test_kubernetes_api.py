@@ -22,7 +22,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import AuthenticationError, ClusterError, ManifestError, UnreachableError, VerificationError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Event
 from orchestrator.releases import read_release
 from orchestrator.stores import open_store

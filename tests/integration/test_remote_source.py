@@ -12,7 +12,7 @@ from fsspec.asyn import sync
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import SourceCorruptError, StoreError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.clusters.local import LocalCluster
 from orchestrator.events import silent
 from orchestrator.planning import preparation

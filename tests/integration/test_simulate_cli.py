@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from orchestrator.base import errors
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.planning.preparation import plan as make_plan
 from orchestrator.planning.steps import Kind
 from orchestrator.spec.decoding import decode

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import DigestError, ReleaseAddressError, SignatureError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Planned, Published, encode_line
 from orchestrator.releases import list_releases, open_release, pull, tag, verify
 from orchestrator.releases.manifest import MANIFEST, Chunks, address_parts

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DigestError, MachineError, ReleaseMissingError, SignatureError, SpecError, StoreError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.engines.device import Gpu
 from orchestrator.releases import list_releases, open_release, pull, reading, tag, verify
 from orchestrator.releases.machine import Machine, check_machine, problems

@@ -19,7 +19,7 @@ from orchestrator.base.errors import (
     TerminatedError,
     VerificationError,
 )
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Errored, Event, Heartbeat, Planned, Published, StepProgressed, StepsFinished, StepStarted
 from orchestrator.planning import preparation
 from orchestrator.report.journal import HEARTBEAT_SECONDS, Journal, segment_key

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from orchestrator import building, stages
 from orchestrator.base.errors import ClusterError, LfsPointerError, QuantizationError, StoreError, TopologyError
 from orchestrator.checkpoints import read_source
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.compat.models import DecoderModelForCausalLM
 from orchestrator.compat.models import build as build_in_process
 from orchestrator.events import Planned, encode_line

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from orchestrator.base.errors import SourceLinkError
 from orchestrator.checkpoints import companions, read_source
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.planning import preparation
 from orchestrator.releases.publish import place_engines, publish
 from orchestrator.scheduling import commits

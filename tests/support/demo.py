@@ -62,7 +62,7 @@ def run_here(words: list[str]) -> Done:
     """The same in this process, whose imports are paid for."""
     from typer.testing import CliRunner
 
-    from orchestrator.cli import app
+    from orchestrator.cli.commands import app
 
     result = CliRunner().invoke(app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

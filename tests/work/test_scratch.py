@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import clusters, work
+from orchestrator import work
+from orchestrator.clusters.local import LocalCluster
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Task
 from orchestrator.spec.cluster import ClusterSpec
@@ -163,7 +164,7 @@ def test_local_cluster_that_is_closed_leaves_no_scratch_of_the_steps_that_it_kil
     root, fifo = Path(task.scratch), tmp_path / "source" / "model.safetensors"
     fifo.unlink()
     os.mkfifo(fifo)  # the step waits for its source
-    cluster = clusters.local_cluster(ClusterSpec(store=task.store, scratch=task.scratch))
+    cluster = LocalCluster(ClusterSpec(store=task.store, scratch=task.scratch))
     cluster.start(task)
     assert cluster.events(60)[0].event == "started"
     seen = threading.Event()

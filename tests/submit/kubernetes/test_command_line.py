@@ -18,7 +18,7 @@ from orchestrator.base.errors import (
     UnknownSubmissionError,
     VerificationError,
 )
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.events import Errored, Event, Planned
 from orchestrator.report.journal import Journal
 from orchestrator.stores import open_store

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import ManifestError, ToolError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.submit.kubernetes.manifests import load_manifests
 from orchestrator.submit.kubernetes.rules import RULES
 from tests.submit.kubernetes.overlays import KUBERAY, overlay

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.base.errors import ClusterError, ManifestError, OrchestratorError, SpecError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.loading import load_cluster, load_spec
