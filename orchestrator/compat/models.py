@@ -23,7 +23,7 @@ import numpy as np
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config
-from orchestrator.compat.rank_source import NO_LIMIT, RankSource, new_file, rank_options
+from orchestrator.compat.rank_source import NO_LIMIT, RankSource, rank_options, writer
 from orchestrator.engines.profiles import network_of, resolved
 from orchestrator.engines.record import EngineRecord
 from orchestrator.families import architecture_of, family_for
@@ -199,10 +199,10 @@ class PretrainedModel:
 
         weights = self.weights()
         header = encode_header(((name, weight.dtype, weight.shape) for name, weight in weights.items()), {"format": "pt"})
-        with new_file(path) as write:
-            write(memoryview(header))
+        with writer(path) as file:
+            file.write(header)
             for weight in weights.values():
-                write(weight.data.data)
+                file.write(weight.data.data)
 
 
 class TopModelMixin:
@@ -301,8 +301,8 @@ class Engine:
         """Write rank{N}.engine, and config.json on rank 0."""
         folder = Path(engine_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(folder / f"rank{self.rank}.engine") as write:
-            write(memoryview(self.plan))
+        with writer(folder / f"rank{self.rank}.engine", len(self.plan)) as file:
+            file.write(self.plan)
         if self.rank == 0:
             (folder / "config.json").write_text(json.dumps(self.config, indent=4) + "\n")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from orchestrator.base.errors import store_error
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.rules import Family
@@ -21,7 +19,8 @@ from orchestrator.planning.options import ConvertOptions
 from orchestrator.planning.plan import Inputs
 from orchestrator.planning.quantization import resolve
 from orchestrator.spec.build import BuildConfig, QuantizationSpec
-from orchestrator.stores import open_source
+from orchestrator.stores import open_source, open_store
+from orchestrator.stores.store import Writer
 from orchestrator.work.convert.step import write_shards
 from orchestrator.work.scales import Scales
 from orchestrator.work.shards import Weight
@@ -99,34 +98,17 @@ class RankSource:
         return replace(self, options=rank_options(inputs.weights, self.index, topology, rank), scales=scales)
 
     def write(self, path: Path) -> None:
-        @contextmanager
-        def output(_name: str, _num_bytes: int) -> Iterator[_Sink]:
-            with new_file(path) as write:
-                yield _Sink(write)
-
-        self._run(output)
+        """Write the rank's file. Raises StoreError."""
+        self._run(lambda _name, num_bytes: writer(path, num_bytes))
 
     def materialize(self) -> dict[str, Weight]:
         """Cut out all tensors of the rank, into one buffer."""
-        buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-        position = 0
-
-        def append(data: memoryview) -> None:
-            nonlocal position
-            buffers[0][position : position + len(data)] = np.frombuffer(data, np.uint8)
-            position += len(data)
-
-        @contextmanager
-        def output(_name: str, num_bytes: int) -> Iterator[_Sink]:
-            buffers.append(np.empty(num_bytes, np.uint8))
-            yield _Sink(append)
-
-        self._run(output)
-        (buffer,) = buffers
-        offset = len(buffer) - sum(target.num_bytes for target in self.options.targets)
+        memory = _Memory()
+        self._run(lambda _name, num_bytes: memory.of(num_bytes))
+        offset = len(memory.buffer) - sum(target.num_bytes for target in self.options.targets)
         weights = {}
         for target in self.options.targets:
-            weights[target.name] = Weight(target.dtype, target.shape, buffer[offset : offset + target.num_bytes])
+            weights[target.name] = Weight(target.dtype, target.shape, memory.buffer[offset : offset + target.num_bytes])
             offset += target.num_bytes
         return weights
 
@@ -135,27 +117,19 @@ class RankSource:
             write_shards(self.options, source, output, lambda num_bytes: None, self.scales)
 
 
-@dataclass(frozen=True)
-class _Sink:
-    append: Callable[[memoryview], None]
+class _Memory:
+    """A file in memory."""
+
+    def of(self, num_bytes: int) -> AbstractContextManager[Self]:
+        """Begin a file of this size."""
+        self.buffer, self._position = np.empty(num_bytes, np.uint8), 0
+        return nullcontext(self)
 
     def write(self, data: memoryview) -> None:
-        self.append(data)
+        self.buffer[self._position : self._position + len(data)] = np.frombuffer(data, np.uint8)
+        self._position += len(data)
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
-    """Write a temporary file and rename it to `path` on success. Raises StoreError."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield lambda data: _write_all(file, data)
-        temporary.replace(path)
-    except OSError as error:
-        raise store_error(f"cannot write {path}", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    file.write(data)
+def writer(path: Path, num_bytes: int | None = None) -> Writer:
+    """Open a writer of a file that gets its name when it is complete. Raises StoreError."""
+    return open_store(path.parent.resolve().as_uri()).writer(path.name, num_bytes)

@@ -26,11 +26,11 @@ from orchestrator.stores.folders import files_below
 from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
-    CountedWriter,
     ObjectExistsError,
     ObjectInfo,
     ObjectMissingError,
     Upload,
+    Writer,
     check_key,
 )
 
@@ -172,7 +172,7 @@ def write_whole(path: Path, data: bytes) -> None:
     FileStore(path.parent.resolve().as_uri()).put(path.name, data)
 
 
-class FileWriter(CountedWriter):
+class FileWriter(Writer):
     """Writes beside the object's name, then links or renames to it."""
 
     def __init__(self, store: FileStore, key: str, num_bytes: int | None, create: bool) -> None:

@@ -23,7 +23,6 @@ from orchestrator.stores.retrying import Backoff, RefusedCredentialsError, Trans
 from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
-    CountedWriter,
     Fetched,
     NoSuchUploadError,
     ObjectChangedError,
@@ -228,7 +227,7 @@ class FsspecStore:
         return failure
 
 
-class FsspecWriter(CountedWriter):
+class FsspecWriter(Writer):
     """A streaming write that commits only at a clean end."""
 
     def __init__(self, store: FsspecStore, key: str, num_bytes: int | None) -> None:

@@ -21,7 +21,7 @@ from orchestrator.base.errors import StoreError
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores.retrying import Backoff, BehindEndError, TransientError, refusal
 from orchestrator.stores.s3 import WRITE_ID, S3Store, S3Writer, part_bytes
-from orchestrator.stores.store import CountedWriter, Fetched, ObjectMissingError, Writer, check_key
+from orchestrator.stores.store import Fetched, ObjectMissingError, Writer, check_key
 
 _REQUEST_SECONDS = 300
 """Timeout of a whole request including its body: many uploads on few cores share the network."""
@@ -200,7 +200,7 @@ def _short(error: object) -> str:
     return str(error).partition("\n")[0][:500]
 
 
-class ObstoreWriter(CountedWriter):
+class ObstoreWriter(Writer):
     """A streaming upload by obstore, which retries each part and aborts the upload when its block raises.
 
     After a failed end, the write-id shows whether the object was completed all the same.

@@ -32,7 +32,6 @@ from orchestrator.stores.retrying import Backoff, BehindEndError, TransientError
 from orchestrator.stores.store import (
     BLOCK_BYTES,
     Block,
-    CountedWriter,
     Fetched,
     NoSuchUploadError,
     ObjectChangedError,
@@ -335,7 +334,7 @@ class S3Store(FsspecStore):
             writer.write(data)
 
 
-class S3Writer(CountedWriter):
+class S3Writer(Writer):
     """A streaming multipart upload: parallel parts, bounded memory, nothing left when it fails.
 
     An object of less than one part is a single PUT. On any exception, also KeyboardInterrupt, running parts are waited for before

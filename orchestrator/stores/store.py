@@ -73,18 +73,11 @@ class Upload:
     started_at: datetime
 
 
-class Writer(Protocol):
-    """A streaming write: the object appears when the block ends, and nothing remains when the block raises."""
+class Writer:
+    """A streaming write: the object appears when the block ends, and nothing remains when the block raises.
 
-    def write(self, data: bytes | bytearray | memoryview) -> int: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
-
-
-class CountedWriter:
-    """Base of the writers: counts bytes, and commits only when their number is the announced one."""
+    Base of the stores' writers: counts bytes, and commits only when their number is the announced one.
+    """
 
     def __init__(self, key: str, num_bytes: int | None) -> None:
         self._key, self._num_bytes = key, num_bytes

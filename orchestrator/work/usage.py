@@ -8,7 +8,7 @@ import resource
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import psutil
 
@@ -28,24 +28,10 @@ class Sample:
     gpu_memory_bytes: tuple[int, ...] = ()
 
 
-class Reader(Protocol):
-    """Source of samples."""
-
-    def sample(self) -> Sample: ...
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds spent so far by this process and its ended children."""
-        ...
-
-    def host_seconds(self) -> tuple[float, float]:
-        """Return the busy and total seconds of all cores since boot."""
-        ...
-
-
 class Sampler:
     """Takes samples in a thread while the block runs. Never fails the step."""
 
-    def __init__(self, reader: Reader | None = None, seconds: float = _SECONDS) -> None:
+    def __init__(self, reader: MachineReader | None = None, seconds: float = _SECONDS) -> None:
         self._reader = reader or MachineReader()
         self._seconds = seconds
         self._samples: list[Sample] = []
@@ -109,10 +95,12 @@ class MachineReader:
         return Sample(sum(map(resident_bytes, processes)), tuple(utilizations), tuple(memory))
 
     def cpu_seconds(self) -> float:
+        """Return the CPU seconds spent so far by this process and its ended children."""
         spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
     def host_seconds(self) -> tuple[float, float]:
+        """Return the busy and total seconds of all cores since boot."""
         times = psutil.cpu_times()
         every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # counted in user and nice too
         return every - times.idle - getattr(times, "iowait", 0.0), every

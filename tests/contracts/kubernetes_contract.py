@@ -25,7 +25,7 @@ from orchestrator.base.errors import (
 )
 from orchestrator.events import Errored, Event, Published
 from orchestrator.spec.build import BuildSpec
-from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
+from orchestrator.submit.kubernetes.api import RAY_JOB, Kind, KubernetesApi
 from orchestrator.submit.kubernetes.builds import KubernetesSubmission, Timing, list_builds, submit
 from orchestrator.submit.kubernetes.manifests import Fields
 from orchestrator.submit.kubernetes.render import Rendered, overlay_cluster, render
@@ -42,7 +42,7 @@ SPEC = {"source": {"path": "s3://mine/llama"}, "topology": {"tp": 2}, "release":
 class Bed:
     """A cluster with an operator."""
 
-    api: Api
+    api: KubernetesApi
     operator: Operator
     timing: Timing
     namespace: str

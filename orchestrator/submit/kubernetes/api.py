@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.base.errors import (
     AuthenticationError,
@@ -51,32 +51,8 @@ class Kind:
 RAY_JOB, POD = Kind("ray.io/v1", "RayJob"), Kind("v1", "Pod")
 
 
-class Api(Protocol):
-    """Objects of a cluster. `namespace` is ignored for kinds that have none. Every method raises the errors of `explain`."""
-
-    def get(self, kind: Kind, namespace: str, name: str) -> Fields | None: ...
-
-    def list(self, kind: Kind, namespace: str, selector: str) -> list[Fields]: ...
-
-    def create(self, obj: Fields) -> Fields:
-        """Create an object and return it. Raises ConflictError when its name is taken."""
-        ...
-
-    def apply(self, obj: Fields) -> None:
-        """Create the object, or change the fields in `obj` (server-side apply). Raises ConflictError when others own a field."""
-        ...
-
-    def delete(self, kind: Kind, namespace: str, name: str) -> bool:
-        """Delete the object with its dependents, in the background. False when it is missing."""
-        ...
-
-    def watch(self, kind: Kind, namespace: str, name: str, version: str, seconds: float) -> Iterator[Fields | None]:
-        """Yield changes of one object after a resourceVersion until the timeout; None: deleted. Raises ExpiredError."""
-        ...
-
-
 class KubernetesApi:
-    """See Api."""
+    """Objects of a cluster. `namespace` is ignored for kinds that have none. Every method raises the errors of `explain`."""
 
     def __init__(self, context: str | None = None) -> None:
         """Connect as kubectl does (KUBECONFIG, its context), or as a pod inside a cluster.
@@ -105,14 +81,17 @@ class KubernetesApi:
             return [*self._plain(found).get("items", [])]
 
     def create(self, obj: Fields) -> Fields:
+        """Create an object and return it. Raises ConflictError when its name is taken."""
         with self._explained("create", f"{obj.get('kind')}/{at(obj, 'metadata.name')}"):
             return self._plain(self._resource(Kind.of(obj)).create(**self._body(obj)))
 
     def apply(self, obj: Fields) -> None:
+        """Create the object, or change the fields in `obj` (server-side apply). Raises ConflictError when others own a field."""
         with self._explained("patch", f"{obj.get('kind')}/{at(obj, 'metadata.name')}"):
             self._resource(Kind.of(obj)).server_side_apply(**self._body(obj))
 
     def delete(self, kind: Kind, namespace: str, name: str) -> bool:
+        """Delete the object with its dependents, in the background. False when it is missing."""
         from kubernetes.dynamic.exceptions import NotFoundError
 
         with self._explained("delete", f"{kind.kind}/{name}"), suppress(NotFoundError):
@@ -121,6 +100,7 @@ class KubernetesApi:
         return False
 
     def watch(self, kind: Kind, namespace: str, name: str, version: str, seconds: float) -> Iterator[Fields | None]:
+        """Yield changes of one object after a resourceVersion until the timeout; None: deleted. Raises ExpiredError."""
         from kubernetes.watch import Watch
 
         with self._explained("watch", f"{kind.kind}/{name}"):

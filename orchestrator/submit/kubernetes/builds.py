@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from orchestrator.base.errors import AuthenticationError, CancelledError, ClusterError, UnknownSubmissionError, UnreachableError
 from orchestrator.events import Errored, Event, Planned, Published
-from orchestrator.submit.kubernetes.api import POD, RAY_JOB, Api, ConflictError, ExpiredError, Kind
+from orchestrator.submit.kubernetes.api import POD, RAY_JOB, ConflictError, ExpiredError, Kind, KubernetesApi
 from orchestrator.submit.kubernetes.manifests import Fields, at
-from orchestrator.submit.kubernetes.progress import UNREADABLE, Progress, progress_of
+from orchestrator.submit.kubernetes.progress import UNREADABLE, StoreProgress, progress_of
 from orchestrator.submit.kubernetes.render import MANAGER, PART_OF, SUBMISSION, Rendered
 from orchestrator.submit.kubernetes.states import Phase, State, failure, state_of, troubles, unchanging
 from orchestrator.submit.protocol import Clock, Existing, Notice, Patience, decide
@@ -28,10 +28,10 @@ class Timing:
     clock: Clock = field(default_factory=Clock)
 
 
-def submit(api: Api, rendered: Rendered, timing: Timing | None = None) -> KubernetesSubmission:
+def submit(api: KubernetesApi, rendered: Rendered, timing: Timing | None = None) -> KubernetesSubmission:
     """Create a build's objects, or find its RayJob. A failed or stopped RayJob is replaced, and resumes from its committed steps.
 
-    Raises ClusterError when the name belongs to another build, and the errors of Api.
+    Raises ClusterError when the name belongs to another build, and the errors of KubernetesApi.
     """
     name, namespace = rendered.name, rendered.namespace
     found = KubernetesSubmission(api, namespace, name, timing=timing)
@@ -69,7 +69,7 @@ def _existing(job: Fields, rendered: Rendered) -> Existing:
     )
 
 
-def _share(api: Api, obj: Fields) -> None:
+def _share(api: KubernetesApi, obj: Fields) -> None:
     """Apply an object shared by all builds of a namespace. Fields of others stay; without the right to apply, it must exist."""
     try:
         api.apply(obj)
@@ -82,7 +82,7 @@ def _share(api: Api, obj: Fields) -> None:
         raise
 
 
-def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
+def _give_own(api: KubernetesApi, rendered: Rendered, job: Fields) -> None:
     """Create the dependents of this RayJob. An older RayJob's are replaced, since they are about to be deleted."""
     uid = str(at(job, "metadata.uid"))
     owner = {"apiVersion": RAY_JOB.api_version, "kind": RAY_JOB.kind, "name": rendered.name, "uid": uid}
@@ -98,17 +98,17 @@ def _give_own(api: Api, rendered: Rendered, job: Fields) -> None:
             continue  # a concurrent submission created it
 
 
-def list_builds(api: Api, namespace: str) -> list[State]:
+def list_builds(api: KubernetesApi, namespace: str) -> list[State]:
     """Return the builds of a namespace, newest first."""
     found = [state_of(job) for job in api.list(RAY_JOB, namespace, f"{PART_OF}={MANAGER}")]
     return sorted(found, key=lambda state: state.created, reverse=True)
 
 
 class KubernetesSubmission:
-    """See orchestrator.submit.protocol.Submission. Every method raises the errors of Api."""
+    """See orchestrator.submit.protocol.Submission. Every method raises the errors of KubernetesApi."""
 
     def __init__(
-        self, api: Api, namespace: str, name: str, *, timing: Timing | None = None, progress: Progress | None = None
+        self, api: KubernetesApi, namespace: str, name: str, *, timing: Timing | None = None, progress: StoreProgress | None = None
     ) -> None:
         """`progress`: source of the driver's events; absent: the store of the build's bundle."""
         self.id, self.namespace = name, namespace
@@ -125,7 +125,7 @@ class KubernetesSubmission:
             raise self._unknown()
         return state_of(job)
 
-    def progress(self) -> Progress | None:
+    def progress(self) -> StoreProgress | None:
         """Return the source of the driver's events; None when the bundle is gone. Raises one of UNREADABLE."""
         return progress_of(self._api, self.namespace, self.id)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from typing import Protocol
 
 from orchestrator.base.errors import (
     AuthenticationError,
@@ -21,7 +20,7 @@ from orchestrator.spec.decoding import decode_yaml
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
 from orchestrator.submit.bundle import CLUSTER_FILE, SPEC_FILE
-from orchestrator.submit.kubernetes.api import RAY_JOB, Api, Kind
+from orchestrator.submit.kubernetes.api import RAY_JOB, Kind, KubernetesApi
 from orchestrator.submit.kubernetes.manifests import Fields, at
 from orchestrator.submit.watching import Run, RunReader, find_run
 
@@ -31,16 +30,8 @@ UNREADABLE: tuple[type[OrchestratorError], ...] = (AuthenticationError, ReleaseA
 """Errors that make a driver's events unreadable from here; the build's end is visible all the same."""
 
 
-class Progress(Protocol):
-    """Source of the driver's events."""
-
-    def poll(self, attempt: int) -> list[Event]:
-        """Return new events. `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
-        ...
-
-
 class StoreProgress:
-    """See Progress. Every attempt's driver writes a run; the newest run is followed."""
+    """The driver's events. Every attempt's driver writes a run; the newest run is followed."""
 
     def __init__(self, store: Store, release: str, since: str) -> None:
         """`release`: name/version; `since`: the RayJob's creationTimestamp. Earlier runs belong to other builds."""
@@ -50,6 +41,7 @@ class StoreProgress:
         self._attempt = 0
 
     def poll(self, attempt: int) -> list[Event]:
+        """Return new events. `attempt` is the RayJob's, from 1. Raises StoreError, ReleaseAddressError."""
         found = self._reader.read() if self._reader is not None else []
         if self._reader is None or self._reader.last_word is not None or attempt != self._attempt:
             run = self._newest()
@@ -71,10 +63,10 @@ def _moment(text: str) -> datetime.datetime:
     return datetime.datetime.fromisoformat(text)
 
 
-def progress_of(api: Api, namespace: str, name: str) -> StoreProgress | None:
+def progress_of(api: KubernetesApi, namespace: str, name: str) -> StoreProgress | None:
     """Return the source of a build's events, from the bundle in the cluster; None when the bundle is missing.
 
-    Raises the errors of Api, SpecError for a bundle of another version, StoreError for a store that cannot be opened here.
+    Raises SpecError for a bundle of another version, StoreError for a store that cannot be opened here, and KubernetesApi's errors.
     """
     job = api.get(RAY_JOB, namespace, name)
     config = api.get(Kind("v1", "ConfigMap"), namespace, name)
