@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.work.lost import memory_group, oom_kills
-
-_TAIL_BYTES = 4000
+from orchestrator.work.lost import memory_group, memory_kills, oom_kills, tail
 
 
 class WorkerFacts(BaseModel):
@@ -44,16 +43,7 @@ def facts_here(node_id: str) -> WorkerFacts:
 
 def examine(facts: WorkerFacts) -> Evidence:
     """Look for evidence about a worker on the node where it ran."""
-    kills, kernel = oom_kills(facts.group) - facts.oom_kills, ""
-    if kills > 0:
-        kernel = f"the kernel killed {kills} processes of the worker's control group for memory meanwhile"
-    return Evidence(worker_log=_tail(facts.log), kernel=kernel)
-
-
-def _tail(path: str) -> str:
-    try:
-        with open(path, "rb") as log:
-            log.seek(max(log.seek(0, 2) - _TAIL_BYTES, 0))
-            return log.read().decode(errors="replace")
-    except OSError:
-        return ""
+    worker_log = ""
+    with contextlib.suppress(OSError), open(facts.log, "rb") as log:
+        worker_log = tail(log)
+    return Evidence(worker_log=worker_log, kernel=memory_kills(oom_kills(facts.group) - facts.oom_kills))

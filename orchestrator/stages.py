@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.base.errors import StoreError
 from orchestrator.base.extras import require
-from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config, write_json
+from orchestrator.checkpoints.trtllm import write_checkpoint_config, write_json
 from orchestrator.clusters.local import LocalCluster
 from orchestrator.engines.profiles import network_of
 from orchestrator.events import Listener, Planned, silent
@@ -125,11 +125,10 @@ def build_engine(
     """
     require("build")
     from orchestrator.engines.profiles import resolved
-    from orchestrator.planning.quantization import read_checkpoint_quantization
+    from orchestrator.planning.quantization import read_checkpoint
     from orchestrator.work.build.compiling import compile_apart
 
-    config, topology = read_checkpoint_config(checkpoint)
-    quantization = read_checkpoint_quantization(checkpoint)
+    config, topology, quantization = read_checkpoint(checkpoint)
     topologies.check(topology, config.limits())
     topologies.check_engines(topology)
     check_target(quantization, engine.compute_capabilities)

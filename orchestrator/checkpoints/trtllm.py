@@ -21,7 +21,6 @@ from orchestrator.base.errors import (
     QuantizationError,
     SourceCorruptError,
     SourceMissingError,
-    SpecError,
     WeightMapError,
 )
 from orchestrator.checkpoints.assembly import assembled, read_assembled_rows
@@ -69,7 +68,7 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     """
     config, topology, family = _read_config(folder)
     present = set(folder.names())
-    shards = [_rank_files(folder, present, number) for number in range(topology.num_files)]
+    shards = [rank_files(folder, present, number) for number in range(topology.num_files)]
     names = [name for files in shards for name in files]
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         headers = list(pool.map(lambda name: read_header_at(folder, name)[0], names))
@@ -119,7 +118,7 @@ def _normalized(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update=changes)
 
 
-def _rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]:
+def rank_files(folder: SourceFolder, present: set[str], rank: int) -> list[str]:
     """Return the single file of a rank, or the shards of its index. `rank` is a file number: context-parallel ranks share files.
 
     Raises SourceMissingError, SourceCorruptError.
@@ -373,12 +372,3 @@ def write_json(path: Path, value: Any, indent: int = 4) -> None:
     from orchestrator.stores.file import write_whole
 
     write_whole(path, (json.dumps(value, indent=indent) + "\n").encode())
-
-
-def read_checkpoint_config(folder: Path) -> tuple[ModelConfig, topologies.Topology]:
-    """Return model and topology of a TensorRT-LLM checkpoint folder. Raises SpecError when it is not such a folder."""
-    try:
-        plain: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        return from_trtllm(plain)
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None

@@ -22,7 +22,7 @@ import numpy as np
 
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.trtllm import read_checkpoint_config, write_checkpoint_config
+from orchestrator.checkpoints.trtllm import write_checkpoint_config
 from orchestrator.compat.rank_source import NO_LIMIT, RankSource, rank_options, writer
 from orchestrator.engines.profiles import network_of, resolved
 from orchestrator.engines.record import EngineRecord
@@ -40,7 +40,7 @@ from orchestrator.networks import Rendering, decoder_network
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.plan import Inputs
 from orchestrator.planning.preparation import source_dtype
-from orchestrator.planning.quantization import read_checkpoint_quantization
+from orchestrator.planning.quantization import read_checkpoint
 from orchestrator.spec.build import BuildConfig, QuantizationSpec
 from orchestrator.work.binding import STORED
 from orchestrator.work.build.step import compile_rank
@@ -108,9 +108,9 @@ class PretrainedModel:
     def from_checkpoint(cls, checkpoint: str | os.PathLike[str], rank: int = 0) -> Self:
         """Memory-map a rank of a TensorRT-LLM checkpoint folder. Raises SpecError, SourceMissingError."""
         folder = Path(checkpoint)
-        config, topology = read_checkpoint_config(folder)
+        config, topology, quantization = read_checkpoint(folder)
         model = cls(config, Mapping(topology.tp, topology.pp, rank, topology.pp_partition, topology.moe_ep, topology.cp))
-        model.quantization = read_checkpoint_quantization(folder)
+        model.quantization = quantization
         model.load(map_checkpoint_rank(folder, model.mapping.file_number))
         return model
 

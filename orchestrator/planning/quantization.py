@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
+from orchestrator.model.config import ModelConfig, from_trtllm
 from orchestrator.model.quantization import ModelQuantization
+from orchestrator.model.topology import Topology
 from orchestrator.planning.calibration import MAX, Quantization
 from orchestrator.quantizers.calibration_data import CalibrationData
 from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
@@ -42,12 +45,16 @@ def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
     )
 
 
-def read_checkpoint_quantization(folder: Path) -> ModelQuantization | None:
-    """Return the formats of a TensorRT-LLM checkpoint folder; None: not quantized. Raises SpecError, QuantizationError."""
+def read_checkpoint(folder: Path) -> tuple[ModelConfig, Topology, ModelQuantization | None]:
+    """Return model, topology and formats (None: not quantized) of a TensorRT-LLM checkpoint folder.
+
+    Raises SpecError when it is not such a folder, QuantizationError.
+    """
+    mixture = folder / "quant_cfg.json"
     try:
-        block = json.loads((folder / "config.json").read_bytes()).get("quantization") or {}
-        mixture = folder / "quant_cfg.json"
-        return from_checkpoint(block, json.loads(mixture.read_bytes()) if mixture.is_file() else None)
+        plain: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        quant_cfg = json.loads(mixture.read_bytes()) if mixture.is_file() else None
+        return *from_trtllm(plain), from_checkpoint(plain.get("quantization") or {}, quant_cfg)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecError(f"{folder} is not a TensorRT-LLM checkpoint: {error}", "Make one with `orchestrator convert`.") from None
 

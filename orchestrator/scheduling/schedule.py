@@ -18,7 +18,7 @@ from orchestrator.events import StepEvent, StepFailed, StepSucceeded
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, Failure, FailureKind, Kind, Outcome, Step
 from orchestrator.scheduling.consumption import outdated
-from orchestrator.scheduling.retry import Retry, decide
+from orchestrator.scheduling.retry import retry_delay
 from orchestrator.spec.cluster import RetrySpec
 
 MAX_REPEATS = 2
@@ -127,13 +127,16 @@ class Schedule:
             return self._start_ready()
         earlier = self.lost.setdefault(digest, [])
         counted = 1 + sum(other.kind is not FailureKind.HANDED_OVER and not other.damaged for other in earlier)
-        decision = decide(self._retries, failure, counted)
-        if isinstance(decision, Retry) and not self.failures:
+        delay = retry_delay(self._retries, failure, counted)
+        if delay is not None and not self.failures:
             earlier.append(failure)
             self._running[digest] = attempt + 1
             self._waiting[digest] = failure
-            return [Start(step, attempt + 1, decision.delay_seconds)]
-        self._give_up(digest, failure if isinstance(decision, Retry) else failure.model_copy(update={"message": decision.reason}))
+            return [Start(step, attempt + 1, delay)]
+        if delay is None and failure.kind is FailureKind.INFRASTRUCTURE:
+            limit = f"{failure.message} (attempt {counted} of {self._retries.max_attempts})"
+            failure = failure.model_copy(update={"message": limit})
+        self._give_up(digest, failure)
         for waiting, reason in list(self._waiting.items()):
             self._give_up(waiting, reason)
         if step.kind is Kind.MINIATURE:

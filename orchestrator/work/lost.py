@@ -26,18 +26,29 @@ _COUNTS = (
 
 def crash(code: int, node: str, log: IO[bytes], num_oom_kills: int = 0) -> Failure:
     """Return the failure of a step's process that ended without a final event: killed, or crashed in native code."""
-    size = log.seek(0, os.SEEK_END)
-    log.seek(max(size - _TAIL_BYTES, 0))
-    tail = log.read().decode(errors="replace")
     reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    cause, kernel = Cause.WORKER, ""
-    if code in _KILLED_CODES and num_oom_kills > 0:
-        cause, kernel = Cause.MEMORY, f"the kernel killed {num_oom_kills} processes of this control group for memory meanwhile"
+    kernel = memory_kills(num_oom_kills) if code in _KILLED_CODES else ""
+    if kernel:
         reason = "was killed for memory by the kernel"
-    message = f"the step's process {reason}"
     return Failure(
-        kind=FailureKind.INFRASTRUCTURE, cause=cause, message=message, node=node, log_tail=tail, kernel=kernel
-    )  # fmt: skip
+        kind=FailureKind.INFRASTRUCTURE,
+        cause=Cause.MEMORY if kernel else Cause.WORKER,
+        message=f"the step's process {reason}",
+        node=node,
+        log_tail=tail(log),
+        kernel=kernel,
+    )
+
+
+def tail(log: IO[bytes]) -> str:
+    """Return the end of what a process has printed."""
+    log.seek(max(log.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+    return log.read().decode(errors="replace")
+
+
+def memory_kills(count: int) -> str:
+    """Return in words that the kernel killed `count` processes beside a step; empty for none."""
+    return f"the kernel killed {count} processes of the step's control group for memory meanwhile" if count > 0 else ""
 
 
 def memory_group(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import numpy.typing as npt
 
 from orchestrator.base.errors import SourceMissingError
 from orchestrator.checkpoints.safetensors import read_header
+from orchestrator.checkpoints.trtllm import rank_files
 from orchestrator.planning.steps import Task
+from orchestrator.stores.source import LocalFolder
 from orchestrator.work.context import Context
 
 _ADVICE = "Make the checkpoint again with `orchestrator convert`: every rank that is compiled must be in it, whole."
@@ -68,15 +69,6 @@ def require(weights: Mapping[str, Weight], names: Iterable[str]) -> None:
 
 
 def map_checkpoint_rank(folder: Path, rank: int) -> dict[str, Weight]:
-    """Map a rank of a TensorRT-LLM checkpoint folder: one file, or the shards of its index. Raises SourceMissingError."""
-    single = folder / f"rank{rank}.safetensors"
-    if single.is_file():
-        return map_shards([single])
-    index = folder / f"rank{rank}.safetensors.index.json"
-    if not index.is_file():
-        raise SourceMissingError(f"{folder} has no rank{rank}.safetensors", _ADVICE)
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise SourceMissingError(f"{index} names {name}, which is missing", _ADVICE)
-    return map_shards(folder / name for name in names)
+    """Map a rank of a TensorRT-LLM checkpoint folder. Raises SourceMissingError, SourceCorruptError."""
+    place = LocalFolder(folder)
+    return map_shards(folder / name for name in rank_files(place, set(place.top_names()), rank))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.planning.steps import Failure, FailureKind
-from orchestrator.scheduling.retry import GiveUp, Retry, decide, leaves_drained_node
+from orchestrator.scheduling.retry import leaves_drained_node, retry_delay
 from orchestrator.spec.cluster import RetrySpec
 from tests.support.plans import LOST, WRONG
 
@@ -13,42 +13,42 @@ POLICY = RetrySpec(max_attempts=5, backoff_seconds=2.0, max_backoff_seconds=7.0)
 
 
 @pytest.mark.parametrize(("attempt", "delay"), [(1, 2.0), (2, 4.0), (3, 7.0), (4, 7.0)])
-def test_decide_lost_machine_is_tried_again_after_doubling_capped_delays(attempt: int, delay: float) -> None:
-    assert decide(POLICY, LOST, attempt) == Retry(delay)
+def test_retry_delay_lost_machine_is_tried_again_after_doubling_capped_delays(attempt: int, delay: float) -> None:
+    assert retry_delay(POLICY, LOST, attempt) == delay
 
 
 @pytest.mark.parametrize("attempt", [5, 6])
-def test_decide_last_attempt_gives_up_and_says_how_many_there_were(attempt: int) -> None:
-    assert decide(POLICY, LOST, attempt) == GiveUp(f"node lost (attempt {attempt} of 5)")
+def test_retry_delay_last_attempt_gives_up(attempt: int) -> None:
+    assert retry_delay(POLICY, LOST, attempt) is None
 
 
 @pytest.mark.parametrize("kind", [FailureKind.APPLICATION, FailureKind.CANCELLED])
-def test_decide_own_error_and_cancellation_are_never_tried_again(kind: FailureKind) -> None:
-    assert decide(POLICY, Failure(kind=kind, message="no"), 1) == GiveUp("no")
+def test_retry_delay_own_error_and_cancellation_are_never_tried_again(kind: FailureKind) -> None:
+    assert retry_delay(POLICY, Failure(kind=kind, message="no"), 1) is None
 
 
-def test_decide_policy_of_one_attempt_never_retries() -> None:
-    assert isinstance(decide(RetrySpec(max_attempts=1), LOST, 1), GiveUp)
+def test_retry_delay_policy_of_one_attempt_never_retries() -> None:
+    assert retry_delay(RetrySpec(max_attempts=1), LOST, 1) is None
 
 
 @given(
     attempts=st.integers(1, 20), backoff=st.floats(0, 100), limit=st.floats(0, 100), failure=st.sampled_from([LOST, WRONG])
 )  # fmt: skip
-def test_decide_tries_at_most_max_attempts_and_never_waits_longer_than_the_limit(
+def test_retry_delay_tries_at_most_max_attempts_and_never_waits_longer_than_the_limit(
     attempts: int, backoff: float, limit: float, failure: Failure
 ) -> None:
     policy = RetrySpec(max_attempts=attempts, backoff_seconds=backoff, max_backoff_seconds=limit)
-    decisions = [decide(policy, failure, attempt) for attempt in range(1, attempts + 1)]
-    assert isinstance(decisions[-1], GiveUp)
-    delays = [decision.delay_seconds for decision in decisions if isinstance(decision, Retry)]
+    decisions = [retry_delay(policy, failure, attempt) for attempt in range(1, attempts + 1)]
+    assert decisions[-1] is None
+    delays = [delay for delay in decisions if delay is not None]
     assert len(delays) == (attempts - 1 if failure is LOST else 0)
     assert all(0 <= delay <= limit for delay in delays)
     assert delays == sorted(delays)
 
 
-def test_decide_step_handed_over_goes_elsewhere_at_once_however_often() -> None:
+def test_retry_delay_step_handed_over_goes_elsewhere_at_once_however_often() -> None:
     moved = Failure(kind=FailureKind.HANDED_OVER, message="node is taken back")
-    assert decide(RetrySpec(max_attempts=1), moved, 7) == Retry(0.0)
+    assert retry_delay(RetrySpec(max_attempts=1), moved, 7) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from orchestrator.base.errors import (
     WeightMapError,
 )
 from orchestrator.base.pages import is_on_page
-from orchestrator.checkpoints import trtllm
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.events import StepProgressed
 from orchestrator.model.checkpoint import TensorInfo
@@ -41,6 +40,7 @@ from orchestrator.model.topology import Topology
 from orchestrator.planning import preparation
 from orchestrator.planning.options import ConvertOptions
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.quantization import read_checkpoint
 from orchestrator.planning.steps import Kind, Outcome, Task
 from orchestrator.quantizers import QUANTIZERS
 from orchestrator.quantizers.formats import pack_rows
@@ -637,7 +637,7 @@ def test_verbs_convert_folder_has_config_indexes_and_every_rank(tmp_path: Path) 
     split = {"topology": {"tp": 2, "pp": 2}, "conversion": {"max_shard_bytes": 4000}}
     output = tmp_path / "checkpoint"
     stages.convert(build_spec(source, **split), output)
-    assert trtllm.read_checkpoint_config(output) == (config, topology)
+    assert read_checkpoint(output) == (config, topology, None)
     for rank in range(4):
         assert folder_rank(output, rank) == expected_rank(arrays, config, topology, rank)
     assert not (output / ".staging").exists()
