@@ -11,9 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.base.errors import ArchitectureError, TopologyError
-from orchestrator.model.config_keys import Keys, check_keys, shown
+from orchestrator.model.config_keys import Keys, check_keys, check_sizes, shown
 from orchestrator.model.config_rotary import rotary
-from orchestrator.model.config_sizes import check_sizes
 from orchestrator.model.config_table import SWIGLU, ExpertTable
 from orchestrator.model.config_table import ConfigTable as ConfigTable  # re-exported
 from orchestrator.model.config_windows import windows

@@ -10,15 +10,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.base.errors import ArchitectureError
+from orchestrator.base.errors import ArchitectureError, abbreviated
 from orchestrator.model.config_table import ConfigTable
 
 ROTARY_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Keys of the rotary embedding in every family. config_rotary reads them and holds their defaults."""
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Required keys: the sizes of the model. transformers has defaults for them, but a config.json without them is incomplete."""
-_LARGEST = 2**31 - 1
-_MOST = {"num_hidden_layers": 10_000, "num_local_experts": 10_000, "num_experts": 10_000}
+_MOST = {
+    "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "num_local_experts": 10_000,
+    "num_experts": 10_000,
+}  # fmt: skip
+_MOST_OF_A_COUNT, _MOST_OF_ANYTHING = 2**31 - 1, 2**40
 
 DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
     "training: nothing is dropped, disturbed or penalized in inference": (
@@ -92,6 +95,16 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
 _IRRELEVANT = {key for keys in DOES_NOT_MATTER.values() for key in keys}
 
 
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers that no model has, before any loop runs up to them. Raises ArchitectureError."""
+    for key, value in config.items():
+        if isinstance(value, (int, float)) and not abs(value) <= _MOST.get(key, _MOST_OF_ANYTHING):
+            raise ArchitectureError(
+                f"{abbreviated(key, 60)} in {where} is {shown(value)}, which no model has",
+                "Use the config.json of the model's publisher.",
+            )
+
+
 def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
     """Check that all keys are known and no unsupported switch is on. Raises ArchitectureError, which names the keys."""
     kind = config.get("model_type")
@@ -114,7 +127,7 @@ def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable,
         elif key not in _IRRELEVANT:
             unknown.append(key)
     if unknown:
-        names = ", ".join(repr(shorten(key)) for key in sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
+        names = ", ".join(shown(key) for key in sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
         raise ArchitectureError(
             f"config.json of {architecture} has keys that this family does not know: {names}",
             "If the model does not depend on them, name them in source.ignored_keys of the spec, or remove them from config.json.",
@@ -139,12 +152,7 @@ def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigT
 
 def shown(value: Any) -> str:
     """Return the value for a message, shortened."""
-    return shorten(repr(value))
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """Return the text, cut to `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return abbreviated(repr(value), 60)
 
 
 class Keys:
@@ -172,7 +180,7 @@ class Keys:
             raise ArchitectureError(
                 f"config.json of {self.architecture} has no {key!r}", "Use the complete config.json of the model."
             )
-        value, most = self._values[key], _MOST.get(key, _LARGEST)
+        value, most = self._values[key], _MOST.get(key, _MOST_OF_A_COUNT)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self.error(key, f"is {shown(value)}, not a whole number from {least} to {most}")
         return value

@@ -12,7 +12,6 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
 from orchestrator.base.dtypes import num_bytes
@@ -40,7 +39,7 @@ class ByteSource(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+    def __exit__(self, *raised: object) -> None: ...
 
 
 class SourceFolder(Protocol):
@@ -206,7 +205,7 @@ class FileSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()

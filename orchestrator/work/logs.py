@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from orchestrator.planning.steps import Task
@@ -39,7 +38,7 @@ class StepLog(logging.Handler):
         logging.getLogger().addHandler(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         logging.getLogger().removeHandler(self)
 
     def _add(self, level: str, message: str, **more: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import resource
 import threading
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -45,7 +44,7 @@ class Sampler:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stop.set()
         self._thread.join(_SECONDS)
         self._take()

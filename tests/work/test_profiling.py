@@ -102,15 +102,10 @@ class Recorder:
 
 def test_ranges_nest_phases_in_the_step() -> None:
     marker = Recorder()
-    with Ranges("build/rank0", marker) as ranges:
+    with Ranges("build/rank0", (marker.start_range, marker.end_range)) as ranges:
         for phase in ("parse", "parse", "tactics"):
             ranges.phase(phase)
     assert marker.said == ["+build/rank0", "+parse", "-parse", "+tactics", "-tactics", "-build/rank0"]
-
-
-def test_ranges_without_a_marker_do_nothing() -> None:
-    with Ranges("build/rank0", None) as ranges:
-        ranges.phase("parse")
 
 
 def test_log_in_json_says_where_each_line_comes_from(conversion: Plan) -> None:
