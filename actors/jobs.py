@@ -152,15 +152,15 @@ class Client:
 
 
 class RaySubmission:
-    """See orchestrator.submit.protocol.Submission."""
+    """A submitted build, which runs whether or not anyone follows it: Followed of submit.protocol."""
 
     def __init__(
         self, api: JobApi, job_id: str, clock: Clock, start_seconds: float, driver: DriverSpec,
         *, attached: bool, warnings: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.id = job_id
+        self.id, self.warnings = job_id, warnings
         self.attached = attached
-        self.warnings = warnings
+        """Whether the build existed before it was submitted."""
         self._api, self._clock, self._start_seconds, self._driver = api, clock, start_seconds, driver
         self._log = LogReader()
         self._followed = False

@@ -17,20 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.base.dtypes import ARRAY_NAMES, numpy_dtype
 from orchestrator.checkpoints import format_named, read_source
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
 
 BLOCK_BYTES = 4 * 2**20
-_NUMPY_NAMES = {
-    "BOOL": "uint8", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
-_ML_DTYPES_NAMES = {
-    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.float64]
@@ -167,12 +160,12 @@ def _compare_tensor(name: str, a: _Side, b: _Side) -> Difference | None:
     one, two = a.index.tensors[name], b.index.tensors[name]
     if one.dtype == two.dtype and all(np.array_equal(left, right) for left, right in _blocks(name, a, b)):
         return None
-    kinds = _numpy_dtype(one.dtype), _numpy_dtype(two.dtype)
     found = Difference(name, (one.dtype, two.dtype), (one.shape, two.shape))
-    if kinds[0] is None or kinds[1] is None:
+    if not ARRAY_NAMES.keys() >= {one.dtype, two.dtype}:  # packed: several elements per byte
         if one.num_bytes != two.num_bytes:
             return found
         return replace(found, num_different=sum(int(np.count_nonzero(left != right)) for left, right in _blocks(name, a, b)))
+    kinds = numpy_dtype(one.dtype), numpy_dtype(two.dtype)
     return _measure(found, ((left.view(kinds[0]), right.view(kinds[1])) for left, right in _blocks(name, a, b)))
 
 
@@ -213,18 +206,6 @@ def _largest_distance(a: Numbers, b: Numbers) -> float:
 
 def _num_rows(tensor: TensorInfo) -> int:
     return tensor.shape[0] if tensor.shape else 1
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    """Return the numpy dtype. None: packed, with several elements per byte."""
-    if name in _NUMPY_NAMES:
-        return np.dtype(_NUMPY_NAMES[name])
-    if name not in _ML_DTYPES_NAMES:
-        return None
-    import ml_dtypes
-
-    kind: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[name]))
-    return kind
 
 
 def _line(item: Difference) -> str:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.trtllm import write_checkpoint_config
@@ -271,7 +272,6 @@ def _as_weight(name: str, value: Any) -> Weight:
     if isinstance(value, Weight):
         return value
     if isinstance(value, np.ndarray):
-        names = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
         data, dtype, shape = np.ascontiguousarray(value), str(value.dtype), value.shape
         flat = data.reshape(-1).view(np.uint8)
     else:
@@ -279,12 +279,11 @@ def _as_weight(name: str, value: Any) -> Weight:
 
         if not isinstance(value, torch.Tensor):
             raise WeightMapError(f"{name} is a {type(value).__name__}", "Give torch tensors or numpy arrays.")
-        names = {"torch.float16": "F16", "torch.float32": "F32", "torch.bfloat16": "BF16"}
-        dtype, shape = str(value.dtype), tuple(value.shape)
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    if dtype not in names:
+    if dtype not in MODEL_DTYPES:
         raise WeightMapError(f"{name} has dtype {dtype}", "Weights are float16, bfloat16 or float32.")
-    return Weight(names[dtype], tuple(shape), flat)
+    return Weight(MODEL_DTYPES[dtype], tuple(shape), flat)
 
 
 @dataclass(frozen=True)

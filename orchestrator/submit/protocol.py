@@ -1,4 +1,4 @@
-"""Submitted builds on any cluster: their interface, and the effect of a second submission."""
+"""Builds that run elsewhere: how they are followed, and the effect of a second submission."""
 
 from __future__ import annotations
 
@@ -33,22 +33,6 @@ class Followed(Protocol):
         """Wait for the end and return the result. Raises the build's own error, CancelledError when it was stopped,
         DriverLostError; also as `events`.
         """
-        ...
-
-
-class Submission(Followed, Protocol):
-    """A submitted build. It runs whether or not anyone follows it."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def attached(self) -> bool:
-        """Whether the build existed before it was submitted."""
-        ...
-
-    def cancel(self) -> object:
-        """Stop the build and wait for its end. Committed steps stay. Returns the state that it is, or was, in."""
         ...
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from orchestrator.base.dtypes import MODEL_DTYPES, numpy_dtype
 from orchestrator.base.errors import SourceCorruptError
 from orchestrator.model.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat
 from orchestrator.networks import Network
@@ -37,7 +38,7 @@ def bind(network: Network, weights: Mapping[str, Weight], dtype: str) -> dict[st
     require(weights, network.weight_names())
     bound = {name: _bind_one(name, weights[name], kind) for name, kind in network.weight_dtypes().items()}
     for name, table in network.tables.items():
-        bound[name] = np.ascontiguousarray(table.astype(_numpy_dtype(dtype)))
+        bound[name] = np.ascontiguousarray(table.astype(numpy_dtype(MODEL_DTYPES[dtype])))
     return bound
 
 
@@ -48,7 +49,7 @@ def _bind_one(name: str, weight: Weight, kind: int) -> Array:
     wanted = STORED[kind]
     if weight.dtype == "F32" and wanted in ("F16", "BF16"):  # scales of INT4 blocks; TensorRT takes them in the model's dtype
         typed = weight.data.view(np.float32).reshape(weight.shape)
-        return np.ascontiguousarray(typed.astype(_numpy_dtype({"F16": "float16", "BF16": "bfloat16"}[wanted])))
+        return np.ascontiguousarray(typed.astype(numpy_dtype(wanted)))
     _check(name, weight, wanted)
     return weight.data
 
@@ -66,12 +67,6 @@ def int4_by_columns(weight: Weight) -> npt.NDArray[np.uint8]:
     rows[0::2] = even[:, 0::2] | (even[:, 1::2] << 4)
     rows[1::2] = odd[:, 0::2] | (odd[:, 1::2] << 4)
     return rows
-
-
-def _numpy_dtype(dtype: str) -> Any:
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
 class PortableWeights:

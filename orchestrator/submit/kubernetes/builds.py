@@ -105,7 +105,7 @@ def list_builds(api: KubernetesApi, namespace: str) -> list[State]:
 
 
 class KubernetesSubmission:
-    """See orchestrator.submit.protocol.Submission. Every method raises the errors of KubernetesApi."""
+    """A submitted build, which runs whether or not anyone follows it: Followed. Every method raises the errors of KubernetesApi."""
 
     def __init__(
         self, api: KubernetesApi, namespace: str, name: str, *, timing: Timing | None = None, progress: StoreProgress | None = None
@@ -113,6 +113,7 @@ class KubernetesSubmission:
         """`progress`: source of the driver's events; absent: the store of the build's bundle."""
         self.id, self.namespace = name, namespace
         self.attached = True
+        """Whether the build existed before it was submitted."""
         self._api, self._timing, self._progress = api, timing or Timing(), progress
         self._end: State | None = None
         self._last_word: Published | Errored | None = None

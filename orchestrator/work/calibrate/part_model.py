@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.base.dtypes import ARRAY_NAMES
 from orchestrator.base.errors import QuantizationError, SourceCorruptError
 from orchestrator.checkpoints import format_named, read_source
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
@@ -182,11 +183,11 @@ def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo,
     """Read rows [begin, end) of a tensor, in the source's dtype."""
     import torch
 
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     rows = tensor.shape[0] if tensor.shape else 1
     raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes // rows * (end - begin), np.uint8)
     format_named(source_format).read_rows(opened, tensor, begin, end, raw.data)
-    return torch.from_numpy(raw).view(kinds[tensor.dtype]).reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
+    values = torch.from_numpy(raw).view(getattr(torch, ARRAY_NAMES[tensor.dtype]))
+    return values.reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
 
 
 @contextmanager

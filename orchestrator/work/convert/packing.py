@@ -7,11 +7,12 @@ written from front to back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.base.dtypes import ARRAY_NAMES, numpy_dtype
 from orchestrator.base.errors import BUG, QuantizationError
 from orchestrator.model.quantization import LinearFormat, global_name
 from orchestrator.model.rules import Span
@@ -136,8 +137,7 @@ def _piece(block: Bytes, axis: int | None, span: Span | None, row: int, num_rows
 def _as_tensor(block: Bytes, dtype: str) -> torch.Tensor:
     import torch
 
-    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    return torch.from_numpy(np.ascontiguousarray(block)).view(kinds[dtype])
+    return torch.from_numpy(np.ascontiguousarray(block)).view(getattr(torch, ARRAY_NAMES[dtype]))
 
 
 def _as_bytes(scales: torch.Tensor | None) -> Bytes | None:
@@ -151,7 +151,4 @@ def _as_bytes(scales: torch.Tensor | None) -> Bytes | None:
 
 
 def _rounded(values: npt.NDArray[np.float32], dtype: str) -> memoryview:
-    import ml_dtypes
-
-    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    return np.ascontiguousarray(values.astype(kinds[dtype])).view(np.uint8).reshape(-1).data
+    return np.ascontiguousarray(values.astype(numpy_dtype(dtype))).view(np.uint8).reshape(-1).data
