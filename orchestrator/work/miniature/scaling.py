@@ -14,7 +14,7 @@ default that two readers take from different places can be mapped alike on both 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -205,10 +205,10 @@ class Scaling:
     # Thresholds
 
     def _scale_thresholds(self) -> None:
-        windows = sorted({value for place in self._everything for key in WINDOWS if is_count(value := place.get(key))})
+        windows = sorted({value for _, value in self._lengths(WINDOWS)})
         self._windows = {value: _FIRST_WINDOW + number * _WINDOW_STEP for number, value in enumerate(windows)}
         self._positions: dict[int, int] = {}
-        for value in sorted(set(self._trained())):
+        for value in sorted({value for _, value in self._lengths(POSITIONS)}):
             first = next(iter(self._positions), value)
             smallest = max(self._positions.values(), default=0) + 1
             self._positions[value] = max(round(_TRAINED * value / first), smallest)
@@ -217,10 +217,11 @@ class Scaling:
         for key in POSITIONS:
             self._maps[key] = lambda value: self._positions.get(value, value) if is_count(value) else value
 
-    def _trained(self) -> Iterable[int]:
+    def _lengths(self, keys: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Yield every length that config.json, or a default in its place, gives under one of these keys."""
         for config in self._everything:
             for place in (config, *self._rotary_dictionaries(config)):
-                yield from (value for key in POSITIONS if is_count(value := place.get(key)))
+                yield from ((key, value) for key in keys if is_count(value := place.get(key)))
 
     def _rotary_dictionaries(self, config: Config) -> Iterable[Config]:
         for key in ROTARY:
@@ -232,13 +233,9 @@ class Scaling:
     def thresholds(self) -> list[Threshold]:
         """Return every length named in config.json or by a default in its place; the shortest first."""
         found: dict[tuple[int, int], Threshold] = {}
-        for config in self._everything:
-            for place in (config, *self._rotary_dictionaries(config)):
-                for keys, images in ((WINDOWS, self._windows), (POSITIONS, self._positions)):
-                    for key in keys:
-                        value = place.get(key)
-                        if is_count(value) and (value, images[value]) not in found:
-                            found[value, images[value]] = Threshold(key, value, images[value])
+        for keys, images in ((WINDOWS, self._windows), (POSITIONS, self._positions)):
+            for key, value in self._lengths(keys):
+                found.setdefault((value, images[value]), Threshold(key, value, images[value]))
         return sorted(found.values(), key=lambda threshold: threshold.tokens)
 
     def _factors(self, values: list[Any]) -> list[Any]:
