@@ -11,10 +11,11 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-cluster test lint docs bench storage ceph apiserver faults slurm clean
 
-# Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine.
+# Builds, verifies and publishes six engines of a real model (tp=3, pp=2) on a Ray cluster of this machine, and asks the release.
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/orchestrator plan cluster_configs/jobs/smollm2.yaml
 	$(BIN)/orchestrator build cluster_configs/jobs/smollm2.yaml --cluster cluster_configs/local-ray.yaml
+	$(BIN)/orchestrator run .cache/store/releases/smollm2-135m-instruct/1 "What is the capital of France?"
 
 # Outside of CI, root: the same handed over with `orchestrator submit` to three Ray nodes in namespaces of this machine.
 demo-cluster: $(STAMP) $(MODEL)/config.json

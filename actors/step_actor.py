@@ -91,9 +91,9 @@ class EngineActor(StepActor):
 
 
 class VerifyActor(StepActor):
-    """Actor that executes all ranks of a pipeline stage in lockstep, the reference model, or the miniature."""
+    """Actor that executes all ranks of a pipeline stage, in lockstep or as the portable graph, the reference, or the miniature."""
 
-    kinds = (Kind.VERIFY, Kind.REFERENCE, Kind.MINIATURE)
+    kinds = (Kind.VERIFY, Kind.REFERENCE, Kind.MINIATURE, Kind.EXPORT)
 
 
 ACTORS = {kind: actor for actor in (ConvertActor, QuantizeActor, EngineActor, VerifyActor) for kind in actor.kinds}

@@ -30,7 +30,7 @@ from orchestrator.clusters.local import LocalCluster
 from orchestrator.events import StepEvent, silent
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.releases import publish
+from orchestrator.releases import placing
 from orchestrator.scheduling import checking, execute
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
@@ -80,8 +80,13 @@ class Measured:
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """No input is hashed, nothing that is published is read back."""
-    with mock.patch.object(checking.InputChecks, "begin", _nothing), mock.patch.object(publish, "_damage", _nothing):
+    with mock.patch.object(checking.InputChecks, "begin", _nothing), mock.patch.object(placing, "_read_back", _trusted):
         yield
+
+
+def _trusted(*given: Any, **_: Any) -> tuple[str, ...]:
+    chunks: tuple[str, ...] = given[2].chunks
+    return chunks
 
 
 def _nothing(*_: Any) -> None:
@@ -162,7 +167,7 @@ def check_shards(source: Path, sections: dict[str, Any], folder: Path) -> None:
     checks.close()
     forget(folder)
     with timed("read back", total):
-        assert publish.damaged(store, outputs) is None
+        assert placing.damaged(store, outputs) is None
     print(f"{sum(output.num_bytes for output in outputs) / GB:.2f} GB in {len(outputs)} shards")
     shutil.rmtree(folder)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.releases import pull as pull
     from orchestrator.releases import read_release as read_release
     from orchestrator.releases.manifest import Manifest as Manifest
+    from orchestrator.runners.model import run as run
     from orchestrator.spec.build import BuildConfig as BuildConfig
     from orchestrator.spec.build import BuildSpec as BuildSpec
     from orchestrator.spec.cluster import ClusterSpec as ClusterSpec
@@ -41,6 +42,7 @@ _PLACES = {
     "model.topology": ("Topology",),
     "spec.loading": ("load_cluster", "load_spec"),
     "releases": ("pull", "read_release"),
+    "runners.model": ("run",),
     "building": ("Build", "build"),
     "stages": ("convert",),
 }

@@ -48,7 +48,8 @@ def build(
     the same build has already published is returned unchanged. `sign_key`: PEM file with a P-256 private key, to sign the release.
     `report`: file for the report, also of a failed build. Raises the OrchestratorError of the situation.
     """
-    from orchestrator.releases.publish import Engines, check_free, place_engines, publish
+    from orchestrator.releases.placing import Placed, place
+    from orchestrator.releases.publish import check_free, publish
     from orchestrator.releases.signing import check_sign_key
 
     check_extras(cluster_spec)
@@ -77,14 +78,14 @@ def build(
         pending = plan.pending(committed)
         check_build(plan, pending, cluster_spec, target)
         listener(Planned.of(plan, pending))
-        placed: list[Engines] = []
+        placed: list[Placed] = []
         result = execute(
             plan,
             committed,
             cluster_spec,
             open_cluster,
             listener,
-            lambda outcomes: placed.append(place_engines(target, plan, outcomes)),
+            lambda outcomes: placed.append(place(target, plan, outcomes)),
         )
         recording.result = result
         result.raise_failures(plan)

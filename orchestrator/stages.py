@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.base.errors import StoreError
 from orchestrator.base.extras import require
-from orchestrator.checkpoints.trtllm import write_checkpoint_config, write_json
+from orchestrator.checkpoints.trtllm import shard_indexes, write_checkpoint_config, write_json
 from orchestrator.clusters.local import LocalCluster
 from orchestrator.engines.profiles import network_of
 from orchestrator.events import Listener, Planned, silent
@@ -68,7 +68,8 @@ def convert(spec: BuildSpec, output: Path, listener: Listener = silent, *, verif
             path = store.local_path(written.key)
             assert path is not None  # the staging store is a folder
             path.replace(output / written.name)
-    _write_indexes(plan, output)
+    for name, value in shard_indexes(plan.inputs.weights, plan.topology).items():
+        write_json(output / name, value)
     write_checkpoint_config(output, plan.inputs.config, plan.topology, plan.inputs.model_quantization)
     shutil.rmtree(staging)
     verified = [result.outcomes[step.digest].facts_as(VerifyFacts).verification for step in steps.of_kind(Kind.VERIFY)]
@@ -96,23 +97,12 @@ def run_steps(
 
 def _check_kept(store: Store, kind: Kind, committed: Mapping[str, Outcome], outcomes: Mapping[str, Outcome]) -> None:
     """Verify the outputs of steps of `kind` that an earlier run committed. Raises DamagedOutputError."""
-    from orchestrator.releases.publish import damaged
+    from orchestrator.releases.placing import damaged
 
     kept = [outcome for digest, outcome in outcomes.items() if committed.get(digest) is outcome and outcome.kind is kind]
     damage = damaged(store, (output for outcome in kept for output in outcome.outputs))
     if damage is not None:
         raise damage
-
-
-def _write_indexes(plan: Plan, output: Path) -> None:
-    """Write rank{N}.safetensors.index.json of ranks with several shards, in Hugging Face's format."""
-    for number in range(plan.topology.num_files):
-        groups = plan.inputs.weights.stage(number // plan.topology.tp)
-        if len(groups) == 1:
-            continue
-        listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}
-        index = {"metadata": {"total_size": sum(group.shard_bytes for group in groups)}, "weight_map": listed}
-        write_json(output / f"rank{number}.safetensors.index.json", index, indent=2)
 
 
 def build_engine(

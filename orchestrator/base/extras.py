@@ -13,6 +13,7 @@ from orchestrator.base.errors import ToolError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "build": ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "numpy", "ml_dtypes", "safetensors", "tensorrt_rtx"),
     "ray": ("ray",),
+    "run": ("onnxruntime_genai", "tokenizers", "jinja2"),
     "mpi": ("mpi4py",),
     "kubernetes": ("kubernetes",),
     "signing": ("model_signing", "cryptography"),

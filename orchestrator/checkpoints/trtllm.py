@@ -35,7 +35,7 @@ from orchestrator.model.quantization import ModelQuantization, quant_cfg
 from orchestrator.model.rules import Family, Span, Where
 from orchestrator.model.targets import Read, Target
 from orchestrator.model.topology import Topology, check
-from orchestrator.model.weight_map import weight_map
+from orchestrator.model.weight_map import WeightMap, weight_map
 from orchestrator.stores.source import SourceFolder
 
 CONFIG = "config.json"
@@ -361,10 +361,28 @@ def write_checkpoint_config(
     folder: Path, config: ModelConfig, topology: topologies.Topology, quantization: ModelQuantization | None
 ) -> None:
     """Write quant_cfg.json, for mixed precision only, and last config.json of a TensorRT-LLM checkpoint."""
+    for name, value in config_files(config, topology, quantization).items():
+        write_json(folder / name, value)
+
+
+def config_files(
+    config: ModelConfig, topology: topologies.Topology, quantization: ModelQuantization | None
+) -> dict[str, dict[str, Any]]:
+    """Return quant_cfg.json, for mixed precision only, and config.json of a TensorRT-LLM checkpoint, by name."""
     mixture = quant_cfg(quantization) if quantization else None
-    if mixture is not None:
-        write_json(folder / "quant_cfg.json", mixture)
-    write_json(folder / "config.json", to_trtllm(config, topology, quantization))
+    return {**({"quant_cfg.json": mixture} if mixture else {}), CONFIG: to_trtllm(config, topology, quantization)}
+
+
+def shard_indexes(weights: WeightMap, topology: topologies.Topology) -> dict[str, dict[str, Any]]:
+    """Return rank{N}.safetensors.index.json of the ranks with several shards, in Hugging Face's format, by name."""
+    found = {}
+    for number in range(topology.num_files):
+        groups = weights.stage(number // topology.tp)
+        if len(groups) > 1:
+            listed = {target.name: group.shard_name(number) for group in groups for target in group.targets}
+            size = sum(group.shard_bytes for group in groups)
+            found[f"rank{number}.safetensors.index.json"] = {"metadata": {"total_size": size}, "weight_map": listed}
+    return found
 
 
 def write_json(path: Path, value: Any, indent: int = 4) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import builds, following, jobs, kubernetes, options, plans, releases
+from orchestrator.cli import builds, following, jobs, kubernetes, options, plans, releases, run
 
 app = typer.Typer(cls=options.Root, no_args_is_help=True, context_settings=options.SETTINGS, pretty_exceptions_enable=False)
 app.callback()(options.root)
@@ -12,5 +12,6 @@ app.add_typer(plans.app)
 app.add_typer(builds.app)
 app.add_typer(jobs.app)
 app.add_typer(releases.app)
+app.add_typer(run.app)
 app.add_typer(following.app)
 app.add_typer(kubernetes.app, name="k8s")

@@ -33,7 +33,10 @@ def pull(
     node: Annotated[int | None, typer.Option("--node", min=0, help="Number of a node, to pull its ranks.")] = None,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs, and so ranks, of a node.")] = 8,
     output: Annotated[Path, typer.Option("--output", help="Folder to write to.")] = Path("engines"),
-    layout: Annotated[str, typer.Option("--layout", help="flat, trtllm, triton or oci.")] = "flat",
+    layout: Annotated[str, typer.Option("--layout", help="flat, trtllm, triton, oci, genai or checkpoint.")] = "flat",
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help="engines, portable or checkpoint; repeatable. Absent: what the layout holds.")
+    ] = None,
     public_key: PublicKey = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Check that this machine can run the engines.")] = True,
     cluster: Options = None,
@@ -44,11 +47,19 @@ def pull(
         from orchestrator.report import TransferView
 
         ranks = parse_ranks(rank)
-        release = releases.open_release(_address(url), public_key, _options(cluster))
+        release = releases.open_release(resolved(url), public_key, options_of(cluster))
         _print_identity(release, public_key)
         with TransferView(out, names=True) as view:
             paths = releases.fetch(
-                release, output, ranks=ranks, node=node, gpus_per_node=gpus_per_node, layout=layout, check=check, listener=view
+                release,
+                output,
+                ranks=ranks,
+                node=node,
+                gpus_per_node=gpus_per_node,
+                layout=layout,
+                parts=releases.parse_parts(part),
+                check=check,
+                listener=view,
             )
         out.print(f"{len(paths)} files in {plain(str(output))}, every length and digest right", soft_wrap=True)
 
@@ -60,7 +71,7 @@ def verify(url: Url, public_key: PublicKey = None, cluster: Options = None, as_j
         from orchestrator import releases
         from orchestrator.report import TransferView, format_bytes
 
-        release = releases.open_release(_address(url), public_key, _options(cluster))
+        release = releases.open_release(resolved(url), public_key, options_of(cluster))
         if as_json:
             found = releases.check_files(release)
             manifest = release.manifest
@@ -107,7 +118,7 @@ def list_(
         from orchestrator import releases
 
         selectors = dict(_pair(text) for text in select or [])
-        found = releases.list_releases(_store(store, cluster), selectors, _options(cluster))
+        found = releases.list_releases(_store(store, cluster), selectors, options_of(cluster))
         _show_listed(found, as_json)
 
 
@@ -151,7 +162,7 @@ def tag(
     with exit_codes():
         from orchestrator import releases
 
-        made = releases.tag(_address(url), name, _options(cluster), sign_key=sign_key)
+        made = releases.tag(resolved(url), name, options_of(cluster), sign_key=sign_key)
         signed = ", signed" if made.signature else ""
         out.print(
             f"{made.name} (version {made.number}) is {made.release}, manifest {made.manifest_sha256[:16]}{signed}", soft_wrap=True
@@ -176,7 +187,7 @@ def collect(
         if not 0 <= grace_days <= _MOST_DAYS:
             raise SpecError(f"--grace-days {grace_days:g}", f"Give a number of days from 0 to {_MOST_DAYS:,}.")
         grace = datetime.timedelta(days=grace_days)
-        found = releases.collect(_store(store, cluster), grace, delete=delete, options=_options(cluster))
+        found = releases.collect(_store(store, cluster), grace, delete=delete, options=options_of(cluster))
         _show_collected(found, grace_days, as_json)
 
 
@@ -202,7 +213,8 @@ def _show_collected(found: Collected, grace_days: float, as_json: bool) -> None:
         out.print(f"{len(found.waiting)} more, {total}, are unneeded, but for less than {grace_days:g} days since first seen")
 
 
-def _address(url: str) -> str:
+def resolved(url: str) -> str:
+    """Return an address as a URL: a folder counts from the working folder."""
     from orchestrator.spec.loading import resolve_store
 
     return resolve_store(url, Path.cwd())
@@ -213,13 +225,14 @@ def _store(store: str | None, cluster: Path | None) -> str:
     from orchestrator.spec.loading import load_cluster
 
     if store is not None:
-        return _address(store)
+        return resolved(store)
     if cluster is None:
         raise SpecError("neither a store nor --cluster was given", "Give the store's URL or folder.")
     return load_cluster(cluster).store
 
 
-def _options(cluster: Path | None) -> StoreOptions | None:
+def options_of(cluster: Path | None) -> StoreOptions | None:
+    """Return the connection to the store that a cluster file gives; None without one."""
     from orchestrator.spec.loading import load_cluster
 
     return load_cluster(cluster).store_options if cluster is not None else None

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.base.errors import QuantizationError
+
 FP8_MAX = 448.0
 """Largest finite E4M3 number."""
 FP4_MAX = 6.0
@@ -193,6 +195,19 @@ class ModelQuantization(_Value):
         """Return the distinct formats of the linears."""
         found = [*([self.linear] if self.linear else []), *(item for item in self.layers.values() if item)]
         return tuple(dict.fromkeys(found))
+
+
+_TENSORRT_ONLY = (WeightFormat.NVFP4, WeightFormat.MXFP8, ActivationFormat.NVFP4, ActivationFormat.MXFP8)
+
+
+def check_portable(quantization: ModelQuantization | None) -> None:
+    """Check that ONNX Runtime has operators for a model's number formats. Raises QuantizationError for NVFP4 and MXFP8."""
+    for fmt in quantization.formats() if quantization else ():
+        if fmt.weight in _TENSORRT_ONLY or fmt.activation in _TENSORRT_ONLY:
+            raise QuantizationError(
+                f"ONNX Runtime has no operators for weights in {fmt.weight.value} with activations in {fmt.activation.value}",
+                "Leave `portable` out of release.include, or choose a quantization in FP8, INT8 or INT4.",
+            )
 
 
 def linear_of(target: str) -> str | None:

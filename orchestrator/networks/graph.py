@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ ONNX_DTYPES: dict[str, int] = {
     "float4": TensorProto.FLOAT4E2M1,
 }
 Dim = int | str
+_BOUND = {"location": "bound-by-name"}
 
 
 class GraphWriter:
@@ -48,11 +49,12 @@ class GraphWriter:
     def output(self, name: str, dtype: str, shape: Sequence[Dim]) -> None:
         self._outputs.append(helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(shape)))
 
-    def external(self, name: str, dtype: str, shape: Sequence[int]) -> str:
-        """Add an initializer whose data is bound by name when the graph is compiled or run."""
+    def external(self, name: str, dtype: str, shape: Sequence[int], location: Mapping[str, str] = _BOUND) -> str:
+        """Add an initializer whose data lies in a file. By default it is bound by name when the graph is compiled or run."""
         if name not in self._initializers:
             tensor = TensorProto(name=name, data_type=ONNX_DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
-            tensor.external_data.add(key="location", value="bound-by-name")
+            for key, value in location.items():
+                tensor.external_data.add(key=key, value=value)
             self._initializers[name] = tensor
         return name
 
@@ -99,6 +101,20 @@ class GraphWriter:
 
     def nodes(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=outputs[0], **attributes))
+
+    def take(
+        self,
+        *,
+        inputs: Iterable[onnx.ValueInfoProto] = (),
+        nodes: Iterable[onnx.NodeProto] = (),
+        initializers: Iterable[onnx.TensorProto] = (),
+        outputs: Iterable[onnx.ValueInfoProto] = (),
+    ) -> None:
+        """Add parts of another graph as they are."""
+        self._inputs.extend(inputs)
+        self._nodes.extend(nodes)
+        self._initializers |= {tensor.name: tensor for tensor in initializers}
+        self._outputs.extend(outputs)
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(

@@ -14,6 +14,8 @@ from orchestrator.networks.shape import RankShape
 
 PAST = "past_key_values."
 """Prefix of the names of the KV cache's inputs."""
+PRESENT = "present_key_values."
+"""Prefix of the names of the KV cache's outputs."""
 
 
 def past_name(layer: int, what: str) -> str:
@@ -23,7 +25,7 @@ def past_name(layer: int, what: str) -> str:
 
 def present_name(layer: int, what: str) -> str:
     """Return the name of the graph output with the keys or values (`what`) of a local layer after the call."""
-    return f"present_key_values.{layer}.{what}"
+    return f"{PRESENT}{layer}.{what}"
 
 
 def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, update: str) -> str:

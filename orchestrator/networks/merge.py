@@ -1,8 +1,8 @@
 """Merging of the rank graphs of a stage into one ONNX graph, which any executor runs in one process without a communicator.
 
-Names get the rank's prefix, except inputs that all ranks share. The `DistCollective` nodes of all ranks become one operator:
-`Sum` for an all-reduce, `Concat` along axis 0 for an all-gather. Its output is shared, so it has no prefix. Each rank keeps its
-weights: none are merged or copied.
+Names get the rank's prefix, except inputs and initializers that all ranks share. The `DistCollective` nodes of all ranks become
+one operator: `Sum` for an all-reduce, `Concat` along axis 0 for an all-gather. Its output is shared, so it has no prefix. Each
+rank keeps its weights: none are merged or copied.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def ranked(name: str, rank: int) -> str:
     return f"rank{rank}.{name}"
 
 
-def merge_ranks(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+def merge_ranks(models: Sequence[onnx.ModelProto], shared_initializers: Iterable[str] = ()) -> onnx.ModelProto:
     """Merge the graphs of a stage's ranks, in rank order.
 
     Inputs keep their names, except the KV caches, `rank{r}.past_key_values...`. Outputs of every rank are kept with its prefix, so
-    that the caller can check that the ranks agree. Raises ValueError for graphs that are not of one stage.
+    that the caller can check that the ranks agree. `shared_initializers`: names of initializers that are equal on all ranks, kept
+    once. Raises ValueError for graphs that are not of one stage.
     """
     _check(models)
-    shared = {value.name for value in models[0].graph.input if not value.name.startswith(PAST)}
+    shared = {value.name for value in models[0].graph.input if not value.name.startswith(PAST)} | set(shared_initializers)
     parts = [_parts(model.graph.node) for model in models]
     meeting = {node.output[0] for _, node in parts[0] if node is not None}
     renames = [_rename(rank, shared | meeting) for rank in range(len(models))]
@@ -47,7 +48,10 @@ def merge_ranks(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
         [value for rank, model in enumerate(models) for value in _values(model.graph.input, renames[rank], rank, shared)],
         [value for rank, model in enumerate(models) for value in _values(model.graph.output, renames[rank], rank, set())],
         initializer=[
-            _renamed_initializer(item, renames[rank]) for rank, model in enumerate(models) for item in model.graph.initializer
+            _renamed_initializer(item, renames[rank])
+            for rank, model in enumerate(models)
+            for item in model.graph.initializer
+            if rank == 0 or item.name not in shared
         ],
     )
     return helper.make_model(

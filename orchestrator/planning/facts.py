@@ -152,6 +152,15 @@ class VerifyFacts(Facts):
     """Difference of the logits; None: not the last stage."""
 
 
+class ExportFacts(Facts):
+    """Facts of an export step."""
+
+    networks: tuple[str, ...]
+    """Digest of the network of every tensor-parallel rank that the graph holds."""
+    max_relative_error: float | None = None
+    """Difference to the result of the stage's verification; None: the build is not verified."""
+
+
 class MiniatureFacts(Facts):
     """Facts of a miniature step."""
 
@@ -165,6 +174,7 @@ _FACTS: dict[Kind, type[Facts]] = {
     Kind.CONVERT: ConvertFacts,
     Kind.BUILD: BuildFacts,
     Kind.VERIFY: VerifyFacts,
+    Kind.EXPORT: ExportFacts,
 }
 
 

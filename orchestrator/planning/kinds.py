@@ -14,3 +14,4 @@ class Kind(StrEnum):
     CONVERT = "convert"
     BUILD = "build"
     VERIFY = "verify"
+    EXPORT = "export"

@@ -142,6 +142,14 @@ class VerifyOptions(_Options):
     tolerance: ToleranceSpec
 
 
+class ExportOptions(_Options):
+    """Options of a step that writes a stage's portable graph and, in a verified build, executes it."""
+
+    network: StageNetwork
+    decode_steps: int | None
+    """As in the verification; None: the build is not verified."""
+
+
 class MiniatureOptions(_Options):
     """Options of a step that compares the model, made small, with transformers. Independent of the weights."""
 

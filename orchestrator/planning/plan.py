@@ -23,6 +23,7 @@ from orchestrator.planning.estimates import (
     calibrate_memory,
     convert_memory,
     estimate,
+    export_memory,
     reference_memory,
     verify_memory,
 )
@@ -30,6 +31,7 @@ from orchestrator.planning.options import (
     BuildOptions,
     CalibrateOptions,
     ConvertOptions,
+    ExportOptions,
     MiniatureOptions,
     ReferenceOptions,
     VerifyOptions,
@@ -44,7 +46,8 @@ VERSIONS: dict[Kind, int] = {
     Kind.CALIBRATE: 2,
     Kind.CONVERT: 1,
     Kind.BUILD: 2,
-    Kind.VERIFY: 3,
+    Kind.VERIFY: 4,
+    Kind.EXPORT: 1,
 }
 """Version of the code of each kind. Raise it when the code would give other outputs for the same options."""
 
@@ -91,6 +94,8 @@ class Plan:
     """Possible mistakes and causes of slowness, which do not stop the build."""
     notes: tuple[str, ...] = ()
     """Facts that do not follow from the spec, e.g. padding of the vocabulary."""
+    published: frozenset[Kind] = frozenset({Kind.VERIFY})
+    """Kinds of step that the release is made from although other steps need them: proofs, and shards where they are published."""
 
     @property
     def topology(self) -> Topology:
@@ -100,7 +105,8 @@ class Plan:
     def build_key(self) -> str:
         """Digest of the build's inputs. The same inputs give the same key on any machine."""
         files = sorted([file.name, file.identity] for file in self.inputs.extra_files)
-        return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files})
+        parts = {"include": sorted(self.spec.release.include)} if self.spec.release.has_weights else {}
+        return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files, **parts})
 
     @cached_property
     def _by_digest(self) -> dict[str, Step]:
@@ -113,9 +119,9 @@ class Plan:
         return (step for step in self.steps if step.kind is kind)
 
     def sinks(self) -> list[Step]:
-        """Return the steps that no other step needs. The release is made from them."""
+        """Return the steps that the release is made from."""
         needed = {need for step in self.steps for need in step.needs}
-        return [step for step in self.steps if step.digest not in needed]
+        return [step for step in self.steps if step.digest not in needed or step.kind in self.published]
 
     def pending(self, committed: Mapping[str, Outcome]) -> list[Step]:
         """Return the steps to run, in plan order. Steps that only committed steps need are skipped."""
@@ -154,16 +160,21 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
         rank_bytes = sum(group.shard_bytes for group in groups)
         steps.extend(converts)
         engines = [_build(inputs, network, tp_rank, converts, rank_bytes) for tp_rank in range(topology.tp)]
+        proofs = [] if previous is None else [previous]
         if reference is None:
             steps.extend(engines)
-            continue
-        previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
-        # A wrong rank is known before its stage's engines are built, unless the proof takes longer than they do.
-        is_quick = previous.estimate.seconds < sum(engine.estimate.seconds for engine in engines)
-        steps.extend([previous, *engines] if is_quick else [*engines, previous])
+        else:
+            previous = _verify(spec, inputs, network, converts, reference, previous, rank_bytes)
+            # A wrong rank is known before its stage's engines are built, unless the proof takes longer than they do.
+            is_quick = previous.estimate.seconds < sum(engine.estimate.seconds for engine in engines)
+            steps.extend([previous, *engines] if is_quick else [*engines, previous])
+            proofs += [reference, previous]
+        if "portable" in spec.release.include:
+            steps.append(_export(spec, inputs, network, converts, proofs, rank_bytes))
     warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
     notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
-    return Plan(spec, inputs, tuple(steps), warnings, notes)
+    published = {Kind.VERIFY, *([Kind.CONVERT] if spec.release.has_weights else [])}
+    return Plan(spec, inputs, tuple(steps), warnings, notes, frozenset(published))
 
 
 def _miniature(inputs: Inputs) -> Step:
@@ -326,6 +337,25 @@ def _verify(
             scratch_bytes=stage.tp * rank_bytes,
         ),
         estimate=estimate(Kind.VERIFY, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
+    )
+
+
+def _export(
+    spec: BuildSpec, inputs: Inputs, network: StageNetwork, converts: list[Step], proofs: list[Step], rank_bytes: int
+) -> Step:
+    """Return the export of a stage. `proofs`: the reference, the verification of the stage and of the one before; may be empty."""
+    stage = network.stage
+    options = ExportOptions(network=network, decode_steps=spec.verification.decode_steps if proofs else None)
+    return Step(
+        kind=Kind.EXPORT,
+        version=VERSIONS[Kind.EXPORT],
+        name=f"export/stage{stage.pp_rank}",
+        options=options.model_dump(mode="json"),
+        needs=tuple(step.digest for step in [*converts, *proofs]),
+        resources=Resources(
+            memory_bytes=export_memory(inputs.weights, stage.pp_rank, stage.tp), scratch_bytes=stage.tp * rank_bytes
+        ),
+        estimate=estimate(Kind.EXPORT, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
 
 

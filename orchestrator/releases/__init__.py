@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from orchestrator.releases.collecting import Collected, collect
 from orchestrator.releases.listing import Listed, list_releases
+from orchestrator.releases.manifest import parse_parts
 from orchestrator.releases.pulling import fetch, pull
 from orchestrator.releases.reading import Release, open_release, read_release
 from orchestrator.releases.tagging import tag
@@ -28,6 +29,7 @@ __all__ = [
     "fetch",
     "list_releases",
     "open_release",
+    "parse_parts",
     "pull",
     "read_release",
     "tag",

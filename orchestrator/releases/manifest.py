@@ -11,13 +11,14 @@ release is pulled to, ranks that do not add up, and the address of another relea
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Set
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from orchestrator.base.digest import CHUNK_BYTES, canonical_json, digest_of
-from orchestrator.base.errors import DigestError, ReleaseAddressError, SchemaVersionError
+from orchestrator.base.errors import DigestError, ReleaseAddressError, SchemaVersionError, SpecError
 from orchestrator.base.paths import check_disjoint, check_path
 from orchestrator.base.records import LARGEST, Count, Record, Sha256, Word
 from orchestrator.engines.record import EngineRecord, MemoryNeed
@@ -43,7 +44,10 @@ _LISTED_PROBLEMS = 1000
 _SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 3, 200
 
 
-Role = Literal["engine", "tokenizer", "config", "report", "reference"]
+Role = Literal["engine", "tokenizer", "config", "report", "weights", "graph", "reference"]
+Part = Literal["engines", "portable", "checkpoint"]
+"""Part of a release: ReleaseSpec.include of spec/build.py."""
+PARTS: tuple[Part, ...] = ("engines", "portable", "checkpoint")
 
 
 class Chunks(Record):
@@ -96,6 +100,8 @@ class RankRecord(Record):
     engine: EngineRecord
     memory: MemoryNeed
     files: Annotated[tuple[FileRecord, ...], FailFast()]
+    weights: Annotated[tuple[FileRecord, ...], FailFast()] = ()
+    """Weights of the rank, safetensors, for the portable part and the checkpoint. Empty: the release has neither."""
 
 
 class SourceFileRecord(Record):
@@ -166,6 +172,10 @@ class Manifest(Record):
     """Documents for people: the report of the build."""
     reference: FileRecord | None = None
     """Largest logits of the source model on the verification text, for `orchestrator run --check`. None: not verified."""
+    portable: Annotated[tuple[FileRecord, ...], FailFast()] = ()
+    """Graph of each stage and the config for ONNX Runtime GenAI, which run the ranks' weights. Empty: not in the release."""
+    checkpoint: Annotated[tuple[FileRecord, ...], FailFast()] = ()
+    """Config and indexes that make a TensorRT-LLM checkpoint of the ranks' weights. Empty: not in the release."""
     engine_config: dict[str, Any]
     """TensorRT options of the build: BuildConfig of spec/build.py."""
     quantization: QuantizationRecord | None = None
@@ -205,11 +215,30 @@ class Manifest(Record):
         return seal(self.model_dump(mode="json"))
 
     def all_files(self) -> list[FileRecord]:
-        return [file for rank in self.ranks for file in rank.files] + self.common_files()
+        return self.files_of({rank.rank for rank in self.ranks}, PARTS)
 
-    def common_files(self) -> list[FileRecord]:
-        """Return the files that do not belong to a rank."""
-        return [*self.shared, *([self.reference] if self.reference else []), *self.documents]
+    def files_of(self, ranks: Set[int], parts: Collection[Part]) -> list[FileRecord]:
+        """Return the files of some parts that some ranks need: those of the ranks, the parts' own, shared files, documents.
+
+        The portable part runs all ranks in one process, so it needs the weights of all.
+        """
+        wanted = [rank for rank in self.ranks if rank.rank in ranks]
+        weights = self.ranks if "portable" in parts else wanted if "checkpoint" in parts else ()
+        return [
+            *(file for rank in wanted if "engines" in parts for file in rank.files),
+            *(file for rank in weights for file in rank.weights),
+            *(self.portable if "portable" in parts else ()),
+            *(self.checkpoint if "checkpoint" in parts else ()),
+            *self.shared,
+            *([self.reference] if self.reference else []),
+            *self.documents,
+        ]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that the release has."""
+        has = {"engines": True, "portable": bool(self.portable), "checkpoint": bool(self.checkpoint)}
+        return tuple(part for part in PARTS if has[part])
 
     @property
     def num_bytes(self) -> int:
@@ -221,6 +250,16 @@ class Manifest(Record):
             if record.rank == number:
                 return record
         raise KeyError(number)
+
+
+def parse_parts(names: Collection[str] | None) -> tuple[Part, ...] | None:
+    """Return the parts of these names; None for all that a layout holds. Raises SpecError for other names."""
+    if not names:
+        return None
+    unknown = sorted(set(names) - set(PARTS))
+    if unknown:
+        raise SpecError(f"a release has no part {unknown[0]!r}", f"Parts: {', '.join(PARTS)}.")
+    return tuple(part for part in PARTS if part in names)
 
 
 def seal(plain: dict[str, Any]) -> bytes:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError
 from orchestrator.base.paths import check_disjoint, check_path
 from orchestrator.releases.downloading import Wanted, download
 from orchestrator.releases.folders import OutputFolder
-from orchestrator.releases.layouts import Arrangement, Request, arrange
+from orchestrator.releases.layouts import Arrangement, Request, arrange, parts_of
 from orchestrator.releases.machine import check_machine, this_machine
-from orchestrator.releases.manifest import FileRecord, Manifest
+from orchestrator.releases.manifest import FileRecord, Manifest, Part
 from orchestrator.releases.reading import Release, open_release
 from orchestrator.releases.transfers import Listener, Silent
 from orchestrator.spec.cluster import StoreOptions
@@ -25,6 +25,7 @@ def pull(
     node: int | None = None,
     gpus_per_node: int = 8,
     layout: str = "flat",
+    parts: Collection[Part] | None = None,
     public_key: Path | None = None,
     check: bool = True,
     options: StoreOptions | None = None,
@@ -34,13 +35,22 @@ def pull(
 
     Ranks: `ranks`, or `gpus_per_node` ranks from `node` * `gpus_per_node` on, or all. Every byte is verified before a file gets its
     name. Files that are already right are kept, and a broken pull resumes. With `public_key` (PEM) the release must be signed with
-    that key; with `check` this machine must be able to run the ranks. `layout`: a name of orchestrator/releases/layouts.
+    that key; with `check` this machine must be able to run the engines. `layout`: a name of orchestrator/releases/layouts. `parts`:
+    None for those of the layout, which are the engines except for `genai` and `checkpoint`.
 
     Raises ReleaseMissingError, SchemaVersionError, DigestError, SignatureError, MachineError, SpecError, StoreError.
     """
     release = open_release(url, public_key, options)
     return fetch(
-        release, output, ranks=ranks, node=node, gpus_per_node=gpus_per_node, layout=layout, check=check, listener=listener
+        release,
+        output,
+        ranks=ranks,
+        node=node,
+        gpus_per_node=gpus_per_node,
+        layout=layout,
+        parts=parts,
+        check=check,
+        listener=listener,
     )
 
 
@@ -52,15 +62,17 @@ def fetch(
     node: int | None = None,
     gpus_per_node: int = 8,
     layout: str = "flat",
+    parts: Collection[Part] | None = None,
     check: bool = True,
     listener: Listener | None = None,
 ) -> list[Path]:
     """Do what `pull` does for a release that is already open, with its signature checked."""
     wanted = wanted_ranks(release.manifest, ranks, node, gpus_per_node)
-    files = release.files_of(set(wanted))
+    chosen = parts_of(layout, parts)
+    files = release.files_of(set(wanted), chosen)
     request = Request(release.manifest, tuple(wanted), tuple(files), release.data, release.signature())
     arrangement = arrange(layout, request)
-    if check:
+    if check and "engines" in chosen:
         check_machine(release.manifest, wanted, this_machine())
     return _bring(release, files, arrangement, output, listener or Silent())
 

@@ -10,6 +10,7 @@ key, everything that led to the release must be signed with it: the manifest, an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,16 @@ from pathlib import Path
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DigestError, ReleaseMissingError, SignatureError
 from orchestrator.releases import tags
-from orchestrator.releases.manifest import LIMIT_BYTES, MANIFEST, SIGNATURE, FileRecord, Manifest, parse_manifest, signature_key
+from orchestrator.releases.manifest import (
+    LIMIT_BYTES,
+    MANIFEST,
+    SIGNATURE,
+    FileRecord,
+    Manifest,
+    Part,
+    parse_manifest,
+    signature_key,
+)
 from orchestrator.spec.cluster import StoreOptions
 from orchestrator.stores import open_store
 from orchestrator.stores.store import Store
@@ -58,10 +68,15 @@ class Release:
         """Digests that a signature covers: every file of a whole pulled release by path, and the manifest."""
         return {**{file.path: file.sha256 for file in self.manifest.all_files()}, MANIFEST: self.digest}
 
-    def files_of(self, ranks: set[int]) -> list[FileRecord]:
-        """Return the files that these ranks need, each path once: their own, then those of all ranks."""
-        own = [file for record in self.manifest.ranks if record.rank in ranks for file in record.files]
-        return list({file.path: file for file in [*own, *self.manifest.common_files()]}.values())
+    def files_of(self, ranks: set[int], parts: Collection[Part]) -> list[FileRecord]:
+        """Return the files of some parts that these ranks need, each path once. Raises ReleaseMissingError for a missing part."""
+        missing = [part for part in parts if part not in self.manifest.parts]
+        if missing:
+            raise ReleaseMissingError(
+                f"{self.title} has no {missing[0]} part, it has: {', '.join(self.manifest.parts)}",
+                f"Build a version with release.include: [engines, {missing[0]}] in the spec; steps are not repeated.",
+            )
+        return list({file.path: file for file in self.manifest.files_of(ranks, parts)}.values())
 
 
 def open_release(url: str, public_key: Path | None = None, options: StoreOptions | None = None) -> Release:

@@ -36,8 +36,8 @@ def verify(
 ) -> Verified:
     """Check the release or tag at `url`: the manifest, its signature if `public_key` is given, every file and every chunk.
 
-    A folder to which a whole release was pulled, flat, is checked the same way, and must hold no other files. Raises DigestError
-    that names damaged files, and as `open_release`.
+    A folder to which whole parts of a release were pulled, flat, is checked the same way, and must hold no other files. Raises
+    DigestError that names damaged files, and as `open_release`.
     """
     return check_files(open_release(url, public_key, options), listener)
 
@@ -46,7 +46,7 @@ def check_files(release: Release, listener: Listener | None = None) -> Verified:
     """Do what `verify` does for a release that is already open, with its signature checked."""
     listener = listener or Silent()
     # By their records, not by their keys: two records of one object may state different digests.
-    files = list(dict.fromkeys(release.manifest.all_files()))
+    files = list(dict.fromkeys(_expected(release)))
     listener.on_begin(len(files), sum(file.num_bytes for file in files))
     with ThreadPoolExecutor(_FILES_IN_FLIGHT) as pool:
         problems = pool.map(lambda file: _problem(release.store, file, listener), files)
@@ -58,13 +58,33 @@ def check_files(release: Release, listener: Listener | None = None) -> Verified:
     return Verified(release, len(files), sum(file.num_bytes for file in files), release.signature() is not None)
 
 
+def _expected(release: Release) -> list[FileRecord]:
+    """Return the files that must be there: all, but of a pulled folder only the parts of which it has a file."""
+    manifest = release.manifest
+    ranks = {record.rank for record in manifest.ranks}
+    if not _is_pulled(release):
+        return manifest.all_files()
+    common = manifest.files_of(ranks, ())
+    pulled = [
+        part
+        for part in manifest.parts
+        if any(release.store.size(file.path) is not None for file in manifest.files_of(ranks, (part,)) if file not in common)
+    ]
+    return manifest.files_of(ranks, pulled)
+
+
+def _is_pulled(release: Release) -> bool:
+    """Whether the release is a folder to which it was pulled: its files lie under their paths, not their keys."""
+    return not any(release.store.size(file.key) is not None for file in release.manifest.all_files() if file.key != file.path)
+
+
 def _strangers(release: Release) -> list[str]:
     """Return the files of a pulled folder that the manifest does not name: a program that loads the folder would load them too.
 
     A release in a store has none: its objects are found by the manifest alone.
     """
     files = release.manifest.all_files()
-    if not files or any(release.store.size(file.key) is not None for file in files if file.key != file.path):
+    if not files or not _is_pulled(release):
         return []
     known = {MANIFEST, SIGNATURE, *(file.path for file in files)}
     return sorted(info.key for info in release.store.list("") if info.key not in known)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 
-_TRACED = (Kind.BUILD, Kind.VERIFY)
+_TRACED = (Kind.BUILD, Kind.VERIFY, Kind.EXPORT)
 """Kinds whose outcomes must name the bytes they were made from, even when the outcomes of their needs are gone."""
 
 

@@ -242,7 +242,7 @@ class Placement:
     def _wanted(self, step: Step, share: _Amounts) -> _Amounts:
         """Return the step's resources on a node: at most its pool's whole share, so that no step waits in vain."""
         cpus, gpus, memory, scratch = _each(min, _amounts(step.resources), share)
-        copies = self._remote_store or step.kind not in (Kind.BUILD, Kind.VERIFY)
+        copies = self._remote_store or step.kind not in (Kind.BUILD, Kind.VERIFY, Kind.EXPORT)
         return cpus, gpus, memory, scratch if copies else 0
 
     def _room(self, node: Node) -> _Amounts:

@@ -88,6 +88,7 @@ _HELP = {
     Kind.CONVERT: "It holds blocks of the largest tensor.",
     Kind.BUILD: _SMALLER_RANKS,
     Kind.VERIFY: _SMALLER_RANKS,
+    Kind.EXPORT: "It holds one layer of all ranks in float32. Without `portable` in release.include there is no such step.",
 }
 """Advice on the memory of a step, by its kind."""
 
@@ -118,7 +119,7 @@ def _check_scratch(pending: Sequence[Step], cluster_spec: ClusterSpec, store: St
 
 def _scratch_bytes(step: Step, store: Store) -> int:
     """Return the bytes that a step copies to scratch: shards of a remote store."""
-    if step.kind in (Kind.BUILD, Kind.VERIFY) and store.local_path("probe") is None:
+    if step.kind in (Kind.BUILD, Kind.VERIFY, Kind.EXPORT) and store.local_path("probe") is None:
         return step.estimate.read_bytes
     return 0
 

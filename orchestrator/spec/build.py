@@ -228,12 +228,26 @@ RELEASE_VERSION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class ReleaseSpec(Frozen):
-    """Address of the release in the store: releases/<name>/<version>/."""
+    """The release in the store: its address, releases/<name>/<version>/, and its parts."""
 
     name: str = Field(pattern=RELEASE_NAME)
     """Name: lower-case letters, digits, dots, dashes and underscores."""
     version: str = Field(pattern=RELEASE_VERSION)
     """Version. Releases are immutable: other contents need another one."""
+    include: tuple[Literal["engines", "portable", "checkpoint"], ...] = ("engines",)
+    """Parts. engines: a TensorRT engine per rank, always there. portable: graphs that ONNX Runtime GenAI runs on any machine, and
+    the ranks' weights. checkpoint: the TensorRT-LLM checkpoint, with the same weights."""
+
+    @model_validator(mode="after")
+    def _engines_are_included(self) -> ReleaseSpec:
+        if "engines" not in self.include:
+            raise ValueError("include lacks engines: for a checkpoint without engines, use `orchestrator convert`")
+        return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the ranks' weights are published."""
+        return len(self.include) > 1
 
 
 class BuildSpec(Frozen):

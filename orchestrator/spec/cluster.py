@@ -10,10 +10,13 @@ from orchestrator.base.urls import PlaceText, holds_secret
 from orchestrator.spec.decoding import Frozen
 from orchestrator.spec.values import NumBytes
 
-KindName = Literal["miniature", "reference", "calibrate", "convert", "build", "verify"]
+KindName = Literal["miniature", "reference", "calibrate", "convert", "build", "verify", "export"]
 
 
-_STAND_INS: dict[str, tuple[str, ...]] = {"miniature": ("verify", "reference", "convert", "build")}
+_STAND_INS: dict[str, tuple[str, ...]] = {
+    "miniature": ("verify", "reference", "convert", "build"),
+    "export": ("verify", "build", "convert"),
+}
 """Kinds that pools may leave out, with the kinds whose pool they then share, in order."""
 
 
@@ -34,9 +37,9 @@ class PoolSpec(Frozen):
     """Other labels to try, in order, when no node with `labels` has room."""
     scratch: NumBytes | None = None
     """Scratch space per node that steps may reserve. Absent: the free space of the scratch folder."""
-    steps: tuple[KindName, ...] = ("miniature", "reference", "calibrate", "convert", "build", "verify")
+    steps: tuple[KindName, ...] = ("miniature", "reference", "calibrate", "convert", "build", "verify", "export")
     """Kinds of step that run here. The first pool that lists a kind takes it. A miniature that no pool lists runs with verify,
-    else reference, convert or build."""
+    else reference, convert or build; an export with verify, else build or convert."""
 
 
 class RetrySpec(Frozen):

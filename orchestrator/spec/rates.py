@@ -38,6 +38,7 @@ STEP_RATES: dict[str, StepRate] = {
     "convert": StepRate(seconds=0.5, seconds_per_gb=1.0),
     "build": StepRate(seconds=4.0, seconds_per_gb=20.0),
     "verify": StepRate(seconds=5.0, seconds_per_gb=10.0),
+    "export": StepRate(seconds=3.0, seconds_per_gb=10.0),
 }
 """The defaults, which order the schedule too. Ordinary CPU cores and backend tensorrt_rtx, measured on a small model:
 `orchestrator rates` prints those of your own machines."""

@@ -37,6 +37,7 @@ FUNCTIONS: dict[Kind, str] = {
     Kind.CONVERT: "orchestrator.work.convert.step:convert",
     Kind.BUILD: "orchestrator.work.build.step:build",
     Kind.VERIFY: "orchestrator.work.verify.step:verify",
+    Kind.EXPORT: "orchestrator.work.export.step:export",
 }
 """Function of each kind. Imported when a step of the kind runs, because the imports are heavy."""
 

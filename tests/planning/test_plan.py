@@ -255,10 +255,28 @@ def test_pending_committed_step_hides_what_only_it_needs() -> None:
     assert plan.pending(commit(plan, "miniature", "build/rank0", "build/rank1")) == []
 
 
-def test_pending_last_verify_hides_the_reference_and_earlier_stages() -> None:
+def test_pending_verifications_hide_the_reference() -> None:
     plan = plan_of(topology={"pp": 2})
-    left = {step.name for step in plan.pending(commit(plan, "miniature", "verify/stage1"))}
+    left = {step.name for step in plan.pending(commit(plan, "miniature", "verify/stage0", "verify/stage1"))}
     assert left == {"convert/stage0/group0", "convert/stage1/group0", "build/rank0", "build/rank1"}
+
+
+def test_pending_verification_of_an_earlier_stage_runs_again_because_the_release_is_checked_with_it() -> None:
+    plan = plan_of(topology={"pp": 2})
+    assert "verify/stage0" in {step.name for step in plan.pending(commit(plan, "miniature", "verify/stage1"))}
+
+
+def test_pending_shards_that_are_published_are_made_again_under_committed_engines() -> None:
+    plan = plan_of(release={"name": "tiny", "version": "1", "include": ["engines", "portable"]})
+    done = [step.name for step in plan.steps if step.kind is not Kind.CONVERT]
+    assert {step.name for step in plan.pending(commit(plan, *done))} == {"convert/stage0/group0"}
+
+
+def test_build_key_of_other_parts_is_another_one() -> None:
+    parts = [["engines"], ["engines", "portable"], ["engines", "checkpoint"], ["engines", "portable", "checkpoint"]]
+    plans = [plan_of(release={"name": "tiny", "version": "1", "include": include}) for include in parts]
+    assert len({plan.build_key for plan in plans}) == len(parts)
+    assert len({frozenset(step.digest for step in plan.of_kind(Kind.BUILD)) for plan in plans}) == 1
 
 
 TENSORRT = {"backend": "tensorrt", "max_input_len": 16, "max_seq_len": 64}

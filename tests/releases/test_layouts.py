@@ -56,7 +56,7 @@ def test_oci_layout_holds_every_blob_that_its_index_reaches(published: Published
 def test_layout_that_is_not_there_is_refused_before_any_byte(published: Published, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no layout 'zip'") as caught:
         pull(published.url, tmp_path / "out", layout="zip", check=False)
-    assert "flat, oci, triton, trtllm" in caught.value.advice
+    assert "checkpoint, flat, genai, oci, triton, trtllm" in caught.value.advice
     assert not (tmp_path / "out").exists()
 
 

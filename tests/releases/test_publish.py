@@ -12,7 +12,8 @@ from orchestrator.planning.facts import ConvertFacts, Facts
 from orchestrator.planning.steps import Kind
 from orchestrator.releases.describe import describe
 from orchestrator.releases.manifest import MANIFEST
-from orchestrator.releases.publish import place_engines, publish
+from orchestrator.releases.placing import place
+from orchestrator.releases.publish import publish
 from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from tests.support.releases import make_keys, pretend_to_run, publish_tiny, release_spec, tiny_source
@@ -42,9 +43,9 @@ def test_build_without_a_proven_miniature_is_not_published(tmp_path: Path) -> No
     missing = {digest: outcome for digest, outcome in outcomes.items() if digest != step.digest}
     for found in (unproven, missing):
         with pytest.raises(VerificationError, match="the build's miniature has no outcome"):
-            place_engines(store, plan, found)
+            place(store, plan, found)
     assert not list(store.list("releases/"))
-    assert publish(store, plan, outcomes, place_engines(store, plan, outcomes)).miniature is not None
+    assert publish(store, plan, outcomes, place(store, plan, outcomes)).miniature is not None
 
 
 def test_describe_quantized_build_names_scales_and_worst_linears(tmp_path: Path) -> None:

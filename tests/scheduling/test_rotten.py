@@ -23,7 +23,7 @@ from orchestrator.planning import preparation
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.steps import Kind, Outcome, Output, Task
 from orchestrator.releases import collect, verify
-from orchestrator.releases.publish import place_engines
+from orchestrator.releases.placing import place
 from orchestrator.scheduling import commits
 from orchestrator.scheduling.schedule import MAX_REPEATS
 from orchestrator.spec.build import BuildSpec
@@ -264,19 +264,19 @@ def test_publish_engine_of_other_bytes_than_were_verified_is_refused(file_bench:
     done = file_bench.build("1", **VERIFIED)
     assert done.result is not None
     plan, outcomes = done.plan, dict(done.result.outcomes)
-    place_engines(file_bench.store, plan, outcomes)
+    place(file_bench.store, plan, outcomes)
     (convert,) = plan.of_kind(Kind.CONVERT)
     built = list(plan.of_kind(Kind.BUILD))[1].digest
     consumed = tuple(item.model_copy(update={"sha256": "0" * 64}) for item in outcomes[built].consumed)
     outcomes[built] = outcomes[built].model_copy(update={"consumed": consumed})
     with pytest.raises(DigestError, match=r"build/rank1 was made from another rank1\.safetensors than convert"):
-        place_engines(file_bench.store, plan, outcomes)
+        place(file_bench.store, plan, outcomes)
     del outcomes[convert.digest]
     with pytest.raises(DigestError, match=r"made from different bytes of rank1\.safetensors of convert"):
-        place_engines(file_bench.store, plan, outcomes)
+        place(file_bench.store, plan, outcomes)
     outcomes[built] = outcomes[built].model_copy(update={"consumed": ()})
     with pytest.raises(DigestError, match="build/rank1 does not record which bytes of convert"):
-        place_engines(file_bench.store, plan, outcomes)
+        place(file_bench.store, plan, outcomes)
 
 
 def test_convert_rotten_shard_of_a_killed_run_is_converted_again(

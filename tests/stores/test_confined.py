@@ -12,7 +12,8 @@ from orchestrator.base.errors import SourceLinkError
 from orchestrator.checkpoints import companions, read_source
 from orchestrator.cli.commands import app
 from orchestrator.planning import preparation
-from orchestrator.releases.publish import place_engines, publish
+from orchestrator.releases.placing import place
+from orchestrator.releases.publish import publish
 from orchestrator.scheduling import commits
 from orchestrator.stores import open_store
 from orchestrator.stores.source import LocalFolder
@@ -64,7 +65,7 @@ def test_publish_of_a_file_that_became_a_link_outside_is_refused(tmp_path: Path,
     plan = preparation.plan(spec)
     pretend_to_run(plan, store)
     outcomes = commits.committed(store, (step.digest for step in plan.steps))
-    engines = place_engines(store, plan, outcomes)
+    engines = place(store, plan, outcomes)
     secret.write_bytes((source / "tokenizer.json").read_bytes())  # even with the same content: it may change
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to(secret)

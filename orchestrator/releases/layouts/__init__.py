@@ -6,19 +6,35 @@ A layout decides the path of each file and the files written beside them. It see
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.base.errors import SpecError
-from orchestrator.releases.manifest import MANIFEST, SIGNATURE, FileRecord, Manifest, RankRecord
+from orchestrator.releases.manifest import MANIFEST, PARTS, SIGNATURE, FileRecord, Manifest, Part, RankRecord
 
 LAYOUTS: dict[str, str] = {
+    "checkpoint": "orchestrator.releases.layouts.checkpoint",
     "flat": "orchestrator.releases.layouts.flat",
+    "genai": "orchestrator.releases.layouts.genai",
     "oci": "orchestrator.releases.layouts.oci",
     "triton": "orchestrator.releases.layouts.triton",
     "trtllm": "orchestrator.releases.layouts.trtllm",
 }
+
+
+_ONE_PART: dict[str, tuple[Part, ...]] = {"checkpoint": ("checkpoint",), "genai": ("portable",)}
+"""Layouts that hold another part than the engines."""
+
+
+def parts_of(layout: str, asked: Collection[Part] | None) -> tuple[Part, ...]:
+    """Return the parts to lay out: those asked for, else the layout's own. Raises SpecError for parts that it cannot hold."""
+    own = _ONE_PART.get(layout, ("engines",))
+    if asked is None or set(asked) == set(own):
+        return own
+    if layout not in ("flat", "oci"):
+        raise SpecError(f"layout {layout} holds the part {own[0]} only", "For other parts, use --layout flat.")
+    return tuple(part for part in PARTS if part in asked)
 
 
 @dataclass(frozen=True, slots=True)

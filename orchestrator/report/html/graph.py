@@ -11,7 +11,7 @@ from orchestrator.planning.steps import Kind, Step
 from orchestrator.report.html.svg import element, picture, shorten, text, title
 from orchestrator.report.tables import format_bytes, format_seconds
 
-_COLUMNS = {Kind.MINIATURE: 0, Kind.REFERENCE: 1, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2}
+_COLUMNS = {Kind.MINIATURE: 0, Kind.REFERENCE: 1, Kind.CALIBRATE: 0, Kind.CONVERT: 1, Kind.BUILD: 2, Kind.VERIFY: 2, Kind.EXPORT: 2}
 _RELEASE = 3
 _WIDTH, _GAP, _ROW_GAP = 210, 62, 18
 _SQUARE, _SQUARES, _MOST_SQUARES = 13, 14, 42

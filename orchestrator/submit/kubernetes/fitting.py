@@ -81,6 +81,8 @@ def _kinds(spec: BuildSpec) -> dict[str, int]:
     kinds = {"miniature": 0, "convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
     if spec.verification.enabled:
         kinds |= {"reference": 0, "verify": 0}
+    if "portable" in spec.release.include:
+        kinds["export"] = 0
     if spec.quantization is not None and spec.quantization.calibration.device == "cuda":
         kinds["calibrate"] = 1
     return kinds

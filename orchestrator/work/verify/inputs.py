@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,11 @@ class Call:
         """Indices that request the logits of every token, [B, S]."""
         batch, tokens = self.input_ids.shape
         return np.tile(np.arange(tokens, dtype=np.int64), (batch, 1))
+
+    def last_tokens(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the values [B, 1, ...] of every sequence's last token, from [B, S, ...]."""
+        rows = self.position_ids.argmax(axis=1)
+        return np.ascontiguousarray(values[np.arange(len(rows)), rows][:, None])
 
 
 def make_calls(tokens: Ints, lengths: Ints, decode_steps: int) -> list[Call]:

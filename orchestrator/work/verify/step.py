@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 _ERRORS = "layer errors"
 HIDDEN_STATES = "hidden_states.safetensors"
 """File with call{i} float32 [B, S, hidden]: the input of the next stage."""
+LOGITS = "logits.safetensors"
+"""File with call{i} float32 [B, 1, vocabulary]: the last stage's logits of every sequence's last token."""
 
 
 def verify(task: Task, context: Context) -> VerifyFacts:
@@ -75,6 +77,10 @@ def verify(task: Task, context: Context) -> VerifyFacts:
         with context.output(HIDDEN_STATES, len(data)) as writer:
             writer.write(data)
         return facts
+    last_tokens = {f"call{number}": call.last_tokens(results[number]) for number, call in enumerate(calls)}
+    data = save(last_tokens)
+    with context.output(LOGITS, len(data)) as writer:
+        writer.write(data)
     found = compare_with_reference(results, reference, options.decode_steps)
     context.log(f"verification: {found.model_dump()}")
     context.log("errors at the ends of the layers: " + ", ".join(f"{error:.1e}" for error in errors.values()))

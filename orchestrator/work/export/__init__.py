@@ -1,0 +1,1 @@
+"""Export steps: the portable graph of a stage, executed before it is published."""

@@ -1,0 +1,144 @@
+"""Write the portable graph of a pipeline stage, and execute it, as written, on the calls of the verification.
+
+ONNX Runtime maps the weights from the shards and runs the graph as written, without folding constants: a weight is widened when a
+node reads it, and dropped after. So memory holds the largest weights, not the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from orchestrator.base.errors import VerificationError
+from orchestrator.checkpoints.safetensors import read_header
+from orchestrator.model.stage import StageOptions
+from orchestrator.networks.kv_cache import PAST, PRESENT
+from orchestrator.networks.portable import StoredTensor, portable_stage
+from orchestrator.networks.shape import RankShape
+from orchestrator.planning.facts import ExportFacts, VerifyFacts
+from orchestrator.planning.options import ExportOptions
+from orchestrator.planning.steps import Kind, Output, Task
+from orchestrator.work.context import Context
+from orchestrator.work.reference.step import OUTPUT as REFERENCE
+from orchestrator.work.shards import Weight, map_shards, rank_shards
+from orchestrator.work.verify import compare
+from orchestrator.work.verify.inputs import Call, make_calls
+from orchestrator.work.verify.ort import empty_cache, open_mapped, ort_value
+from orchestrator.work.verify.step import HIDDEN_STATES, LOGITS
+
+Array = npt.NDArray[Any]
+_SAME = 1e-5
+"""Largest difference to the verified ranks, relative to the largest value: sums of the ranks in another order."""
+
+
+def export(task: Task, context: Context) -> ExportFacts:
+    """Write stage{pp_rank}.onnx. Facts: digests of the networks, and the difference to the verified ranks.
+
+    Raises VerificationError when the graph, as read from its file, computes something else than the verified ranks.
+    """
+    options = ExportOptions.model_validate(task.step.options)
+    stage = options.network.stage
+    shards = [rank_shards(task, context, stage.rank(tp_rank)) for tp_rank in range(stage.tp)]
+    stored = [_stored(paths) for paths in shards]
+    replicated = _replicated([map_shards(paths) for paths in shards])
+    data = portable_stage(options.network, stored, replicated).SerializeToString()
+    error = None
+    if options.decode_steps is not None:
+        session = _Session(onnx.load_from_string(data), {path.name: path for paths in shards for path in paths})
+        error = _difference(task, context, stage, options.decode_steps, session)
+    with context.output(graph_name(stage.pp_rank), len(data), chunked=True) as writer:
+        writer.write(data)
+    return ExportFacts(networks=tuple(options.network.digest(tp_rank) for tp_rank in range(stage.tp)), max_relative_error=error)
+
+
+def graph_name(pp_rank: int) -> str:
+    """Return the file name of a stage's graph."""
+    return f"stage{pp_rank}.onnx"
+
+
+def _stored(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    return {
+        entry.name: StoredTensor(path.name, entry.dtype, entry.offset, entry.num_bytes)
+        for path in paths
+        for entry in read_header(path)[0]
+    }
+
+
+def _replicated(ranks: Sequence[Mapping[str, Weight]]) -> list[str]:
+    """Return the names of the tensors that are equal on all ranks."""
+    first, *others = ranks
+    found = []
+    for name, weight in first.items():
+        twins = [other[name] for other in others if name in other]
+        if len(twins) == len(others) > 0 and all(
+            (twin.dtype, twin.shape) == (weight.dtype, weight.shape) and np.array_equal(twin.data, weight.data) for twin in twins
+        ):
+            found.append(name)
+        for each in (weight, *twins):
+            each.release()
+    return found
+
+
+def _difference(task: Task, context: Context, stage: StageOptions, decode_steps: int, session: _Session) -> float:
+    """Execute the graph on all calls; return the largest difference to the verified ranks. Raises VerificationError."""
+    from safetensors.numpy import load_file
+
+    reference = load_file(context.fetch(_outputs(task, Kind.REFERENCE, stage)[REFERENCE]))
+    calls = make_calls(reference["tokens"], reference["lengths"], decode_steps)
+    handed = None if stage.is_first else load_file(context.fetch(_outputs(task, Kind.VERIFY, stage, -1)[HIDDEN_STATES]))
+    expected = load_file(context.fetch(_outputs(task, Kind.VERIFY, stage)[LOGITS if stage.is_last else HIDDEN_STATES]))
+    session.begin(stage, calls)
+    worst = 0.0
+    for number, call in enumerate(calls):
+        result = session.run(call, None if handed is None else handed[f"call{number}"])
+        wanted = expected[f"call{number}"]
+        if not stage.is_last:
+            result, wanted = call.last_tokens(result), call.last_tokens(wanted)
+        worst = max(worst, compare.relative_error(result, wanted))
+        context.report("execute", number + 1, len(calls), "steps")
+    context.log(f"export: {graph_name(stage.pp_rank)} differs from the verified ranks by {worst:.1e}")
+    if not worst <= _SAME:
+        raise VerificationError(
+            f"the portable graph of stage {stage.pp_rank} differs from the verified ranks by {worst:.3g}",
+            "Nothing was published. This is a bug: report it, with config.json. Without `portable` in release.include, the "
+            "engines can be published.",
+        )
+    return worst
+
+
+class _Session:
+    """A stage's graph in ONNX Runtime, with its KV caches."""
+
+    def __init__(self, model: onnx.ModelProto, files: Mapping[str, Path]) -> None:
+        self._session, self._weights = open_mapped(model, files)
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._cache: dict[str, Any] = {}
+
+    def begin(self, stage: StageOptions, calls: Sequence[Call]) -> None:
+        """Empty the caches: the calls that follow begin new sequences."""
+        slots = 1 + max(int(call.position_ids.max()) for call in calls)
+        empty = empty_cache(RankShape(stage, "float32", portable=True), len(calls[0].input_ids), slots)
+        self._cache = {value.name: empty for value in self._session.get_inputs() if value.name.startswith(PAST)}
+
+    def run(self, call: Call, hidden_states: Array | None) -> Array:
+        """Execute a call and advance the caches; returns the stage's result."""
+        first = {"input_ids": call.input_ids} if hidden_states is None else {"hidden_states": hidden_states}
+        feeds = {name: ort_value(value) for name, value in (first | {"position_ids": call.position_ids}).items()}
+        results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds | self._cache), strict=True))
+        self._cache = {name: results[PRESENT + name.removeprefix(PAST)] for name in self._cache}
+        found: Array = results[self._outputs[0]].numpy()
+        return found
+
+
+def _outputs(task: Task, kind: Kind, stage: StageOptions, offset: int = 0) -> Mapping[str, Output]:
+    """Return the outputs by name of the needed step of a kind; of verifications, that of this stage plus `offset`."""
+    for need in task.step.needs:
+        outcome = task.inputs[need]
+        if outcome.kind is kind and (kind is not Kind.VERIFY or outcome.facts_as(VerifyFacts).stage == stage.pp_rank + offset):
+            return {output.name: output for output in outcome.outputs}
+    raise KeyError(kind)

@@ -1,0 +1,126 @@
+"""The portable part against transformers and the verification: what ONNX Runtime GenAI, which knows nothing of us, makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from orchestrator.base.errors import QuantizationError, VerificationError
+from orchestrator.planning import preparation
+from orchestrator.planning.facts import ExportFacts
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.steps import Kind
+from orchestrator.work.export import step as exporting
+from tests.conftest import SpecMaker
+from tests.support.families import TINY, write_tiny
+from tests.support.portable import expected_tokens, greedy, next_logits, portable_folder, random_prompts
+
+TOPOLOGIES = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
+NUM_TOKENS, NUM_PROMPTS = 64, 8
+POSITIONS = 96
+INCLUDE = {"name": "tiny", "version": "1", "include": ["engines", "portable"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's models and its store lie, so that a reference is computed once."""
+    return tmp_path_factory.mktemp("portable")
+
+
+def source(folder: Path, family: str) -> Path:
+    made = folder / family
+    changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family == "phi3" else {}
+    if not made.is_dir():
+        write_tiny(family, made, dtype="float32", max_position_embeddings=POSITIONS, **changes)
+    return made
+
+
+def planned(path: Path, make_spec: SpecMaker, **sections: Any) -> Plan:
+    sizes = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": POSITIONS}
+    return preparation.plan(make_spec(path, dtype="float32", engine=sizes, release=INCLUDE, **sections))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "topology"),
+    [*((family, {"tp": 2, "pp": 2}) for family in TINY), *(("llama", topology) for topology in TOPOLOGIES[:3]),
+     ("mixtral", {"tp": 2, "moe_ep": 2})],
+    ids=str,
+)  # fmt: skip
+def test_genai_on_the_portable_part_generates_what_transformers_generates(
+    family: str, topology: dict[str, int], folder: Path, make_spec: SpecMaker, tmp_path: Path
+) -> None:
+    path = source(folder, family)
+    made = planned(path, make_spec, topology=topology)
+    outcomes = portable_folder(made, folder / "store", tmp_path / "model")
+    prompts = random_prompts(NUM_PROMPTS, made.inputs.config.vocab_size)
+    assert greedy(tmp_path / "model", prompts, NUM_TOKENS) == expected_tokens(path, prompts, NUM_TOKENS)
+    errors = [outcome.facts_as(ExportFacts).max_relative_error for outcome in outcomes.values() if outcome.kind is Kind.EXPORT]
+    assert len(errors) == made.topology.pp
+    assert max(error for error in errors if error is not None) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantization",
+    [{"algorithm": "FP8"}, {"algorithm": "W8A16"}, {"algorithm": "W4A16_AWQ", "group_size": 16},
+     {"algorithm": "FP8", "kv_cache": "FP8"}, {"kv_cache": "INT8"}],
+    ids=str,
+)  # fmt: skip
+def test_genai_on_a_quantized_portable_part_computes_the_verified_logits(
+    quantization: dict[str, Any], folder: Path, make_spec: SpecMaker, tmp_path: Path
+) -> None:
+    tolerance = {"max_relative_error": None, "max_mean_kl": 10.0, "min_top1_agreement": 0.0}
+    made = planned(
+        source(folder, "llama"), make_spec, topology={"tp": 2, "pp": 2}, quantization=quantization,
+        verification={"max_tokens": 12, "decode_steps": 3, "tolerance": tolerance},
+    )  # fmt: skip
+    outcomes = portable_folder(made, folder / "store", tmp_path / "model")
+    store = folder / "store"
+    reference = load_file(store / outcomes["reference"].output("reference.safetensors").key)
+    verified = load_file(store / outcomes["verify/stage1"].output("logits.safetensors").key)["call0"]
+    for sequence, length in enumerate(reference["lengths"]):
+        prompt = reference["tokens"][sequence, : max(int(length) - 3, 1)]
+        found = next_logits(tmp_path / "model", prompt.tolist())
+        expected = verified[sequence, 0]
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4", "MXFP8"])
+def test_plan_portable_part_of_a_format_that_only_tensorrt_computes_is_refused(
+    algorithm: str, folder: Path, make_spec: SpecMaker
+) -> None:
+    with pytest.raises(QuantizationError, match="ONNX Runtime has no operators") as caught:
+        planned(source(folder, "llama"), make_spec, quantization={"algorithm": algorithm})
+    assert "release.include" in caught.value.advice
+
+
+def test_export_graph_that_maps_the_weights_of_another_rank_is_refused(
+    folder: Path, make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = planned(source(folder, "llama"), make_spec, topology={"tp": 2})
+    right = exporting.portable_stage
+    monkeypatch.setattr(exporting, "portable_stage", lambda network, weights, same: right(network, weights[::-1], same))
+    with pytest.raises(VerificationError, match="portable graph of stage 0 differs from the verified ranks"):
+        portable_folder(made, tmp_path / "store", tmp_path / "model")
+
+
+def test_export_graph_that_answers_for_the_first_token_is_refused(
+    folder: Path, make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = planned(source(folder, "llama"), make_spec)
+    right = exporting.portable_stage
+
+    def first(*given: Any) -> Any:
+        model = right(*given)
+        (node,) = (node for node in model.graph.node if node.name == "logit_indices")
+        node.op_type = "ArgMin"
+        return model
+
+    monkeypatch.setattr(exporting, "portable_stage", first)
+    with pytest.raises(VerificationError, match="portable graph of stage 0 differs"):
+        portable_folder(made, tmp_path / "store", tmp_path / "model")
