@@ -12,7 +12,8 @@ import pytest
 from orchestrator import engines, work
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind, Outcome, Task
-from orchestrator.releases.publish import place_engines, publish
+from orchestrator.releases.placing import place
+from orchestrator.releases.publish import publish
 from orchestrator.releases.pulling import pull
 from orchestrator.runners.tensorrt import EngineRunner, KnownIds, Libraries
 from orchestrator.runners.tensorrt.communicators import groups_of
@@ -53,7 +54,7 @@ def release_of(source: Path, folder: Path, tp: int, pp: int, **sections: Any) ->
                 outcomes[step.digest] = commits.commit(store, proven)
             else:
                 outcomes[step.digest] = work.run(Task(step=step, inputs=inputs, attempt=1, store=store.url), lambda event: None)
-    publish(store, plan, outcomes, place_engines(store, plan, outcomes))
+    publish(store, plan, outcomes, place(store, plan, outcomes))
     pulled = folder / "pulled"
     pull(f"{store.url}/releases/tiny/1", pulled, check=False)
     return pulled
