@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import orchestrator
 from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.releases import pull, read_release, verify
 from orchestrator.releases.manifest import Manifest
 from orchestrator.spec.build import BuildSpec
