@@ -28,6 +28,11 @@ def present_name(layer: int, what: str) -> str:
     return f"{PRESENT}{layer}.{what}"
 
 
+def present_of(past: str) -> str:
+    """Return the output with the cache after the call, by the name of its input, with or without a rank's prefix."""
+    return past.replace("past_", "present_", 1)
+
+
 def update_cache(graph: GraphWriter, shape: RankShape, layer: int, what: str, update: str) -> str:
     """Add all keys or values after the call, [B, heads, slots, size] in the graph's dtype. `update`: [B, heads, tokens, size]."""
     if shape.kv_cache is None and shape.in_place:

@@ -8,7 +8,7 @@ layers give the same model, which is compiled once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -16,6 +16,7 @@ from onnx import helper
 
 from orchestrator.networks.decoder import Network
 from orchestrator.networks.graph import IR_VERSION
+from orchestrator.networks.kv_cache import present_of
 
 _LAYER_END = re.compile(r"transformer\.layers\.(\d+)\.mlp_residual")
 
@@ -108,7 +109,7 @@ def _check_caches(slices: Sequence[Slice]) -> None:
     for part in slices:
         for node in part.nodes:
             for name in node.input:
-                written = name.replace("past_", "present_", 1) in part.outputs
+                written = present_of(name) in part.outputs
                 if name.startswith("past_") and node.op_type != "Shape" and not written:
                     raise ValueError(f"{node.name} reads {name}, which another slice writes")
 
@@ -127,6 +128,30 @@ def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[tuple[list[onnx.NodeProto
             run = []
     if run:
         yield run, None, None
+
+
+def key_of(part: Slice) -> tuple[object, ...]:
+    """Return what `executable` makes of a slice, as a value that equals that of every slice which differs only in names."""
+    number = _numbering()
+    taken = [number(name) for name in (*part.inputs, *part.weights)]
+    constants = [
+        (number(item.name), item.data_type, *item.dims, item.raw_data or item.SerializeToString()) for item in part.constants
+    ]
+    nodes = [
+        (
+            (node.op_type, node.domain, *(item.SerializeToString() for item in node.attribute)),
+            tuple(number(name) for name in node.input),
+            tuple(number(name) for name in node.output),
+        )
+        for node in part.nodes
+    ]
+    return (*taken, *constants, *nodes, *(number(name) for name in part.outputs))
+
+
+def _numbering() -> Callable[[str], str]:
+    """Return a function that numbers names in order of appearance; a missing input stays without a name."""
+    numbers: dict[str, str] = {"": ""}
+    return lambda name: numbers.setdefault(name, f"v{len(numbers)}")
 
 
 def looked_up(part: Slice) -> set[str]:
@@ -149,11 +174,7 @@ def executable(part: Slice, opsets: Sequence[onnx.OperatorSetIdProto], kinds: Se
         for name, kind in zip((*part.inputs, *part.weights), kinds, strict=True)
         if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     }
-    numbers: dict[str, str] = {"": ""}
-
-    def number(name: str) -> str:
-        return numbers.setdefault(name, f"v{len(numbers)}")
-
+    number = _numbering()
     taken = [number(name) for name in (*part.inputs, *part.weights)]
     constants = []
     for tensor in part.constants:

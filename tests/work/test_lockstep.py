@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import pytest
 
@@ -17,7 +18,7 @@ from orchestrator.base.errors import VerificationError
 from orchestrator.model.stage import StageNetwork
 from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, decoder_network
-from orchestrator.networks.slices import cut
+from orchestrator.networks.slices import cut, executable, key_of
 from orchestrator.planning import preparation
 from orchestrator.planning.options import VerifyOptions
 from orchestrator.planning.steps import Kind
@@ -115,6 +116,41 @@ def test_cut_of_a_graph_that_reads_a_cache_elsewhere_than_it_is_written_is_refus
     node.input[0] = "past_key_values.0.key"
     with pytest.raises(ValueError, match=r"reads past_key_values\.0\.key, which another slice writes"):
         cut(graph)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_key_of_slices_tells_apart_what_their_models_tell_apart(family: str) -> None:
+    models: dict[tuple[object, ...], bytes] = {}
+    for network in networks(config_of(family), Topology(2, 2)):
+        for tp_rank in range(2):
+            graph = decoder_network(network, tp_rank, Rendering.executed())
+            for part in cut(graph).slices:
+                kinds = [onnx.TensorProto.FLOAT] * (len(part.inputs) + len(part.weights))
+                model = executable(part, graph.model.opset_import, kinds).SerializeToString()
+                assert models.setdefault(key_of(part), model) == model
+    assert len(set(models.values())) == len(models)
+
+
+@pytest.mark.parametrize("what", ["attribute", "constant", "operator", "input", "outputs"])
+def test_key_of_a_slice_that_differs_in_one_thing_is_another(what: str) -> None:
+    (network,) = networks(config_of("llama"), Topology(1, 1))
+    part, other = (cut(decoder_network(network, 0, Rendering.executed())).slices[1] for _ in range(2))
+    assert key_of(part) == key_of(other)
+    scatter = next(node for node in other.nodes if node.op_type == "TensorScatter")
+    match what:
+        case "attribute":
+            scatter.attribute[0].i = -1
+        case "constant":
+            other = replace(
+                other, constants=(onnx.numpy_helper.from_array(np.array([7]), part.constants[0].name), *part.constants[1:])
+            )
+        case "operator":
+            scatter.op_type = "ScatterElements"
+        case "input":
+            scatter.input[0], scatter.input[1] = scatter.input[1], scatter.input[0]
+        case "outputs":
+            other = replace(other, outputs=other.outputs[::-1])
+    assert key_of(part) != key_of(other)
 
 
 def test_layers_that_are_alike_are_compiled_once(converted: Callable[..., Any]) -> None:

@@ -16,21 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.base.errors import VerificationError
 from orchestrator.model.stage import StageNetwork
 from orchestrator.networks import Network, Rendering, decoder_network
-from orchestrator.networks.kv_cache import past_name, present_name
-from orchestrator.networks.shape import RankShape
-from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executable, looked_up
+from orchestrator.networks.kv_cache import PAST, present_of
+from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executable, key_of, looked_up
 from orchestrator.work.binding import PortableWeights
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import element_type, empty_cache, open_session, ort_value, run_session, widened_on_gpu
+from orchestrator.work.verify.ort import element_type, open_session, ort_value, run_session, widened_on_gpu
+from orchestrator.work.verify.stage_run import check_agreement, feeds, first_cache, joined, result_name
 
 Array = npt.NDArray[Any]
 _NOTHING: Array = np.zeros(0)
-_RANKS_AGREE = 1e-5
-"""Largest difference between the ranks' hidden states, relative to the largest value."""
 
 
 @dataclass
@@ -45,7 +42,7 @@ class _Rank:
     values: list[dict[str, Any]]
     """OrtValues by call and name, from the slice that makes them to the last one that reads them."""
     cache: dict[str, Any] = field(default_factory=dict)
-    """Keys and values for the next call, by input name."""
+    """Keys and values for the next call, by the name of the output."""
 
 
 class Lockstep:
@@ -63,17 +60,17 @@ class Lockstep:
 
         Raises SourceMissingError, SourceCorruptError, ArchitectureError.
         """
-        self._stage, self._gather, self._calls = network.stage, network.gather_logits, calls
-        self._sessions: dict[bytes, Any] = {}
+        self._network, self._stage, self._calls = network, network.stage, calls
+        self._sessions: dict[tuple[object, ...], Any] = {}
         self._device = device
         slots = 1 + max(int(call.position_ids.max()) for call in calls)
         self._ranks = []
         for tp_rank, mine in enumerate(weights):
             graph = decoder_network(network, tp_rank, Rendering.executed())
-            shape = RankShape(network.stage, "float32", tp_rank, portable=True)
-            feeds = [_feeds(network, call, hidden_states[number] if hidden_states else None) for number, call in enumerate(calls)]
-            empty = empty_cache(shape, len(calls[0].input_ids), slots)
-            self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, feeds))
+            before: Sequence[Array | None] = hidden_states or [None] * len(calls)
+            values = [feeds(network.stage, call, hidden) for call, hidden in zip(calls, before, strict=True)]
+            empty = first_cache(network.stage, len(calls[0].input_ids), slots)
+            self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, values))
 
     def run(
         self,
@@ -99,8 +96,7 @@ class Lockstep:
             if part.collective is not None:
                 self._exchange(part.collective)
             if part.layer is not None:
-                self._check_agreement(part.nodes[-1].name)
-                ended = [values[part.nodes[-1].name].numpy() for values in self._ranks[0].values]
+                ended = self._ended(part.nodes[-1].name, self._stage.first_layer + part.layer)
                 watch(self._stage.first_layer + part.layer, ended)
             self._forget(number, layer_ended=part.layer is not None)
             if part.layer is not None:
@@ -129,21 +125,22 @@ class Lockstep:
             return
         session = None
         for values in rank.values:
-            feeds = [_input(rank, part, values, name) for name in part.inputs] + weights
-            session = session or self._session(rank, part, feeds)
-            for name, value in zip(part.outputs, run_session(session, feeds), strict=True):
-                if rank.sliced.is_read_after(name, number) or name == self._result:
+            inputs = [_input(rank, part, values, name) for name in part.inputs] + weights
+            session = session or self._session(rank, part, inputs)
+            for name, value in zip(part.outputs, run_session(session, inputs), strict=True):
+                if rank.sliced.is_read_after(name, number) or name == result_name(self._stage):
                     values[name] = value
-                if name.startswith(_PRESENT):
-                    rank.cache[_PAST + name.removeprefix(_PRESENT)] = value
+                if present_of(PAST) in name:
+                    rank.cache[name] = value
 
-    def _session(self, rank: _Rank, part: Slice, feeds: Sequence[Any]) -> Any:
+    def _session(self, rank: _Rank, part: Slice, inputs: Sequence[Any]) -> Any:
         """Return the slice's session; equal slices share one."""
-        kinds = [element_type(value) for value in feeds]
-        model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
-        if model not in self._sessions:
-            self._sessions[model] = open_session(model, device=self._device)
-        return self._sessions[model]
+        kinds = [element_type(value) for value in inputs]
+        key = (*kinds, *key_of(part))
+        if key not in self._sessions:
+            model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
+            self._sessions[key] = open_session(model, device=self._device)
+        return self._sessions[key]
 
     def _exchange(self, collective: Collective) -> None:
         """Give every rank the sum of all ranks' values, or their concatenation along axis 0."""
@@ -153,6 +150,13 @@ class Lockstep:
             shared = ort_value(np.ascontiguousarray(together))
             for rank in self._ranks:
                 rank.values[call][collective.result] = shared
+
+    def _ended(self, name: str, layer: int) -> list[Array]:
+        """Return the hidden states at a layer's end by call. Raises VerificationError when the ranks differ."""
+        found = [[rank.values[call][name].numpy() for rank in self._ranks] for call in range(len(self._calls))]
+        for values in found:
+            check_agreement(self._stage, values, f"after layer {layer}")
+        return [values[0] for values in found]
 
     def _forget(self, number: int, *, layer_ended: bool) -> None:
         for rank in self._ranks:
@@ -184,53 +188,19 @@ class Lockstep:
         ends = [number for number, part in enumerate(self._ranks[0].sliced.slices) if part.layer == layer - self._stage.first_layer]
         return ends[0] + 1
 
-    def _check_agreement(self, name: str) -> None:
-        """Compare the ranks' hidden states at a layer's end with rank 0's. Raises VerificationError."""
-        for call in range(len(self._calls)):
-            first, *others = (rank.values[call][name].numpy() for rank in self._ranks)
-            for tp_rank, other in enumerate(others, 1):
-                worst = float(np.abs(other - first).max(initial=0.0))
-                if not worst <= _RANKS_AGREE * float(np.abs(first).max(initial=0.0)):
-                    layer = self._stage.first_layer + int(name.split(".")[2])
-                    raise VerificationError(
-                        f"rank {self._stage.rank(tp_rank)} and rank {self._stage.rank(0)} differ by {worst:.3g} after layer {layer}"
-                    )
-
-    @property
-    def _result(self) -> str:
-        return "logits" if self._stage.is_last else "hidden_states_out"
-
     def _results(self) -> list[Array]:
-        results = []
-        for call in range(len(self._calls)):
-            parts = [rank.values[call][self._result].numpy() for rank in self._ranks]
-            if self._stage.is_last and not self._gather:
-                parts = [np.concatenate(parts, axis=-1)[..., : self._stage.config.vocab_size]]
-            results.append(parts[0])
-        return results
-
-
-_PAST, _PRESENT = past_name(0, "").split(".", 1)[0], present_name(0, "").split(".", 1)[0]
+        name = result_name(self._stage)
+        return [
+            joined(self._network, [rank.values[call][name].numpy() for rank in self._ranks]) for call in range(len(self._calls))
+        ]
 
 
 def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str) -> Any:
     """Return a value of the call, or the cache left by the previous call."""
-    if not name.startswith(_PAST):
+    if not name.startswith(PAST):
         return values[name]
-    if _PRESENT + name.removeprefix(_PAST) in part.outputs:
-        return rank.cache.get(name, rank.empty_cache)
-    return rank.empty_cache  # only its shape is read: `cut` ensures that
-
-
-def _feeds(network: StageNetwork, call: Call, hidden_states: Array | None) -> dict[str, Any]:
-    feeds: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices}
-    if hidden_states is None:
-        feeds["input_ids"] = call.input_ids
-    else:
-        feeds["hidden_states"] = hidden_states
-    if network.stage.is_last:
-        feeds["logit_indices"] = call.logit_indices
-    return {name: ort_value(value) for name, value in feeds.items()}
+    # Of the cache of another slice only its shape is read: `cut` ensures that.
+    return rank.cache.get(present_of(name), rank.empty_cache) if present_of(name) in part.outputs else rank.empty_cache
 
 
 def _bind(rank: _Rank, number: int, device: str) -> list[Any]:

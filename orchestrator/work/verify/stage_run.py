@@ -1,0 +1,61 @@
+"""What the executors of a pipeline stage share: inputs of a call, first caches, the ranks' agreement, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.base.errors import VerificationError
+from orchestrator.model.stage import StageNetwork, StageOptions
+from orchestrator.networks.shape import RankShape
+from orchestrator.work.verify.inputs import Call
+from orchestrator.work.verify.ort import empty_cache, ort_value
+
+Array = npt.NDArray[Any]
+_AGREEMENT = 1e-5
+"""Largest difference between the ranks' values, relative to the largest value."""
+
+
+def feeds(stage: StageOptions, call: Call, hidden_states: Array | None) -> dict[str, Any]:
+    """Return the OrtValues that every rank gets, by name. `hidden_states`: result of the stage before; None: the first stage."""
+    found: dict[str, Array] = {"position_ids": call.position_ids, "write_indices": call.write_indices}
+    found |= {"input_ids": call.input_ids} if hidden_states is None else {"hidden_states": hidden_states}
+    if stage.is_last:
+        found["logit_indices"] = call.logit_indices
+    return {name: ort_value(value) for name, value in found.items()}
+
+
+def first_cache(stage: StageOptions, batch: int, slots: int) -> Any:
+    """Return the OrtValue of every key and value cache of any rank before the first call."""
+    return empty_cache(RankShape(stage, "float32", portable=True), batch, slots)
+
+
+def check_agreement(stage: StageOptions, values: Sequence[Array], where: str) -> None:
+    """Compare the ranks' values with rank 0's; a NaN agrees with a NaN only. Raises VerificationError, which says `where`."""
+    first = values[0]
+    limit = _AGREEMENT * float(np.abs(first).max(initial=0.0, where=np.isfinite(first)))
+    for tp_rank, other in enumerate(values[1:], 1):
+        same = (other == first) | (np.isnan(other) & np.isnan(first))
+        worst = np.where(same, 0.0, np.nan_to_num(np.abs(other - first), nan=np.inf)).max(initial=0.0)
+        if worst > limit:
+            raise VerificationError(f"rank {stage.rank(tp_rank)} and rank {stage.rank(0)} differ by {worst:.3g} {where}")
+
+
+def result_name(stage: StageOptions) -> str:
+    """Return the name of each rank's result."""
+    return "logits" if stage.is_last else "hidden_states_out"
+
+
+def joined(network: StageNetwork, results: Sequence[Array]) -> Array:
+    """Return the stage's result of a call from its ranks': hidden states, or the logits of the whole vocabulary.
+
+    Raises VerificationError when results that must be equal differ.
+    """
+    stage = network.stage
+    if stage.is_last and not network.gather_logits:
+        return np.concatenate(results, axis=-1)[..., : stage.config.vocab_size]
+    check_agreement(stage, results, f"in the output of stage {stage.pp_rank}")
+    return results[0]
