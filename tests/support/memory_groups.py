@@ -19,11 +19,13 @@ class MemoryGroup:
     """A group; processes enter it by writing their id to `entrance`, and their children stay in it."""
 
     def __init__(self, name: str) -> None:
-        """Raises OSError where there is no place for one."""
+        """One of this name that a killed run left is replaced. Raises OSError where there is no place, or its processes live."""
         place = place_for_groups()
         if place is None:
             raise OSError("no control group for memory can be made here")
         self.folder = place / name
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rmdir()
         self.folder.mkdir()
 
     @property
