@@ -122,7 +122,7 @@ def _later(default: bool) -> Any:
 
 _NOT_IN_RTX = {
     "for_triton": "Triton has no backend that loads engines of TensorRT-RTX",
-    "refit": "TensorRT-RTX compiles refittable weights on a GPU only, and this backend builds without one",
+    "refit": "without a GPU, TensorRT-RTX compiles no refittable weights",
     "version_compatible": "TensorRT-RTX has no lean runtime, and its engines load in the version that built them",
 }
 """Options of BuildConfig that tensorrt_rtx does not have -> the reason."""
@@ -158,7 +158,7 @@ class BuildConfig(Frozen):
     """Let the runtime keep a part of the weights in host memory."""
     refit: bool = False
     """Let every weight of the checkpoint be replaced in the built engine, under its name in the converted checkpoint. Needs backend
-    tensorrt: TensorRT-RTX compiles refittable weights on a GPU only."""
+    tensorrt: without a GPU, TensorRT-RTX compiles no refittable weights."""
     version_compatible: bool = _later(False)
     """Build engines that later TensorRT versions of the same major number load, and the lean runtime too (tensorrt-lean-cu13).
     Needs backend tensorrt."""

@@ -121,7 +121,7 @@ def test_decode_unknown_word_is_told_with_the_known_ones() -> None:
         ({"engine": {"max_input_len": 8, "max_logits_per_sequence": 9}}, "max_logits_per_sequence is greater"),
         ({"engine": {"backend": "tensorrt", "compute_capabilities": ["8.9"]}}, "compute_capabilities need backend tensorrt_rtx"),
         ({"engine": {"for_triton": True}}, "for_triton needs backend tensorrt"),
-        ({"engine": {"refit": True}}, "refit needs backend tensorrt: TensorRT-RTX compiles refittable weights on a GPU only"),
+        ({"engine": {"refit": True}}, "refit needs backend tensorrt: without a GPU, TensorRT-RTX compiles no refittable weights"),
         ({"engine": {"version_compatible": True}}, "version_compatible needs backend tensorrt: TensorRT-RTX has no lean runtime"),
         ({"verification": {"max_tokens": 4, "decode_steps": 4}}, "decode_steps must be smaller than max_tokens"),
         ({"topology": {"pp": 0}}, "topology.pp"),
