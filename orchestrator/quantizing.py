@@ -6,7 +6,7 @@ Steps are shared by content: a sweep computes the reference once, and calibrates
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,7 @@ def calibrate(
     return _write_artifact([(step.name, outcome) for step, outcome in zip(plan.steps, outcomes, strict=True)], cluster_spec, output)
 
 
-def choose(
-    spec: BuildSpec, algorithms: Sequence[str], effective_bits: float, output: Path, log: Callable[[str], None] = lambda line: None
-) -> dict[str, LinearFormat | None]:
+def choose(spec: BuildSpec, algorithms: Sequence[str], effective_bits: float, output: Path) -> dict[str, LinearFormat | None]:
     """Search per-layer formats among `algorithms` within `effective_bits` per weight, and write them as quant_cfg.json to `output`.
 
     Runs in this process, on the whole model. Raises QuantizationError, and StoreError when `output` exists.
@@ -144,7 +142,7 @@ def choose(
     formats = [_sized(quantizer_named(name).linear, asked.group_size) for name in algorithms]
     data, dataset = resolve_data(asked.calibration)
     dtype = plan.inputs.config.dtype
-    chosen = choose_formats(folder.folder, dtype, _linears(plan), formats, effective_bits, data, dataset, log)
+    chosen = choose_formats(folder.folder, dtype, _linears(plan), formats, effective_bits, data, dataset)
     mixture = quant_cfg(ModelQuantization(algorithm=MIXED_PRECISION, layers=chosen))
     write_whole(output, (json.dumps(mixture, indent=1) + "\n").encode())
     return chosen

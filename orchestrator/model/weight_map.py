@@ -313,9 +313,9 @@ def _as_prefixed(name: str, tensors: Iterable[str]) -> str | None:
     return next((other for other in tensors if f".{other}".endswith(end)), None)
 
 
-def _some(names: Sequence[str], count: int = 3) -> str:
-    shown = ", ".join(names[:count])
-    return shown if len(names) <= count else f"{shown}, and {len(names) - count} more"
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown}, and {len(names) - 3} more"
 
 
 def _group_blocks(pp_rank: int, blocks: Iterable[_Block], max_shard_bytes: int) -> Iterator[LayerGroup]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.steps import Kind, Outcome, Step
+from orchestrator.planning.steps import Kind, Outcome
 
 
 def format_bytes(count: float) -> str:
@@ -38,16 +38,16 @@ def format_seconds(seconds: float) -> str:
     return first if second.startswith("0 ") else f"{first} {second}"
 
 
-def step_table(steps: Iterable[tuple[Step, Outcome | None]], ran: Collection[str]) -> Table:
-    """Return node, seconds and bytes written of each step, and whether it is in `ran`, by name."""
+def step_table(steps: Iterable[tuple[str, str, Outcome | None]], ran: Collection[str]) -> Table:
+    """Return node, seconds and bytes written of each step (name, digest, outcome), and whether it is in `ran`, by name."""
     table = Table("step", "node", "seconds", "written", "digest", "", box=None, pad_edge=False)
-    for step, outcome in steps:
+    for name, digest, outcome in steps:
         if outcome is None:
-            table.add_row(step.name, "", "", "", step.digest[:12], "not run")
+            table.add_row(name, "", "", "", digest[:12], "not run")
             continue
         written = format_bytes(sum(output.num_bytes for output in outcome.outputs))
-        state = "run" if step.name in ran else "cached"
-        table.add_row(step.name, outcome.node, f"{outcome.seconds:.1f}", written, step.digest[:12], state)
+        state = "run" if name in ran else "cached"
+        table.add_row(name, outcome.node, f"{outcome.seconds:.1f}", written, digest[:12], state)
     return table
 
 

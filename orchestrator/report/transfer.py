@@ -25,16 +25,9 @@ _DIGITS = 16
 class TransferView:
     """A `releases.transfers.Listener` and context manager. Leaves the terminal as it was."""
 
-    def __init__(
-        self,
-        console: Console,
-        *,
-        names: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-        line_seconds: float = LINE_SECONDS,
-    ) -> None:
+    def __init__(self, console: Console, *, names: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """`names`: print the name and digest of each finished file."""
-        self._console, self._names, self._clock, self._line_seconds = console, names, clock, line_seconds
+        self._console, self._names, self._clock = console, names, clock
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
             console=console, transient=True, disable=not console.is_terminal,
@@ -71,7 +64,7 @@ class TransferView:
                 self._seen.popleft()
             if not self._progress.disable:
                 self._progress.update(self._bar, completed=self._done, description=self._counts(), note=self.note())
-            elif now - self._last_line >= self._line_seconds and self._done < self._total:
+            elif now - self._last_line >= LINE_SECONDS and self._done < self._total:
                 self._last_line = now
                 self._print(f"{self._counts()}  {self.note()}")
 

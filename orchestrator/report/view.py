@@ -9,7 +9,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from orchestrator.events import (
     Event,
@@ -146,20 +145,11 @@ class LiveView:
 
     def _finished(self, event: StepsFinished) -> None:
         self.close()
-        if event.steps:
-            self._console.print(step_table(event.steps, event.ran))
-        elif self._outcomes:
-            self._console.print(self._table())
-
-    def _table(self) -> Table:
-        """Return the steps that ran, node by node."""
-        table = Table("node", "steps", "seconds", "written", box=None, pad_edge=False)
-        for node in sorted({outcome.node for outcome in self._outcomes}):
-            mine = [outcome for outcome in self._outcomes if outcome.node == node]
-            written = sum(output.num_bytes for outcome in mine for output in outcome.outputs)
-            names = ", ".join(outcome.name for outcome in mine)
-            table.add_row(node, names, f"{sum(outcome.seconds for outcome in mine):.1f}", format_bytes(written))
-        return table
+        rows = [(step.name, step.digest, outcome) for step, outcome in event.steps]
+        if not rows:  # a build that runs elsewhere: its steps are not among its events
+            rows = [(outcome.name, outcome.digest, outcome) for outcome in self._outcomes]
+        if rows:
+            self._console.print(step_table(rows, event.ran))
 
     def _print(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, soft_wrap=True)

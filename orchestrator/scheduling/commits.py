@@ -15,7 +15,7 @@ import contextlib
 import datetime
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -194,11 +194,11 @@ def nothing_left_begun(store: Store, build_id: str) -> Iterator[None]:
         raise
 
 
-def abort_attempts(store: Store, build_id: str, sleep: Callable[[float], None] = time.sleep) -> None:
+def abort_attempts(store: Store, build_id: str) -> None:
     """Remove the unfinished uploads of one run of a build. Looks several times, because a killed worker may still be dying."""
     for look in range(_LOOKS):
         if look:
-            sleep(_DYING_SECONDS)
+            time.sleep(_DYING_SECONDS)
         begun = [upload for upload in store.list_uploads(STEPS) if _attempt_of(upload.key).startswith(build_id)]
         for upload in begun:
             store.abort_upload(upload)

@@ -434,8 +434,8 @@ class S3Writer(Writer):
 class S3Source(S3Store):
     """Objects to read only, with botocore's own settings: the store's options do not apply to sources."""
 
-    def __init__(self, url: str, *, fs: Any = None, backoff: Backoff | None = None) -> None:
-        super().__init__(url, StoreOptions(), fs=fs, backoff=backoff)
+    def __init__(self, url: str, *, backoff: Backoff | None = None) -> None:
+        super().__init__(url, StoreOptions(), backoff=backoff)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url,)

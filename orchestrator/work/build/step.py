@@ -1,17 +1,16 @@
 """Compile one rank: graph, memory-mapped weights, and the engine straight to the store."""
 
 from __future__ import annotations
-from orchestrator.planning.facts import BuildFacts
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from orchestrator.engines.record import EngineRecord
-from orchestrator.planning.options import BuildOptions
-from orchestrator.planning.steps import Task
 from orchestrator.engines import EngineRequest, backend, installed_version, require_collectives, require_version
 from orchestrator.engines.profiles import rank_profiles
+from orchestrator.engines.record import EngineRecord
 from orchestrator.networks import Rendering, decoder_network
+from orchestrator.planning.facts import BuildFacts
+from orchestrator.planning.options import BuildOptions
+from orchestrator.planning.steps import Task
 from orchestrator.work.binding import bind
 from orchestrator.work.context import Context
 from orchestrator.work.shards import Weight, map_shards, rank_shards

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ def choose_formats(
     effective_bits: float,
     data: CalibrationData,
     dataset: str,
-    log: Callable[[str], None],
 ) -> dict[str, LinearFormat | None]:
     """Return a format for every linear (None: unquantized) such that weights take `effective_bits` on average.
 
@@ -46,7 +45,7 @@ def choose_formats(
     model = model.to(device).eval()
     tokens = torch.from_numpy(calibration_tokens(data, dataset, folder, model.config.vocab_size))
     batches = [tokens[begin : begin + data.batch_size] for begin in range(0, len(tokens), data.batch_size)]
-    said = io.StringIO()
+    said = io.StringIO()  # of Model Optimizer, for nobody
     with _budget_refused(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, _ = mtq.auto_quantize(
@@ -60,8 +59,6 @@ def choose_formats(
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
         )
-    for line in said.getvalue().splitlines():
-        log(line)
     modules = dict(model.named_modules())
     return {linear: _format_of(modules[sources[0]], formats) for linear, sources in linears.items()}
 

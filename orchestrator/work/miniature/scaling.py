@@ -281,10 +281,10 @@ def _prefix(kinds: Sequence[Any]) -> int:
     return max(list(kinds).index(kind) for kind in set(kinds)) + 1
 
 
-def _around_changes(kinds: Iterable[Sequence[Any]], layers: int, most: int = 3) -> list[int]:
+def _around_changes(kinds: Iterable[Sequence[Any]], layers: int) -> list[int]:
     """Return the first and the last layer, and both sides of the first changes of kind."""
     kept = {0, layers - 1}
     for found in kinds:
         changes = [index for index in range(1, layers) if found[index] != found[index - 1]]
-        kept |= {index for change in changes[:most] for index in (change - 1, change)}
+        kept |= {index for change in changes[:3] for index in (change - 1, change)}
     return sorted(kept)
