@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator.base.errors import DamagedOutputError
+from orchestrator.base.locks import hold, remove_unheld
 from orchestrator.planning.steps import Output
 
 _THREADS = 4
@@ -144,23 +145,10 @@ def _open_folder(root: Path, build_id: str) -> tuple[Path, int] | None:
             return None
         folder = top / build_id
         folder.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = hold(folder)
     except OSError:
         return None
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_SH)
     for other in top.iterdir():
         if other != folder:
-            _remove_unheld(other)
+            remove_unheld(other)  # a build between two steps may lose its entries and hash again
     return folder, lock
-
-
-def _remove_unheld(folder: Path) -> None:
-    """Remove a build's entries unless locked. A build between two steps may lose its entries and hash again."""
-    with contextlib.suppress(OSError):
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)

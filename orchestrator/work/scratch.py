@@ -1,13 +1,8 @@
-"""Scratch folders of this machine, each locked by its process. The next process removes folders whose owner is dead.
-
-The lock is flock's, on the folder itself: the kernel releases it when the last process that holds it ends, for whatever reason, and
-processes in other containers of the same machine see it too. On a file system without such locks, dead folders stay.
-"""
+"""Scratch folders of this machine, each locked by its process. The next process removes folders whose owner is dead."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -17,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.base.errors import store_error
+from orchestrator.base.locks import hold, remove_unheld
 
 _PREFIX = "trt-orchestrator-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-z]*-[0-9a-f]{{12}}")
@@ -46,30 +42,17 @@ def remove_dead(root: str | Path, patience_seconds: float = 0.0) -> list[Path]:
     removed: list[Path] = []
     end = time.monotonic() + patience_seconds
     while True:
-        removed += _remove_unlocked(root, _folders(root))
+        removed += [path for path in _folders(root) if remove_unheld(path)]
         if not _folders(root) or time.monotonic() >= end:
             return removed
         time.sleep(_LOOK_SECONDS)
 
 
-def _folders(root: str | Path) -> list[str]:
+def _folders(root: str | Path) -> list[Path]:
     try:
-        return [entry.name for entry in os.scandir(root) if _NAME.fullmatch(entry.name)]
+        return [Path(entry) for entry in os.scandir(root) if _NAME.fullmatch(entry.name)]
     except OSError:
         return []
-
-
-def _remove_unlocked(root: str | Path, names: list[str]) -> list[Path]:
-    removed: list[Path] = []
-    for name in names:
-        path = Path(root) / name
-        with contextlib.suppress(OSError), _opened(path) as folder:
-            if os.fstat(folder).st_uid != os.geteuid():
-                continue
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the owner lives
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
 
 
 def _make(root: Path, build_id: str) -> tuple[Path, int]:
@@ -80,20 +63,9 @@ def _make(root: Path, build_id: str) -> tuple[Path, int]:
         except OSError as error:
             raise store_error(f"cannot write to {root}", error) from None
         try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            lock = hold(path)
         except FileNotFoundError:  # another process took it for dead before it was locked
             continue
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_SH)
         if path.is_dir() and path.stat().st_ino == os.fstat(lock).st_ino:
             return path, lock
         os.close(lock)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        yield folder
-    finally:
-        os.close(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def test_scratch_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_scratch_taken_for_dead_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = scratch.fcntl.flock, []
+    real, calls = fcntl.flock, []
 
     def flock(handle: int, how: int) -> None:
         if not calls:
@@ -117,7 +118,7 @@ def test_scratch_taken_for_dead_before_it_was_locked_is_made_again(tmp_path: Pat
             assert len(remove_dead(tmp_path)) == 1
         real(handle, how)
 
-    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with scratch_folder(tmp_path) as folder:
         assert folder.is_dir()
 
