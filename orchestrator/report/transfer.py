@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Self
 
@@ -31,13 +30,11 @@ class TransferView:
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
             console=console, transient=True, disable=not console.is_terminal,
+            speed_estimate_period=_WINDOW_SECONDS, get_time=clock,
         )  # fmt: skip
         self._bar = self._progress.add_task("", total=1, note="")
         self._lock = threading.Lock()
-        self._total = self._done = 0
-        self._files = self._files_done = 0
-        self._seen: deque[tuple[float, int]] = deque()
-        """(time, bytes done) samples within the window."""
+        self._total = self._files = self._files_done = 0
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -50,22 +47,18 @@ class TransferView:
         with self._lock:
             self._total, self._files = num_bytes, num_files
             self._last_line = self._clock()
-            self._seen.append((self._last_line, 0))
             self._progress.update(self._bar, total=max(num_bytes, 1))
+            self._progress.advance(self._bar, 0)  # the rate counts from here
             if not self._progress.disable:
                 self._progress.start()
 
     def on_bytes(self, num_bytes: int) -> None:
         with self._lock:
-            now = self._clock()
-            self._done += num_bytes
-            self._seen.append((now, self._done))
-            while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_SECONDS:
-                self._seen.popleft()
+            self._progress.advance(self._bar, num_bytes)
             if not self._progress.disable:
-                self._progress.update(self._bar, completed=self._done, description=self._counts(), note=self.note())
-            elif now - self._last_line >= LINE_SECONDS and self._done < self._total:
-                self._last_line = now
+                self._progress.update(self._bar, description=self._counts(), note=self.note())
+            elif self._clock() - self._last_line >= LINE_SECONDS and self._progress.tasks[0].completed < self._total:
+                self._last_line = self._clock()
                 self._print(f"{self._counts()}  {self.note()}")
 
     def on_file(self, file: FileRecord) -> None:
@@ -80,14 +73,12 @@ class TransferView:
 
     def note(self) -> str:
         """Return bytes, rate and time left as text."""
-        began, before = self._seen[0]
-        seconds = self._seen[-1][0] - began
-        shown = f"{format_bytes(self._done)} of {format_bytes(self._total)}"
-        if seconds <= 0 or self._done <= before:
+        task = self._progress.tasks[0]
+        shown = f"{format_bytes(task.completed)} of {format_bytes(self._total)}"
+        if not task.speed:
             return shown
-        rate = (self._done - before) / seconds
-        left = format_seconds(max(self._total - self._done, 0) / rate)
-        return f"{shown}  {format_bytes(rate)}/s  {left} left"
+        left = format_seconds(max(self._total - task.completed, 0) / task.speed)
+        return f"{shown}  {format_bytes(task.speed)}/s  {left} left"
 
     def _counts(self) -> str:
         return f"{self._files_done} of {format_count(self._files, 'file')}"
