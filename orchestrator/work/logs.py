@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from orchestrator.events import stage_of
 from orchestrator.planning.steps import Task
 
 
@@ -18,10 +18,9 @@ class StepLog(logging.Handler):
 
     def __init__(self, task: Task, node: str, clock: Callable[[], float] = time.time) -> None:
         super().__init__(logging.WARNING)
-        stage = re.search(r"/(?:stage|part)(\d+)", task.step.name)
         self._where = {
             "step": task.step.name, "kind": task.step.kind.value, "rank": task.step.rank,
-            "stage": int(stage.group(1)) if stage else None, "attempt": task.attempt, "node": node,
+            "stage": stage_of(task.step.name), "attempt": task.attempt, "node": node,
         }  # fmt: skip
         self._as_json = task.log_format == "json"
         self._clock = clock
