@@ -30,6 +30,7 @@ from orchestrator.families import family_for
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
 from orchestrator.model.config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config_latent import LATENT_KEYS
 from orchestrator.model.config_table import ConfigTable
 from orchestrator.model.quantization import ModelQuantization, quant_cfg
 from orchestrator.model.rules import Family, Span, Where
@@ -295,8 +296,9 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_parameters": _rotary_keys(config),
         **_window_keys(config, table),
         **_expert_keys(config, table),
+        **_latent_keys(config),
     }
-    if config.rotary_embedding_dim:
+    if config.rotary_embedding_dim and not config.is_latent:
         made["partial_rotary_factor"] = config.rotary_embedding_dim / config.head_size
     if "original_max_position_embeddings" in table.defaults:
         made["original_max_position_embeddings"] = (config.rotary_scaling or {}).get("original_max_position_embeddings", 1)
@@ -327,6 +329,8 @@ def _is_same_scaling(read: Mapping[str, Any] | None, given: Mapping[str, Any] | 
 def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
     """Return rope_parameters: one dictionary for all layers, or one per kind of layer."""
     full = {"rope_type": "default", **(config.rotary_scaling or {}), "rope_theta": config.rotary_base}
+    if config.query_scale_beta is not None:
+        full["llama_4_scaling_beta"] = config.query_scale_beta
     if config.rotary_base_local is None:
         return full
     return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": config.rotary_base_local}}
@@ -343,6 +347,17 @@ def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
         layers = range(config.num_hidden_layers)
         made["layer_types"] = ["sliding_attention" if config.has_window(layer) else "full_attention" for layer in layers]
     return made
+
+
+def _latent_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the sizes of latent attention, and the key/value heads as such models count them."""
+    if not config.is_latent:
+        return {}
+    return {
+        "num_key_value_heads": config.num_attention_heads,
+        **{key: getattr(config, key) for key in LATENT_KEYS},
+        "q_lora_rank": config.q_lora_rank or None,
+    }
 
 
 def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
-from orchestrator.families.mistral import MISTRAL
+from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mixtral import MIXTRAL
 from orchestrator.families.olmo import OLMO2
 from orchestrator.families.phi import PHI3
@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         LLAMA,
         MISTRAL,
+        MINISTRAL3,
         QWEN2,
         QWEN3,
         GEMMA,

@@ -29,6 +29,7 @@ SOURCE = "model.layers.{layer}."
 TARGET = "transformer.layers.{layer}."
 _ATTENTION = SOURCE + "self_attn."
 _MLP = SOURCE + "mlp."
+_KV_B, _KV_B_SECTIONS = _ATTENTION + "kv_b_proj.weight", ("nope", "value")
 
 
 def _embedding(cut: Cut | None, **when: object) -> Rule:
@@ -62,6 +63,54 @@ QKV_BIAS = Rule(
 DENSE = Rule(TARGET + "attention.dense.weight", (Part(_ATTENTION + "o_proj.weight", ("hidden", "q"), HEADS_IN),))
 DENSE_BIAS = Rule(TARGET + "attention.dense.bias", (Part(_ATTENTION + "o_proj.bias", ("hidden",)),), when={"attn_dense_bias": True})
 ATTENTION = (QKV, QKV_BIAS, DENSE, DENSE_BIAS)
+
+LATENT_ATTENTION = (
+    Rule(
+        TARGET + "attention.fused_a.weight",
+        (
+            Part(_ATTENTION + "q_a_proj.weight", ("q_lora", "hidden")),
+            Part(_ATTENTION + "kv_a_proj_with_mqa.weight", ("latent", "hidden")),
+        ),
+        when={"has_q_lora": True},
+    ),
+    Rule(
+        TARGET + "attention.fused_a.bias",
+        (Part(_ATTENTION + "q_a_proj.bias", ("q_lora",)), Part(_ATTENTION + "kv_a_proj_with_mqa.bias", ("latent",))),
+        when={"has_q_lora": True, "attn_bias": True},
+    ),
+    Rule(
+        TARGET + "attention.fused_a.weight",
+        (Part(_ATTENTION + "kv_a_proj_with_mqa.weight", ("latent", "hidden")),),
+        when={"has_q_lora": False},
+    ),
+    Rule(
+        TARGET + "attention.fused_a.bias",
+        (Part(_ATTENTION + "kv_a_proj_with_mqa.bias", ("latent",)),),
+        when={"has_q_lora": False, "attn_bias": True},
+    ),
+    Rule(
+        TARGET + "attention.q_a_layernorm.weight",
+        (Part(_ATTENTION + "q_a_layernorm.weight", ("q_lora",)),),
+        when={"has_q_lora": True},
+    ),
+    Rule(TARGET + "attention.kv_a_layernorm.weight", (Part(_ATTENTION + "kv_a_layernorm.weight", ("kv_lora",)),)),
+    Rule(
+        TARGET + "attention.q_b_proj.weight",
+        (Part(_ATTENTION + "q_b_proj.weight", ("q", "q_lora"), HEADS),),
+        when={"has_q_lora": True},
+    ),
+    Rule(
+        TARGET + "attention.q_b_proj.weight",
+        (Part(_ATTENTION + "q_proj.weight", ("q", "hidden"), HEADS),),
+        when={"has_q_lora": False},
+    ),
+    Rule(TARGET + "attention.k_b_proj.weight", (Part(_KV_B, ("nope", "kv_lora"), None, _KV_B_SECTIONS, 0),), per_head=True),
+    Rule(TARGET + "attention.v_b_proj.weight", (Part(_KV_B, ("value", "kv_lora"), None, _KV_B_SECTIONS, 1),), per_head=True),
+    Rule(TARGET + "attention.dense.weight", (Part(_ATTENTION + "o_proj.weight", ("hidden", "v"), HEADS_IN),)),
+    DENSE_BIAS,
+)
+"""Rules of latent attention (MLA). Names are those of TensorRT-LLM's deepseek_v2, which has k_b_proj and v_b_proj in one tensor,
+`kv_b_proj`, and a product of q_b_proj and k_b_proj besides."""
 
 GATED_MLP = (
     Rule(TARGET + "mlp.fc.weight", (Part(_MLP + "gate_proj.weight", ("inter", "hidden"), COLUMN),)),
@@ -156,3 +205,22 @@ NO_WINDOWS = {
 NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
 """Gemma's second name of the activation, in families that do not read it."""
+
+LATENT_DEFAULTS = {
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_interleave": True,
+}
+"""Defaults of the keys that models with latent attention share."""
+LATENT_DERIVED = {
+    "attn_bias": ("is", "attention_bias"),
+    "attn_dense_bias": ("is", "attention_bias"),
+    "rotary_interleaved": ("is", "rope_interleave"),
+}
+LATENT_PASSED_OVER = {
+    "head_dim": PassedOver("the sizes of a head are those of qk_nope_head_dim, qk_rope_head_dim and v_head_dim", None),
+    "qk_head_dim": PassedOver("it is qk_nope_head_dim and qk_rope_head_dim together", None),
+}

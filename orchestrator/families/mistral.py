@@ -1,10 +1,10 @@
-"""Mistral: Llama's tensors, with a sliding window."""
+"""Mistral: Llama's tensors, with a sliding window. Ministral 3: without one, and with queries scaled by position."""
 
 from __future__ import annotations
 
 from orchestrator.families.common import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.llama import LLAMA
-from orchestrator.model.config_table import PassedOver
+from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 
 ALWAYS_USED = {
@@ -33,6 +33,40 @@ MISTRAL = Family(
         },
         nullable=frozenset({"head_dim", "sliding_window"}),
         windows="all",
+        passed_over={**ALWAYS_USED, **NO_CAPS, **ONE_ACTIVATION},
+    ),
+)
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MINISTRAL3 = Family(
+    name="ministral3",
+    architectures=("Ministral3ForCausalLM",),
+    rules=LLAMA.rules,
+    ignored=LLAMA.ignored,
+    config=ConfigTable(
+        model_types=("ministral3",),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+        },
+        nullable=frozenset({"sliding_window"}),
+        windows="all",
+        rotary=RotaryTable(theta=10_000.0, kinds=("yarn",), parameters=_YARN, scales_queries=True),
         passed_over={**ALWAYS_USED, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )

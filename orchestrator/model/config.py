@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.base.errors import ArchitectureError, TopologyError
 from orchestrator.model.config_keys import Keys, check_keys, check_sizes, shown
+from orchestrator.model.config_latent import LatentSizes, latent_sizes, softmax_scale
 from orchestrator.model.config_rotary import rotary
 from orchestrator.model.config_table import SWIGLU, ExpertTable
 from orchestrator.model.config_table import ConfigTable as ConfigTable  # re-exported
@@ -33,6 +34,11 @@ class MoeConfig(BaseModel):
     """Intermediate size of the shared expert; 0: there is none."""
 
 
+def _is_unset(value: Any) -> bool:
+    """Whether a field that only some families have is left out of files: so steps of other models keep their digest."""
+    return not value
+
+
 class ModelConfig(BaseModel):
     """Config of a decoder model, which determines the network and the weights of every rank."""
 
@@ -46,7 +52,9 @@ class ModelConfig(BaseModel):
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
+    """Number of key/value heads; 1 with latent attention, whose heads share one latent."""
     head_size: int = Field(ge=1)
+    """Size of a query head; with latent attention, qk_nope_head_dim and the rotated part together."""
     intermediate_size: int = Field(ge=1)
     hidden_act: str
     norm_epsilon: float
@@ -59,7 +67,9 @@ class ModelConfig(BaseModel):
     rotary_base_local: float | None = None
     """Rotary base of the layers with a window, which are not scaled (Gemma 3); None: rotary_base."""
     rotary_embedding_dim: int | None = None
-    """Number of leading elements of a head that are rotated; None: all."""
+    """Number of elements of a head that are rotated: the leading ones, with latent attention the trailing ones; None: all."""
+    rotary_interleaved: bool = Field(False, exclude_if=_is_unset)
+    """Whether an element is rotated with its neighbour (DeepSeek), instead of with the one half the rotated part away."""
     sliding_window: int | None = None
     """Number of positions that a token attends to, itself included; None: all before it."""
     window_layers: tuple[bool, ...] | None = None
@@ -67,6 +77,16 @@ class ModelConfig(BaseModel):
     attn_bias: bool = False
     """Whether queries, keys and values have biases."""
     attn_dense_bias: bool = False
+    attention_sinks: bool = Field(False, exclude_if=_is_unset)
+    """Whether each head has a sink: a learned score that takes part in its softmax and has no value (gpt-oss)."""
+    kv_lora_rank: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Size of the latent from which all heads make keys and values (multi-head latent attention, MLA); 0: no latent attention."""
+    q_lora_rank: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Size of the latent from which queries are made; 0: they are made from the hidden states."""
+    qk_nope_head_dim: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Number of leading elements of a query that meet the latent, not the rotated key (MLA)."""
+    v_head_dim: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Size of a value (MLA); 0: head_size."""
     mlp_bias: bool = False
     exact_norms: bool = False
     """Store a float32 copy (`..._float32`) of each norm in the rank files, which the graph reads. For families whose norms scale by
@@ -75,6 +95,8 @@ class ModelConfig(BaseModel):
     """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
     attention_scale: float | None = None
     """Factor of the attention scores; None: head_size ** -0.5."""
+    query_scale_beta: float | None = Field(None, exclude_if=_is_unset)
+    """Scale of queries by position (Llama 4, Ministral 3): 1 + beta * log(1 + position // trained length); None: not scaled."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
@@ -118,15 +140,57 @@ class ModelConfig(BaseModel):
         return {
             "hidden": self.hidden_size,
             "q": self.num_attention_heads * self.head_size,
+            "v": self.num_attention_heads * self.value_size,
             "kv": self.num_key_value_heads * self.head_size,
             "head": self.head_size,
+            "nope": self.qk_nope_head_dim,
+            "value": self.value_size,
+            "q_lora": self.q_lora_rank,
+            "kv_lora": self.kv_lora_rank,
+            "latent": self.cache_head_size,
             "inter": self.intermediate_size,
             "vocab": self.vocab_size,
+            "heads": self.num_attention_heads,
             "one": 1,
             "experts": moe.num_experts if moe else 0,
             "expert_inter": self.expert_size,
             "shared_inter": moe.shared_expert_intermediate_size if moe else 0,
         }
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is over latents (MLA)."""
+        return self.kv_lora_rank > 0
+
+    @property
+    def has_q_lora(self) -> bool:
+        """Whether queries are made from a latent of their own."""
+        return self.q_lora_rank > 0
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Number of rotated elements of a head."""
+        return self.rotary_embedding_dim or self.head_size
+
+    @property
+    def value_size(self) -> int:
+        """Size of a head's value."""
+        return self.v_head_dim or self.head_size
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Names of a layer's cache tensors. With latent attention, keys and values are one tensor."""
+        return ("key",) if self.is_latent else ("key", "value")
+
+    @property
+    def cache_head_size(self) -> int:
+        """Number of elements that a cache tensor holds of a token and key/value head: with latent attention, the latent and the
+        rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim if self.is_latent else self.head_size
+
+    def cache_slots(self, positions: int) -> int:
+        """Return the number of cache slots that `positions` tokens need: with sinks, one more."""
+        return positions + self.attention_sinks
 
     @property
     def trained_length(self) -> int:
@@ -190,28 +254,38 @@ def from_hugging_face(
 def _translate(keys: Keys) -> dict[str, Any]:
     heads, layers = keys.count("num_attention_heads"), keys.count("num_hidden_layers")
     kv_heads = keys.maybe_count("num_key_value_heads") or heads
+    latent = latent_sizes(keys, heads, kv_heads) if keys.table.latent else None
     if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
     if keys.table.whole_heads and keys.count("hidden_size") % heads:
         raise keys.error("hidden_size", f"is {keys.get('hidden_size')}, no multiple of the {heads} attention heads")
-    head_size = keys.maybe_count("head_dim") or _quotient(keys, heads)
+    head_size = latent.head_size if latent else keys.maybe_count("head_dim") or _quotient(keys, heads)
     return {
         "vocab_size": keys.count("vocab_size"),
         "hidden_size": keys.count("hidden_size"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": 1 if latent else kv_heads,
         "head_size": head_size,
         "intermediate_size": keys.count("intermediate_size"),
         "hidden_act": keys.activation(),
         "norm_epsilon": keys.number("rms_norm_eps"),
         "max_position_embeddings": keys.count("max_position_embeddings"),
         "tie_word_embeddings": keys.flag("tie_word_embeddings"),
-        **rotary(keys, head_size),
+        **_rotary(keys, head_size, latent),
         **windows(keys, layers),
         **_experts(keys),
         **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
     }
+
+
+def _rotary(keys: Keys, head_size: int, latent: LatentSizes | None) -> dict[str, Any]:
+    """Return the fields of the rotary embedding, and with latent attention its sizes and its scale too."""
+    if latent is None:
+        return rotary(keys, head_size)
+    found = rotary(keys, latent.rope)
+    scale = softmax_scale(found["rotary_scaling"], head_size) if keys.table.rotary.scales_softmax else None
+    return {**found, **latent.fields(), "rotary_embedding_dim": latent.rope, "attention_scale": scale}
 
 
 def _quotient(keys: Keys, heads: int) -> int:
@@ -288,8 +362,9 @@ def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuanti
     return {
         **fields,
         "logits_dtype": "float32",
-        "position_embedding_type": "rope_gpt_neox",
-        "rotary_embedding_dim": config.rotary_embedding_dim or config.head_size,
+        "position_embedding_type": "rope_gptj" if config.rotary_interleaved else "rope_gpt_neox",
+        "rotary_embedding_dim": config.qk_rope_head_dim,
+        **({"qk_rope_head_dim": config.qk_rope_head_dim} if config.is_latent else {}),
         "use_parallel_embedding": config.use_parallel_embedding,
         "embedding_sharding_dim": config.embedding_sharding_dim,
         "qk_layernorm": config.qk_layernorm != "none",

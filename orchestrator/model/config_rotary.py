@@ -30,6 +30,9 @@ _TRAINED = ("llama3", "yarn", "longrope")
 _ORIGINAL = "original_max_position_embeddings"
 _OF_NO_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"}
 """Keys allowed with every kind. `finetuned` records how the model was trained."""
+_BETA = "llama_4_scaling_beta"
+_OF_SCALED_QUERIES = {_BETA, "max_position_embeddings"}
+"""Keys allowed where queries are scaled by position. The second is not read (transformers writes it)."""
 _OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS) for names in table.values() for name in names}
 """Keys of particular kinds. transformers ignores keys of other kinds than the dictionary's."""
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
@@ -53,6 +56,10 @@ def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
         if _kind(local, table, where) != "default":
             raise ArchitectureError(f"{where} scales the layers with a window", "Supported there is rope_type default.")
         made["rotary_base_local"] = _base(local, keys, "rope_local_base_freq", table.local_theta or 0.0)
+    if table.scales_queries:
+        if _BETA not in parameters:
+            raise ArchitectureError(f"{where} lacks {_BETA!r}, by which queries are scaled", "Use the complete config.json.")
+        made["query_scale_beta"] = _positive(parameters[_BETA], f"{_BETA} of {where}")
     made["rotary_embedding_dim"] = None if dim == head_size else dim
     return made
 
@@ -70,7 +77,7 @@ def _dictionary(value: Any, where: str) -> dict[str, Any]:
 
 def _given(keys: Keys) -> dict[str, Any]:
     scaling = keys.given.get("rope_scaling") or keys.given.get("rope_parameters")
-    return _dictionary(scaling if scaling is not None else {}, _where(keys))
+    return _dictionary(scaling if scaling is not None else keys.table.rotary.parameters, _where(keys))
 
 
 def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,8 +107,9 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
     kind = table.aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in table.kinds:
         raise ArchitectureError(f"{where}: the kind {shown(kind)} is not supported", f"Supported: {', '.join(table.kinds)}.")
+    allowed = _OF_NO_KIND | (_OF_SCALED_QUERIES if table.scales_queries else set())
     for key in parameters:
-        if key not in _OF_NO_KIND and key not in _OF_SOME_KIND:
+        if key not in allowed and key not in _OF_SOME_KIND:
             raise ArchitectureError(f"{where} has the unknown key {shown(key)}", "Remove it if the model does not depend on it.")
     return str(kind)
 

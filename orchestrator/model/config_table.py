@@ -41,6 +41,12 @@ class RotaryTable:
     """Alias -> kind."""
     partial: bool = False
     """Whether partial_rotary_factor is read."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Rotary parameters of a config.json that has none."""
+    scales_queries: bool = False
+    """Whether queries are scaled by position with llama_4_scaling_beta, which the parameters then hold (Ministral 3)."""
+    scales_softmax: bool = False
+    """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,9 @@ class ConfigTable:
     """Fields of ModelConfig with the same value in every model of the family."""
     derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Field of ModelConfig -> (name in model.config.TRANSFORMS, key of config.json)."""
+    latent: bool = False
+    """Whether attention is over latents (MLA), with the sizes q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and
+    v_head_dim."""
     whole_heads: bool = False
     """Whether hidden_size must be a multiple of num_attention_heads even if head_dim is given."""
     activation: str = "hidden_act"

@@ -210,6 +210,15 @@ def check_portable(quantization: ModelQuantization | None) -> None:
             )
 
 
+def check_cache(quantization: ModelQuantization | None, *, is_latent: bool) -> None:
+    """Check that a model's KV cache can have its number format. Raises QuantizationError with latent attention."""
+    if quantization is not None and quantization.kv_cache is not None and is_latent:
+        raise QuantizationError(
+            f"the cache of latent attention (MLA) holds latents, which are not quantized to {quantization.kv_cache}",
+            "Leave quantization.kv_cache out. The latents of a token are already a small part of the keys and values of all heads.",
+        )
+
+
 def linear_of(target: str) -> str | None:
     """Return `transformer.layers.N.attention.qkv` for the same with `.weight`; None: not a weight that may be quantized."""
     linear = target.removesuffix(".weight")

@@ -90,6 +90,9 @@ class Rule:
     per_expert: bool = False
     """Whether the target stacks the joined parts of each expert along a new first axis. A rank holds the experts of its
     moe_ep_rank."""
+    per_head: bool = False
+    """Whether the target stacks the joined parts of each attention head along a new first axis. A rank holds its own heads. The
+    axis 0 of a source holds the parts' sections of one head after the other."""
     dtype: str | None = None
     """Dtype of the target, safetensors' name; None: the model's."""
 

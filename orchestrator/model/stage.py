@@ -68,9 +68,14 @@ class StageNetwork(_Options):
 
     stage: StageOptions
     max_seq_len: int
-    """Largest number of positions per sequence: rows of the rotary tables, slots of the compiled KV cache."""
+    """Largest number of positions per sequence: rows of the rotary tables."""
     gather_logits: bool = True
     """Whether every tensor-parallel rank returns the logits of the whole vocabulary, not only of its slice."""
+
+    @property
+    def cache_slots(self) -> int:
+        """Slots of the compiled KV cache."""
+        return self.stage.config.cache_slots(self.max_seq_len)
 
     def digest(self, tp_rank: int) -> str:
         """Return the digest of the network of one rank."""

@@ -185,6 +185,8 @@ class _Expander:
     def _target(self, rule: Rule, local: int, layer: int) -> Target | None:
         if rule.per_expert:
             return self._expert_target(rule, local, layer)
+        if rule.per_head:
+            return self._head_target(rule, local, layer)
         reads = [self._read(part, layer) for part in rule.parts]
         present = [read for read in reads if read is not None]
         if len(present) < len(reads):
@@ -214,7 +216,22 @@ class _Expander:
         shape = (count // ep, *_joined(reads[: len(rule.parts)]))
         return Target(rule.target.format(layer=local), rule.dtype or self.dtype, shape, tuple(reads))
 
-    def _read(self, part: Part, layer: int, expert: int = 0) -> Read | None:
+    def _head_target(self, rule: Rule, local: int, layer: int) -> Target | None:
+        """Return a target [heads of the rank, ...]."""
+        count, tp = self.config.num_attention_heads, self.topology.tp
+        reads: list[Read] = []
+        for head in range(count):
+            rank = head * tp // count
+            for part in rule.parts:
+                read = self._read(part, layer, head=head)
+                if read is None:
+                    return None
+                reads.append(replace(read, ranks=(rank,), spans=(read.spans[rank],)))
+        shape = (count // tp, *_joined(reads[: len(rule.parts)]))
+        return Target(rule.target.format(layer=local), rule.dtype or self.dtype, shape, tuple(reads))
+
+    def _read(self, part: Part, layer: int, expert: int = 0, head: int | None = None) -> Read | None:
+        """Return the read of a part, or of the part of one head among all heads'; None: a problem was noted."""
         name = part.source.format(layer=layer, expert=expert)
         tensor = self.index.tensors.get(name)
         if tensor is None:
@@ -223,14 +240,15 @@ class _Expander:
         self.used.add(name)
         wanted = tuple(self.dims[dim] for dim in part.shape)
         sections = [self.dims[dim] for dim in part.sections]
-        expected = (sum(sections), *wanted[1:]) if sections else wanted
+        heads = 1 if head is None else self.config.num_attention_heads
+        expected = (sum(sections) * heads, *wanted[1:]) if sections else wanted
         if tensor.shape != expected:
             self.misshapen.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
             return None
         if tensor.dtype not in _FLOATS:
             self.misshapen.append(f"{name} is {tensor.dtype}, weights must be one of {', '.join(_FLOATS)}")
             return None
-        start = sum(sections[: part.section])
+        start = sum(sections[: part.section]) + (head or 0) * sum(sections)
         if part.cut is None and not sections:
             return Read(tensor, None, (), add=part.add)
         axis = part.cut.axis if part.cut else 0

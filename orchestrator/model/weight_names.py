@@ -27,8 +27,7 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
     for layer in range(stage.num_layers):
         prefix = f"transformer.layers.{layer}"
         yield from (_norm(config, f"{prefix}.{name}") for name in _layer_norms(config))
-        yield from _linear(f"{prefix}.attention.qkv", config.attn_bias)
-        yield from _linear(f"{prefix}.attention.dense", config.attn_dense_bias)
+        yield from _attention(config, f"{prefix}.attention")
         yield from _mlp(config, f"{prefix}.mlp")
     if stage.is_last:
         yield _norm(config, "transformer.ln_f")
@@ -55,6 +54,20 @@ def _linear(name: str, bias: bool) -> Iterator[str]:
     yield f"{name}.weight"
     if bias:
         yield f"{name}.bias"
+
+
+def _attention(config: ModelConfig, prefix: str) -> Iterator[str]:
+    if config.attention_sinks:
+        yield f"{prefix}.sinks"
+    if config.is_latent:
+        yield from _linear(f"{prefix}.fused_a", config.attn_bias)
+        yield _norm(config, f"{prefix}.kv_a_layernorm")
+        if config.q_lora_rank:
+            yield _norm(config, f"{prefix}.q_a_layernorm")
+        yield from (f"{prefix}.{name}.weight" for name in ("q_b_proj", "k_b_proj", "v_b_proj"))
+    else:
+        yield from _linear(f"{prefix}.qkv", config.attn_bias)
+    yield from _linear(f"{prefix}.dense", config.attn_dense_bias)
 
 
 def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:

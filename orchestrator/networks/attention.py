@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.model.config import ModelConfig
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.kv_cache import update_cache
 from orchestrator.networks.layers import linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm
 from orchestrator.networks.shape import RankShape
+from orchestrator.networks.sinks import with_sinks
 
 _MASKED = -3.0e38
 
@@ -21,6 +23,8 @@ class LayerInputs:
     mask: str
     rotary: tuple[str, ...]
     """Inputs of RotaryEmbedding after the queries or keys."""
+    query_scale: str | None = None
+    """Factor of the queries by position, [batch, 1, tokens, 1]; None: they are not scaled."""
 
 
 def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
@@ -42,6 +46,11 @@ def window_mask(graph: GraphWriter, window: int) -> str:
     return graph.node("And", ["mask.causal", graph.node("Greater", ["slots", oldest], "mask.recent")], "mask.window")
 
 
+def score_scale(config: ModelConfig) -> float:
+    """Return the factor of the products of queries and keys."""
+    return config.attention_scale if config.attention_scale is not None else float(config.head_size) ** -0.5
+
+
 def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs) -> str:
     """Add the attention of a layer. New keys and values are first scattered into the KV cache."""
     config, prefix = shape.config, f"transformer.layers.{inputs.layer}.attention"
@@ -50,21 +59,38 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
     qkv = linear(graph, shape, x, f"{prefix}.qkv", (sum(widths), config.hidden_size), bias=config.attn_bias)
     q, k, v = (f"{prefix}.{name}" for name in "qkv")
     graph.nodes("Split", [qkv, graph.constant("qkv_widths", widths)], [q, k, v], axis=-1)
-    queries = _rotate(graph, shape, _normed_heads(graph, shape, q, heads, f"{prefix}.q_layernorm"), inputs.rotary)
-    keys = _rotate(graph, shape, _normed_heads(graph, shape, k, kv_heads, f"{prefix}.k_layernorm"), inputs.rotary)
+    queries = rotate(graph, shape, _normed_heads(graph, shape, q, heads, f"{prefix}.q_layernorm"), inputs.rotary)
+    queries = scaled_queries(graph, queries, inputs)
+    keys = rotate(graph, shape, _normed_heads(graph, shape, k, kv_heads, f"{prefix}.k_layernorm"), inputs.rotary)
     keys = update_cache(graph, shape, inputs.layer, "key", keys)
-    values = update_cache(graph, shape, inputs.layer, "value", _heads(graph, v, kv_heads, head))
-    factor = config.attention_scale if config.attention_scale is not None else float(head) ** -0.5
+    values = update_cache(graph, shape, inputs.layer, "value", split_heads(graph, v, kv_heads, head))
+    factor = score_scale(config)
+    mask = inputs.mask
+    if config.attention_sinks:
+        mask = with_sinks(graph, shape, mask, prefix)
     if config.attn_logit_softcapping is None:
-        context = graph.node("Attention", [queries, keys, values, inputs.mask], f"{prefix}.context", scale=factor)
+        context = graph.node("Attention", [queries, keys, values, mask], f"{prefix}.context", scale=factor)
     else:
-        context = _capped(graph, shape, (queries, keys, values), inputs.mask, factor, prefix)
-    merged = graph.node("Transpose", [context], f"{prefix}.context_t", perm=[0, 2, 1, 3])
-    flat = graph.node("Reshape", [merged, graph.constant("shape_merged", [0, 0, heads * head])], f"{prefix}.merged")
-    return row_linear(graph, shape, flat, f"{prefix}.dense", (config.hidden_size, heads * head), bias=config.attn_dense_bias)
+        context = _capped(graph, shape, (queries, keys, values), mask, factor, prefix)
+    return merged(graph, shape, context, prefix)
 
 
-def _heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> str:
+def merged(graph: GraphWriter, shape: RankShape, context: str, prefix: str) -> str:
+    """Add the output of attention: merge the heads of `context` [batch, heads, tokens, size], project, sum over the ranks."""
+    config, width = shape.config, shape.num_heads * shape.config.value_size
+    tokens = graph.node("Transpose", [context], f"{prefix}.context_t", perm=[0, 2, 1, 3])
+    flat = graph.node("Reshape", [tokens, graph.constant("shape_merged", [0, 0, width])], f"{prefix}.merged")
+    return row_linear(graph, shape, flat, f"{prefix}.dense", (config.hidden_size, width), bias=config.attn_dense_bias)
+
+
+def scaled_queries(graph: GraphWriter, queries: str, inputs: LayerInputs) -> str:
+    """Add the queries times their factor. Returns `queries` without one."""
+    if inputs.query_scale is None:
+        return queries
+    return graph.node("Mul", [queries, inputs.query_scale], f"{queries}.scaled")
+
+
+def split_heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> str:
     """Reshape [batch, tokens, heads x size] to [batch, heads, tokens, size]."""
     shape = graph.constant(f"shape_{num_heads}_heads", [0, 0, num_heads, head_size])
     return graph.node("Transpose", [graph.node("Reshape", [x, shape], f"{x}.split")], f"{x}.heads", perm=[0, 2, 1, 3])
@@ -75,15 +101,18 @@ def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, 
     config = shape.config
     if config.qk_layernorm == "full":
         x = split_rms_norm(graph, shape, x, f"{norm}.weight", f"{norm}.out", num_heads * config.head_size)
-    heads = _heads(graph, x, num_heads, config.head_size)
+    heads = split_heads(graph, x, num_heads, config.head_size)
     if config.qk_layernorm == "head":
         heads = rms_norm(graph, shape, heads, f"{norm}.weight", f"{norm}.out", config.head_size)
     return heads
 
 
-def _rotate(graph: GraphWriter, shape: RankShape, x: str, rotary: tuple[str, ...]) -> str:
-    partial = shape.config.rotary_embedding_dim
-    attributes = {"rotary_embedding_dim": partial} if partial else {}
+def rotate(graph: GraphWriter, shape: RankShape, x: str, rotary: tuple[str, ...]) -> str:
+    """Add the rotary embedding of queries or keys [batch, heads, tokens, size], of which a leading part is rotated, or all."""
+    config = shape.config
+    attributes = {"interleaved": 1} if config.rotary_interleaved else {}
+    if config.rotary_embedding_dim and not config.is_latent:
+        attributes["rotary_embedding_dim"] = config.rotary_embedding_dim
     return graph.node("RotaryEmbedding", [x, *rotary], f"{x}.rotary", **attributes)
 
 

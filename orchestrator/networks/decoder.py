@@ -8,6 +8,13 @@ Inputs, with B sequences, S tokens each, C cache slots:
     logit_indices  int64 [B, N]            last stage: indices (0..S-1) of the tokens whose logits are returned
     past_key_values.L.key / .value         [B, kv_heads, C, head_size], layer L counts within the stage
 
+With latent attention (MLA), a layer has one cache tensor, of which attention reads keys and values. All ranks hold it whole:
+
+    past_key_values.L.key                  [B, 1, C, kv_lora_rank + qk_rope_head_dim]
+
+With sinks, C is one more than the number of positions: every call writes a slot of zeros after its last token's, whose score is
+the head's sink (networks/sinks.py).
+
 Outputs: `hidden_states_out` [B, S, hidden], or `logits` float32 [B, N, vocabulary] on the last stage, and
 `present_key_values.L.key / .value`. These share memory with the inputs of the same name, unless the cache is quantized (INT8 or
 FP8): then every call writes the whole cache.
@@ -24,13 +31,14 @@ import onnx
 
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat
-from orchestrator.model.stage import StageNetwork, StageOptions
-from orchestrator.networks import layers
+from orchestrator.model.stage import StageNetwork
+from orchestrator.networks import layers, sinks
 from orchestrator.networks.attention import LayerInputs, attention, causal_mask, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter
 from orchestrator.networks.kv_cache import past_name, present_name
+from orchestrator.networks.latent import latent_attention
 from orchestrator.networks.moe import moe_mlp
-from orchestrator.networks.positions import rotary
+from orchestrator.networks.positions import query_scale, rotary
 from orchestrator.networks.rendering import Rendering
 from orchestrator.networks.rotary import check_rotary
 from orchestrator.networks.shape import RankShape
@@ -72,32 +80,35 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
     stage = network.stage
     config = stage.config
     check_supported(config)
-    shape = RankShape(stage, rendering.dtype, tp_rank, rendering.portable, rendering.in_place)
+    shape = RankShape(stage, rendering.dtype, tp_rank, rendering.portable, rendering.halved, rendering.in_place)
     graph = GraphWriter(f"stage{stage.pp_rank}")
     hidden = _inputs(graph, shape, rendering)
     turns = rotary(graph, network, rendering.dtype)
-    mask = causal_mask(graph, "position_ids", past_name(0, "key"))
-    window = window_mask(graph, config.sliding_window) if config.sliding_window is not None else mask
+    factor = query_scale(graph, network, rendering.dtype)
+    masks = [causal_mask(graph, "position_ids", past_name(0, "key"))]
+    masks += [window_mask(graph, config.sliding_window)] if config.sliding_window is not None else []
+    if config.attention_sinks:
+        masks = [sinks.additive(graph, mask, rendering.dtype) for mask in masks]
     for layer in range(stage.num_layers):
         windowed = config.has_window(stage.first_layer + layer)
-        inputs = LayerInputs(layer, window if windowed else mask, turns.windowed if windowed else turns.everywhere)
+        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], turns.windowed if windowed else turns.everywhere, factor)
         hidden = _layer(graph, shape, hidden, inputs)
     if stage.is_last:
         _logits(graph, shape, hidden, gather=network.gather_logits)
     else:
         graph.node("Identity", [hidden], "hidden_states_out")
         graph.output("hidden_states_out", rendering.dtype, ["batch", "tokens", config.hidden_size])
-    for name in _cache_names(stage, present_name):
+    for name in _cache_names(shape, present_name):
         graph.output(name, shape.cache_dtype, _cache_shape(shape, rendering))
     return Network(graph.model(), turns.tables, graph.unpacked_weights)
 
 
-def _cache_names(stage: StageOptions, name: Callable[[int, str], str]) -> list[str]:
-    return [name(layer, what) for layer in range(stage.num_layers) for what in ("key", "value")]
+def _cache_names(shape: RankShape, name: Callable[[int, str], str]) -> list[str]:
+    return [name(layer, what) for layer in range(shape.stage.num_layers) for what in shape.caches]
 
 
 def _cache_shape(shape: RankShape, rendering: Rendering) -> list[Dim]:
-    return ["batch", shape.num_kv_heads, rendering.cache_slots or "slots", shape.config.head_size]
+    return ["batch", shape.num_kv_heads, rendering.cache_slots or "slots", shape.cache_head_size]
 
 
 def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
@@ -112,7 +123,7 @@ def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
     graph.input("write_indices", "int64", ["batch"])
     if stage.is_last:
         graph.input("logit_indices", "int64", ["batch", "logit_tokens"])
-    for name in _cache_names(stage, past_name):
+    for name in _cache_names(shape, past_name):
         graph.input(name, shape.cache_dtype, _cache_shape(shape, rendering))
     return hidden
 
@@ -131,7 +142,8 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
         scaled = layers.scale(graph, branch, config.residual_multiplier, f"{output}.scaled", shape.dtype)
         return graph.node("Add", [x, scaled], output)
 
-    attended = attention(graph, shape, norm(hidden, "input_layernorm", before), inputs)
+    attend = latent_attention if config.is_latent else attention
+    attended = attend(graph, shape, norm(hidden, "input_layernorm", before), inputs)
     hidden = residual(hidden, norm(attended, "post_layernorm", after), f"{prefix}.attention_residual")
     mlp = moe_mlp if config.moe is not None else layers.gated_mlp
     transformed = mlp(graph, shape, norm(hidden, mlp_norm, before), f"{prefix}.mlp")

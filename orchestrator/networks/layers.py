@@ -9,12 +9,24 @@ from orchestrator.networks.quantized import quantized_matmul
 from orchestrator.networks.shape import RankShape
 
 
-def rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int | None = None) -> str:
+def rms_norm(
+    graph: GraphWriter,
+    shape: RankShape,
+    x: str,
+    weight: str,
+    output: str,
+    size: int | None = None,
+    *,
+    epsilon: float | None = None,
+) -> str:
     """Add a root-mean-square norm over the last axis, accumulated in float32. `size` of the axis: hidden size by default.
+
+    `epsilon`: the model's by default.
 
     Exact norms are also multiplied in float32, before the result is rounded to the graph's dtype.
     """
-    exact, attributes = shape.config.exact_norms, {"axis": -1, "epsilon": shape.config.norm_epsilon, "stash_type": 1}
+    epsilon = shape.config.norm_epsilon if epsilon is None else epsilon
+    exact, attributes = shape.config.exact_norms, {"axis": -1, "epsilon": epsilon, "stash_type": 1}
     name, dtype = (f"{weight}_float32", "float32") if exact else (weight, shape.dtype)
     scale = graph.external(name, dtype, [size or shape.config.hidden_size])
     if not exact:

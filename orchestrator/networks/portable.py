@@ -4,7 +4,8 @@ Inputs, with B sequences, S tokens each, C cache slots, layer L of the model, te
 
     input_ids      int64 [B, S]            first stage; hidden_states float32 [B, S, hidden] on the others
     position_ids   int64 [B, S]            position of each token in its sequence, which is its cache slot; 0 for padding
-    past_key_values.N.key / .value         [B, kv_heads of a rank, C, head_size], N = L * T + r
+    past_key_values.N.key / .value         [B, kv_heads of a rank, C, head_size], N = L * T + r; with latent attention, whose layer
+                                           has one cache tensor, its two halves
 
 Outputs: `hidden_states_out` [B, S, hidden], or `logits` float32 [B, 1, vocabulary] of each sequence's last token on the last stage,
 and `present_key_values.N.key / .value`, which may share memory with the inputs. These names and shapes are ONNX Runtime GenAI's
@@ -61,7 +62,7 @@ def portable_stage(
     """
     stage = network.stage
     check_portable(stage.quantization)
-    ranks = [decoder_network(network, tp_rank, Rendering.executed()) for tp_rank in range(stage.tp)]
+    ranks = [decoder_network(network, tp_rank, Rendering.for_genai()) for tp_rank in range(stage.tp)]
     tables = ranks[0].tables  # all ranks turn by the same angles
     merged = merge_ranks([rank.model for rank in ranks], [*tables, *replicated]).graph
     graph = GraphWriter(merged.name)

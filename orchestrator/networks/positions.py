@@ -67,6 +67,21 @@ def rotary(graph: GraphWriter, network: StageNetwork, dtype: str) -> Rotary:
     return Rotary(everywhere, local, tables)
 
 
+def query_scale(graph: GraphWriter, network: StageNetwork, dtype: str) -> str | None:
+    """Add the factor of the queries by position, [batch, 1, tokens, 1], computed in float32; None: it is one for every position."""
+    config = network.stage.config
+    if config.query_scale_beta is None or network.max_seq_len <= config.trained_length:
+        return None
+    spans = graph.node("Div", ["position_ids", graph.constant("trained_length", config.trained_length)], "query_scale.spans")
+    wide = graph.node("Cast", [spans], "query_scale.spans_wide", to=graph.onnx_dtype("float32"))
+    one = graph.scalar("query_scale.one", 1.0, "float32")
+    grown = graph.node("Log", [graph.node("Add", [wide, one], "query_scale.shifted")], "query_scale.log")
+    beta = graph.scalar("query_scale.beta", config.query_scale_beta, "float32")
+    factor = graph.node("Add", [graph.node("Mul", [grown, beta], "query_scale.grown"), one], "query_scale.by_token")
+    narrow = graph.node("Cast", [factor], "query_scale.cast", to=graph.onnx_dtype(dtype))
+    return graph.node("Unsqueeze", [narrow, graph.constant("axes_1_3", [1, 3])], "query_scale")
+
+
 def _is_dynamic(network: StageNetwork) -> bool:
     config = network.stage.config
     kind = (config.rotary_scaling or {}).get("rope_type")

@@ -18,15 +18,22 @@ class Rendering:
     portable: bool
     """Whether NVFP4 and MXFP8 activations use standard operators instead of TensorRT's own."""
 
+    halved: bool = False
+    """Whether the one cache tensor of a latent attention is two halves, because the executor knows keys and values (GenAI)."""
     in_place: bool = True
     """Whether a KV cache in the graph's dtype is updated in place; False: read and written as a whole, as a quantized one is."""
 
     @staticmethod
     def compiled(network: StageNetwork, in_place: bool = True) -> Rendering:
         """Return the rendering that becomes an engine."""
-        return Rendering(network.stage.config.dtype, network.max_seq_len, portable=False, in_place=in_place)
+        return Rendering(network.stage.config.dtype, network.cache_slots, portable=False, in_place=in_place)
 
     @staticmethod
     def executed() -> Rendering:
         """Return the rendering that is verified, in float32, so that rounding does not count as an error."""
         return Rendering("float32", None, portable=True)
+
+    @staticmethod
+    def for_genai() -> Rendering:
+        """Return the verified rendering with the caches that ONNX Runtime GenAI keeps: equal keys and values in every layer."""
+        return Rendering("float32", None, portable=True, halved=True)

@@ -19,6 +19,8 @@ class RankShape:
     tp_rank: int = 0
     portable: bool = False
     """Whether to use standard operators only."""
+    halved: bool = False
+    """Whether the cache tensor of a latent attention is two halves."""
     in_place: bool = True
     """Whether a KV cache in the graph's dtype is updated in place."""
 
@@ -45,6 +47,16 @@ class RankShape:
     @property
     def num_kv_heads(self) -> int:
         return self.config.kv_heads_per_rank(self.tp)
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Names of a layer's cache tensors."""
+        return ("key", "value") if self.halved else self.config.caches
+
+    @property
+    def cache_head_size(self) -> int:
+        """Number of elements that a cache tensor holds of a token and key/value head."""
+        return self.config.cache_head_size // 2 if self.halved and self.config.is_latent else self.config.cache_head_size
 
     @property
     def kv_cache(self) -> KvCacheFormat | None:

@@ -45,10 +45,10 @@ def _narrowest(config: ModelConfig, quantization: ModelQuantization | None) -> t
 
 def local_widths(config: ModelConfig, topology: Topology) -> dict[str, int]:
     """Return the widths of a rank's weight matrices, in elements, by names that users know."""
-    tp, head = topology.tp, config.head_size
+    tp, head = topology.tp, config.cache_head_size
     widths = {
         "hidden_size": config.hidden_size,
-        "query heads of a rank": config.num_attention_heads // tp * head,
+        "query heads of a rank": config.num_attention_heads // tp * config.head_size,
         "key/value heads of a rank": config.kv_heads_per_rank(tp) * head,
     }
     limits = config.limits()
@@ -67,6 +67,22 @@ def _aligned(name: str, bits: int, config: ModelConfig, topology: Topology) -> s
         if local_widths(config, Topology(tp, 1, moe_ep=topology.moe_ep))[name] * bits % (8 * _SECTOR_BYTES) == 0
     ]
     return f"a multiple of {_SECTOR_BYTES} with tp in {as_set(sizes)}" if sizes else "no legal tp makes it one"
+
+
+_FUSED_HEAD_SIZE = 256
+"""Largest head for which TensorRT-RTX has a fused kernel of attention."""
+
+
+def kernel_warnings(config: ModelConfig, backend: str) -> tuple[str, ...]:
+    """Return a warning if the backend has no fused kernel for the model's attention, so that its scores lie in memory."""
+    size = config.cache_head_size
+    if backend != "tensorrt_rtx" or size <= _FUSED_HEAD_SIZE:
+        return ()
+    what = "latent attention (MLA) has heads" if config.is_latent else "attention has heads"
+    return (
+        f"{what} of {size} elements, for which TensorRT-RTX has no fused kernel: it computes attention in several kernels, with "
+        "the scores of all heads in memory",
+    )
 
 
 def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from orchestrator.model.quantization import ModelQuantization
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.model.weight_map import LayerGroup, WeightMap
-from orchestrator.planning.advice import gemm_warnings, padding_notes, repeated_reads
+from orchestrator.planning.advice import gemm_warnings, kernel_warnings, padding_notes, repeated_reads
 from orchestrator.planning.calibration import Quantization, calibrations, in_layers
 from orchestrator.planning.estimates import (
     MINIATURE_MEMORY_BYTES,
@@ -171,7 +171,11 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
             proofs += [reference, previous]
         if "portable" in spec.release.include:
             steps.append(_export(spec, inputs, network, converts, proofs, rank_bytes))
-    warnings = (*inputs.index.warnings, *gemm_warnings(inputs.config, topology, inputs.model_quantization))
+    warnings = (
+        *inputs.index.warnings,
+        *gemm_warnings(inputs.config, topology, inputs.model_quantization),
+        *kernel_warnings(inputs.config, spec.engine.backend),
+    )
     notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights))
     published = {Kind.VERIFY, *([Kind.CONVERT] if spec.release.has_weights else [])}
     return Plan(spec, inputs, tuple(steps), warnings, notes, frozenset(published))

@@ -12,7 +12,7 @@ from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.model.config import ModelConfig, from_hugging_face
 from orchestrator.model.config_keys import config_warnings
-from orchestrator.model.quantization import check_portable
+from orchestrator.model.quantization import check_cache, check_portable
 from orchestrator.model.rules import Family
 from orchestrator.model.weight_map import weight_map
 from orchestrator.model.weight_names import check_names
@@ -49,6 +49,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     engine = resolved(config, spec.engine)
     quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
     model = quantization.model if quantization else None
+    check_cache(model, is_latent=config.is_latent)
     if "portable" in spec.release.include:
         check_portable(model)
     weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes, model)

@@ -16,6 +16,8 @@ from orchestrator.stores.confined import read_companion
 
 GENAI_CONFIG = "genai_config.json"
 _PAST, _PRESENT = "past_key_values.%d.{}", "present_key_values.%d.{}"
+_CACHES = ("key", "value")
+"""Cache tensors of a layer, which GenAI takes to be of one shape. Of a latent attention, they are halves of its one tensor."""
 _GENERATION = "generation_config.json"
 
 
@@ -29,7 +31,7 @@ def genai_config(plan: Plan) -> dict[str, Any]:
             "session.disable_quant_qdq": "1",
             "provider_options": [],
         },
-        "head_size": config.head_size,
+        "head_size": config.cache_head_size // len(_CACHES) if config.is_latent else config.head_size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers * topology.tp,
@@ -72,7 +74,7 @@ def genai_config(plan: Plan) -> dict[str, Any]:
 def _stage(stage: StageOptions) -> dict[str, Any]:
     """Return a stage of the pipeline: its file, the names of its inputs and outputs, and the next stage's name of its result."""
     numbers = range(stage.first_layer * stage.tp, (stage.first_layer + stage.num_layers) * stage.tp)
-    caches = [(number, what) for number in numbers for what in ("key", "value")]
+    caches = [(number, what) for number in numbers for what in _CACHES]
     found: dict[str, Any] = {
         "filename": f"stage{stage.pp_rank}.onnx",
         "inputs": [

@@ -39,6 +39,21 @@ class TinyFamily:
 TINY: dict[str, TinyFamily] = {
     "llama": TinyFamily("LlamaForCausalLM", "LlamaConfig"),
     "mistral": TinyFamily("MistralForCausalLM", "MistralConfig", {"sliding_window": 5}),
+    "ministral3": TinyFamily(
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+    ),
     "qwen2": TinyFamily("Qwen2ForCausalLM", "Qwen2Config"),
     "qwen3": TinyFamily("Qwen3ForCausalLM", "Qwen3Config"),
     "gemma": TinyFamily("GemmaForCausalLM", "GemmaConfig", {"tie_word_embeddings": True}),

@@ -154,6 +154,7 @@ WRONG_RULES = [
     WrongRule("llama3 scaling's band moved", hub_config("llama-3.1-8b-instruct"), _scaling_without(high_freq_factor=2.0)),
     WrongRule("linear scaling missed", hub_config("vicuna-7b-v1.5-16k"), _set(rotary_scaling=None)),
     WrongRule("yarn's factor on attention missed", hub_config("qwen2.5-7b-instruct-yarn"), _scaling_without(attention_factor=1.0)),
+    WrongRule("ministral3 queries not scaled by position", hub_config("ministral-3-8b-text"), _set(query_scale_beta=None)),
     WrongRule("granite's multiplier of residuals missed", hub_config("granite-3.1-2b"), _set(residual_multiplier=1.0)),
     WrongRule("granite's scale of attention missed", hub_config("granite-3.1-2b"), _set(attention_scale=None)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),

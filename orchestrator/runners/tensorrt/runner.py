@@ -50,7 +50,7 @@ class EngineRunner:
         self._vocab_size = manifest.model.vocab_size
         self.max_batch_size, self._max_tokens = _largest(manifest, rank, "position_ids")
         self._max_logits = _largest(manifest, self._sampling_rank, "logit_indices")[1]
-        self.num_slots = _largest(manifest, rank, f"{CACHE_PREFIX}0.key")[2]
+        self.num_positions = _largest(manifest, rank, f"{CACHE_PREFIX}0.key")[2] - manifest.model.cache_slots(0)
         """Largest number of positions of a sequence."""
         self._communicators = Communicators(libraries.nccl, groups_of(tp, manifest.pp), rank, rendezvous, self._device.stream)
         try:
@@ -171,10 +171,10 @@ class EngineRunner:
         if not 1 <= len(prompts) <= self.max_batch_size:
             raise SpecError(f"{len(prompts)} prompts at once", f"Give 1 to {self.max_batch_size}: no more fit into a call.")
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
-        if max_new_tokens < 1 or not all(prompts) or longest > self.num_slots:
+        if max_new_tokens < 1 or not all(prompts) or longest > self.num_positions:
             raise SpecError(
                 f"prompts of {[len(prompt) for prompt in prompts]} tokens and {max_new_tokens} new ones",
-                f"Give prompts of at least one token; with the new ones, {self.num_slots} are the most that the engines hold.",
+                f"Give prompts of at least one token; with the new ones, {self.num_positions} are the most that the engines hold.",
             )
         unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
         if unknown:

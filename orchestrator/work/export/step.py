@@ -121,8 +121,9 @@ class _Session:
 
     def begin(self, stage: StageOptions, calls: Sequence[Call]) -> None:
         """Empty the caches: the calls that follow begin new sequences."""
-        slots = 1 + max(int(call.position_ids.max()) for call in calls)
-        empty = empty_cache(RankShape(stage, "float32", portable=True), len(calls[0].input_ids), slots)
+        positions = 1 + max(int(call.position_ids.max()) for call in calls)
+        shape = RankShape(stage, "float32", portable=True, halved=True)
+        empty = empty_cache(shape, len(calls[0].input_ids), stage.config.cache_slots(positions))
         self._cache = {value.name: empty for value in self._session.get_inputs() if value.name.startswith(PAST)}
 
     def run(self, call: Call, hidden_states: Array | None) -> Array:

@@ -29,6 +29,8 @@ EXPERTS = ("num_experts", "num_local_experts")
 _FIRST_WINDOW, _WINDOW_STEP = 8, 5
 _TRAINED = 32
 _HEAD_SIZES = (32, 40, 48, 64, 80, 128)
+_ROTATED = 8
+"""Rotated elements of a head with latent attention."""
 _MAX_GROUP = 8
 _PATTERN_LAYERS, _LISTED_LAYERS = 16, 8
 _VOCABULARY = 131
@@ -136,6 +138,27 @@ class Scaling:
         self._maps["num_key_value_heads"] = _only(kv_heads, small_kv)
         self._maps["hidden_size"] = _only(hidden, small_hidden)
         self._maps["head_dim"] = _only(real_head, self.head_size)
+        if is_count(self.raw("kv_lora_rank")):
+            self._scale_latents()
+
+    def _scale_latents(self) -> None:
+        """Scale the sizes of latent attention to different ones, with the rotated part that a fraction names, if any."""
+        rope, fraction = _ROTATED, self._fractions()[-1]
+        small = {
+            "q_lora_rank": 40,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": 12 if fraction == 1 else round(rope / fraction) - rope,
+            "v_head_dim": 20,
+        }
+        sizes = {key: self.raw(key) for key in small}
+        for key, size in small.items():
+            self._maps[key] = _only(sizes[key], size)
+        if self.raw("head_dim") == sizes["qk_rope_head_dim"]:
+            self._maps["head_dim"] = self._maps["qk_rope_head_dim"]
+        elif is_count(sizes["qk_nope_head_dim"]) and is_count(sizes["qk_rope_head_dim"]):
+            whole = small["qk_nope_head_dim"] + rope
+            self._maps["head_dim"] = _only(sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"], whole)
 
     def _fractions(self) -> list[float]:
         """Return every rotated fraction of a head that the config names."""

@@ -63,13 +63,13 @@ class Lockstep:
         self._network, self._stage, self._calls = network, network.stage, calls
         self._sessions: dict[tuple[object, ...], Any] = {}
         self._device = device
-        slots = 1 + max(int(call.position_ids.max()) for call in calls)
+        positions = 1 + max(int(call.position_ids.max()) for call in calls)
         self._ranks = []
         for tp_rank, mine in enumerate(weights):
             graph = decoder_network(network, tp_rank, Rendering.executed())
             before: Sequence[Array | None] = hidden_states or [None] * len(calls)
             values = [feeds(network.stage, call, hidden) for call, hidden in zip(calls, before, strict=True)]
-            empty = first_cache(network.stage, len(calls[0].input_ids), slots)
+            empty = first_cache(network.stage, len(calls[0].input_ids), network.stage.config.cache_slots(positions))
             self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, values))
 
     def run(

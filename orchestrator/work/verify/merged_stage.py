@@ -40,7 +40,7 @@ class MergedStage:
     def reset(self, batch: int) -> None:
         """Empty the caches: the next call begins `batch` new sequences."""
         names = [value.name for value in self._session.get_inputs() if PAST in value.name]
-        self._cache = dict.fromkeys(names, first_cache(self._stage, batch, self._network.max_seq_len))
+        self._cache = dict.fromkeys(names, first_cache(self._stage, batch, self._network.cache_slots))
 
     def run(self, call: Call, hidden_states: Array | None = None) -> Array:
         """Execute a call and advance the caches. Returns hidden states, or on the last stage the logits of the whole vocabulary.

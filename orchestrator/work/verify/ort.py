@@ -26,7 +26,7 @@ _WITHOUT_NUMPY = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4, onnx.Ten
 
 def empty_cache(shape: RankShape, batch: int, slots: int) -> Any:
     """Return an initial cache: a large number, so that reading an unwritten slot gives a wrong result."""
-    size = (batch, shape.num_kv_heads, slots, shape.config.head_size)
+    size = (batch, shape.num_kv_heads, slots, shape.cache_head_size)
     dtype, value, kind = _LARGE[shape.cache_dtype]
     return ort_value(np.full(size, value, dtype), kind)
 
