@@ -18,7 +18,9 @@ from typing import Any
 
 from orchestrator.base.errors import DamagedOutputError, DigestError, VerificationError
 from orchestrator.checkpoints.safetensors import encode_header, read_header
+from orchestrator.model.quantization import ActivationFormat, ModelQuantization
 from orchestrator.planning.steps import Output
+from orchestrator.releases.manifest import Manifest
 from orchestrator.spec.build import ToleranceSpec
 from orchestrator.stores.store import Store
 
@@ -106,6 +108,12 @@ class ReferenceNumbers:
                 "Do not serve with them here: verify the release's bytes (`orchestrator verify`), then the GPU and its driver.",
             )
         return found
+
+
+def arithmetic_of(manifest: Manifest) -> str:
+    """Return the key of ROUNDING for a release's engines: the model's dtype, or float8 where activations are quantized."""
+    formats = ModelQuantization.model_validate(manifest.quantization.model).formats() if manifest.quantization else ()
+    return "float8" if any(fmt.activation is not ActivationFormat.NONE for fmt in formats) else manifest.model.dtype
 
 
 def shortened(store: Store, output: Output, decode_steps: int, tolerance: ToleranceSpec) -> bytes:

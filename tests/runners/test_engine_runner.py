@@ -21,7 +21,7 @@ from orchestrator.runners.tensorrt import EngineRunner, Libraries, Sampling, cal
 from orchestrator.runners.tensorrt.engine import RankEngine
 from orchestrator.work.verify.inputs import Call
 from tests.support import fake_nccl
-from tests.support.engine_release import release_of, run_ranks
+from tests.support.engine_release import run_ranks
 from tests.support.fake_nccl import FakeDevice
 from tests.support.fake_tensorrt import FakeTensorRT
 
@@ -29,20 +29,6 @@ PROMPTS = [[5, 17, 99, 3, 42, 7, 11, 13, 120, 6, 8, 77, 30, 31, 29, 90, 12, 54, 
 """Of 19, 3 and 8 tokens: with at most 8 a call, the first is run in three chunks, and the others are padding in the last."""
 NEW = 9
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-
-
-@pytest.fixture(scope="module")
-def release(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A pulled release of the tiny Llama by layout and sections of the spec, made once."""
-    made: dict[str, Path] = {}
-
-    def make(tp: int, pp: int, **sections: Any) -> Path:
-        key = f"{tp} {pp} {sections}"
-        if key not in made:
-            made[key] = release_of(tiny_llama, tmp_path_factory.mktemp("engines"), tp, pp, **sections)
-        return made[key]
-
-    return make
 
 
 def expected(source: Path, prompt: list[int], count: int = NEW) -> list[int]:

@@ -15,6 +15,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from orchestrator.base.digest import digest_bytes
 from orchestrator.engines import EngineRequest, Profile, installed_version
 from orchestrator.engines.record import EngineRecord, TensorRange
 from orchestrator.networks.decoder import Network
@@ -264,3 +266,12 @@ def _session(engine: Engine, part: Slice, feeds: list[Any]) -> Any:
         if model not in _SESSIONS:
             _SESSIONS[model] = open_session(model)
         return _SESSIONS[model]
+
+
+def spoilt(path: Path, weight: str) -> str:
+    """Negate a weight of an engine's file; returns the new sha256."""
+    stored = pickle.loads(path.read_bytes())
+    value, kind = stored.weights[weight]
+    stored.weights[weight] = -value, kind
+    path.write_bytes(pickle.dumps(stored))
+    return digest_bytes(path.read_bytes())

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.errors import EngineRunError, OrchestratorError
-from orchestrator.releases.reference_numbers import REFERENCE, read_numbers
+from orchestrator.releases.reference_numbers import REFERENCE, arithmetic_of, read_numbers
 from orchestrator.runners.tensorrt import EngineRunner, FileRendezvous, Libraries, Sampling, StoreRendezvous, open_libraries
 from orchestrator.runners.tensorrt.runner import read_manifest
+
+_ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
 def main(arguments: Sequence[str] | None = None, open_rank: Callable[..., Libraries] = open_libraries) -> int:
@@ -46,21 +48,13 @@ def _run(options: argparse.Namespace, open_rank: Callable[..., Libraries]) -> in
             numbers = read_numbers(options.folder / REFERENCE)
             results = runner.logits(numbers.calls())
             if runner.is_sampling:
-                print(f"check passed: {numbers.check(results, arithmetic(manifest))}", flush=True)
+                print(f"check passed: {numbers.check(results, arithmetic_of(manifest))}", flush=True)
         sampling = Sampling(options.temperature, options.top_p, options.seed)
         steps = list(runner.generate(prompts, options.max_new_tokens, sampling=sampling, stop_ids=options.stop)) if prompts else []
     for row in zip(*steps, strict=True) if rank == 0 else ():
         tokens = [token for token in row if token is not None]
         print(tokenizer.decode(tokens) if tokenizer is not None else ",".join(map(str, tokens)), flush=True)
     return 0
-
-
-_ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-
-
-def arithmetic(manifest: Any) -> str:
-    """Return the key of reference_numbers.ROUNDING for a release's engines: float8 where activations are quantized."""
-    return "float8" if manifest.quantization is not None else manifest.model.dtype
 
 
 def _tokenizer(folder: Path) -> Any:
