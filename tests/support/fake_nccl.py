@@ -7,7 +7,6 @@ processes. An operation is one message from every rank; a rank that never sends 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import tempfile
 import threading
@@ -17,8 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-
-from orchestrator.runners.tensorrt.communicators import Bytes
 
 Array = npt.NDArray[Any]
 SECONDS = 20.0
@@ -47,6 +44,9 @@ class FakeDevice:
     def download(self, address: int, array: Array) -> None:
         array.reshape(-1).view(np.uint8)[:] = self.view(address, array.nbytes)
 
+    def buffer(self, address: int, num_bytes: int) -> Array:
+        return self.view(address, num_bytes)
+
     def view(self, address: int, num_bytes: int) -> Array:
         """Memory at an address that was allocated, at its beginning."""
         memory = self.allocations[address]
@@ -54,6 +54,8 @@ class FakeDevice:
         return memory[:num_bytes]
 
     def wait(self) -> None: ...
+
+    def use(self) -> None: ...
 
     def close(self) -> None:
         assert all(not memory[-16:].any() for memory in self.allocations.values()), "written beyond an allocation"
@@ -167,29 +169,19 @@ class Communicator:
             raise answer
         return answer
 
-    def send(self, sendbuf: Bytes, peer: int, *, stream: int) -> None:
+    def send(self, sendbuf: Array, peer: int, *, stream: int) -> None:
         assert (peer, stream) == (1 - self.rank, 4711)
-        self.exchange("send", peer, memory(sendbuf).copy())
+        self.exchange("send", peer, sendbuf.copy())
 
-    def recv(self, recvbuf: Bytes, peer: int, *, stream: int) -> None:
+    def recv(self, recvbuf: Array, peer: int, *, stream: int) -> None:
         assert (peer, stream) == (1 - self.rank, 4711)
-        target = memory(recvbuf)
-        target[:] = self.exchange("recv", peer, target.copy())
+        recvbuf[:] = self.exchange("recv", peer, recvbuf.copy())
 
-    def broadcast(self, sendbuf: Bytes, recvbuf: Bytes, root: int, *, stream: int) -> None:
+    def broadcast(self, sendbuf: Array, recvbuf: Array, root: int, *, stream: int) -> None:
         assert stream == 4711
-        memory(recvbuf)[:] = self.exchange("broadcast", root, memory(sendbuf).copy())
+        recvbuf[:] = self.exchange("broadcast", root, sendbuf.copy())
 
     def destroy(self) -> None:
         self.connection.close()
 
     abort = destroy
-
-
-def memory(described: Bytes) -> Array:
-    """The bytes that a CUDA array interface describes."""
-    interface = described.__cuda_array_interface__
-    assert interface["typestr"] == "|u1"
-    (size,), (address, read_only) = interface["shape"], interface["data"]
-    assert not read_only
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

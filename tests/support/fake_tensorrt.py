@@ -28,8 +28,9 @@ from orchestrator.engines import EngineRequest, Profile, installed_version
 from orchestrator.engines.record import EngineRecord, TensorRange
 from orchestrator.networks.decoder import Network
 from orchestrator.networks.slices import Slice, Sliced, cut, executable
+from orchestrator.runners.tensorrt.device import Device
 from orchestrator.work.verify.ort import element_type, open_session, ort_value, run_session
-from tests.support.fake_nccl import Communicator, FakeDevice, NCCLError
+from tests.support.fake_nccl import Communicator, NCCLError
 
 Array = npt.NDArray[Any]
 
@@ -110,9 +111,13 @@ class ILogger:
 class FakeTensorRT:
     """The module, for one rank and its device."""
 
-    device: FakeDevice
+    device: Device
+    context_class: Any = None
     refuse_communicator: bool = False
     __version__: str = field(default_factory=lambda: installed_version("tensorrt_rtx") or "")
+
+    def __post_init__(self) -> None:
+        self.context_class = self.context_class or Context
 
     ILogger = ILogger
     TensorIOMode = TensorIOMode
@@ -159,7 +164,7 @@ class Engine:
         return _alias(self.outputs[name])
 
     def create_execution_context(self) -> Context:
-        return Context(self)
+        return self.trt.context_class(self)
 
 
 _SESSIONS: dict[bytes, Any] = {}
@@ -174,7 +179,10 @@ class Context:
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._communicator: Communicator | None = None
+        self._communicator: Any = None
+
+    communicator_at = staticmethod(lambda pointer: Communicator.all[pointer])
+    """Return the communicator of a pointer, with `exchange`."""
 
     def _refuse(self, message: str) -> bool:
         self._engine.logger.log(ILogger.Severity.ERROR, message)
@@ -188,10 +196,10 @@ class Context:
         pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))(
             capsule, b"ncclComm_t"
         )
-        found = Communicator.all[pointer]
+        found = self.communicator_at(pointer)
         if found.user is not None:
             return self._refuse("another context uses the communicator")
-        found.exchange("meet", None, np.zeros(1))
+        found.exchange("meet", None, np.zeros(1, np.float32))
         found.user, self._communicator = self, found
         return True
 
@@ -250,14 +258,14 @@ class Context:
                 sent = values[part.collective.source].numpy()
                 values[part.collective.result] = ort_value(self._communicator.exchange(part.collective.operation, None, sent))
         for name in engine.outputs:
-            found = values[name].numpy().reshape(-1).view(np.uint8)
-            self._device.view(self._addresses[name], found.size)[:] = found
+            self._device.upload(self._addresses[name], values[name].numpy())
 
     def _read(self, name: str) -> Any:
         kind = self._engine.inputs[name].type.tensor_type.elem_type
         dtype, shape = _OF_ONNX[kind][1], self._shapes[name]
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return ort_value(self._device.view(self._addresses[name], size).view(dtype).reshape(shape).copy(), kind)
+        value = np.empty(shape, dtype)
+        self._device.download(self._addresses[name], value)
+        return ort_value(value, kind)
 
 
 def _session(engine: Engine, part: Slice, feeds: list[Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.base.errors import EngineRunError
+from orchestrator.runners.tensorrt.device import Device
 
 _POLL_SECONDS = 0.05
+_ABORT_SECONDS = 5.0
 Make = Callable[[], bytes]
 _CAPSULE_NAME = b"ncclComm_t"
 """Lives as long as the program: a capsule keeps only the address of its name."""
@@ -122,16 +125,17 @@ class StoreRendezvous:
 class Communicators:
     """The communicators of one rank."""
 
-    def __init__(self, nccl: Any, groups: tuple[Group, ...], rank: int, rendezvous: Rendezvous | None, stream: int) -> None:
+    def __init__(self, nccl: Any, groups: tuple[Group, ...], rank: int, rendezvous: Rendezvous | None, device: Device) -> None:
         """Join every group of the rank. Blocks until all its ranks have. Raises EngineRunError."""
         if groups and (nccl is None or rendezvous is None):
             raise EngineRunError("this release has several ranks", "Give NCCL and a rendezvous, by which they find each other.")
-        self._stream = stream
+        self._device = device
         self._joined: dict[str, tuple[Group, Any]] = {}
         for group in groups:
             if rank in group.ranks and rendezvous is not None:
                 make = (lambda: bytes(nccl.get_unique_id())) if group.ranks[0] == rank else None
                 unique_id = nccl.UniqueId.from_bytes(rendezvous.exchange(group.name, make))
+                device.use()
                 with _explained(f"joining {group.name}"):
                     joined = nccl.Communicator.init(nranks=len(group.ranks), rank=group.ranks.index(rank), unique_id=unique_id)
                 self._joined[group.name] = group, joined
@@ -149,34 +153,38 @@ class Communicators:
     def send(self, sender: int, address: int, num_bytes: int) -> None:
         """Send memory of the GPU to the other rank of the pair of `sender`, this rank."""
         with _explained(f"sending to {pair_name(sender)}"):
-            self._joined[pair_name(sender)][1].send(Bytes(address, num_bytes), 1, stream=self._stream)
+            self._joined[pair_name(sender)][1].send(self._device.buffer(address, num_bytes), 1, stream=self._device.stream)
 
     def receive(self, sender: int, address: int, num_bytes: int) -> None:
         """Receive into memory of the GPU from `sender`."""
         with _explained(f"receiving from {pair_name(sender)}"):
-            self._joined[pair_name(sender)][1].recv(Bytes(address, num_bytes), 0, stream=self._stream)
+            self._joined[pair_name(sender)][1].recv(self._device.buffer(address, num_bytes), 0, stream=self._device.stream)
 
     def broadcast(self, sender: int, address: int, num_bytes: int) -> None:
         """Give all ranks the memory of `sender`, at the same size."""
-        memory = Bytes(address, num_bytes)
+        memory = self._device.buffer(address, num_bytes)
         with _explained("broadcasting the token ids"):
-            self._joined[WORLD][1].broadcast(memory, memory, sender, stream=self._stream)
+            self._joined[WORLD][1].broadcast(memory, memory, sender, stream=self._device.stream)
 
     def close(self, *, failed: bool) -> None:
-        """Leave all groups. After a failure without waiting for the others."""
-        for _, joined in reversed(list(self._joined.values())):
-            with suppress(Exception):  # the reason for the end matters more
-                joined.abort() if failed else joined.destroy()
+        """Leave all groups. After a failure without waiting for the others: kernels that wait for them are stopped."""
+        leaving = [joined.abort if failed else joined.destroy for _, joined in reversed(list(self._joined.values()))]
         self._joined = {}
+        if not failed:
+            for leave in leaving:
+                leave()
+            return
+        # At once, because each waits for the GPU, which waits for a kernel of another.
+        threads = [threading.Thread(target=_quietly, args=(leave,), daemon=True) for leave in leaving]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_ABORT_SECONDS)
 
 
-class Bytes:
-    """Memory of the GPU as bytes, by the CUDA array interface."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3
-        }  # fmt: skip
+def _quietly(leave: Callable[[], object]) -> None:
+    with suppress(Exception):  # the reason for the end matters more
+        leave()
 
 
 @contextmanager

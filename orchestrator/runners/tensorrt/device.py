@@ -21,6 +21,10 @@ class Device(Protocol):
     stream: int
     """Handle of the stream (cudaStream_t)."""
 
+    def use(self) -> None:
+        """Make it the current GPU of this thread, for the next library that is called: others may have chosen another."""
+        ...
+
     def allocate(self, num_bytes: int) -> int:
         """Return the address of new memory, filled with zeros."""
         ...
@@ -31,6 +35,10 @@ class Device(Protocol):
 
     def download(self, address: int, array: Array) -> None:
         """Wait for everything that was asked for, and copy from the GPU into a contiguous array."""
+        ...
+
+    def buffer(self, address: int, num_bytes: int) -> Any:
+        """Return memory of the GPU as an object that NCCL's binding takes."""
         ...
 
     def wait(self) -> None:
@@ -53,7 +61,7 @@ class CudaDevice:
         self._cuda = importlib.import_module("cuda.bindings.runtime")
         self._seconds = seconds
         self._allocated: list[int] = []
-        self._call("cudaSetDevice", number)
+        self._number = number
         # The default stream would make TensorRT synchronize the whole device.
         self.stream = int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
 
@@ -75,6 +83,10 @@ class CudaDevice:
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
         self.wait()
 
+    def buffer(self, address: int, num_bytes: int) -> Any:
+        # By the CUDA array interface, cuda-bindings up to 13.5 takes every address for one of the first GPU (cuda-python 2752).
+        return importlib.import_module("cuda.core").Buffer.from_handle(address, num_bytes)
+
     def wait(self) -> None:
         end = time.monotonic() + self._seconds
         while True:
@@ -95,9 +107,16 @@ class CudaDevice:
             self._cuda.cudaStreamDestroy(self.stream)
             self.stream = 0
 
+    def use(self) -> None:
+        self._check("cudaSetDevice", self._cuda.cudaSetDevice(self._number)[0])
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; returns its only result, or None. Raises EngineRunError."""
+        self.use()
         status, *results = getattr(self._cuda, name)(*arguments)
+        self._check(name, status)
+        return results[0] if results else None
+
+    def _check(self, name: str, status: Any) -> None:
         if status != self._cuda.cudaError_t.cudaSuccess:
             raise EngineRunError(f"{name} failed: {status.name}")
-        return results[0] if results else None

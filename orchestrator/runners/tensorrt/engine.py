@@ -29,6 +29,7 @@ class RankEngine:
         """
         self._record, self._trt, self._device = record.engine, trt, device
         _check_version(record.engine, trt)
+        device.use()
         self._logger = _logger(trt)
         self._runtime = trt.Runtime(self._logger)
         (file,) = (file for file in record.files if file.role == "engine")
@@ -111,6 +112,7 @@ class RankEngine:
                 if tensor.name in arrays:
                     self._device.upload(self._addresses[tensor.name], arrays[tensor.name])
             self._must(self._context.set_tensor_address(tensor.name, self._addresses[tensor.name]), f"an address of {tensor.name}")
+        self._device.use()
         self._must(self._context.execute_async_v3(self._device.stream), "the call")
         for past, present in self._swapped:
             self._addresses[past], self._addresses[present] = self._addresses[present], self._addresses[past]

@@ -52,7 +52,7 @@ class EngineRunner:
         self._max_logits = _largest(manifest, self._sampling_rank, "logit_indices")[1]
         self.num_positions = _largest(manifest, rank, f"{CACHE_PREFIX}0.key")[2] - manifest.model.cache_slots(0)
         """Largest number of positions of a sequence."""
-        self._communicators = Communicators(libraries.nccl, groups_of(tp, manifest.pp), rank, rendezvous, self._device.stream)
+        self._communicators = Communicators(libraries.nccl, groups_of(tp, manifest.pp), rank, rendezvous, self._device)
         try:
             capsule = self._communicators.capsule(stage_name(stage)) if tp > 1 else None
             self._engine = RankEngine(manifest.rank(rank), folder, libraries.trt, self._device, capsule)
