@@ -39,7 +39,7 @@ class RankActor:
         if url is not None:
             pull(url, Path(folder), ranks=[rank])
         self._folder, self._rank = Path(folder), rank
-        self._libraries = open_rank(manifest.rank(rank).engine.backend, alone=len(manifest.ranks) == 1)
+        self._libraries = open_rank(manifest.rank(rank).engine, alone=len(manifest.ranks) == 1)
 
     def make_id(self) -> bytes:
         """Return a new id of a communicator, of which this rank must be the first."""

@@ -130,7 +130,7 @@ def run_rank(folder: Path, rank: int, meet: Path, *, dies: bool) -> dict[str, An
                 steps.append(step)
             numbers = read_numbers(folder / REFERENCE)
             results = runner.logits(numbers.calls())
-            agreement = numbers.check(results, "float32") if runner.is_sampling else None
+            agreement = numbers.check(numbers.rows_of(results), "float32") if runner.is_sampling else None
     except EngineRunError as error:
         return {"error": error.message, "seconds": round(time.monotonic() - begin, 1)}
     said = None if agreement is None else (agreement.num_positions, agreement.max_relative_error)

@@ -15,6 +15,7 @@ from orchestrator.cli.console import PublicKey, exit_codes, printable
 from orchestrator.cli.releases import options_of, resolved
 
 if TYPE_CHECKING:
+    from orchestrator.releases import Release
     from orchestrator.runners import Sampling
     from orchestrator.runners.model import Answer, Model
 
@@ -36,6 +37,10 @@ def run(
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Probability of the tokens to choose among.")] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice, above temperature 0.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="First compare its logits on this machine with those that the release was verified with."),
+    ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU where there is one.")] = "auto",
     folder: Annotated[Path | None, typer.Option("--folder", help="Folder for the files; absent: the user's cache.")] = None,
     public_key: PublicKey = None,
@@ -50,21 +55,34 @@ def run(
         from orchestrator.runners.model import cache_folder, load
 
         require("run")
-        if [prompt is not None, interactive, batch is not None].count(True) != 1:
+        asked = [prompt is not None, interactive, batch is not None].count(True)
+        if asked > 1 or (not asked and not check):
             raise SpecError("give one of a prompt, --interactive and --batch", 'E.g. orchestrator run URL "What is TensorRT?"')
         jobs = _jobs(batch) if batch is not None else []
         release = open_release(resolved(url), public_key, options_of(cluster))
         with TransferView(_err()) as view:
             model = load(release, folder or cache_folder(release), device, view)
+        if check:
+            _check(model, release, folder or cache_folder(release))
         sampling = Sampling(temperature, top_p, seed)
         if batch is not None:
             _answer_all(model, jobs, max_tokens, sampling, raw=raw)
         elif interactive:
             _chat(model, system, max_tokens, sampling)
-        else:
-            assert prompt is not None
+        elif prompt is not None:
             messages = [*_system(system), {"role": "user", "content": prompt}]
             _say(model, prompt if raw or system is None else messages, max_tokens, sampling, raw=raw)
+
+
+def _check(model: Model, release: Release, folder: Path) -> None:
+    """Compare with the release's reference numbers and print the result on stderr."""
+    from orchestrator.releases.reference_numbers import REFERENCE, read_numbers
+
+    if release.manifest.reference is None:
+        raise SpecError(f"{release.title} has no reference numbers: it was built without a verification", "Leave out --check.")
+    found = model.check(read_numbers(folder / REFERENCE))
+    text = f"relative error {found.max_relative_error:.1e}, top-1 agreement {found.top1_agreement:.4f}"
+    print(f"check passed on {found.num_positions} positions: {text}", file=sys.stderr)
 
 
 def _err() -> Any:

@@ -52,7 +52,7 @@ def _version_problems(records: Sequence[RankRecord], machine: Machine) -> Iterat
     for engine in (record.engine for record in records):
         names = (engine.backend, LEAN) if engine.version_compatible else (engine.backend,)
         installed = {name: machine.tensorrt[name] for name in names if name in machine.tensorrt}
-        if any(_loads(engine, version) for version in installed.values()):
+        if any(loads(engine, version) for version in installed.values()):
             continue
         if not installed:
             yield f"{' or '.join(names)} {engine.tensorrt_version} is not installed"
@@ -65,7 +65,8 @@ def _version_problems(records: Sequence[RankRecord], machine: Machine) -> Iterat
             yield f"it has {has}, the engines load only in {engine.tensorrt_version}, which built them"
 
 
-def _loads(engine: EngineRecord, version: str) -> bool:
+def loads(engine: EngineRecord, version: str) -> bool:
+    """Whether TensorRT of a version loads an engine."""
     if not engine.version_compatible:
         return version == engine.tensorrt_version
     built, found = version_numbers(engine.tensorrt_version), version_numbers(version)

@@ -4,26 +4,29 @@ The verification's reference holds all logits, about 60 MB. A release gets, for 
 and the largest absolute one: enough to tell whether an executor on another machine computes this model, in about 100 kB.
 
     numbers = read_numbers(folder / "reference.safetensors")
-    numbers.check(runner.logits(numbers.calls()), "bfloat16")
+    numbers.check(numbers.rows_of(runner.logits(numbers.calls())), "bfloat16")
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base.errors import DamagedOutputError, DigestError, VerificationError
 from orchestrator.checkpoints.safetensors import encode_header, read_header
-from orchestrator.model.quantization import ActivationFormat, ModelQuantization
+from orchestrator.model.quantization import ActivationFormat
 from orchestrator.planning.steps import Output
+from orchestrator.releases.asked import model_quantization
 from orchestrator.releases.manifest import Manifest
 from orchestrator.spec.build import ToleranceSpec
 from orchestrator.stores.store import Store
 
+LogitsOf = Callable[[int, int], Any]
+"""Sequence and position -> logits [vocabulary], as a numpy array."""
 REFERENCE = "reference.safetensors"
 TOP = 32
 """Logits that are kept of each position."""
@@ -71,19 +74,31 @@ class ReferenceNumbers:
 
         return make_calls(self.tokens, self.lengths, self.decode_steps)
 
-    def compare(self, results: Sequence[Any]) -> Agreement:
-        """Compare the logits [B, S, vocabulary] of all calls."""
-        import numpy as np
-
+    def rows_of(self, results: Sequence[Any]) -> LogitsOf:
+        """Return the logits of a position from those of the calls, [B, S, vocabulary] each."""
         from orchestrator.work.verify.inputs import positions_of
 
-        rows = {(seq, position): (call, row) for seq, position, call, row in positions_of(self.lengths, self.decode_steps)}
+        places = {(seq, position): (call, row) for seq, position, call, row in positions_of(self.lengths, self.decode_steps)}
+
+        def logits_of(sequence: int, position: int) -> Any:
+            call, row = places[sequence, position]
+            return results[call][sequence, row]
+
+        return logits_of
+
+    def texts(self) -> list[list[int]]:
+        """Return the tokens of each sequence."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    def compare(self, logits_of: LogitsOf) -> Agreement:
+        """Compare the logits [vocabulary] of a sequence's position."""
+        import numpy as np
+
         worst, same = 0.0, 0
         for (sequence, position), indices, values, largest in zip(
             self.places.tolist(), self.indices, self.values, self.largest, strict=True
         ):
-            call, row = rows[sequence, position]
-            logits = results[call][sequence, row].astype(np.float64)
+            logits = logits_of(sequence, position).astype(np.float64)
             # A logit that was not kept is smaller than all that were.
             difference = max(float(np.abs(logits[indices] - values).max()), float(logits.max() - values[0]))
             if not np.isfinite(logits).all():
@@ -92,9 +107,9 @@ class ReferenceNumbers:
             same += int(logits.argmax()) == int(indices[0])
         return Agreement(len(self.places), worst, same / len(self.places))
 
-    def check(self, results: Sequence[Any], dtype: str) -> Agreement:
+    def check(self, logits_of: LogitsOf, dtype: str) -> Agreement:
         """Compare, and check with the tolerance for arithmetic in `dtype`, a key of ROUNDING. Raises VerificationError."""
-        found, rounding = self.compare(results), ROUNDING[dtype]
+        found, rounding = self.compare(logits_of), ROUNDING[dtype]
         limit = None if self.tolerance.max_relative_error is None else self.tolerance.max_relative_error + rounding
         least = min(self.tolerance.min_top1_agreement, _ROUNDED_TOP1) if rounding else self.tolerance.min_top1_agreement
         problems = []
@@ -112,8 +127,9 @@ class ReferenceNumbers:
 
 def arithmetic_of(manifest: Manifest) -> str:
     """Return the key of ROUNDING for a release's engines: the model's dtype, or float8 where activations are quantized."""
-    formats = ModelQuantization.model_validate(manifest.quantization.model).formats() if manifest.quantization else ()
-    return "float8" if any(fmt.activation is not ActivationFormat.NONE for fmt in formats) else manifest.model.dtype
+    found = model_quantization(manifest)
+    rounded = found is not None and any(fmt.activation is not ActivationFormat.NONE for fmt in found.formats())
+    return "float8" if rounded else manifest.model.dtype
 
 
 def shortened(store: Store, output: Output, decode_steps: int, tolerance: ToleranceSpec) -> bytes:

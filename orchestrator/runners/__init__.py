@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +38,8 @@ class Backend(Protocol):
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield the tokens of the answer one by one, with the token that ends it."""
+        ...
+
+    def logits(self, tokens: Sequence[int]) -> Sequence[Any]:
+        """Return the logits [vocabulary] after each token of a text, as numpy arrays."""
         ...

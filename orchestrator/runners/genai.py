@@ -45,6 +45,19 @@ class GenaiBackend:
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
 
+    def logits(self, tokens: Sequence[int]) -> list[Any]:
+        """See Backend. The graph returns the logits of a call's last token only, so each token is a call."""
+        import onnxruntime_genai
+
+        params = onnxruntime_genai.GeneratorParams(self._model)
+        params.set_search_options(**_options(len(tokens) + 1, GREEDY))
+        generator = onnxruntime_genai.Generator(self._model, params)
+        found = []
+        for token in tokens:
+            generator.append_tokens([token])
+            found.append(generator.get_logits().reshape(-1).copy())
+        return found
+
 
 def _options(max_length: int, sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"max_length": max_length, "do_sample": sampling.temperature > 0}

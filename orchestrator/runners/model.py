@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.base.errors import SpecError
 from orchestrator.base.extras import require
 from orchestrator.releases.asked import asked_engine
 from orchestrator.releases.pulling import fetch
 from orchestrator.releases.reading import Release, open_release
+from orchestrator.releases.reference_numbers import Agreement, ReferenceNumbers
 from orchestrator.releases.transfers import Listener
 from orchestrator.runners import GREEDY, Backend, Sampling
 from orchestrator.runners.genai import Device, GenaiBackend
@@ -84,6 +86,18 @@ class Model:
         for piece in self._tokenizer.decode(self._timed(tokens, wanted, sampling, answer)):
             answer.text += piece
             yield piece
+
+    def check(self, numbers: ReferenceNumbers) -> Agreement:
+        """Compare the release, as it runs here in float32, with its reference numbers. Raises VerificationError."""
+        texts, found = numbers.texts(), dict[int, Sequence[Any]]()
+
+        def logits_of(sequence: int, position: int) -> Any:
+            if sequence not in found:
+                found.clear()
+                found[sequence] = self._backend.logits(texts[sequence])
+            return found[sequence][position]
+
+        return numbers.check(logits_of, "float32")
 
     def tokens(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """Return the tokens that the model reads for a prompt or a chat. Raises SpecError for an empty prompt."""

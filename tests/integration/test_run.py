@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import orchestrator
-from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError
+from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError, VerificationError
 from orchestrator.cli.commands import app
 from orchestrator.releases import pull, read_release, verify
 from orchestrator.releases.manifest import Manifest
+from orchestrator.releases.reference_numbers import read_numbers
+from orchestrator.runners.genai import GenaiBackend
+from orchestrator.runners.model import Model
+from orchestrator.runners.tokenizer import Tokenizer
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from tests.support.portable import expected_tokens
@@ -228,3 +233,30 @@ def test_pull_of_engines_alone_brings_no_weights(release: str, tmp_path: Path) -
     pull(release, tmp_path / "engines", check=False)
     assert not list((tmp_path / "engines").rglob("rank*.safetensors"))
     assert verify((tmp_path / "engines").as_uri()).num_files > 2
+
+
+def test_check_compares_the_portable_part_with_what_the_release_was_verified_with(release: str, tmp_path: Path) -> None:
+    done = run(release, "--check", "--folder", str(tmp_path / "model"))
+    assert done.exit_code == 0, done.output
+    found = re.search(r"check passed on 48 positions: relative error (\S+), top-1 agreement 1\.0000", done.stderr)
+    assert found is not None, done.stderr
+    assert float(found[1]) < 1e-5
+
+
+def test_check_of_a_model_that_computes_something_else_fails(release: str, tmp_path: Path) -> None:
+    """A graph on disk in which a norm divides by more, after the pull's own check."""
+    import onnx
+
+    folder = tmp_path / "model"
+    orchestrator.run(release, folder=folder)
+    (path,) = folder.glob("*.onnx")
+    graph = onnx.load(path, load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "RMSNormalization" and attribute.name == "epsilon":
+                attribute.f = 0.05
+    onnx.save(graph, path)
+    numbers = read_numbers(folder / "reference.safetensors")
+    model = Model(GenaiBackend(folder, 64, "cpu"), Tokenizer(folder))
+    with pytest.raises(VerificationError, match=r"relative error .* > 5e-05"):
+        model.check(numbers)

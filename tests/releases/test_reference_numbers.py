@@ -17,7 +17,7 @@ from orchestrator.planning.steps import Output
 from orchestrator.releases.collecting import collect
 from orchestrator.releases.pulling import pull
 from orchestrator.releases.reading import open_release
-from orchestrator.releases.reference_numbers import REFERENCE, TOP, ReferenceNumbers, read_numbers, shortened
+from orchestrator.releases.reference_numbers import REFERENCE, TOP, LogitsOf, ReferenceNumbers, read_numbers, shortened
 from orchestrator.releases.verifying import verify
 from orchestrator.spec.build import ToleranceSpec
 from orchestrator.stores import open_store
@@ -49,12 +49,12 @@ def numbers_of(folder: Path, arrays: dict[str, Array], tolerance: ToleranceSpec 
     return read_numbers(folder / "numbers.safetensors")
 
 
-def as_results(numbers: ReferenceNumbers, logits: Array) -> list[Array]:
+def as_rows(numbers: ReferenceNumbers, logits: Array) -> LogitsOf:
     """An executor's logits by call."""
     results = [np.zeros((*call.input_ids.shape, VOCABULARY), np.float32) for call in numbers.calls()]
     for sequence, position, call, row in positions_of(LENGTHS, STEPS):
         results[call][sequence, row] = logits[sequence, position]
-    return results
+    return numbers.rows_of(results)
 
 
 def test_numbers_hold_the_largest_logits_of_every_position_and_the_text(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_numbers_of_a_long_text_and_a_large_vocabulary_stay_small(tmp_path: Path
 def test_equal_logits_agree_exactly_and_small_errors_pass_in_wide_arithmetic_only(tmp_path: Path) -> None:
     arrays = reference()
     numbers = numbers_of(tmp_path, arrays)
-    exact = numbers.check(as_results(numbers, arrays["logits"]), "float32")
+    exact = numbers.check(as_rows(numbers, arrays["logits"]), "float32")
     assert (exact.num_positions, exact.max_relative_error, exact.top1_agreement) == (28, 0.0, 1.0)
-    rounded = as_results(numbers, arrays["logits"] * 1.01)
+    rounded = as_rows(numbers, arrays["logits"] * 1.01)
     assert numbers.check(rounded, "float16").max_relative_error == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(VerificationError, match=r"relative error 0\.01 > 5e-05"):
         numbers.check(rounded, "float32")
@@ -110,15 +110,15 @@ def test_wrong_logits_are_found_in_every_arithmetic(tmp_path: Path, fault: str, 
     else:
         logits[[0, 1]] = logits[[1, 0]]
     with pytest.raises(VerificationError, match="differ from the reference on 28 positions"):
-        numbers.check(as_results(numbers, logits), dtype)
+        numbers.check(as_rows(numbers, logits), dtype)
 
 
 def test_tolerance_is_that_of_the_build(tmp_path: Path) -> None:
     arrays = reference()
     numbers = numbers_of(tmp_path, arrays, ToleranceSpec(max_relative_error=0.2, min_top1_agreement=0.5))
-    numbers.check(as_results(numbers, arrays["logits"] * 1.1), "float32")
+    numbers.check(as_rows(numbers, arrays["logits"] * 1.1), "float32")
     with pytest.raises(VerificationError, match=r"relative error 0\.3 > 0\.2"):
-        numbers.check(as_results(numbers, arrays["logits"] * 1.3), "float32")
+        numbers.check(as_rows(numbers, arrays["logits"] * 1.3), "float32")
 
 
 def test_reference_that_was_damaged_in_the_store_is_named(tmp_path: Path) -> None:

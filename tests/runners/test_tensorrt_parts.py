@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.base.errors import EngineRunError, SpecError
-from orchestrator.runners.tensorrt import FileRendezvous, Rendezvous, Sampling, StoreRendezvous
+from orchestrator.runners import Sampling
+from orchestrator.runners.tensorrt import FileRendezvous, Rendezvous, StoreRendezvous
 from orchestrator.runners.tensorrt.calls import chunks, part_of, rows_of
 from orchestrator.runners.tensorrt.communicators import groups_of
 from orchestrator.runners.tensorrt.sampling import Sampler
@@ -48,7 +49,7 @@ def test_sampling_with_top_p_draws_from_the_smallest_set_that_reaches_it() -> No
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.5)])
 def test_sampling_that_chooses_no_token_is_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(SpecError, match="choose no token"):
-        Sampling(temperature, top_p)
+        Sampler(Sampling(temperature, top_p))
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 5)), min_size=1, max_size=4), st.integers(1, 9))

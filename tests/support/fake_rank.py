@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from orchestrator.engines.record import EngineRecord
 from orchestrator.runners.tensorrt.__main__ import main
 from orchestrator.runners.tensorrt.libraries import Libraries
 from tests.support import fake_nccl
@@ -14,16 +15,15 @@ from tests.support.fake_nccl import FakeDevice
 from tests.support.fake_tensorrt import FakeTensorRT
 
 
-def open_fakes(backend: str, local_rank: int = 0, *, alone: bool = False) -> Libraries:
+def open_fakes(engine: EngineRecord, local_rank: int = 0, *, alone: bool = False) -> Libraries:
     """As `open_libraries`."""
-    assert backend == "tensorrt_rtx"
     device = FakeDevice()
     return Libraries(FakeTensorRT(device), None if alone else fake_nccl, device)
 
 
-def open_fakes_or_die(backend: str, local_rank: int = 0, *, alone: bool = False) -> Libraries:
+def open_fakes_or_die(engine: EngineRecord, local_rank: int = 0, *, alone: bool = False) -> Libraries:
     """As `open_fakes`; the first process that makes the folder DYING ends in the midst of a generation."""
-    libraries = open_fakes(backend, local_rank, alone=alone)
+    libraries = open_fakes(engine, local_rank, alone=alone)
     upload, count = libraries.device.upload, [0]
 
     def counted(address: int, array: object) -> None:

@@ -38,6 +38,10 @@ Array = npt.NDArray[Any]
 class DataType(enum.Enum):
     FLOAT, HALF, BF16, INT64, INT8, FP8 = range(6)
 
+    @property
+    def itemsize(self) -> int:
+        return {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8}.get(self.name, 1)
+
 
 _OF_ONNX = {
     onnx.TensorProto.FLOAT: (DataType.FLOAT, np.float32), onnx.TensorProto.INT64: (DataType.INT64, np.int64),
@@ -107,6 +111,13 @@ class ILogger:
     def log(self, severity: Any, message: str) -> None: ...
 
 
+class Logger(ILogger):
+    ERROR = ILogger.Severity.ERROR
+
+    def __init__(self, severity: ILogger.Severity) -> None:
+        self.severity = severity
+
+
 @dataclass
 class FakeTensorRT:
     """The module, for one rank and its device."""
@@ -120,6 +131,7 @@ class FakeTensorRT:
         self.context_class = self.context_class or Context
 
     ILogger = ILogger
+    Logger = Logger
     TensorIOMode = TensorIOMode
     DataType = DataType
 

@@ -10,5 +10,5 @@ from orchestrator.releases.layouts import Arrangement, Request, identity_files
 def arrange(request: Request) -> Arrangement:
     """See Layout."""
     portable = set(request.manifest.portable)
-    files = [file for file in request.files if file in portable or file.role in ("weights", "tokenizer")]
+    files = [file for file in request.files if file in portable or file.role in ("weights", "tokenizer", "reference")]
     return Arrangement({file.path: PurePosixPath(file.path).name for file in files}, identity_files(request))

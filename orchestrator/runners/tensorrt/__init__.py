@@ -12,7 +12,6 @@ from __future__ import annotations
 from orchestrator.runners.tensorrt.communicators import FileRendezvous, KnownIds, Rendezvous, StoreRendezvous
 from orchestrator.runners.tensorrt.libraries import Libraries, open_libraries
 from orchestrator.runners.tensorrt.runner import EngineRunner
-from orchestrator.runners.tensorrt.sampling import Sampling
 
 __all__ = [
     "EngineRunner",
@@ -20,7 +19,6 @@ __all__ = [
     "KnownIds",
     "Libraries",
     "Rendezvous",
-    "Sampling",
     "StoreRendezvous",
     "open_libraries",
 ]

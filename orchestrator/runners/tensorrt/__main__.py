@@ -16,7 +16,8 @@ from typing import Any
 
 from orchestrator.base.errors import EngineRunError, OrchestratorError
 from orchestrator.releases.reference_numbers import REFERENCE, arithmetic_of, read_numbers
-from orchestrator.runners.tensorrt import EngineRunner, FileRendezvous, Libraries, Sampling, StoreRendezvous, open_libraries
+from orchestrator.runners import Sampling
+from orchestrator.runners.tensorrt import EngineRunner, FileRendezvous, Libraries, StoreRendezvous, open_libraries
 from orchestrator.runners.tensorrt.runner import read_manifest
 
 _ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -41,14 +42,14 @@ def _run(options: argparse.Namespace, open_rank: Callable[..., Libraries]) -> in
     tokenizer = _tokenizer(options.folder) if options.prompt else None
     if tokenizer is not None:
         prompts += [tokenizer.encode(text).ids for text in options.prompt]
-    libraries = open_rank(manifest.ranks[0].engine.backend, local_rank, alone=num_ranks == 1)
+    libraries = open_rank(manifest.rank(rank).engine, local_rank, alone=num_ranks == 1)
     rendezvous = None if num_ranks == 1 else FileRendezvous(options.rendezvous) if options.rendezvous else StoreRendezvous()
     with EngineRunner(options.folder, rank, libraries, rendezvous) as runner:
         if options.check:
             numbers = read_numbers(options.folder / REFERENCE)
             results = runner.logits(numbers.calls())
             if runner.is_sampling:
-                print(f"check passed: {numbers.check(results, arithmetic_of(manifest))}", flush=True)
+                print(f"check passed: {numbers.check(numbers.rows_of(results), arithmetic_of(manifest))}", flush=True)
         sampling = Sampling(options.temperature, options.top_p, options.seed)
         steps = list(runner.generate(prompts, options.max_new_tokens, sampling=sampling, stop_ids=options.stop)) if prompts else []
     for row in zip(*steps, strict=True) if rank == 0 else ():

@@ -12,6 +12,7 @@ from orchestrator.base.errors import DigestError, EngineRunError, MachineError
 from orchestrator.engines.memory import CACHE_PREFIX, largest_dims, tensor_bytes
 from orchestrator.engines.profiles import DECODE, PREFILL
 from orchestrator.engines.record import EngineRecord, TensorRange
+from orchestrator.releases.machine import loads
 from orchestrator.releases.manifest import FileRecord, RankRecord
 from orchestrator.runners.tensorrt.device import Array, Device
 
@@ -144,9 +145,9 @@ def _shape(tensor: TensorRange, dims: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _check_version(record: EngineRecord, trt: Any) -> None:
-    if trt.__version__ != record.tensorrt_version:
+    if not loads(record, trt.__version__):
         raise MachineError(
-            f"this process has {record.backend} {trt.__version__}, the engine loads only in {record.tensorrt_version}",
+            f"this process has {record.backend} {trt.__version__}, the engine was built by {record.tensorrt_version}",
             "Install the version that built the engine, or build the release again with this one.",
         )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.base.extras import require
-from orchestrator.engines import library
+from orchestrator.engines import LEAN, installed_version, library
+from orchestrator.engines.record import EngineRecord
 from orchestrator.runners.tensorrt.device import CudaDevice, Device
 
 
@@ -22,11 +23,14 @@ class Libraries:
     device: Device
 
 
-def open_libraries(backend: str, local_rank: int = 0, *, alone: bool = False) -> Libraries:
-    """Import the modules of a backend and take the GPU `local_rank` of this machine. `alone`: the release has one rank.
+def open_libraries(engine: EngineRecord, local_rank: int = 0, *, alone: bool = False) -> Libraries:
+    """Import the libraries that run an engine, and take the GPU `local_rank` of this machine. `alone`: the release has one rank.
 
-    Raises ToolError when one is missing, EngineRunError when there is no such GPU.
+    The lean runtime serves version-compatible engines where the whole library is missing. Raises ToolError when a library is
+    missing, EngineRunError when there is no such GPU.
     """
     require("gpu")
+    lean = engine.version_compatible and installed_version(engine.backend) is None and installed_version(LEAN) is not None
+    trt = library(LEAN if lean else engine.backend)
     device = CudaDevice(local_rank)
-    return Libraries(library(backend), None if alone else importlib.import_module("nccl.core"), device)
+    return Libraries(trt, None if alone else importlib.import_module("nccl.core"), device)

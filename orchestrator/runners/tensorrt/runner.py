@@ -13,11 +13,12 @@ from orchestrator.base.errors import EngineRunError, SpecError
 from orchestrator.engines.memory import CACHE_PREFIX
 from orchestrator.engines.profiles import PREFILL
 from orchestrator.releases.manifest import MANIFEST, Manifest, parse_manifest
+from orchestrator.runners import GREEDY, Sampling
 from orchestrator.runners.tensorrt.calls import Chunk, chunks, part_of, rows_of
 from orchestrator.runners.tensorrt.communicators import WORLD, Communicators, Rendezvous, groups_of, stage_name
 from orchestrator.runners.tensorrt.engine import RankEngine
 from orchestrator.runners.tensorrt.libraries import Libraries
-from orchestrator.runners.tensorrt.sampling import Sampler, Sampling
+from orchestrator.runners.tensorrt.sampling import Sampler
 from orchestrator.work.verify.inputs import Call, Ints
 
 Floats = npt.NDArray[np.float32]
@@ -83,7 +84,7 @@ class EngineRunner:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Yield the new token ids of each step, on every rank. All ranks must be given the same arguments.
@@ -92,7 +93,7 @@ class EngineRunner:
         EngineRunError.
         """
         self._check_prompts(prompts, max_new_tokens)
-        sampler, stops = Sampler(sampling or Sampling()), set(stop_ids)
+        sampler, stops = Sampler(sampling), set(stop_ids)
         return self._generated(prompts, max_new_tokens, sampler, stops)
 
     def _generated(self, prompts: Sequence[Sequence[int]], count: int, sampler: Sampler, stops: set[int]) -> Iterator[Step]:

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator.base.errors import SpecError
+from orchestrator.runners import Sampling
 
 Floats = npt.NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """Divisor of the logits; 0: always the most probable token."""
-    top_p: float = 1.0
-    """Probability of the smallest set of most probable tokens that one is drawn from."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.temperature < np.inf and 0 < self.top_p <= 1):
-            raise SpecError(
-                f"temperature {self.temperature:g} and top_p {self.top_p:g} choose no token",
-                "Give a temperature of 0 or more, and top_p above 0, at most 1.",
-            )
 
 
 class Sampler:
     """Chooses tokens, the same ones for the same seed."""
 
     def __init__(self, sampling: Sampling) -> None:
+        """Raises SpecError for a temperature below 0, and top_p of 0 or above 1."""
+        if not (0 <= sampling.temperature < np.inf and 0 < sampling.top_p <= 1):
+            raise SpecError(
+                f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g} choose no token",
+                "Give a temperature of 0 or more, and top_p above 0, at most 1.",
+            )
         self._sampling, self._generator = sampling, np.random.default_rng(sampling.seed)
 
     def next_tokens(self, logits: Floats) -> npt.NDArray[np.int64]:
