@@ -119,9 +119,10 @@ class JobApi:
         self.address = _url_of(address)
         token = _token()
         check_open(self.address, token is not None)
-        # Redirects are not followed: they would carry the token to another host.
+        # Redirects are not followed: they would carry the token to another host. Between polls no connection stays open.
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        self._client = httpx.Client(base_url=self.address, headers=headers, timeout=_REQUEST_SECONDS)
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=self.address, headers=headers, timeout=_REQUEST_SECONDS, limits=limits)
         version = str(self._ask("GET", "/api/version")["ray_version"])
         if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
             raise ClusterError(f"{self.address} runs Ray {version}", "Submit to a cluster with Ray 2.52 or newer.")
