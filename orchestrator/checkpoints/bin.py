@@ -23,7 +23,7 @@ def matches(names: list[str]) -> bool:
 def read_index(folder: SourceFolder) -> CheckpointIndex:
     """Read the descriptions of the tensors in `folder`, without running pickled code.
 
-    Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for a quantized source.
+    Raises SourceMissingError, SourceCorruptError, LfsPointerError, UnsafePickleError; QuantizationError for an unread quantization.
     """
     return read_shards(
         folder,

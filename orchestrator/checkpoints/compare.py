@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator.base.dtypes import ARRAY_NAMES, numpy_dtype
-from orchestrator.checkpoints import format_named, read_source
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
@@ -147,7 +147,7 @@ def compare(a: str, b: str, tolerance: float | None = None) -> Comparison:
 def _open(stack: ExitStack, path: str, index: CheckpointIndex, names: list[str]) -> _Side:
     planned = planned_ranges(index.tensors[name] for name in names)
     source = stack.enter_context(open_source(path).open(index.files, planned))
-    return _Side(index, partial(format_named(index.format).read_rows, source))
+    return _Side(index, RowReader(index.format, source).read)
 
 
 def _unread(name: str, a: CheckpointIndex, b: CheckpointIndex) -> Difference:

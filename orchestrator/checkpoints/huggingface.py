@@ -9,7 +9,8 @@ from typing import Any
 
 from orchestrator.base.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
 from orchestrator.checkpoints.json_text import json_value
-from orchestrator.checkpoints.quantized import refuse_quantized
+from orchestrator.checkpoints.quantized import with_encodings
+from orchestrator.checkpoints.quantized.methods import Described, described, mark_of
 from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
@@ -30,7 +31,7 @@ def matches(names: list[str]) -> bool:
 def read_index(folder: SourceFolder) -> CheckpointIndex:
     """Read the headers of the checkpoint in `folder`.
 
-    Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a quantized source.
+    Raises SourceMissingError, SourceCorruptError, LfsPointerError; QuantizationError for a quantization that is not read.
     """
     return read_shards(
         folder,
@@ -57,7 +58,7 @@ def read_shards(
     Raises SourceMissingError, SourceCorruptError, QuantizationError, and what `read_entries` raises.
     """
     present = folder.names()
-    config = read_config(folder, present)
+    config = read_config(folder)
     listed = _listed(folder, present, index, pattern)
     names = sorted(set(listed.values())) if listed else [single(folder, present)]
     for name in names:
@@ -69,20 +70,23 @@ def read_shards(
     for tensor, name in listed.items():
         if tensor not in tensors or names[tensors[tensor].file] != name:
             raise SourceCorruptError(f"{folder.url}/{index} lists {tensor} in {name}, which does not hold it")
-    return CheckpointIndex(source_format, tuple(folder.source_file(name) for name in names), tensors, config)
+    found = CheckpointIndex(source_format, tuple(folder.source_file(name) for name in names), tensors, config)
+    return with_encodings(found, _described(folder, config, present), folder.url)
 
 
-def read_config(folder: SourceFolder, present: Sequence[str]) -> dict[str, Any]:
-    """Read config.json of an unquantized model. `present`: names of the folder's files.
+def _described(folder: SourceFolder, config: dict[str, Any], present: list[str]) -> Described | None:
+    """Return the folder's description of its quantization; None: none. Raises QuantizationError, SourceCorruptError."""
+    mark = mark_of(present)
+    return described(folder.url, config, mark, read_json(folder, mark) if mark else {})
 
-    Raises SourceMissingError, SourceCorruptError, QuantizationError.
-    """
+
+def read_config(folder: SourceFolder) -> dict[str, Any]:
+    """Read config.json. Raises SourceMissingError, SourceCorruptError."""
     try:
         config = read_json(folder, "config.json")
     except SourceMissingError as error:
         raise SourceMissingError(error.message, "A Hugging Face checkpoint is a folder with config.json.") from None
     _check_kinds(config, f"{folder.url}/config.json")
-    refuse_quantized(folder.url, config, present)
     return config
 
 

@@ -120,9 +120,13 @@ def _source(folder: SourceFolder) -> tuple[dict[str, Any], list[Table]]:
     files, table = _files(entries, {file.name: file.num_bytes for file in index.files})
     architecture = ", ".join(index.config.get("architectures") or ["unknown"])
     head = _head(_TITLES[index.format], architecture, format_bytes(index.num_bytes))
+    if index.algorithm:
+        head.add_row("quantized", index.algorithm, "dtypes below are those that it is dequantized to")
     for warning in index.warnings:
         head.add_row("warning", escape(warning), "")
     facts = {"format": index.format, "architecture": architecture, "files": files, "warnings": list(index.warnings)}
+    if index.algorithm:
+        facts["quantized"] = index.algorithm
     return facts, [head, table]
 
 

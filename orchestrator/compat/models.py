@@ -230,6 +230,7 @@ class TopModelMixin:
             raise ArchitectureError(f"{folder} is a {architecture}", f"{cls.__name__} reads {', '.join(cls.architectures)}.")
         family = family_for(architecture)
         config = from_hugging_face(index.config, architecture, source_dtype(dtype, index), family.config)
+        index = index.dequantized_to(MODEL_DTYPES[config.dtype])
         place = mapping or Mapping()
         topologies.check(place.topology, config.limits())
         check_names(family, config, place.topology)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
+from orchestrator.base.dtypes import num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,92 @@ class Assembly:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as a file of a quantized checkpoint holds it: codes, scales, zero points."""
+
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+    file: int
+    """Index into CheckpointIndex.files."""
+    offset: int
+    """Offset of the first byte in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, math.prod(self.shape))
+
+
+class Packing(StrEnum):
+    """Layout of the codes of a weight [out, in]."""
+
+    BYTES = "bytes"
+    """[out, in], a code per byte; a row may end in padding."""
+    NIBBLES = "nibbles"
+    """[out, in / 2], two codes per byte, the low one first; a row may end in padding."""
+    ROW_PAIRS = "row_pairs"
+    """[out / 2, in], two rows per byte, the even one low."""
+    COLUMN_WORDS = "column_words"
+    """int32 [in / n, out]: n input features per word, the lowest first (GPTQ)."""
+    ROW_WORDS = "row_words"
+    """int32 [in, out / 8]: rows 0, 2, 4, 6, 1, 3, 5, 7 of eight per word, from the lowest bits (AWQ's gemm)."""
+    EXPERTS = "experts"
+    """NIBBLES of every expert, [experts, out, ...], of a tensor that is [experts, in, out] (gpt-oss)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Quantized storage of a weight. An element is (code - zero) * scale, in float32, rounded once.
+
+    `checkpoints.quantized.decoding` computes it.
+    """
+
+    packing: Packing
+    number: Literal["E4M3", "E2M1", "S8", "S4", "U8", "U4"]
+    """Meaning of a code: floating-point, signed (two's complement), or unsigned."""
+    codes: Stored
+    scale: Stored
+    block: tuple[int, int]
+    """Rows and columns of [out, in] that share a scale and a zero point. U8 and F8_E8M0 scales are exponents: 2 ** (s - 127)."""
+    zero: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
+    """Zero points, packed as the format packs them; None: `offset`."""
+    offset: Annotated[int, Field(exclude_if=lambda value: value == 0)] = 0
+    """Number that is subtracted from every code, or added to every stored zero point."""
+    second: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
+    """Scale of the scales, one number."""
+    divides: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether `second` divides the scales instead of multiplying them."""
+    groups: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
+    """int32 [in]: group of each input feature (GPTQ's g_idx); None: consecutive blocks."""
+    columns: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
+    """Factor of each input feature, float [in] (AWQ's and SmoothQuant's pre_quant_scale)."""
+    input_scale: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
+    """Calibrated scale of the linear's input. No part of the weight."""
+
+    def parts(self) -> Iterator[Stored]:
+        """Yield the stored tensors that the weight's elements depend on."""
+        found = (self.codes, self.scale, self.zero, self.second, self.groups, self.columns)
+        return (part for part in found if part is not None)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether rows of the weight are columns of the codes, so that any row needs all of the codes."""
+        return self.packing in (Packing.COLUMN_WORDS, Packing.ROW_WORDS)
+
+    @property
+    def row_unit(self) -> int:
+        """Rows that are stored together, and so are read together."""
+        return 2 if self.packing is Packing.ROW_PAIRS else 1
+
+    def renumbered(self, position: Mapping[int, int]) -> Encoding:
+        """Return the same encoding with every file index n replaced by position[n]."""
+        names = ("codes", "scale", "zero", "second", "groups", "columns")
+        parts = {name: getattr(self, name) for name in names}
+        moved = {name: replace(part, file=position[part.file]) for name, part in parts.items() if part is not None}
+        return replace(self, **moved, input_scale=None)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One source tensor: dtype, shape and location."""
 
@@ -62,13 +151,24 @@ class TensorInfo:
     num_bytes: int
     assembly: Annotated[Assembly | None, Field(exclude_if=lambda value: value is None)] = None
     """Assembly from pieces; None: one run of `num_bytes` at `offset`. None is not serialized, which keeps digests of old plans."""
+    encoding: Annotated[Encoding | None, Field(exclude_if=lambda value: value is None)] = None
+    """Quantized storage; None: the elements are stored as they are. `dtype` is the one that they are dequantized to."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Number of the source's bytes that hold the tensor."""
+        return self.num_bytes if self.encoding is None else sum(part.num_bytes for part in self.encoding.parts())
 
     def files(self) -> set[int]:
         """Return the indices of the files that hold the tensor."""
+        if self.encoding is not None:
+            return {part.file for part in self.encoding.parts()}
         return {self.file} if self.assembly is None else {piece.file for piece in self.assembly.pieces}
 
     def renumbered(self, position: Mapping[int, int]) -> TensorInfo:
         """Return the same tensor with every file index n replaced by position[n]."""
+        if self.encoding is not None:
+            return replace(self, file=position[self.file], encoding=self.encoding.renumbered(position))
         if self.assembly is None:
             return replace(self, file=position[self.file])
         pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)
@@ -91,7 +191,25 @@ class CheckpointIndex:
     warnings: tuple[str, ...] = ()
     """Warnings for the user, e.g. of a second set of weights that is not read."""
 
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Stored tensors of a quantized source that hold no weight -> reason why they are not read."""
+    algorithm: str = ""
+    """Name of the format in which a quantized source stores its weights; empty: not quantized."""
+
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors, without headers."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
+        """Size of all tensors as stored, without headers."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    def dequantized_to(self, dtype: str) -> CheckpointIndex:
+        """Return the index with quantized tensors dequantized to `dtype` (safetensors' name) instead of the source's dtype.
+
+        So they are rounded once, to the build's dtype.
+        """
+        tensors = {
+            name: tensor
+            if tensor.encoding is None
+            else replace(tensor, dtype=dtype, num_bytes=num_bytes(dtype, tensor.num_elements))
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)

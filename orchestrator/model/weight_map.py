@@ -285,7 +285,7 @@ class _Expander:
         quantized_targets.raise_problems(self.unfit)
 
     def account(self) -> tuple[tuple[str, str], ...]:
-        ignored: list[tuple[str, str]] = []
+        ignored: list[tuple[str, str]] = list(self.index.left_out.items())
         unknown: list[str] = []
         patterns = [entry for entry in self.family.ignored if entry.applies(self.config)]
         for name in self.index.tensors:

@@ -107,6 +107,6 @@ def repeated_reads(weights: WeightMap) -> tuple[str, ...]:
         return ()
     tensors = {name: tensor for group in weights.groups for name, tensor in group.sources().items() if name in repeated}
     return tuple(
-        f"{name} ({tensors[name].num_bytes:,} bytes) is read {groups[name]} times, by separate conversion tasks"
+        f"{name} ({tensors[name].stored_bytes:,} bytes) is read {groups[name]} times, by separate conversion tasks"
         for name in repeated
     )

@@ -7,9 +7,10 @@ estimate and above half of it (tests/integration/test_estimates.py).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
-from orchestrator.model.checkpoint import CheckpointIndex
+from orchestrator.model.checkpoint import CheckpointIndex, Packing, TensorInfo
 from orchestrator.model.weight_map import WeightMap
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.kinds import Kind
@@ -24,6 +25,8 @@ _VERIFY_BYTES = 200_000_000
 """Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
 _CONVERT_BYTES = 100_000_000
 """Memory of the interpreter and numpy; blocks in flight take at most as much again."""
+_DEQUANTIZE_BYTES = 60_000_000
+"""Memory of the codes of a block, and of a stretch of elements in float32."""
 _PACKING_BYTES = 420_000_000
 """Memory of torch, and of blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
@@ -74,6 +77,19 @@ def convert_memory(largest_tensor_bytes: int, *, quantized: bool) -> int:
     if quantized:
         return _PACKING_BYTES + 2 * largest_tensor_bytes
     return _CONVERT_BYTES + min(largest_tensor_bytes, _CONVERT_BYTES)
+
+
+def dequantization_memory(tensors: Iterable[TensorInfo]) -> int:
+    """Return the memory that dequantizing adds to a conversion: a block's codes, a stretch in float32, and what is kept whole.
+
+    Kept are scales that several rows share, and codes that are stored by columns. Rows of experts are experts: three in flight.
+    """
+    encoded = [(tensor, tensor.encoding) for tensor in tensors if tensor.encoding is not None]
+    if not encoded:
+        return 0
+    kept = [encoding.codes.num_bytes if encoding.is_transposed else 0 for _, encoding in encoded]
+    experts = [tensor.num_bytes // tensor.shape[0] for tensor, encoding in encoded if encoding.packing is Packing.EXPERTS]
+    return _DEQUANTIZE_BYTES + max(kept) + 3 * max(experts, default=0)
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:

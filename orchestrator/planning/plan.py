@@ -22,6 +22,7 @@ from orchestrator.planning.estimates import (
     build_memory,
     calibrate_memory,
     convert_memory,
+    dequantization_memory,
     estimate,
     export_memory,
     reference_memory,
@@ -214,7 +215,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         prompts=verification.prompts,
         max_tokens=verification.max_tokens,
     )
-    source_bytes = inputs.index.num_bytes
+    dense_bytes = sum(tensor.num_bytes for tensor in inputs.index.tensors.values())
     return Step(
         kind=Kind.REFERENCE,
         version=VERSIONS[Kind.REFERENCE],
@@ -222,7 +223,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         options=options.model_dump(mode="json"),
         locations={"source": inputs.source, "device": verification.device},
         resources=Resources(gpus=_gpus(verification.device), memory_bytes=reference_memory(inputs.index, inputs.config.dtype)),
-        estimate=estimate(Kind.REFERENCE, read_bytes=source_bytes, work_bytes=source_bytes),
+        estimate=estimate(Kind.REFERENCE, read_bytes=inputs.index.num_bytes, work_bytes=dense_bytes),
     )
 
 
@@ -244,9 +245,9 @@ def calibrate_steps(inputs: Inputs, topology: Topology) -> list[Step]:
 
 def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous: Step | None) -> Step:
     assert inputs.quantization is not None
-    tensors = inputs.index.tensors.items()
-    part = range(options.first_layer, options.first_layer + options.num_layers)
-    part_bytes = sum(tensor.num_bytes for name, tensor in tensors if in_layers(name, part))
+    layers = range(options.first_layer, options.first_layer + options.num_layers)
+    part = [tensor for name, tensor in inputs.index.tensors.items() if in_layers(name, layers)]
+    part_bytes = sum(tensor.num_bytes for tensor in part)
     passes = {"max": 1, "smoothquant": 1, "awq_lite": 12}[options.method.method]
     data = options.data
     hidden_bytes = data.num_samples * data.max_length * options.config.hidden_size * 4
@@ -260,7 +261,7 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         resources=Resources(gpus=_gpus(inputs.quantization.device), memory_bytes=calibrate_memory(part_bytes, hidden_bytes)),
         estimate=estimate(
             Kind.CALIBRATE,
-            read_bytes=part_bytes,
+            read_bytes=sum(tensor.stored_bytes for tensor in part),
             write_bytes=0 if options.is_last else hidden_bytes,
             work_bytes=passes * part_bytes,
         ),
@@ -274,8 +275,8 @@ def _convert(
     scales = quantization.scales_sha256 if quantization and group.needs_scales else None
     options = ConvertOptions.of(group, inputs.index, topology, not_finite, scales)
     needs = [step.digest for step in calibrates if group.needs_scales and _overlap(step, group.layers)]
-    sources = group.sources().values()
-    read_bytes = sum(tensor.num_bytes for tensor in sources)
+    sources = list(group.sources().values())
+    read_bytes = sum(tensor.stored_bytes for tensor in sources)
     write_bytes = group.shard_bytes * topology.tp
     largest = max((tensor.num_bytes for tensor in sources), default=0)
     return Step(
@@ -285,7 +286,9 @@ def _convert(
         options=options.model_dump(mode="json"),
         needs=tuple(needs),
         locations={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
-        resources=Resources(memory_bytes=convert_memory(largest, quantized=quantization is not None)),
+        resources=Resources(
+            memory_bytes=convert_memory(largest, quantized=quantization is not None) + dequantization_memory(sources)
+        ),
         estimate=estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )
 

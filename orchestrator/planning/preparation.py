@@ -41,6 +41,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     index, extra_files = read_source(spec.source.path, spec.source.format)
     family, architecture, ignored = _family(spec, index)
     config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config, ignored)
+    index = index.dequantized_to(MODEL_DTYPES[config.dtype])
     index = replace(index, warnings=(*index.warnings, *config_warnings(index.config, architecture, family.config)))
     topology = spec.topology.topology()
     topologies.check(topology, config.limits())

@@ -70,7 +70,10 @@ class SourceFolder(Protocol):
 def planned_ranges(tensors: Iterable[TensorInfo]) -> Iterator[PlannedRange]:
     """Yield the byte ranges of tensors to read, without a format's own encoding."""
     for tensor in tensors:
-        if tensor.assembly is None:
+        if tensor.encoding is not None:
+            for part in tensor.encoding.parts():
+                yield part.file, part.offset, part.offset + part.num_bytes
+        elif tensor.assembly is None:
             yield tensor.file, tensor.offset, tensor.offset + tensor.num_bytes
         elif not tensor.assembly.encoding:
             for piece in tensor.assembly.pieces:

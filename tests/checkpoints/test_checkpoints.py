@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from orchestrator.base.errors import LfsPointerError, OrchestratorError, QuantizationError, SourceCorruptError, SourceMissingError
+from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints import companions, huggingface, safetensors
 from orchestrator.model.checkpoint import SourceFile
 from orchestrator.stores.source import FileSource, LocalFolder
@@ -249,9 +249,11 @@ def test_read_index_damaged_config_is_refused(single: Path, text: str) -> None:
     refused(single, SourceCorruptError, "config.json")
 
 
-def test_read_index_quantized_source_is_refused_by_method(single: Path) -> None:
+def test_read_index_of_a_plain_source_that_is_described_as_quantized_warns(single: Path) -> None:
+    """As a cast of a quantized model leaves it, when config.json is copied."""
     change_json(single / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    refused(single, QuantizationError, r"already quantized \(awq\)")
+    (warning,) = huggingface.read_index(LocalFolder(single)).warnings
+    assert "INT4 group 128 (AWQ), but no tensor is quantized" in warning
 
 
 def test_identity_of_a_plain_file_is_its_time(single: Path) -> None:

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.base.dtypes import ARRAY_NAMES
+from orchestrator.base.dtypes import ARRAY_NAMES, MODEL_DTYPES
 from orchestrator.base.errors import QuantizationError, SourceCorruptError
-from orchestrator.checkpoints import format_named, read_source
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.stores import open_source
-from orchestrator.stores.source import ByteSource, planned_ranges
+from orchestrator.stores.source import planned_ranges
 from orchestrator.work.as_hugging_face import loadable_config
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -99,6 +100,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     index, _ = read_source(source, options.format)
     if index.files != options.files[: options.num_weight_files]:
         raise SourceCorruptError("the source was changed during the build", "Run the build again.")
+    index = index.dequantized_to(MODEL_DTYPES[options.config.dtype])
     plain = loadable_config(index)
     whole = transformers.AutoConfig.for_model(**plain)
     tensors = layer_tensors(index, options.first_layer, options.num_layers)
@@ -106,7 +108,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
         tensors[_EMBEDDING] = index.tensors[_EMBEDDING]
     dtype = getattr(torch, options.config.dtype)
     with open_source(source).open(index.files, planned_ranges(tensors.values())) as opened:
-        state = read_tensors(opened, index.format, tensors, dtype)
+        state = read_tensors(RowReader(index.format, opened), tensors, dtype)
     model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
@@ -168,24 +170,24 @@ def _local_name(name: str, first: int) -> str:
     return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
 
 
-def read_tensors(opened: ByteSource, source_format: str, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:
+def read_tensors(reader: RowReader, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:
     """Read every tensor as `dtype` (None: the source's), by the given names, several at once."""
     with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
 
         def read(tensor: TensorInfo) -> Any:
-            values = read_tensor_rows(opened, source_format, tensor, 0, tensor.shape[0] if tensor.shape else 1)
+            values = read_tensor_rows(reader, tensor, 0, tensor.shape[0] if tensor.shape else 1)
             return values if dtype is None else values.to(dtype)
 
         return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
 
 
-def read_tensor_rows(opened: ByteSource, source_format: str, tensor: TensorInfo, begin: int, end: int) -> Any:
+def read_tensor_rows(reader: RowReader, tensor: TensorInfo, begin: int, end: int) -> Any:
     """Read rows [begin, end) of a tensor, in the source's dtype."""
     import torch
 
     rows = tensor.shape[0] if tensor.shape else 1
     raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes // rows * (end - begin), np.uint8)
-    format_named(source_format).read_rows(opened, tensor, begin, end, raw.data)
+    reader.read(tensor, begin, end, raw.data)
     values = torch.from_numpy(raw).view(getattr(torch, ARRAY_NAMES[tensor.dtype]))
     return values.reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
 

@@ -222,7 +222,8 @@ def _chunks(target: Target) -> Iterator[_Chunk]:
             yield _Chunk(target, position, 0, 0, True)
             continue
         step = max(1, BLOCK_BYTES // row_bytes)
-        step += step % 2 if target.quantized else 0
+        unit = read.tensor.encoding.row_unit if read.tensor.encoding else 1
+        step += step % 2 if target.quantized or unit == 2 else 0
         for row in range(first, last, step):
             yield _Chunk(target, position, row, min(row + step, last), row + step >= last)
 

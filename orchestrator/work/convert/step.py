@@ -6,10 +6,9 @@ import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from orchestrator.base.errors import NotFiniteError
-from orchestrator.checkpoints import format_named
+from orchestrator.checkpoints.reading import RowReader
 from orchestrator.checkpoints.safetensors import encode_header
 from orchestrator.planning.facts import ConvertFacts
 from orchestrator.planning.options import ConvertOptions
@@ -74,7 +73,7 @@ def write_shards(
         sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
             sink.write(memoryview(header))
-        cutter = Cutter(partial(format_named(options.format).read_rows, source), sinks, progress, scales)
+        cutter = Cutter(RowReader(options.format, source).read, sinks, progress, scales)
         cutter.run(options.targets)
         if cutter.not_finite and options.not_finite == "error":
             raise NotFiniteError(f"NaN or infinity in {', '.join(cutter.not_finite[:5])} ({len(cutter.not_finite)} tensors)")

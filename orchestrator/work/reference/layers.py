@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from orchestrator.base.errors import QuantizationError
+from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
-from orchestrator.stores.source import ByteSource
 from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensors
 
 _RENAMED = {"block_sparse_moe.gate.": "mlp.gate."}
@@ -137,9 +137,9 @@ class Layer:
 class SourceLayers:
     """Reads the layers of a source."""
 
-    def __init__(self, opened: ByteSource, index: CheckpointIndex, skeletons: Sequence[Any], device: torch.device) -> None:
+    def __init__(self, reader: RowReader, index: CheckpointIndex, skeletons: Sequence[Any], device: torch.device) -> None:
         """`skeletons`: transformers' layers without memory (device meta)."""
-        self._opened, self._format, self._skeletons, self._device = opened, index.format, skeletons, device
+        self._reader, self._skeletons, self._device = reader, skeletons, device
         self._dense: list[dict[str, TensorInfo]] = [{} for _ in skeletons]
         self._experts: list[dict[int, dict[str, TensorInfo]]] = [{} for _ in skeletons]
         for name, tensor in index.tensors.items():
@@ -167,7 +167,7 @@ class SourceLayers:
                 self._skeletons[number].to("meta")
 
     def _read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-        return read_tensors(self._opened, self._format, tensors)
+        return read_tensors(self._reader, tensors)
 
     def _read_to_device(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         return {name: tensor.to(self._device) for name, tensor in self._read(tensors).items()}

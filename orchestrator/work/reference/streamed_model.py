@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, ToolError
+from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
-from orchestrator.stores.source import ByteSource, planned_ranges
+from orchestrator.stores.source import planned_ranges
 from orchestrator.work.as_hugging_face import loadable_config
 from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
@@ -52,7 +53,8 @@ class StreamedModel:
 
         Raises ArchitectureError for a config without a causal LM in transformers.
         """
-        self._source, self._index, self._dtype, self._exact = source, index, dtype, tuple(exact)
+        self._source, self._dtype, self._exact = source, dtype, tuple(exact)
+        self._index = index.dequantized_to(MODEL_DTYPES[dtype])
         self._device = torch.device(device)
         self._config = transformers.AutoConfig.for_model(**loadable_config(index))
         self._config._attn_implementation = self._config._experts_implementation = "eager"
@@ -86,27 +88,28 @@ class StreamedModel:
         """
         planned = planned_ranges(self._index.tensors.values())
         with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
+            reader = RowReader(self._index.format, opened)
             calls: Calls = [_split(torch.tensor([sequence]), decode_steps) for sequence in sequences]
-            rounded, own, arguments = self._embed(calls, opened, cached=decode_steps is not None)
+            rounded, own, arguments = self._embed(calls, reader, cached=decode_steps is not None)
             first = 0
             if last is not None:
                 first, rounded = last.layer + 1, _in_calls(last.rounded, rounded)
                 own = _in_calls(last.own, rounded) if last.own is not None else None
-            for layer in SourceLayers(opened, self._index, self._frame.layers, self._device).loaded(first):
+            for layer in SourceLayers(reader, self._index, self._frame.layers, self._device).loaded(first):
                 own = self._through(layer, rounded, own, arguments)
                 keep(layer.number, _joined(rounded), None if own is None else _joined(own))
                 report(layer.number + 1, self.num_layers)
-            return self._finish(calls, rounded, own, opened)
+            return self._finish(calls, rounded, own, reader)
 
     def _tensor(self, name: str) -> TensorInfo:
         if name not in self._index.tensors:
             raise SourceMissingError(f"the source has no tensor {name}")
         return self._index.tensors[name]
 
-    def _rows(self, opened: ByteSource, name: str, begin: int, end: int) -> tuple[Any, Any]:
+    def _rows(self, reader: RowReader, name: str, begin: int, end: int) -> tuple[Any, Any]:
         """Read rows of a source tensor in float32: rounded and unrounded. Both are the same tensor if rounding changes nothing."""
         tensor = self._tensor(name)
-        own = read_tensor_rows(opened, self._index.format, tensor, begin, end).float()
+        own = read_tensor_rows(reader, tensor, begin, end).float()
         return (own if name in self._exact or not self._may_change(tensor) else self._rounded(own)), own
 
     def _rounded(self, values: Any) -> Any:
@@ -115,10 +118,10 @@ class StreamedModel:
     def _may_change(self, tensor: TensorInfo) -> bool:
         return tensor.dtype != MODEL_DTYPES[self._dtype]
 
-    def _embed(self, calls: Calls, opened: ByteSource, *, cached: bool) -> tuple[Calls, Calls | None, Arguments]:
+    def _embed(self, calls: Calls, reader: RowReader, *, cached: bool) -> tuple[Calls, Calls | None, Arguments]:
         """Return the first layer's input with rounded and with unrounded weights (None if equal), and the layers' arguments."""
         ids = sorted({int(token) for sequence in calls for call in sequence for token in call[0]})
-        rows = {token: self._rows(opened, _EMBEDDING, token, token + 1) for token in ids}
+        rows = {token: self._rows(reader, _EMBEDDING, token, token + 1) for token in ids}
         shape = self._tensor(_EMBEDDING).shape
         # numpy's zeros take no memory until they are written: only the rows of used tokens are.
         table = torch.from_numpy(np.zeros(shape, np.float32))
@@ -195,10 +198,10 @@ class StreamedModel:
                 hidden[call] = layer.module(hidden[call].to(self._device), **given).cpu()
 
     def _finish(
-        self, calls: Calls, rounded: Calls, own: Calls | None, opened: ByteSource
+        self, calls: Calls, rounded: Calls, own: Calls | None, reader: RowReader
     ) -> tuple[list[Floats], list[Floats] | None]:
         """Compute the logits: last norm, head in blocks of rows, then the model's own scaling of logits."""
-        norm = self._rows(opened, _NORM, 0, self._tensor(_NORM).shape[0])
+        norm = self._rows(reader, _NORM, 0, self._tensor(_NORM).shape[0])
         name = _EMBEDDING if self._config.tie_word_embeddings else _HEAD
         vocabulary, hidden_size = self._tensor(name).shape
         block = max(_HEAD_BLOCK_BYTES // (4 * hidden_size), 1)
@@ -209,7 +212,7 @@ class StreamedModel:
         inputs = [self._frame.head_inputs(calls, stream, norm[which]) for stream, which in streams]
         raw: list[list[list[Any]]] = [[[] for _ in calls] for _ in streams]
         for begin in range(0, vocabulary, block):
-            rows = self._rows(opened, name, begin, min(begin + block, vocabulary))
+            rows = self._rows(reader, name, begin, min(begin + block, vocabulary))
             if len(streams) == 1 and not torch.equal(*rows):
                 streams.append((rounded, 1))
                 inputs.append(inputs[0])
