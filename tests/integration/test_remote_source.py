@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_read_into_of_an_object_replaced_between_two_reads_is_refused(s3: Any) -
             source.read_into(0, 4, buffer)
 
 
+@pytest.mark.skipif(
+    os.environ.get("S3_SERVER") == "ceph", reason="Ceph 16 refuses the trailer that carries the checksum, and keeps none"
+)
 def test_identity_of_an_object_with_a_sha256_is_its_content_and_a_version_is_still_told_from_another(s3: Any) -> None:
     def put(data: bytes) -> None:
         sync(s3.loop, s3._call_s3, "put_object", Bucket=BUCKET, Key="checked/x", Body=data, ChecksumAlgorithm="SHA256")
