@@ -34,11 +34,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", action="store_true")
+    parser.add_argument("--only", default="", help="Families whose name holds this word.")
     parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     table = Table("family", *TOPOLOGIES, *(["engines"] if arguments.engines else []), box=None)
-    for family in TINY:
+    for family in (name for name in TINY if arguments.only in name):
         source = arguments.folder / family
         if not (source / "config.json").is_file():
             write_tiny(family, source)

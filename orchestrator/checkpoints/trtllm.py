@@ -30,6 +30,7 @@ from orchestrator.families import family_for
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
 from orchestrator.model.config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config_experts import layer_keys
 from orchestrator.model.config_latent import LATENT_KEYS
 from orchestrator.model.config_table import ConfigTable
 from orchestrator.model.quantization import ModelQuantization, quant_cfg
@@ -194,7 +195,9 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
     for rule in family.rules:
         if not rule.applies(config):
             continue
-        layers = range(config.num_hidden_layers) if rule.where is Where.EVERY_LAYER else range(1)
+        layers = [0]
+        if rule.where is Where.EVERY_LAYER:
+            layers = [layer for layer in range(config.num_hidden_layers) if rule.in_layer(config, layer)]
         experts = range(config.moe.num_experts if config.moe and rule.per_expert else 1)
         for part in rule.parts:
             if part.add and not config.exact_norms:
@@ -364,11 +367,24 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     experts, moe = table.experts, config.moe
     if experts is None or moe is None:
         return {}
-    made: dict[str, Any] = {experts.count: moe.num_experts, "num_experts_per_tok": moe.top_k, experts.size: config.expert_size}
+    made: dict[str, Any] = {
+        experts.count: moe.num_experts,
+        experts.chosen: moe.top_k,
+        experts.size: config.expert_size,
+        **layer_keys(moe.layers or (True,) * config.num_hidden_layers, experts.layers),
+    }
     if experts.normalized:
         made[experts.normalized] = moe.normalization_mode == 1
     if experts.shared_size:
         made[experts.shared_size] = moe.shared_expert_intermediate_size
+    if experts.shared_count:
+        made[experts.shared_count] = moe.shared_expert_intermediate_size // config.expert_size
+    if experts.groups:
+        made |= dict(zip(experts.groups, (moe.num_groups, moe.kept_groups), strict=True))
+    if experts.routed_scale:
+        made[experts.routed_scale] = moe.routed_scale
+    if experts.sum_minimum:
+        made[experts.sum_minimum] = moe.sum_minimum
     return made
 
 

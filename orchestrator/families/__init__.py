@@ -11,8 +11,10 @@ from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
+from orchestrator.families.glm import GLM4_MOE
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
+from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mixtral import MIXTRAL
 from orchestrator.families.olmo import OLMO2
@@ -37,6 +39,8 @@ FAMILIES: dict[str, Family] = {
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
+        GLM4_MOE,
+        MINIMAX_M2,
     )
 }
 

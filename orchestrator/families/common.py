@@ -16,10 +16,12 @@ from orchestrator.model.rules import (
     HEADS,
     HEADS_IN,
     KV_HEADS,
+    PREDICTS_FURTHER,
     ROW,
     VOCAB,
     Cut,
     Ignored,
+    Layers,
     Part,
     Rule,
     Where,
@@ -35,6 +37,10 @@ _KV_B, _KV_B_SECTIONS = _ATTENTION + "kv_b_proj.weight", ("nope", "value")
 def _embedding(cut: Cut | None, **when: object) -> Rule:
     part = Part("model.embed_tokens.weight", ("vocab", "hidden"), cut)
     return Rule("transformer.vocab_embedding.weight", (part,), Where.FIRST_STAGE, when)
+
+
+def _mlp(target: str, part: Part, **when: object) -> Rule:
+    return Rule(TARGET + "mlp." + target, (part,), when=when, layers=Layers.DENSE)
 
 
 EMBEDDING = (
@@ -113,13 +119,14 @@ LATENT_ATTENTION = (
 `kv_b_proj`, and a product of q_b_proj and k_b_proj besides."""
 
 GATED_MLP = (
-    Rule(TARGET + "mlp.fc.weight", (Part(_MLP + "gate_proj.weight", ("inter", "hidden"), COLUMN),)),
-    Rule(TARGET + "mlp.fc.bias", (Part(_MLP + "gate_proj.bias", ("inter",), COLUMN),), when={"mlp_bias": True}),
-    Rule(TARGET + "mlp.gate.weight", (Part(_MLP + "up_proj.weight", ("inter", "hidden"), COLUMN),)),
-    Rule(TARGET + "mlp.gate.bias", (Part(_MLP + "up_proj.bias", ("inter",), COLUMN),), when={"mlp_bias": True}),
-    Rule(TARGET + "mlp.proj.weight", (Part(_MLP + "down_proj.weight", ("hidden", "inter"), ROW),)),
-    Rule(TARGET + "mlp.proj.bias", (Part(_MLP + "down_proj.bias", ("hidden",)),), when={"mlp_bias": True}),
+    _mlp("fc.weight", Part(_MLP + "gate_proj.weight", ("inter", "hidden"), COLUMN)),
+    _mlp("fc.bias", Part(_MLP + "gate_proj.bias", ("inter",), COLUMN), mlp_bias=True),
+    _mlp("gate.weight", Part(_MLP + "up_proj.weight", ("inter", "hidden"), COLUMN)),
+    _mlp("gate.bias", Part(_MLP + "up_proj.bias", ("inter",), COLUMN), mlp_bias=True),
+    _mlp("proj.weight", Part(_MLP + "down_proj.weight", ("hidden", "inter"), ROW)),
+    _mlp("proj.bias", Part(_MLP + "down_proj.bias", ("hidden",)), mlp_bias=True),
 )
+"""Rules of the dense MLP, in the layers that have one."""
 
 
 def norm(target: str, source: str, size: str = "hidden") -> Rule:
@@ -144,12 +151,15 @@ def offset(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 def qk_norms() -> tuple[Rule, ...]:
     """Return the rules of the norms of queries and keys per head. All heads share a norm, so it is whole on every rank."""
-    return (
-        norm("attention.q_layernorm", "self_attn.q_norm", "head"),
-        norm("attention.k_layernorm", "self_attn.k_norm", "head"),
-    )
+    rules = (norm("attention.q_layernorm", "self_attn.q_norm", "head"), norm("attention.k_layernorm", "self_attn.k_norm", "head"))
+    return tuple(replace(rule, when={"qk_layernorm": "head"}) for rule in rules)
 
 
+FULL_QK_NORMS = (
+    Rule(TARGET + "attention.q_layernorm.weight", (Part(SOURCE + "self_attn.q_norm.weight", ("q",), HEADS),)),
+    Rule(TARGET + "attention.k_layernorm.weight", (Part(SOURCE + "self_attn.k_norm.weight", ("kv",), KV_HEADS),)),
+)
+"""Rules of the norms over all queries and over all keys, split by heads."""
 PRE_NORMS = (norm("input_layernorm", "input_layernorm"), norm("post_layernorm", "post_attention_layernorm"))
 
 
@@ -168,10 +178,28 @@ def final() -> tuple[Rule, ...]:
     )
 
 
-def experts(router: str, expert: str, up: str, gate: str, down: str) -> tuple[Rule, ...]:
-    """Return the rules of the router, in float32, and of the stacked experts. The prefix `expert` holds {expert}."""
+def experts(router: str, expert: str, up: str, gate: str, down: str, bias: str = "") -> tuple[Rule, ...]:
+    """Return the rules of the router, in float32, and of the stacked experts. The prefix `expert` holds {expert}.
+
+    `bias`: name of the router's bias by which experts are chosen, in float32; empty: there is none.
+    """
+    chosen_by = (bias,) if bias else ()
     return (
-        Rule(TARGET + "mlp.router.weight", (Part(SOURCE + router + ".weight", ("experts", "hidden")),), dtype="F32"),
+        Rule(
+            TARGET + "mlp.router.weight",
+            (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
+            dtype="F32",
+            layers=Layers.EXPERTS,
+        ),
+        *(
+            Rule(
+                TARGET + "mlp.router.e_score_correction_bias",
+                (Part(SOURCE + name, ("experts",)),),
+                dtype="F32",
+                layers=Layers.EXPERTS,
+            )
+            for name in chosen_by
+        ),
         Rule(
             TARGET + "mlp.fc.weight",
             (
@@ -179,12 +207,25 @@ def experts(router: str, expert: str, up: str, gate: str, down: str) -> tuple[Ru
                 Part(SOURCE + expert + gate + ".weight", ("expert_inter", "hidden"), EXPERT_COLUMN),
             ),
             per_expert=True,
+            layers=Layers.EXPERTS,
         ),
         Rule(
             TARGET + "mlp.proj.weight",
             (Part(SOURCE + expert + down + ".weight", ("hidden", "expert_inter"), EXPERT_ROW),),
             per_expert=True,
+            layers=Layers.EXPERTS,
         ),
+    )
+
+
+def shared_expert(source: str) -> tuple[Rule, ...]:
+    """Return the rules of the shared expert, whose linears lie under `source` within a layer. It is split like a dense MLP."""
+    prefix = SOURCE + source + "."
+    up, gate = (Part(f"{prefix}{name}_proj.weight", ("shared_inter", "hidden"), COLUMN) for name in ("up", "gate"))
+    down = Part(f"{prefix}down_proj.weight", ("hidden", "shared_inter"), ROW)
+    return (
+        Rule(TARGET + "mlp.shared_expert.fc.weight", (up, gate), layers=Layers.EXPERTS),
+        Rule(TARGET + "mlp.shared_expert.proj.weight", (down,), layers=Layers.EXPERTS),
     )
 
 
@@ -192,6 +233,9 @@ IGNORED = (
     Ignored("model.layers.*.self_attn.rotary_emb.inv_freq", "the rotary table is computed"),
     Ignored("lm_head.weight", "tied to the embedding", when={"tie_word_embeddings": True}),
 )
+
+PREDICTOR = (Ignored("model.layers.{last}.*", PREDICTS_FURTHER),)
+"""The layer after the last of some models, for speculative decoding."""
 
 _WINDOW = "its layers have no window"
 NO_WINDOWS = {

@@ -15,9 +15,10 @@ from orchestrator.families.common import (
     experts,
     final,
     qk_norms,
+    shared_expert,
 )
 from orchestrator.model.config_table import ExpertTable, PassedOver
-from orchestrator.model.rules import COLUMN, ROW, ConfigTable, Family, Part, Rule
+from orchestrator.model.rules import ConfigTable, Family, Layers, Part, Rule
 
 _DEFAULTS = {
     "num_key_value_heads": 32,
@@ -35,17 +36,13 @@ _PASSED_OVER = {**NO_CAPS, **ONE_ACTIVATION, "sliding_window_pattern": PassedOve
 _QKV_BIAS = {"attention_bias": PassedOver("queries, keys and values have biases, the output has none", None)}
 _BIAS = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
 _EXPERTS = experts("mlp.gate", "mlp.experts.{expert}.", "up_proj", "gate_proj", "down_proj")
-_SHARED = SOURCE + "mlp.shared_expert."
 _SHARED_EXPERT = (
+    *shared_expert("mlp.shared_expert"),
     Rule(
-        TARGET + "mlp.shared_expert.fc.weight",
-        (
-            Part(_SHARED + "up_proj.weight", ("shared_inter", "hidden"), COLUMN),
-            Part(_SHARED + "gate_proj.weight", ("shared_inter", "hidden"), COLUMN),
-        ),
+        TARGET + "mlp.shared_expert_gate.weight",
+        (Part(SOURCE + "mlp.shared_expert_gate.weight", ("one", "hidden")),),
+        layers=Layers.EXPERTS,
     ),
-    Rule(TARGET + "mlp.shared_expert.proj.weight", (Part(_SHARED + "down_proj.weight", ("hidden", "shared_inter"), ROW),)),
-    Rule(TARGET + "mlp.shared_expert_gate.weight", (Part(SOURCE + "mlp.shared_expert_gate.weight", ("one", "hidden")),)),
 )
 
 QWEN2 = Family(
@@ -80,7 +77,7 @@ QWEN3 = Family(
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
-    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *_EXPERTS, *_SHARED_EXPERT, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, PRE_NORMS[1], *GATED_MLP, *_EXPERTS, *_SHARED_EXPERT, *final()),
     ignored=IGNORED,
     config=ConfigTable(
         model_types=("qwen2_moe",),
@@ -100,7 +97,11 @@ QWEN2_MOE = Family(
         derived={"attn_bias": ("is", "qkv_bias")},
         windows="even_below_max_window_layers",
         experts=ExpertTable(
-            "num_experts", "moe_intermediate_size", normalized="norm_topk_prob", shared_size="shared_expert_intermediate_size"
+            "num_experts",
+            "moe_intermediate_size",
+            normalized="norm_topk_prob",
+            shared_size="shared_expert_intermediate_size",
+            layers="sparse_step",
         ),
         passed_over={**_PASSED_OVER, "attention_bias": PassedOver("qkv_bias decides, and the output has none", None)},
     ),
@@ -108,7 +109,7 @@ QWEN2_MOE = Family(
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
-    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *_EXPERTS, *final()),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *qk_norms(), PRE_NORMS[1], *GATED_MLP, *_EXPERTS, *final()),
     ignored=IGNORED,
     config=ConfigTable(
         model_types=("qwen3_moe",),
@@ -125,7 +126,13 @@ QWEN3_MOE = Family(
         constants={"qk_layernorm": "head"},
         derived=_BIAS,
         windows="all",
-        experts=ExpertTable("num_experts", "moe_intermediate_size", alias="num_local_experts", normalized="norm_topk_prob"),
+        experts=ExpertTable(
+            "num_experts",
+            "moe_intermediate_size",
+            alias="num_local_experts",
+            normalized="norm_topk_prob",
+            layers="sparse_step",
+        ),
         passed_over={
             **_PASSED_OVER,
             "max_window_layers": PassedOver("all layers have the window, or none", None),

@@ -11,27 +11,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.base.errors import ArchitectureError, TopologyError
-from orchestrator.model.config_keys import Keys, check_keys, check_sizes, shown
+from orchestrator.model.config_experts import MoeConfig as MoeConfig  # re-exported
+from orchestrator.model.config_experts import experts
+from orchestrator.model.config_keys import Keys, check_keys, check_sizes
 from orchestrator.model.config_latent import LatentSizes, latent_sizes, softmax_scale
 from orchestrator.model.config_rotary import rotary
-from orchestrator.model.config_table import SWIGLU, ExpertTable
+from orchestrator.model.config_table import SWIGLU
 from orchestrator.model.config_table import ConfigTable as ConfigTable  # re-exported
 from orchestrator.model.config_windows import windows
 from orchestrator.model.quantization import ModelQuantization, quantization_config
 from orchestrator.model.topology import ParallelLimits, Topology
-
-
-class MoeConfig(BaseModel):
-    """Mixture of experts, with the names of TensorRT-LLM's `moe` dictionary."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    num_experts: int = Field(ge=1)
-    top_k: int = Field(ge=1)
-    normalization_mode: int = 1
-    """1: scale the chosen experts' probabilities to sum to one; 0: do not."""
-    shared_expert_intermediate_size: int = 0
-    """Intermediate size of the shared expert; 0: there is none."""
 
 
 def _is_unset(value: Any) -> bool:
@@ -113,21 +102,28 @@ class ModelConfig(BaseModel):
 
     def limits(self) -> ParallelLimits:
         """Return the numbers that decide which topologies are legal."""
-        experts = self.moe.num_experts if self.moe else 0
+        kinds = {self.has_experts(layer) for layer in range(self.num_hidden_layers)}
+        moe = self.moe if True in kinds else None
         return ParallelLimits(
             self.num_hidden_layers,
             self.num_attention_heads,
             self.num_key_value_heads,
-            self._dense_size(),
-            experts,
+            self.intermediate_size if False in kinds else 0,
+            moe.num_experts if moe else 0,
             self.expert_size,
+            moe.shared_expert_intermediate_size if moe else 0,
         )
 
-    def _dense_size(self) -> int:
-        """Return the intermediate size that is split over all tp ranks: of the MLP, or of the shared expert of an MoE layer."""
-        if self.moe is None:
-            return self.intermediate_size
-        return self.moe.shared_expert_intermediate_size
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (global number) has experts, instead of a dense MLP."""
+        return self.moe is not None and (self.moe.layers is None or self.moe.layers[layer])
+
+    def setting(self, name: str) -> Any:
+        """Return a field, or one of a part, such as moe.selection_bias; None where the model has not got that part."""
+        value: Any = self
+        for part in name.split("."):
+            value = None if value is None else getattr(value, part)
+        return value
 
     @property
     def expert_size(self) -> int:
@@ -274,7 +270,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
         "tie_word_embeddings": keys.flag("tie_word_embeddings"),
         **_rotary(keys, head_size, latent),
         **windows(keys, layers),
-        **_experts(keys),
+        **experts(keys, layers),
         **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
     }
 
@@ -300,43 +296,11 @@ def _derived(keys: Keys, transform: str, key: str) -> Any:
     if keys.get(key) is None:
         return None
     if isinstance(keys.table.defaults.get(key), bool):
-        return keys.flag(key)
+        return ("head" if keys.flag(key) else "none") if transform == "per_head" else keys.flag(key)
     value = keys.number(key)
     if value <= 0:
         raise keys.error(key, f"is {value:g}, not positive")
     return TRANSFORMS[transform](value)
-
-
-def _experts(keys: Keys) -> dict[str, Any]:
-    """Return moe and moe_intermediate_size of ModelConfig."""
-    table = keys.table.experts
-    if table is None:
-        return {}
-    if keys.get("mlp_only_layers") or keys.get("decoder_sparse_step") not in (None, 1):
-        raise keys.error(
-            "mlp_only_layers" if keys.get("mlp_only_layers") else "decoder_sparse_step",
-            "makes layers without experts between layers with experts, which is not supported",
-        )
-    count = keys.count(_name_of_count(keys, table))
-    chosen = keys.count("num_experts_per_tok")
-    if chosen > count:
-        raise keys.error("num_experts_per_tok", f"is {chosen}, and there are {count} experts")
-    moe = {
-        "num_experts": count,
-        "top_k": chosen,
-        "normalization_mode": 1 if table.normalized is None else int(keys.flag(table.normalized)),
-        "shared_expert_intermediate_size": keys.count(table.shared_size) if table.shared_size else 0,
-    }
-    return {"moe": moe, "moe_intermediate_size": None if table.size == "intermediate_size" else keys.count(table.size)}
-
-
-def _name_of_count(keys: Keys, table: ExpertTable) -> str:
-    """Return the key of the number of experts: in some families transformers has two names for it, and saves either."""
-    if table.alias is None or table.alias not in keys.given:
-        return table.count
-    if table.count in keys.given and keys.get(table.count) != keys.get(table.alias):
-        raise keys.error(table.count, f"is {shown(keys.get(table.count))}, {table.alias} is {shown(keys.get(table.alias))}")
-    return table.alias
 
 
 def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuantization | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 """Required keys: the sizes of the model. transformers has defaults for them, but a config.json without them is incomplete."""
 _MOST = {
     "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "num_local_experts": 10_000,
-    "num_experts": 10_000,
+    "num_experts": 10_000, "n_routed_experts": 10_000, "moe_num_experts": 10_000, "n_shared_experts": 10_000,
 }  # fmt: skip
 _MOST_OF_A_COUNT, _MOST_OF_ANYTHING = 2**31 - 1, 2**40
 

@@ -117,7 +117,11 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
 def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int) -> int:
     """Return the number of leading elements of a head that are rotated."""
     given = [place["partial_rotary_factor"] for place in (parameters, keys.given) if place.get("partial_rotary_factor") is not None]
-    factors = {number(value, f"partial_rotary_factor in config.json of {keys.architecture}") for value in given} or {1.0}
+    dim_key = keys.table.rotary.dim
+    if dim_key and keys.get(dim_key) is not None:
+        given.append(keys.count(dim_key) / head_size)
+    where = f"partial_rotary_factor in config.json of {keys.architecture}"
+    factors = {number(value, where) for value in given} or {keys.table.rotary.fraction}
     if not keys.table.rotary.partial:
         if kind != "default" and factors != {1.0}:
             raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family does not", "Remove it.")

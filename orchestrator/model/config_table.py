@@ -47,6 +47,10 @@ class RotaryTable:
     """Whether queries are scaled by position with llama_4_scaling_beta, which the parameters then hold (Ministral 3)."""
     scales_softmax: bool = False
     """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
+    fraction: float = 1.0
+    """Default of partial_rotary_factor."""
+    dim: str | None = None
+    """Key of the number of rotated elements of a head, in place of partial_rotary_factor (MiniMax)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,24 @@ class ExpertTable:
     """Key of the intermediate size of an expert."""
     alias: str | None = None
     """Second key of the count (transformers' attribute_map). config.json holds one of the two."""
+    chosen: str = "num_experts_per_tok"
+    """Key of the number of experts per token."""
     normalized: str | None = None
-    """Key that decides whether the chosen probabilities are scaled to sum to one; None: always."""
+    """Key that decides whether the chosen experts' weights are scaled to sum to one; None: always."""
     shared_size: str | None = None
     """Key of the intermediate size of the shared expert; None: there is none."""
+    shared_count: str | None = None
+    """Key of the number of shared experts of an expert's size, in place of shared_size."""
+    layers: str = "all"
+    """Rule for the layers with experts, a name in config_experts.EXPERT_LAYERS."""
+    groups: tuple[str, str] | None = None
+    """Keys of the number of groups and of the groups that are kept; None: experts are not grouped."""
+    routed_scale: str | None = None
+    """Key of the factor of the weights; None: 1."""
+    sum_minimum: str | None = None
+    """Key of the smallest number that divides the weights; None: 0."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of MoeConfig with the same value in every model of the family."""
 
 
 @dataclass(frozen=True, slots=True)

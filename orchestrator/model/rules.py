@@ -6,6 +6,7 @@ key/value heads that several ranks hold need no rule.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -36,6 +37,15 @@ class Where(Enum):
     EVERY_LAYER = "layer"
     FIRST_STAGE = "first"
     LAST_STAGE = "last"
+
+
+class Layers(Enum):
+    """Layers that hold the target of a rule of layers."""
+
+    ALL = "all"
+    DENSE = "dense"
+    """Layers with a dense MLP: all of a model without experts."""
+    EXPERTS = "experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class Rule:
     parts: tuple[Part, ...]
     where: Where = Where.EVERY_LAYER
     when: Mapping[str, Any] = field(default_factory=dict)
-    """Condition of the rule: fields of ModelConfig and the values that they must have."""
+    """Condition of the rule: fields of ModelConfig (`ModelConfig.setting`) and the values that they must have."""
     per_expert: bool = False
     """Whether the target stacks the joined parts of each expert along a new first axis. A rank holds the experts of its
     moe_ep_rank."""
@@ -95,9 +105,21 @@ class Rule:
     axis 0 of a source holds the parts' sections of one head after the other."""
     dtype: str | None = None
     """Dtype of the target, safetensors' name; None: the model's."""
+    layers: Layers = Layers.ALL
+    """Layers that hold the target, where `where` is EVERY_LAYER."""
 
     def applies(self, config: ModelConfig) -> bool:
-        return all(getattr(config, name) == value for name, value in self.when.items())
+        return all(config.setting(name) == value for name, value in self.when.items())
+
+    def in_layer(self, config: ModelConfig, layer: int) -> bool:
+        """Whether a layer (global number) holds the target. A family of mixtures wants its experts of a config without any."""
+        if self.layers is Layers.ALL:
+            return True
+        return (config.moe is None or config.has_experts(layer)) if self.layers is Layers.EXPERTS else not config.has_experts(layer)
+
+
+PREDICTS_FURTHER = "it belongs to a layer that predicts a further token (MTP), and engines predict one"
+"""Reason of source tensors that are left out although the model was trained with them: a plan notes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +127,16 @@ class Ignored:
     """Source tensors that are left out on purpose, with the reason."""
 
     pattern: str
-    """fnmatch pattern of their names."""
+    """fnmatch pattern of their names. May hold {last}, the number of the layer after the model's last."""
     reason: str
     when: Mapping[str, Any] = field(default_factory=dict)
 
     def applies(self, config: ModelConfig) -> bool:
-        return all(getattr(config, name) == value for name, value in self.when.items())
+        return all(config.setting(name) == value for name, value in self.when.items())
+
+    def matches(self, name: str, config: ModelConfig) -> bool:
+        """Whether a source tensor is left out."""
+        return fnmatch.fnmatchcase(name, self.pattern.replace("{last}", str(config.num_hidden_layers)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,10 @@ class ParallelLimits:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    """Of the dense MLPs; 0: the model has none."""
     num_experts: int = 0
     moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ def _tp_problems(tp: int, limits: ParallelLimits) -> list[str]:
         found.append(f"tp={tp} neither divides nor is a multiple of the {kv_heads} key/value heads")
     if limits.intermediate_size % tp:
         found.append(f"tp={tp} does not divide intermediate_size {limits.intermediate_size}")
+    if limits.shared_expert_intermediate_size % tp:
+        found.append(f"tp={tp} does not divide the shared expert's intermediate size {limits.shared_expert_intermediate_size}")
     return found
 
 

@@ -6,7 +6,6 @@ each read the span of every tensor-parallel rank.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,7 +151,7 @@ class _Expander:
 
     def _targets(self, where: Where, local: int = 0, layer: int = 0) -> Iterator[Target]:
         for rule in self.rules:
-            if rule.where is where:
+            if rule.where is where and rule.in_layer(self.config, layer):
                 target = self._target(rule, local, layer)
                 if target is not None:
                     yield target
@@ -291,7 +290,7 @@ class _Expander:
         for name in self.index.tensors:
             if name in self.used:
                 continue
-            reason = next((entry.reason for entry in patterns if fnmatch.fnmatchcase(name, entry.pattern)), None)
+            reason = next((entry.reason for entry in patterns if entry.matches(name, self.config)), None)
             if reason is None:
                 unknown.append(name)
             else:

@@ -28,7 +28,8 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
         prefix = f"transformer.layers.{layer}"
         yield from (_norm(config, f"{prefix}.{name}") for name in _layer_norms(config))
         yield from _attention(config, f"{prefix}.attention")
-        yield from _mlp(config, f"{prefix}.mlp")
+        mlp = _experts if config.has_experts(stage.first_layer + layer) else _mlp
+        yield from mlp(config, f"{prefix}.mlp")
     if stage.is_last:
         yield _norm(config, "transformer.ln_f")
         yield "lm_head.weight"
@@ -71,13 +72,22 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[str]:
 
 
 def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:
-    if config.moe is None:
-        for name in ("fc", "proj") if config.hidden_act == SWIGLU else ("fc", "gate", "proj"):
-            yield from _linear(f"{prefix}.{name}", config.mlp_bias)
-        return
-    yield from (f"{prefix}.{name}.weight" for name in ("router", "fc", "proj"))
-    if config.moe.shared_expert_intermediate_size:
-        yield from (f"{prefix}.{name}.weight" for name in ("shared_expert.fc", "shared_expert.proj", "shared_expert_gate"))
+    for name in ("fc", "proj") if config.hidden_act == SWIGLU else ("fc", "gate", "proj"):
+        yield from _linear(f"{prefix}.{name}", config.mlp_bias)
+
+
+def _experts(config: ModelConfig, prefix: str) -> Iterator[str]:
+    moe = config.moe
+    assert moe is not None
+    yield from _linear(f"{prefix}.router", moe.router_bias)
+    if moe.selection_bias:
+        yield f"{prefix}.router.e_score_correction_bias"
+    for name in ("fc", "proj"):
+        yield from _linear(f"{prefix}.{name}", moe.expert_bias)
+    if moe.shared_expert_intermediate_size:
+        yield from (f"{prefix}.shared_expert.{name}.weight" for name in ("fc", "proj"))
+        if moe.shared_expert_gate:
+            yield f"{prefix}.shared_expert_gate.weight"
 
 
 def check_names(family: Family, config: ModelConfig, topology: Topology) -> None:
@@ -107,6 +117,7 @@ def _written(family: Family, stage: StageOptions) -> Iterator[str]:
         if not rule.applies(stage.config):
             continue
         if rule.where is Where.EVERY_LAYER:
-            yield from (rule.target.format(layer=layer) for layer in range(stage.num_layers))
+            held = (layer for layer in range(stage.num_layers) if rule.in_layer(stage.config, stage.first_layer + layer))
+            yield from (rule.target.format(layer=layer) for layer in held)
         elif (rule.where is Where.FIRST_STAGE and stage.is_first) or (rule.where is Where.LAST_STAGE and stage.is_last):
             yield rule.target

@@ -145,7 +145,7 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
     attend = latent_attention if config.is_latent else attention
     attended = attend(graph, shape, norm(hidden, "input_layernorm", before), inputs)
     hidden = residual(hidden, norm(attended, "post_layernorm", after), f"{prefix}.attention_residual")
-    mlp = moe_mlp if config.moe is not None else layers.gated_mlp
+    mlp = moe_mlp if config.has_experts(shape.stage.first_layer + inputs.layer) else layers.gated_mlp
     transformed = mlp(graph, shape, norm(hidden, mlp_norm, before), f"{prefix}.mlp")
     return residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
 

@@ -63,7 +63,7 @@ def linear(
     bias: bool = False,
     dtype: str | None = None,
 ) -> str:
-    """Add x @ weight^T (+ bias). `size`: (out, in), the checkpoint's layout. `dtype` of the weight: the graph's by default."""
+    """Add x @ weight^T (+ bias). `size`: (out, in), the checkpoint's layout. `dtype` of weight and bias: the graph's by default."""
     fmt = shape.format_of(prefix)
     if fmt is not None:
         product = quantized_matmul(graph, shape, x, prefix, size, fmt)
@@ -71,7 +71,7 @@ def linear(
     weight = graph.external(f"{prefix}.weight", dtype or shape.dtype, size)
     transposed = graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[1, 0])
     product = graph.node("MatMul", [x, transposed], f"{prefix}.matmul")
-    return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
+    return _add_bias(graph, shape, product, prefix, size[0], dtype) if bias else product
 
 
 def row_linear(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], *, bias: bool = False) -> str:
@@ -80,8 +80,8 @@ def row_linear(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: 
     return _add_bias(graph, shape, product, prefix, size[0]) if bias else product
 
 
-def _add_bias(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: int) -> str:
-    return graph.node("Add", [x, graph.external(f"{prefix}.bias", shape.dtype, [size])], f"{prefix}.biased")
+def _add_bias(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: int, dtype: str | None = None) -> str:
+    return graph.node("Add", [x, graph.external(f"{prefix}.bias", dtype or shape.dtype, [size])], f"{prefix}.biased")
 
 
 def scale(graph: GraphWriter, x: str, factor: float, output: str, dtype: str) -> str:
@@ -101,7 +101,7 @@ def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: 
 
 def check_activation(name: str) -> None:
     """Check that an activation is supported. Raises ArchitectureError otherwise."""
-    if name not in (*ACTIVATIONS, SWIGLU):
+    if name not in (*ACTIVATIONS, "relu2", SWIGLU):
         raise ArchitectureError(f"activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}.")
 
 
@@ -109,6 +109,9 @@ def activate(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
     """Add the model's activation."""
     if shape.config.hidden_act in ("silu", "swish", SWIGLU):
         return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{output}.sigmoid")], output)
+    if shape.config.hidden_act == "relu2":
+        positive = graph.node("Relu", [x], f"{output}.positive")
+        return graph.node("Mul", [positive, positive], output)
     kind = "none" if shape.config.hidden_act == "gelu" else "tanh"
     return graph.node("Gelu", [x], output, approximate=kind)
 

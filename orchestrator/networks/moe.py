@@ -1,4 +1,4 @@
-"""Mixture of experts: the router in float32, the rank's experts, and the shared expert.
+"""Mixture of experts: the rank's experts, weighted by the router, and the shared expert.
 
 Every local expert computes every token. The sum is weighted by the router, with zero for experts that were not chosen. The result
 is exact, but takes more arithmetic than a kernel that gathers tokens.
@@ -6,35 +6,73 @@ is exact, but takes more arithmetic than a kernel that gathers tokens.
 
 from __future__ import annotations
 
-import onnx
-
+from orchestrator.model.config import MoeConfig
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.layers import all_reduce, gated_halves, linear
+from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, scale
 from orchestrator.networks.quantized import quantized_input, quantized_weight
+from orchestrator.networks.router import routing
 from orchestrator.networks.shape import RankShape
 
 
 def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
     """Add the experts and the shared expert, if any, with one all-reduce for both."""
-    total = _experts(graph, shape, x, prefix)
-    assert shape.config.moe is not None
-    if shape.config.moe.shared_expert_intermediate_size:
-        total = graph.node("Add", [total, _shared_expert(graph, shape, x, prefix)], f"{prefix}.with_shared")
+    moe = shape.config.moe
+    assert moe is not None
+    total = _experts(graph, shape, moe, x, prefix)
+    if moe.shared_expert_intermediate_size:
+        total = graph.node("Add", [total, _shared_expert(graph, shape, moe, x, prefix)], f"{prefix}.with_shared")
     return all_reduce(graph, shape, total)
 
 
-def _experts(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    config, moe = shape.config, shape.config.moe
-    assert moe is not None
+def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    config, moe_tp = shape.config, shape.tp // shape.moe_ep
     local = moe.num_experts // shape.moe_ep
-    width = config.expert_size * shape.moe_ep // shape.tp
-    weights = _routing(graph, shape, x, prefix, local)
+    width = config.expert_size // moe_tp
+    rows = (2 if moe.gated else 1) * width
+    weights = routing(graph, shape, moe, x, prefix)
     # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
-    both = _batched(graph, shape, x, f"{prefix}.fc", (local, 2 * width, config.hidden_size), shared=True)
-    product = gated_halves(graph, shape, both, f"{prefix}.expert", width)
+    both = _batched(graph, shape, x, f"{prefix}.fc", (local, rows, config.hidden_size), shared=True)
+    if moe.expert_bias:
+        both = _biased(graph, shape, both, f"{prefix}.fc", (local, rows))
+    product = _activated(graph, shape, moe, both, f"{prefix}.expert", width)
     out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), shared=False)
+    if moe.expert_bias:  # each of the ranks that share an expert adds its part, because the sum over the ranks comes last
+        out = _biased(graph, shape, out, f"{prefix}.proj", (local, config.hidden_size), 1.0 / moe_tp)
     weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
     return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
+
+
+def _biased(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], part: float = 1.0) -> str:
+    """Add `part` of the bias of each expert, [experts, out], to [batch, experts, tokens, out]."""
+    bias = scale(graph, graph.external(f"{prefix}.bias", shape.dtype, size), part, f"{prefix}.bias_part", shape.dtype)
+    wide = graph.node("Unsqueeze", [bias, graph.constant("axis_1", [1])], f"{prefix}.bias_tokens")
+    return graph.node("Add", [x, wide], f"{prefix}.biased")
+
+
+def _activated(graph: GraphWriter, shape: RankShape, moe: MoeConfig, both: str, prefix: str, width: int) -> str:
+    """Add what an expert computes between its linears."""
+    if not moe.gated:
+        return activate(graph, shape, both, f"{prefix}.activated")
+    if moe.swiglu_limit is None and moe.swiglu_alpha == 1.0 and moe.swiglu_beta == 0.0:
+        return gated_halves(graph, shape, both, prefix, width)
+    return _clamped(graph, shape, moe, both, prefix, width)
+
+
+def _clamped(graph: GraphWriter, shape: RankShape, moe: MoeConfig, both: str, prefix: str, width: int) -> str:
+    """Add gate * sigmoid(alpha * gate) * (up + beta), of a gate bounded from above and an up bounded from both sides."""
+    dtype = shape.dtype
+    up, gate = f"{prefix}.up", f"{prefix}.gate"
+    graph.nodes("Split", [both, graph.constant(f"halves_{width}", [width, width])], [up, gate], axis=-1)
+    if moe.swiglu_limit is not None:
+        limit = graph.scalar(f"swiglu_limit.{dtype}", moe.swiglu_limit, dtype)
+        least = graph.scalar(f"swiglu_least.{dtype}", -moe.swiglu_limit, dtype)
+        gate = graph.node("Min", [gate, limit], f"{prefix}.gate_bounded")
+        up = graph.node("Max", [graph.node("Min", [up, limit], f"{prefix}.up_below"), least], f"{prefix}.up_bounded")
+    steep = scale(graph, gate, moe.swiglu_alpha, f"{prefix}.gate_steep", dtype)
+    swish = graph.node("Mul", [gate, graph.node("Sigmoid", [steep], f"{prefix}.gate_sigmoid")], f"{prefix}.activated")
+    if moe.swiglu_beta:
+        up = graph.node("Add", [up, graph.scalar(f"swiglu_beta.{dtype}", moe.swiglu_beta, dtype)], f"{prefix}.up_shifted")
+    return graph.node("Mul", [swish, up], f"{prefix}.product")
 
 
 def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], *, shared: bool) -> str:
@@ -72,36 +110,16 @@ def _per_expert(graph: GraphWriter, x: str, experts: int, size: int) -> str:
     return graph.node("Reshape", [x, graph.constant(f"experts_{experts}_{size}", [0, experts, -1, size])], f"{x}.experts")
 
 
-def _routing(graph: GraphWriter, shape: RankShape, x: str, prefix: str, local: int) -> str:
-    """Add the routing weights, [batch, local experts, tokens, 1], with zero for experts that were not chosen."""
-    config, moe = shape.config, shape.config.moe
-    assert moe is not None
-    wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
-    logits = linear(graph, shape, wide, f"{prefix}.router", (moe.num_experts, config.hidden_size), dtype="float32")
-    chances = graph.node("Softmax", [logits], f"{prefix}.chances", axis=-1)
-    values, indices = f"{prefix}.top_values", f"{prefix}.top_indices"
-    graph.nodes("TopK", [chances, graph.constant("top_k", [moe.top_k])], [values, indices], axis=-1)
-    if moe.normalization_mode == 1:
-        total = graph.node("ReduceSum", [values, graph.constant("axis_last", [-1])], f"{prefix}.top_sum", keepdims=1)
-        values = graph.node("Div", [values, total], f"{prefix}.top_normed")
-    nothing = graph.node("Sub", [chances, chances], f"{prefix}.zeros")
-    spread = graph.node("ScatterElements", [nothing, indices, values], f"{prefix}.spread", axis=-1)
-    begin = shape.moe_ep_rank * local
-    bounds = [graph.constant(f"expert_{begin}", [begin]), graph.constant(f"expert_{begin + local}", [begin + local])]
-    mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
-    turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
-    narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
-    return graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing")
-
-
-def _shared_expert(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """Add the shared expert: split like a dense MLP, weighted by its gate. The caller sums over the ranks."""
-    config, moe = shape.config, shape.config.moe
-    assert moe is not None
+def _shared_expert(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    """Add the shared expert: split like a dense MLP, weighted by its gate, if any. The caller sums over the ranks."""
+    config = shape.config
     width = moe.shared_expert_intermediate_size // shape.tp
-    both = linear(graph, shape, x, f"{prefix}.shared_expert.fc", (2 * width, config.hidden_size))
-    product = gated_halves(graph, shape, both, f"{prefix}.shared_expert", width)
+    rows = (2 if moe.gated else 1) * width
+    both = linear(graph, shape, x, f"{prefix}.shared_expert.fc", (rows, config.hidden_size))
+    product = _activated(graph, shape, moe, both, f"{prefix}.shared_expert", width)
     out = linear(graph, shape, product, f"{prefix}.shared_expert.proj", (config.hidden_size, width))
+    if not moe.shared_expert_gate:
+        return out
     gate = linear(graph, shape, x, f"{prefix}.shared_expert_gate", (1, config.hidden_size))
     weight = graph.node("Sigmoid", [gate], f"{prefix}.shared_expert_gate.sigmoid")
     return graph.node("Mul", [out, weight], f"{prefix}.shared_expert.weighted")

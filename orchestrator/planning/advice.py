@@ -10,6 +10,7 @@ from collections import Counter
 from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import ModelQuantization, packed
+from orchestrator.model.rules import PREDICTS_FURTHER
 from orchestrator.model.topology import Topology, as_set, legal_tp
 from orchestrator.model.weight_map import WeightMap
 
@@ -54,7 +55,9 @@ def local_widths(config: ModelConfig, topology: Topology) -> dict[str, int]:
     limits = config.limits()
     if limits.intermediate_size:
         widths["intermediate_size of a rank"] = limits.intermediate_size // tp
-    if config.moe is not None:
+    if limits.shared_expert_intermediate_size:
+        widths["intermediate size of the shared expert on a rank"] = limits.shared_expert_intermediate_size // tp
+    if limits.num_experts:
         widths["intermediate size of an expert on a rank"] = config.expert_size // topology.moe_tp
     return widths
 
@@ -83,6 +86,12 @@ def kernel_warnings(config: ModelConfig, backend: str) -> tuple[str, ...]:
         f"{what} of {size} elements, for which TensorRT-RTX has no fused kernel: it computes attention in several kernels, with "
         "the scores of all heads in memory",
     )
+
+
+def left_out_notes(weights: WeightMap) -> tuple[str, ...]:
+    """Return a note about the tensors of layers that predict further tokens; empty: the source has none."""
+    names = [name for name, reason in weights.ignored if reason == PREDICTS_FURTHER]
+    return (f"{len(names)} tensors are left out, such as {names[0]}: {PREDICTS_FURTHER}",) if names else ()
 
 
 def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:

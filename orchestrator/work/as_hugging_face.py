@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.model.checkpoint import CheckpointIndex
@@ -10,9 +11,21 @@ from orchestrator.model.checkpoint import CheckpointIndex
 def loadable_config(index: CheckpointIndex) -> dict[str, Any]:
     """Return the config with transformers' `model_type`, which other tools' formats lack."""
     if "model_type" in index.config:
-        return dict(index.config)
+        return with_rotated_part(index.config)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     (architecture,) = index.config["architectures"]
     kinds = [kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == architecture]
     return {"model_type": kinds[0] if kinds else "", **index.config}
+
+
+def with_rotated_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json with the rotated part of a head as transformers reads it.
+
+    MiniMax M2 names the number of rotated elements, which transformers up to 5.16 passes over and then rotates whole heads
+    (huggingface/transformers#48241).
+    """
+    dim, head = config.get("rotary_dim"), config.get("head_dim")
+    if config.get("model_type") != "minimax_m2" or dim is None or head is None:
+        return dict(config)
+    return {"partial_rotary_factor": dim / head, **config}

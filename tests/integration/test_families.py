@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.base.errors import ArchitectureError, TopologyError
+from orchestrator.base.errors import TopologyError
 from orchestrator.families import FAMILIES
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
@@ -61,7 +62,7 @@ def test_family_on_uneven_stages_agrees_with_transformers_and_builds(folder: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.config.experts is not None])
 @pytest.mark.parametrize("topology", [{"tp": 2, "moe_ep": 2}, {"tp": 4, "moe_ep": 2}], ids=["ep2", "tp2-ep2"])
 def test_experts_in_parallel_agree_with_transformers(
     folder: Path, make_spec: SpecMaker, family: str, topology: dict[str, int]
@@ -80,10 +81,32 @@ def test_experts_that_do_not_divide_are_refused(folder: Path, make_spec: SpecMak
         preparation.plan(make_spec(three, topology={"tp": 2, "moe_ep": 2}))
 
 
-def test_experts_in_some_layers_only_are_refused(folder: Path, make_spec: SpecMaker) -> None:
-    mixed = write_tiny("qwen3_moe", folder / "mixed", mlp_only_layers=[1])
-    with pytest.raises(ArchitectureError, match="layers without experts"):
-        preparation.plan(make_spec(mixed))
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("topology", [{}, {"tp": 2, "pp": 2}], ids=["one-rank", "tp2-pp2"])
+def test_experts_in_some_layers_only_agree_with_transformers(
+    folder: Path, make_spec: SpecMaker, family: str, topology: dict[str, int]
+) -> None:
+    mixed = folder / f"mixed-{family}"
+    if not mixed.is_dir():
+        write_tiny(family, mixed, num_hidden_layers=4, mlp_only_layers=[2], decoder_sparse_step=1)
+    plan = preparation.plan(make_spec(mixed, topology=topology))
+    outcomes = run_steps(plan, (folder / "store").as_uri(), WITHOUT_ENGINES)
+    check(outcomes[[step.name for step in plan.of_kind(Kind.VERIFY)][-1]].facts.verification)
+
+
+def test_dense_layers_among_experts_limit_tensor_parallelism_too(folder: Path, make_spec: SpecMaker) -> None:
+    mixed = write_tiny("qwen3_moe", folder / "narrow", mlp_only_layers=[1], intermediate_size=30)
+    with pytest.raises(TopologyError, match="tp=4 does not divide intermediate_size 30"):
+        preparation.plan(make_spec(mixed, topology={"tp": 4}))
+
+
+def test_layer_that_predicts_further_tokens_is_left_out_and_noted(folder: Path, make_spec: SpecMaker) -> None:
+    """A checkpoint with one layer more than config.json says, as GLM's."""
+    longer = write_tiny("glm4_moe", folder / "with-mtp", num_hidden_layers=4)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    (note,) = [note for note in preparation.plan(make_spec(longer)).notes if "model.layers.3." in note]
+    assert "MTP" in note
 
 
 ROTARY: dict[str, dict[str, Any]] = {

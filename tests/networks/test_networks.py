@@ -52,7 +52,7 @@ def test_rotary_tables_are_float32_and_start_at_zero() -> None:
     np.testing.assert_array_equal(sin[0], 0)
 
 
-@pytest.mark.parametrize("changes", [{"rotary_scaling": {"rope_type": "novel"}}, {"hidden_act": "relu2"}])
+@pytest.mark.parametrize("changes", [{"rotary_scaling": {"rope_type": "novel"}}, {"hidden_act": "relu6"}])
 def test_network_of_an_unsupported_config_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ArchitectureError, match="not supported"):
         check_supported(config(**changes))

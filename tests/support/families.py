@@ -26,6 +26,8 @@ BASE: dict[str, Any] = {
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
 
 @dataclass(frozen=True)
 class TinyFamily:
@@ -76,6 +78,26 @@ TINY: dict[str, TinyFamily] = {
     "qwen2_moe": TinyFamily(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}
     ),
+    "glm4_moe": TinyFamily(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {
+            **MOE,
+            "num_experts_per_tok": 3,
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "minimax_m2": TinyFamily(
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM2Config",
+        {"num_experts_per_tok": 3, "num_local_experts": 8, "intermediate_size": 32, "rope_parameters": HALF_ROTATED},
+    ),
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
 }
 
@@ -112,5 +134,8 @@ def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloa
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

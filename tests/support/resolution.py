@@ -49,8 +49,12 @@ class Resolution:
     scaling: Mapping[str, Any] = field(default_factory=dict)
     moe: tuple[int, int, int, int] | None = None
     """Experts, chosen, intermediate size, that of the shared expert."""
-    normalized: bool | None = None
-    """Whether the chosen probabilities sum to one; None: no experts, or all are chosen."""
+    normalized: float | None = None
+    """Sum of the chosen experts' weights; 0: not the same for all tokens; None: no experts, or all are chosen."""
+    expert_layers: tuple[bool, ...] = ()
+    groups: tuple[int, int] = (1, 1)
+    """Groups of experts, and those that are kept."""
+    qk_norm: bool = False
 
 
 def resolved(config: Mapping[str, Any]) -> Resolution:
@@ -73,13 +77,15 @@ def resolved(config: Mapping[str, Any]) -> Resolution:
 def _measure(model: Any, made: Any) -> Resolution:
     import torch
 
+    has_experts = tuple(hasattr(layer.mlp, "experts") for layer in model.model.layers)
     calls, hidden = _run(model)
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
     tokens = torch.arange(NUM_TOKENS) % made.vocab_size
     embedded = model.model.embed_tokens.weight[tokens]
     multiplier = float((hidden[0] / embedded).median())
     size = attention.head_dim
-    moe, normalized = _experts(layer)
+    mixture = next((layer for layer, has in zip(model.model.layers, has_experts, strict=True) if has), layer)
+    moe, normalized, groups = _experts(mixture)
     norm = model.model.norm
     return Resolution(
         windows=tuple(_window(call["mask"]) for call in calls),
@@ -99,6 +105,9 @@ def _measure(model: Any, made: Any) -> Resolution:
         scaling=_scaling(made),
         moe=moe,
         normalized=normalized,
+        expert_layers=has_experts,
+        groups=groups,
+        qk_norm=hasattr(attention, "q_norm"),
     )
 
 
@@ -189,18 +198,22 @@ def _scaling(made: Any) -> dict[str, Any]:
     return dict(parameters.get("full_attention", parameters))
 
 
-def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, bool | None]:
+def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None, tuple[int, int]]:
     import torch
 
     block = layer.mlp
     if not hasattr(block, "experts"):
-        return None, None
-    scores = block.gate(torch.randn(5, block.gate.hidden_dim))[1]
+        return None, None, (1, 1)
+    gate = block.gate
+    bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
+    sums = gate(torch.randn(5, gate.weight.shape[1]), *bias)[1].sum(-1)
     size = block.experts.down_proj.shape[-1]
-    shared = block.shared_expert.gate_proj.weight.shape[0] if hasattr(block, "shared_expert") else 0
-    chosen, count = block.gate.top_k, block.gate.num_experts
-    normalized = None if chosen == count else bool(torch.allclose(scores.sum(-1), torch.ones(5), atol=1e-3))
-    return (count, chosen, size, shared), normalized
+    together = next((getattr(block, name) for name in ("shared_expert", "shared_experts") if getattr(block, name, None)), None)
+    shared = together.gate_proj.weight.shape[0] if together is not None else 0
+    chosen, count = gate.top_k, gate.num_experts
+    normalized = round(float(sums[0]), 3) if torch.allclose(sums, sums[:1], atol=1e-3) else 0.0
+    groups = (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))
+    return (count, chosen, size, shared), None if chosen == count else normalized, groups
 
 
 def ours(config: ModelConfig) -> Resolution:
@@ -212,7 +225,9 @@ def ours(config: ModelConfig) -> Resolution:
     if config.rotary_base_local is not None:
         rotary += (("default", config.rotary_base_local, rotated),)
     moe = config.moe
-    chosen = None if moe is None or moe.top_k == moe.num_experts else moe.normalization_mode == 1
+    chosen = None if moe is None or moe.top_k == moe.num_experts else moe.routed_scale * moe.normalization_mode
+    has_experts = tuple(config.has_experts(layer) for layer in range(config.num_hidden_layers))
+    moe = moe if any(has_experts) else None
     return Resolution(
         windows=tuple(None if size is None or size >= NUM_TOKENS else size for size in window),
         head_size=config.head_size,
@@ -230,7 +245,10 @@ def ours(config: ModelConfig) -> Resolution:
         rotary=rotary,
         scaling=scaling,
         moe=None if moe is None else (moe.num_experts, moe.top_k, config.expert_size, moe.shared_expert_intermediate_size),
-        normalized=chosen,
+        normalized=None if moe is None else chosen,
+        expert_layers=has_experts,
+        groups=(moe.num_groups, moe.kept_groups) if moe else (1, 1),
+        qk_norm=config.qk_layernorm != "none",
     )
 
 

@@ -148,13 +148,31 @@ def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
     """Return the config of a part: lists with an entry per layer are cut too."""
     config, layers = copy.deepcopy(whole), whole.num_hidden_layers
     for name, value in vars(whole).items():
-        if isinstance(value, list) and len(value) == layers:
+        if isinstance(value, list) and len(value) == layers and name != "mlp_only_layers":
             setattr(config, name, value[first : first + count])
+    _shift_experts(config, first, layers)
     config.num_hidden_layers = count
     config.tie_word_embeddings = True  # no memory for a head that never runs
     if not embeds:
         config.vocab_size, config.pad_token_id = _TINY_VOCABULARY, None
     return config
+
+
+def _shift_experts(config: Any, first: int, layers: int) -> None:
+    """Let layer numbers that say which layers have experts count from layer `first`, in place."""
+    if getattr(config, "first_k_dense_replace", None) is not None:
+        config.first_k_dense_replace = max(config.first_k_dense_replace - first, 0)
+    if getattr(config, "decoder_sparse_step", None) is not None:
+        dense = [layer for layer in range(layers) if (layer + 1) % config.decoder_sparse_step or layer in config.mlp_only_layers]
+        config.decoder_sparse_step, config.mlp_only_layers = 1, [layer - first for layer in dense if layer >= first]
+    if getattr(config, "moe_layer_interval", None) is not None:
+        if first % config.moe_layer_interval:
+            raise QuantizationError(
+                f"experts in every {config.moe_layer_interval}th layer cannot be calibrated from layer {first} on",
+                "Set quantization.calibration.num_stages to 1.",
+            )
+        config.moe_layer_start_index = max(config.moe_layer_start_index - first, 0)
+        config.moe_layer_end_index -= first
 
 
 def layer_tensors(index: CheckpointIndex, first: int, count: int) -> dict[str, TensorInfo]:

@@ -60,6 +60,9 @@ def new_model(config: Any, seed: int = 0) -> Any:
                 parameter.copy_(gain * (1.0 + 0.2 * noise) - offset)
             else:
                 parameter.copy_(gain * 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # the router's bias in some families, at zero
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

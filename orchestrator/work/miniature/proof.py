@@ -16,6 +16,7 @@ from orchestrator.model.config import ModelConfig, from_hugging_face
 from orchestrator.model.rules import Family
 from orchestrator.planning.facts import Miniature, MiniatureCase, MiniatureThreshold
 from orchestrator.planning.options import MiniatureOptions
+from orchestrator.work.as_hugging_face import with_rotated_part
 from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model, save
 from orchestrator.work.miniature.prompts import Prompt, crossable, prompts
 from orchestrator.work.miniature.ranks import Layout, Ranks, convert, layouts
@@ -79,7 +80,8 @@ def paired(options: MiniatureOptions, scratch: Path) -> Pair:
     whole = _theirs(config, scratch / "whole", "config.json")
     defaults = class_defaults(whole)
     kinds: list[Any] = [getattr(whole, "layer_types", None) or []]
-    kinds.append(_ours(config, family, options).window_layers or [])
+    ours = _ours(config, family, options)
+    kinds += [ours.window_layers or [], (ours.moe and ours.moe.layers) or []]
     scaling = Scaling(config, defaults, [family.config.defaults], kinds)
     small = scaling.scaled(config)
     missing = {key: value for key, value in scaling.scaled_only(defaults).items() if key not in config}
@@ -106,7 +108,7 @@ def _named(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _theirs(config: Mapping[str, Any], folder: Path, what: str) -> Any:
     try:
-        return loaded_config(config, folder)
+        return loaded_config(with_rotated_part(config), folder)
     except Exception as error:  # transformers may raise anything for an unknown value
         raise MiniatureError(
             f"transformers refuses {what} of the model: {_line(error)}",

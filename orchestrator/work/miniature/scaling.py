@@ -25,7 +25,10 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "w
 POSITIONS = ("max_position_embeddings", "original_max_position_embeddings")
 ROTARY = ("rope_scaling", "rope_parameters")
 FACTORS = ("short_factor", "long_factor")
-EXPERTS = ("num_experts", "num_local_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k")
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
+"""Keys that count first layers without experts."""
 _FIRST_WINDOW, _WINDOW_STEP = 8, 5
 _TRAINED = 32
 _HEAD_SIZES = (32, 40, 48, 64, 80, 128)
@@ -138,6 +141,7 @@ class Scaling:
         self._maps["num_key_value_heads"] = _only(kv_heads, small_kv)
         self._maps["hidden_size"] = _only(hidden, small_hidden)
         self._maps["head_dim"] = _only(real_head, self.head_size)
+        self._maps["rotary_dim"] = lambda dim: round(self.head_size * dim / real_head) if is_count(dim) else dim
         if is_count(self.raw("kv_lora_rank")):
             self._scale_latents()
 
@@ -167,19 +171,28 @@ class Scaling:
             fraction = place.get("partial_rotary_factor")
             if isinstance(fraction, int | float) and 0 < fraction <= 1:
                 found.append(float(fraction))
-        return found
+        dim, head = self.raw("rotary_dim"), self.raw("head_dim")
+        return [*found, dim / head] if is_count(dim) and is_count(head) and dim <= head else found
 
     def _scale_sizes(self) -> None:
         small = {"intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
         for key, size in {**small, "vocab_size": _VOCABULARY}.items():
             self._maps[key] = _only(self.raw(key), size)
         experts = next((self.raw(key) for key in EXPERTS if is_count(self.raw(key))), None)
-        chosen = self.raw("num_experts_per_tok")
+        chosen: Any = next((self.raw(key) for key in CHOSEN if is_count(self.raw(key))), None)
         if experts is None:
             return
-        few = chosen if not is_count(chosen) or chosen <= 4 else 3
+        few = chosen if chosen is None or chosen <= 4 else 3
         small_experts = few if chosen == experts else min(experts, 6 if few == 4 else 4)
-        self._maps["num_experts_per_tok"] = _around(chosen, few)
+        groups, kept = self.raw("n_group"), self.raw("topk_group")
+        if is_count(groups) and is_count(kept) and groups > 1 and experts % groups == 0:
+            # Groups of three, of which some are left out: the two best of a group are not all of it.
+            few_kept = groups if kept == groups else min(kept, 2)
+            small_groups = min(groups, 4)
+            self._maps["n_group"], self._maps["topk_group"] = _only(groups, small_groups), _only(kept, min(few_kept, small_groups))
+            small_experts = small_groups * min(experts // groups, 3)
+        for key in CHOSEN:
+            self._maps[key] = _around(chosen, few)
         for key in EXPERTS:
             self._maps[key] = _only(experts, small_experts)
 
@@ -202,12 +215,17 @@ class Scaling:
             self.kept = sorted({0, first - 1, first, layers - 1})
         count = len(self.kept)
         self._maps["num_hidden_layers"] = _only(layers, count)
+        for key in FIRST_LAYERS:
+            self._maps[key] = lambda value: sum(index < value for index in self.kept) if is_count(value) else value
+        self._maps["moe_layer_end_index"] = lambda value: (
+            sum(index <= value for index in self.kept) - 1 if is_count(value) else value
+        )
         self._maps["max_window_layers"] = lambda value: (
             value if not is_count(value) else sum(index < value for index in self.kept) + (value > layers)
         )
 
     def _sparse(self, layers: int) -> list[Any]:
-        """Return whether each layer has experts."""
+        """Return whether each layer has experts by Qwen's keys."""
         step, dense = self.raw("decoder_sparse_step"), self.raw("mlp_only_layers")
         step, dense = step if is_count(step) else 1, dense if isinstance(dense, list) else []
         return [(layer + 1) % step == 0 and layer not in dense for layer in range(layers)]

@@ -21,7 +21,10 @@ from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
 from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensors
 
-_RENAMED = {"block_sparse_moe.gate.": "mlp.gate."}
+_RENAMED = {
+    "block_sparse_moe.": "mlp.",
+    "mlp.moe_statics.": "mlp.gate.moe_statics.",
+}
 """Parts of source tensor names and their names in transformers 5 (`conversion_mapping`)."""
 _EXPERTS = ".experts."
 
@@ -181,10 +184,14 @@ class SourceLayers:
                 f"{len(missing)} weights of the model cannot be loaded from the source, e.g. model.layers.{number}.{missing[0]}",
                 "Use the complete checkpoint.",
             )
-        for name in [name for name, _ in module.named_parameters()]:
+        parameters = dict(module.named_parameters())
+        for name in list(module.state_dict()):
             path, _, last = name.rpartition(".")
-            values = stored.pop(name).to(self._device).float()
-            module.get_submodule(path).register_parameter(last, torch.nn.Parameter(values, requires_grad=False))
+            values, owner = stored.pop(name).to(self._device).float(), module.get_submodule(path)
+            if name in parameters:
+                owner.register_parameter(last, torch.nn.Parameter(values, requires_grad=False))
+            else:  # the router's bias of some families
+                owner.register_buffer(last, values)
         return Layer(number, module, experts, self._dense[number])
 
     def _stream_experts(self, number: int, module: Any) -> Experts | None:

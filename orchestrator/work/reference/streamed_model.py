@@ -143,7 +143,7 @@ class StreamedModel:
             return []
         kept = {name_in_layer(name) for name in self._exact if f".layers.{layer.number}." in name}
         parameters = dict(layer.module.named_parameters())
-        if missing := sorted(kept - parameters.keys()):
+        if missing := sorted(kept - parameters.keys() - dict(layer.module.named_buffers()).keys()):
             raise ToolError(f"this version of transformers has no parameter {missing[0]} in layer {layer.number}")
         return [
             parameter

@@ -1,0 +1,163 @@
+"""Mixture of experts of config.json: the router, the experts' sizes, and the layers that have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.model.config_keys import Keys, shown
+from orchestrator.model.config_table import ExpertTable
+
+
+def _more(default: Any, **limits: Any) -> Any:
+    """Return a field that TensorRT-LLM's dictionary does not have: it is written only where it differs from its default."""
+    return Field(default, exclude_if=lambda value: value == default, **limits)
+
+
+class MoeConfig(BaseModel):
+    """Mixture of experts, with the names of TensorRT-LLM's `moe` dictionary.
+
+    A router scores all experts, chooses `top_k` of them and weighs their outputs. Fields after the first four are written only
+    where they differ from their default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    num_experts: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    normalization_mode: int = 1
+    """1: scale the chosen experts' weights to sum to one; 0: do not."""
+    shared_expert_intermediate_size: int = 0
+    """Intermediate size of the shared expert; 0: there is none. Several shared experts are one of summed size."""
+    layers: tuple[bool, ...] | None = _more(None)
+    """Whether each layer has experts, or a dense MLP; None: all have experts."""
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"] = _more("softmax")
+    """How router logits become scores: before the choice, or (gpt-oss) among the chosen only."""
+    selection_bias: bool = _more(False)
+    """Whether experts are chosen by score + bias. Their weights are scores without the bias."""
+    num_groups: int = _more(1, ge=1)
+    """Groups of consecutive experts. A group's score is the sum of its two largest."""
+    kept_groups: int = _more(1, ge=1)
+    """Groups among which experts are chosen."""
+    routed_scale: float = _more(1.0)
+    """Factor of the weights, after they are scaled to sum to one."""
+    sum_epsilon: float = _more(0.0)
+    """Number added to the sum of the weights before it divides them."""
+    sum_minimum: float = _more(0.0)
+    """Smallest number that divides the weights."""
+    router_bias: bool = _more(False)
+    expert_bias: bool = _more(False)
+    """Whether the experts' linears have biases."""
+    shared_expert_gate: bool = _more(True)
+    """Whether the shared expert is weighted by the sigmoid of a gate."""
+    gated: bool = _more(True)
+    """Whether experts, the shared one too, compute act(gate) * up; else act(up)."""
+    swiglu_limit: float | None = _more(None)
+    """Bound on the gate from above, and on up from both sides (gpt-oss); None: none."""
+    swiglu_alpha: float = _more(1.0)
+    """Factor of the gate in its sigmoid: gate * sigmoid(alpha * gate) * (up + beta)."""
+    swiglu_beta: float = _more(0.0)
+
+
+def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
+    """Return moe and moe_intermediate_size of ModelConfig. Raises ArchitectureError, which names the key."""
+    table = keys.table.experts
+    if table is None:
+        return {}
+    count = keys.count(_name_of_count(keys, table))
+    chosen = keys.count(table.chosen)
+    if chosen > count:
+        raise keys.error(table.chosen, f"is {chosen}, and there are {count} experts")
+    size = keys.count(table.size)
+    layers = EXPERT_LAYERS[table.layers](keys, num_layers)
+    moe = {
+        "num_experts": count,
+        "top_k": chosen,
+        "normalization_mode": 1 if table.normalized is None else int(keys.flag(table.normalized)),
+        "shared_expert_intermediate_size": _shared_size(keys, table, size),
+        "layers": None if all(layers) else layers,
+        **_groups(keys, table, count, chosen),
+        **({"routed_scale": keys.number(table.routed_scale)} if table.routed_scale else {}),
+        **({"sum_minimum": keys.number(table.sum_minimum)} if table.sum_minimum else {}),
+        **table.constants,
+    }
+    return {"moe": moe, "moe_intermediate_size": None if table.size == "intermediate_size" else size}
+
+
+def _shared_size(keys: Keys, table: ExpertTable, size: int) -> int:
+    """Return the intermediate size of the shared expert; several of an expert's size are one of summed size."""
+    if table.shared_count:
+        return keys.count(table.shared_count, least=0) * size
+    return keys.count(table.shared_size) if table.shared_size else 0
+
+
+def _groups(keys: Keys, table: ExpertTable, count: int, chosen: int) -> dict[str, int]:
+    """Return num_groups and kept_groups. Raises ArchitectureError for groups from which the experts cannot be chosen."""
+    if table.groups is None:
+        return {}
+    groups, kept = (keys.count(key) for key in table.groups)
+    if count % groups or count // groups < 2:
+        raise keys.error(table.groups[0], f"is {groups}: {count} experts do not make that many groups of two or more")
+    if kept > groups or chosen > kept * (count // groups):
+        raise keys.error(table.groups[1], f"is {kept} of {groups} groups, from which {chosen} experts cannot be chosen")
+    return {"num_groups": groups, "kept_groups": kept}
+
+
+def _name_of_count(keys: Keys, table: ExpertTable) -> str:
+    """Return the key of the number of experts: in some families transformers has two names for it, and saves either."""
+    if table.alias is None or table.alias not in keys.given:
+        return table.count
+    if table.count in keys.given and keys.get(table.count) != keys.get(table.alias):
+        raise keys.error(table.count, f"is {shown(keys.get(table.count))}, {table.alias} is {shown(keys.get(table.alias))}")
+    return table.alias
+
+
+def _every(_keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    return (True,) * num_layers
+
+
+def _sparse_step(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return the layers of Qwen's rule: every decoder_sparse_step-th, without those of mlp_only_layers."""
+    step, dense = keys.count("decoder_sparse_step"), keys.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in dense):
+        raise keys.error("mlp_only_layers", f"is {shown(dense)}, not a list of layer numbers")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+
+
+def _after_first(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return the layers of DeepSeek's rule: all but the first ones."""
+    first = keys.count("first_k_dense_replace", least=0)
+    return tuple(layer >= first for layer in range(num_layers))
+
+
+def _between(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return the layers of Ernie's rule: every moe_layer_interval-th from a first to a last layer (-1: the model's last)."""
+    step, first = keys.count("moe_layer_interval"), keys.count("moe_layer_start_index", least=0)
+    last = keys.count("moe_layer_end_index", least=-1)
+    last = num_layers - 1 if last == -1 else last
+    return tuple((layer + 1) % step == 0 and first <= layer <= last for layer in range(num_layers))
+
+
+EXPERT_LAYERS: dict[str, Callable[[Keys, int], tuple[bool, ...]]] = {
+    "all": _every,
+    "sparse_step": _sparse_step,
+    "after_first": _after_first,
+    "between": _between,
+}
+"""Rules by which families say which layers have experts."""
+
+
+def layer_keys(layers: tuple[bool, ...], rule: str) -> dict[str, Any]:
+    """Return the keys of config.json by which `rule` finds these layers, as far as it can."""
+    first = layers.index(True) if True in layers else len(layers)
+    match rule:
+        case "sparse_step":
+            return {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, has in enumerate(layers) if not has]}
+        case "after_first":
+            return {"first_k_dense_replace": first}
+        case "between":
+            last = len(layers) - 1 - layers[::-1].index(True) if True in layers else 0
+            return {"moe_layer_interval": 1, "moe_layer_start_index": first, "moe_layer_end_index": last}
+    return {}

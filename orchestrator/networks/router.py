@@ -1,0 +1,90 @@
+"""Router of a mixture of experts, in float32: scores, the choice, and the weights of the chosen experts.
+
+transformers computes the same in float32. Its softmax routers multiply in the model's dtype first; here that too is float32.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from orchestrator.model.config import MoeConfig
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.layers import linear, scale
+from orchestrator.networks.shape import RankShape
+
+_NEVER = -3.0e38
+"""Score of an expert of a group that was not kept."""
+
+
+def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    """Add the weights of the rank's experts, [batch, local experts, tokens, 1], with zero for experts that were not chosen."""
+    scores = _scores(graph, shape, moe, x, prefix)
+    values, indices = _chosen(graph, moe, scores, prefix)
+    weights = _weights(graph, moe, values, prefix)
+    nothing = graph.node("Sub", [scores, scores], f"{prefix}.zeros")
+    spread = graph.node("ScatterElements", [nothing, indices, weights], f"{prefix}.spread", axis=-1)
+    local = moe.num_experts // shape.moe_ep
+    begin = shape.moe_ep_rank * local
+    bounds = [graph.constant(f"expert_{begin}", [begin]), graph.constant(f"expert_{begin + local}", [begin + local])]
+    mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
+    turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
+    narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
+    return graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing")
+
+
+def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    """Add the scores of all experts, [batch, tokens, experts]: logits where the softmax follows the choice."""
+    wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
+    size = (moe.num_experts, shape.config.hidden_size)
+    logits = linear(graph, shape, wide, f"{prefix}.router", size, bias=moe.router_bias, dtype="float32")
+    if moe.scoring == "softmax":
+        return graph.node("Softmax", [logits], f"{prefix}.chances", axis=-1)
+    return graph.node("Sigmoid", [logits], f"{prefix}.chances") if moe.scoring == "sigmoid" else logits
+
+
+def _chosen(graph: GraphWriter, moe: MoeConfig, scores: str, prefix: str) -> tuple[str, str]:
+    """Add the scores and the numbers of the chosen experts, [batch, tokens, top_k]."""
+    ranking = scores
+    if moe.selection_bias:
+        bias = graph.external(f"{prefix}.router.e_score_correction_bias", "float32", [moe.num_experts])
+        ranking = graph.node("Add", [scores, bias], f"{prefix}.ranking")
+    if moe.kept_groups < moe.num_groups:
+        ranking = _of_kept_groups(graph, moe, ranking, prefix)
+    values, indices = f"{prefix}.top_values", f"{prefix}.top_indices"
+    graph.nodes("TopK", [ranking, graph.constant("top_k", [moe.top_k])], [values, indices], axis=-1)
+    if moe.selection_bias:  # the bias decides who is chosen, not how much it counts
+        values = graph.node("GatherElements", [scores, indices], f"{prefix}.top_scores", axis=-1)
+    return values, indices
+
+
+def _of_kept_groups(graph: GraphWriter, moe: MoeConfig, ranking: str, prefix: str) -> str:
+    """Add the ranking with the lowest score for experts outside of the groups whose two best experts score highest."""
+    groups = graph.constant("groups", [0, 0, moe.num_groups, moe.num_experts // moe.num_groups])
+    grouped = graph.node("Reshape", [ranking, groups], f"{prefix}.grouped")
+    best, best_indices = f"{prefix}.group_best", f"{prefix}.group_best_indices"
+    graph.nodes("TopK", [grouped, graph.constant("best_of_group", [2])], [best, best_indices], axis=-1)
+    strength = graph.node("ReduceSum", [best, graph.constant("axis_last", [-1])], f"{prefix}.group_strength", keepdims=0)
+    kept, kept_indices = f"{prefix}.group_kept", f"{prefix}.group_kept_indices"
+    graph.nodes("TopK", [strength, graph.constant("kept_groups", [moe.kept_groups])], [kept, kept_indices], axis=-1)
+    one = graph.scalar("group_one", 1.0, "float32")
+    ones = graph.node("Add", [graph.node("Sub", [kept, kept], f"{prefix}.group_no"), one], f"{prefix}.group_yes")
+    nothing = graph.node("Sub", [strength, strength], f"{prefix}.group_zeros")
+    mask = graph.node("ScatterElements", [nothing, kept_indices, ones], f"{prefix}.group_mask", axis=-1)
+    visible = graph.node("Greater", [mask, graph.scalar("group_half", 0.5, "float32")], f"{prefix}.group_visible")
+    column = graph.node("Unsqueeze", [visible, graph.constant("axis_3", [3])], f"{prefix}.group_column")
+    masked = graph.node("Where", [column, grouped, graph.scalar("group_never", _NEVER, "float32")], f"{prefix}.group_ranking")
+    return graph.node("Reshape", [masked, graph.constant("ungrouped", [0, 0, moe.num_experts])], f"{prefix}.ungrouped")
+
+
+def _weights(graph: GraphWriter, moe: MoeConfig, values: str, prefix: str) -> str:
+    """Add the weights of the chosen experts from their scores."""
+    if moe.scoring == "softmax_of_chosen":
+        values = graph.node("Softmax", [values], f"{prefix}.top_chances", axis=-1)
+    if moe.normalization_mode == 1:
+        total = graph.node("ReduceSum", [values, graph.constant("axis_last", [-1])], f"{prefix}.top_sum", keepdims=1)
+        if moe.sum_epsilon:
+            total = graph.node("Add", [total, graph.scalar("sum_epsilon", moe.sum_epsilon, "float32")], f"{prefix}.top_sum_shifted")
+        if moe.sum_minimum:
+            total = graph.node("Max", [total, graph.scalar("sum_minimum", moe.sum_minimum, "float32")], f"{prefix}.top_sum_bounded")
+        values = graph.node("Div", [values, total], f"{prefix}.top_normed")
+    return scale(graph, values, moe.routed_scale, f"{prefix}.top_scaled", "float32")
