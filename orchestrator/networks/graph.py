@@ -67,6 +67,9 @@ class GraphWriter:
         """Return the shape of an initializer."""
         return tuple(self._initializers[name].dims)
 
+    def is_initializer(self, name: str) -> bool:
+        return name in self._initializers
+
     def constant(self, name: str, values: npt.ArrayLike) -> str:
         """Add a small int64 constant, unless the name exists."""
         if name not in self._initializers:

@@ -72,15 +72,20 @@ def portable_stage(
     ending, result = _ending(graph, network)
     results = [result, *(value.name for value in caches)]
     nodes = _needed(_distinct([*merged.node, *ending], results), results)
-    used = {name for node in nodes for name in node.input}
-    for tensor in merged.initializer:
-        if tensor.name in tables and tensor.name in used:
-            graph.floats(tensor.name, tables[tensor.name])
-        elif tensor.name in used and tensor.data_location == TensorProto.EXTERNAL:
-            _map(graph, tensor, weights)
-        elif tensor.name in used:
-            graph.take(initializers=[tensor])
-    graph.take(nodes=nodes)
+    initializers = {tensor.name: tensor for tensor in merged.initializer}
+    looked_up = _looked_up(nodes)
+    for node in nodes:
+        for name in node.input:
+            tensor = initializers.pop(name, None)
+            if tensor is None:
+                continue
+            if name in tables:
+                graph.floats(name, tables[name])
+            elif tensor.data_location == TensorProto.EXTERNAL:
+                _map(graph, tensor, weights, whole=name not in looked_up)
+            else:
+                graph.take(initializers=[tensor])
+        graph.take(nodes=_widening(graph, node))
     size: list[Dim] = ["batch", 1, stage.config.vocab_size] if stage.is_last else ["batch", "tokens", stage.config.hidden_size]
     graph.output(result, "float32", size)
     graph.take(outputs=caches)
@@ -138,8 +143,27 @@ def _needed(nodes: Sequence[onnx.NodeProto], results: Iterable[str]) -> list[onn
     return kept[::-1]
 
 
-def _map(graph: GraphWriter, tensor: onnx.TensorProto, weights: Sequence[Mapping[str, StoredTensor]]) -> None:
-    """Add an initializer of the merged graph, made from the bytes of the rank that it belongs to."""
+def _looked_up(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return the values of which only single rows are read: an embedding is not widened as a whole."""
+    rows = {node.input[0] for node in nodes if node.op_type == "Gather"}
+    return rows - {name for node in nodes for name in node.input[(node.op_type == "Gather") :]}
+
+
+def _widening(graph: GraphWriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return the node; rows that it looks up in 16 bits are widened."""
+    stored = f"{node.input[0]}.stored" if node.input else ""
+    if node.op_type != "Gather" or not graph.is_initializer(stored):
+        return [node]
+    rows, wide = f"{node.output[0]}.stored", node.output[0]
+    node.input[0], node.output[0] = stored, rows
+    return [node, helper.make_node("Cast", [rows], [wide], name=wide, to=TensorProto.FLOAT)]
+
+
+def _map(graph: GraphWriter, tensor: onnx.TensorProto, weights: Sequence[Mapping[str, StoredTensor]], *, whole: bool) -> None:
+    """Add an initializer of the merged graph, made from the bytes of the rank that it belongs to.
+
+    `whole`: widen it here; else `_widening` widens the rows that are read.
+    """
     owner = _RANKED.fullmatch(tensor.name)
     tp_rank, name = (int(owner[1]), owner[2]) if owner else (0, tensor.name)
     stored = weights[tp_rank].get(name)
@@ -150,7 +174,8 @@ def _map(graph: GraphWriter, tensor: onnx.TensorProto, weights: Sequence[Mapping
         _unpack(graph, tensor.name, dims, stored)
     elif kind == TensorProto.FLOAT and stored.dtype in ("F16", "BF16"):
         source = _external(graph, f"{tensor.name}.stored", _STORED[stored.dtype], dims, stored)
-        graph.node("Cast", [source], tensor.name, to=TensorProto.FLOAT)
+        if whole:
+            graph.node("Cast", [source], tensor.name, to=TensorProto.FLOAT)
     elif ONNX_DTYPES.get(_STORED.get(stored.dtype, "")) == kind:
         _external(graph, tensor.name, _STORED[stored.dtype], dims, stored)
     else:

@@ -18,7 +18,8 @@ from orchestrator.networks.decoder import Network
 from orchestrator.networks.graph import IR_VERSION
 from orchestrator.networks.kv_cache import present_of
 
-_LAYER_END = re.compile(r"transformer\.layers\.(\d+)\.mlp_residual")
+_LAYER_END = re.compile(r"(?:rank0\.)?transformer\.layers\.(\d+)\.mlp_residual")
+_RANK = re.compile(r"rank(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Collective:
     """Value that every rank sends."""
     result: str
     """Value that every rank receives."""
+
+
+_Run = tuple[list[onnx.NodeProto], Collective | None, int | None]
+"""Nodes, the collective that follows, and the layer that ends with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,17 @@ def cut(network: Network) -> Sliced:
 
     Raises ValueError for a graph whose KV cache is read in one slice and written in another.
     """
-    graph = network.model.graph
+    return _cut(network.model.graph, list(_runs(network.model.graph.node)))
+
+
+def cut_portable(graph: onnx.GraphProto) -> Sliced:
+    """Cut a portable graph, whose collectives are operators, where the rank changes and after every layer. Raises as `cut`."""
+    return _cut(graph, list(_portable_runs(graph.node)))
+
+
+def _cut(graph: onnx.GraphProto, runs: Sequence[_Run]) -> Sliced:
     constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL}
     external = {tensor.name for tensor in graph.initializer} - constants.keys()
-    runs = list(_runs(graph.node))
     last_use: dict[str, int] = {}
     for number, (nodes, collective, _) in enumerate(runs):
         read = {name for node in nodes for name in node.input} | ({collective.source} if collective else set())
@@ -114,7 +126,24 @@ def _check_caches(slices: Sequence[Slice]) -> None:
                     raise ValueError(f"{node.name} reads {name}, which another slice writes")
 
 
-def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[tuple[list[onnx.NodeProto], Collective | None, int | None]]:
+def _portable_runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[_Run]:
+    run: list[onnx.NodeProto] = []
+    rank = None
+    for node in nodes:
+        owner = _RANK.match(node.name)
+        if owner and rank not in (None, owner[1]):
+            yield run, None, None
+            run = []
+        rank = owner[1] if owner else rank
+        run.append(node)
+        if ended := _LAYER_END.fullmatch(node.name):
+            yield run, None, int(ended[1])
+            run, rank = [], None
+    if run:
+        yield run, None, None
+
+
+def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[_Run]:
     run: list[onnx.NodeProto] = []
     for node in nodes:
         if node.op_type == "DistCollective":

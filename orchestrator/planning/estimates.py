@@ -62,11 +62,6 @@ def verify_memory(weights: WeightMap, pp_rank: int) -> int:
     return _VERIFY_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
 
 
-def export_memory(weights: WeightMap, pp_rank: int, tp: int) -> int:
-    """Return the memory of an export: a layer of all ranks as stored and in float32. Weights are mapped and widened one by one."""
-    return _VERIFY_BYTES + 3 * tp * weights.largest_layer_bytes(pp_rank)
-
-
 def build_memory(rank_bytes: int, num_layers: int) -> int:
     """Memory of an engine build: TensorRT holds up to two and a half times the rank's weights, and what it knows of each layer."""
     return _BUILD_BYTES + rank_bytes * 5 // 2 + num_layers * _BUILD_LAYER_BYTES

@@ -88,7 +88,7 @@ _HELP = {
     Kind.CONVERT: "It holds blocks of the largest tensor.",
     Kind.BUILD: _SMALLER_RANKS,
     Kind.VERIFY: _SMALLER_RANKS,
-    Kind.EXPORT: "It holds one layer of all ranks in float32. Without `portable` in release.include there is no such step.",
+    Kind.EXPORT: _SMALLER_RANKS,
 }
 """Advice on the memory of a step, by its kind."""
 

@@ -1,7 +1,6 @@
 """Write the portable graph of a pipeline stage, and execute it, as written, on the calls of the verification.
 
-ONNX Runtime maps the weights from the shards and runs the graph as written, without folding constants: a weight is widened when a
-node reads it, and dropped after. So memory holds the largest weights, not the stage.
+The graph is executed slice by slice, as the verification executes the ranks, from the bytes of the shards that it names.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import onnx
 from orchestrator.base.errors import VerificationError
 from orchestrator.checkpoints.safetensors import read_header
 from orchestrator.model.stage import StageOptions
-from orchestrator.networks.kv_cache import PAST, PRESENT
 from orchestrator.networks.portable import StoredTensor, portable_stage
-from orchestrator.networks.shape import RankShape
 from orchestrator.planning.facts import ExportFacts, VerifyFacts
 from orchestrator.planning.options import ExportOptions
 from orchestrator.planning.steps import Kind, Output, Task
 from orchestrator.work.context import Context
+from orchestrator.work.export.execution import SlicedGraph
 from orchestrator.work.reference.step import OUTPUT as REFERENCE
 from orchestrator.work.shards import Weight, map_shards, rank_shards
 from orchestrator.work.verify import compare
-from orchestrator.work.verify.inputs import Call, make_calls
-from orchestrator.work.verify.ort import empty_cache, open_mapped, ort_value
+from orchestrator.work.verify.inputs import make_calls
 from orchestrator.work.verify.step import HIDDEN_STATES, LOGITS
 
 Array = npt.NDArray[Any]
@@ -49,8 +46,8 @@ def export(task: Task, context: Context) -> ExportFacts:
     data = portable_stage(options.network, stored, replicated).SerializeToString()
     error = None
     if options.decode_steps is not None:
-        session = _Session(onnx.load_from_string(data), {path.name: path for paths in shards for path in paths})
-        error = _difference(task, context, stage, options.decode_steps, session)
+        files = {path.name: path for paths in shards for path in paths}
+        error = _difference(task, context, stage, options.decode_steps, SlicedGraph(onnx.load_from_string(data), files))
     with context.output(graph_name(stage.pp_rank), len(data), chunked=True) as writer:
         writer.write(data)
     return ExportFacts(networks=tuple(options.network.digest(tp_rank) for tp_rank in range(stage.tp)), max_relative_error=error)
@@ -84,7 +81,7 @@ def _replicated(ranks: Sequence[Mapping[str, Weight]]) -> list[str]:
     return found
 
 
-def _difference(task: Task, context: Context, stage: StageOptions, decode_steps: int, session: _Session) -> float:
+def _difference(task: Task, context: Context, stage: StageOptions, decode_steps: int, graph: SlicedGraph) -> float:
     """Execute the graph on all calls; return the largest difference to the verified ranks. Raises VerificationError."""
     from safetensors.numpy import load_file
 
@@ -92,15 +89,14 @@ def _difference(task: Task, context: Context, stage: StageOptions, decode_steps:
     calls = make_calls(reference["tokens"], reference["lengths"], decode_steps)
     handed = None if stage.is_first else load_file(context.fetch(_outputs(task, Kind.VERIFY, stage, -1)[HIDDEN_STATES]))
     expected = load_file(context.fetch(_outputs(task, Kind.VERIFY, stage)[LOGITS if stage.is_last else HIDDEN_STATES]))
-    session.begin(stage, calls)
+    before = [None if handed is None else handed[f"call{number}"] for number in range(len(calls))]
+    results = graph.run(stage, calls, before, lambda done, total: context.report("execute", done, total, "steps"))
     worst = 0.0
-    for number, call in enumerate(calls):
-        result = session.run(call, None if handed is None else handed[f"call{number}"])
+    for number, (call, result) in enumerate(zip(calls, results, strict=True)):
         wanted = expected[f"call{number}"]
         if not stage.is_last:
             result, wanted = call.last_tokens(result), call.last_tokens(wanted)
         worst = max(worst, compare.relative_error(result, wanted))
-        context.report("execute", number + 1, len(calls), "steps")
     context.log(f"export: {graph_name(stage.pp_rank)} differs from the verified ranks by {worst:.1e}")
     if not worst <= _SAME:
         raise VerificationError(
@@ -109,31 +105,6 @@ def _difference(task: Task, context: Context, stage: StageOptions, decode_steps:
             "engines can be published.",
         )
     return worst
-
-
-class _Session:
-    """A stage's graph in ONNX Runtime, with its KV caches."""
-
-    def __init__(self, model: onnx.ModelProto, files: Mapping[str, Path]) -> None:
-        self._session, self._weights = open_mapped(model, files)
-        self._outputs = [value.name for value in self._session.get_outputs()]
-        self._cache: dict[str, Any] = {}
-
-    def begin(self, stage: StageOptions, calls: Sequence[Call]) -> None:
-        """Empty the caches: the calls that follow begin new sequences."""
-        positions = 1 + max(int(call.position_ids.max()) for call in calls)
-        shape = RankShape(stage, "float32", portable=True, halved=True)
-        empty = empty_cache(shape, len(calls[0].input_ids), stage.config.cache_slots(positions))
-        self._cache = {value.name: empty for value in self._session.get_inputs() if value.name.startswith(PAST)}
-
-    def run(self, call: Call, hidden_states: Array | None) -> Array:
-        """Execute a call and advance the caches; returns the stage's result."""
-        first = {"input_ids": call.input_ids} if hidden_states is None else {"hidden_states": hidden_states}
-        feeds = {name: ort_value(value) for name, value in (first | {"position_ids": call.position_ids}).items()}
-        results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds | self._cache), strict=True))
-        self._cache = {name: results[PRESENT + name.removeprefix(PAST)] for name in self._cache}
-        found: Array = results[self._outputs[0]].numpy()
-        return found
 
 
 def _outputs(task: Task, kind: Kind, stage: StageOptions, offset: int = 0) -> Mapping[str, Output]:

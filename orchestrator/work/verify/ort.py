@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,43 +43,6 @@ def open_session(model: bytes, bound: Mapping[str, Any] | None = None, device: s
     """Open a session on cpu or cuda. `bound`: external initializers, whose memory the caller must keep."""
     import onnxruntime
 
-    options = _options()
-    if bound:
-        options.add_external_initializers(list(bound), list(bound.values()))
-    # TF32 would round every factor of a product to 10 bits.
-    gpu = [(CUDA, {"use_tf32": "0"})] if device == "cuda" else []
-    return onnxruntime.InferenceSession(model, options, providers=[*gpu, "CPUExecutionProvider"])
-
-
-def open_mapped(model: onnx.ModelProto, files: Mapping[str, Path]) -> tuple[Any, dict[str, Any]]:
-    """Open a graph on the CPU whose weights lie in `files`, by the locations that it names.
-
-    They are mapped, and widened when a node reads them. Returns the session and the weights, whose memory the caller must keep.
-    """
-    import onnxruntime
-
-    mapped = {name: np.memmap(path, np.uint8, "r") for name, path in files.items()}
-    bound = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            where = {entry.key: entry.value for entry in tensor.external_data}
-            begin = int(where["offset"])
-            data = mapped[where["location"]][begin : begin + int(where["length"])]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            plain = {onnx.TensorProto.BFLOAT16: np.uint16, onnx.TensorProto.FLOAT8E4M3FN: np.uint8}.get(tensor.data_type, dtype)
-            bound[tensor.name] = ort_value(data.view(plain).reshape(tuple(tensor.dims)), tensor.data_type)
-    options = _options()
-    options.add_external_initializers(list(bound), list(bound.values()))
-    # Folding the Casts of weights, or packing weights, would hold the whole stage in float32.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session, bound
-
-
-def _options() -> Any:
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     options.inter_op_num_threads = 1
@@ -91,7 +53,11 @@ def _options() -> Any:
     options.enable_mem_pattern = False
     # Otherwise a weight-only MatMul is fused into a kernel that rounds its input to int8.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return options
+    if bound:
+        options.add_external_initializers(list(bound), list(bound.values()))
+    # TF32 would round every factor of a product to 10 bits.
+    gpu = [(CUDA, {"use_tf32": "0"})] if device == "cuda" else []
+    return onnxruntime.InferenceSession(model, options, providers=[*gpu, "CPUExecutionProvider"])
 
 
 def run_session(session: Any, feeds: Sequence[Any]) -> list[Any]:
