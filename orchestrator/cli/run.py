@@ -52,7 +52,7 @@ def run(
         from orchestrator.releases import open_release
         from orchestrator.report import TransferView
         from orchestrator.runners import Sampling
-        from orchestrator.runners.model import cache_folder, load
+        from orchestrator.runners.model import folder_of, load
 
         require("run")
         asked = [prompt is not None, interactive, batch is not None].count(True)
@@ -61,9 +61,10 @@ def run(
         jobs = _jobs(batch) if batch is not None else []
         release = open_release(resolved(url), public_key, options_of(cluster))
         with TransferView(_err()) as view:
-            model = load(release, folder or cache_folder(release), device, view)
+            folder = folder or folder_of(release)
+            model = load(release, folder, device, view)
         if check:
-            _check(model, release, folder or cache_folder(release))
+            _check(model, release, folder)
         sampling = Sampling(temperature, top_p, seed)
         if batch is not None:
             _answer_all(model, jobs, max_tokens, sampling, raw=raw)

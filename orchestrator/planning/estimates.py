@@ -19,10 +19,12 @@ from orchestrator.spec.rates import STEP_RATES
 
 MINIATURE_MEMORY_BYTES = 700_000_000
 """Memory of torch, transformers and ONNX Runtime. The miniature model itself is negligible."""
-_TORCH_BYTES = 700_000_000
+_TORCH_BYTES = 760_000_000
 """Memory of torch and transformers, and of a block of the head's rows with its products."""
 _VERIFY_BYTES = 200_000_000
 """Memory of ONNX Runtime, the graphs of a stage's ranks and the values of all calls."""
+_EXPORT_BYTES = 150_000_000
+"""Memory of ONNX Runtime, the portable graph and the values of all calls."""
 _CONVERT_BYTES = 100_000_000
 """Memory of the interpreter and numpy; blocks in flight take at most as much again."""
 _DEQUANTIZE_BYTES = 60_000_000
@@ -60,6 +62,11 @@ def reference_memory(index: CheckpointIndex, dtype: str) -> int:
 def verify_memory(weights: WeightMap, pp_rank: int) -> int:
     """Return the memory of a verification: a slice of a rank in float32, the next slice, and a slice being loaded."""
     return _VERIFY_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
+
+
+def export_memory(weights: WeightMap, pp_rank: int) -> int:
+    """Return the memory of an export: a slice of a rank as stored, in float32, and transposed."""
+    return _EXPORT_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
 
 
 def build_memory(rank_bytes: int, num_layers: int) -> int:

@@ -24,6 +24,7 @@ from orchestrator.planning.estimates import (
     convert_memory,
     dequantization_memory,
     estimate,
+    export_memory,
     reference_memory,
     verify_memory,
 )
@@ -358,7 +359,7 @@ def _export(
         name=f"export/stage{stage.pp_rank}",
         options=options.model_dump(mode="json"),
         needs=tuple(step.digest for step in [*converts, *proofs]),
-        resources=Resources(memory_bytes=verify_memory(inputs.weights, stage.pp_rank), scratch_bytes=stage.tp * rank_bytes),
+        resources=Resources(memory_bytes=export_memory(inputs.weights, stage.pp_rank), scratch_bytes=stage.tp * rank_bytes),
         estimate=estimate(Kind.EXPORT, read_bytes=rank_bytes * stage.tp, work_bytes=rank_bytes * stage.tp),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.base.errors import SpecError
 from orchestrator.base.extras import require
 from orchestrator.releases.asked import asked_engine
+from orchestrator.releases.genai import GENAI_CONFIG
 from orchestrator.releases.pulling import fetch
 from orchestrator.releases.reading import Release, open_release
 from orchestrator.releases.reference_numbers import Agreement, ReferenceNumbers
@@ -139,7 +140,7 @@ def run(
     """
     require("run")
     release = open_release(url, public_key, options)
-    return load(release, folder or cache_folder(release), device, listener)
+    return load(release, folder or folder_of(release), device, listener)
 
 
 def load(release: Release, folder: Path, device: Device = "auto", listener: Listener | None = None) -> Model:
@@ -150,7 +151,13 @@ def load(release: Release, folder: Path, device: Device = "auto", listener: List
     return Model(GenaiBackend(folder, asked.max_seq_len or release.manifest.model.max_position_embeddings, device), tokenizer)
 
 
-def cache_folder(release: Release) -> Path:
-    """Return the folder of a release in the user's cache: $XDG_CACHE_HOME or ~/.cache, then the manifest's digest."""
+def folder_of(release: Release) -> Path:
+    """Return the folder for a release's files: where it was pulled with layout genai, else one in the user's cache.
+
+    The latter is $XDG_CACHE_HOME or ~/.cache, then the manifest's digest.
+    """
+    pulled = release.store.local_path(GENAI_CONFIG)
+    if pulled is not None and pulled.is_file():
+        return pulled.parent
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "trt-orchestrator" / "releases" / release.digest[:16]

@@ -26,6 +26,7 @@ DEEP = {
     "num_hidden_layers": 24,
     "vocab_size": 4000,
 }
+PORTABLE = {"name": "tiny", "version": "1", "include": ["engines", "portable"]}
 ANY = {"tolerance": {"max_relative_error": None, "max_mean_kl": 100.0, "min_top1_agreement": 0.0}}
 """Random weights say nothing of what a quantization costs."""
 
@@ -39,9 +40,9 @@ def plan_of(folder: Path, config: dict[str, Any], **spec: Any) -> Plan:
 @pytest.mark.parametrize(
     ("config", "spec"),
     [
-        (WIDE, {"topology": {"tp": 2}}),
+        (WIDE, {"topology": {"tp": 2}, "release": PORTABLE}),
         (WIDE, {"quantization": {"algorithm": "FP8"}, "verification": ANY}),
-        (DEEP, {"topology": {"pp": 2}}),
+        (DEEP, {"topology": {"pp": 2}, "release": PORTABLE}),
     ],
     ids=["wide-tp2", "wide-fp8", "deep-pp2"],
 )
@@ -57,10 +58,11 @@ def test_estimates_of_reference_and_verification_do_not_grow_with_layers(tmp_pat
     sizes = {
         layers: {
             step.kind.value: step.resources.memory_bytes
-            for step in plan_of(tmp_path / f"{layers}", {**DEEP, "num_hidden_layers": layers}).steps
+            for step in plan_of(tmp_path / f"{layers}", {**DEEP, "num_hidden_layers": layers}, release=PORTABLE).steps
         }
         for layers in (2, 12)
     }
     assert sizes[2]["reference"] == sizes[12]["reference"]
     assert sizes[2]["verify"] == sizes[12]["verify"]
+    assert sizes[2]["export"] == sizes[12]["export"]
     assert sizes[2]["build"] < sizes[12]["build"]

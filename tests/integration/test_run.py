@@ -185,6 +185,15 @@ def test_run_file_that_was_tampered_with_after_it_was_pulled_is_fetched_again(re
     assert path.read_bytes() == right
 
 
+def test_run_folder_that_was_pulled_for_genai_runs_in_place(release: str, tmp_path: Path) -> None:
+    pull(release, tmp_path / "model", layout="genai")
+    first = orchestrator.run((tmp_path / "model").as_uri()).generate(QUESTION, max_new_tokens=4)
+    assert first.tokens == orchestrator.run(release, folder=tmp_path / "other").generate(QUESTION, max_new_tokens=4).tokens
+    (tmp_path / "model" / "stage0.onnx").write_bytes(b"")
+    with pytest.raises(DigestError, match=r"stage0\.onnx"):
+        orchestrator.run((tmp_path / "model").as_uri())
+
+
 def test_run_model_without_a_chat_template_continues_the_text(release: str, tmp_path: Path) -> None:
     model = orchestrator.run(release, folder=tmp_path / "model")
     model._tokenizer._template = None

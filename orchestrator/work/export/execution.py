@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from orchestrator.work.verify.ort import element_type, empty_cache, open_session
 from orchestrator.work.verify.stage_run import feeds, result_name
 
 Array = npt.NDArray[Any]
+_M_MMAP_THRESHOLD = -3
+"""Parameter of mallopt(3)."""
 _WITHOUT_NUMPY = {onnx.TensorProto.BFLOAT16: np.uint16, onnx.TensorProto.FLOAT8E4M3FN: np.uint8}
 
 
@@ -46,6 +50,7 @@ class SlicedGraph:
 
         `hidden_states`: results of the stage before, by call; None on the first stage.
         """
+        _return_large_blocks()
         values = [feeds(stage, call, before) for call, before in zip(calls, hidden_states, strict=True)]
         positions = 1 + max(int(call.position_ids.max()) for call in calls)
         shape = RankShape(stage, "float32", portable=True, halved=True)
@@ -53,6 +58,7 @@ class SlicedGraph:
         kept = result_name(stage)
         slices = self._sliced.slices
         for number, part in enumerate(slices):
+            weights = inputs = None  # those of the slice before are dropped first
             weights = [self._weight(name) for name in part.weights]
             cache: dict[str, Any] = {}
             for mine in values:
@@ -85,3 +91,12 @@ class SlicedGraph:
         if key not in self._sessions:
             self._sessions[key] = open_session(executable(part, self._opsets, kinds).SerializeToString())
         return self._sessions[key]
+
+
+def _return_large_blocks() -> None:
+    """Let glibc return freed blocks of a megabyte or more to the system.
+
+    By default it keeps those below 32 MiB once one of their size was freed, and widened weights of several slices pile up.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
