@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.errors import SpecError
+from orchestrator.base.errors import DigestError, SpecError
 from orchestrator.base.extras import require
 from orchestrator.releases.asked import asked_engine
 from orchestrator.releases.genai import GENAI_CONFIG
@@ -21,6 +21,7 @@ from orchestrator.runners import GREEDY, Backend, Sampling
 from orchestrator.runners.genai import Device, GenaiBackend
 from orchestrator.runners.tokenizer import Message, Tokenizer
 from orchestrator.spec.cluster import StoreOptions
+from orchestrator.stores.store import ObjectMissingError
 
 MAX_NEW_TOKENS = 256
 
@@ -145,7 +146,13 @@ def run(
 
 def load(release: Release, folder: Path, device: Device = "auto", listener: Listener | None = None) -> Model:
     """Do what `run` does for a release that is already open."""
-    fetch(release, folder, layout="genai", listener=listener)
+    try:
+        fetch(release, folder, layout="genai", listener=listener)
+    except ObjectMissingError as error:
+        if release.store.local_path(GENAI_CONFIG) == folder / GENAI_CONFIG:
+            advice = "Pull the release again, or run it from its store."
+            raise DigestError(f"a file of {folder} was changed after it was pulled: {error.message}", advice) from None
+        raise
     tokenizer = Tokenizer(folder)
     asked = asked_engine(release.manifest)
     return Model(GenaiBackend(folder, asked.max_seq_len or release.manifest.model.max_position_embeddings, device), tokenizer)
