@@ -25,7 +25,7 @@ from orchestrator.releases.pulling import pull
 from orchestrator.releases.reading import open_release
 from orchestrator.runners.tensorrt import EngineRunner, KnownIds, Libraries, open_libraries
 from orchestrator.runners.tensorrt.communicators import groups_of
-from orchestrator.runners.tensorrt.runner import Floats, Step
+from orchestrator.runners.tensorrt.runner import Floats, Limits, Step
 from orchestrator.work.verify.inputs import Call
 
 OpenRank = Callable[..., Libraries]
@@ -35,11 +35,13 @@ class RankActor:
     """One rank in a process of its own. Wrapped for Ray where it is created."""
 
     def __init__(self, folder: str, rank: int, manifest: Manifest, url: str | None, open_rank: OpenRank) -> None:
-        """Fetch the rank's files from `url`, if given, and open its GPU and libraries."""
-        if url is not None:
-            pull(url, Path(folder), ranks=[rank])
-        self._folder, self._rank = Path(folder), rank
-        self._libraries = open_rank(manifest.rank(rank).engine, alone=len(manifest.ranks) == 1)
+        self._folder, self._rank, self._manifest, self._url, self._open = Path(folder), rank, manifest, url, open_rank
+
+    def prepare(self) -> None:
+        """Fetch the rank's files, if there is a URL, and open its GPU and libraries."""
+        if self._url is not None:
+            pull(self._url, self._folder, ranks=[self._rank])
+        self._libraries = self._open(self._manifest.rank(self._rank).engine, alone=len(self._manifest.ranks) == 1)
 
     def make_id(self) -> bytes:
         """Return a new id of a communicator, of which this rank must be the first."""
@@ -82,6 +84,7 @@ class RayEngineRunner:
         try:
             for stage in range(self._manifest.pp):
                 self._place(stage, gpus_per_rank, seconds, (str(folder), url, open_rank))
+            self._all([actor.prepare.remote() for actor in self._actors], seconds)
             wanted = groups_of(self._manifest.tp, self._manifest.pp)
             ids = [self._actors[group.ranks[0]].make_id.remote() for group in wanted]
             made = dict(zip([group.name for group in wanted], self._all(ids, seconds), strict=True))
@@ -109,7 +112,11 @@ class RayEngineRunner:
             self._actors.append(actor.remote(folder, stage * manifest.tp + tp_rank, manifest, url, open_rank))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **arguments: Any) -> Iterator[Step]:
-        """Yield every step's tokens. `arguments` are EngineRunner.generate's. Raises as it does; then all ranks are ended."""
+        """Yield every step's tokens. `arguments` are EngineRunner.generate's.
+
+        Raises SpecError for prompts that the engines cannot hold, and EngineRunError; then all ranks are ended.
+        """
+        Limits.of(self._manifest).check(prompts, max_new_tokens)
         given = {"max_new_tokens": max_new_tokens, **arguments}
         streams = [actor.generate.options(num_returns="streaming").remote(prompts, given) for actor in self._actors]
         waiting = list(streams)

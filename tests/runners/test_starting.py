@@ -86,7 +86,7 @@ import json, sys
 from pathlib import Path
 import ray
 from actors.engine_ranks import RayEngineRunner
-from orchestrator.base.errors import EngineRunError, SpecError
+from orchestrator.base.errors import EngineRunError, MachineError, SpecError
 from orchestrator.releases.reference_numbers import REFERENCE, read_numbers
 from tests.support.fake_rank import open_fakes, open_fakes_or_die
 
@@ -101,6 +101,11 @@ with RayEngineRunner(folder, gpus_per_rank=0, open_rank=open_fakes) as runner:
         list(runner.generate([[1, 999]], 4))
     except SpecError as error:
         said["refused"] = error.message
+    said["again"] = [row[0] for row in runner.generate(prompts[:1], 2)]
+try:
+    RayEngineRunner(folder.parent / "new", url=sys.argv[3], gpus_per_rank=0, open_rank=open_fakes)
+except MachineError as error:
+    said["machine"] = error.message
 try:
     with RayEngineRunner(folder, gpus_per_rank=0, open_rank=open_fakes_or_die) as runner:
         list(runner.generate(prompts, 4))
@@ -110,16 +115,21 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_ray_actors_run_the_ranks_and_a_lost_one_ends_them_all(
     release: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
+    folder = release(2, 1)
+    url = (folder.parent / "store" / "releases" / "tiny" / "1").as_uri()
     done = subprocess.run(
-        [sys.executable, "-c", _RAY, str(release(2, 1)), json.dumps(PROMPTS)],
+        [sys.executable, "-c", _RAY, str(folder), json.dumps(PROMPTS), url],
         capture_output=True, text=True, env={**ENVIRONMENT, "DYING": str(tmp_path / "dying")}, cwd=ROOT, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert said["tokens"] == [expected(tiny_llama, prompt, 4) for prompt in PROMPTS]
     assert said["error"] < 1e-5
     assert said["refused"] == "there is no token id 999 below 131"
+    assert said["again"] == expected(tiny_llama, PROMPTS[0], 2)
+    assert said["machine"] == "this machine cannot run tiny 1: it has no NVIDIA GPU, or no driver for it"
     assert "was lost" in said["lost"]

@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from orchestrator.base.errors import EngineRunError, OrchestratorError
 from orchestrator.releases.reference_numbers import REFERENCE, arithmetic_of, read_numbers
 from orchestrator.runners import Sampling
 from orchestrator.runners.tensorrt import EngineRunner, FileRendezvous, Libraries, StoreRendezvous, open_libraries
 from orchestrator.runners.tensorrt.runner import read_manifest
+from orchestrator.runners.tokenizer import Tokenizer
 
 _ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
@@ -39,9 +39,9 @@ def _run(options: argparse.Namespace, open_rank: Callable[..., Libraries]) -> in
     if num_ranks != len(manifest.ranks):
         raise EngineRunError(f"{num_ranks} processes for {len(manifest.ranks)} ranks", "Start one process for each rank.")
     prompts = [[int(token) for token in text.split(",")] for text in options.tokens]
-    tokenizer = _tokenizer(options.folder) if options.prompt else None
+    tokenizer = Tokenizer(options.folder / "tokenizer") if options.prompt else None
     if tokenizer is not None:
-        prompts += [tokenizer.encode(text).ids for text in options.prompt]
+        prompts += [tokenizer.encode(text) for text in options.prompt]
     libraries = open_rank(manifest.rank(rank).engine, local_rank, alone=num_ranks == 1)
     rendezvous = None if num_ranks == 1 else FileRendezvous(options.rendezvous) if options.rendezvous else StoreRendezvous()
     with EngineRunner(options.folder, rank, libraries, rendezvous) as runner:
@@ -54,14 +54,8 @@ def _run(options: argparse.Namespace, open_rank: Callable[..., Libraries]) -> in
         steps = list(runner.generate(prompts, options.max_new_tokens, sampling=sampling, stop_ids=options.stop)) if prompts else []
     for row in zip(*steps, strict=True) if rank == 0 else ():
         tokens = [token for token in row if token is not None]
-        print(tokenizer.decode(tokens) if tokenizer is not None else ",".join(map(str, tokens)), flush=True)
+        print("".join(tokenizer.decode(tokens)) if tokenizer is not None else ",".join(map(str, tokens)), flush=True)
     return 0
-
-
-def _tokenizer(folder: Path) -> Any:
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
 
 
 def _options() -> argparse.ArgumentParser:

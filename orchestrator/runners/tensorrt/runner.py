@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -48,16 +49,12 @@ class EngineRunner:
         self._rank, self._device, self._tp = rank, libraries.device, tp
         self._sampling_rank = tp * (manifest.pp - 1)
         self._is_first, self._is_last = stage == 0, stage == manifest.pp - 1
-        self._vocab_size = manifest.model.vocab_size
-        self.max_batch_size, self._max_tokens = _largest(manifest, rank, "position_ids")
-        self._max_logits = _largest(manifest, self._sampling_rank, "logit_indices")[1]
-        self.num_positions = _largest(manifest, rank, f"{CACHE_PREFIX}0.key")[2] - manifest.model.cache_slots(0)
-        """Largest number of positions of a sequence."""
+        self.limits = Limits.of(manifest)
         self._communicators = Communicators(libraries.nccl, groups_of(tp, manifest.pp), rank, rendezvous, self._device)
         try:
             capsule = self._communicators.capsule(stage_name(stage)) if tp > 1 else None
             self._engine = RankEngine(manifest.rank(rank), folder, libraries.trt, self._device, capsule)
-            self._tokens_address = self._device.allocate(8 * self.max_batch_size)
+            self._tokens_address = self._device.allocate(8 * self.limits.batch_size)
         except BaseException:
             self.close(failed=True)
             raise
@@ -87,12 +84,12 @@ class EngineRunner:
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[Step]:
-        """Yield the new token ids of each step, on every rank. All ranks must be given the same arguments.
+        """Yield the new token ids of each step, on every rank. All ranks must be given the same, and read as far.
 
         A prompt ends with one of `stop_ids`, which is still yielded. Raises SpecError for prompts that the engines cannot hold,
         EngineRunError.
         """
-        self._check_prompts(prompts, max_new_tokens)
+        self.limits.check(prompts, max_new_tokens)
         sampler, stops = Sampler(sampling), set(stop_ids)
         return self._generated(prompts, max_new_tokens, sampler, stops)
 
@@ -111,8 +108,8 @@ class EngineRunner:
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> Floats:
         """Run the prompts; returns the logits [B, vocabulary] after each one's last token."""
-        last: Floats = np.zeros((len(prompts), self._vocab_size if self.is_sampling else 0), np.float32)
-        for chunk in chunks(prompts, [0] * len(prompts), self._max_tokens):
+        last: Floats = np.zeros((len(prompts), self.limits.vocab_size if self.is_sampling else 0), np.float32)
+        for chunk in chunks(prompts, [0] * len(prompts), self.limits.call_tokens):
             found = self._run(chunk.call, np.maximum(chunk.lengths - 1, 0)[:, None])[:, 0]
             ended = (chunk.lengths > 0) & (chunk.begin + chunk.lengths == [len(prompt) for prompt in prompts])
             last = np.where(ended[:, None], found, last)
@@ -133,12 +130,12 @@ class EngineRunner:
 
         Calls that are larger than the profiles are split. Raises EngineRunError.
         """
-        batch, width = len(calls[0].input_ids), self._vocab_size if self.is_sampling else 0
+        batch, width = len(calls[0].input_ids), self.limits.vocab_size if self.is_sampling else 0
         found: list[Floats] = [np.zeros((*call.input_ids.shape, width), np.float32) for call in calls]
-        for begin in range(0, batch, self.max_batch_size):
-            rows = slice(begin, begin + self.max_batch_size)
+        for begin in range(0, batch, self.limits.batch_size):
+            rows = slice(begin, begin + self.limits.batch_size)
             for call, result in zip(calls, found, strict=True):
-                for chunk in chunks(*rows_of(part_of(call, rows)), self._max_tokens):
+                for chunk in chunks(*rows_of(part_of(call, rows)), self.limits.call_tokens):
                     end = chunk.begin + chunk.call.input_ids.shape[1]
                     result[rows, chunk.begin : end] = self._every_token(chunk)
         self._device.wait()
@@ -146,7 +143,7 @@ class EngineRunner:
 
     def _every_token(self, chunk: Chunk) -> Floats:
         """Return the logits of every token of a chunk. A call that is repeated writes the same values to the cache."""
-        (batch, width), most = chunk.call.input_ids.shape, self._max_logits
+        (batch, width), most = chunk.call.input_ids.shape, self.limits.call_logits
         parts = [np.arange(first, min(first + most, width)) for first in range(0, width, most)]
         return np.concatenate([self._run(chunk.call, np.tile(part, (batch, 1))) for part in parts], axis=1)
 
@@ -163,23 +160,44 @@ class EngineRunner:
         self._engine.run(arrays, dims)
         if not self._is_last:
             self._communicators.send(self._rank, *self._engine.memory("hidden_states_out", dims))
-        result: Floats = np.zeros((*logit_indices.shape, self._vocab_size if self.is_sampling else 0), np.float32)
+        result: Floats = np.zeros((*logit_indices.shape, self.limits.vocab_size if self.is_sampling else 0), np.float32)
         if self.is_sampling:
             self._device.download(self._engine.memory("logits", dims)[0], result)
         return result
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        if not 1 <= len(prompts) <= self.max_batch_size:
-            raise SpecError(f"{len(prompts)} prompts at once", f"Give 1 to {self.max_batch_size}: no more fit into a call.")
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engines of a release hold at most."""
+
+    batch_size: int
+    call_tokens: int
+    """Tokens of each sequence in one call."""
+    call_logits: int
+    """Tokens of each sequence whose logits one call returns."""
+    num_slots: int
+    """Positions of a sequence."""
+    vocab_size: int
+
+    @staticmethod
+    def of(manifest: Manifest) -> Limits:
+        batch, tokens = _largest(manifest, 0, "position_ids")
+        logits = _largest(manifest, len(manifest.ranks) - 1, "logit_indices")[1]
+        return Limits(batch, tokens, logits, _largest(manifest, 0, f"{CACHE_PREFIX}0.key")[2], manifest.model.vocab_size)
+
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Check that the engines hold these prompts and that many new tokens. Raises SpecError."""
+        if not 1 <= len(prompts) <= self.batch_size:
+            raise SpecError(f"{len(prompts)} prompts at once", f"Give 1 to {self.batch_size}: no more fit into a call.")
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
-        if max_new_tokens < 1 or not all(prompts) or longest > self.num_positions:
+        if max_new_tokens < 1 or not all(prompts) or longest > self.num_slots:
             raise SpecError(
                 f"prompts of {[len(prompt) for prompt in prompts]} tokens and {max_new_tokens} new ones",
-                f"Give prompts of at least one token; with the new ones, {self.num_positions} are the most that the engines hold.",
+                f"Give prompts of at least one token; with the new ones, {self.num_slots} are the most that the engines hold.",
             )
-        unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
+        unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self.vocab_size]
         if unknown:
-            raise SpecError(f"there is no token id {unknown[0]} below {self._vocab_size}", "Use the release's tokenizer.")
+            raise SpecError(f"there is no token id {unknown[0]} below {self.vocab_size}", "Use the release's tokenizer.")
 
 
 def _largest(manifest: Manifest, rank: int, name: str) -> tuple[int, ...]:
