@@ -205,6 +205,11 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
                     f"checkpoints of {family.name} store {part.source} rounded after adding {part.add:g}, which cannot be undone",
                     "Build from the Hugging Face checkpoint.",
                 )
+            if part.fusion is not None:
+                raise ArchitectureError(
+                    f"{part.source.format(layer=0)} of {family.name} holds all experts, which rank files cannot be joined to yet",
+                    "Build from the Hugging Face checkpoint.",
+                )
             shape = tuple(dims[dim] for dim in part.shape)
             if part.sections:
                 shape = (sum(dims[dim] for dim in part.sections), *shape[1:])

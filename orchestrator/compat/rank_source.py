@@ -67,7 +67,7 @@ def _only_rank(scale: ArtifactScale, tp_rank: int) -> ArtifactScale:
 
 def _narrow(read: Read, tp_rank: int) -> Read:
     if not read.spans:
-        return read
+        return replace(read, ranks=())
     position = read.ranks.index(tp_rank) if read.ranks else tp_rank
     return replace(read, spans=(read.spans[position],), ranks=())
 

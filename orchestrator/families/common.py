@@ -7,6 +7,7 @@ an expert joins both, up first.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.model.config_table import PassedOver
 from orchestrator.model.rules import (
@@ -20,6 +21,7 @@ from orchestrator.model.rules import (
     ROW,
     VOCAB,
     Cut,
+    Fusion,
     Ignored,
     Layers,
     Part,
@@ -215,6 +217,51 @@ def experts(router: str, expert: str, up: str, gate: str, down: str, bias: str =
             per_expert=True,
             layers=Layers.EXPERTS,
         ),
+    )
+
+
+def fused_experts(router: str, source: str, *, transposed: bool = False, interleaved: bool = False) -> tuple[Rule, ...]:
+    """Return the rules of router and experts, with biases, of tensors of all experts: gate_up_proj and down_proj under `source`.
+
+    `transposed`: an expert is stored as [in, out]. `interleaved`: rows of gate and up alternate; else gate comes first.
+    """
+    fused = SOURCE + source + ".gate_up_proj"
+    gate, up = (Fusion(index, 2, interleaved, transposed) for index in (0, 1))
+    # A vector has no second axis to be transposed with.
+    gate_bias, up_bias = (Fusion(index, 2, interleaved) for index in (0, 1))
+    weight = ("expert_inter", "hidden")
+    stacked: dict[str, Any] = {"per_expert": True, "layers": Layers.EXPERTS}
+    biased = {**stacked, "when": {"moe.expert_bias": True}}
+    down = Part(SOURCE + source + ".down_proj", ("hidden", "expert_inter"), EXPERT_ROW, fusion=Fusion(transposed=transposed))
+    return (
+        Rule(
+            TARGET + "mlp.router.weight",
+            (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
+            dtype="F32",
+            layers=Layers.EXPERTS,
+        ),
+        Rule(
+            TARGET + "mlp.router.bias",
+            (Part(SOURCE + router + ".bias", ("experts",)),),
+            when={"moe.router_bias": True},
+            dtype="F32",
+            layers=Layers.EXPERTS,
+        ),
+        Rule(
+            TARGET + "mlp.fc.weight",
+            (Part(fused, weight, EXPERT_COLUMN, fusion=up), Part(fused, weight, EXPERT_COLUMN, fusion=gate)),
+            **stacked,
+        ),
+        Rule(
+            TARGET + "mlp.fc.bias",
+            (
+                Part(fused + "_bias", weight[:1], EXPERT_COLUMN, fusion=up_bias),
+                Part(fused + "_bias", weight[:1], EXPERT_COLUMN, fusion=gate_bias),
+            ),
+            **biased,
+        ),
+        Rule(TARGET + "mlp.proj.weight", (down,), **stacked),
+        Rule(TARGET + "mlp.proj.bias", (Part(SOURCE + source + ".down_proj_bias", ("hidden",), fusion=Fusion()),), **biased),
     )
 
 

@@ -59,8 +59,8 @@ def quantized(target: Target, fmt: LinearFormat, partners: Sequence[str], num_ra
 
 
 def module_of(read: Read) -> str:
-    """Return the source module whose weight a read takes."""
-    return read.tensor.name.removesuffix(".weight")
+    """Return the source module whose weight a read takes. A part of a tensor of all experts is named by expert and first row."""
+    return read.tensor.name.removesuffix(".weight") if read.rows is None else f"{read.name}.{read.rows.first}"
 
 
 def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partners: Sequence[str]) -> Target:
@@ -89,7 +89,7 @@ def _num_experts(target: Target) -> int:
 
 
 def _height(read: Read) -> int:
-    return read.spans[0].length if read.axis == 0 else read.tensor.shape[0]
+    return read.spans[0].length if read.axis == 0 else read.shape[0]
 
 
 def _artifact_target(
@@ -140,7 +140,7 @@ def kv_cache_targets(qkv: Target, kv_cache: KvCacheFormat, num_ranks: int) -> tu
 def problem(target: Target, fmt: LinearFormat) -> Problem | None:
     """Return the reason why the plain weight `target` cannot be stored in `fmt` on a rank; None: it can."""
     linear = target.name.removesuffix(".weight")
-    whole, inner = target.reads[0].tensor.shape[1], target.shape[-1]
+    whole, inner = target.reads[0].shape[1], target.shape[-1]
     block = {WeightFormat.NVFP4: NVFP4_BLOCK, WeightFormat.MXFP8: MXFP8_BLOCK}.get(fmt.weight, fmt.block_size)
     if block and (whole % block or inner % block):
         legal = tuple(size for size in _BLOCKS if math.gcd(whole, inner) % size == 0) if fmt.block_size else None
@@ -153,7 +153,7 @@ def problem(target: Target, fmt: LinearFormat) -> Problem | None:
 def _is_odd(read: Read) -> bool:
     if read.axis == 0:
         return any(span.begin % 2 or span.end % 2 or span.pad for span in read.spans)
-    return read.tensor.shape[0] % 2 == 1
+    return read.shape[0] % 2 == 1
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:

@@ -70,6 +70,19 @@ VOCAB = Cut(0, Unit.VOCAB)
 
 
 @dataclass(frozen=True, slots=True)
+class Fusion:
+    """Place of a part in a source tensor that holds all experts, [experts, ...]."""
+
+    index: int = 0
+    """Index of the part among `count` that are fused along the output features."""
+    count: int = 1
+    interleaved: bool = False
+    """Whether the parts' rows alternate, instead of lying one part after the other."""
+    transposed: bool = False
+    """Whether an expert is stored as [in, out]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One source tensor of a target."""
 
@@ -85,6 +98,8 @@ class Part:
     """Index of this part among the sections."""
     add: float = 0.0
     """Number added to every element, in float32, before rounding (Gemma's norms are stored as weight + 1)."""
+    fusion: Fusion | None = None
+    """Place in a source tensor of all experts, whose name then has no {expert}; None: the source has one for each expert."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from orchestrator.base.dtypes import num_bytes
 from orchestrator.model.checkpoint import TensorInfo
@@ -12,8 +15,21 @@ from orchestrator.model.rules import Span
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Rows of one expert in a tensor of all experts, [experts, out, in], [experts, in, out] or [experts, out]."""
+
+    expert: int
+    first: int
+    step: int
+    count: int
+    """Number of rows: every `step`-th from `first` on, along the output features."""
+    transposed: bool = False
+    """Whether an expert is stored as [in, out]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
-    """A source tensor and the span of it that each tensor-parallel rank takes."""
+    """A source tensor, or an expert's part of one, and the span of it that each tensor-parallel rank takes."""
 
     tensor: TensorInfo
     axis: int | None
@@ -24,6 +40,21 @@ class Read:
     """tp_ranks that take a span, in the order of `spans` (experts); empty: all ranks."""
     add: float = 0.0
     """Number added to every element, in float32, before rounding."""
+    rows: Annotated[ExpertRows | None, Field(exclude_if=lambda value: value is None)] = None
+    """The expert's part of the tensor; None: the tensor. None is not serialized, which keeps digests of old plans."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is cut: that of the tensor, or of an expert's part, with the output features first."""
+        if self.rows is None:
+            return self.tensor.shape
+        inner = self.tensor.shape[1:]
+        return (self.rows.count, *(inner[:-1] if self.rows.transposed else inner[1:]))
+
+    @property
+    def name(self) -> str:
+        """Name of what is read at once: the tensor, or an expert in it."""
+        return self.tensor.name if self.rows is None else f"{self.tensor.name}.{self.rows.expert}"
 
 
 @dataclass(frozen=True, slots=True)

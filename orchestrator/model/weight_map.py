@@ -16,8 +16,8 @@ from orchestrator.model import quantized_targets
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat, ModelQuantization, global_name, linear_of
-from orchestrator.model.rules import Cut, Family, Part, Rule, Span, Where, spans
-from orchestrator.model.targets import ArtifactScale, Read, Target
+from orchestrator.model.rules import Cut, Family, Fusion, Part, Rule, Span, Where, spans
+from orchestrator.model.targets import ArtifactScale, ExpertRows, Read, Target
 from orchestrator.model.topology import Topology
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -209,7 +209,8 @@ class _Expander:
                 read = self._read(part, layer, expert)
                 if read is not None:
                     ranks = groups[expert * ep // count]
-                    reads.append(replace(read, ranks=ranks, spans=tuple(read.spans[rank] for rank in ranks)))
+                    spans = tuple(read.spans[rank] for rank in ranks) if read.spans else ()
+                    reads.append(replace(read, ranks=ranks, spans=spans))
         if len(reads) < count * len(rule.parts):
             return None
         shape = (count // ep, *_joined(reads[: len(rule.parts)]))
@@ -238,20 +239,40 @@ class _Expander:
             return None
         self.used.add(name)
         wanted = tuple(self.dims[dim] for dim in part.shape)
+        if part.fusion is not None:
+            return self._read_of_expert(part, part.fusion, tensor, wanted, expert)
         sections = [self.dims[dim] for dim in part.sections]
         heads = 1 if head is None else self.config.num_attention_heads
         expected = (sum(sections) * heads, *wanted[1:]) if sections else wanted
-        if tensor.shape != expected:
-            self.misshapen.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
-            return None
-        if tensor.dtype not in _FLOATS:
-            self.misshapen.append(f"{name} is {tensor.dtype}, weights must be one of {', '.join(_FLOATS)}")
+        if not self._fits(tensor, expected):
             return None
         start = sum(sections[: part.section]) + (head or 0) * sum(sections)
         if part.cut is None and not sections:
             return Read(tensor, None, (), add=part.add)
         axis = part.cut.axis if part.cut else 0
         return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start), add=part.add)
+
+    def _fits(self, tensor: TensorInfo, expected: tuple[int, ...]) -> bool:
+        """Whether a tensor has the expected shape and a dtype of weights; else that is kept as a problem."""
+        if tensor.shape != expected:
+            self.misshapen.append(f"{tensor.name} is {list(tensor.shape)}, config.json says {list(expected)}")
+            return False
+        if tensor.dtype not in _FLOATS:
+            self.misshapen.append(f"{tensor.name} is {tensor.dtype}, weights must be one of {', '.join(_FLOATS)}")
+            return False
+        return True
+
+    def _read_of_expert(self, part: Part, fusion: Fusion, tensor: TensorInfo, wanted: tuple[int, ...], expert: int) -> Read | None:
+        """Return the read of an expert's part of a tensor of all experts; None: a problem was noted."""
+        count, *inner = wanted
+        stored = (fusion.count * count, *inner)
+        if not self._fits(tensor, (self.dims["experts"], *(reversed(stored) if fusion.transposed else stored))):
+            return None
+        first, step = (fusion.index, fusion.count) if fusion.interleaved else (fusion.index * count, 1)
+        rows = ExpertRows(expert, first, step, count, fusion.transposed)
+        if part.cut is None:
+            return Read(tensor, None, (), add=part.add, rows=rows)
+        return Read(tensor, part.cut.axis, self._spans_of(part.cut, wanted[part.cut.axis], 0), add=part.add, rows=rows)
 
     def _spans_of(self, cut: Cut | None, size: int, start: int) -> tuple[Span, ...]:
         """Return the spans of an axis of `size` elements that starts at `start` of the source axis. Cached for all layers."""
@@ -313,7 +334,7 @@ def _partner(name: str) -> str:
 
 def _joined(reads: Sequence[Read]) -> tuple[int, ...]:
     """Return the shape on one rank of the slices joined along axis 0."""
-    shape = list(reads[0].tensor.shape)
+    shape = list(reads[0].shape)
     shape[0] = sum(_local_size(read, 0) for read in reads)
     if len(shape) > 1:
         shape[1] = _local_size(reads[0], 1)
@@ -321,7 +342,7 @@ def _joined(reads: Sequence[Read]) -> tuple[int, ...]:
 
 
 def _local_size(read: Read, axis: int) -> int:
-    return read.spans[0].length if read.axis == axis else read.tensor.shape[axis]
+    return read.spans[0].length if read.axis == axis else read.shape[axis]
 
 
 def _as_prefixed(name: str, tensors: Iterable[str]) -> str | None:

@@ -48,7 +48,11 @@ def reference_memory(index: CheckpointIndex, dtype: str) -> int:
             continue
         if ".experts." in name:
             prefix, _, rest = name.partition(".experts.")
-            experts[f"{prefix}.{rest.split('.')[0]}"] += tensor.num_elements * 4
+            number = rest.split(".")[0]
+            if number.isdigit():
+                experts[f"{prefix}.{number}"] += tensor.num_elements * 4
+            else:  # a tensor of all experts, which are read one by one
+                experts[prefix] += tensor.num_elements * 4 // tensor.shape[0]
             continue
         num_bytes = tensor.num_elements * ITEM_BITS[tensor.dtype] // 8
         dense[layer_of(name)] += tensor.num_elements * 4

@@ -8,6 +8,7 @@ thread: reading, hashing and writing overlap, and every sink still gets its byte
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from orchestrator.base.errors import DtypeError
 from orchestrator.base.pages import page_buffer
 from orchestrator.model.checkpoint import TensorInfo
 from orchestrator.model.rules import Span
-from orchestrator.model.targets import Read, Target
+from orchestrator.model.targets import ExpertRows, Read, Target
 from orchestrator.work.context import HashingWriter, SharedBlock
 from orchestrator.work.convert.packing import Packer
 from orchestrator.work.scales import Scales
@@ -121,12 +122,12 @@ class Cutter:
         """Yield the rows of every read, as [rows, bytes per row]. The next block is read meanwhile, across tensors too."""
         reads = [read for target in targets for read in target.reads]
         shared = _read_twice(reads)
-        uses = Counter(read.tensor.name for read in reads)
+        uses = Counter(read.name for read in reads)
         ahead: deque[tuple[_Chunk, Future[Bytes]]] = deque()
         for chunk in itertools.chain.from_iterable(map(_chunks, targets)):
             hold = drop = False
             if chunk.target.reads:
-                name = chunk.read.tensor.name
+                name = chunk.read.name
                 uses[name] -= chunk.last
                 hold, drop = name in shared, not uses[name]
             ahead.append((chunk, self._reader.submit(self._read_chunk, chunk, hold, drop)))
@@ -140,10 +141,12 @@ class Cutter:
         if chunk.begin == chunk.end:
             return np.empty(0, np.uint8)
         tensor = chunk.read.tensor
-        row_bytes = _rows(tensor)[1]
+        if chunk.read.rows is not None:
+            return self._read_expert(chunk, chunk.read.rows, drop)
+        row_bytes = _rows(chunk.read)[1]
         if hold:
             if tensor.name not in self._held:
-                self._held[tensor.name] = self._read_rows(tensor, 0, _rows(tensor)[0], _Buffer().of_size(tensor.num_bytes))
+                self._held[tensor.name] = self._read_rows(tensor, 0, _rows(chunk.read)[0], _Buffer().of_size(tensor.num_bytes))
             return (self._held.pop(tensor.name) if drop else self._held[tensor.name])[chunk.begin : chunk.end]
         size = (chunk.end - chunk.begin) * row_bytes
         return self._read_rows(tensor, chunk.begin, chunk.end, next(self._buffers).of_size(size))
@@ -151,16 +154,28 @@ class Cutter:
     def _read_rows(self, tensor: TensorInfo, begin: int, end: int, flat: Bytes) -> Bytes:
         self._read(tensor, begin, end, flat.data)
         self._progress(flat.size)
-        return flat.reshape(end - begin, _rows(tensor)[1])
+        return flat.reshape(end - begin, -1)
+
+    def _read_expert(self, chunk: _Chunk, rows: ExpertRows, drop: bool) -> Bytes:
+        """Copy rows of an expert's part out of the expert's slab, which is read once and held until its last use."""
+        name, tensor = chunk.read.name, chunk.read.tensor
+        if name not in self._held:
+            size = tensor.num_bytes // tensor.shape[0]
+            self._held[name] = self._read_rows(tensor, rows.expert, rows.expert + 1, _Buffer().of_size(size))
+        slab = self._held.pop(name) if drop else self._held[name]
+        elements = slab.view(f"V{tensor.num_bytes // tensor.num_elements}").reshape(tensor.shape[1:])
+        part = (elements.T if rows.transposed else elements)[rows.first :: rows.step][chunk.begin : chunk.end]
+        copied: Bytes = np.ascontiguousarray(part).view(np.uint8).reshape(len(part), -1)
+        return copied
 
     def _pieces(self, read: Read, row: int, block: Bytes) -> Iterator[tuple[int, Bytes | SharedBlock]]:
         """Yield each rank's piece of a block."""
         if read.axis is None:
             whole = SharedBlock(block.reshape(-1).data)
-            for rank in range(len(self._sinks)):
+            for rank in read.ranks or range(len(self._sinks)):
                 yield rank, whole
             return
-        unit = block.shape[1] // read.tensor.shape[1] if read.axis == 1 else 0
+        unit = block.shape[1] // read.shape[1] if read.axis == 1 else 0
         for rank, span in self._takers(read):
             if read.axis == 1:
                 yield rank, block[:, span.begin * unit : span.end * unit]
@@ -189,7 +204,7 @@ class Cutter:
         sink.write(piece.reshape(-1).data)
 
     def _pad(self, read: Read, dtype: str) -> Iterator[Future[None]]:
-        row_bytes = num_bytes(dtype, read.tensor.num_elements // max(read.tensor.shape[0], 1))
+        row_bytes = num_bytes(dtype, math.prod(read.shape[1:]))
         for rank, span in self._takers(read) if read.spans else ():
             if span.pad:
                 yield self._writers[rank].submit(_write_zeros, self._sinks[rank], span.pad * row_bytes)
@@ -216,7 +231,7 @@ def _chunks(target: Target) -> Iterator[_Chunk]:
     if target.scale is not None:
         yield _Chunk(target, 0, 0, 0, True)
     for position, read in enumerate(target.reads):
-        row_bytes = _rows(read.tensor)[1]
+        row_bytes = _rows(read)[1]
         first, last = _wanted_rows(read)
         if first >= last or row_bytes == 0:
             yield _Chunk(target, position, 0, 0, True)
@@ -228,8 +243,11 @@ def _chunks(target: Target) -> Iterator[_Chunk]:
             yield _Chunk(target, position, row, min(row + step, last), row + step >= last)
 
 
-def _rows(tensor: TensorInfo) -> tuple[int, int]:
-    """Return a tensor's number of rows along the first axis, and the bytes of one row."""
+def _rows(read: Read) -> tuple[int, int]:
+    """Return the number of rows of what is read, along the first axis, and the bytes of one row."""
+    tensor = read.tensor
+    if read.rows is not None:
+        return read.rows.count, num_bytes(tensor.dtype, math.prod(read.shape[1:]))
     rows = tensor.shape[0] if tensor.shape else 1
     return rows, tensor.num_bytes // rows if rows else 0
 
@@ -237,7 +255,7 @@ def _rows(tensor: TensorInfo) -> tuple[int, int]:
 def _wanted_rows(read: Read) -> tuple[int, int]:
     """Return [first, last) of the rows that some rank takes; all rows unless axis 0 is cut."""
     if read.axis != 0:
-        return 0, _rows(read.tensor)[0]
+        return 0, _rows(read)[0]
     taken = [span for span in read.spans if span.begin < span.end]
     return min((span.begin for span in taken), default=0), max((span.end for span in taken), default=0)
 
@@ -246,7 +264,7 @@ def _read_twice(reads: Iterable[Read]) -> set[str]:
     """Return the source tensors with rows that several reads want. They are held, so that no byte is read twice."""
     rows: dict[str, list[tuple[int, int]]] = {}
     for read in reads:
-        rows.setdefault(read.tensor.name, []).append(_wanted_rows(read))
+        rows.setdefault(read.name, []).append(_wanted_rows(read))
     return {name for name, taken in rows.items() if any(one[1] > two[0] for one, two in itertools.pairwise(sorted(taken)))}
 
 

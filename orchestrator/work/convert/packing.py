@@ -86,7 +86,7 @@ class Packer:
     def _cut(self, weight: str, read: Read, row: int, num_rows: int, packed: PackedRows) -> Iterator[tuple[int, Bytes]]:
         """Yield each rank's piece of packed rows, and keep its piece of their scales."""
         stored, scales = packed.weight.numpy(), _as_bytes(packed.scales)
-        inner = read.tensor.shape[1]
+        inner = read.shape[1]
         for rank, span in _takers(read, self._num_ranks):
             piece = _piece(stored, read.axis, span, row, num_rows, inner)
             if piece is None:

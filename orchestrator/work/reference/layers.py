@@ -19,7 +19,7 @@ from orchestrator.base.errors import QuantizationError
 from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
-from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensors
+from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensor_rows, read_tensors
 
 _RENAMED = {
     "block_sparse_moe.": "mlp.",
@@ -63,9 +63,12 @@ class Experts:
         self,
         parent: Any,
         tensors: Mapping[int, Mapping[str, TensorInfo]],
-        read: Callable[[Mapping[str, TensorInfo]], dict[str, Any]],
+        read: Callable[[int, Mapping[str, TensorInfo]], dict[str, Any]],
     ) -> None:
-        """`parent` holds transformers' experts, which a stand-in replaces; `tensors` by expert and linear (gate, up, down)."""
+        """`parent` holds transformers' experts, which a stand-in replaces.
+
+        `tensors`: by expert and linear (gate, up, down), or by the module's parameters, where each holds all experts.
+        """
         self._module, self._tensors, self._read = parent.experts, tensors, read
         self._stand_in = parent.experts = _StandIn()
 
@@ -93,26 +96,25 @@ class Experts:
             if any((call.top_k_index == expert).any() for calls, _ in streams for call in calls)
         ]
         with ThreadPoolExecutor(1, "expert") as pool:
-            coming = pool.submit(self._read, self._tensors[hit[0]]) if hit else None
+            coming = pool.submit(self._read, hit[0], self._tensors[hit[0]]) if hit else None
             for position, expert in enumerate(hit):
                 assert coming is not None
                 stored = coming.result()
-                coming = pool.submit(self._read, self._tensors[hit[position + 1]]) if position + 1 < len(hit) else None
+                following = hit[position + 1] if position + 1 < len(hit) else None
+                coming = pool.submit(self._read, following, self._tensors[following]) if following is not None else None
                 for (calls, weights), sums in zip(streams, totals, strict=True):
-                    module = self._one(
-                        weights(stored["gate"].float()), weights(stored["up"].float()), weights(stored["down"].float())
-                    )
+                    module = self._one({name: weights(values.float()) for name, values in stored.items()})
                     for call, total in zip(calls, sums, strict=True):
                         _add(module, expert, call, total)
         return totals
 
-    def _one(self, gate: Any, up: Any, down: Any) -> Any:
+    def _one(self, stored: Mapping[str, Any]) -> Any:
         """Return transformers' experts with this expert only."""
+        if "gate" in stored:
+            stored = {"gate_up_proj": torch.cat([stored["gate"], stored["up"]])[None], "down_proj": stored["down"][None]}
         module = copy.copy(self._module)
-        module._parameters = {}
+        module._parameters = {name: torch.nn.Parameter(values, requires_grad=False) for name, values in stored.items()}
         module.num_experts = 1
-        module.gate_up_proj = torch.nn.Parameter(torch.cat([gate, up])[None], requires_grad=False)
-        module.down_proj = torch.nn.Parameter(down[None], requires_grad=False)
         return module
 
 
@@ -150,8 +152,12 @@ class SourceLayers:
                 continue
             local = name_in_layer(name)
             if _EXPERTS in f".{local}":
-                expert, linear = local.rpartition("experts.")[2].split(".")[:2]
-                self._experts[layer_of(name)].setdefault(int(expert), {})[EXPERT_LINEARS[linear]] = tensor
+                expert, *linear = local.rpartition("experts.")[2].split(".")[:2]
+                if linear:
+                    self._experts[layer_of(name)].setdefault(int(expert), {})[EXPERT_LINEARS[linear[0]]] = tensor
+                else:  # a parameter of all experts
+                    for number in range(tensor.shape[0]):
+                        self._experts[layer_of(name)].setdefault(number, {})[expert] = tensor
             else:
                 self._dense[layer_of(name)][local] = tensor
 
@@ -173,7 +179,14 @@ class SourceLayers:
         return read_tensors(self._reader, tensors)
 
     def _read_to_device(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-        return {name: tensor.to(self._device) for name, tensor in self._read(tensors).items()}
+        return {name: values.to(self._device) for name, values in self._read(tensors).items()}
+
+    def _read_expert(self, expert: int, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+        """Read the weights of an expert: its tensors, or its rows [1, ...] of the tensors of all experts."""
+        if "gate" in tensors:
+            return self._read_to_device(tensors)
+        rows = {name: read_tensor_rows(self._reader, tensor, expert, expert + 1) for name, tensor in tensors.items()}
+        return {name: values.to(self._device) for name, values in rows.items()}
 
     def _layer(self, number: int, stored: dict[str, Any]) -> Layer:
         module = self._skeletons[number]
@@ -199,13 +212,15 @@ class SourceLayers:
         if not parents:
             return None
         (parent,) = parents
-        lacking = [expert for expert in range(parent.experts.num_experts) if len(self._experts[number].get(expert, ())) != 3]
+        wanted = ({"gate", "up", "down"}, {name for name, _ in parent.experts.named_parameters()})
+        found = self._experts[number]
+        lacking = [expert for expert in range(parent.experts.num_experts) if set(found.get(expert, ())) not in wanted]
         if lacking:
             raise QuantizationError(
                 f"the source lacks weights of {len(lacking)} experts of layer {number}, e.g. of expert {lacking[0]}",
                 "Use the complete checkpoint.",
             )
-        return Experts(parent, self._experts[number], self._read_to_device)
+        return Experts(parent, self._experts[number], self._read_expert)
 
 
 def name_in_layer(name: str) -> str:

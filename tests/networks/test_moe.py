@@ -1,0 +1,207 @@
+"""The network of a mixture against the modules of transformers: routers, shared experts, what an expert computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from orchestrator.model.config import MoeConfig
+from orchestrator.model.stage import StageOptions
+from orchestrator.model.topology import Topology
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.moe import moe_mlp
+from orchestrator.networks.shape import RankShape
+from tests.support.synthetic import model_config
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+HIDDEN, SIZE, EXPERTS, CHOSEN = 24, 12, 12, 3
+PREFIX = "mlp"
+Arrays = dict[str, npt.NDArray[np.float32]]
+GROUPED = {"num_groups": 4, "kept_groups": 2}
+SIGMOID: dict[str, Any] = {"scoring": "sigmoid", "selection_bias": True, "sum_epsilon": 1e-20, "routed_scale": 2.5, **GROUPED}
+GPT_OSS: dict[str, Any] = {
+    "scoring": "softmax_of_chosen", "normalization_mode": 0, "router_bias": True, "expert_bias": True,
+    "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0,
+}  # fmt: skip
+SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": SIZE}
+DEEPSEEK = {**SIZES, "n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+ERNIE = {
+    "hidden_size": HIDDEN, "moe_k": CHOSEN, "moe_num_experts": EXPERTS, "moe_intermediate_size": SIZE, "moe_num_shared_experts": 2,
+}  # fmt: skip
+WITHOUT_GATE = {"shared_expert_gate": False, "shared_expert_intermediate_size": 2 * SIZE}
+CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
+    "glm4_moe": (
+        "glm4_moe", "Glm4MoeMoE", "Glm4MoeConfig", {**DEEPSEEK, "n_shared_experts": 2}, {**SIGMOID, **WITHOUT_GATE}
+    ),
+    "deepseek_v3 without norm": (
+        "deepseek_v3", "DeepseekV3MoE", "DeepseekV3Config", {**DEEPSEEK, "n_shared_experts": 2, "norm_topk_prob": False},
+        {**SIGMOID, **WITHOUT_GATE, "normalization_mode": 0},
+    ),
+    "mistral4": (
+        "mistral4", "Mistral4MoE", "Mistral4Config", {**DEEPSEEK, "n_shared_experts": 2},
+        {**GROUPED, **WITHOUT_GATE, "sum_epsilon": 1e-20, "routed_scale": 2.5},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig",
+        {**SIZES, "num_experts": EXPERTS, "shared_expert_intermediate_size": 20, "norm_topk_prob": False},
+        {"normalization_mode": 0, "shared_expert_intermediate_size": 20},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_MoeConfig",
+        ERNIE,
+        {"selection_bias": True, "sum_minimum": 1e-12, **WITHOUT_GATE},
+    ),
+    "gpt_oss": (
+        "gpt_oss", "GptOssMLP", "GptOssConfig",
+        {"hidden_size": HIDDEN, "num_experts_per_tok": CHOSEN, "num_local_experts": EXPERTS, "intermediate_size": SIZE}, GPT_OSS,
+    ),
+}  # fmt: skip
+"""Model of transformers, module, config class, fields of the config, fields of MoeConfig."""
+
+
+def module_of(case: str) -> Any:
+    """A seeded module of transformers, with biases that decide and gates that reach the bounds."""
+    import importlib
+
+    kind, name, config_name, fields, _ = CASES[case]
+    torch.manual_seed(5)
+    config = getattr(transformers, config_name)(**fields)
+    config._experts_implementation = "eager"
+    module = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)(config).eval()
+    with torch.no_grad():
+        for values in (*module.parameters(), *module.buffers()):
+            values.copy_(torch.randn_like(values) * (1.5 if values.dim() == 3 else 0.5))
+    return module
+
+
+def weights_of(module: Any) -> Arrays:
+    """The module's weights by the names of a rank's file."""
+    state = {name: values.detach().numpy() for name, values in (*module.named_parameters(), *module.named_buffers())}
+    found: Arrays = {}
+    for name, values in state.items():
+        last = name.rpartition(".")[2]
+        if name in ("gate.weight", "router.weight", "router.bias"):
+            found[f"{PREFIX}.router.{last}"] = values
+        elif last == "e_score_correction_bias":
+            found[f"{PREFIX}.router.e_score_correction_bias"] = values.reshape(-1)
+        elif name == "shared_expert_gate.weight":
+            found[f"{PREFIX}.shared_expert_gate.weight"] = values
+    experts = {name: state[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")}
+    if "experts.gate_up_proj_bias" in state:  # gpt-oss: [in, out], gate and up by turns
+        both, down = (np.swapaxes(values, 1, 2) for values in experts.values())
+        found[f"{PREFIX}.fc.weight"] = np.concatenate([both[:, 1::2], both[:, ::2]], 1)
+        bias = state["experts.gate_up_proj_bias"]
+        found[f"{PREFIX}.fc.bias"] = np.concatenate([bias[:, 1::2], bias[:, ::2]], 1)
+        found |= {f"{PREFIX}.proj.weight": down, f"{PREFIX}.proj.bias": state["experts.down_proj_bias"]}
+        return found
+    gate, up = np.split(experts["gate_up_proj"], 2, axis=1)
+    found |= {f"{PREFIX}.fc.weight": np.concatenate([up, gate], 1), f"{PREFIX}.proj.weight": experts["down_proj"]}
+    shared = next((name for name in ("shared_expert", "shared_experts") if f"{name}.up_proj.weight" in state), None)
+    if shared:
+        joined = [state[f"{shared}.{name}_proj.weight"] for name in ("up", "gate")]
+        found[f"{PREFIX}.shared_expert.fc.weight"] = np.concatenate(joined)
+        found[f"{PREFIX}.shared_expert.proj.weight"] = state[f"{shared}.down_proj.weight"]
+    return found
+
+
+def part_of(name: str, values: npt.NDArray[np.float32], moe_tp: int, tp_rank: int, ep: int) -> npt.NDArray[np.float32]:
+    """A rank's part of a weight, split by hand."""
+    moe_rank, group = tp_rank // ep, tp_rank % ep
+    short = name.removeprefix(f"{PREFIX}.")
+    if short.startswith("shared_expert."):
+        axis, ranks = (1, moe_tp * ep) if "proj" in short else (0, moe_tp * ep)
+        halves = np.split(values, 2) if axis == 0 else [values]
+        return np.concatenate([np.split(half, ranks, axis)[tp_rank] for half in halves])
+    if not short.startswith(("fc.", "proj.")):
+        return values
+    mine = np.split(values, ep)[group]
+    if short == "proj.bias":
+        return mine
+    if short == "proj.weight":
+        return np.split(mine, moe_tp, 2)[moe_rank]
+    return np.concatenate([np.split(half, moe_tp, 1)[moe_rank] for half in np.split(mine, 2, 1)], 1)
+
+
+def run(
+    moe: MoeConfig, weights: Mapping[str, npt.NDArray[np.float32]], x: npt.NDArray[np.float32], tp: int = 1, ep: int = 1
+) -> Any:
+    """The sum over the ranks of what the network of each computes."""
+    config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
+    stage = StageOptions.of(config, Topology(tp, 1, moe_ep=ep), 0)
+    total = np.zeros_like(x)
+    for rank in range(tp):
+        graph = GraphWriter("moe")
+        graph.input("x", "float32", ["batch", "tokens", HIDDEN])
+        result = moe_mlp(graph, RankShape(stage, "float32", rank, portable=True), "x", PREFIX)
+        own = result.removesuffix(".all_reduce")
+        graph.output(own, "float32", ["batch", "tokens", HIDDEN])
+        model = graph.model()
+        nodes = [node for node in model.graph.node if node.op_type != "DistCollective"]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        for initializer in model.graph.initializer:
+            if initializer.data_location == onnx.TensorProto.EXTERNAL:
+                part = part_of(initializer.name, weights[initializer.name], tp // ep, rank, ep)
+                assert list(part.shape) == list(initializer.dims), initializer.name
+                initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(part), initializer.name))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        total += session.run(None, {"x": x})[0]
+    return total
+
+
+def compared(case: str, changes: Mapping[str, Any] | None = None, tp: int = 1, ep: int = 1) -> float:
+    """The worst relative error; `changes` are fields of MoeConfig."""
+    module = module_of(case)
+    x = np.random.default_rng(9).normal(size=(2, 7, HIDDEN)).astype(np.float32)
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(x))
+    wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).numpy()
+    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **{**CASES[case][4], **(changes or {})})
+    return float(np.abs(run(moe, weights_of(module), x, tp, ep) - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mixture_computes_what_transformers_computes(case: str) -> None:
+    assert compared(case) < 2e-6
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("case", ["glm4_moe", "gpt_oss"])
+def test_mixture_on_several_ranks_sums_to_what_transformers_computes(case: str, tp: int, ep: int) -> None:
+    assert compared(case, tp=tp, ep=ep) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        ("glm4_moe", {"selection_bias": False}),
+        ("glm4_moe", {"num_groups": 3}),
+        ("glm4_moe", {"kept_groups": 3}),
+        ("glm4_moe", {"kept_groups": 4}),
+        ("glm4_moe", {"routed_scale": 1.0}),
+        ("glm4_moe", {"normalization_mode": 0}),
+        ("glm4_moe", {"scoring": "softmax"}),
+        ("glm4_moe", {"shared_expert_intermediate_size": 0}),
+        ("mistral4", {"kept_groups": 4}),
+        ("gpt_oss", {"swiglu_limit": None}),
+        ("gpt_oss", {"swiglu_limit": 6.0}),
+        ("gpt_oss", {"swiglu_alpha": 1.0}),
+        ("gpt_oss", {"swiglu_beta": 0.0}),
+        ("gpt_oss", {"scoring": "softmax"}),
+        ("gpt_oss", {"router_bias": False}),
+        ("gpt_oss", {"expert_bias": False}),
+        ("ernie4_5_moe", {"selection_bias": False}),
+        ("ernie4_5_moe", {"normalization_mode": 0}),
+    ],
+)
+def test_mixture_with_a_planted_mistake_differs_from_transformers(case: str, wrong: dict[str, Any]) -> None:
+    assert compared(case, wrong) > 1e-2
