@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
+from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE
 from orchestrator.families.granite import GRANITE
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
         GLM4_MOE,
         MINIMAX_M2,
+        DEEPSEEK_V3,
     )
 }
 

@@ -298,9 +298,7 @@ ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act'
 """Gemma's second name of the activation, in families that do not read it."""
 
 LATENT_DEFAULTS = {
-    "num_key_value_heads": None,
     "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
     "rope_interleave": True,
@@ -314,4 +312,9 @@ LATENT_DERIVED = {
 LATENT_PASSED_OVER = {
     "head_dim": PassedOver("the sizes of a head are those of qk_nope_head_dim, qk_rope_head_dim and v_head_dim", None),
     "qk_head_dim": PassedOver("it is qk_nope_head_dim and qk_rope_head_dim together", None),
+    "scoring_func": PassedOver("the family decides how the router scores experts", (None, "sigmoid", "softmax")),
+    "topk_method": PassedOver("the family decides how the router chooses experts", (None, "noaux_tc")),
+    "moe_layer_freq": PassedOver("all layers after the first dense ones have experts", (None, 1)),
+    **{key: PassedOver("training only", None) for key in ("aux_loss_alpha", "seq_aux")},
+    "ep_size": PassedOver("how the publisher split the model", None),
 }

@@ -9,14 +9,23 @@ from orchestrator.model.checkpoint import CheckpointIndex
 
 
 def loadable_config(index: CheckpointIndex) -> dict[str, Any]:
-    """Return the config with transformers' `model_type`, which other tools' formats lack."""
-    if "model_type" in index.config:
-        return with_rotated_part(index.config)
+    """Return the config of a source as transformers reads it."""
+    return with_rotated_part(with_known_type(index.config))
+
+
+def with_known_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with a `model_type` of transformers, by its architecture if need be.
+
+    Other tools' formats have none. Kimi K2, which is a DeepSeek V3, has one of its own.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    (architecture,) = index.config["architectures"]
+    if config.get("model_type") in CONFIG_MAPPING_NAMES:
+        return dict(config)
+    (architecture,) = config["architectures"]
     kinds = [kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == architecture]
-    return {"model_type": kinds[0] if kinds else "", **index.config}
+    return {**config, "model_type": kinds[0] if kinds else config.get("model_type", "")}
 
 
 def with_rotated_part(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 DENSE: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+}  # fmt: skip
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
 NOT_BUILT = re.compile(
     r"keys that this family does not know|which this family does not have|not supported|partial_rotary_factor|"
@@ -111,6 +114,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "norm_topk_prob": BOOLEANS,
     "decoder_sparse_step": st.sampled_from([1, 2]),
     "mlp_only_layers": st.sampled_from([[], None, [1]]),
+    "q_lora_rank": st.sampled_from([16, None]),
+    "kv_lora_rank": st.sampled_from([8, None]),
+    "qk_nope_head_dim": st.sampled_from([4, 8]),
+    "qk_rope_head_dim": st.sampled_from([4, 8, 10]),
+    "v_head_dim": st.sampled_from([6, 8]),
+    "rope_interleave": BOOLEANS,
     "embedding_multiplier": st.sampled_from([3.0, 1, None]),
     "attention_multiplier": st.sampled_from([0.5, None]),
     "residual_multiplier": st.sampled_from([0.5, None]),
@@ -130,8 +139,9 @@ NESTED = st.none() | st.fixed_dictionaries(
 
 def base(family: str) -> dict[str, Any]:
     """The smallest config.json of a family whose sizes are not its defaults'."""
-    made = {"architectures": [TINY[family].model], "model_type": FAMILIES[family].config.model_types[0], **SIZES, **DENSE}
+    made = {"architectures": [TINY[family].model], "model_type": FAMILIES[family].config.model_types[0], **SIZES}
     table = FAMILIES[family].config
+    made |= LATENT if table.latent else DENSE
     made |= {key: value for key, value in MOE.items() if key in table.defaults}
     return made | ({table.experts.count: 4} if table.experts else {})
 
@@ -205,7 +215,8 @@ def test_defaults_of_a_family_are_those_of_its_config_class(family: str) -> None
 
 @pytest.mark.parametrize("family", TINY)
 def test_config_json_as_transformers_saves_it_is_read(family: str) -> None:
-    made = getattr(transformers, TINY[family].config)(**{**SIZES, "num_key_value_heads": 2}, architectures=[TINY[family].model])
+    heads = 4 if FAMILIES[family].config.latent else 2
+    made = getattr(transformers, TINY[family].config)(**{**SIZES, "num_key_value_heads": heads}, architectures=[TINY[family].model])
     check(json.loads(made.to_json_string()))
 
 

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.families import FAMILIES, family_for
 from orchestrator.model.config import from_hugging_face
 from orchestrator.model.config_keys import config_warnings
-from orchestrator.work.as_hugging_face import with_rotated_part
+from orchestrator.work.as_hugging_face import with_known_type, with_rotated_part
 from tests.support.resolution import differences, ours, resolved
 
 CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))
@@ -32,9 +32,14 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     heads = 4 if config["num_attention_heads"] > config["num_key_value_heads"] else 2
     kept = {key: value for key, value in SMALL.items() if key in config}
     made = {**config, **kept, "num_attention_heads": heads, "num_key_value_heads": 2, "hidden_size": heads * HEAD_SIZE}
+    if config.get("n_group", 1) > 1:
+        made |= {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
     made |= {"rotary_dim": HEAD_SIZE // 2} if "rotary_dim" in config else {}
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        made |= {key: config["num_experts_per_tok"] + 1} if key in config else {}
+        made |= {key: made.get("n_group", 1) * (made["num_experts_per_tok"] + 1)} if key in config else {}
+    if "kv_lora_rank" in config:
+        made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
+        made |= {"qk_rope_head_dim": 8, "hidden_size": 2 * HEAD_SIZE}
     made |= {"head_dim": HEAD_SIZE} if "head_dim" in config else {}
     scaling = config.get("rope_scaling") or {}
     if "long_factor" in scaling:
@@ -51,7 +56,7 @@ def test_published_config_json_is_read_as_transformers_reads_it(path: Path) -> N
     read = from_hugging_face(config, architecture, "bfloat16", table)
     assert (read.hidden_size, read.num_hidden_layers) == (config["hidden_size"], config["num_hidden_layers"])
     small = smaller(config)
-    assert not differences(ours(from_hugging_face(small, architecture, "bfloat16", table)), resolved(with_rotated_part(small)))
+    assert not differences(ours(from_hugging_face(small, architecture, "bfloat16", table)), resolved(with_rotated_part(with_known_type(small))))
     warned = config_warnings(config, architecture, table)
     assert bool(warned) == (path.stem in ("gemma-2b", "gemma-7b")), warned
 

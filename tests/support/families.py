@@ -24,6 +24,10 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20,
+    "head_dim": 8,
+}  # fmt: skip
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -97,6 +101,24 @@ TINY: dict[str, TinyFamily] = {
         "MiniMaxM2ForCausalLM",
         "MiniMaxM2Config",
         {"num_experts_per_tok": 3, "num_local_experts": 8, "intermediate_size": 32, "rope_parameters": HALF_ROTATED},
+    ),
+    "deepseek_v3": TinyFamily(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **LATENT,
+            **MOE,
+            "num_experts_per_tok": 3,
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+                "mscale": 1.0, "mscale_all_dim": 0.8,
+            },
+        },
     ),
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
 }

@@ -55,6 +55,9 @@ class Resolution:
     groups: tuple[int, int] = (1, 1)
     """Groups of experts, and those that are kept."""
     qk_norm: bool = False
+    latent: tuple[int, int, int, int, bool] | None = None
+    """Sizes of latent attention (queries' latent, latent, plain part of a query, value), and whether rotated pairs are neighbours."""
+    query_scale: float | None = None
 
 
 def resolved(config: Mapping[str, Any]) -> Resolution:
@@ -83,7 +86,7 @@ def _measure(model: Any, made: Any) -> Resolution:
     tokens = torch.arange(NUM_TOKENS) % made.vocab_size
     embedded = model.model.embed_tokens.weight[tokens]
     multiplier = float((hidden[0] / embedded).median())
-    size = attention.head_dim
+    size = attention.qk_head_dim if hasattr(attention, "qk_head_dim") else attention.head_dim
     mixture = next((layer for layer, has in zip(model.model.layers, has_experts, strict=True) if has), layer)
     moe, normalized, groups = _experts(mixture)
     norm = model.model.norm
@@ -91,7 +94,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         windows=tuple(_window(call["mask"]) for call in calls),
         head_size=size,
         num_key_value_heads=calls[0]["kv_heads"],
-        biases=(_bias(attention, "q_proj", "qkv_proj"), _bias(attention, "o_proj"), _bias(layer.mlp, "gate_proj", "gate_up_proj")),
+        biases=(_bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"), _bias(attention, "o_proj"), _bias(layer.mlp, "gate_proj", "gate_up_proj")),
         activation=_activation(_activation_of(layer.mlp)),
         norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
         attention_scale=calls[0]["scaling"],
@@ -108,7 +111,24 @@ def _measure(model: Any, made: Any) -> Resolution:
         expert_layers=has_experts,
         groups=groups,
         qk_norm=hasattr(attention, "q_norm"),
+        latent=_latent(attention, made),
+        query_scale=_query_scale(made),
     )
+
+
+def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
+    """Sizes of latent attention, and whether rotated pairs are neighbours."""
+    if not hasattr(attention, "kv_lora_rank"):
+        return None
+    query = 0 if hasattr(attention, "q_proj") else attention.q_a_proj.weight.shape[0]
+    nope, value = attention.qk_nope_head_dim, attention.v_head_dim
+    return query, attention.kv_a_layernorm.weight.shape[0], nope, value, bool(made.rope_interleave)
+
+
+def _query_scale(made: Any) -> float | None:
+    """The factor by which the logarithm of the position scales queries."""
+    scales = made.model_type in ("ministral3", "mistral4")
+    return float(made.rope_parameters["llama_4_scaling_beta"]) if scales else None
 
 
 def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -231,7 +251,7 @@ def ours(config: ModelConfig) -> Resolution:
     return Resolution(
         windows=tuple(None if size is None or size >= NUM_TOKENS else size for size in window),
         head_size=config.head_size,
-        num_key_value_heads=config.num_key_value_heads,
+        num_key_value_heads=config.num_attention_heads if config.is_latent else config.num_key_value_heads,
         biases=(config.attn_bias, config.attn_dense_bias, config.mlp_bias),
         activation={"swish": "silu", "swiglu": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act),
         norm_epsilon=config.norm_epsilon,
@@ -249,7 +269,14 @@ def ours(config: ModelConfig) -> Resolution:
         expert_layers=has_experts,
         groups=(moe.num_groups, moe.kept_groups) if moe else (1, 1),
         qk_norm=config.qk_layernorm != "none",
+        latent=_our_latent(config),
+        query_scale=config.query_scale_beta,
     )
+
+
+def _our_latent(config: ModelConfig) -> tuple[int, int, int, int, bool] | None:
+    sizes = (config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.value_size)
+    return (*sizes, config.rotary_interleaved) if config.is_latent else None
 
 
 def differences(found: Resolution, wanted: Resolution) -> dict[str, tuple[Any, Any]]:

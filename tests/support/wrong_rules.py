@@ -72,6 +72,16 @@ def _half_rotated(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, A
     return {"rotary_embedding_dim": found.head_size // 2}
 
 
+def _mscale_once(found: ModelConfig) -> float:
+    assert found.attention_scale is not None
+    return float((found.attention_scale * found.head_size**-0.5) ** 0.5)
+
+
+def _latent(**changes: Any) -> Rule:
+    """A wrong size or score of latent attention, by the right ModelConfig."""
+    return lambda _config, found: {name: change(found) for name, change in changes.items()}
+
+
 def _scaling_without(*keys: str, **changes: Any) -> Rule:
     def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
         scaling = {**(found.rotary_scaling or {}), **changes}
@@ -155,6 +165,10 @@ WRONG_RULES = [
     WrongRule("linear scaling missed", hub_config("vicuna-7b-v1.5-16k"), _set(rotary_scaling=None)),
     WrongRule("yarn's factor on attention missed", hub_config("qwen2.5-7b-instruct-yarn"), _scaling_without(attention_factor=1.0)),
     WrongRule("ministral3 queries not scaled by position", hub_config("ministral-3-8b-text"), _set(query_scale_beta=None)),
+    WrongRule("deepseek's pairs rotated as halves", hub_config("deepseek-v3-bf16"), _set(rotary_interleaved=False)),
+    WrongRule("deepseek's mscale left out of the scores", hub_config("deepseek-v3-bf16"), _set(attention_scale=None)),
+    WrongRule("deepseek's mscale taken once", hub_config("deepseek-v3-bf16"), _latent(attention_scale=_mscale_once)),
+    WrongRule("kimi's mscale left out of the scores", hub_config("kimi-k2-bf16"), _set(attention_scale=None)),
     WrongRule("granite's multiplier of residuals missed", hub_config("granite-3.1-2b"), _set(residual_multiplier=1.0)),
     WrongRule("granite's scale of attention missed", hub_config("granite-3.1-2b"), _set(attention_scale=None)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
