@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
-from orchestrator.families.glm import GLM4_MOE
+from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.minimax import MINIMAX_M2
@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
         GLM4_MOE,
         MINIMAX_M2,
         DEEPSEEK_V3,
+        GLM4_MOE_LITE,
     )
 }
 

@@ -132,6 +132,16 @@ def _after_first(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     return tuple(layer >= first for layer in range(num_layers))
 
 
+def _listed(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return the layers that mlp_layer_types calls sparse; without it, all but the first (GLM-4.7-Flash)."""
+    kinds = keys.get("mlp_layer_types")
+    if kinds is None:
+        return tuple(layer > 0 for layer in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise keys.error("mlp_layer_types", f"is {shown(kinds)}, not {num_layers} entries that are dense or sparse")
+    return tuple(kind == "sparse" for kind in kinds)
+
+
 def _between(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     """Return the layers of Ernie's rule: every moe_layer_interval-th from a first to a last layer (-1: the model's last)."""
     step, first = keys.count("moe_layer_interval"), keys.count("moe_layer_start_index", least=0)
@@ -144,6 +154,7 @@ EXPERT_LAYERS: dict[str, Callable[[Keys, int], tuple[bool, ...]]] = {
     "all": _every,
     "sparse_step": _sparse_step,
     "after_first": _after_first,
+    "listed": _listed,
     "between": _between,
 }
 """Rules by which families say which layers have experts."""
@@ -157,6 +168,8 @@ def layer_keys(layers: tuple[bool, ...], rule: str) -> dict[str, Any]:
             return {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, has in enumerate(layers) if not has]}
         case "after_first":
             return {"first_k_dense_replace": first}
+        case "listed":
+            return {"mlp_layer_types": ["sparse" if has else "dense" for has in layers]}
         case "between":
             last = len(layers) - 1 - layers[::-1].index(True) if True in layers else 0
             return {"moe_layer_interval": 1, "moe_layer_start_index": first, "moe_layer_end_index": last}

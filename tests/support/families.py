@@ -102,6 +102,11 @@ TINY: dict[str, TinyFamily] = {
         "MiniMaxM2Config",
         {"num_experts_per_tok": 3, "num_local_experts": 8, "intermediate_size": 32, "rope_parameters": HALF_ROTATED},
     ),
+    "glm4_moe_lite": TinyFamily(
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
+        {**LATENT, **MOE, "n_routed_experts": 8, "n_shared_experts": 1, "attention_bias": True},
+    ),
     "deepseek_v3": TinyFamily(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",

@@ -66,7 +66,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_miniature_of_every_family_is_right_on_all_layouts(family: str, tmp_path: Path) -> None:
     found = prove(tiny_config_json(family), tmp_path)
     names = [case.ranks for case in found.cases]
-    assert names == ["one rank", "tp=2", *(["tp=2, ep=2"] if "moe" in family or family == "mixtral" else []), "pp=2"]
+    assert names == ["one rank", "tp=2", *(["tp=2, ep=2"] if FAMILIES[family].config.experts else []), "pp=2"]
     assert found.max_relative_error < 2e-5
 
 
