@@ -123,7 +123,9 @@ GLM4_MOE_LITE = Family(
             **NO_WINDOWS,
             **NO_CAPS,
             **ONE_ACTIVATION,
-            "first_k_dense_replace": PassedOver("mlp_layer_types decides; without it, all but the first layer have experts", (None, 1)),
+            "first_k_dense_replace": PassedOver(
+                "mlp_layer_types decides; without it, all but the first layer have experts", (None, 1)
+            ),
             "num_nextn_predict_layers": PassedOver("layers that predict further tokens are not built", None),
         },
     ),

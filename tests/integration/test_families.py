@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.base.errors import TopologyError
+from orchestrator.base.errors import QuantizationError, TopologyError
 from orchestrator.families import FAMILIES
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
@@ -107,6 +107,22 @@ def test_layer_that_predicts_further_tokens_is_left_out_and_noted(folder: Path, 
     (longer / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     (note,) = [note for note in preparation.plan(make_spec(longer)).notes if "model.layers.3." in note]
     assert "MTP" in note
+
+
+def test_quantized_cache_of_latents_is_refused(folder: Path, make_spec: SpecMaker) -> None:
+    with pytest.raises(QuantizationError, match=r"latent attention \(MLA\) holds latents, which are not quantized to FP8"):
+        preparation.plan(make_spec(source(folder, "deepseek_v3"), quantization={"kv_cache": "FP8"}))
+
+
+def test_queries_without_a_latent_of_their_own_agree_with_transformers(tmp_path: Path, make_spec: SpecMaker) -> None:
+    """DeepSeek's smaller models make queries from the hidden states."""
+    plan = preparation.plan(make_spec(write_tiny("deepseek_v3", tmp_path / "model", q_lora_rank=None), topology={"tp": 2}))
+    check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
+
+
+def test_latent_attention_in_halves_rotates_what_transformers_does(tmp_path: Path, make_spec: SpecMaker) -> None:
+    plan = preparation.plan(make_spec(write_tiny("deepseek_v3", tmp_path / "model", rope_interleave=False)))
+    check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
 
 
 ROTARY: dict[str, dict[str, Any]] = {

@@ -56,7 +56,9 @@ def test_published_config_json_is_read_as_transformers_reads_it(path: Path) -> N
     read = from_hugging_face(config, architecture, "bfloat16", table)
     assert (read.hidden_size, read.num_hidden_layers) == (config["hidden_size"], config["num_hidden_layers"])
     small = smaller(config)
-    assert not differences(ours(from_hugging_face(small, architecture, "bfloat16", table)), resolved(with_rotated_part(with_known_type(small))))
+    assert not differences(
+        ours(from_hugging_face(small, architecture, "bfloat16", table)), resolved(with_rotated_part(with_known_type(small)))
+    )
     warned = config_warnings(config, architecture, table)
     assert bool(warned) == (path.stem in ("gemma-2b", "gemma-7b")), warned
 

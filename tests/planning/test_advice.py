@@ -11,7 +11,7 @@ from orchestrator.model.config import ModelConfig, MoeConfig
 from orchestrator.model.quantization import LinearFormat, ModelQuantization, WeightFormat
 from orchestrator.model.topology import Topology, legal_tp
 from orchestrator.model.weight_map import weight_map
-from orchestrator.planning.advice import gemm_warnings, padding_notes, repeated_reads
+from orchestrator.planning.advice import gemm_warnings, kernel_warnings, padding_notes, repeated_reads
 from tests.support.synthetic import model_config, synthetic_index
 
 NO_LIMIT = 2**62
@@ -102,3 +102,10 @@ def test_repeated_reads_tied_embedding_of_two_tasks_is_named(tied: bool, pp: int
     assert [line.split(":")[0] for line in said] == (
         ["model.embed_tokens.weight (1,184 bytes) is read 2 times, by separate conversion tasks"] if times else []
     )
+
+
+def test_kernel_warnings_name_the_heads_that_tensorrt_rtx_has_no_fused_kernel_for() -> None:
+    latent = wide().model_copy(update={"kv_lora_rank": 512, "rotary_embedding_dim": 64, "num_key_value_heads": 1})
+    (warning,) = kernel_warnings(latent, "tensorrt_rtx")
+    assert warning.startswith("latent attention (MLA) has heads of 576 elements")
+    assert kernel_warnings(latent, "tensorrt") == kernel_warnings(wide(), "tensorrt_rtx") == ()

@@ -25,8 +25,8 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20,
-    "head_dim": 8,
+    "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
 }  # fmt: skip
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -120,8 +120,12 @@ TINY: dict[str, TinyFamily] = {
             "n_shared_experts": 2,
             "first_k_dense_replace": 1,
             "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
-                "mscale": 1.0, "mscale_all_dim": 0.8,
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.8,
             },
         },
     ),

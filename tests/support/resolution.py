@@ -56,7 +56,7 @@ class Resolution:
     """Groups of experts, and those that are kept."""
     qk_norm: bool = False
     latent: tuple[int, int, int, int, bool] | None = None
-    """Sizes of latent attention (queries' latent, latent, plain part of a query, value), and whether rotated pairs are neighbours."""
+    """Sizes of latent attention: queries' latent, latent, plain part of a query, value; whether rotated pairs are neighbours."""
     query_scale: float | None = None
 
 
@@ -94,7 +94,11 @@ def _measure(model: Any, made: Any) -> Resolution:
         windows=tuple(_window(call["mask"]) for call in calls),
         head_size=size,
         num_key_value_heads=calls[0]["kv_heads"],
-        biases=(_bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"), _bias(attention, "o_proj"), _bias(layer.mlp, "gate_proj", "gate_up_proj")),
+        biases=(
+            _bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"),
+            _bias(attention, "o_proj"),
+            _bias(layer.mlp, "gate_proj", "gate_up_proj"),
+        ),
         activation=_activation(_activation_of(layer.mlp)),
         norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
         attention_scale=calls[0]["scaling"],

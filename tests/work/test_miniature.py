@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from orchestrator import building
 from orchestrator.base.errors import MiniatureError
 from orchestrator.events import StepEvent
 from orchestrator.families import FAMILIES, family_for
+from orchestrator.model import weight_map
 from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.rules import Part
 from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology
+from orchestrator.networks import latent
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Miniature
 from orchestrator.planning.options import MiniatureOptions
@@ -149,6 +152,34 @@ def test_miniature_catches_frequencies_that_are_chosen_once_for_all_lengths(
     monkeypatch.setattr(ModelConfig, "rotary_depends_on_length", lambda self, length: False)
     with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
         prove(config, tmp_path / "wrong")
+
+
+def _unrotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent, "rotate", lambda _graph, _shape, x, _rotary: x)
+
+
+def _key_expansion_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = weight_map._Expander._read
+
+    def wrong(self: Any, part: Part, layer: int, expert: int = 0, head: int | None = None) -> Any:
+        moved = head is not None and part.section == 0
+        return read(self, part, layer, expert, (head + 1) % self.config.num_attention_heads if moved and head is not None else head)
+
+    monkeypatch.setattr(weight_map._Expander, "_read", wrong)
+
+
+def _latent_without_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent, "rms_norm", lambda graph, shape, x, weight, *rest, **named: x)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("fault", [_unrotated, _key_expansion_of_the_next_head, _latent_without_its_norm])
+def test_miniature_catches_a_fault_in_latent_attention(
+    fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
+        prove(hub_config("deepseek-v3-bf16"), tmp_path)
 
 
 def test_config_that_transformers_refuses_is_said_to_be_refused_by_it(tmp_path: Path) -> None:
