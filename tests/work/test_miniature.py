@@ -154,8 +154,9 @@ def test_miniature_catches_frequencies_that_are_chosen_once_for_all_lengths(
         prove(config, tmp_path / "wrong")
 
 
-def _unrotated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent, "rotate", lambda _graph, _shape, x, _rotary: x)
+def _keys_not_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate = latent.rotate
+    monkeypatch.setattr(latent, "rotate", lambda graph, shape, x, rotary: x if "k_rope" in x else rotate(graph, shape, x, rotary))
 
 
 def _key_expansion_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def _latent_without_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("fault", [_unrotated, _key_expansion_of_the_next_head, _latent_without_its_norm])
+@pytest.mark.parametrize("fault", [_keys_not_rotated, _key_expansion_of_the_next_head, _latent_without_its_norm])
 def test_miniature_catches_a_fault_in_latent_attention(
     fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
