@@ -1,15 +1,16 @@
-"""Reading rows of a source's tensors, as the format stores them or dequantized."""
+"""Reading rows of a source's tensors: as the format stores them, dequantized, or in another layout of the same codes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoints import format_named
-from orchestrator.model.checkpoint import TensorInfo
+from orchestrator.model.checkpoint import TensorInfo, View
 from orchestrator.stores.source import ByteSource
 
 if TYPE_CHECKING:
     from orchestrator.checkpoints.quantized.decoding import Dequantizer
+    from orchestrator.checkpoints.quantized.recoding import Recoder
 
 
 class RowReader:
@@ -18,14 +19,27 @@ class RowReader:
     def __init__(self, source_format: str, source: ByteSource) -> None:
         self._format, self._source = format_named(source_format), source
         self._dequantizer: Dequantizer | None = None
+        self._recoder: Recoder | None = None
 
     def read(self, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
         """Fill `out` with rows [begin, end) of the tensor's first axis, in the tensor's dtype and C order."""
         if tensor.encoding is None or begin >= end:
             self._format.read_rows(self._source, tensor, begin, end, out)
-            return
+        elif tensor.encoding.view is View.VALUES:
+            self._dequantize(tensor, begin, end, out)
+        else:
+            self._recode(tensor, begin, end, out)
+
+    def _dequantize(self, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
         if self._dequantizer is None:
             from orchestrator.checkpoints.quantized.decoding import Dequantizer
 
             self._dequantizer = Dequantizer(self._source)
         self._dequantizer.read(tensor, begin, end, out)
+
+    def _recode(self, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
+        if self._recoder is None:
+            from orchestrator.checkpoints.quantized.recoding import Recoder
+
+            self._recoder = Recoder(self._source)
+        self._recoder.read(tensor, begin, end, out)

@@ -84,6 +84,20 @@ class Packing(StrEnum):
     """NIBBLES of every expert, [experts, out, ...], of a tensor that is [experts, in, out] (gpt-oss)."""
 
 
+class View(StrEnum):
+    """What a tensor of the index is of a quantized weight, where it is not the dequantized weight."""
+
+    VALUES = "values"
+    ROW_PAIRS = "row_pairs"
+    """INT4 codes in two's complement, two rows per byte: int8 [out / 2, in]."""
+    ROW_SCALES = "row_scales"
+    """The scale of the tensor, once per row: float32 [out]."""
+    E4M3_SCALES = "e4m3_scales"
+    """Power-of-two scales per 32 as E4M3 per 16, divided by E4M3_SECOND."""
+    E4M3_SECOND = "e4m3_second"
+    """Power of two by which the largest of the peers' scales is 256, the largest power of two of E4M3."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """Quantized storage of a weight. An element is (code - zero) * scale, in float32, rounded once.
@@ -112,10 +126,22 @@ class Encoding:
     """Factor of each input feature, float [in] (AWQ's and SmoothQuant's pre_quant_scale)."""
     input_scale: Annotated[Stored | None, Field(exclude_if=lambda value: value is None)] = None
     """Calibrated scale of the linear's input. No part of the weight."""
+    view: Annotated[View, Field(exclude_if=lambda value: value == View.VALUES)] = View.VALUES
+    peers: Annotated[tuple[Stored, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Scales of the weights that are joined with this one, its own included. They share E4M3_SECOND."""
 
     def parts(self) -> Iterator[Stored]:
-        """Yield the stored tensors that the weight's elements depend on."""
-        found = (self.codes, self.scale, self.zero, self.second, self.groups, self.columns)
+        """Yield the stored tensors that the elements depend on."""
+        found: tuple[Stored | None, ...]
+        match self.view:
+            case View.VALUES:
+                found = (self.codes, self.scale, self.zero, self.second, self.groups, self.columns)
+            case View.ROW_PAIRS:
+                found = (self.codes,)
+            case View.ROW_SCALES | View.E4M3_SCALES:
+                found = (self.scale,)
+            case View.E4M3_SECOND:  # the scales were read with E4M3_SCALES
+                found = ()
         return (part for part in found if part is not None)
 
     @property
@@ -132,8 +158,10 @@ class Encoding:
         """Return the same encoding with every file index n replaced by position[n]."""
         names = ("codes", "scale", "zero", "second", "groups", "columns")
         parts = {name: getattr(self, name) for name in names}
-        moved = {name: replace(part, file=position[part.file]) for name, part in parts.items() if part is not None}
-        return replace(self, **moved, input_scale=None)
+        # A view reads a part of them; the files of the others may not be among the renumbered.
+        moved = {name: replace(part, file=position.get(part.file, 0)) for name, part in parts.items() if part is not None}
+        peers = tuple(replace(part, file=position[part.file]) for part in self.peers)
+        return replace(self, **moved, peers=peers, input_scale=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +190,13 @@ class TensorInfo:
     def files(self) -> set[int]:
         """Return the indices of the files that hold the tensor."""
         if self.encoding is not None:
-            return {part.file for part in self.encoding.parts()}
+            return {part.file for part in (*self.encoding.parts(), *self.encoding.peers)}
         return {self.file} if self.assembly is None else {piece.file for piece in self.assembly.pieces}
 
     def renumbered(self, position: Mapping[int, int]) -> TensorInfo:
         """Return the same tensor with every file index n replaced by position[n]."""
         if self.encoding is not None:
-            return replace(self, file=position[self.file], encoding=self.encoding.renumbered(position))
+            return replace(self, file=position.get(self.file, 0), encoding=self.encoding.renumbered(position))
         if self.assembly is None:
             return replace(self, file=position[self.file])
         pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)
@@ -193,6 +221,8 @@ class CheckpointIndex:
 
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Stored tensors of a quantized source that hold no weight -> reason why they are not read."""
+    activation_limit: float | None = None
+    """Bound of activations that a source with a scale per row names (FBGEMM)."""
     algorithm: str = ""
     """Name of the format in which a quantized source stores its weights; empty: not quantized."""
 

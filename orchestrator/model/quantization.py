@@ -182,6 +182,8 @@ class ModelQuantization(_Value):
     alpha: float | None = None
     """Migration strength of SmoothQuant, recorded in config.json."""
     meta_recipe: bool = False
+    as_stored: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether codes and scales are those of the source: nothing is calibrated."""
 
     def format_of(self, linear: str) -> LinearFormat | None:
         """Return the format of a linear, e.g. transformer.layers.7.attention.qkv; None: not quantized."""

@@ -67,7 +67,7 @@ def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partner
     *experts, out, inner = target.shape
     dtype, shape = packed(fmt, (out, inner))
     # The reads of one expert are joined, and so are all reads of a dense linear.
-    joined = len(modules) // _num_experts(target)
+    joined = len(modules) // num_experts(target)
     amax = tuple(
         tuple(dict.fromkeys((*modules[start : start + joined], *partners)))
         for start in range(0, len(modules), joined)
@@ -76,7 +76,7 @@ def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partner
     return replace(target, dtype=dtype, shape=(*experts, *shape), quantized=QuantizedWeight(fmt, target.dtype, modules, amax))
 
 
-def _num_experts(target: Target) -> int:
+def num_experts(target: Target) -> int:
     """Return the number of experts of the whole layer; 1 for a dense linear."""
     if len(target.shape) == 2:
         return 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -92,6 +93,22 @@ class ArtifactScale:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredScale:
+    """Scale that the source stores as a number of each joined weight, with one entry per expert where there are experts."""
+
+    entries: tuple[tuple[tuple[TensorInfo, ...], ...], ...]
+    """Stored numbers of each rank and entry. The largest is used."""
+    must_agree: bool
+    """Whether the numbers of an entry must be equal: joined weights share one scale."""
+    divides: bool = False
+    """Whether the scale is the number's inverse."""
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Yield the stored numbers of all ranks."""
+        return (tensor for rank in self.entries for entry in rank for tensor in entry)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A tensor of a rank file. All tensor-parallel ranks hold a tensor of this name and shape."""
 
@@ -102,8 +119,23 @@ class Target:
     reads: tuple[Read, ...] = ()
     quantized: QuantizedWeight | None = None
     """Quantization of the elements; None: not quantized."""
-    scale: PackedScale | ArtifactScale | None = None
+    scale: PackedScale | ArtifactScale | StoredScale | None = None
     """Source of a scale, which has no reads; None: not a scale."""
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Yield the source tensors that are read for the target."""
+        yield from (read.tensor for read in self.reads)
+        if isinstance(self.scale, StoredScale):
+            yield from self.scale.tensors()
+
+    def renumbered(self, position: Mapping[int, int]) -> Target:
+        """Return the same target with every file index n replaced by position[n]."""
+        reads = tuple(replace(read, tensor=read.tensor.renumbered(position)) for read in self.reads)
+        if not isinstance(self.scale, StoredScale):
+            return replace(self, reads=reads)
+        moved = {tensor: tensor.renumbered(position) for tensor in self.scale.tensors()}
+        entries = tuple(tuple(tuple(moved[one] for one in entry) for entry in rank) for rank in self.scale.entries)
+        return replace(self, reads=reads, scale=replace(self.scale, entries=entries))
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.base.dtypes import MODEL_DTYPES, num_bytes
 from orchestrator.base.errors import ArchitectureError, WeightMapError
-from orchestrator.model import quantized_targets
+from orchestrator.model import quantized_targets, stored_targets
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat, ModelQuantization, global_name, linear_of
@@ -46,7 +46,7 @@ class LayerGroup:
         return any(isinstance(target.scale, ArtifactScale) for target in self.targets)
 
     def sources(self) -> dict[str, TensorInfo]:
-        return {read.tensor.name: read.tensor for target in self.targets for read in target.reads}
+        return {tensor.name: tensor for target in self.targets for tensor in target.tensors()}
 
     def shard_name(self, rank: int) -> str:
         """Return the shard's file name: numbered as Hugging Face does, or plain when the rank has one shard."""
@@ -76,7 +76,7 @@ class WeightMap:
         sizes: dict[str, int] = {}
         for target in (target for group in self.stage(pp_rank) for target in group.targets):
             layer = ".".join(target.name.split(".")[:3]) if target.name.startswith("transformer.layers.") else target.name
-            values = math.prod(target.shape) * (2 if target.quantized and target.dtype in ("U8", "I8") else 1)
+            values = math.prod(target.shape) * (2 if target.name.endswith(".weight") and target.dtype in ("U8", "I8") else 1)
             # The embedding is not widened: rows are looked up in its stored dtype.
             width = num_bytes(target.dtype, 1) if target.name == "transformer.vocab_embedding.weight" else 4
             sizes[layer] = sizes.get(layer, 0) + values * width
@@ -167,6 +167,8 @@ class _Expander:
             if fmt is None or unfit is not None:
                 found.append(target)
                 self.unfit.extend([unfit] if unfit else [])
+            elif self.quantization.as_stored:
+                found.extend(stored_targets.stored(target, fmt, self.topology.tp))
             else:
                 partner = by_name.get(_partner(target.name)) if fmt.fuse_gate else None
                 if partner is not None and self._format(partner, local, layer) != fmt:

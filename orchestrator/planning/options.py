@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -98,13 +97,7 @@ class ConvertOptions(_Options):
     ) -> ConvertOptions:
         used = sorted({file for tensor in group.sources().values() for file in tensor.files()})
         position = {old: new for new, old in enumerate(used)}
-        targets = tuple(
-            replace(
-                target,
-                reads=tuple(replace(read, tensor=read.tensor.renumbered(position)) for read in target.reads),
-            )
-            for target in group.targets
-        )
+        targets = tuple(target.renumbered(position) for target in group.targets)
         shards = tuple(group.shard_name(topology.file_number(tp_rank, group.pp_rank)) for tp_rank in range(topology.tp))
         return ConvertOptions(
             format=index.format,

@@ -17,7 +17,7 @@ from orchestrator.model.rules import Family
 from orchestrator.model.weight_map import weight_map
 from orchestrator.model.weight_names import check_names
 from orchestrator.planning.plan import Inputs, Plan, make_plan
-from orchestrator.spec.build import BuildSpec
+from orchestrator.spec.build import SOURCE, BuildSpec
 from orchestrator.stores.hub import pinned
 
 
@@ -35,6 +35,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     from orchestrator.engines import installed_version
     from orchestrator.engines.profiles import resolved
     from orchestrator.planning.quantization import resolve as resolve_quantization
+    from orchestrator.planning.quantization import resolve_stored
     from orchestrator.quantizers.resolve import tolerance
 
     spec = spec.model_copy(update={"source": spec.source.model_copy(update={"path": pinned(spec.source.path)})})
@@ -48,7 +49,12 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     config = _with_layout(config, spec)
     check_names(family, config, topology)
     engine = resolved(config, spec.engine)
-    quantization = resolve_quantization(spec.quantization, config.num_hidden_layers) if spec.quantization else None
+    quantization = None
+    if spec.quantization is not None and spec.quantization.algorithm == SOURCE:
+        dense = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes)
+        quantization = resolve_stored(spec.quantization, index, dense, config.num_hidden_layers)
+    elif spec.quantization is not None:
+        quantization = resolve_quantization(spec.quantization, config.num_hidden_layers)
     model = quantization.model if quantization else None
     check_cache(model, is_latent=config.is_latent)
     if "portable" in spec.release.include:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
+from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.model.config import ModelConfig, from_trtllm
-from orchestrator.model.quantization import ModelQuantization
+from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, linear_of
+from orchestrator.model.quantized_targets import module_of
+from orchestrator.model.stored_targets import stored_format
+from orchestrator.model.targets import Target
 from orchestrator.model.topology import Topology
-from orchestrator.planning.calibration import MAX, Quantization
+from orchestrator.model.weight_map import WeightMap
+from orchestrator.planning.calibration import MAX, Quantization, layer_of
 from orchestrator.quantizers.calibration_data import CalibrationData
 from orchestrator.quantizers.resolve import calibration_method, from_checkpoint, model_quantization, quantizer_named
 from orchestrator.spec.build import DATA_SUFFIXES, CalibrationSpec, QuantizationSpec
@@ -43,6 +50,41 @@ def resolve(spec: QuantizationSpec, num_layers: int) -> Quantization:
         scales=spec.scales if needed else None,
         scales_sha256=_scales_sha256(Path(spec.scales)) if spec.scales is not None and needed else None,
     )
+
+
+def resolve_stored(spec: QuantizationSpec, index: CheckpointIndex, dense: WeightMap, num_layers: int) -> Quantization:
+    """Resolve `algorithm: source`: every linear keeps the source's format if engines have it, else the model's dtype.
+
+    `dense`: the map of the unquantized weights. Raises QuantizationError for a source without such a linear.
+    """
+    targets = [target for group in dense.groups for target in group.targets]
+    found = (_stored_layer(target, index, spec.exclude or ()) for target in targets if linear_of(target.name))
+    layers: dict[str, LinearFormat | None] = dict(found)
+    kept = {fmt for fmt in layers.values() if fmt is not None}
+    if not kept:
+        raise QuantizationError(
+            "quantization.algorithm is source, but no linear can keep the source's format: it has "
+            f"{index.algorithm or 'no quantized weights'}",
+            "Leave quantization out: weights are dequantized. Kept are FP8 per tensor and per row, MXFP8, NVFP4, MXFP4 (as NVFP4), "
+            "and INT4 in groups without zero points.",
+        )
+    if len(kept) == 1 and None not in layers.values():
+        (fmt,) = kept
+        model = ModelQuantization(algorithm=fmt.algorithm, linear=fmt, kv_cache=spec.kv_cache, as_stored=True)
+    else:
+        model = ModelQuantization(algorithm=MIXED_PRECISION, layers=layers, kv_cache=spec.kv_cache, as_stored=True)
+    if spec.kv_cache is None:
+        return Quantization(model=model, methods={}, data=_no_data(spec.calibration))
+    return replace(resolve(spec.model_copy(update={"algorithm": None}), num_layers), model=model)
+
+
+def _stored_layer(target: Target, index: CheckpointIndex, exclude: tuple[str, ...]) -> tuple[str, LinearFormat | None]:
+    """Return a linear's name, with its number in the whole model, and the format that it keeps."""
+    linear = target.name.removesuffix(".weight")
+    name = global_name(linear, int(linear.split(".")[2]), layer_of(module_of(target.reads[0])))
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        return name, None
+    return name, stored_format(target.reads, index.activation_limit)
 
 
 def read_checkpoint(folder: Path) -> tuple[ModelConfig, Topology, ModelQuantization | None]:

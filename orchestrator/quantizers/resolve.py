@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.errors import QuantizationError
-from orchestrator.model.quantization import ALWAYS_EXCLUDED, MIXED_PRECISION, CalibrationMethod, LinearFormat, ModelQuantization
+from orchestrator.model.quantization import (
+    ALWAYS_EXCLUDED,
+    MIXED_PRECISION,
+    ActivationFormat,
+    CalibrationMethod,
+    LinearFormat,
+    ModelQuantization,
+)
 from orchestrator.quantizers import QUANTIZERS, Quantizer
 from orchestrator.spec.build import QuantizationSpec, ToleranceSpec
 
@@ -122,9 +129,11 @@ def from_checkpoint(block: Mapping[str, Any], mixture: Mapping[str, Any] | None)
 
 
 def tolerance(quantization: ModelQuantization | None) -> ToleranceSpec:
-    """Return the tolerance of verification against the unquantized reference: the sum for linears and KV cache."""
+    """Return the tolerance of verification against the reference in the build's dtype: the sum for linears and KV cache."""
     if quantization is None:
         return ToleranceSpec()
+    if quantization.as_stored:
+        return _stored_tolerance(quantization)
     parts = [quantizer_named(name).tolerance for name in sorted({fmt.algorithm for fmt in quantization.formats()})]
     # In a mixture each linear has only one format, so the worst format bounds the error.
     worst = [max(parts, key=lambda part: part.max_mean_kl)] if parts else []
@@ -135,3 +144,15 @@ def tolerance(quantization: ModelQuantization | None) -> ToleranceSpec:
         max_mean_kl=sum(part.max_mean_kl for part in worst),
         min_top1_agreement=max(0.0, 1.0 - sum(1.0 - part.min_top1_agreement for part in worst)),
     )
+
+
+_STORED_TOLERANCE = ToleranceSpec(max_relative_error=None, max_mean_kl=0.01, min_top1_agreement=0.95)
+"""Tolerance of weights that keep the source's format. The reference has the same values, rounded to the build's dtype."""
+
+
+def _stored_tolerance(quantization: ModelQuantization) -> ToleranceSpec:
+    """Return the tolerance of a model with the source's weights: only activations, and the KV cache, are rounded further."""
+    rounded = any(fmt.activation is not ActivationFormat.NONE for fmt in quantization.formats())
+    if rounded or quantization.kv_cache:
+        return tolerance(quantization.model_copy(update={"as_stored": False}))
+    return _STORED_TOLERANCE

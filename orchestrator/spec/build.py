@@ -84,11 +84,16 @@ class CalibrationSpec(Frozen):
     """Number of parts that are calibrated by separate actors, each with its layers only. Absent: the pipeline stages."""
 
 
+SOURCE = "source"
+"""quantization.algorithm that keeps the format of a quantized source."""
+
+
 class QuantizationSpec(Frozen):
     """Quantization, calibrated once on rank 0 and applied while the weights are converted."""
 
     algorithm: str | None = None
-    """Algorithm, TensorRT-LLM's QuantAlgo or MIXED_PRECISION. Absent: quantize the KV cache only."""
+    """Algorithm, TensorRT-LLM's QuantAlgo or MIXED_PRECISION; source: keep the format of a quantized source.
+    Absent: quantize the KV cache only."""
     kv_cache: Literal["INT8", "FP8"] | None = None
     """Number format of the KV cache. Absent: the model's dtype."""
     exclude: tuple[str, ...] | None = None
@@ -112,6 +117,9 @@ class QuantizationSpec(Frozen):
             raise ValueError("neither algorithm nor kv_cache is given")
         if (self.algorithm == "MIXED_PRECISION") != (self.quant_cfg is not None):
             raise ValueError("quant_cfg and algorithm MIXED_PRECISION belong together")
+        given = [name for name in ("group_size", "alpha", "meta_recipe", "scales") if getattr(self, name)]
+        if self.algorithm == SOURCE and given:
+            raise ValueError(f"{given[0]} is of other algorithms than {SOURCE}, which keeps what the source has")
         return self
 
 

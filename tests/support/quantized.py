@@ -98,8 +98,66 @@ def mxfp4_groups(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
     return {"weight_packed": codes[:, 0::2] | (codes[:, 1::2] << 4), "weight_scale": (exponent + 127).to(torch.uint8)}, meant
 
 
-def write_both(plain: Path, folder: Path, quantizer: Quantizer, quantization: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Quantize the linears of the layers of a saved model; also write the dense model of the same values, in the model's dtype."""
+def fp8_tensor(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """Model Optimizer's FP8: one scale for weights of any linear, as its exports have for joined linears, and one for inputs."""
+    scale = torch.tensor(0.002)
+    stored = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale, "input_scale": torch.tensor(0.05)}, stored.float() * scale
+
+
+def fp8_dynamic(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """FP8 with a scale per weight, different in joined linears, and activations scaled at run time."""
+    scale = weight.float().abs().max() / 448
+    stored = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale_inv": scale}, stored.float() * scale
+
+
+def mxfp8(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """Model Optimizer's MXFP8: E4M3 with a power of two per 32 input features."""
+    groups = weight.float().reshape(len(weight), -1, 32)
+    exponent = torch.ceil(torch.log2(groups.abs().amax(2) / 448))
+    stored = (groups / torch.exp2(exponent)[:, :, None]).to(torch.float8_e4m3fn)
+    meant = (stored.float() * torch.exp2(exponent)[:, :, None]).reshape(weight.shape)
+    return {"weight": stored.reshape(weight.shape), "weight_scale": (exponent + 127).to(torch.uint8)}, meant
+
+
+def compressed_nvfp4(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """compressed-tensors' NVFP4, whose second scales divide. They are powers of two here, so that their inverses are exact."""
+    found, _ = nvfp4(weight * (6 * 448 / 4096))
+    factor, values = torch.tensor([4096.0]), found["weight_scale"].float()
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = torch.stack([found["weight"] & 15, found["weight"] >> 4], -1).reshape(weight.shape)
+    signed = torch.cat([table, -table])[codes.long()]
+    meant = (signed.reshape(len(weight), -1, 16) * (values / factor)[:, :, None]).reshape(weight.shape)
+    tensors = {"weight_packed": found["weight"], "weight_scale": found["weight_scale"], "weight_global_scale": factor}
+    return {**tensors, "input_global_scale": torch.tensor([128.0])}, meant
+
+
+def fp8_rows(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """FBGEMM's FP8: a scale per row."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    stored = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale}, stored.float() * scale
+
+
+def nvfp4(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """Model Optimizer's NVFP4, packed by itself, with one second scale for all linears."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    second = torch.tensor(1.0 / (6 * 448))
+    packed, scale, _ = NVFP4QTensor.quantize(weight.float(), 16, weights_scaling_factor_2=second, try_tensorrt=False)
+    meant = packed.dequantize(torch.float32, scale=scale, double_scale=second, block_sizes={-1: 16})
+    tensors = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": second}
+    return {**tensors, "input_scale": torch.tensor(0.01)}, meant
+
+
+def write_both(
+    plain: Path, folder: Path, quantizer: Quantizer, quantization: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> tuple[Path, Path]:
+    """Quantize the linears of the layers of a saved model; also write the dense model of the same values.
+
+    `dtype` of the dense model; None: the model's.
+    """
     tensors = safetensors.torch.load_file(plain / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
     stored: Stored = {}
@@ -110,7 +168,7 @@ def write_both(plain: Path, folder: Path, quantizer: Quantizer, quantization: Ma
             continue
         parts, values = quantizer(tensor)
         stored |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
-        meant[name] = values.to(tensor.dtype)
+        meant[name] = values.to(dtype or tensor.dtype)
     quantized = write_quantized(folder / "quantized", stored, quantization, **config)
     (folder / "dense").mkdir()
     safetensors.torch.save_file(meant, folder / "dense" / "model.safetensors", {"format": "pt"})

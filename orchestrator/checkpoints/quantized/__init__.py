@@ -33,7 +33,7 @@ def with_encodings(index: CheckpointIndex, described: Described | None, url: str
     if all(tensor.encoding is None for tensor in weights.tensors.values()):
         warning = f"{described.where} describes {recipe.algorithm}, but no tensor is quantized: the tensors are read as they are"
         return replace(found, warnings=(*index.warnings, warning))
-    return replace(found, algorithm=recipe.algorithm)
+    return replace(found, algorithm=recipe.algorithm, activation_limit=recipe.activation_limit)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

@@ -240,16 +240,16 @@ def _codes(stored: Bytes, encoding: Encoding, inner: int, begin: int, end: int) 
         case Packing.ROW_WORDS:
             return np.ascontiguousarray(_awq_rows(stored, begin, end).T)
         case _:
-            return _nibbles(stored[begin:end])[:, :inner]
+            return nibbles(stored[begin:end])[:, :inner]
 
 
-def _nibbles(packed: Bytes) -> Bytes:
+def nibbles(packed: Bytes) -> Bytes:
     """Unpack [rows, bytes] to [rows, 2 * bytes], low nibbles first."""
     return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(len(packed), -1)
 
 
 def _unpacked(packed: Bytes, bits: int) -> Bytes:
-    return _nibbles(packed) if bits == 4 else packed
+    return nibbles(packed) if bits == 4 else packed
 
 
 def _gptq_rows(stored: Bytes, bits: int, begin: int, end: int) -> Bytes:

@@ -47,6 +47,8 @@ class Recipe:
     """GPTQ: groups are by g_idx."""
     zero_offset: int = 0
     """GPTQ: number to add to every stored zero point."""
+    activation_limit: float | None = None
+    """FBGEMM: bound of activations."""
     algorithms: frozenset[str] = frozenset()
     """Model Optimizer: the algorithms that occur."""
 
@@ -147,8 +149,17 @@ def _fp8(found: Mapping[str, Any], where: str) -> Recipe:
 
 def _fbgemm(found: Mapping[str, Any], where: str) -> Recipe:
     _check_keys(found, "quant_method activation_scale_ub modules_to_not_convert", where)
-    ignored = _names(found, where, "modules_to_not_convert")
-    return Recipe("fbgemm_fp8", "FP8 per row", WeightArgs(group_size=-1), ignored=ignored, matches=_matches_transformers)
+    limit = found.get("activation_scale_ub", 1200.0)
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit > 0:
+        raise _refuse(where, f"activation_scale_ub is {abbreviated(repr(limit), 40)}, not a number")
+    return Recipe(
+        "fbgemm_fp8",
+        "FP8 per row",
+        WeightArgs(group_size=-1),
+        ignored=_names(found, where, "modules_to_not_convert"),
+        matches=_matches_transformers,
+        activation_limit=float(limit),
+    )
 
 
 def _mxfp4(found: Mapping[str, Any], where: str) -> Recipe:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, num_bytes
-from orchestrator.base.errors import DtypeError
+from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, num_bytes, numpy_dtype
+from orchestrator.base.errors import DtypeError, QuantizationError
 from orchestrator.base.pages import page_buffer
 from orchestrator.model.checkpoint import TensorInfo
 from orchestrator.model.rules import Span
-from orchestrator.model.targets import ExpertRows, Read, Target
+from orchestrator.model.targets import ExpertRows, Read, StoredScale, Target
 from orchestrator.work.context import HashingWriter, SharedBlock
 from orchestrator.work.convert.packing import Packer
 from orchestrator.work.scales import Scales
@@ -98,6 +98,9 @@ class Cutter:
     def _run_chunk(self, chunk: _Chunk, block: Bytes) -> list[Future[None]]:
         """Check and cut a block, and start its writes."""
         target = chunk.target
+        if isinstance(target.scale, StoredScale):
+            values = self._stored_scale(target.name, target.scale)
+            return [self._writers[rank].submit(self._sinks[rank].write, data) for rank, data in enumerate(values)]
         if target.scale is not None:
             scales = enumerate(self._packer.scales_of(target))
             return [self._writers[rank].submit(self._sinks[rank].write, data) for rank, data in scales]
@@ -109,6 +112,31 @@ class Cutter:
             pieces = self._converted(target, chunk.position, chunk.begin, block)
             jobs = [self._writers[rank].submit(self._append, rank, piece) for rank, piece in pieces]
         return [*jobs, *self._pad(chunk.read, target.dtype)] if chunk.last else jobs
+
+    def _stored_scale(self, name: str, scale: StoredScale) -> list[memoryview]:
+        """Return the bytes of a scale for every rank. Raises QuantizationError when joined weights have different scales."""
+        distinct = {(tensor.file, tensor.offset, tensor.name): tensor for tensor in scale.tensors()}
+        numbers = {key: self._reader.submit(self._stored_number, tensor) for key, tensor in distinct.items()}
+        found = []
+        for entries in scale.entries:
+            values = np.empty(len(entries), np.float32)
+            for at, entry in enumerate(entries):
+                each = [numbers[tensor.file, tensor.offset, tensor.name].result() for tensor in entry]
+                if scale.must_agree and len(set(each)) > 1:
+                    shown = ", ".join(f"{tensor.name} {value:.6g}" for tensor, value in zip(entry, each, strict=True))
+                    raise QuantizationError(
+                        f"{name} joins weights that the source stores with different scales: {shown}",
+                        "Exclude this linear (quantization.exclude), or leave `algorithm: source` out, to dequantize.",
+                    )
+                values[at] = max(np.float32(1) / number if scale.divides else number for number in each)
+            found.append(values.view(np.uint8).data)
+        return found
+
+    def _stored_number(self, tensor: TensorInfo) -> np.float32:
+        data = bytearray(tensor.num_bytes)
+        self._read(tensor, 0, 1, memoryview(data))
+        self._progress(tensor.stored_bytes)
+        return np.float32(np.frombuffer(data, numpy_dtype(tensor.dtype))[0])
 
     def _converted(self, target: Target, position: int, row: int, block: Bytes) -> Iterable[tuple[int, Bytes | SharedBlock]]:
         """Yield each rank's piece of a block, as its file stores it."""
@@ -153,7 +181,7 @@ class Cutter:
 
     def _read_rows(self, tensor: TensorInfo, begin: int, end: int, flat: Bytes) -> Bytes:
         self._read(tensor, begin, end, flat.data)
-        self._progress(flat.size)
+        self._progress(flat.size * tensor.stored_bytes // tensor.num_bytes)
         return flat.reshape(end - begin, -1)
 
     def _read_expert(self, chunk: _Chunk, rows: ExpertRows, drop: bool) -> Bytes:

@@ -31,7 +31,7 @@ def convert(task: Task, context: Context) -> ConvertFacts:
         done += num_bytes
         context.report("convert", done, total, "bytes")
 
-    planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
+    planned = planned_ranges(tensor for target in options.targets for tensor in target.tensors())
     with open_source(task.step.locations["source"]).open(options.files, planned) as source:
         scales = scales_for(task, options, context)
         written = write_shards(options, source, context.output, progress, scales)

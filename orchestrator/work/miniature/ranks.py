@@ -62,7 +62,7 @@ def convert(source: Path, folder: Path, family: Family, config: ModelConfig, top
     index, _ = read_source(str(source))
     for group in weight_map(index, family, config, topology, _SHARD_BYTES).groups:
         options = ConvertOptions.of(group, index, topology)
-        planned = planned_ranges(read.tensor for target in options.targets for read in target.reads)
+        planned = planned_ranges(tensor for target in options.targets for tensor in target.tensors())
         with open_source(str(source)).open(options.files, planned) as reads:
             write_shards(options, reads, lambda name, _size: (folder / name).open("wb"), lambda _num_bytes: None)
     return [
