@@ -233,7 +233,8 @@ def write_ranks(source: Path, folder: Path, topology: Mapping[str, Any], max_sha
     for outcome in run_steps(made, store.url, (Kind.CONVERT,)).values():
         for output in outcome.outputs:
             (folder / output.name).write_bytes(store.get(output.key))
-    stages._write_indexes(made, folder)
+    for name, index in trtllm.shard_indexes(made.inputs.weights, made.topology).items():
+        trtllm.write_json(folder / name, index)
     (folder / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology)))
     return folder
 
