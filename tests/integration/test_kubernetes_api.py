@@ -246,7 +246,7 @@ def test_submit_what_an_administrator_has_changed_stays_as_it_is(bed: Bed, serve
 
 def test_submit_with_an_unknown_token_is_refused(server: KubeApiserver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(server.tokens, "submitter", "wrong")
-    with pytest.raises(AuthenticationError, match="does not know who asks"):
+    with pytest.raises(AuthenticationError, match="does not accept the credentials"):
         api_of(server, "submitter")
 
 

@@ -33,7 +33,7 @@ _TYPES = {
 }  # fmt: skip
 """Dtypes of model_config.proto, by TensorRT's names."""
 _PAST, _PRESENT = "past_key_values.", "present_key_values."
-_REBUILD = "Build with engine: {backend: tensorrt, for_triton: true}, or pull with --layout flat and run the engines yourself."
+_REBUILD = "Build with engine: {backend: tensorrt, for_triton: true}, or run the release as it is: `orchestrator run`."
 _IDLE_MICROSECONDS = 60_000_000
 """Idle time after which Triton drops a sequence and its caches."""
 _PREFILL_ONLY = (
