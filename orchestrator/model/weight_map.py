@@ -71,11 +71,14 @@ class WeightMap:
     def largest_layer_bytes(self, pp_rank: int) -> int:
         """Return the size in float32 of a rank's largest layer, or of its largest weight outside of the layers if that is larger.
 
-        A byte of a 4-bit format counts as two values. Scales count too.
+        A byte of a 4-bit format counts as two values. Scales count too. The second linear of all experts counts as a layer: a
+        verification holds it apart from the rest.
         """
         sizes: dict[str, int] = {}
         for target in (target for group in self.stage(pp_rank) for target in group.targets):
             layer = ".".join(target.name.split(".")[:3]) if target.name.startswith("transformer.layers.") else target.name
+            if ".mlp.proj." in target.name and len(target.shape) == 3:
+                layer += ".proj"
             values = math.prod(target.shape) * (2 if target.name.endswith(".weight") and target.dtype in ("U8", "I8") else 1)
             # The embedding is not widened: rows are looked up in its stored dtype.
             width = num_bytes(target.dtype, 1) if target.name == "transformer.vocab_embedding.weight" else 4

@@ -1,4 +1,4 @@
-"""Cutting of a rank's graph at collectives and layer ends, so that it runs with the weights of one slice in memory.
+"""Cutting of a rank's graph at collectives, layer ends and amid experts, so that it runs with one slice's weights in memory.
 
 A slice is a run of nodes between two cuts. All ranks of a stage have the same cuts: each slice runs on one rank after the other,
 and collectives are computed between slices. Weights are inputs of a slice, and values are numbered instead of named, so equal
@@ -19,6 +19,8 @@ from orchestrator.networks.graph import IR_VERSION
 from orchestrator.networks.kv_cache import present_of
 
 _LAYER_END = re.compile(r"(?:rank0\.)?transformer\.layers\.(\d+)\.mlp_residual")
+_AMID_EXPERTS = re.compile(r"(?:rank\d+\.)?transformer\.layers\.\d+\.mlp\.expert\.product")
+"""Input of the second linear of all experts: each of the two is by far the largest weight of a mixture."""
 _RANK = re.compile(r"rank(\d+)\.")
 
 
@@ -71,7 +73,9 @@ class Sliced:
 
 
 def cut(network: Network) -> Sliced:
-    """Cut a graph after every collective and every layer. Every node except the collectives is in exactly one slice.
+    """Cut a graph after every collective and layer, and between the two linears of all experts.
+
+    Every node except the collectives is in exactly one slice.
 
     Raises ValueError for a graph whose KV cache is read in one slice and written in another.
     """
@@ -79,7 +83,7 @@ def cut(network: Network) -> Sliced:
 
 
 def cut_portable(graph: onnx.GraphProto) -> Sliced:
-    """Cut a portable graph, whose collectives are operators, where the rank changes and after every layer. Raises as `cut`."""
+    """Cut a portable graph, whose collectives are operators, where the rank changes, and as `cut`. Raises as `cut`."""
     return _cut(graph, list(_portable_runs(graph.node)))
 
 
@@ -139,6 +143,9 @@ def _portable_runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[_Run]:
         if ended := _LAYER_END.fullmatch(node.name):
             yield run, None, int(ended[1])
             run, rank = [], None
+        elif _AMID_EXPERTS.fullmatch(node.name):
+            yield run, None, None
+            run = []
     if run:
         yield run, None, None
 
@@ -154,6 +161,9 @@ def _runs(nodes: Sequence[onnx.NodeProto]) -> Iterator[_Run]:
         run.append(node)
         if ended := _LAYER_END.fullmatch(node.name):
             yield run, None, int(ended[1])
+            run = []
+        elif _AMID_EXPERTS.fullmatch(node.name):
+            yield run, None, None
             run = []
     if run:
         yield run, None, None

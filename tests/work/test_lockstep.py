@@ -109,6 +109,13 @@ def test_every_node_stands_in_exactly_one_slice(family: str, tp: int) -> None:
             assert [part.layer for part in sliced.slices if part.layer is not None] == list(range(network.stage.num_layers))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_slices_hold_one_of_the_two_linears_of_all_experts(family: str) -> None:
+    for network in networks(config_of(family), Topology(2, 1)):
+        for part in cut(decoder_network(network, 0, Rendering.executed())).slices:
+            assert sum(name.endswith(("mlp.fc.weight", "mlp.proj.weight")) for name in part.weights) <= 1
+
+
 def test_cut_of_a_graph_that_reads_a_cache_elsewhere_than_it_is_written_is_refused() -> None:
     (network,) = networks(config_of("llama"), Topology(1, 1))
     graph = decoder_network(network, 0, Rendering.executed())
