@@ -279,6 +279,8 @@ def _layer_entry(fmt: LinearFormat) -> dict[str, Any]:
     entry: dict[str, Any] = {"quant_algo": fmt.algorithm}
     if fmt.block_size:
         entry["group_size"] = fmt.block_size
+    if fmt.weight is WeightFormat.FP8_CHANNEL and fmt.activation is ActivationFormat.FP8_TENSOR:
+        entry["weight_format"] = fmt.weight.value  # joined weights of a source, which TensorRT-LLM's FP8 does not have
     if fmt.pre_quant_scale:
         entry |= {"has_zero_point": False, "pre_quant_scale": True}
     return entry

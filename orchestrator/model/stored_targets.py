@@ -30,13 +30,17 @@ _E8M0 = ("U8", "F8_E8M0")
 _INT4_BLOCKS = (16, 32, 64, 128, 256)
 
 
-def stored_format(reads: Sequence[Read], activation_limit: float | None = None) -> LinearFormat | None:
+def stored_format(target: Target, activation_limit: float | None = None) -> LinearFormat | None:
     """Return the format in which a linear keeps the source's weights; None: they have no counterpart, or differ.
 
-    `activation_limit`: bound of activations that the source names, for formats with a scale per token.
+    `activation_limit`: bound of activations that the source names, for formats with a scale per token. Joined weights in FP8 have
+    a scale per tensor each, so the linear has one per row.
     """
-    found = {_format(read.tensor, activation_limit) for read in reads}
-    return found.pop() if len(found) == 1 else None
+    found = {_format(read.tensor, activation_limit) for read in target.reads}
+    fmt = found.pop() if len(found) == 1 else None
+    if fmt is not None and fmt.weight is WeightFormat.FP8_TENSOR and len(target.reads) > num_experts(target):
+        return fmt.model_copy(update={"weight": WeightFormat.FP8_CHANNEL})
+    return fmt
 
 
 def _format(tensor: TensorInfo, limit: float | None) -> LinearFormat | None:

@@ -84,7 +84,7 @@ def _stored_layer(target: Target, index: CheckpointIndex, exclude: tuple[str, ..
     name = global_name(linear, int(linear.split(".")[2]), layer_of(module_of(target.reads[0])))
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
         return name, None
-    return name, stored_format(target.reads, index.activation_limit)
+    return name, stored_format(target, index.activation_limit)
 
 
 def read_checkpoint(folder: Path) -> tuple[ModelConfig, Topology, ModelQuantization | None]:

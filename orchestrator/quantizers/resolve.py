@@ -16,6 +16,7 @@ from orchestrator.model.quantization import (
     CalibrationMethod,
     LinearFormat,
     ModelQuantization,
+    WeightFormat,
 )
 from orchestrator.quantizers import QUANTIZERS, Quantizer
 from orchestrator.spec.build import QuantizationSpec, ToleranceSpec
@@ -98,6 +99,8 @@ def _read_layers(path: Path) -> dict[str, LinearFormat | None]:
 
 def _layer_format(entry: Mapping[str, Any]) -> LinearFormat:
     fmt = quantizer_named(entry["quant_algo"]).linear
+    if "weight_format" in entry:
+        fmt = fmt.model_copy(update={"weight": WeightFormat(entry["weight_format"])})
     size = entry.get("group_size")
     return fmt.model_copy(update={"block_size": int(size)}) if size and fmt.weight.value.startswith("int4") else fmt
 

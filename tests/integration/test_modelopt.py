@@ -24,6 +24,7 @@ from orchestrator.work.calibrate import part_model
 from tests.support import modelopt
 from tests.support.families import write_tiny
 from tests.support.here import convert_here, run_here, scales_of
+from tests.support.quantized import dense
 
 TOPOLOGIES = [(1, 1), (3, 1), (1, 2), (3, 2)]
 
@@ -81,6 +82,43 @@ def test_quantized_rank_files_are_those_of_modelopts_exporter(algorithm: str, so
         theirs = modelopt.export(model, tmp_path / f"theirs{tp}{pp}", tp, pp)
         ours = convert_here(spec(source, tp, pp, algorithm=algorithm), store, tmp_path / f"ours{tp}{pp}")
         same_rank_files(ours, theirs, tp * pp)
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_rank_files_from_modelopts_published_folder_are_those_of_its_exporter(
+    algorithm: str, source: Path, store: Path, tmp_path: Path
+) -> None:
+    """Two ways of Model Optimizer from one calibration meet: its unified folder, cut by us, and its own rank files.
+
+    Not those of FP8 and W4A16_NVFP4, whose joined linears the two ways scale differently.
+    """
+    model = oracle(source, algorithm, None)
+    published = modelopt.export_unified(model, tmp_path / "published")
+    for tp, pp in TOPOLOGIES:
+        theirs = modelopt.export(model, tmp_path / f"theirs{tp}{pp}", tp, pp)
+        plan = spec(published, tp, pp, algorithm="source")
+        assert not list(preparation.plan(plan).of_kind(Kind.CALIBRATE))
+        same_rank_files(convert_here(plan, store, tmp_path / f"ours{tp}{pp}"), theirs, tp * pp)
+
+
+@pytest.mark.parametrize(("algorithm", "error"), [("W4A16_AWQ", 0.15), ("W8A8_SQ_PER_CHANNEL", 0.012)])
+def test_dequantized_weights_of_modelopts_published_folder_are_the_originals_within_their_rounding(
+    algorithm: str, error: float, source: Path, tmp_path: Path
+) -> None:
+    """The factors of the input (pre_quant_scale) that the folder holds beside a weight are in it; others are in its norms."""
+    published = modelopt.export_unified(oracle(source, algorithm, None), tmp_path / "published")
+    plain, found = load_file(source / "model.safetensors"), dense(published, dtype="F32")
+    factors = load_file(published / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj"
+    assert relative(found[f"{name}.weight"], plain[f"{name}.weight"]) < error
+    without = found[f"{name}.weight"] / factors[f"{name}.pre_quant_scale"].float()
+    assert relative(without, plain[f"{name}.weight"]) > 1.5 * error
+    norm, linear = "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+    assert relative(found[linear] * found[norm].float(), plain[linear].float() * plain[norm].float()) < error
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def test_int8_kv_cache_scales_are_those_of_modelopts_exporter(source: Path, store: Path, tmp_path: Path) -> None:

@@ -10,11 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.base.errors import QuantizationError, SpecError, VerificationError
-from orchestrator.model.quantization import FP4_MAX, FP8_MAX, LinearFormat, WeightFormat, linear_of
+from orchestrator.model.quantization import (
+    FP4_MAX,
+    FP8_MAX,
+    MIXED_PRECISION,
+    LinearFormat,
+    WeightFormat,
+    linear_of,
+    quant_cfg,
+    quantization_config,
+)
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.quantizers.formats import unpack_rows
+from orchestrator.quantizers.resolve import from_checkpoint
 from orchestrator.stores.file import FileStore
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
 from tests.support.families import write_tiny
@@ -52,7 +62,7 @@ INT4 = compressed("pack-quantized", num_bits=4, type="int", strategy="group", gr
 NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
 MXFP4 = compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
 FORMATS: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
-    "fp8 per tensor": (fp8_tensor, MODELOPT_FP8, "FP8"),
+    "fp8 per tensor": (fp8_tensor, MODELOPT_FP8, MIXED_PRECISION),
     "fp8 per row": (fp8_rows, FBGEMM, "FP8_PER_CHANNEL_PER_TOKEN"),
     "nvfp4": (nvfp4, MODELOPT_NVFP4, "NVFP4"),
     "mxfp4": (mxfp4_groups, MXFP4, "W4A16_NVFP4"),
@@ -64,7 +74,8 @@ CONVERTED: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
     "mxfp8": (mxfp8, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, "MXFP8"),
     "nvfp4 of compressed-tensors": (compressed_nvfp4, NVFP4, "NVFP4"),
 }
-"""Source format -> writer, description, algorithm that the linears get."""
+"""Source format -> writer, description, algorithm that the model gets."""
+ROUNDING = ("fp8 per tensor", "fp8 per row", "nvfp4")
 
 
 def made_plan(
@@ -129,7 +140,7 @@ def test_source_format_is_kept_to_the_bit_verified_and_compiled(tmp_path: Path, 
     quantizer, description, algorithm = FORMATS[name]
     plain = write_tiny("qwen3", tmp_path / "plain", **SIZES)
     quantized, dense = write_both(plain, tmp_path, quantizer, description, torch.float32)
-    plan = made_plan(quantized, quantization=SOURCE, rounds="FP8" in algorithm or algorithm == "NVFP4")
+    plan = made_plan(quantized, quantization=SOURCE, rounds=name in ROUNDING)
     assert plan.inputs.model_quantization is not None
     assert plan.inputs.model_quantization.algorithm == algorithm
     assert not list(plan.of_kind(Kind.CALIBRATE))
@@ -151,7 +162,7 @@ def test_experts_keep_the_source_format_to_the_bit(tmp_path: Path, name: str, to
     quantized, dense = write_both(plain, tmp_path, quantizer, description, torch.float32)
     plan, exact = made_plan(quantized, quantization=SOURCE, **topology), made_plan(dense, "float32", **topology)
     assert plan.inputs.model_quantization is not None
-    assert {fmt.algorithm for fmt in plan.inputs.model_quantization.formats()} == {algorithm}
+    assert plan.inputs.model_quantization.algorithm == algorithm
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), (Kind.CONVERT,))
     wide = ranks(exact, tmp_path / "dense-store", run_steps(exact, (tmp_path / "dense-store").as_uri(), (Kind.CONVERT,)))
     assert_same_values(plan, ranks(plan, tmp_path / "store", outcomes), wide)
@@ -167,17 +178,28 @@ def test_excluded_linears_are_dequantized_to_the_models_dtype(tmp_path: Path) ->
     assert tensors["transformer.layers.0.mlp.fc.weight"].dtype == torch.int8
 
 
-def test_joined_linears_with_different_scales_are_refused_by_name(tmp_path: Path) -> None:
+def test_joined_linears_with_different_second_scales_are_refused_by_name(tmp_path: Path) -> None:
     def uneven(weight: torch.Tensor) -> Any:
-        tensors, meant = fp8_tensor(weight)
+        tensors, meant = nvfp4(weight)
         factor = 1.0 + float(weight[0, 0].abs())
-        return {**tensors, "weight_scale": tensors["weight_scale"] * factor}, meant * factor
+        return {**tensors, "weight_scale_2": tensors["weight_scale_2"] * factor}, meant * factor
 
-    quantized, _ = write_both(write_tiny("qwen3", tmp_path / "plain", **SIZES), tmp_path, uneven, MODELOPT_FP8)
+    quantized, _ = write_both(write_tiny("qwen3", tmp_path / "plain", **SIZES), tmp_path, uneven, MODELOPT_NVFP4)
     with pytest.raises(QuantizationError, match=r"layers\.0\.attention\.qkv.* joins weights .* different scales: .*q_proj"):
         run_steps(made_plan(quantized, quantization=SOURCE), (tmp_path / "store").as_uri(), (Kind.CONVERT,))
     left_out = {**SOURCE, "exclude": ["*.attention.qkv"]}
     run_steps(made_plan(quantized, quantization=left_out), (tmp_path / "other").as_uri(), (Kind.CONVERT,))
+
+
+def test_formats_of_joined_fp8_linears_survive_the_checkpoints_own_description(tmp_path: Path) -> None:
+    plain = write_tiny("qwen3", tmp_path / "plain", **SIZES)
+    quantized, _ = write_both(plain, tmp_path, fp8_tensor, MODELOPT_FP8)
+    model = made_plan(quantized, quantization=SOURCE).inputs.model_quantization
+    assert model is not None
+    assert model.layers["transformer.layers.1.attention.qkv"] != model.layers["transformer.layers.1.attention.dense"]
+    again = from_checkpoint(quantization_config(model), quant_cfg(model))
+    assert again is not None
+    assert again.layers == model.layers
 
 
 def test_power_of_two_scales_that_e4m3_cannot_hold_are_refused(tmp_path: Path) -> None:

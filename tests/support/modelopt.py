@@ -98,3 +98,12 @@ def export(model: Any, folder: Path, tp: int, pp: int) -> Path:
     with _quiet():
         mte.export_tensorrt_llm_checkpoint(copy.deepcopy(model), "llama", model.dtype, folder, tp, pp)
     return folder
+
+
+def export_unified(model: Any, folder: Path) -> Path:
+    """A quantized Hugging Face folder as Model Optimizer publishes it."""
+    import modelopt.torch.export as mte
+
+    with _quiet(), torch.inference_mode():
+        mte.export_hf_checkpoint(copy.deepcopy(model), export_dir=folder)
+    return folder

@@ -99,9 +99,9 @@ def mxfp4_groups(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
 
 
 def fp8_tensor(weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
-    """Model Optimizer's FP8: one scale for weights of any linear, as its exports have for joined linears, and one for inputs."""
-    scale = torch.tensor(0.002)
-    stored = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    """Model Optimizer's FP8: a scale per weight, different in joined linears, and one of its input."""
+    scale = weight.float().abs().max() / 448
+    stored = (weight.float() / scale).to(torch.float8_e4m3fn)
     return {"weight": stored, "weight_scale": scale, "input_scale": torch.tensor(0.05)}, stored.float() * scale
 
 
