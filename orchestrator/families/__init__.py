@@ -13,10 +13,12 @@ from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
+from orchestrator.families.gpt_oss import GPT_OSS
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
+from orchestrator.families.mistral4 import MISTRAL4
 from orchestrator.families.mixtral import MIXTRAL
 from orchestrator.families.olmo import OLMO2
 from orchestrator.families.phi import PHI3
@@ -44,6 +46,8 @@ FAMILIES: dict[str, Family] = {
         MINIMAX_M2,
         DEEPSEEK_V3,
         GLM4_MOE_LITE,
+        GPT_OSS,
+        MISTRAL4,
     )
 }
 

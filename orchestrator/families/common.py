@@ -71,6 +71,8 @@ QKV_BIAS = Rule(
 DENSE = Rule(TARGET + "attention.dense.weight", (Part(_ATTENTION + "o_proj.weight", ("hidden", "q"), HEADS_IN),))
 DENSE_BIAS = Rule(TARGET + "attention.dense.bias", (Part(_ATTENTION + "o_proj.bias", ("hidden",)),), when={"attn_dense_bias": True})
 ATTENTION = (QKV, QKV_BIAS, DENSE, DENSE_BIAS)
+SINKS = Rule(TARGET + "attention.sinks", (Part(_ATTENTION + "sinks", ("heads",), HEADS),))
+"""Rule of the heads' sinks."""
 
 LATENT_ATTENTION = (
     Rule(

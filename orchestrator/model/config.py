@@ -279,7 +279,12 @@ def _rotary(keys: Keys, head_size: int, latent: LatentSizes | None) -> dict[str,
     """Return the fields of the rotary embedding, and with latent attention its sizes and its scale too."""
     if latent is None:
         return rotary(keys, head_size)
-    found = rotary(keys, latent.rope)
+    if keys.table.rotary.partial:
+        found = rotary(keys, head_size, latent.rope / head_size)
+        if (rotated := found["rotary_embedding_dim"]) != latent.rope:
+            raise keys.error("partial_rotary_factor", f"rotates {rotated} elements, qk_rope_head_dim is {latent.rope}")
+    else:
+        found = rotary(keys, latent.rope)
     scale = softmax_scale(found["rotary_scaling"], head_size) if keys.table.rotary.scales_softmax else None
     return {**found, **latent.fields(), "rotary_embedding_dim": latent.rope, "attention_scale": scale}
 

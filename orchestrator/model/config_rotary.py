@@ -38,10 +38,11 @@ _OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS)
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
+def rotary(keys: Keys, head_size: int, part: float | None = None) -> dict[str, Any]:
     """Return rotary_base, rotary_scaling, rotary_base_local and rotary_embedding_dim of ModelConfig.
 
-    Raises ArchitectureError for a kind, key or value that is not supported.
+    `part`: rotated part of a head where config.json names none; None: the family's. Raises ArchitectureError for a kind, key or
+    value that is not supported.
     """
     table = keys.table.rotary
     found = _by_layer_kind(keys) if table.local_theta is not None else (_given(keys), None)
@@ -49,7 +50,7 @@ def rotary(keys: Keys, head_size: int) -> dict[str, Any]:
     where = _where(keys)
     base = _base(parameters, keys, "rope_theta", table.theta)
     kind = _kind(parameters, table, where)
-    dim = _rotated(parameters, keys, kind, head_size)
+    dim = _rotated(parameters, keys, kind, head_size, keys.table.rotary.fraction if part is None else part)
     scaling = None if kind == "default" else _scaling(parameters, kind, keys, dim)
     made: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
     if local is not None:
@@ -114,14 +115,14 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
     return str(kind)
 
 
-def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int) -> int:
+def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int, default: float) -> int:
     """Return the number of leading elements of a head that are rotated."""
     given = [place["partial_rotary_factor"] for place in (parameters, keys.given) if place.get("partial_rotary_factor") is not None]
     dim_key = keys.table.rotary.dim
     if dim_key and keys.get(dim_key) is not None:
         given.append(keys.count(dim_key) / head_size)
     where = f"partial_rotary_factor in config.json of {keys.architecture}"
-    factors = {number(value, where) for value in given} or {keys.table.rotary.fraction}
+    factors = {number(value, where) for value in given} or {default}
     if not keys.table.rotary.partial:
         if kind != "default" and factors != {1.0}:
             raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family does not", "Remove it.")

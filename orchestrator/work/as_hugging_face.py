@@ -38,3 +38,16 @@ def with_rotated_part(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type") != "minimax_m2" or dim is None or head is None:
         return dict(config)
     return {"partial_rotary_factor": dim / head, **config}
+
+
+def causal_class(config: Any) -> Any:
+    """Return transformers' causal LM of a config object; None: there is none.
+
+    transformers 5.14 has Mistral 4's, but not in its table of causal LMs.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return getattr(transformers, f"{type(config).__name__.removesuffix('Config')}ForCausalLM", None)

@@ -13,6 +13,7 @@ import numpy as np
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.releases.genai import GENAI_CONFIG, genai_config
+from orchestrator.work.as_hugging_face import causal_class
 from tests.integration.steps import run_steps
 
 WITHOUT_ENGINES = (Kind.REFERENCE, Kind.CALIBRATE, Kind.CONVERT, Kind.VERIFY, Kind.EXPORT)
@@ -65,7 +66,8 @@ def expected_tokens(source: Path, prompts: Sequence[Sequence[int]], num_tokens: 
     import torch
     import transformers
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    known = causal_class(transformers.AutoConfig.from_pretrained(source))
+    model: Any = known.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     found = []
     for prompt in prompts:
         tokens = model.generate(torch.tensor([list(prompt)]), max_new_tokens=num_tokens, do_sample=False)

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from orchestrator.model.config import ModelConfig
+from orchestrator.work.as_hugging_face import causal_class
 
 NUM_TOKENS = 12
 """More than any window that the tests draw."""
@@ -64,13 +65,12 @@ def resolved(config: Mapping[str, Any]) -> Resolution:
     """Build and run the model of `config`. Raises one of REFUSALS when transformers does not take it."""
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(3)
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     made._attn_implementation = "eager"
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made).eval()
+    model: Any = causal_class(made)(made).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)

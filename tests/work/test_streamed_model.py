@@ -14,6 +14,7 @@ import transformers
 
 from orchestrator.base.errors import QuantizationError, ToolError
 from orchestrator.checkpoints import read_source
+from orchestrator.work.as_hugging_face import causal_class
 from orchestrator.work.reference.streamed_model import StreamedModel
 from tests.support.families import TINY, write_tiny
 
@@ -27,7 +28,7 @@ def streamed(source: str, dtype: str = "float32", exact: tuple[str, ...] = (), d
 
 def whole(source: Path, dtype: str = "float32") -> list[Any]:
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **eager)
+    model = causal_class(transformers.AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32, **eager)
     model.eval()
     with torch.inference_mode():
         for parameter in model.parameters():

@@ -25,7 +25,7 @@ from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
-from orchestrator.work.as_hugging_face import loadable_config
+from orchestrator.work.as_hugging_face import causal_class, loadable_config
 
 _EMBEDDING = "model.embed_tokens.weight"
 _TINY_VOCABULARY = 8
@@ -95,7 +95,6 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     """Load the layers of `options`. Raises the source's errors, and SourceCorruptError when it changed since the plan."""
     import torch
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     index, _ = read_source(source, options.format)
     if index.files != options.files[: options.num_weight_files]:
@@ -109,7 +108,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     dtype = getattr(torch, options.config.dtype)
     with open_source(source).open(index.files, planned_ranges(tensors.values())) as opened:
         state = read_tensors(RowReader(index.format, opened), tensors, dtype)
-    model = load_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)], whole, options.first_layer, options.num_layers, state, dtype)
+    model = load_layers(causal_class(whole), whole, options.first_layer, options.num_layers, state, dtype)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     # Module by module, so that the device never holds a tensor twice.

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.work.as_hugging_face import causal_class
+
 Floats = npt.NDArray[np.float32]
 _SEED = 15
 _GAIN = 1.7
@@ -44,9 +46,8 @@ def class_defaults(loaded: Any) -> dict[str, Any]:
 def new_model(config: Any, seed: int = 0) -> Any:
     """Return the model of a loaded config in float32 with seeded weights, none at a neutral value that would hide its use."""
     import torch
-    import transformers
 
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = causal_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(_SEED + seed)
     gains = _query_gains(config, [name for name, _ in model.named_parameters()])
     with torch.no_grad():

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, ToolError
@@ -23,7 +22,7 @@ from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
-from orchestrator.work.as_hugging_face import loadable_config
+from orchestrator.work.as_hugging_face import causal_class, loadable_config
 from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
 from orchestrator.work.reference.layers import Experts, Layer, SourceLayers, name_in_layer
@@ -58,9 +57,9 @@ class StreamedModel:
         self._device = torch.device(device)
         self._config = transformers.AutoConfig.for_model(**loadable_config(index))
         self._config._attn_implementation = self._config._experts_implementation = "eager"
-        if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        self._class = causal_class(self._config)
+        if self._class is None:
             raise ArchitectureError(f"transformers {transformers.__version__} has no causal LM of {type(self._config).__name__}")
-        self._class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
         self._frame = Frame(self._class, self._config)
 
     @property
