@@ -13,7 +13,7 @@ from orchestrator.families.common import (
     final,
     fused_experts,
 )
-from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
+from orchestrator.model.config_table import ACTIVATIONS, ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 
 _EXPERTS = fused_experts("mlp.router", "mlp.experts", transposed=True, interleaved=True)
@@ -49,6 +49,7 @@ GPT_OSS = Family(
         nullable=frozenset({"sliding_window", "layer_types"}),
         constants={"attention_sinks": True},
         derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        activations=dict.fromkeys(ACTIVATIONS, "silu"),  # transformers does not read it
         windows="every_other",
         rotary=RotaryTable(theta=150_000.0, parameters=_YARN),
         experts=ExpertTable(

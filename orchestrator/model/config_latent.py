@@ -50,6 +50,8 @@ def latent_sizes(keys: Keys, heads: int, kv_heads: int) -> LatentSizes:
     rotated_from = nope + rope if keys.table.rotary.partial else rope
     if keys.given.get("head_dim") not in (None, rotated_from):
         raise keys.error("head_dim", f"is {shown(keys.given['head_dim'])}: transformers would rotate other than {rope} elements")
+    if keys.given.get("qk_head_dim") not in (None, nope + rope):
+        raise keys.error("qk_head_dim", f"is {shown(keys.given['qk_head_dim'])}, not {nope + rope}, the sum of its parts")
     return LatentSizes(
         keys.maybe_count("q_lora_rank") or 0,
         keys.count("kv_lora_rank"),

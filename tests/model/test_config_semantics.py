@@ -40,7 +40,7 @@ NOT_BUILT = re.compile(
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
     r"layer_types in config.json of \w+ is |one per rotated pair|"
     r"num_local_experts is \d|gives layers a window, but sliding_window is missing|"
-    r"rope_theta in config.json of Gemma3ForCausalLM is None"
+    r"rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than"
 )
 """Refusals of what transformers would take: it has no graph here, or is no model that anybody means."""
 

@@ -39,7 +39,7 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
         made |= {key: made.get("n_group", 1) * (made["num_experts_per_tok"] + 1)} if key in config else {}
     if "kv_lora_rank" in config:
         made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
-        made |= {"qk_rope_head_dim": 8, "hidden_size": 2 * HEAD_SIZE}
+        made |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "hidden_size": 2 * HEAD_SIZE}
     made |= {"head_dim": HEAD_SIZE} if "head_dim" in config else {}
     scaling = config.get("rope_scaling") or {}
     if "long_factor" in scaling:

@@ -59,6 +59,7 @@ class Resolution:
     latent: tuple[int, int, int, int, bool] | None = None
     """Sizes of latent attention: queries' latent, latent, plain part of a query, value; whether rotated pairs are neighbours."""
     query_scale: float | None = None
+    sinks: bool = False
 
 
 def resolved(config: Mapping[str, Any]) -> Resolution:
@@ -117,6 +118,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         qk_norm=hasattr(attention, "q_norm"),
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
+        sinks=hasattr(attention, "sinks"),
     )
 
 
@@ -174,7 +176,12 @@ def _bias(module: Any, *names: str) -> bool:
 
 
 def _activation_of(mlp: Any) -> Any:
-    owner = next(part for part in (mlp, getattr(mlp, "experts", None)) if hasattr(part, "act_fn") or hasattr(part, "activation_fn"))
+    import torch
+
+    parts = (mlp, getattr(mlp, "experts", None))
+    owner = next((part for part in parts if hasattr(part, "act_fn") or hasattr(part, "activation_fn")), None)
+    if owner is None:  # gpt-oss has a SwiGLU of its own
+        return torch.nn.functional.silu
     return owner.act_fn if hasattr(owner, "act_fn") else owner.activation_fn
 
 
@@ -228,10 +235,10 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
     block = layer.mlp
     if not hasattr(block, "experts"):
         return None, None, (1, 1)
-    gate = block.gate
+    gate = block.gate if hasattr(block, "gate") else block.router
     bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
     sums = gate(torch.randn(5, gate.weight.shape[1]), *bias)[1].sum(-1)
-    size = block.experts.down_proj.shape[-1]
+    size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
     together = next((getattr(block, name) for name in ("shared_expert", "shared_experts") if getattr(block, name, None)), None)
     shared = together.gate_proj.weight.shape[0] if together is not None else 0
     chosen, count = gate.top_k, gate.num_experts
@@ -275,6 +282,7 @@ def ours(config: ModelConfig) -> Resolution:
         qk_norm=config.qk_layernorm != "none",
         latent=_our_latent(config),
         query_scale=config.query_scale_beta,
+        sinks=config.attention_sinks,
     )
 
 

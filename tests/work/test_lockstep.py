@@ -72,7 +72,7 @@ def whole(network: Network, weights: dict[str, Weight], layers: int) -> list[Arr
     options.add_external_initializers(list(bound), list(bound.values()))
     session = onnxruntime.InferenceSession(network.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_")}
-    cache = {name: np.full((2, shape[1], 12, shape[3]), 1e4, np.float32) for name, shape in shapes.items()}
+    cache = {name: np.full((2, shape[1], 13, shape[3]), 1e4, np.float32) for name, shape in shapes.items()}
     results = []
     for call in CALLS:
         feeds = {

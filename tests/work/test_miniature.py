@@ -19,7 +19,7 @@ from orchestrator.model.config import ModelConfig, from_hugging_face
 from orchestrator.model.rules import Part
 from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology
-from orchestrator.networks import latent
+from orchestrator.networks import attention, latent
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Miniature
 from orchestrator.planning.options import MiniatureOptions
@@ -171,6 +171,14 @@ def _key_expansion_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _latent_without_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent, "rms_norm", lambda graph, shape, x, weight, *rest, **named: x)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_miniature_catches_sinks_that_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot of zeros is hidden like any other that a token does not attend to."""
+    monkeypatch.setattr(attention, "with_sinks", lambda _graph, _shape, mask, _prefix: mask)
+    with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
+        prove(hub_config("gpt-oss-20b-bf16"), tmp_path)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -156,12 +156,13 @@ class Scaling:
             "v_head_dim": 20,
         }
         sizes = {key: self.raw(key) for key in small}
+        whole = small["qk_nope_head_dim"] + rope
+        self._maps["qk_head_dim"] = _only(self.raw("qk_head_dim"), whole)
         for key, size in small.items():
             self._maps[key] = _only(sizes[key], size)
         if self.raw("head_dim") == sizes["qk_rope_head_dim"]:
             self._maps["head_dim"] = self._maps["qk_rope_head_dim"]
         elif is_count(sizes["qk_nope_head_dim"]) and is_count(sizes["qk_rope_head_dim"]):
-            whole = small["qk_nope_head_dim"] + rope
             self._maps["head_dim"] = _only(sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"], whole)
 
     def _fractions(self) -> list[float]:
