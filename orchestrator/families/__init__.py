@@ -11,6 +11,8 @@ from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.deepseek import DEEPSEEK_V3
+from orchestrator.families.dots import DOTS1, SOLAR_OPEN
+from orchestrator.families.ernie import ERNIE, ERNIE_MOE
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.gpt_oss import GPT_OSS
@@ -20,9 +22,10 @@ from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mistral4 import MISTRAL4
 from orchestrator.families.mixtral import MIXTRAL
-from orchestrator.families.olmo import OLMO2
+from orchestrator.families.olmo import OLMO2, OLMOE
 from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from orchestrator.families.seed import SEED_OSS
 from orchestrator.model.rules import Family
 
 FAMILIES: dict[str, Family] = {
@@ -48,6 +51,12 @@ FAMILIES: dict[str, Family] = {
         GLM4_MOE_LITE,
         GPT_OSS,
         MISTRAL4,
+        ERNIE,
+        ERNIE_MOE,
+        DOTS1,
+        SOLAR_OPEN,
+        OLMOE,
+        SEED_OSS,
     )
 }
 

@@ -182,10 +182,13 @@ def final() -> tuple[Rule, ...]:
     )
 
 
-def experts(router: str, expert: str, up: str, gate: str, down: str, bias: str = "") -> tuple[Rule, ...]:
+def experts(
+    router: str, expert: str, up: str, gate: str, down: str, bias: str = "", *, flat_bias: bool = False
+) -> tuple[Rule, ...]:
     """Return the rules of the router, in float32, and of the stacked experts. The prefix `expert` holds {expert}.
 
-    `bias`: name of the router's bias by which experts are chosen, in float32; empty: there is none.
+    `bias`: name of the router's bias by which experts are chosen, in float32; empty: there is none. `flat_bias`: it is stored as
+    [1, experts].
     """
     chosen_by = (bias,) if bias else ()
     return (
@@ -198,7 +201,7 @@ def experts(router: str, expert: str, up: str, gate: str, down: str, bias: str =
         *(
             Rule(
                 TARGET + "mlp.router.e_score_correction_bias",
-                (Part(SOURCE + name, ("experts",)),),
+                (Part(SOURCE + name, ("experts",), has_first_axis=flat_bias),),
                 dtype="F32",
                 layers=Layers.EXPERTS,
             )

@@ -1,21 +1,23 @@
-"""OLMo 2: norms after attention and MLP instead of before, and norms over all queries and all keys at once."""
+"""OLMo 2 and OLMoE: norms over all queries and all keys at once; in OLMo 2, norms after attention and MLP instead of before."""
 
 from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
     EMBEDDING,
+    FULL_QK_NORMS,
     GATED_MLP,
     IGNORED,
     NO_CAPS,
     NO_WINDOWS,
     ONE_ACTIVATION,
-    SOURCE,
-    TARGET,
+    PRE_NORMS,
+    experts,
     final,
     norm,
 )
-from orchestrator.model.rules import HEADS, KV_HEADS, ConfigTable, Family, Part, Rule
+from orchestrator.model.config_table import ExpertTable
+from orchestrator.model.rules import ConfigTable, Family
 
 OLMO2 = Family(
     name="olmo2",
@@ -23,8 +25,7 @@ OLMO2 = Family(
     rules=(
         *EMBEDDING,
         *ATTENTION,
-        Rule(TARGET + "attention.q_layernorm.weight", (Part(SOURCE + "self_attn.q_norm.weight", ("q",), HEADS),)),
-        Rule(TARGET + "attention.k_layernorm.weight", (Part(SOURCE + "self_attn.k_norm.weight", ("kv",), KV_HEADS),)),
+        *FULL_QK_NORMS,
         norm("post_layernorm", "post_attention_layernorm"),
         *GATED_MLP,
         norm("post_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -45,6 +46,40 @@ OLMO2 = Family(
         nullable=frozenset({"num_key_value_heads"}),
         constants={"norm_placement": "post", "qk_layernorm": "full"},
         derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
+    ),
+)
+OLMOE = Family(
+    name="olmoe",
+    architectures=("OlmoeForCausalLM",),
+    rules=(
+        *EMBEDDING,
+        PRE_NORMS[0],
+        *ATTENTION,
+        *FULL_QK_NORMS,
+        PRE_NORMS[1],
+        *experts("mlp.gate", "mlp.experts.{expert}.", "up_proj", "gate_proj", "down_proj"),
+        *final(),
+    ),
+    ignored=IGNORED,
+    config=ConfigTable(
+        model_types=("olmoe",),
+        defaults={
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        nullable=frozenset({"num_key_value_heads"}),
+        constants={"qk_layernorm": "full"},
+        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        experts=ExpertTable("num_experts", "intermediate_size", alias="num_local_experts", normalized="norm_topk_prob"),
         passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )

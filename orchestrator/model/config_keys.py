@@ -27,7 +27,7 @@ DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
     "training: nothing is dropped, disturbed or penalized in inference": (
         "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
         "classifier_dropout", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "neftune_noise_alpha",
-        "gradient_checkpointing", "embedding_dropout", "rescale_layer", "initializer_std",
+        "gradient_checkpointing", "embedding_dropout", "residual_dropout", "rescale_layer", "initializer_std",
     ),
     "how training split the model: the sums are the same": ("pretraining_tp", "tensor_parallel_degree", "tp_plan"),
     "labels of classifiers": ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
@@ -81,6 +81,8 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
+    "use_bias": (False,),
+    "clip_qkv": (None,),
     "use_sliding_window": (False,),
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),

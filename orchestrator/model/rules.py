@@ -98,6 +98,8 @@ class Part:
     """Index of this part among the sections."""
     add: float = 0.0
     """Number added to every element, in float32, before rounding (Gemma's norms are stored as weight + 1)."""
+    has_first_axis: bool = False
+    """Whether the source tensor has a first axis of one element, which the target has not."""
     fusion: Fusion | None = None
     """Place in a source tensor of all experts, whose name then has no {expert}; None: the source has one for each expert."""
 

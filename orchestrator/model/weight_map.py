@@ -249,8 +249,9 @@ class _Expander:
         sections = [self.dims[dim] for dim in part.sections]
         heads = 1 if head is None else self.config.num_attention_heads
         expected = (sum(sections) * heads, *wanted[1:]) if sections else wanted
-        if not self._fits(tensor, expected):
+        if not self._fits(tensor, (1, *expected) if part.has_first_axis else expected):
             return None
+        tensor = replace(tensor, shape=expected)
         start = sum(sections[: part.section]) + (head or 0) * sum(sections)
         if part.cut is None and not sections:
             return Read(tensor, None, (), add=part.add)
