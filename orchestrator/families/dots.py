@@ -95,7 +95,7 @@ SOLAR_OPEN = Family(
         },
         constants={"attn_dense_bias": False},
         derived={"attn_bias": ("is", "attention_bias")},
-        rotary=RotaryTable(theta=1_000_000.0, partial=True),
+        rotary=RotaryTable(theta=1_000_000.0, whole=True),
         experts=replace(SIGMOID_TABLE, layers="all"),
         passed_over={
             **NO_WINDOWS,

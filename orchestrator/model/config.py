@@ -299,7 +299,7 @@ def _quotient(keys: Keys, heads: int) -> int:
 
 def _derived(keys: Keys, transform: str, key: str) -> Any:
     if keys.get(key) is None:
-        return None
+        return False if isinstance(keys.table.defaults.get(key), bool) else None
     if isinstance(keys.table.defaults.get(key), bool):
         return ("head" if keys.flag(key) else "none") if transform == "per_head" else keys.flag(key)
     value = keys.number(key)

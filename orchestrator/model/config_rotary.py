@@ -124,7 +124,7 @@ def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: in
     where = f"partial_rotary_factor in config.json of {keys.architecture}"
     factors = {number(value, where) for value in given} or {default}
     if not keys.table.rotary.partial:
-        if kind != "default" and factors != {1.0}:
+        if (kind != "default" or keys.table.rotary.whole) and factors != {1.0}:
             raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family does not", "Remove it.")
         return head_size
     if len(factors) > 1:

@@ -47,6 +47,8 @@ class RotaryTable:
     """Whether queries are scaled by position with llama_4_scaling_beta, which the parameters then hold (Ministral 3)."""
     scales_softmax: bool = False
     """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
+    whole: bool = False
+    """Whether transformers' model of a rotated part fails, so that a part is refused."""
     fraction: float = 1.0
     """Default of partial_rotary_factor."""
     dim: str | None = None

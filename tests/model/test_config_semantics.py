@@ -34,7 +34,7 @@ DENSE: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
-MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2}
 NOT_BUILT = re.compile(
     r"keys that this family does not know|which this family does not have|not supported|partial_rotary_factor|"
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
@@ -106,6 +106,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "shared_expert_intermediate_size": st.sampled_from([20, None]),
     "n_routed_experts": st.sampled_from([4, 6, 8]),
     "n_shared_experts": st.sampled_from([1, 2]),
+    "moe_num_experts": st.sampled_from([4, 6, None]),
+    "moe_k": st.sampled_from([1, 2, None]),
+    "moe_num_shared_experts": st.sampled_from([0, 1, 2, None]),
+    "moe_layer_start_index": st.sampled_from([0, 1, 3]),
+    "moe_layer_end_index": st.sampled_from([-1, 1, 2, 9]),
+    "moe_layer_interval": st.sampled_from([1, 2]),
+    "use_bias": BOOLEANS,
+    "attention_out_bias": BOOLEANS,
     "n_group": st.sampled_from([1, 2]),
     "topk_group": st.sampled_from([1, 2]),
     "routed_scaling_factor": st.sampled_from([2.5, 1.0]),

@@ -35,8 +35,8 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("n_group", 1) > 1:
         made |= {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
     made |= {"rotary_dim": HEAD_SIZE // 2} if "rotary_dim" in config else {}
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        made |= {key: made.get("n_group", 1) * (made["num_experts_per_tok"] + 1)} if key in config else {}
+    for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        made |= {key: made.get("n_group", 1) * (made.get("num_experts_per_tok", made.get("moe_k")) + 1)} if key in config else {}
     if "kv_lora_rank" in config:
         made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
         made |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "hidden_size": 2 * HEAD_SIZE}

@@ -59,6 +59,14 @@ def _moe(**changes: Any) -> Rule:
     return rule
 
 
+def _groups_off_by(step: int) -> Rule:
+    def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+        assert found.moe is not None
+        return {"moe": found.moe.model_copy(update={"kept_groups": found.moe.kept_groups + step})}
+
+    return rule
+
+
 def _set(**fields: Any) -> Rule:
     return lambda _config, _found: fields
 
@@ -176,5 +184,21 @@ WRONG_RULES = [
     WrongRule("kimi's mscale left out of the scores", hub_config("kimi-k2-bf16"), _set(attention_scale=None)),
     WrongRule("granite's multiplier of residuals missed", hub_config("granite-3.1-2b"), _set(residual_multiplier=1.0)),
     WrongRule("granite's scale of attention missed", hub_config("granite-3.1-2b"), _set(attention_scale=None)),
+    # Routers and partial rotary embedding
+    WrongRule("glm4_moe factor of the weights missed", hub_config("glm-4.6"), _moe(routed_scale=1.0)),
+    WrongRule("glm4_moe norm_topk_prob missed", hub_config("glm-4.6"), _moe(normalization_mode=0)),
+    WrongRule("glm4_moe softmax for sigmoid", hub_config("glm-4.6"), _moe(scoring="softmax")),
+    WrongRule("glm4_moe whole heads rotated", hub_config("glm-4.5-air"), _set(rotary_embedding_dim=None)),
+    WrongRule("minimax_m2 rotary_dim missed", hub_config("minimax-m2"), _set(rotary_embedding_dim=None)),
+    WrongRule("minimax_m2 softmax for sigmoid", hub_config("minimax-m2"), _moe(scoring="softmax")),
+    WrongRule("minimax_m2 weights not normalized", hub_config("minimax-m2"), _moe(normalization_mode=0)),
+    WrongRule("deepseek_v3 one group too many", hub_config("deepseek-v3-bf16"), _groups_off_by(1)),
+    WrongRule("deepseek_v3 one group too few", hub_config("deepseek-v3-bf16"), _groups_off_by(-1)),
+    WrongRule("deepseek_v3 groups missed", hub_config("deepseek-v3-bf16"), _moe(num_groups=1, kept_groups=1)),
+    WrongRule("deepseek_v3 factor of the weights missed", hub_config("deepseek-v3-bf16"), _moe(routed_scale=1.0)),
+    WrongRule("ernie4_5_moe weights not normalized", hub_config("ernie-4.5-21b-a3b"), _moe(normalization_mode=0)),
+    WrongRule("ernie4_5 halves for neighbours", hub_config("ernie-4.5-0.3b"), _set(rotary_interleaved=False)),
+    WrongRule("dots1 factor of the weights missed", hub_config("dots.llm1"), _moe(routed_scale=1.0)),
+    WrongRule("olmoe norm_topk_prob honoured as true", hub_config("olmoe-1b-7b-0924"), _moe(normalization_mode=1)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

@@ -35,6 +35,7 @@ from orchestrator.work.miniature.ranks import Layout
 from orchestrator.work.miniature.scaling import Scaling, is_count
 from tests.support.families import TINY, tiny_config_json, write_tiny
 from tests.support.here import HereCluster, run_here
+from tests.support.wrong_graphs import WRONG_GRAPHS, WrongGraph
 from tests.support.wrong_rules import WRONG_RULES, Rule, WrongRule, hub_config
 
 
@@ -83,6 +84,38 @@ def test_miniature_catches_a_wrong_rule(wrong: WrongRule, tmp_path: Path, monkey
     plant(wrong.rule, monkeypatch)
     with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
         prove(wrong.config, tmp_path)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("wrong", WRONG_GRAPHS, ids=str)
+def test_miniature_catches_a_mistake_in_the_network_of_a_mixture(
+    wrong: WrongGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wrong.module, wrong.function, wrong.wrong)
+    with pytest.raises(MiniatureError, match="does not compute what it computes in transformers"):
+        prove(wrong.config, tmp_path)
+
+
+def _moe_layers(layers: tuple[bool, ...] | None) -> Rule:
+    def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+        assert found.moe is not None
+        return {"moe": found.moe.model_copy(update={"layers": layers and layers[: found.num_hidden_layers]})}
+
+    return rule
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [(None, "the checkpoint lacks"), ((False,) * 99, "the checkpoint lacks"), ((False, False, True, True, True), "lacks")],
+    ids=["dense-taken-for-a-mixture", "mixture-taken-for-dense", "one-layer-less"],
+)
+def test_miniature_catches_a_layer_of_the_other_kind(
+    layers: tuple[bool, ...] | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(_moe_layers(layers), monkeypatch)
+    with pytest.raises(MiniatureError, match=said):
+        prove(hub_config("glm-4.6"), tmp_path)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -226,10 +226,17 @@ class Scaling:
         )
 
     def _sparse(self, layers: int) -> list[Any]:
-        """Return whether each layer has experts by Qwen's keys."""
-        step, dense = self.raw("decoder_sparse_step"), self.raw("mlp_only_layers")
-        step, dense = step if is_count(step) else 1, dense if isinstance(dense, list) else []
-        return [(layer + 1) % step == 0 and layer not in dense for layer in range(layers)]
+        """Return whether each layer has experts by the keys that families have for it, whatever a reader makes of them."""
+
+        def count(key: str, otherwise: int) -> int:
+            value = self.raw(key)
+            return value if is_count(value) else otherwise
+
+        step = math.lcm(count("decoder_sparse_step", 1), count("moe_layer_interval", 1))
+        first, last = max(count(key, 0) for key in FIRST_LAYERS), count("moe_layer_end_index", layers)
+        dense = self.raw("mlp_only_layers")
+        dense = dense if isinstance(dense, list) else []
+        return [(layer + 1) % step == 0 and first <= layer <= last and layer not in dense for layer in range(layers)]
 
     def _is_per_layer(self, key: str, value: list[Any]) -> bool:
         return key in ("layer_types", "mlp_only_layers") or len(value) == self.raw("num_hidden_layers")
