@@ -22,7 +22,8 @@ from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mistral4 import MISTRAL4
 from orchestrator.families.mixtral import MIXTRAL
-from orchestrator.families.olmo import OLMO2, OLMOE
+from orchestrator.families.olmo import OLMO2
+from orchestrator.families.olmoe import OLMOE
 from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from orchestrator.families.seed import SEED_OSS
