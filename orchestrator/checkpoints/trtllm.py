@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,12 @@ _LAYOUT = {"use_parallel_embedding", "embedding_sharding_dim"}
 """Fields that describe the layout of the ranks, not the model."""
 _SPELLINGS = {"LLaMAForCausalLM": "LlamaForCausalLM", "QWenForCausalLM": "Qwen2ForCausalLM"}
 """TensorRT-LLM's other names of architectures (its MODEL_MAP)."""
-_INVERSES = {"is": lambda value: value, "sqrt": lambda value: value**2, "rsqrt": lambda value: value**-2}
+_INVERSES: dict[str, Callable[[Any], Any]] = {
+    "is": lambda value: value,
+    "sqrt": lambda value: value**2,
+    "rsqrt": lambda value: value**-2,
+    "per_head": lambda value: value == "head",
+}
 """Inverses of model.config.TRANSFORMS."""
 
 read_rows = read_assembled_rows
@@ -304,7 +309,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_parameters": _rotary_keys(config),
         **_window_keys(config, table),
         **_expert_keys(config, table),
-        **_latent_keys(config),
+        **_latent_keys(config, table),
     }
     if config.rotary_embedding_dim and not config.is_latent:
         made["partial_rotary_factor"] = config.rotary_embedding_dim / config.head_size
@@ -357,12 +362,13 @@ def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     return made
 
 
-def _latent_keys(config: ModelConfig) -> dict[str, Any]:
+def _latent_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     """Return the sizes of latent attention, and the key/value heads as such models count them."""
     if not config.is_latent:
         return {}
     return {
         "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.head_size if table.rotary.partial else config.qk_rope_head_dim,
         **{key: getattr(config, key) for key in LATENT_KEYS},
         "q_lora_rank": config.q_lora_rank or None,
     }

@@ -326,6 +326,8 @@ def to_trtllm(config: ModelConfig, topology: Topology, quantization: ModelQuanti
         for name, value in config.model_dump(mode="json").items()
         if name in _ALWAYS or value != ModelConfig.model_fields[name].default
     }
+    if config.attn_bias and not config.attn_dense_bias and not _is_qwen(config.architecture):
+        fields["attn_dense_bias"] = False  # else the biases of queries, keys and values would mean one of the output too
     if config.moe is not None and config.hidden_act in ("silu", "swish"):
         fields["hidden_act"] = SWIGLU  # TensorRT-LLM's experts are gated when their activation says so
     return {
@@ -350,6 +352,11 @@ _ALWAYS = {
 }  # fmt: skip
 
 
+def _is_qwen(architecture: str) -> bool:
+    """Whether TensorRT-LLM's readers take attn_bias not to mean a bias of the output."""
+    return "Qwen" in architecture
+
+
 def from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
     """Read config.json of a TensorRT-LLM checkpoint, ours or NVIDIA's. Keys that ModelConfig does not have are skipped.
 
@@ -371,7 +378,7 @@ def _from_trtllm(config: Mapping[str, Any]) -> tuple[ModelConfig, Topology]:
     known.setdefault("rotary_base", 10000.0)
     known.setdefault("norm_epsilon", 1e-5)
     architecture = str(known.get("architecture", ""))
-    known.setdefault("attn_dense_bias", bool(known.get("attn_bias")) and "Qwen" not in architecture)
+    known.setdefault("attn_dense_bias", bool(known.get("attn_bias")) and not _is_qwen(architecture))
     known["qk_layernorm"] = config.get("qk_layernorm_kind") or ("head" if config.get("qk_layernorm") else "none")
     if known.get("rotary_embedding_dim") == known["head_size"]:
         del known["rotary_embedding_dim"]

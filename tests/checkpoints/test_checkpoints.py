@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, SourceMissingError
-from orchestrator.checkpoints import companions, huggingface, safetensors
+from orchestrator.checkpoints import companions, huggingface, safetensors, trtllm
+from orchestrator.families import FAMILIES
 from orchestrator.model.checkpoint import SourceFile
+from orchestrator.model.config import from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.topology import Topology
 from orchestrator.stores.source import FileSource, LocalFolder
+from tests.support.families import TINY, tiny_config
 from tests.support.synthetic import FIXED_TIME_NS, encode_safetensors, frame, model_config, random_arrays, write_source
 
 CONFIG = model_config()
@@ -356,3 +360,13 @@ def test_read_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None
     assert {item.name: (item.shape, data[item.offset : item.offset + item.num_bytes]) for item in entries} == {
         name: (array.shape, array.tobytes()) for name, array in arrays.items()
     }
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_config_of_a_tensorrt_llm_checkpoint_is_read_as_the_config_that_it_was_written_from(family: str) -> None:
+    """TensorRT-LLM's config.json, and the Hugging Face config.json that a conversion back is planned from."""
+    written = tiny_config(family)
+    read, _ = from_trtllm(json.loads(json.dumps(to_trtllm(written, Topology(2, 1)))))
+    assert read == written
+    plain = trtllm.hugging_face_config(read, FAMILIES[family])
+    assert from_hugging_face(json.loads(json.dumps(plain)), read.architecture, read.dtype, FAMILIES[family].config) == written
