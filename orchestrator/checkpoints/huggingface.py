@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.base.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
 from orchestrator.checkpoints.json_text import json_value
+from orchestrator.checkpoints.parts import language_model
 from orchestrator.checkpoints.quantized import with_encodings
 from orchestrator.checkpoints.quantized.methods import Described, described, mark_of
 from orchestrator.checkpoints.rows import read_contiguous_rows
@@ -71,12 +72,14 @@ def read_shards(
         if tensor not in tensors or names[tensors[tensor].file] != name:
             raise SourceCorruptError(f"{folder.url}/{index} lists {tensor} in {name}, which does not hold it")
     found = CheckpointIndex(source_format, tuple(folder.source_file(name) for name in names), tensors, config)
-    return with_encodings(found, _described(folder, config, present), folder.url)
+    return language_model(with_encodings(found, _described(folder, config, present), folder.url))
 
 
 def _described(folder: SourceFolder, config: dict[str, Any], present: list[str]) -> Described | None:
     """Return the folder's description of its quantization; None: none. Raises QuantizationError, SourceCorruptError."""
     mark = mark_of(present)
+    nested = config.get("text_config") or {}
+    config = config if config.get("quantization_config") else {**nested, **config}
     return described(folder.url, config, mark, read_json(folder, mark) if mark else {})
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.base.errors import QuantizationError, TopologyError
@@ -15,7 +16,7 @@ from orchestrator.planning.facts import Verification
 from orchestrator.planning.steps import Kind
 from tests.conftest import SpecMaker
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
-from tests.support.families import TINY, write_tiny
+from tests.support.families import BASE, TINY, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,47 @@ def test_queries_without_a_latent_of_their_own_agree_with_transformers(tmp_path:
 
 def test_latent_attention_in_halves_rotates_what_transformers_does(tmp_path: Path, make_spec: SpecMaker) -> None:
     plan = preparation.plan(make_spec(write_tiny("deepseek_v3", tmp_path / "model", rope_interleave=False)))
+    check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
+
+
+def write_with_vision(folder: Path, dtype: str = "bfloat16") -> Path:
+    """A Mistral3 with a vision tower around a tiny Ministral 3, as the hub has it: a head tied by the larger model."""
+    import torch
+    import transformers
+
+    torch.manual_seed(2)
+    text = transformers.Ministral3Config(**{**BASE, **TINY["ministral3"].fields})
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    model = transformers.Mistral3ForConditionalGeneration(transformers.Mistral3Config(vision_config=vision, text_config=text))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def test_language_model_within_a_larger_model_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker) -> None:
+    plan = preparation.plan(make_spec(write_with_vision(tmp_path / "model"), topology={"tp": 2}))
+    assert plan.inputs.config.tie_word_embeddings
+    (warning,) = [each for each in plan.warnings if "only the language model of Mistral3ForConditionalGeneration is built" in each]
+    assert warning.endswith("tensors of its other parts are left out")
+    check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
+
+
+def test_language_model_within_kimi_agrees_with_transformers(tmp_path: Path, make_spec: SpecMaker) -> None:
+    """Kimi K2.5 as published: tensors with a prefix, the language model's config in text_config, with a model_type of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    plain = write_tiny("deepseek_v3", tmp_path / "plain", dtype="float32")
+    text = {**json.loads((plain / "config.json").read_text()), "model_type": "kimi_k2"}
+    larger = tmp_path / "kimi"
+    larger.mkdir()
+    config = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text}
+    (larger / "config.json").write_text(json.dumps(config))
+    tensors = {f"language_model.{name}": array for name, array in load_file(plain / "model.safetensors").items()}
+    tensors["vision_tower.patch_embed.proj.bias"] = np.zeros(4, np.float32)
+    save_file(tensors, larger / "model.safetensors")
+    plan = preparation.plan(make_spec(larger, topology={"tp": 2, "moe_ep": 2}))
+    assert any("only the language model of KimiK25ForConditionalGeneration" in warning for warning in plan.warnings)
     check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
 
 
