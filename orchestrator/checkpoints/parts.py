@@ -1,4 +1,4 @@
-"""The language model within a larger model (with a vision tower), as a checkpoint of its own: its config, and its tensors' names."""
+"""The language model within a larger model (with a vision tower), as a checkpoint of its own: its config, its tensors' names."""
 
 from __future__ import annotations
 
