@@ -65,7 +65,7 @@ def reference_memory(index: CheckpointIndex, dtype: str) -> int:
 
 def verify_memory(weights: WeightMap, pp_rank: int) -> int:
     """Return the memory of a verification: a slice of a rank in float32, the next slice, and a slice being loaded."""
-    return _VERIFY_BYTES + 3 * weights.largest_layer_bytes(pp_rank)
+    return _VERIFY_BYTES + weights.largest_layer_bytes(pp_rank) * 10 // 3
 
 
 def export_memory(weights: WeightMap, pp_rank: int) -> int:
