@@ -1,6 +1,6 @@
 """Every family at every topology of the table, on tiny seeded models: worst relative error of float32 logits against transformers.
 
-    python -m benchmarks.families [--engines] [--folder DIR]
+    python -m benchmarks.families [--engines] [--only WORD] [--folder DIR]
 
 `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
 """
@@ -26,6 +26,7 @@ from tests.support.families import TINY, write_tiny
 TOPOLOGIES: dict[str, dict[str, int]] = {
     "1x1": {}, "tp2": {"tp": 2}, "pp2 uneven": {"pp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}, "tp4 kv x2": {"tp": 4},
     "tp2 ep2": {"tp": 2, "moe_ep": 2}, "tp4 ep2": {"tp": 4, "moe_ep": 2},
+    "tp4 ep4": {"tp": 4, "moe_ep": 4},
 }  # fmt: skip
 ENGINES_AT = "tp2 pp2"
 

@@ -64,7 +64,9 @@ def test_family_on_uneven_stages_agrees_with_transformers_and_builds(folder: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.config.experts is not None])
-@pytest.mark.parametrize("topology", [{"tp": 2, "moe_ep": 2}, {"tp": 4, "moe_ep": 2}], ids=["ep2", "tp2-ep2"])
+@pytest.mark.parametrize(
+    "topology", [{"tp": 2, "moe_ep": 2}, {"tp": 4, "moe_ep": 2}, {"tp": 4, "moe_ep": 4}], ids=["ep2", "tp2-ep2", "ep4"]
+)
 def test_experts_in_parallel_agree_with_transformers(
     folder: Path, make_spec: SpecMaker, family: str, topology: dict[str, int]
 ) -> None:

@@ -166,7 +166,10 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
     assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe"])
+DENSE_AMONG_EXPERTS = ["glm4_moe", "ernie4_5_moe", "minimax_m2"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe", *DENSE_AMONG_EXPERTS])
 def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
     folder = write_tiny(family, tmp_path / family)
     whole, parts = (
@@ -179,6 +182,22 @@ def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(fami
     assert together.keys() == expected.keys()
     assert all(torch.equal(together[name], expected[name]) for name in expected)
     assert all(float(value) > 0 for value in expected.values())
+
+
+def test_calibration_of_dense_layers_between_experts_part_by_part_gives_the_scales_of_the_whole(
+    store: Path, tmp_path: Path
+) -> None:
+    folder = write_tiny("qwen3_moe", tmp_path / "model", num_hidden_layers=5, mlp_only_layers=[1, 3])
+    whole, parts = (
+        run_here(preparation.plan(spec(folder, 1, 1, algorithm="FP8", calibration={"num_stages": count})), store, [Kind.CALIBRATE])
+        for count in (1, 3)
+    )
+    (one,) = whole.values()
+    expected = scales_of(one, store)
+    together = {name: value for part in parts.values() for name, value in scales_of(part, store).items()}
+    assert together.keys() == expected.keys()
+    assert any("layers.3.mlp.gate_proj" in name for name in expected)
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
 def test_calibration_awq_of_experts_scales_each_and_they_agree_on_one_vector(store: Path, tmp_path: Path) -> None:
