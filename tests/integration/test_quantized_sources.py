@@ -68,6 +68,17 @@ def test_conversion_of_experts_in_block_fp8_is_that_of_the_dense_model(tmp_path:
     assert rank_files(made_plan(quantized, **topology), tmp_path / "store") == expected
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2"])
+def test_build_of_a_published_family_in_block_fp8_is_that_of_the_dense_model_and_verifies(tmp_path: Path, family: str) -> None:
+    """DeepSeek's latent projections have heights that are no multiple of a block."""
+    quantized, dense = write_both(write_tiny(family, tmp_path / "plain", hidden_size=160), tmp_path, block_fp8, BLOCK_FP8)
+    plan = made_plan(quantized)
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
+    found = {o.name: o.sha256 for key, outcome in outcomes.items() if key.startswith("convert") for o in outcome.outputs}
+    assert found == rank_files(made_plan(dense), tmp_path / "dense-store")
+    assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
+
+
 def test_conversion_of_fused_linears_reads_blocks_off_their_sections_once(tmp_path: Path) -> None:
     """Phi-3's gate and up projections are halves of one tensor, and so are not cut on blocks."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
