@@ -155,13 +155,22 @@ class Encoding:
         return 2 if self.packing is Packing.ROW_PAIRS else 1
 
     def renumbered(self, position: Mapping[int, int]) -> Encoding:
-        """Return the same encoding with every file index n replaced by position[n]."""
-        names = ("codes", "scale", "zero", "second", "groups", "columns")
-        parts = {name: getattr(self, name) for name in names}
-        # A view reads a part of them; the files of the others may not be among the renumbered.
-        moved = {name: replace(part, file=position.get(part.file, 0)) for name, part in parts.items() if part is not None}
-        peers = tuple(replace(part, file=position[part.file]) for part in self.peers)
-        return replace(self, **moved, peers=peers, input_scale=None)
+        """Return the same encoding with every file index n replaced by position[n], and without the scale of the input."""
+
+        def moved(part: Stored | None) -> Stored | None:
+            # A view reads some of the parts. The files of the others need not be among the renumbered.
+            return None if part is None else Stored(part.dtype, part.shape, position.get(part.file, 0), part.offset)
+
+        codes, scale, zero, second, groups, columns = map(
+            moved, (self.codes, self.scale, self.zero, self.second, self.groups, self.columns)
+        )
+        assert codes is not None
+        assert scale is not None
+        peers = tuple(part for part in map(moved, self.peers) if part is not None)
+        return Encoding(
+            self.packing, self.number, codes, scale, self.block, zero, self.offset, second, self.divides, groups, columns,
+            None, self.view, peers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +247,7 @@ class CheckpointIndex:
         """
         tensors = {
             name: tensor
-            if tensor.encoding is None
+            if tensor.encoding is None or tensor.dtype == dtype
             else replace(tensor, dtype=dtype, num_bytes=num_bytes(dtype, tensor.num_elements))
             for name, tensor in self.tensors.items()
         }

@@ -345,12 +345,24 @@ Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
         (lambda found: {**found, f"{NAME}.weight_scale_inv": codes(9, 2, 3)}, "is U8, expected is"),
         (lambda found: {**found, f"{NAME}.weight": codes(9, 256, 384)}, "weights of this quantization are F8_E4M3"),
         (lambda found: {**found, "model.layers.0.extra": e4m3(4, 4)}, "it has no scale"),
+        (lambda found: {**found, f"{NAME}.weight_scale": normal(2, 3)}, "are both the scale of"),
     ],
-    ids=["transposed", "truncated", "missing", "alone", "of a plain weight", "of another dtype", "other codes", "unknown"],
+    ids=["transposed", "truncated", "missing", "alone", "of a plain weight", "of another dtype", "other codes", "unknown", "twice"],
 )
 def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: Change, pattern: str) -> None:
     whole = {f"{NAME}.weight": e4m3(256, 384), f"{NAME}.weight_scale_inv": normal(2, 3)}
     refused(write_quantized(tmp_path, change(whole), FP8), SourceCorruptError, pattern)
+
+
+def test_weight_that_is_there_dense_and_quantized_is_refused(tmp_path: Path) -> None:
+    stored = {f"{NAME}.qweight": words(12, 48), f"{NAME}.qzeros": words(3, 6), f"{NAME}.scales": normal(3, 48).half()}
+    source = write_quantized(tmp_path, {**stored, f"{NAME}.weight": normal(48, 96).half()}, GPTQ)
+    refused(source, SourceCorruptError, "there is another .*up_proj.weight too")
+
+
+def test_buffers_of_integers_are_left_to_the_family(tmp_path: Path) -> None:
+    tensors = {f"{NAME}.weight": e4m3(256, 384), f"{NAME}.weight_scale_inv": normal(2, 3), "model.position_ids": torch.arange(4)}
+    assert "model.position_ids" in read_source(str(write_quantized(tmp_path, tensors, FP8)))[0].tensors
 
 
 @pytest.mark.parametrize(

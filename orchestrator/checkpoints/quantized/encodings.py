@@ -6,7 +6,7 @@ The stored tensors decide what is quantized; the source's own description must a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -17,6 +17,8 @@ from orchestrator.model.checkpoint import Encoding, Packing, Stored, TensorInfo
 
 _COMPLETE = "Download the checkpoint again; if it is complete, its quantization is one that is not read."
 _FLOATS = (*MODEL_DTYPE_NAMES, "F64")
+_NO_CODES = ("I64", "BOOL")
+"""Dtypes of buffers, such as position_ids, that are no quantized weights."""
 _ACTIVATIONS = "calibrated scale of activations, which are not quantized here"
 _CACHE = "calibrated scale of the KV cache, which is not quantized here"
 
@@ -63,25 +65,21 @@ def encoded(tensors: Mapping[str, TensorInfo], recipe: Recipe, url: str, dtype: 
 
     Raises SourceCorruptError for a scale that is missing, of another shape than the weight needs, or of no weight.
     """
-    suffixes = _SUFFIXES[recipe.method]
+    suffixes = sorted(_SUFFIXES[recipe.method].items(), key=lambda item: -len(item[0]))
+    places = {name: _split(name, suffixes) for name in tensors}
     modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, (module, role) in places.items():
+        parts = modules.setdefault(module, {})
+        if role in parts:
+            raise SourceCorruptError(f"{url}: {name} and {parts[role].name} are both the {role} of {module}", _COMPLETE)
+        parts[role] = tensors[name]
     weights = Weights({}, {})
-    for name, tensor in tensors.items():
-        suffix = next((end for end in sorted(suffixes, key=len, reverse=True) if name.endswith(end)), None)
-        ending = next((end for end in _EVERYWHERE if name.endswith(end)), None)
-        if suffix is not None:
-            modules.setdefault(name.removesuffix(suffix), {})[suffixes[suffix]] = tensor
-        elif ending is not None:
-            weights.left_out[name] = _EVERYWHERE[ending]
-    for name, tensor in tensors.items():
-        if name in weights.left_out:
-            continue
-        suffix = next((end for end in sorted(suffixes, key=len, reverse=True) if name.endswith(end)), None)
-        module = name.removesuffix(suffix) if suffix else name
-        role = suffixes[suffix] if suffix else "codes"
-        parts = modules.get(module, {"codes": tensor}) if suffix else {"codes": tensor}
+    for name, (module, role) in places.items():
+        parts = modules[module]
         if role == "codes":
-            _add(weights, name, module, tensor, parts, recipe, url, dtype)
+            _add(weights, _Builder(name, module, parts, recipe, url), dtype)
+        elif role in (_CACHE, _ACTIVATIONS):
+            weights.left_out[name] = role
         elif role in _UNREAD:
             weights.left_out[name] = _UNREAD[role]
         elif "codes" not in parts or parts["codes"].dtype in _FLOATS:
@@ -91,31 +89,36 @@ def encoded(tensors: Mapping[str, TensorInfo], recipe: Recipe, url: str, dtype: 
     return weights
 
 
-def _add(
-    weights: Weights,
-    name: str,
-    module: str,
-    tensor: TensorInfo,
-    parts: Mapping[str, TensorInfo],
-    recipe: Recipe,
-    url: str,
-    dtype: str,
-) -> None:
+def _split(name: str, suffixes: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return a stored tensor's module and role. One that ends as no part of a weight is codes, of a module of its own name."""
+    for end, role in suffixes:
+        if name.endswith(end):
+            return name.removesuffix(end), role
+    for end, reason in _EVERYWHERE.items():
+        if name.endswith(end):
+            return name, reason
+    return name, "codes"
+
+
+def _add(weights: Weights, builder: _Builder, dtype: str) -> None:
     """Add a plain tensor, or the weight whose codes it holds."""
-    if tensor.dtype in _FLOATS:
-        weights.tensors[name] = tensor
-        return
-    builder = _Builder(name, module, parts, recipe, url)
-    if module == name or "scale" not in parts:
-        builder.fail("it has no scale")
-    if recipe.ignores(module):
-        builder.fail("quantization_config lists it among the modules that are not quantized")
-    shape, encoding = _BUILDERS[recipe.method](builder)
-    if encoding.input_scale is None and "input_scale" in parts:
-        encoding = replace(encoding, input_scale=_stored(parts["input_scale"]))
-    logical = module if recipe.method == "mxfp4" else f"{module}.weight"
-    size = num_bytes(dtype, math.prod(shape))
-    weights.tensors[logical] = TensorInfo(logical, dtype, shape, tensor.file, tensor.offset, size, None, encoding)
+    name, module, parts, method = builder.name, builder.module, builder.parts, builder.recipe.method
+    if builder.codes.dtype in _FLOATS or (module == name and builder.codes.dtype in _NO_CODES):
+        logical, tensor = name, builder.codes
+    else:
+        if module == name or "scale" not in parts:
+            builder.fail("it has no scale")
+        if builder.recipe.ignores(module):
+            builder.fail("quantization_config lists it among the modules that are not quantized")
+        shape, encoding = _BUILDERS[method](builder)
+        if "input_scale" in parts:
+            encoding = replace(encoding, input_scale=_stored(parts["input_scale"]))
+        logical, codes = module if method == "mxfp4" else f"{module}.weight", encoding.codes
+        size = num_bytes(dtype, math.prod(shape))
+        tensor = TensorInfo(logical, dtype, shape, codes.file, codes.offset, size, None, encoding)
+    if logical in weights.tensors:
+        builder.fail(f"there is another {logical} too")
+    weights.tensors[logical] = tensor
 
 
 def _stored(tensor: TensorInfo) -> Stored:
