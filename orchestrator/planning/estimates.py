@@ -37,14 +37,17 @@ _BUILD_LAYER_BYTES = 25_000_000
 """Memory of TensorRT per layer of the network."""
 
 
-def reference_memory(index: CheckpointIndex, dtype: str) -> int:
-    """Return the memory of a reference: a layer in float32, the next one as stored, three experts, and a tensor being rounded."""
+def reference_memory(index: CheckpointIndex, dtype: str, num_layers: int) -> int:
+    """Return the memory of a reference: a layer in float32, the next one as stored, three experts, and a tensor being rounded.
+
+    Layers from `num_layers` on, which predict further tokens, are not read.
+    """
     dense: dict[int, int] = defaultdict(int)
     stored: dict[int, int] = defaultdict(int)
     experts: dict[str, int] = defaultdict(int)
     largest = 0
     for name, tensor in index.tensors.items():
-        if ".layers." not in name:
+        if ".layers." not in name or layer_of(name) >= num_layers:
             continue
         if ".experts." in name:
             prefix, _, rest = name.partition(".experts.")

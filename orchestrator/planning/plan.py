@@ -222,7 +222,10 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         name="reference",
         options=options.model_dump(mode="json"),
         locations={"source": inputs.source, "device": verification.device},
-        resources=Resources(gpus=_gpus(verification.device), memory_bytes=reference_memory(inputs.index, inputs.config.dtype)),
+        resources=Resources(
+            gpus=_gpus(verification.device),
+            memory_bytes=reference_memory(inputs.index, inputs.config.dtype, inputs.config.num_hidden_layers),
+        ),
         estimate=estimate(Kind.REFERENCE, read_bytes=inputs.index.num_bytes, work_bytes=dense_bytes),
     )
 
