@@ -32,7 +32,7 @@ class ParallelLimits:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
-    """Of the dense MLPs; 0: the model has none."""
+    """Intermediate size of the dense MLPs; 0: the model has none."""
     num_experts: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
