@@ -24,6 +24,8 @@ MXFP8_BLOCK = 32
 
 LINEARS = (
     "attention.qkv",
+    "attention.fused_a",
+    "attention.q_b_proj",
     "attention.dense",
     "mlp.fc",
     "mlp.gate",

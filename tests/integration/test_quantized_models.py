@@ -103,6 +103,18 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
         "mixtral": {"num_hidden_layers": 1, "intermediate_size": 64},
         "phi3": {"num_hidden_layers": 1, "intermediate_size": 128},
         "qwen2_moe": {"num_hidden_layers": 1, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        "deepseek_v3": {
+            "num_hidden_layers": 2,
+            "intermediate_size": 128,
+            "first_k_dense_replace": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "head_dim": 16,
+            "v_head_dim": 32,
+        },
         # Linears that outweigh what every engine holds besides them.
         "large": {"num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 256},
         "large_moe": {"num_hidden_layers": 1, "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8},
@@ -144,6 +156,7 @@ MODELS: list[tuple[str, int, tuple[Case, ...]]] = [
     ("llama", 1, tuple(CASES)), ("llama", 2, tuple(CASES)), ("mixtral", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
     ("qwen2_moe", 1, (("FP8", None), ("W4A8_AWQ", None), ("NVFP4", None))),
     ("phi3", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
+    ("deepseek_v3", 2, tuple((algorithm, None) for algorithm in QUANTIZERS)),
 ]  # fmt: skip
 """Family, tensor-parallel size, cases."""
 

@@ -22,10 +22,11 @@ def write_artifact(source: Path, folder: Path, seed: int = 3) -> Path:
     found: dict[str, torch.Tensor] = {}
     vectors: dict[str, torch.Tensor] = {}
     for name, weight in sorted(load_file(source / "model.safetensors").items()):
-        if not _LINEAR.match(name):
+        if not _LINEAR.match(name) or weight.ndim != 2:
             continue
         module = name.removesuffix(".weight")
         shared = re.sub(r"\.(q|k|v)_proj$", ".qkv", re.sub(r"\.(gate_proj|up_proj|w1|w3)$", ".fc", module))
+        shared = re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)$", ".fused_a", shared)
         shared = re.sub(r"experts\.\d+", "experts", shared)
         vector = vectors.setdefault(shared, torch.from_numpy(2.0 ** generator.integers(-1, 2, weight.shape[1])).float())
         found[f"{module}.input_amax"] = torch.tensor(generator.uniform(2.0, 3.0), dtype=torch.float32)

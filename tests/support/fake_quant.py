@@ -131,7 +131,7 @@ class FakeQuantDecoder:
         return functional.rms_norm(x, (x.shape[-1],), weight.float(), self.config.norm_epsilon)
 
     def _mlp(self, rank: int, x: torch.Tensor, prefix: str) -> torch.Tensor:
-        if self.config.moe is not None:
+        if self.config.has_experts(0):
             return self._moe(rank, x, prefix)
         if self.config.hidden_act == "swiglu":
             return self._linear(rank, self._gated(self._linear(rank, x, f"{prefix}.fc")), f"{prefix}.proj")
@@ -162,7 +162,27 @@ class FakeQuantDecoder:
         up, gate = both.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
+    def _latent_attention(self, rank: int, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        """Expanded, with a key and a value per head, as transformers computes it."""
+        config = self.config
+        rope, heads = config.qk_rope_head_dim, config.num_attention_heads // len(self.ranks)
+        fused = self._linear(rank, x, f"{prefix}.fused_a").split([config.q_lora_rank, config.kv_lora_rank, rope], dim=-1)
+        names = ("q_a_layernorm", "kv_a_layernorm")
+        q, latent = (
+            functional.rms_norm(part, (part.shape[-1],), self.ranks[rank][f"{prefix}.{name}.weight"].float(), 1e-6)
+            for part, name in zip(fused, names, strict=False)
+        )
+        q = self._linear(rank, q, f"{prefix}.q_b_proj").unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = (torch.einsum("bsl,hdl->bhsd", latent, self.ranks[rank][f"{prefix}.{name}_b_proj.weight"].float()) for name in "kv")
+        plain, turned = q.split([config.qk_nope_head_dim, rope], dim=-1)
+        shared = self._rotated(fused[2][:, None]).expand(-1, heads, -1, -1)
+        q, k = torch.cat([plain, self._rotated(turned)], dim=-1), torch.cat([k, shared], dim=-1)
+        context = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self._linear(rank, context.transpose(1, 2).flatten(2), f"{prefix}.dense")
+
     def _attention(self, rank: int, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        if self.config.is_latent:
+            return self._latent_attention(rank, x, prefix)
         size, num_ranks = self.config.head_size, len(self.ranks)
         heads, kv_heads = self.config.num_attention_heads // num_ranks, self.config.num_key_value_heads // num_ranks
         split = [heads * size, kv_heads * size, kv_heads * size]
@@ -182,9 +202,10 @@ class FakeQuantDecoder:
         return _through_fp8(x, scale) if kind == "FP8" else _through_int8(x, scale)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.config.head_size // 2
+        half = x.shape[-1] // 2
         inverse = self.config.rotary_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.outer(torch.arange(x.shape[2], dtype=torch.float64), inverse)
         cos, sin = angles.cos().float(), angles.sin().float()
-        one, two = x[..., :half], x[..., half:]
+        pairs = self.config.rotary_interleaved
+        one, two = (x[..., 0::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
         return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
