@@ -36,7 +36,7 @@ def stored_format(target: Target, activation_limit: float | None = None) -> Line
     `activation_limit`: bound of activations that the source names, for formats with a scale per token. Joined weights in FP8 have
     a scale per tensor each, so the linear has one per row.
     """
-    found = {_format(read.tensor, activation_limit) for read in target.reads}
+    found = {_format(_of_expert(read).tensor, activation_limit) for read in target.reads}
     fmt = found.pop() if len(found) == 1 else None
     if fmt is not None and fmt.weight is WeightFormat.FP8_TENSOR and len(target.reads) > num_experts(target):
         return fmt.model_copy(update={"weight": WeightFormat.FP8_CHANNEL})
@@ -90,6 +90,7 @@ def _fp8(tensor: TensorInfo, encoding: Encoding, limit: float | None) -> LinearF
 
 def stored(target: Target, fmt: LinearFormat, num_ranks: int) -> tuple[Target, ...]:
     """Return the weight and scales that replace the plain weight `target`, [out, in] or [experts, out, in]."""
+    target = replace(target, reads=tuple(map(_of_expert, target.reads)))
     *experts, out, inner = target.shape
     linear = target.name.removesuffix(".weight")
     dtype, shape = packed(fmt, (out, inner))
@@ -115,8 +116,34 @@ def _peers(target: Target) -> list[tuple[Stored, ...]]:
     return [tuple(scales[start : start + joined]) for start in range(0, len(scales), joined) for _ in range(joined)]
 
 
+def _of_expert(read: Read) -> Read:
+    """Return a read of one expert's matrix, [out, in] as it is stored, in place of one of all experts, [experts, in, out]."""
+    encoding, rows = read.tensor.encoding, read.rows
+    if encoding is None or encoding.packing is not Packing.EXPERTS or rows is None:
+        return read
+    _, inner, out = read.tensor.shape
+    expert = replace(
+        encoding,
+        packing=Packing.NIBBLES,
+        codes=_slice(encoding.codes, rows.expert, (out, inner // 2)),
+        scale=_slice(encoding.scale, rows.expert, (out, inner // encoding.block[1])),
+    )
+    name, dtype, codes = f"{read.tensor.name}.{rows.expert}", read.tensor.dtype, expert.codes
+    size = num_bytes(dtype, out * inner)
+    tensor = TensorInfo(name, dtype, (out, inner), codes.file, codes.offset, size, None, expert)
+    return replace(read, tensor=tensor, rows=replace(rows, expert=0, transposed=False))
+
+
+def _slice(part: Stored, expert: int, shape: tuple[int, int]) -> Stored:
+    """Return an expert's part of a stored tensor of all experts."""
+    return Stored(part.dtype, shape, part.file, part.offset + expert * num_bytes(part.dtype, math.prod(shape)))
+
+
 def _moved(read: Read, tensor: TensorInfo, rows: int) -> Read:
     """Return a read of `tensor`, which holds the read's weight with `rows` of its rows per row and fewer or no columns."""
+    inner, width = read.tensor.shape[-1], tensor.shape[-1]
+    if read.rows is not None:  # rows are chosen from a tensor of all experts: here of one
+        tensor = replace(tensor, shape=(1, *tensor.shape))
     if read.axis is None:
         return replace(read, tensor=tensor)
     if read.axis == 0:
@@ -124,7 +151,6 @@ def _moved(read: Read, tensor: TensorInfo, rows: int) -> Read:
         return replace(read, tensor=tensor, spans=spans)
     if len(tensor.shape) == 1:
         return replace(read, tensor=tensor, axis=None, spans=())
-    inner, width = read.tensor.shape[1], tensor.shape[1]
     spans = tuple(Span(span.begin * width // inner, span.end * width // inner) for span in read.spans)
     return replace(read, tensor=tensor, spans=spans)
 

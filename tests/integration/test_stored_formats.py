@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from orchestrator.base.errors import QuantizationError, SpecError, VerificationError
 from orchestrator.model.quantization import (
@@ -41,6 +43,7 @@ from tests.support.quantized import (
     mxfp8,
     nvfp4,
     write_both,
+    write_quantized,
 )
 from tests.support.synthetic import build_spec
 
@@ -166,6 +169,41 @@ def test_experts_keep_the_source_format_to_the_bit(tmp_path: Path, name: str, to
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), (Kind.CONVERT,))
     wide = ranks(exact, tmp_path / "dense-store", run_steps(exact, (tmp_path / "dense-store").as_uri(), (Kind.CONVERT,)))
     assert_same_values(plan, ranks(plan, tmp_path / "store", outcomes), wide)
+
+
+def write_gpt_oss(folder: Path) -> tuple[Path, Path]:
+    """A tiny gpt-oss with experts in MXFP4, and the same model with their values in float32."""
+    plain = write_tiny("gpt_oss", folder / "plain", num_local_experts=4)
+    config, tensors = json.loads((plain / "config.json").read_text()), load_file(plain / "model.safetensors")
+    stored, dense = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, out = tensor.shape
+            packed = [mxfp4_groups(one.T.contiguous())[0] for one in tensor]
+            blocks = torch.stack([one["weight_packed"] for one in packed]).reshape(experts, out, inner // 32, 16)
+            scales = torch.stack([one["weight_scale"] for one in packed])
+            del stored[name]
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            dense[name] = convert_moe_packed_tensors(blocks, scales).float()
+    (folder / "dense").mkdir()
+    (folder / "dense" / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in dense.items()}, folder / "dense" / "model.safetensors")
+    return write_quantized(folder / "quantized", stored, {"quant_method": "mxfp4"}, **config), folder / "dense"
+
+
+@pytest.mark.parametrize("topology", [{"tp": 2}, {"tp": 2, "moe_ep": 2}], ids=str)
+def test_gpt_oss_keeps_its_experts_as_nvfp4_to_the_bit_verified_and_compiled(tmp_path: Path, topology: dict[str, int]) -> None:
+    quantized, dense = write_gpt_oss(tmp_path)
+    plan, exact = made_plan(quantized, quantization=SOURCE, **topology), made_plan(dense, "float32", **topology)
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri())
+    wide = ranks(exact, tmp_path / "dense-store", run_steps(exact, (tmp_path / "dense-store").as_uri(), (Kind.CONVERT,)))
+    found = ranks(plan, tmp_path / "store", outcomes)
+    assert_same_values(plan, found, wide)
+    assert found["rank0.safetensors"]["transformer.layers.0.mlp.fc.weight"].dtype == torch.uint8
+    assert found["rank0.safetensors"]["transformer.layers.0.attention.qkv.weight"].dtype == torch.bfloat16
+    for step in plan.of_kind(Kind.CONVERT):
+        assert outcomes[step.name].facts.source_bytes_read == step.estimate.read_bytes
+    assert outcomes["build/rank1"].outputs
 
 
 def test_excluded_linears_are_dequantized_to_the_models_dtype(tmp_path: Path) -> None:
