@@ -20,7 +20,7 @@ from orchestrator.planning.steps import Kind
 from tests.integration.steps import WITHOUT_ENGINES, run_steps
 from tests.support.families import write_tiny
 from tests.support.peaks import run_apart
-from tests.support.quantized import BLOCK_FP8, block_fp8, int4_groups, mxfp4_groups, write_both
+from tests.support.quantized import BLOCK_FP8, block_fp8, int4_groups, mxfp4_groups, write_both, write_quantized
 from tests.support.synthetic import build_spec
 
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2}
@@ -77,6 +77,47 @@ def test_build_of_a_published_family_in_block_fp8_is_that_of_the_dense_model_and
     found = {o.name: o.sha256 for key, outcome in outcomes.items() if key.startswith("convert") for o in outcome.outputs}
     assert found == rank_files(made_plan(dense), tmp_path / "dense-store")
     assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
+
+
+def write_gpt_oss_in_mxfp4(plain: Path, folder: Path) -> tuple[Path, Path]:
+    """Experts as gpt-oss publishes them, in blocks and scales; also the dense model of the values that transformers makes of them."""
+    import safetensors.torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(4)
+    stored, meant = {}, {}
+    for name, tensor in safetensors.torch.load_file(plain / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = meant[name] = tensor
+            continue
+        experts, inner, out = tensor.shape
+        blocks = torch.randint(0, 256, (experts, out, inner // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(123, 126, (experts, out, inner // 32), generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+    config = json.loads((plain / "config.json").read_text())
+    method = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+    quantized = write_quantized(folder / "quantized", stored, method, **config)
+    (folder / "dense").mkdir()
+    safetensors.torch.save_file(meant, folder / "dense" / "model.safetensors", {"format": "pt"})
+    (folder / "dense" / "config.json").write_text(json.dumps(config))
+    return quantized, folder / "dense"
+
+
+@pytest.mark.parametrize("topology", [{"tp": 2}, {"tp": 2, "moe_ep": 2}], ids=str)
+def test_build_of_gpt_oss_in_mxfp4_is_that_of_the_dense_model_and_verifies(tmp_path: Path, topology: dict[str, int]) -> None:
+    """Blocks lie along the inputs of an expert that transformers has transposed; gate and up alternate."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64}
+    quantized, dense = write_gpt_oss_in_mxfp4(write_tiny("gpt_oss", tmp_path / "plain", **sizes), tmp_path)
+    plan = made_plan(quantized, **topology)
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
+    found = {o.name: o.sha256 for key, outcome in outcomes.items() if key.startswith("convert") for o in outcome.outputs}
+    assert found == rank_files(made_plan(dense, **topology), tmp_path / "dense-store")
+    assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
+    assert sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT)) == plan.inputs.index.num_bytes
 
 
 def test_conversion_of_fused_linears_reads_blocks_off_their_sections_once(tmp_path: Path) -> None:
