@@ -80,7 +80,7 @@ def test_build_of_a_published_family_in_block_fp8_is_that_of_the_dense_model_and
 
 
 def write_gpt_oss_in_mxfp4(plain: Path, folder: Path) -> tuple[Path, Path]:
-    """Experts as gpt-oss publishes them, in blocks and scales; also the dense model of the values that transformers makes of them."""
+    """Experts in blocks and scales, as gpt-oss publishes them; also the dense model of the values that they mean."""
     import safetensors.torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
