@@ -186,6 +186,22 @@ def test_quantized_model_portable_graph_computes_what_fake_quantization_does(
         assert errors.max() < 0.05
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])
+def test_quantized_mixture_computes_what_transformers_does_with_the_same_rounded_weights(family: str, tmp_path: Path) -> None:
+    """INT8 per row, in dense layers, experts and shared experts; routers and their biases are not rounded."""
+    import transformers
+
+    models = Models(write_tiny(family, tmp_path / "source"), tmp_path)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.dim() > 1 and not name.endswith("mlp.gate.weight") and "statics" not in name:
+                scale = parameter.abs().amax(-1, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round().clamp(-127, 127) * scale)
+        expected = model(torch.from_numpy(TOKENS)).logits
+    assert relative_errors(execute(models, ("W8A16", None), 2), expected).max() < 1e-5
+
+
 @pytest.mark.parametrize(("tp", "tp_rank"), [(1, 0), (2, 1)])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_quantized_model_is_compiled_and_its_cache_described(case: Case, tp: int, tp_rank: int, models_of: ModelsOf) -> None:
