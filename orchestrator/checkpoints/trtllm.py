@@ -291,7 +291,7 @@ def _check_all_seen(ranks: Sequence[_Rank], seen: set[tuple[int, str]], family: 
 
 def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Return a config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
-    table = family.config
+    table, layers = family.config, range(config.num_hidden_layers)
     made: dict[str, Any] = {
         "architectures": [config.architecture],
         "dtype": config.dtype,
@@ -308,6 +308,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": _rotary_keys(config),
         **_window_keys(config, table),
+        **({} if table.rotary.layers is None else {table.rotary.layers: [int(config.has_rotary(layer)) for layer in layers]}),
         **_expert_keys(config, table),
         **_latent_keys(config, table),
     }

@@ -27,6 +27,7 @@ from orchestrator.families.olmoe import OLMOE
 from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from orchestrator.families.seed import SEED_OSS
+from orchestrator.families.smollm import SMOLLM3
 from orchestrator.model.rules import Family
 
 FAMILIES: dict[str, Family] = {
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         SOLAR_OPEN,
         OLMOE,
         SEED_OSS,
+        SMOLLM3,
     )
 }
 

@@ -57,6 +57,8 @@ class ModelConfig(BaseModel):
     """Rotary base of the layers with a window, which are not scaled (Gemma 3); None: rotary_base."""
     rotary_embedding_dim: int | None = None
     """Number of elements of a head that are rotated: the leading ones, with latent attention the trailing ones; None: all."""
+    rotary_layers: tuple[bool, ...] | None = Field(None, exclude_if=_is_unset)
+    """Whether each layer has rotary embedding; None: all have it."""
     rotary_interleaved: bool = Field(False, exclude_if=_is_unset)
     """Whether an element is rotated with its neighbour (DeepSeek), instead of with the one half the rotated part away."""
     sliding_window: int | None = None
@@ -209,6 +211,10 @@ class ModelConfig(BaseModel):
         if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
             stretched = int(self.trained_length * float(scaling.get("factor") or 1.0))
         return max(self.max_position_embeddings, stretched)
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether a layer (global number) has rotary embedding."""
+        return self.rotary_layers is None or self.rotary_layers[layer]
 
     def has_window(self, layer: int) -> bool:
         """Whether a layer (global number) has the window."""

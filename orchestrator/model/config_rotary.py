@@ -62,7 +62,24 @@ def rotary(keys: Keys, head_size: int, part: float | None = None) -> dict[str, A
             raise ArchitectureError(f"{where} lacks {_BETA!r}, by which queries are scaled", "Use the complete config.json.")
         made["query_scale_beta"] = _positive(parameters[_BETA], f"{_BETA} of {where}")
     made["rotary_embedding_dim"] = None if dim == head_size else dim
-    return made
+    layers = rotated_layers(keys, keys.count("num_hidden_layers"))
+    return made if all(layers) else {**made, "rotary_layers": layers}
+
+
+def rotated_layers(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return whether each layer has rotary embedding. Raises ArchitectureError, which names the key."""
+    key = keys.table.rotary.layers
+    if key is None:
+        return (True,) * num_layers
+    listed = keys.get(key)
+    if listed is None:
+        interval = keys.count("no_rope_layer_interval")
+        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+    if not isinstance(listed, list) or any(each not in (0, 1) for each in listed):
+        raise keys.error(key, f"is {shown(listed)}, not a list of ones and zeros")
+    if len(listed) != num_layers:
+        raise keys.error(key, f"has {len(listed)} entries for {num_layers} layers")
+    return tuple(each == 1 for each in listed)
 
 
 def _where(keys: Keys) -> str:

@@ -41,6 +41,8 @@ class RotaryTable:
     """Alias -> kind."""
     partial: bool = False
     """Whether partial_rotary_factor is read."""
+    layers: str | None = None
+    """Key of the list that says by 1 or 0 which layers are rotated, every no_rope_layer_interval-th not by default; None: all."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Rotary parameters of a config.json that has none."""
     scales_queries: bool = False

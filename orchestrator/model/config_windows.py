@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.model.config_keys import Keys, shown
+from orchestrator.model.config_rotary import rotated_layers
 
 WINDOW, FULL = "sliding_attention", "full_attention"
 Rule = Callable[[Keys, int, "int | None"], list[bool]]
@@ -43,6 +44,11 @@ def _pattern(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     return [(layer + 1) % pattern != 0 for layer in range(layers)]
 
 
+def _without_rotary(keys: Keys, layers: int, window: int | None) -> list[bool]:
+    """SmolLM3: the layers without rotary embedding have the window."""
+    return [window is not None and not rotated for rotated in rotated_layers(keys, layers)]
+
+
 WINDOW_RULES: dict[str, Rule] = {
     "none": _none,
     "all": _all,
@@ -50,6 +56,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "even_below_max_window_layers": _even_below_max_window_layers,
     "every_other": _every_other,
     "pattern": _pattern,
+    "without_rotary": _without_rotary,
 }
 
 

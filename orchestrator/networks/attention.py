@@ -108,7 +108,12 @@ def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, 
 
 
 def rotate(graph: GraphWriter, shape: RankShape, x: str, rotary: tuple[str, ...]) -> str:
-    """Add the rotary embedding of queries or keys [batch, heads, tokens, size], of which a leading part is rotated, or all."""
+    """Add the rotary embedding of queries or keys [batch, heads, tokens, size], of which a leading part is rotated, or all.
+
+    Returns `x` in a layer without rotary embedding, for which `rotary` is empty.
+    """
+    if not rotary:
+        return x
     config = shape.config
     attributes = {"interleaved": 1} if config.rotary_interleaved else {}
     if config.rotary_embedding_dim and not config.is_latent:

@@ -91,7 +91,9 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
         masks = [sinks.additive(graph, mask, rendering.dtype) for mask in masks]
     for layer in range(stage.num_layers):
         windowed = config.has_window(stage.first_layer + layer)
-        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], turns.windowed if windowed else turns.everywhere, factor)
+        rotation = turns.windowed if windowed else turns.everywhere
+        rotation = rotation if config.has_rotary(stage.first_layer + layer) else ()
+        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, factor)
         hidden = _layer(graph, shape, hidden, inputs)
     if stage.is_last:
         _logits(graph, shape, hidden, gather=network.gather_logits)

@@ -58,6 +58,8 @@ def rotary(graph: GraphWriter, network: StageNetwork, dtype: str) -> Rotary:
     windowed = [own_base and config.has_window(stage.first_layer + layer) for layer in range(stage.num_layers)]
     tables: dict[str, Table] = {}
     everywhere: tuple[str, ...] = ()
+    if not any(config.has_rotary(stage.first_layer + layer) for layer in range(stage.num_layers)):
+        return Rotary((), (), tables)
     if not all(windowed):
         if _is_dynamic(network):
             everywhere = _computed(graph, config, dtype)

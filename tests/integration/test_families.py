@@ -97,6 +97,13 @@ def test_experts_in_some_layers_only_agree_with_transformers(
     check(outcomes[[step.name for step in plan.of_kind(Kind.VERIFY)][-1]].facts.verification)
 
 
+def test_stage_without_a_rotated_layer_agrees_with_transformers(folder: Path, make_spec: SpecMaker) -> None:
+    """SmolLM3 rotates three of four layers: the second of these stages has only the fourth."""
+    plan = preparation.plan(make_spec(source(folder, "smollm3"), topology={"pp": 3, "pp_partition": [3, 1, 1]}))
+    outcomes = run_steps(plan, (folder / "store").as_uri(), tuple(Kind))
+    check(outcomes[[step.name for step in plan.of_kind(Kind.VERIFY)][-1]].facts.verification)
+
+
 def test_dense_layers_among_experts_limit_tensor_parallelism_too(folder: Path, make_spec: SpecMaker) -> None:
     mixed = write_tiny("qwen3_moe", folder / "narrow", mlp_only_layers=[1], intermediate_size=30)
     with pytest.raises(TopologyError, match="tp=4 does not divide intermediate_size 30"):

@@ -114,6 +114,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "moe_layer_interval": st.sampled_from([1, 2]),
     "use_bias": BOOLEANS,
     "attention_out_bias": BOOLEANS,
+    "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, None]),
+    "no_rope_layer_interval": st.sampled_from([1, 2, 4]),
     "n_group": st.sampled_from([1, 2]),
     "topk_group": st.sampled_from([1, 2]),
     "routed_scaling_factor": st.sampled_from([2.5, 1.0]),

@@ -56,6 +56,7 @@ class Resolution:
     groups: tuple[int, int] = (1, 1)
     """Groups of experts, and those that are kept."""
     qk_norm: bool = False
+    rotated_layers: tuple[bool, ...] = ()
     latent: tuple[int, int, int, int, bool] | None = None
     """Sizes of latent attention: queries' latent, latent, plain part of a query, value; whether rotated pairs are neighbours."""
     query_scale: float | None = None
@@ -116,6 +117,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         expert_layers=has_experts,
         groups=groups,
         qk_norm=hasattr(attention, "q_norm"),
+        rotated_layers=tuple(bool(getattr(layer.self_attn, "use_rope", True)) for layer in model.model.layers),
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
         sinks=hasattr(attention, "sinks"),
@@ -280,6 +282,7 @@ def ours(config: ModelConfig) -> Resolution:
         expert_layers=has_experts,
         groups=(moe.num_groups, moe.kept_groups) if moe else (1, 1),
         qk_norm=config.qk_layernorm != "none",
+        rotated_layers=tuple(config.has_rotary(layer) for layer in range(config.num_hidden_layers)),
         latent=_our_latent(config),
         query_scale=config.query_scale_beta,
         sinks=config.attention_sinks,

@@ -197,6 +197,7 @@ WRONG_RULES = [
     WrongRule("deepseek_v3 groups missed", hub_config("deepseek-v3-bf16"), _moe(num_groups=1, kept_groups=1)),
     WrongRule("deepseek_v3 factor of the weights missed", hub_config("deepseek-v3-bf16"), _moe(routed_scale=1.0)),
     WrongRule("ernie4_5_moe weights not normalized", hub_config("ernie-4.5-21b-a3b"), _moe(normalization_mode=0)),
+    WrongRule("smollm3 rotary embedding everywhere", hub_config("smollm3-3b"), _set(rotary_layers=None)),
     WrongRule("ernie4_5 halves for neighbours", hub_config("ernie-4.5-0.3b"), _set(rotary_interleaved=False)),
     WrongRule("dots1 factor of the weights missed", hub_config("dots.llm1"), _moe(routed_scale=1.0)),
     WrongRule("olmoe norm_topk_prob honoured as true", hub_config("olmoe-1b-7b-0924"), _moe(normalization_mode=1)),

@@ -81,6 +81,7 @@ def paired(options: MiniatureOptions, scratch: Path) -> Pair:
     defaults = class_defaults(whole)
     kinds: list[Any] = [getattr(whole, "layer_types", None) or []]
     ours = _ours(config, family, options)
+    kinds += [getattr(whole, "no_rope_layers", None) or [], ours.rotary_layers or []]
     kinds += [ours.window_layers or [], (ours.moe and ours.moe.layers) or []]
     scaling = Scaling(config, defaults, [family.config.defaults], kinds)
     small = scaling.scaled(config)
