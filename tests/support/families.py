@@ -132,7 +132,7 @@ TINY: dict[str, TinyFamily] = {
         "GptOssForCausalLM",
         "GptOssConfig",
         {
-            "num_local_experts": 6,
+            "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "intermediate_size": 32,
             "sliding_window": 5,
