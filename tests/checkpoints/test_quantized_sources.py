@@ -354,6 +354,14 @@ def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: Chan
     refused(write_quantized(tmp_path, change(whole), FP8), SourceCorruptError, pattern)
 
 
+def test_group_of_an_input_feature_without_a_scale_is_refused(tmp_path: Path) -> None:
+    stored = {f"{NAME}.qweight": words(12, 48), f"{NAME}.qzeros": words(3, 6), f"{NAME}.scales": normal(3, 48).half()}
+    groups = torch.arange(96).div(30, rounding_mode="floor").int()
+    source = write_quantized(tmp_path, {**stored, f"{NAME}.g_idx": groups}, {**GPTQ, "desc_act": True})
+    with pytest.raises(SourceCorruptError, match="g_idx holds 0 to 3, there are 3 groups"):
+        dense(source)
+
+
 def test_weight_that_is_there_dense_and_quantized_is_refused(tmp_path: Path) -> None:
     stored = {f"{NAME}.qweight": words(12, 48), f"{NAME}.qzeros": words(3, 6), f"{NAME}.scales": normal(3, 48).half()}
     source = write_quantized(tmp_path, {**stored, f"{NAME}.weight": normal(48, 96).half()}, GPTQ)

@@ -104,6 +104,12 @@ def test_groups_of_compressed_tensors_are_found_by_name_before_class() -> None:
         ("awq", {**AWQ, "group_size": "128"}, "group_size is '128', not a number"),
         ("fbgemm_fp8", {**LLAMA_405B, "activation_scale_ub": -1}, "activation_scale_ub is -1"),
         ("modelopt", {"quantization": {"quant_algo": None}}, "quant_algo is None"),
+        ("modelopt", {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 1}}}, "quantized_layers is not"),
+        (
+            "compressed-tensors",
+            {**KIMI, "config_groups": {"g": {"weights": {**KIMI_WEIGHTS, "group_size": "32"}}}},
+            "group_size is '32'",
+        ),
         ("modelopt", {"quantization": {"quant_algo": "FP8", "rotate": 1}}, "unknown keys of the quantization: rotate: 1"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -118,6 +119,19 @@ def test_build_of_gpt_oss_in_mxfp4_is_that_of_the_dense_model_and_verifies(tmp_p
     assert found == rank_files(made_plan(dense, **topology), tmp_path / "dense-store")
     assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
     assert sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT)) == plan.inputs.index.num_bytes
+
+
+def test_conversion_of_a_remote_quantized_source_reads_every_byte_once(tmp_path: Path) -> None:
+    quantized, _ = write_both(write_tiny("qwen3", tmp_path / "plain", **SIZES), tmp_path, int4_groups, INT4)
+    expected = rank_files(made_plan(quantized), tmp_path / "store")
+    files = fsspec.filesystem("memory")
+    for path in quantized.iterdir():
+        files.pipe_file(f"/quantized-source/{path.name}", path.read_bytes())
+    plan = preparation.plan(build_spec("memory://quantized-source", topology={"tp": 2}, dtype="bfloat16"))
+    (step,) = plan.of_kind(Kind.CONVERT)
+    outcome = run_steps(plan, (tmp_path / "remote-store").as_uri(), (Kind.CONVERT,))[step.name]
+    assert {output.name: output.sha256 for output in outcome.outputs} == expected
+    assert outcome.facts.source_bytes_read == step.estimate.read_bytes
 
 
 def test_conversion_of_fused_linears_reads_blocks_off_their_sections_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, numpy_dtype
-from orchestrator.base.errors import DtypeError
+from orchestrator.base.errors import DtypeError, SourceCorruptError
 from orchestrator.model.checkpoint import Encoding, Packing, Stored, TensorInfo
 from orchestrator.stores.source import ByteSource
 
@@ -117,7 +117,7 @@ class Dequantizer:
             scale=None,
             second=second,
             zero=None,
-            order=self._order(encoding),
+            order=self._order(tensor, encoding),
             columns=None if encoding.columns is None else _flat(self._whole(encoding.columns), encoding.columns),
             codes=self._whole(encoding.codes) if encoding.is_transposed else None,
             rows_left=rows,
@@ -142,10 +142,15 @@ class Dequantizer:
         self._source.read_into(stored.file, stored.offset + begin // unit * width, data.data)
         return data.reshape((end - begin) // unit, width)
 
-    def _order(self, encoding: Encoding) -> npt.NDArray[np.int64] | None:
+    def _order(self, tensor: TensorInfo, encoding: Encoding) -> npt.NDArray[np.int64] | None:
+        """Read the group of each input feature. Raises SourceCorruptError for one that has no scale."""
         if encoding.groups is None:
             return None
-        return self._whole(encoding.groups).reshape(-1).view(np.int32).astype(np.int64)
+        order = self._whole(encoding.groups).reshape(-1).view("<i4").astype(np.int64)
+        count = encoding.scale.shape[0]
+        if order.min() < 0 or order.max() >= count:
+            raise SourceCorruptError(f"{tensor.name}: g_idx holds {order.min()} to {order.max()}, there are {count} groups")
+        return order
 
     def _grid(self, encoding: Encoding, stored: Stored, tensor: TensorInfo) -> Floats:
         """Read all scales, as [row blocks, column blocks] of [out, in]."""

@@ -249,7 +249,7 @@ def _compressed_group(group: Mapping[str, Any], where: str) -> tuple[tuple[str, 
     kind = _one_of(weights, "type", "int", ("int", "float"), where)
     strategy = _one_of(weights, "strategy", None, ("tensor", "channel", "group", "block", "tensor_group", None), where)
     _one_of(weights, "actorder", None, (None, "weight", "static", False), where)
-    size = weights.get("group_size")
+    size = None if weights.get("group_size") is None else _whole(weights, "group_size", 0, where)
     block = _block(weights.get("block_structure"), where) if strategy == "block" else None
     group_size = {"tensor": None, "channel": -1, "block": None}.get(strategy, size)
     symmetric = bool(weights.get("symmetric", True))
@@ -281,7 +281,9 @@ def _modelopt(found: Mapping[str, Any], where: str) -> Recipe:
     _check_keys(found, known, where)
     layers = found.get("quantized_layers") or {}
     algorithm = found.get("quant_algo")
-    named = [layer.get("quant_algo") for layer in layers.values()] if isinstance(layers, dict) else []
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise _refuse(where, "quantized_layers is not a list of layers by name")
+    named = [layer.get("quant_algo") for layer in layers.values()]
     algorithms = named if algorithm == "MIXED_PRECISION" else [algorithm]
     for name in algorithms:
         if not isinstance(name, str) or name.upper() not in MODELOPT_ALGORITHMS:
