@@ -27,7 +27,7 @@ _EXPORT_BYTES = 150_000_000
 """Memory of ONNX Runtime, the portable graph and the values of all calls."""
 _CONVERT_BYTES = 100_000_000
 """Memory of the interpreter and numpy; blocks in flight take at most as much again."""
-_DEQUANTIZE_BYTES = 60_000_000
+_DEQUANTIZE_BYTES = 210_000_000
 """Memory of the codes of a block, and of a stretch of elements in float32."""
 _PACKING_BYTES = 420_000_000
 """Memory of torch, and of blocks of rows in float32."""
