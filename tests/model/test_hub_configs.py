@@ -1,4 +1,8 @@
-"""config.json as the hub's models publish it, with all its odd keys: planned, and read as transformers reads it."""
+"""config.json as the hub's models publish it, with all its odd keys: planned, and read as transformers reads it.
+
+Names that end in -bf16 are of models that are published quantized, without their quantization_config; those that end in -text are
+the text_config of a larger model.
+"""
 
 from __future__ import annotations
 
