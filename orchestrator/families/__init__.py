@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
+from orchestrator.families.arcee import ARCEE
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
 from orchestrator.families.ernie import ERNIE, ERNIE_MOE
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         OLMOE,
         SEED_OSS,
         SMOLLM3,
+        ARCEE,
     )
 }
 

@@ -131,6 +131,12 @@ GATED_MLP = (
     _mlp("proj.bias", Part(_MLP + "down_proj.bias", ("hidden",)), mlp_bias=True),
 )
 """Rules of the dense MLP, in the layers that have one."""
+UNGATED_MLP = (
+    _mlp("fc.weight", Part(_MLP + "up_proj.weight", ("inter", "hidden"), COLUMN)),
+    _mlp("fc.bias", Part(_MLP + "up_proj.bias", ("inter",), COLUMN), mlp_bias=True),
+    *GATED_MLP[4:],
+)
+"""The same of an MLP without a gate: `mlp.fc` is Hugging Face's up_proj."""
 
 
 def norm(target: str, source: str, size: str = "hidden") -> Rule:

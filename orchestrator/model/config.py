@@ -79,6 +79,8 @@ class ModelConfig(BaseModel):
     v_head_dim: int = Field(0, ge=0, exclude_if=_is_unset)
     """Size of a value (MLA); 0: head_size."""
     mlp_bias: bool = False
+    mlp_gated: bool = Field(True, exclude_if=bool)
+    """Whether the dense MLP computes act(fc(x)) * gate(x); else act(fc(x))."""
     exact_norms: bool = False
     """Store a float32 copy (`..._float32`) of each norm in the rank files, which the graph reads. For families whose norms scale by
     weight + 1: rounding the sum to bfloat16, as TensorRT-LLM's format does, loses up to 2 ** -8 of it."""

@@ -72,7 +72,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[str]:
 
 
 def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:
-    for name in ("fc", "proj") if config.hidden_act == SWIGLU else ("fc", "gate", "proj"):
+    has_gate = config.mlp_gated and config.hidden_act != SWIGLU
+    for name in ("fc", "gate", "proj") if has_gate else ("fc", "proj"):
         yield from _linear(f"{prefix}.{name}", config.mlp_bias)
 
 

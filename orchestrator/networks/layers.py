@@ -167,7 +167,10 @@ def _collective(graph: GraphWriter, shape: RankShape, x: str, operation: str, re
 
 
 def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
-    """Add proj(act(fc(x)) * gate(x)). fc is Hugging Face's gate_proj, gate its up_proj. With swiglu, fc joins both, up first."""
+    """Add proj(act(fc(x)) * gate(x)). fc is Hugging Face's gate_proj, gate its up_proj. With swiglu, fc joins both, up first.
+
+    Without a gate, fc is Hugging Face's up_proj.
+    """
     config = shape.config
     local = config.intermediate_size // shape.tp
     if config.hidden_act == SWIGLU:
@@ -175,8 +178,10 @@ def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
         product = gated_halves(graph, shape, both, prefix, local)
     else:
         fc = linear(graph, shape, x, f"{prefix}.fc", (local, config.hidden_size), bias=config.mlp_bias)
-        gate = linear(graph, shape, x, f"{prefix}.gate", (local, config.hidden_size), bias=config.mlp_bias)
-        product = graph.node("Mul", [activate(graph, shape, fc, f"{prefix}.activated"), gate], f"{prefix}.product")
+        product = activate(graph, shape, fc, f"{prefix}.activated")
+        if config.mlp_gated:
+            gate = linear(graph, shape, x, f"{prefix}.gate", (local, config.hidden_size), bias=config.mlp_bias)
+            product = graph.node("Mul", [product, gate], f"{prefix}.product")
     return row_linear(graph, shape, product, f"{prefix}.proj", (config.hidden_size, local), bias=config.mlp_bias)
 
 

@@ -122,6 +122,7 @@ TINY: dict[str, TinyFamily] = {
     "smollm3": TinyFamily(
         "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 5}
     ),
+    "arcee": TinyFamily("ArceeForCausalLM", "ArceeConfig"),
     "seed_oss": TinyFamily("SeedOssForCausalLM", "SeedOssConfig"),
     "minimax_m2": TinyFamily(
         "MiniMaxM2ForCausalLM",

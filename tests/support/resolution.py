@@ -99,7 +99,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         biases=(
             _bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"),
             _bias(attention, "o_proj"),
-            _bias(layer.mlp, "gate_proj", "gate_up_proj"),
+            _bias(layer.mlp, "gate_proj", "gate_up_proj", "up_proj"),
         ),
         activation=_activation(_activation_of(layer.mlp)),
         norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
@@ -198,6 +198,7 @@ def _activation(function: Any) -> str:
         "gelu": functional.gelu(x),
         "gelu_pytorch_tanh": functional.gelu(x, approximate="tanh"),
         "relu": functional.relu(x),
+        "relu2": functional.relu(x) ** 2,
     }
     return next(name for name, values in known.items() if torch.allclose(function(x), values, atol=1e-6))
 
