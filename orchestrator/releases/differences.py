@@ -11,6 +11,8 @@ from orchestrator.releases.manifest import Manifest, SourceFileRecord
 
 _MOST = 5
 _TIME = "mtime"
+_ADDRESS = ("release.name", "release.version", "source.path")
+"""Fields of a spec that do not change what is built."""
 _KINDS = {
     "sha256": "its content", "md5": "its content", "etag": "its ETag", _TIME: "its time of modification",
     "time": "its time of modification", "size": "its size",
@@ -28,7 +30,7 @@ def differences(published: Manifest, plan: Plan) -> list[str]:
     fields = [
         f"{name}: {_short(value)}, then {_short(asked.get(name))}"
         for name, value in _flat(public_spec(plan.spec)).items()
-        if value != asked.get(name) and not name.startswith(("release.", "source.path"))
+        if value != asked.get(name) and name not in _ADDRESS
     ]
     found = [*files, *fields]
     backend = plan.spec.engine.backend

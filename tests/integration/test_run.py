@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import orchestrator
-from orchestrator.base.errors import DigestError, ReleaseMissingError, SpecError, VerificationError
+from orchestrator.base.errors import DigestError, ReleaseExistsError, ReleaseMissingError, SpecError, VerificationError
 from orchestrator.cli.commands import app
 from orchestrator.releases import pull, read_release, verify
 from orchestrator.releases.manifest import Manifest
@@ -22,6 +22,7 @@ from orchestrator.runners.model import Model
 from orchestrator.runners.tokenizer import Tokenizer
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
+from orchestrator.spec.decoding import decode
 from tests.support.portable import expected_tokens
 from tests.support.tiny import write_tiny_llama
 
@@ -54,18 +55,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def plain_spec(source: Path) -> dict[str, Any]:
+    return {
+        "source": {"path": str(source)}, "dtype": "float32", "topology": {"tp": 2}, "conversion": {"max_shard_bytes": 200_000},
+        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+        "verification": {"max_tokens": 12, "decode_steps": 3},
+        "release": {"name": "tiny", "version": "1", "include": ["engines", "portable", "checkpoint"]},
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def release(source: Path) -> str:
     """URL of a release with all parts, at tp=2."""
-    spec = BuildSpec.model_validate(
-        {
-            "source": {"path": str(source)}, "dtype": "float32", "topology": {"tp": 2}, "conversion": {"max_shard_bytes": 200_000},
-            "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
-            "verification": {"max_tokens": 12, "decode_steps": 3},
-            "release": {"name": "tiny", "version": "1", "include": ["engines", "portable", "checkpoint"]},
-        }
-    )  # fmt: skip
-    return orchestrator.build(spec, ClusterSpec(store=(source.parent / "store").as_uri())).address
+    return orchestrator.build(
+        decode(BuildSpec, plain_spec(source), "test"), ClusterSpec(store=(source.parent / "store").as_uri())
+    ).address
 
 
 @pytest.fixture
@@ -211,6 +215,12 @@ def test_release_with_all_parts_stores_nothing_twice(release: str) -> None:
     folder = Path(release.removeprefix("file://"))
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert stored - manifest.num_bytes == (folder / "manifest.json").stat().st_size
+
+
+def test_build_with_other_parts_of_a_published_version_is_refused_and_named(release: str, source: Path) -> None:
+    spec = decode(BuildSpec, {**plain_spec(source), "release": {"name": "tiny", "version": "1", "include": ["engines"]}}, "test")
+    with pytest.raises(ReleaseExistsError, match=r"release\.include: \['engines'\], then"):
+        orchestrator.build(spec, ClusterSpec(store=(source.parent / "store").as_uri()))
 
 
 def test_pull_checkpoint_layout_can_be_compiled_and_read_again(release: str, source: Path, tmp_path: Path) -> None:
