@@ -1,6 +1,6 @@
 """Every family at every topology of the table, on tiny seeded models: worst relative error of float32 logits against transformers.
 
-    python -m benchmarks.families [--engines] [--only WORD] [--folder DIR]
+    python -m benchmarks.families [--engines] [--only WORD] [--device cuda] [--folder DIR]
 
 `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
 """
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", action="store_true")
     parser.add_argument("--only", default="", help="Families whose name holds this word.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Of the reference and of the ranks.")
     parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,19 +45,20 @@ def main() -> None:
         source = arguments.folder / family
         if not (source / "config.json").is_file():
             write_tiny(family, source)
-        cells = [cell(source, topology, arguments.folder / "store") for topology in TOPOLOGIES.values()]
+        store = arguments.folder / f"store-{arguments.device}"
+        cells = [cell(source, topology, store, arguments.device) for topology in TOPOLOGIES.values()]
         if arguments.engines:
-            cells.append(f"{num_engines(source, arguments.folder / 'store')} built")
+            cells.append(f"{num_engines(source, store)} built")
         table.add_row(family, *cells)
     Console(width=140).print(table)
 
 
-def plan(source: Path, topology: dict[str, int]) -> Plan:
+def plan(source: Path, topology: dict[str, int], device: str = "cpu") -> Plan:
     """The plan of a tiny model."""
     plain = {
         "source": {"path": str(source.resolve())}, "topology": topology, "release": {"name": "none", "version": "0"},
         "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
-        "verification": {"max_tokens": 12, "decode_steps": 3},
+        "verification": {"max_tokens": 12, "decode_steps": 3, "device": device},
     }  # fmt: skip
     return preparation.plan(decode(BuildSpec, plain, "benchmark"))
 
@@ -71,7 +73,7 @@ def run(made: Plan, store: Path, kinds: tuple[Kind, ...]) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in found.values()}
 
 
-def cell(source: Path, topology: dict[str, int], store: Path) -> str:
+def cell(source: Path, topology: dict[str, int], store: Path, device: str) -> str:
     """The worst relative error, or '-' where the topology is illegal for the model."""
     if topology.get("moe_ep"):
         wanted = decode(
@@ -79,7 +81,7 @@ def cell(source: Path, topology: dict[str, int], store: Path) -> str:
         )
         if problems(wanted.topology.topology(), plan(source, {}).inputs.config.limits()):
             return "-"
-    made = plan(source, topology)
+    made = plan(source, topology, device)
     outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
     return f"{outcomes[last].facts.verification.max_relative_error:.1e}"
