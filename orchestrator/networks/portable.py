@@ -90,6 +90,8 @@ def portable_stage(
     graph.output(result, "float32", size)
     graph.take(outputs=caches)
     model = graph.model()
+    if len({node.name for node in model.graph.node}) < len(model.graph.node):
+        raise ValueError("two nodes of the portable graph have one name, which ONNX Runtime refuses")
     _number_caches(model.graph, stage)
     return model
 
@@ -155,7 +157,7 @@ def _widening(graph: GraphWriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     if node.op_type != "Gather" or not graph.is_initializer(stored):
         return [node]
     rows, wide = f"{node.output[0]}.stored", node.output[0]
-    node.input[0], node.output[0] = stored, rows
+    node.input[0], node.output[0], node.name = stored, rows, rows
     return [node, helper.make_node("Cast", [rows], [wide], name=wide, to=TensorProto.FLOAT)]
 
 

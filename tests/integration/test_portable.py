@@ -64,6 +64,18 @@ def test_genai_on_the_portable_part_generates_what_transformers_generates(
     assert max(error for error in errors if error is not None) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_genai_on_weights_of_16_bits_generates_what_transformers_generates(
+    dtype: str, make_spec: SpecMaker, tmp_path: Path
+) -> None:
+    path = write_tiny("llama", tmp_path / "source", dtype=dtype, max_position_embeddings=POSITIONS)
+    sizes = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": POSITIONS}
+    made = preparation.plan(make_spec(path, engine=sizes, release=INCLUDE, topology={"tp": 2, "pp": 2}))
+    portable_folder(made, tmp_path / "store", tmp_path / "model")
+    prompts = random_prompts(4, made.inputs.config.vocab_size)
+    assert greedy(tmp_path / "model", prompts, NUM_TOKENS) == expected_tokens(path, prompts, NUM_TOKENS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "quantization",
