@@ -188,6 +188,16 @@ def final() -> tuple[Rule, ...]:
     )
 
 
+def _router(router: str) -> Rule:
+    """Return the rule of a router's weight, which the rank files hold in float32."""
+    return Rule(
+        TARGET + "mlp.router.weight",
+        (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
+        dtype="F32",
+        layers=Layers.EXPERTS,
+    )
+
+
 def experts(
     router: str, expert: str, up: str, gate: str, down: str, bias: str = "", *, flat_bias: bool = False
 ) -> tuple[Rule, ...]:
@@ -198,12 +208,7 @@ def experts(
     """
     chosen_by = (bias,) if bias else ()
     return (
-        Rule(
-            TARGET + "mlp.router.weight",
-            (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
-            dtype="F32",
-            layers=Layers.EXPERTS,
-        ),
+        _router(router),
         *(
             Rule(
                 TARGET + "mlp.router.e_score_correction_bias",
@@ -245,12 +250,7 @@ def fused_experts(router: str, source: str, *, transposed: bool = False, interle
     biased = {**stacked, "when": {"moe.expert_bias": True}}
     down = Part(SOURCE + source + ".down_proj", ("hidden", "expert_inter"), EXPERT_ROW, fusion=Fusion(transposed=transposed))
     return (
-        Rule(
-            TARGET + "mlp.router.weight",
-            (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
-            dtype="F32",
-            layers=Layers.EXPERTS,
-        ),
+        _router(router),
         Rule(
             TARGET + "mlp.router.bias",
             (Part(SOURCE + router + ".bias", ("experts",)),),

@@ -14,11 +14,10 @@ import onnx
 
 from orchestrator.model.stage import StageOptions
 from orchestrator.networks.kv_cache import PAST, PRESENT, present_of
-from orchestrator.networks.shape import RankShape
-from orchestrator.networks.slices import Slice, cut_portable, executable, key_of
+from orchestrator.networks.slices import cut_portable
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import element_type, empty_cache, open_session, ort_value, run_session
-from orchestrator.work.verify.stage_run import feeds, result_name
+from orchestrator.work.verify.ort import ort_value, run_session
+from orchestrator.work.verify.stage_run import Sessions, feeds, first_cache, result_name
 
 Array = npt.NDArray[Any]
 _M_MMAP_THRESHOLD = -3
@@ -31,13 +30,12 @@ class SlicedGraph:
 
     def __init__(self, model: onnx.ModelProto, files: Mapping[str, Path]) -> None:
         """`files`: by the name that the graph locates them with."""
-        self._opsets = model.opset_import
         self._sliced = cut_portable(model.graph)
         self._tensors = {
             tensor.name: tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
         }
         self._files = files
-        self._sessions: dict[tuple[object, ...], Any] = {}
+        self._sessions = Sessions(model.opset_import)
 
     def run(
         self,
@@ -53,19 +51,19 @@ class SlicedGraph:
         _return_large_blocks()
         values = [feeds(stage, call, before) for call, before in zip(calls, hidden_states, strict=True)]
         positions = 1 + max(int(call.position_ids.max()) for call in calls)
-        shape = RankShape(stage, "float32", portable=True, halved=True)
-        empty = empty_cache(shape, len(calls[0].input_ids), stage.config.cache_slots(positions))
+        empty = first_cache(stage, len(calls[0].input_ids), stage.config.cache_slots(positions), halved=True)
         kept = result_name(stage)
         slices = self._sliced.slices
         for number, part in enumerate(slices):
-            weights = inputs = None  # those of the slice before are dropped first
+            weights = inputs = session = None  # the weights of the slice before are dropped first
             weights = [self._weight(name) for name in part.weights]
             cache: dict[str, Any] = {}
             for mine in values:
                 inputs = [
                     cache.get(present_of(name), empty) if name.startswith(PAST) else mine[name] for name in part.inputs
                 ] + weights
-                for name, value in zip(part.outputs, run_session(self._session(part, inputs), inputs), strict=True):
+                session = session or self._sessions.of(part, inputs)
+                for name, value in zip(part.outputs, run_session(session, inputs), strict=True):
                     if name.startswith(PRESENT):
                         cache[name] = value
                     elif name == kept or self._sliced.is_read_after(name, number):
@@ -84,13 +82,6 @@ class SlicedGraph:
         data = np.fromfile(path, np.uint8, size, offset=begin)
         plain = _WITHOUT_NUMPY.get(tensor.data_type, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         return ort_value(data.view(plain).reshape(tuple(tensor.dims)), tensor.data_type)
-
-    def _session(self, part: Slice, inputs: Sequence[Any]) -> Any:
-        kinds = [element_type(value) for value in inputs]
-        key = (*kinds, *key_of(part))
-        if key not in self._sessions:
-            self._sessions[key] = open_session(executable(part, self._opsets, kinds).SerializeToString())
-        return self._sessions[key]
 
 
 def _return_large_blocks() -> None:

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from orchestrator.model.stage import StageNetwork
 from orchestrator.networks import Network, Rendering, decoder_network
 from orchestrator.networks.kv_cache import PAST, present_of
-from orchestrator.networks.slices import Collective, Slice, Sliced, cut, executable, key_of, looked_up
+from orchestrator.networks.slices import Collective, Slice, Sliced, cut, looked_up
 from orchestrator.work.binding import PortableWeights
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import element_type, open_session, ort_value, run_session, widened_on_gpu
-from orchestrator.work.verify.stage_run import check_agreement, feeds, first_cache, joined, result_name
+from orchestrator.work.verify.ort import ort_value, run_session, widened_on_gpu
+from orchestrator.work.verify.stage_run import Sessions, check_agreement, feeds, first_cache, joined, result_name
 
 Array = npt.NDArray[Any]
 _NOTHING: Array = np.zeros(0)
@@ -61,7 +61,6 @@ class Lockstep:
         Raises SourceMissingError, SourceCorruptError, ArchitectureError.
         """
         self._network, self._stage, self._calls = network, network.stage, calls
-        self._sessions: dict[tuple[object, ...], Any] = {}
         self._device = device
         positions = 1 + max(int(call.position_ids.max()) for call in calls)
         self._ranks = []
@@ -71,6 +70,7 @@ class Lockstep:
             values = [feeds(network.stage, call, hidden) for call, hidden in zip(calls, before, strict=True)]
             empty = first_cache(network.stage, len(calls[0].input_ids), network.stage.config.cache_slots(positions))
             self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, values))
+        self._sessions = Sessions(self._ranks[0].network.model.opset_import, device)
 
     def run(
         self,
@@ -126,21 +126,12 @@ class Lockstep:
         session = None
         for values in rank.values:
             inputs = [_input(rank, part, values, name) for name in part.inputs] + weights
-            session = session or self._session(rank, part, inputs)
+            session = session or self._sessions.of(part, inputs)
             for name, value in zip(part.outputs, run_session(session, inputs), strict=True):
                 if rank.sliced.is_read_after(name, number) or name == result_name(self._stage):
                     values[name] = value
                 if present_of(PAST) in name:
                     rank.cache[name] = value
-
-    def _session(self, rank: _Rank, part: Slice, inputs: Sequence[Any]) -> Any:
-        """Return the slice's session; equal slices share one."""
-        kinds = [element_type(value) for value in inputs]
-        key = (*kinds, *key_of(part))
-        if key not in self._sessions:
-            model = executable(part, rank.network.model.opset_import, kinds).SerializeToString()
-            self._sessions[key] = open_session(model, device=self._device)
-        return self._sessions[key]
 
     def _exchange(self, collective: Collective) -> None:
         """Give every rank the sum of all ranks' values, or their concatenation along axis 0."""

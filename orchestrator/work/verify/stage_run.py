@@ -1,4 +1,4 @@
-"""What the executors of a pipeline stage share: inputs of a call, first caches, the ranks' agreement, the result."""
+"""Parts that the executors of a pipeline stage share: inputs of a call, first caches, sessions, agreement, the result."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from orchestrator.base.errors import VerificationError
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.networks.shape import RankShape
+from orchestrator.networks.slices import Slice, executable, key_of
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import empty_cache, ort_value
+from orchestrator.work.verify.ort import element_type, empty_cache, open_session, ort_value
 
 Array = npt.NDArray[Any]
 _AGREEMENT = 1e-5
@@ -28,9 +30,29 @@ def feeds(stage: StageOptions, call: Call, hidden_states: Array | None) -> dict[
     return {name: ort_value(value) for name, value in found.items()}
 
 
-def first_cache(stage: StageOptions, batch: int, slots: int) -> Any:
-    """Return the OrtValue of every key and value cache of any rank before the first call."""
-    return empty_cache(RankShape(stage, "float32", portable=True), batch, slots)
+def first_cache(stage: StageOptions, batch: int, slots: int, *, halved: bool = False) -> Any:
+    """Return the OrtValue of every key and value cache of any rank before the first call. `halved`: as in a portable graph."""
+    return empty_cache(RankShape(stage, "float32", portable=True, halved=halved), batch, slots)
+
+
+class Sessions:
+    """Sessions of the slices of a stage's graphs. Slices that differ only in names share one."""
+
+    def __init__(self, opsets: Sequence[onnx.OperatorSetIdProto], device: str = "cpu") -> None:
+        self._opsets, self._device = opsets, device
+        self._opened: dict[tuple[object, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def of(self, part: Slice, inputs: Sequence[Any]) -> Any:
+        """Return the session of a slice. `inputs`: its inputs, then its weights, as `run_session` takes them."""
+        kinds = [element_type(value) for value in inputs]
+        key = (*kinds, *key_of(part))
+        if key not in self._opened:
+            model = executable(part, self._opsets, kinds).SerializeToString()
+            self._opened[key] = open_session(model, device=self._device)
+        return self._opened[key]
 
 
 def check_agreement(stage: StageOptions, values: Sequence[Array], where: str) -> None:
