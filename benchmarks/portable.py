@@ -1,4 +1,4 @@
-"""What ONNX Runtime GenAI generates from the portable part, against transformers' `generate`: greedy tokens, and tokens per second.
+"""Greedy tokens and tokens per second of the portable part in ONNX Runtime GenAI, against transformers' `generate`.
 
     python -m benchmarks.portable [--model DIR] [--folder DIR] [--tokens 64] [--prompts 8]
 

@@ -85,7 +85,7 @@ class Packing(StrEnum):
 
 
 class View(StrEnum):
-    """What a tensor of the index is of a quantized weight, where it is not the dequantized weight."""
+    """View of a quantized weight that a tensor of the index gives, where it does not give the dequantized weight."""
 
     VALUES = "values"
     ROW_PAIRS = "row_pairs"

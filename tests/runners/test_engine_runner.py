@@ -27,7 +27,7 @@ from tests.support.fake_nccl import FakeDevice
 from tests.support.fake_tensorrt import FakeTensorRT
 
 PROMPTS = [[5, 17, 99, 3, 42, 7, 11, 13, 120, 6, 8, 77, 30, 31, 29, 90, 12, 54, 101], [9, 4, 66], [23, 24, 25, 26, 27, 28, 18, 19]]
-"""Of 19, 3 and 8 tokens: with at most 8 a call, the first is run in three chunks, and the others are padding in the last."""
+"""Prompts of 19, 3 and 8 tokens. At most 8 a call: the first takes three chunks, the others are padding in the last."""
 NEW = 9
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 

@@ -87,7 +87,7 @@ def test_groups_are_stages_pairs_of_neighbours_and_all_ranks() -> None:
 
 
 def exchanged(make: Callable[[], Rendezvous]) -> list[bytes]:
-    """What three ranks get, of which the last is the first of the group."""
+    """Results of three ranks, of which the last is the first of the group."""
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(make().exchange, "stage0", None) for _ in range(2)]
         threading.Event().wait(0.1)

@@ -30,7 +30,7 @@ _AWQ_BITS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of a tensor between reads of its rows."""
+    """State of a tensor between reads of its rows."""
 
     scale: Floats | None
     """[row blocks, column blocks]; None: scales are read with the rows."""

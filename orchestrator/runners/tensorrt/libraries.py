@@ -1,4 +1,4 @@
-"""What a rank needs from outside: TensorRT, NCCL and a GPU."""
+"""Libraries and device of a rank: TensorRT, NCCL and a GPU."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class EngineRunner:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engines of a release hold at most."""
+    """Largest sizes that the engines of a release take."""
 
     batch_size: int
     call_tokens: int
