@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
 from orchestrator.base.errors import OrchestratorError, error_classes
 from tests.fuzz import FUZZERS
@@ -58,7 +58,7 @@ class Ended:
     stdout: bytes
     stderr: bytes
     memory_bytes: int
-    """Peak of its memory."""
+    """Peak of its memory, beyond what it was forked with."""
 
     @property
     def problem(self) -> str:
@@ -134,13 +134,14 @@ def remove(folder: Path) -> None:
 def run_command(words: tuple[str, ...], folder: Path, run: Callable[[tuple[str, ...]], int]) -> Ended:
     """Call `run` in a child that `folder` is the working directory of, under limits of time and memory."""
     outputs = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
+    inherited = _memory_bytes("resident")
     child = os.fork()
     if child == 0:
         _in_child(words, folder, outputs, run)
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     stdout, stderr = (path.read_bytes() for path in outputs)
-    return Ended(words, code, stdout, stderr, usage.ru_maxrss * 1024)
+    return Ended(words, code, stdout, stderr, max(0, usage.ru_maxrss * 1024 - inherited))
 
 
 def _in_child(words: tuple[str, ...], folder: Path, outputs: list[Path], run: Callable[[tuple[str, ...]], int]) -> NoReturn:
@@ -153,7 +154,7 @@ def _in_child(words: tuple[str, ...], folder: Path, outputs: list[Path], run: Ca
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(folder)
         give_up_powers()
-        room = _mapped_bytes() + _ADDRESS_ROOM_BYTES
+        room = _memory_bytes("mapped") + _ADDRESS_ROOM_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -187,5 +188,7 @@ def _command_line(words: tuple[str, ...]) -> int:
     return 0
 
 
-def _mapped_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def _memory_bytes(kind: Literal["mapped", "resident"]) -> int:
+    """Memory of this process. /proc/self/statm begins with both, in pages."""
+    mapped, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(mapped if kind == "mapped" else resident) * resource.getpagesize()
