@@ -134,14 +134,16 @@ def remove(folder: Path) -> None:
 def run_command(words: tuple[str, ...], folder: Path, run: Callable[[tuple[str, ...]], int]) -> Ended:
     """Call `run` in a child that `folder` is the working directory of, under limits of time and memory."""
     outputs = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
-    inherited = _memory_bytes("resident")
+    inherited = folder.parent / f"{folder.name}.inherited"
     child = os.fork()
     if child == 0:
+        # The child counts: it shares only a part of what the parent holds.
+        inherited.write_text(str(_memory_bytes("resident")))
         _in_child(words, folder, outputs, run)
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     stdout, stderr = (path.read_bytes() for path in outputs)
-    return Ended(words, code, stdout, stderr, max(0, usage.ru_maxrss * 1024 - inherited))
+    return Ended(words, code, stdout, stderr, usage.ru_maxrss * 1024 - int(inherited.read_text()))
 
 
 def _in_child(words: tuple[str, ...], folder: Path, outputs: list[Path], run: Callable[[tuple[str, ...]], int]) -> NoReturn:
