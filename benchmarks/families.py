@@ -1,8 +1,8 @@
 """Every family at every topology of the table, on tiny seeded models: worst relative error of float32 logits against transformers.
 
-    python -m benchmarks.families [--engines] [--only WORD] [--device cuda] [--folder DIR]
+    python -m benchmarks.families [--engines] [--only WORD] [--experts FORM] [--device cuda] [--folder DIR]
 
-`--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
+`--experts` takes mixtures only, with this form of experts. `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", action="store_true")
     parser.add_argument("--only", default="", help="Families whose name holds this word.")
+    parser.add_argument("--experts", choices=["dense", "gathered"], default="auto", help="Form of the experts of mixtures.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Of the reference and of the ranks.")
     parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
     arguments = parser.parse_args()
@@ -46,18 +47,20 @@ def main() -> None:
         if not (source / "config.json").is_file():
             write_tiny(family, source)
         store = arguments.folder / f"store-{arguments.device}"
-        cells = [cell(source, topology, store, arguments.device) for topology in TOPOLOGIES.values()]
+        if arguments.experts != "auto" and plan(source, {}).inputs.config.moe is None:
+            continue
+        cells = [cell(source, topology, store, arguments.device, arguments.experts) for topology in TOPOLOGIES.values()]
         if arguments.engines:
-            cells.append(f"{num_engines(source, store)} built")
+            cells.append(f"{num_engines(source, store, arguments.experts)} built")
         table.add_row(family, *cells)
     Console(width=140).print(table)
 
 
-def plan(source: Path, topology: dict[str, int], device: str = "cpu") -> Plan:
+def plan(source: Path, topology: dict[str, int], device: str = "cpu", experts: str = "auto") -> Plan:
     """The plan of a tiny model."""
     plain = {
         "source": {"path": str(source.resolve())}, "topology": topology, "release": {"name": "none", "version": "0"},
-        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64},
+        "engine": {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64, "experts": experts},
         "verification": {"max_tokens": 12, "decode_steps": 3, "device": device},
     }  # fmt: skip
     return preparation.plan(decode(BuildSpec, plain, "benchmark"))
@@ -73,7 +76,7 @@ def run(made: Plan, store: Path, kinds: tuple[Kind, ...]) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in found.values()}
 
 
-def cell(source: Path, topology: dict[str, int], store: Path, device: str) -> str:
+def cell(source: Path, topology: dict[str, int], store: Path, device: str, experts: str) -> str:
     """The worst relative error, or '-' where the topology is illegal for the model."""
     if topology.get("moe_ep"):
         wanted = decode(
@@ -81,15 +84,15 @@ def cell(source: Path, topology: dict[str, int], store: Path, device: str) -> st
         )
         if problems(wanted.topology.topology(), plan(source, {}).inputs.config.limits()):
             return "-"
-    made = plan(source, topology, device)
+    made = plan(source, topology, device, experts)
     outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
     return f"{outcomes[last].facts.verification.max_relative_error:.1e}"
 
 
-def num_engines(source: Path, store: Path) -> int:
+def num_engines(source: Path, store: Path, experts: str) -> int:
     """Build every rank at one topology."""
-    outcomes = run(plan(source, TOPOLOGIES[ENGINES_AT]), store, (Kind.CONVERT, Kind.BUILD))
+    outcomes = run(plan(source, TOPOLOGIES[ENGINES_AT], experts=experts), store, (Kind.CONVERT, Kind.BUILD))
     return sum(outcome.kind is Kind.BUILD for outcome in outcomes.values())
 
 

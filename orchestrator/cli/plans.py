@@ -56,7 +56,7 @@ def plan(
 
 
 def _print(plan: Plan, as_json: bool) -> None:
-    from orchestrator.report import describe_plan, format_bytes, plan_table, stage_table
+    from orchestrator.report import describe_plan, experts_lines, format_bytes, plan_table, stage_table
 
     facts = describe_plan(plan)
     show(facts, [stage_table(plan), plan_table(plan)], as_json)
@@ -68,6 +68,8 @@ def _print(plan: Plan, as_json: bool) -> None:
     )
     for name, reason in facts["ignored"]:
         out.print(f"left out: {name} ({reason})")
+    for line in experts_lines(plan):
+        out.print(plain(line), soft_wrap=True)
     for note in facts["notes"]:
         out.print(f"note: {plain(note)}", soft_wrap=True)
     for warning in facts["warnings"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.base.errors import SpecError
 from orchestrator.engines import Profile
+from orchestrator.engines.experts import expert_choice
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.spec.build import BuildConfig
@@ -36,9 +37,14 @@ def resolved(config: ModelConfig, engine: BuildConfig) -> BuildConfig:
 
 
 def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
-    """Return the networks of a stage for an engine whose limits are set (`resolved`)."""
+    """Return the networks of a stage for an engine whose limits are set (`resolved`). Raises SpecError as `expert_choice`."""
     assert engine.max_seq_len is not None
-    return StageNetwork(stage=stage, max_seq_len=engine.max_seq_len, gather_logits=engine.gather_logits)
+    return StageNetwork(
+        stage=stage,
+        max_seq_len=engine.max_seq_len,
+        gather_logits=engine.gather_logits,
+        experts=expert_choice(stage, engine).form,
+    )
 
 
 def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, ...]:

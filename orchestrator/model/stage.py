@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.base.digest import digest_of
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat, ModelQuantization, global_name
 from orchestrator.model.topology import Topology
+
+ExpertForm = Literal["dense", "gathered"]
+"""Which of its experts a rank computes. dense: all; gathered: those that the call's tokens chose, until these are as many."""
 
 
 class _Options(BaseModel):
@@ -71,6 +76,8 @@ class StageNetwork(_Options):
     """Largest number of positions per sequence: rows of the rotary tables."""
     gather_logits: bool = True
     """Whether every tensor-parallel rank returns the logits of the whole vocabulary, not only of its slice."""
+    experts: ExpertForm = Field("dense", exclude_if=lambda value: value == "dense")
+    """Form of the experts; dense without experts."""
 
     @property
     def cache_slots(self) -> int:

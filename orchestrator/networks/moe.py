@@ -1,12 +1,14 @@
 """Mixture of experts: the rank's experts, weighted by the router, and the shared expert.
 
-Every local expert computes every token. The sum is weighted by the router, with zero for experts that were not chosen. The result
-is exact, but takes more arithmetic than a kernel that gathers tokens.
+Every expert that a call computes, computes every token. The sum is weighted by the router, with zero for experts that a token did
+not choose. In the dense form these are all experts of the rank; in the gathered form those that any token chose, and one decode
+step reads the weights of few. TensorRT takes no quantized weights in a Gather, so these are dequantized before.
 """
 
 from __future__ import annotations
 
 from orchestrator.model.config import MoeConfig
+from orchestrator.networks.chosen_experts import chosen_experts
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, scale
 from orchestrator.networks.quantized import quantized_input, quantized_weight
@@ -26,25 +28,37 @@ def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
 
 def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
     config, moe_tp = shape.config, shape.tp // shape.moe_ep
-    local = moe.num_experts // shape.moe_ep
+    local = shape.num_experts
     width = config.expert_size // moe_tp
     rows = (2 if moe.gated else 1) * width
-    weights = routing(graph, shape, moe, x, prefix)
+    routed = routing(graph, shape, moe, x, prefix)
+    numbers, weights = None, routed.weights
+    if shape.experts == "gathered":
+        chosen = chosen_experts(graph, shape, routed, prefix)
+        numbers, weights = chosen.numbers, chosen.weights
     # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
-    both = _batched(graph, shape, x, f"{prefix}.fc", (local, rows, config.hidden_size), shared=True)
+    both = _batched(graph, shape, x, f"{prefix}.fc", (local, rows, config.hidden_size), numbers, shared=True)
     if moe.expert_bias:
-        both = _biased(graph, shape, both, f"{prefix}.fc", (local, rows))
+        both = _biased(graph, shape, both, f"{prefix}.fc", (local, rows), numbers)
     product = _activated(graph, shape, moe, both, f"{prefix}.expert", width)
-    out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), shared=False)
+    out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), numbers, shared=False)
     if moe.expert_bias:  # each of the ranks that share an expert adds its part, because the sum over the ranks comes last
-        out = _biased(graph, shape, out, f"{prefix}.proj", (local, config.hidden_size), 1.0 / moe_tp)
+        out = _biased(graph, shape, out, f"{prefix}.proj", (local, config.hidden_size), numbers, 1.0 / moe_tp)
     weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
     return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
 
 
-def _biased(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], part: float = 1.0) -> str:
+def _of_chosen(graph: GraphWriter, x: str, numbers: str | None) -> str:
+    """Add the rows of the chosen experts, [M, ...], of [experts, ...]. Returns x where all are computed (None)."""
+    return x if numbers is None else graph.node("Gather", [x, numbers], f"{x}.chosen", axis=0)
+
+
+def _biased(
+    graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], numbers: str | None, part: float = 1.0
+) -> str:
     """Add `part` of the bias of each expert, [experts, out], to [batch, experts, tokens, out]."""
-    bias = scale(graph, graph.external(f"{prefix}.bias", shape.dtype, size), part, f"{prefix}.bias_part", shape.dtype)
+    stored = _of_chosen(graph, graph.external(f"{prefix}.bias", shape.dtype, size), numbers)
+    bias = scale(graph, stored, part, f"{prefix}.bias_part", shape.dtype)
     wide = graph.node("Unsqueeze", [bias, graph.constant("axis_1", [1])], f"{prefix}.bias_tokens")
     return graph.node("Add", [x, wide], f"{prefix}.biased")
 
@@ -75,39 +89,42 @@ def _clamped(graph: GraphWriter, shape: RankShape, moe: MoeConfig, both: str, pr
     return graph.node("Mul", [swish, up], f"{prefix}.product")
 
 
-def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], *, shared: bool) -> str:
-    """Add x @ weight^T for all experts, [batch, experts, tokens, out]. `size`: (experts, out, in).
+def _batched(
+    graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], numbers: str | None, *, shared: bool
+) -> str:
+    """Add x @ weight^T for the experts, [batch, experts, tokens, out]. `size`: (experts, out, in); `numbers`: as in `_of_chosen`.
 
     x is [batch, tokens, in], the same for all experts (`shared`), or [batch, experts, tokens, in].
     """
     experts, out, inner = size
     fmt, factor = shape.format_of(prefix), None
+    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens") if shared and fmt is None else x
     if fmt is None:
         weight = graph.external(f"{prefix}.weight", shape.dtype, size)
     else:
         weight = quantized_weight(graph, shape, prefix, (out, inner), fmt, experts)
-        if not shared:  # quantized_input takes [batch, tokens, in] only
-            x = graph.node("Reshape", [x, graph.constant(f"flat_{inner}_experts", [0, -1, inner])], f"{prefix}.input_flat")
-        x, factor = quantized_input(graph, shape, x, prefix, inner, fmt)
+        # quantized_input takes [batch, tokens, in] only
+        flat = x
         if not shared:
-            x = _per_expert(graph, x, experts, inner)
-    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens") if shared else x
-    product = graph.node(
-        "MatMul", [wide, graph.node("Transpose", [weight], f"{prefix}.weight_t", perm=[0, 2, 1])], f"{prefix}.matmul"
-    )
-    if factor is None:
-        return product
-    factor = (
-        graph.node("Unsqueeze", [factor, graph.constant("axis_1", [1])], f"{prefix}.factor")
-        if shared
-        else _per_expert(graph, factor, experts, 1)
-    )
-    return graph.node("Mul", [product, factor], f"{prefix}.rescaled")
+            flat = graph.node("Reshape", [x, graph.constant(f"flat_{inner}_experts", [0, -1, inner])], f"{prefix}.input_flat")
+        rounded, factor = quantized_input(graph, shape, flat, prefix, inner, fmt)
+        wide = _per_expert(graph, rounded, x, prefix, shared=shared)
+        factor = None if factor is None else _per_expert(graph, factor, x, prefix, shared=shared)
+    transposed = graph.node("Transpose", [_of_chosen(graph, weight, numbers)], f"{prefix}.weight_t", perm=[0, 2, 1])
+    product = graph.node("MatMul", [wide, transposed], f"{prefix}.matmul")
+    return product if factor is None else graph.node("Mul", [product, factor], f"{prefix}.rescaled")
 
 
-def _per_expert(graph: GraphWriter, x: str, experts: int, size: int) -> str:
-    """Reshape [batch, experts x tokens, size] to [batch, experts, tokens, size]."""
-    return graph.node("Reshape", [x, graph.constant(f"experts_{experts}_{size}", [0, experts, -1, size])], f"{x}.experts")
+def _per_expert(graph: GraphWriter, flat: str, x: str, prefix: str, *, shared: bool) -> str:
+    """Add a factor or a rounded input, [batch, tokens, size], as [batch, 1, tokens, size] (`shared`), or as x has the experts."""
+    if shared:
+        return graph.node("Unsqueeze", [flat, graph.constant("axis_1", [1])], f"{flat}.tokens")
+    sizes = f"{prefix}.expert_sizes"
+    if not graph.has(sizes):
+        graph.node(
+            "Concat", [graph.node("Shape", [x], f"{sizes}.first", start=0, end=3), graph.constant("flat", [-1])], sizes, axis=0
+        )
+    return graph.node("Reshape", [flat, sizes], f"{flat}.experts")
 
 
 def _shared_expert(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:

@@ -5,6 +5,8 @@ transformers computes the same in float32. Its softmax routers multiply in the m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 
 from orchestrator.model.config import MoeConfig
@@ -16,20 +18,29 @@ _NEVER = -3.0e38
 """Score of an expert of a group that was not kept."""
 
 
-def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
-    """Add the weights of the rank's experts, [batch, local experts, tokens, 1], with zero for experts that were not chosen."""
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the router says of the tokens."""
+
+    weights: str
+    """Weights of the rank's experts in the graph's dtype, [batch, local experts, tokens, 1]; zero: not chosen."""
+    chosen: str
+    """Numbers of the chosen experts among those of all ranks, int64 [batch, tokens, top_k]."""
+
+
+def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> Routing:
+    """Add the router."""
     scores = _scores(graph, shape, moe, x, prefix)
     values, indices = _chosen(graph, moe, scores, prefix)
     weights = _weights(graph, moe, values, prefix)
     nothing = graph.node("Sub", [scores, scores], f"{prefix}.zeros")
     spread = graph.node("ScatterElements", [nothing, indices, weights], f"{prefix}.spread", axis=-1)
-    local = moe.num_experts // shape.moe_ep
-    begin = shape.moe_ep_rank * local
+    local, begin = shape.num_experts, shape.first_expert
     bounds = [graph.constant(f"expert_{begin}", [begin]), graph.constant(f"expert_{begin + local}", [begin + local])]
     mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
     turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
     narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
-    return graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing")
+    return Routing(graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing"), indices)
 
 
 def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LINEARS, KvCacheFormat, LinearFormat
-from orchestrator.model.stage import StageOptions
+from orchestrator.model.stage import ExpertForm, StageOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class RankShape:
     """Whether the cache tensor of a latent attention is two halves."""
     in_place: bool = True
     """Whether a KV cache in the graph's dtype is updated in place."""
+    experts: ExpertForm = "dense"
+    """Which of its experts a rank computes."""
 
     @property
     def config(self) -> ModelConfig:
@@ -39,6 +41,17 @@ class RankShape:
     @property
     def moe_ep_rank(self) -> int:
         return self.tp_rank % self.moe_ep
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the rank."""
+        assert self.config.moe is not None
+        return self.config.moe.num_experts // self.moe_ep
+
+    @property
+    def first_expert(self) -> int:
+        """Number of the rank's first expert among those of all ranks."""
+        return self.moe_ep_rank * self.num_experts
 
     @property
     def num_heads(self) -> int:

@@ -28,6 +28,7 @@ from orchestrator.planning.estimates import (
     reference_memory,
     verify_memory,
 )
+from orchestrator.planning.experts import DecodeReads, decode_reads
 from orchestrator.planning.options import (
     BuildOptions,
     CalibrateOptions,
@@ -108,6 +109,14 @@ class Plan:
         files = sorted([file.name, file.identity] for file in self.inputs.extra_files)
         parts = {"include": sorted(self.spec.release.include)} if self.spec.release.has_weights else {}
         return digest_of({"steps": sorted(step.digest for step in self.sinks()), "files": files, **parts})
+
+    def decode_reads(self) -> list[DecodeReads]:
+        """Return the weights that a decode step reads on a rank of each stage; empty for a model without experts."""
+        inputs = self.inputs
+        if inputs.config.moe is None:
+            return []
+        stages = (inputs.network(self.topology, pp_rank).stage for pp_rank in range(self.topology.pp))
+        return [decode_reads(stage, inputs.weights.stage(stage.pp_rank), inputs.engine) for stage in stages]
 
     @cached_property
     def _by_digest(self) -> dict[str, Step]:

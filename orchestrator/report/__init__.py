@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.report.tables import (
     describe_plan,
+    experts_lines,
     format_bytes,
     format_count,
     format_seconds,
@@ -16,5 +17,5 @@ from orchestrator.report.view import LiveView
 
 __all__ = [
     "LiveView", "TransferView",
-    "describe_plan", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
+    "describe_plan", "experts_lines", "format_bytes", "format_count", "format_seconds", "plan_table", "stage_table", "step_table",
 ]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
@@ -79,6 +81,21 @@ def stage_table(plan: Plan) -> Table:
     return table
 
 
+def experts_lines(plan: Plan) -> list[str]:
+    """Return a line for each run of stages whose experts have one form: the form, why, and the weights that a decode step reads."""
+    lines = []
+    for (form, reason), group in groupby(enumerate(plan.decode_reads()), key=lambda item: (item[1].form, item[1].reason)):
+        stages = list(group)
+        first, last = stages[0][0], stages[-1][0]
+        gathered, dense = (max(getattr(reads, name) for _, reads in stages) for name in ("gathered", "dense"))
+        where = f"stages {first}-{last}" if last > first else f"stage {first}"
+        lines.append(
+            f"experts of {where}: {form} ({reason}). A decode step of one sequence reads {format_bytes(gathered)} of weights on a "
+            f"rank where they are gathered, {format_bytes(dense)} where they are dense."
+        )
+    return lines
+
+
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """Return the plan for machines, and for golden files: everything but paths."""
     read = sum(step.estimate.read_bytes for step in plan.of_kind(Kind.CONVERT))
@@ -93,6 +110,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "ignored": [list(item) for item in plan.inputs.weights.ignored],
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
+        **({"decode_reads": [asdict(reads) for reads in plan.decode_reads()]} if plan.inputs.config.moe else {}),
         "steps": [
             {
                 "name": step.name,

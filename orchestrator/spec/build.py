@@ -123,9 +123,9 @@ class QuantizationSpec(Frozen):
         return self
 
 
-def _later(default: bool) -> Any:
+def _later(default: bool | str) -> Any:
     """Return a field that came after the first releases: left out of digests and manifests while it has its default."""
-    return Field(default=default, exclude_if=lambda value: value is default)
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 _NOT_IN_RTX = {
@@ -173,6 +173,10 @@ class BuildConfig(Frozen):
     for_triton: bool = _later(False)
     """Build what Triton's TensorRT backend can run: one optimization profile, and KV caches that are written as a whole, not in
     place, which takes more memory and time. Needs backend tensorrt."""
+    experts: Literal["auto", "dense", "gathered"] = _later("auto")
+    """Experts that a rank of a mixture computes. dense: all of them for every token; gathered: those that the call's tokens chose,
+    so that a decode step reads fewer weights, and a prefill copies them; auto: gathered where a decode step of opt_batch_size
+    sequences chooses at most half of the rank's experts and they are not quantized."""
     profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = "layer_names_only"
     """How much of its layers the engine tells profilers."""
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from orchestrator.model.config import MoeConfig
-from orchestrator.model.stage import StageOptions
+from orchestrator.model.stage import ExpertForm, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.moe import moe_mlp
@@ -132,7 +132,12 @@ def part_of(name: str, values: npt.NDArray[np.float32], moe_tp: int, tp_rank: in
 
 
 def run(
-    moe: MoeConfig, weights: Mapping[str, npt.NDArray[np.float32]], x: npt.NDArray[np.float32], tp: int = 1, ep: int = 1
+    moe: MoeConfig,
+    weights: Mapping[str, npt.NDArray[np.float32]],
+    x: npt.NDArray[np.float32],
+    tp: int = 1,
+    ep: int = 1,
+    form: ExpertForm = "dense",
 ) -> Any:
     """The sum over the ranks of what the network of each computes."""
     config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
@@ -141,7 +146,7 @@ def run(
     for rank in range(tp):
         graph = GraphWriter("moe")
         graph.input("x", "float32", ["batch", "tokens", HIDDEN])
-        result = moe_mlp(graph, RankShape(stage, "float32", rank, portable=True), "x", PREFIX)
+        result = moe_mlp(graph, RankShape(stage, "float32", rank, portable=True, experts=form), "x", PREFIX)
         own = result.removesuffix(".all_reduce")
         graph.output(own, "float32", ["batch", "tokens", HIDDEN])
         model = graph.model()
@@ -158,15 +163,22 @@ def run(
     return total
 
 
-def compared(case: str, changes: Mapping[str, Any] | None = None, tp: int = 1, ep: int = 1) -> float:
-    """The worst relative error; `changes` are fields of MoeConfig."""
+def compared(
+    case: str,
+    changes: Mapping[str, Any] | None = None,
+    tp: int = 1,
+    ep: int = 1,
+    form: ExpertForm = "dense",
+    size: tuple[int, int] = (2, 7),
+) -> float:
+    """The worst relative error; `changes` are fields of MoeConfig, `size` is (sequences, tokens)."""
     module = module_of(case)
-    x = np.random.default_rng(9).normal(size=(2, 7, HIDDEN)).astype(np.float32)
+    x = np.random.default_rng(9).normal(size=(*size, HIDDEN)).astype(np.float32)
     with torch.no_grad():
         wanted = module(torch.from_numpy(x))
     wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).numpy()
     moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **{**CASES[case][4], **(changes or {})})
-    return float(np.abs(run(moe, weights_of(module), x, tp, ep) - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(run(moe, weights_of(module), x, tp, ep, form) - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,6 +190,15 @@ def test_mixture_computes_what_transformers_computes(case: str) -> None:
 @pytest.mark.parametrize("case", ["glm4_moe", "gpt_oss"])
 def test_mixture_on_several_ranks_sums_to_what_transformers_computes(case: str, tp: int, ep: int) -> None:
     assert compared(case, tp=tp, ep=ep) < 2e-6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (2, 7)])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("case", CASES)
+def test_mixture_that_gathers_the_chosen_experts_computes_what_transformers_computes(
+    case: str, tp: int, ep: int, size: tuple[int, int]
+) -> None:
+    assert compared(case, tp=tp, ep=ep, form="gathered", size=size) < 2e-6
 
 
 @pytest.mark.parametrize(

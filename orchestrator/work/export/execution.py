@@ -16,7 +16,7 @@ from orchestrator.model.stage import StageOptions
 from orchestrator.networks.kv_cache import PAST, PRESENT, present_of
 from orchestrator.networks.slices import cut_portable
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import ort_value, run_session
+from orchestrator.work.verify.ort import first_rows, ort_value, run_session
 from orchestrator.work.verify.stage_run import Sessions, feeds, first_cache, result_name
 
 Array = npt.NDArray[Any]
@@ -58,14 +58,14 @@ class SlicedGraph:
             weights = inputs = session = None  # the weights of the slice before are dropped first
             weights = [self._weight(name) for name in part.weights]
             cache: dict[str, Any] = {}
-            for mine in values:
-                inputs = [
-                    cache.get(present_of(name), empty) if name.startswith(PAST) else mine[name] for name in part.inputs
-                ] + weights
+            for call, mine in zip(calls, values, strict=True):
+                inputs = [_cached(cache, empty, name, call) if name.startswith(PAST) else mine[name] for name in part.inputs]
+                inputs += weights
                 session = session or self._sessions.of(part, inputs)
                 for name, value in zip(part.outputs, run_session(session, inputs), strict=True):
                     if name.startswith(PRESENT):
-                        cache[name] = value
+                        if not call.repeats:
+                            cache[name] = value
                     elif name == kept or self._sliced.is_read_after(name, number):
                         mine[name] = value
                 for name in [name for name in mine if name != kept and self._sliced.last_use.get(name) == number]:
@@ -82,6 +82,12 @@ class SlicedGraph:
         data = np.fromfile(path, np.uint8, size, offset=begin)
         plain = _WITHOUT_NUMPY.get(tensor.data_type, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         return ort_value(data.view(plain).reshape(tuple(tensor.dims)), tensor.data_type)
+
+
+def _cached(cache: Mapping[str, Any], empty: Any, name: str, call: Call) -> Any:
+    """Return the cache that a call reads: the one left by the previous call."""
+    found = cache.get(present_of(name), empty)
+    return first_rows(found, len(call.input_ids)) if call.repeats else found
 
 
 def _return_large_blocks() -> None:

@@ -25,7 +25,7 @@ from orchestrator.work.export.execution import SlicedGraph
 from orchestrator.work.reference.step import OUTPUT as REFERENCE
 from orchestrator.work.shards import Weight, map_shards, rank_shards
 from orchestrator.work.verify import compare
-from orchestrator.work.verify.inputs import make_calls
+from orchestrator.work.verify.inputs import make_calls, repeated
 from orchestrator.work.verify.step import HIDDEN_STATES, LOGITS
 
 Array = npt.NDArray[Any]
@@ -48,7 +48,7 @@ def export(task: Task, context: Context) -> ExportFacts:
     error = None
     if options.decode_steps is not None:
         files = {path.name: path for paths in shards for path in paths}
-        error = _difference(task, context, stage, options.decode_steps, SlicedGraph(onnx.load_from_string(data), files))
+        error = _difference(task, context, options, SlicedGraph(onnx.load_from_string(data), files))
     with context.output(graph_name(stage.pp_rank), len(data), chunked=True) as writer:
         writer.write(data)
     return ExportFacts(networks=tuple(options.network.digest(tp_rank) for tp_rank in range(stage.tp)), max_relative_error=error)
@@ -88,12 +88,15 @@ def _is_equal(weight: Weight, twin: Weight) -> bool:
     )
 
 
-def _difference(task: Task, context: Context, stage: StageOptions, decode_steps: int, graph: SlicedGraph) -> float:
+def _difference(task: Task, context: Context, options: ExportOptions, graph: SlicedGraph) -> float:
     """Execute the graph on all calls; return the largest difference to the verified ranks. Raises VerificationError."""
     from safetensors.numpy import load_file
 
+    stage = options.network.stage
+    assert options.decode_steps is not None
     reference = load_file(context.fetch(_outputs(task, Kind.REFERENCE, stage)[REFERENCE]))
-    calls = make_calls(reference["tokens"], reference["lengths"], decode_steps)
+    lengths = reference["lengths"]
+    calls = make_calls(reference["tokens"], lengths, options.decode_steps, repeated(options.network, len(lengths)))
     handed = None if stage.is_first else load_file(context.fetch(_outputs(task, Kind.VERIFY, stage, -1)[HIDDEN_STATES]))
     expected = load_file(context.fetch(_outputs(task, Kind.VERIFY, stage)[LOGITS if stage.is_last else HIDDEN_STATES]))
     before = [None if handed is None else handed[f"call{number}"] for number in range(len(calls))]

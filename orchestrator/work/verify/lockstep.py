@@ -23,7 +23,7 @@ from orchestrator.networks.slices import Collective, Slice, Sliced, cut, looked_
 from orchestrator.work.binding import PortableWeights
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
-from orchestrator.work.verify.ort import ort_value, run_session, widened_on_gpu
+from orchestrator.work.verify.ort import first_rows, ort_value, run_session, widened_on_gpu
 from orchestrator.work.verify.stage_run import Sessions, check_agreement, feeds, first_cache, joined, result_name
 
 Array = npt.NDArray[Any]
@@ -124,13 +124,13 @@ class Lockstep:
         if not part.nodes:
             return
         session = None
-        for values in rank.values:
-            inputs = [_input(rank, part, values, name) for name in part.inputs] + weights
+        for call, values in zip(self._calls, rank.values, strict=True):
+            inputs = [_input(rank, part, values, name, call) for name in part.inputs] + weights
             session = session or self._sessions.of(part, inputs)
             for name, value in zip(part.outputs, run_session(session, inputs), strict=True):
                 if rank.sliced.is_read_after(name, number) or name == result_name(self._stage):
                     values[name] = value
-                if present_of(PAST) in name:
+                if present_of(PAST) in name and not call.repeats:
                     rank.cache[name] = value
 
     def _exchange(self, collective: Collective) -> None:
@@ -186,12 +186,13 @@ class Lockstep:
         ]
 
 
-def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str) -> Any:
+def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str, call: Call) -> Any:
     """Return a value of the call, or the cache left by the previous call."""
     if not name.startswith(PAST):
         return values[name]
     # Of the cache of another slice only its shape is read: `cut` ensures that.
-    return rank.cache.get(present_of(name), rank.empty_cache) if present_of(name) in part.outputs else rank.empty_cache
+    cache = rank.cache.get(present_of(name), rank.empty_cache) if present_of(name) in part.outputs else rank.empty_cache
+    return first_rows(cache, len(call.input_ids)) if call.repeats else cache
 
 
 def _bind(rank: _Rank, number: int, device: str) -> list[Any]:

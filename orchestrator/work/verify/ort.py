@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ _LARGE: dict[str, tuple[Any, int, int]] = {
 }
 """numpy dtype of a cache, bits of a large number, ONNX dtype; by dtype of the KV cache."""
 CUDA = "CUDAExecutionProvider"
+_NUMPY = {kind: dtype for dtype, _, kind in _LARGE.values()}
 _WITHOUT_NUMPY = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT4, onnx.TensorProto.BFLOAT16}
 
 
@@ -28,6 +31,15 @@ def empty_cache(shape: RankShape, batch: int, slots: int) -> Any:
     size = (batch, shape.num_kv_heads, slots, shape.cache_head_size)
     dtype, value, kind = _LARGE[shape.cache_dtype]
     return ort_value(np.full(size, value, dtype), kind)
+
+
+def first_rows(cache: Any, count: int) -> Any:
+    """Return a copy of the first `count` sequences of a cache on the CPU."""
+    dtype, kind = np.dtype(_NUMPY[cache.element_type()]), cache.element_type()
+    batch, *rest = cache.shape()
+    size = count * math.prod(rest) * dtype.itemsize
+    stored = np.ctypeslib.as_array(ctypes.cast(cache.data_ptr(), ctypes.POINTER(ctypes.c_uint8)), (size,))
+    return ort_value(stored.copy().view(dtype).reshape(min(count, batch), *rest), kind)
 
 
 def ort_value(value: Array, kind: int = onnx.TensorProto.UNDEFINED) -> Any:

@@ -23,7 +23,7 @@ from orchestrator.work.reference.step import OUTPUT as REFERENCE
 from orchestrator.work.resume import LayerStates
 from orchestrator.work.shards import map_shards, rank_shards
 from orchestrator.work.verify import compare
-from orchestrator.work.verify.inputs import make_calls, positions_of
+from orchestrator.work.verify.inputs import Place, make_calls, positions_of, repeated
 from orchestrator.work.verify.lockstep import Lockstep
 
 Array = npt.NDArray[Any]
@@ -46,7 +46,10 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     stage = options.network.stage
     weights = [map_shards(rank_shards(task, context, stage.rank(tp_rank))) for tp_rank in range(stage.tp)]
     reference = load_file(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE)))
-    calls = make_calls(reference["tokens"], reference["lengths"], options.decode_steps)
+    lengths = reference["lengths"]
+    repeats = repeated(options.network, len(lengths))
+    calls = make_calls(reference["tokens"], lengths, options.decode_steps, repeats)
+    places = list(positions_of(lengths, options.decode_steps, repeats))
     previous: list[Array] = []
     if not stage.is_first:
         handed = load_file(context.fetch(_needed(task, Kind.VERIFY, HIDDEN_STATES)))
@@ -54,7 +57,7 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     device = verification_device(task)
     context.log(f"verify: slices on {device}")
     ranks = Lockstep(options.network, weights, calls, previous, device)
-    layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), reference, options.decode_steps)
+    layers = _LayerErrors(context.fetch(_needed(task, Kind.REFERENCE, REFERENCE_STATES)), places)
     states = LayerStates(context, task.step.digest, only_last=True)
     last = None
     for layer, state in states.saved().items():
@@ -81,7 +84,7 @@ def verify(task: Task, context: Context) -> VerifyFacts:
     data = save(last_tokens)
     with context.output(LOGITS, len(data)) as writer:
         writer.write(data)
-    found = compare_with_reference(results, reference, options.decode_steps)
+    found = compare_with_reference(results, reference, places)
     context.log(f"verification: {found.model_dump()}")
     context.log("errors at the ends of the layers: " + ", ".join(f"{error:.1e}" for error in errors.values()))
     compare.check(found, options.tolerance, _advice(task), compare.where(errors))
@@ -91,9 +94,10 @@ def verify(task: Task, context: Context) -> VerifyFacts:
 class _LayerErrors:
     """Errors of the hidden states at the ends of layers, relative to the reference's."""
 
-    def __init__(self, path: Path, reference: Mapping[str, Array], decode_steps: int) -> None:
-        self._path = path
-        self._places = list(positions_of(reference["lengths"], decode_steps))
+    def __init__(self, path: Path, places: Sequence[Place]) -> None:
+        self._path, self._places = path, places
+        rows: dict[tuple[int, int], int] = {}
+        self._rows = [rows.setdefault(place[:2], len(rows)) for place in places]
         self.errors: dict[int, float] = {}
 
     def watch(self, layer: int, hidden_states: Sequence[Array]) -> None:
@@ -103,7 +107,7 @@ class _LayerErrors:
         with safe_open(self._path, "numpy") as file:
             expected = file.get_tensor(f"layer{layer}")
         found = np.stack([hidden_states[call][sequence, row] for sequence, _, call, row in self._places])
-        self.errors[layer] = compare.relative_error(found, expected)
+        self.errors[layer] = compare.relative_error(found, expected[self._rows])
 
     def put(self, state: dict[str, Array]) -> dict[str, Array]:
         """Return `state` with the errors so far."""
@@ -136,10 +140,9 @@ def _needed(task: Task, kind: Kind, name: str) -> Output:
     raise ToolError(f"{task.step.name} has no {kind.value} step among its needs", BUG)
 
 
-def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array], decode_steps: int) -> Verification:
-    """Align the logits of all calls with the reference's positions and compare them."""
+def compare_with_reference(results: Sequence[Array], theirs: Mapping[str, Array], places: Sequence[Place]) -> Verification:
+    """Align the logits of all calls with the reference's positions and compare them. `places`: from `positions_of`."""
     try:
-        places = list(positions_of(theirs["lengths"], decode_steps))
         logits = np.stack([results[call][sequence, row] for sequence, _, call, row in places])
         expected = np.stack([theirs["logits"][sequence, position] for sequence, position, _, _ in places])
     except (KeyError, IndexError) as error:
