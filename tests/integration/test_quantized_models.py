@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from orchestrator.base.errors import EngineBuildError, QuantizationError
 from orchestrator.engines.record import EngineRecord
 from orchestrator.model.compute_capability import check_target
-from orchestrator.model.stage import StageNetwork
+from orchestrator.model.stage import ExpertForm, StageNetwork
 from orchestrator.planning import preparation
 from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.plan import Plan
@@ -83,13 +83,20 @@ class Models:
     def network(self, case: Case, tp: int) -> StageNetwork:
         return BuildOptions.model_validate(next(self.plan(case, tp).of_kind(Kind.BUILD)).options).network
 
-    def compile(self, case: Case, tp: int, tp_rank: int, capabilities: tuple[str, ...] = ()) -> tuple[EngineRecord, int]:
+    def compile(
+        self, case: Case, tp: int, tp_rank: int, capabilities: tuple[str, ...] = (), experts: ExpertForm = "dense"
+    ) -> tuple[EngineRecord, int]:
         """The record and the size in bytes of a rank's engine."""
         options = BuildOptions.model_validate(list(self.plan(case, tp).of_kind(Kind.BUILD))[tp_rank].options)
-        options = options.model_copy(update={"engine": options.engine.model_copy(update={"compute_capabilities": capabilities})})
+        engine = options.engine.model_copy(update={"compute_capabilities": capabilities})
+        options = options.model_copy(update={"engine": engine, "network": with_experts(options.network, experts)})
         weights, sizes = map_checkpoint_rank(self.checkpoint(case, tp), tp_rank), list[int]()
         record = compile_rank(options, weights, lambda data: sizes.append(len(data)), lambda *_: None, lambda line: None)
         return record, sum(sizes)
+
+
+def with_experts(network: StageNetwork, form: ExpertForm) -> StageNetwork:
+    return network.model_copy(update={"experts": form})
 
 
 ModelsOf = Callable[[str], Models]
@@ -134,10 +141,11 @@ LENGTHS = np.array([12, 8])
 """The shorter sequence decodes from slots that the longer one has filled in prefill."""
 
 
-def execute(models: Models, case: Case, tp: int) -> list[npt.NDArray[Any]]:
-    """A case's logits by call, of `tp` ranks in lockstep."""
+def execute(models: Models, case: Case, tp: int, experts: ExpertForm = "dense") -> list[npt.NDArray[Any]]:
+    """A case's logits by call, of `tp` ranks in lockstep; the last call repeats a step for one sequence alone."""
     shards = [map_checkpoint_rank(models.checkpoint(case, tp), rank) for rank in range(tp)]
-    return Lockstep(models.network(case, tp), shards, make_calls(TOKENS, LENGTHS, DECODE_STEPS), []).run()
+    calls = make_calls(TOKENS, LENGTHS, DECODE_STEPS, [1])
+    return Lockstep(with_experts(models.network(case, tp), experts), shards, calls, []).run()
 
 
 def relative_errors(results: list[npt.NDArray[Any]], expected: torch.Tensor) -> npt.NDArray[np.float64]:
@@ -184,6 +192,24 @@ def test_quantized_model_portable_graph_computes_what_fake_quantization_does(
     else:
         assert np.median(errors) < 1e-5
         assert errors.max() < 0.05
+
+
+@pytest.mark.parametrize("algorithm", [None, *QUANTIZERS])
+def test_quantized_mixture_that_gathers_its_experts_computes_what_the_dense_form_does(
+    algorithm: str | None, models_of: ModelsOf
+) -> None:
+    """All experts in the prefill, half of them in the call of one sequence."""
+    results = [execute(models_of("mixtral"), (algorithm, None), 2, form) for form in ("dense", "gathered")]
+    for dense, gathered in zip(*results, strict=True):
+        assert np.abs(gathered - dense).max() < 1e-6 * np.abs(dense).max()
+
+
+@pytest.mark.parametrize("algorithm", [None, "FP8", "W4A16_AWQ", "NVFP4"])
+def test_quantized_mixture_that_gathers_its_experts_is_compiled(algorithm: str | None, models_of: ModelsOf) -> None:
+    """In as few bytes as the dense form: neither weights that are kept twice, nor weights that are stored dequantized."""
+    models = models_of("large_moe")
+    (_, dense), (_, gathered) = (models.compile((algorithm, None), 1, 0, ("12.0",), form) for form in ("dense", "gathered"))
+    assert gathered < 1.05 * dense
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])

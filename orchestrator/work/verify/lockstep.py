@@ -198,7 +198,7 @@ def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str, call:
 def _bind(rank: _Rank, number: int, device: str) -> list[Any]:
     """Return the weights of a slice, in the order of its inputs."""
     part = rank.sliced.slices[number]
-    rows_only = looked_up(part)
+    rows_only = {name for name in looked_up(part) if rank.weights.is_widened(name)}
 
     def bound(name: str) -> Any:
         if device == "cuda" and name not in rows_only and rank.weights.is_widened(name):
