@@ -4,7 +4,8 @@
     python -m benchmarks.giants prove [--folder DIR] [--tp 8]
 
 `plan`: DeepSeek V3 (671B, 61 layers, 256 experts) in block FP8 at tp=8, pp=2, ep=8; Kimi K2 (1T, 384 experts) in INT4 of
-compressed-tensors; gpt-oss-120b in MXFP4. Names, shapes and quantization_config are those of the published files; here the files
+compressed-tensors; gpt-oss-120b in MXFP4; Qwen3-235B-A22B in bfloat16; with the form of the experts of each, and the weights that
+a decode step reads. Names, shapes and quantization_config are those of the published files; here the files
 hold holes. `prove`: one dense and one mixture layer of DeepSeek V3 in block FP8 with seeded bytes, 16 GB, converted with the
 embedding split and verified, as `orchestrator convert --verify` does: seconds and peak memory of every step.
 """
@@ -88,6 +89,8 @@ GPT_OSS: dict[str, Any] = {
     },
 }  # fmt: skip
 
+QWEN3_235B = Path(__file__).parent.parent / "tests/data/configs/qwen3-235b-a22b.json"
+
 
 def deepseek_tensors(config: dict[str, Any], *, form: str) -> Iterator[Tensor]:
     """Yield the tensors of a DeepSeek-V3-shaped checkpoint. `form`: fp8, all linears in blocks; int4, the routed experts packed."""
@@ -170,6 +173,25 @@ def gpt_oss_tensors(config: dict[str, Any]) -> Iterator[Tensor]:
     yield "lm_head.weight", "BF16", (config["vocab_size"], hidden)
 
 
+def qwen_moe_tensors(config: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors of a Qwen3 mixture."""
+    hidden, size = config["hidden_size"], config["head_dim"]
+    query, key = (config[name] * size for name in ("num_attention_heads", "num_key_value_heads"))
+    yield "model.embed_tokens.weight", "BF16", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, rows, columns in (("q", query, hidden), ("k", key, hidden), ("v", key, hidden), ("o", hidden, query)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", "BF16", (rows, columns)
+        yield f"{prefix}.mlp.gate.weight", "BF16", (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, config["moe_intermediate_size"], "bf16")
+        for norm, width in (("input_layernorm", hidden), ("post_attention_layernorm", hidden), ("self_attn.q_norm", size),
+                            ("self_attn.k_norm", size)):  # fmt: skip
+            yield f"{prefix}.{norm}.weight", "BF16", (width,)
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (config["vocab_size"], hidden)
+
+
 def write(folder: Path, config: dict[str, Any], tensors: list[Tensor], *, num_files: int, seed: int | None) -> Path:
     """Write a checkpoint under an index; kept if it is there. `seed` None: holes in place of the bytes."""
     if (folder / "config.json").is_file():
@@ -245,6 +267,9 @@ def main() -> None:
                {"tp": 8, "pp": 2, "moe_ep": 8}, arguments.rounds, False)  # fmt: skip
         report(write(folder / "gpt-oss-120b", GPT_OSS, list(gpt_oss_tensors(GPT_OSS)), num_files=15, seed=None),
                {"tp": 4}, arguments.rounds, False)  # fmt: skip
+        qwen = json.loads(QWEN3_235B.read_text())
+        report(write(folder / "qwen3-235b", qwen, list(qwen_moe_tensors(qwen)), num_files=118, seed=None),
+               {"tp": 4, "pp": 4, "moe_ep": 4}, arguments.rounds, False)  # fmt: skip
         return
     config = {**DEEPSEEK_V3, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     source = write(folder / "width", config, list(deepseek_tensors(config, form="fp8")), num_files=4, seed=1)

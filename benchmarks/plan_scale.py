@@ -22,6 +22,7 @@ _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
 from orchestrator.planning import preparation
+from orchestrator.report import experts_lines
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 imported = time.monotonic()
@@ -39,6 +40,7 @@ print(json.dumps({
     "import_seconds": imported - began, "plan_seconds": ended - imported, "steps": len(made.steps),
     "source_bytes": made.inputs.index.num_bytes, "tensors": len(made.inputs.index.tensors),
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "build_key": made.build_key,
+    "experts": experts_lines(made),
     "memory_bytes": {step.kind.value: max(s.resources.memory_bytes for s in made.of_kind(step.kind)) for step in made.steps},
 }))
 """
@@ -69,6 +71,8 @@ def report(source: Path, topology: dict[str, int], num_rounds: int, profile: boo
     print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
     memory = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in found["memory_bytes"].items())
     print(f"memory of the largest steps, GB   {memory}   (goals: reference and verify 24, others 48)")
+    for line in found["experts"]:
+        print(line)
 
 
 def plan(source: Path, topology: dict[str, int], profile: bool) -> dict[str, Any]:

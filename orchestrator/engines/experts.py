@@ -39,11 +39,8 @@ def expert_choice(stage: StageOptions, engine: BuildConfig) -> ExpertChoice:
     if has_quantized_experts(stage):
         return ExpertChoice("dense", "TensorRT gathers no quantized weights: it could dequantize all of them first")
     chosen = computed_experts(stage, engine.opt_batch_size)
-    if _GAIN * chosen > local:
-        return ExpertChoice("dense", f"a decode step of {engine.opt_batch_size} sequences may choose {chosen} of a rank's {local}")
-    return ExpertChoice(
-        "gathered", f"a decode step of {engine.opt_batch_size} sequences chooses at most {chosen} of a rank's {local}"
-    )
+    reason = f"a decode step with opt_batch_size {engine.opt_batch_size} chooses up to {chosen} of a rank's {local}"
+    return ExpertChoice("dense" if _GAIN * chosen > local else "gathered", reason)
 
 
 def computed_experts(stage: StageOptions, num_tokens: int) -> int:
