@@ -4,12 +4,13 @@
 
 One layer of Qwen3-30B-A3B (hidden 2048, 128 experts of 768, 8 chosen), and the same with 64 experts, 4 chosen. Both are converted
 and verified in either form; their portable graphs run in ONNX Runtime on this CPU by turns, and TensorRT-RTX builds their engines.
-Last, an engine that holds both forms of the mixture in an `If`, and the weights that one decode step reads by the plan.
+Last, engines of an experts' linear alone, one of which holds both forms in an `If`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -19,15 +20,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper
 from rich.console import Console
 from rich.table import Table
 
 from orchestrator.engines import EngineRequest, Profile, backend
 from orchestrator.model.stage import ExpertForm, StageOptions
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.moe import moe_mlp
-from orchestrator.networks.shape import RankShape
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
@@ -132,67 +130,80 @@ def by_turns(sessions: dict[ExpertForm, Any], call: Callable[[Any], object], cou
 
 
 def compiled(plans: dict[ExpertForm, Plan], folder: Path) -> Table:
-    """Build the engine of each form, and one of the mixture alone with both forms in an `If`."""
+    """Build the engine of each form, and those of the first linear alone, one with both forms in an `If`."""
     table = Table("engine", "seconds", "bytes", box=None)
     for form, made in plans.items():
+        store = (folder / f"engines-{time.time_ns()}").resolve()
+        run_steps(made, store.as_uri(), (Kind.CONVERT,))
         begun = time.perf_counter()
-        outcomes = run_steps(made, (folder / f"engines-{time.time_ns()}").resolve().as_uri(), (Kind.CONVERT, Kind.BUILD))
-        seconds, size = time.perf_counter() - begun, sum(output.num_bytes for output in list(outcomes.values())[-1].outputs)
-        table.add_row(f"{form}, with its conversion", f"{seconds:.1f}", f"{size:,}")
+        built = list(run_steps(made, store.as_uri(), (Kind.CONVERT, Kind.BUILD)).values())[-1]
+        size = sum(output.num_bytes for output in built.outputs)
+        table.add_row(form, f"{time.perf_counter() - begun:.1f}", f"{size:,}")
+        shutil.rmtree(store)
     stage = plans["dense"].inputs.network(plans["dense"].topology, 0).stage
-    for name, model in mixtures(stage).items():
+    for name, model in linears(stage).items():
         begun = time.perf_counter()
-        table.add_row(f"mixture alone: {name}", f"{time.perf_counter() - begun:.1f}", f"{engine_bytes(model):,}")
+        size = engine_bytes(model)
+        table.add_row(f"first linear alone: {name}", f"{time.perf_counter() - begun:.1f}", f"{size:,}")
     return table
 
 
-def mixtures(stage: StageOptions) -> dict[str, onnx.ModelProto]:
-    """The mixture of the first layer in each form, and in both with an `If` on the number of tokens."""
-    size = ["batch", "tokens", stage.config.hidden_size]
+def linears(stage: StageOptions) -> dict[str, onnx.ModelProto]:
+    """The first linear of a layer's experts, summed over them: of all, of those in a list, and both in an `If`."""
+    config = stage.config
+    assert config.moe is not None
+    size = (config.moe.num_experts, 2 * config.expert_size, config.hidden_size)
 
-    def written(form: ExpertForm) -> onnx.ModelProto:
-        graph = GraphWriter(form)
-        graph.input("x", stage.config.dtype, size)
-        shape = RankShape(stage, stage.config.dtype, experts=form)
-        graph.output(moe_mlp(graph, shape, "x", "transformer.layers.0.mlp"), stage.config.dtype, size)
+    def branch(graph: GraphWriter, form: ExpertForm) -> str:
+        weight = graph.external("weight", config.dtype, size)
+        chosen = weight if form == "dense" else graph.node("Gather", [weight, "list"], f"{form}.chosen", axis=0)
+        turned = graph.node("Transpose", [chosen], f"{form}.turned", perm=[0, 2, 1])
+        product = graph.node("MatMul", ["x4", turned], f"{form}.product")
+        return graph.node("ReduceSum", [product, graph.constant("axis_1", [1])], f"{form}.sum", keepdims=0)
+
+    def written(name: str, forms: tuple[ExpertForm, ...]) -> onnx.ModelProto:
+        graph = GraphWriter(name)
+        graph.input("x", config.dtype, ["batch", "tokens", size[2]])
+        graph.input("list", "int64", ["listed"])
+        graph.node("Unsqueeze", ["x", graph.constant("axis_1", [1])], "x4")
+        if len(forms) == 1:
+            graph.output(branch(graph, forms[0]), config.dtype, ["batch", "tokens", size[1]])
+            return graph.model()
+        branches = []
+        for form in forms:
+            inner = GraphWriter(form)
+            inner.output(branch(inner, form), config.dtype, ["batch", "tokens", size[1]])
+            made = inner.model().graph
+            graph.take(initializers=made.initializer)
+            del made.initializer[:]
+            branches.append(made)
+        length = graph.node("Shape", ["list"], "length")
+        few = graph.node("Less", [length, graph.constant("experts", [size[0]])], "few")
+        graph.node("If", [graph.node("Squeeze", [few], "is_few")], "y", then_branch=branches[1], else_branch=branches[0])
+        graph.output("y", config.dtype, ["batch", "tokens", size[1]])
         return graph.model()
 
-    found = {form: written(form) for form in FORMS}
-    both = GraphWriter("if")
-    both.input("x", stage.config.dtype, size)
-    both.take(initializers=[tensor for model in found.values() for tensor in model.graph.initializer])
-    branches = {}
-    for form, model in found.items():
-        nodes = [prefixed(node, form, {"x", *(tensor.name for tensor in model.graph.initializer)}) for node in model.graph.node]
-        output = model.graph.output[0]
-        result = helper.make_tensor_value_info(f"{form}.{output.name}", output.type.tensor_type.elem_type, size)
-        branches[form] = helper.make_graph(nodes, form, [], [result])
-    length = both.node("Shape", ["x"], "length", start=1, end=2)
-    few = both.node("Less", [length, both.constant("few_tokens", [16])], "few")
-    scalar = both.node("Squeeze", [few], "is_few")
-    both.node("If", [scalar], "y", then_branch=branches["gathered"], else_branch=branches["dense"])
-    both.output("y", stage.config.dtype, size)
-    return {**found, "both in an If": both.model()}
-
-
-def prefixed(node: onnx.NodeProto, form: str, kept: set[str]) -> onnx.NodeProto:
-    """The node with names of its own branch."""
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.name = f"{form}.{node.name}"
-    copy.input[:] = [name if name in kept or not name else f"{form}.{name}" for name in node.input]
-    copy.output[:] = [f"{form}.{name}" for name in node.output]
-    return copy
+    return {
+        "all experts": written("all", FORMS[:1]),
+        "a list of them": written("list", FORMS[1:]),
+        "an If of both": written("if", FORMS),
+    }
 
 
 def engine_bytes(model: onnx.ModelProto) -> int:
     """The size of the engine of a model, whose weights all have the same bits."""
     sizes: list[int] = []
-    external = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    weights = {tensor.name: np.ones(tuple(tensor.dims), np.float32 if tensor.data_type == 1 else np.uint16) for tensor in external}
-    hidden = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
-    shapes = [Profile(str(most), {"x": ((1, 1, hidden), (1, most, hidden), (1, most, hidden))}) for most in (512, 1)]
-    request = EngineRequest(model.SerializeToString(), weights, tuple(shapes), BuildConfig())
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    experts, _, hidden = weight.dims
+    ranges = (512, experts), (1, experts // 2)
+    profiles = tuple(
+        Profile(
+            str(tokens), {"x": ((1, 1, hidden), (1, tokens, hidden), (1, tokens, hidden)), "list": ((1,), (listed,), (listed,))}
+        )
+        for tokens, listed in ranges
+    )
+    weights = {weight.name: np.ones(tuple(weight.dims), np.uint16)}
+    request = EngineRequest(model.SerializeToString(), weights, profiles, BuildConfig())
     backend("tensorrt_rtx").build_engine(request, lambda data: sizes.append(len(data)), lambda *_: None, lambda line: None)
     return sum(sizes)
 
