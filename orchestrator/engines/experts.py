@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.base.errors import SpecError
+from orchestrator.base.errors import EngineBuildError, SpecError
 from orchestrator.model.stage import ExpertForm, StageOptions
 from orchestrator.spec.build import BuildConfig
 
@@ -33,6 +33,8 @@ def expert_choice(stage: StageOptions, engine: BuildConfig) -> ExpertChoice:
                 f"engine.experts is {engine.experts}, and {stage.config.architecture} has no experts", "Remove engine.experts."
             )
         return ExpertChoice("dense", "")
+    if engine.experts == "trt_moe" and (problem := _layer_problem(stage)):
+        raise SpecError(f"engine.experts trt_moe: TensorRT's layer has no {problem}", "Use gathered or dense.")
     if engine.experts != "auto":
         return ExpertChoice(engine.experts, "engine.experts asks for it")
     local = moe.num_experts // stage.moe_ep
@@ -41,6 +43,32 @@ def expert_choice(stage: StageOptions, engine: BuildConfig) -> ExpertChoice:
     chosen = computed_experts(stage, engine.opt_batch_size)
     reason = f"a decode step with opt_batch_size {engine.opt_batch_size} chooses up to {chosen} of a rank's {local}"
     return ExpertChoice("dense" if _GAIN * chosen > local else "gathered", reason)
+
+
+def _layer_problem(stage: StageOptions) -> str:
+    """Return what of the stage's experts TensorRT's layer does not have, or what was never tried with it; empty: nothing."""
+    moe, config = stage.config.moe, stage.config
+    assert moe is not None
+    if has_quantized_experts(stage):
+        return "quantized weights that this project writes"
+    if moe.expert_bias or moe.swiglu_limit is not None or moe.swiglu_alpha != 1.0 or moe.swiglu_beta:
+        return "biases and bounds"
+    if not moe.gated or config.hidden_act not in ("silu", "swish", "swiglu"):
+        return f"experts but SwiGLU ones; {config.architecture}'s are {config.hidden_act}"
+    return "" if config.dtype != "float32" else "float32"
+
+
+_WITH_LAYER = ("10.0", "10.3")
+"""Compute capabilities whose GPUs have TensorRT's layer of experts (NvInfer.h 11.1; 12.x is named as not supported)."""
+
+
+def require_expert_layer(form: ExpertForm, compute_capability: str) -> None:
+    """Check that a GPU has the layer that the form needs. Raises EngineBuildError."""
+    if form == "trt_moe" and compute_capability not in _WITH_LAYER:
+        raise EngineBuildError(
+            f"engine.experts trt_moe needs a GPU of SM100 or SM103; this one is of compute capability {compute_capability}",
+            "Build on such a GPU, or use engine.experts gathered or dense.",
+        )
 
 
 def computed_experts(stage: StageOptions, num_tokens: int) -> int:

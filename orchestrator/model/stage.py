@@ -11,8 +11,9 @@ from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat, ModelQuantization, global_name
 from orchestrator.model.topology import Topology
 
-ExpertForm = Literal["dense", "gathered"]
-"""Which of its experts a rank computes. dense: all; gathered: those that the call's tokens chose, until these are as many."""
+ExpertForm = Literal["dense", "gathered", "trt_moe"]
+"""Which of its experts a rank computes. dense: all; gathered: those that the call's tokens chose, until these are as many;
+trt_moe: TensorRT's own layer, in place of which the verification executes the dense form."""
 
 
 class _Options(BaseModel):

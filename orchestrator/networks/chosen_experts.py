@@ -37,7 +37,7 @@ def chosen_experts(graph: GraphWriter, shape: RankShape, routing: Routing, prefi
     nothing = graph.constant("zero_1d", [0])
     choices = graph.node("Reshape", [routing.chosen, graph.constant("flat", [-1])], f"{prefix}.flat")
     if shape.moe_ep > 1:
-        choices = _mine(graph, shape, choices, prefix)
+        choices, _ = mine(graph, shape, choices, prefix)
     count = graph.node("Shape", [choices], f"{prefix}.count")
     size = graph.node("Min", [count, number], f"{prefix}.size")
     start = _start(graph, count, number, prefix)
@@ -57,14 +57,15 @@ def _start(graph: GraphWriter, count: str, number: str, prefix: str) -> str:
     return graph.node("Where", [is_few, graph.constant("zero_1d", [0]), count], f"{prefix}.start")
 
 
-def _mine(graph: GraphWriter, shape: RankShape, choices: str, prefix: str) -> str:
-    """Add the numbers of the choices among the rank's experts, zero for experts of other ranks."""
+def mine(graph: GraphWriter, shape: RankShape, choices: str, prefix: str) -> tuple[str, str]:
+    """Add the numbers of the choices among the rank's experts, zero for experts of other ranks, and whether they are the rank's."""
     first = graph.constant(f"expert_{shape.first_expert}", [shape.first_expert])
     nothing = graph.constant("zero_1d", [0])
     shifted = graph.node("Sub", [choices, first], f"{prefix}.shifted")
     above = graph.node("GreaterOrEqual", [shifted, nothing], f"{prefix}.above")
     below = graph.node("Less", [shifted, graph.constant(f"number_{shape.num_experts}", [shape.num_experts])], f"{prefix}.below")
-    return graph.node("Where", [graph.node("And", [above, below], f"{prefix}.is_mine"), shifted, nothing], f"{prefix}.mine")
+    is_mine = graph.node("And", [above, below], f"{prefix}.is_mine")
+    return graph.node("Where", [is_mine, shifted, nothing], f"{prefix}.mine"), is_mine
 
 
 def _first(graph: GraphWriter, numbers: str, places: str, prefix: str) -> str:

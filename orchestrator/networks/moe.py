@@ -2,13 +2,15 @@
 
 Every expert that a call computes, computes every token. The sum is weighted by the router, with zero for experts that a token did
 not choose. In the dense form these are all experts of the rank; in the gathered form those that any token chose, and one decode
-step reads the weights of few. TensorRT takes no quantized weights in a Gather, so these are dequantized before.
+step reads the weights of few. TensorRT takes no quantized weights in a Gather, so these are dequantized before. TensorRT's own
+layer stands in place of either where it is asked for.
 """
 
 from __future__ import annotations
 
 from orchestrator.model.config import MoeConfig
 from orchestrator.networks.chosen_experts import chosen_experts
+from orchestrator.networks.expert_layer import moe_layer
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, scale
 from orchestrator.networks.quantized import quantized_input, quantized_weight
@@ -27,6 +29,8 @@ def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
 
 
 def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    if shape.experts == "trt_moe" and not shape.portable:
+        return moe_layer(graph, shape, routing(graph, shape, moe, x, prefix), x, prefix)
     config, moe_tp = shape.config, shape.tp // shape.moe_ep
     local = shape.num_experts
     width = config.expert_size // moe_tp

@@ -26,6 +26,8 @@ class Routing:
     """Weights of the rank's experts in the graph's dtype, [batch, local experts, tokens, 1]; zero: not chosen."""
     chosen: str
     """Numbers of the chosen experts among those of all ranks, int64 [batch, tokens, top_k]."""
+    chosen_weights: str
+    """Their weights, float32 [batch, tokens, top_k]."""
 
 
 def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> Routing:
@@ -40,7 +42,7 @@ def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
     mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
     turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
     narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
-    return Routing(graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing"), indices)
+    return Routing(graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing"), indices, weights)
 
 
 def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:

@@ -173,10 +173,11 @@ class BuildConfig(Frozen):
     for_triton: bool = _later(False)
     """Build what Triton's TensorRT backend can run: one optimization profile, and KV caches that are written as a whole, not in
     place, which takes more memory and time. Needs backend tensorrt."""
-    experts: Literal["auto", "dense", "gathered"] = _later("auto")
+    experts: Literal["auto", "dense", "gathered", "trt_moe"] = _later("auto")
     """Experts that a rank of a mixture computes. dense: all of them for every token; gathered: those that the call's tokens chose,
-    so that a decode step reads fewer weights, and a prefill copies them; auto: gathered where a decode step of opt_batch_size
-    sequences chooses at most half of the rank's experts and they are not quantized."""
+    so that a decode step reads fewer weights, and a prefill copies them; trt_moe: TensorRT's own layer for SM100 and SM103, backend
+    tensorrt, unquantized SwiGLU experts without biases, which nobody has run yet. auto: gathered where a decode step of
+    opt_batch_size sequences chooses at most half of the rank's experts and they are not quantized."""
     profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = "layer_names_only"
     """How much of its layers the engine tells profilers."""
 
@@ -191,6 +192,8 @@ class BuildConfig(Frozen):
             raise ValueError("max_seq_len is smaller than max_input_len")
         if self.max_logits_per_sequence > self.max_input_len:
             raise ValueError("max_logits_per_sequence is greater than max_input_len")
+        if self.experts == "trt_moe" and self.backend != "tensorrt":
+            raise ValueError("experts trt_moe needs backend tensorrt: TensorRT-RTX cannot compile that layer")
         if self.backend == "tensorrt_rtx":
             for option, reason in _NOT_IN_RTX.items():
                 if getattr(self, option):

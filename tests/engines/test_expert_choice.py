@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.base.errors import SpecError
-from orchestrator.engines.experts import computed_experts, expert_choice
+from orchestrator.base.errors import EngineBuildError, SpecError
+from orchestrator.engines.experts import computed_experts, expert_choice, require_expert_layer
 from orchestrator.model.config import ModelConfig, MoeConfig
 from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology
@@ -49,6 +49,45 @@ def test_choice_gathers_where_a_decode_step_reads_half_of_the_experts_or_less_on
 @pytest.mark.parametrize("form", ["dense", "gathered"])
 def test_choice_of_a_form_that_is_asked_for_is_that_form(form: Any) -> None:
     assert expert_choice(stage(), BuildConfig(experts=form)).form == form
+
+
+TENSORRT = BuildConfig(backend="tensorrt", experts="trt_moe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"hidden_act": "gelu"}, "experts but SwiGLU ones"),
+        ({"dtype": "float32"}, "float32"),
+        ({"moe": MoeConfig(num_experts=8, top_k=2, expert_bias=True)}, "biases and bounds"),
+        ({"moe": MoeConfig(num_experts=8, top_k=2, swiglu_limit=7.0)}, "biases and bounds"),
+        ({"moe": MoeConfig(num_experts=8, top_k=2, gated=False)}, "experts but SwiGLU ones"),
+    ],
+)
+def test_choice_of_tensorrts_layer_for_experts_that_it_lacks_is_refused(changes: dict[str, Any], missing: str) -> None:
+    made = stage()
+    with pytest.raises(SpecError, match=missing):
+        expert_choice(made.model_copy(update={"config": made.config.model_copy(update=changes)}), TENSORRT)
+
+
+def test_choice_of_tensorrts_layer_is_never_made_by_itself_and_taken_where_it_is_asked_for() -> None:
+    assert expert_choice(stage(), TENSORRT).form == "trt_moe"
+    assert expert_choice(stage(), BuildConfig(backend="tensorrt")).form == "gathered"
+
+
+@pytest.mark.parametrize(("capability", "has"), [("9.0", False), ("10.0", True), ("10.3", True), ("11.0", False), ("12.0", False)])
+def test_build_of_tensorrts_layer_needs_a_gpu_that_has_it(capability: str, has: bool) -> None:
+    require_expert_layer("gathered", capability)
+    if has:
+        require_expert_layer("trt_moe", capability)
+    else:
+        with pytest.raises(EngineBuildError, match="SM100 or SM103"):
+            require_expert_layer("trt_moe", capability)
+
+
+def test_build_config_with_tensorrts_layer_for_rtx_is_refused() -> None:
+    with pytest.raises(ValueError, match="TensorRT-RTX cannot compile that layer"):
+        BuildConfig(experts="trt_moe")
 
 
 def test_choice_for_a_model_without_experts_is_dense_and_a_form_is_refused() -> None:

@@ -201,6 +201,81 @@ def test_mixture_that_gathers_the_chosen_experts_computes_what_transformers_comp
     assert compared(case, tp=tp, ep=ep, form="gathered", size=size) < 2e-6
 
 
+def computed_by_the_layer(
+    moe: MoeConfig, weights: Mapping[str, npt.NDArray[np.float32]], x: npt.NDArray[np.float32], tp: int, ep: int
+) -> Any:
+    """The sum over the ranks of what TRT_MoE is documented to compute, of the operands that its node gets."""
+    config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
+    stage = StageOptions.of(config, Topology(tp, 1, moe_ep=ep), 0)
+    total = np.zeros_like(x)
+    for rank in range(tp):
+        graph = GraphWriter("layer")
+        graph.input("x", "float32", ["batch", "tokens", HIDDEN])
+        moe_mlp(graph, RankShape(stage, "float32", rank, experts="trt_moe"), "x", PREFIX)
+        model = graph.model()
+        (layer,) = (node for node in model.graph.node if node.op_type == "TRT_MoE")
+        nodes = [node for node in model.graph.node if node.op_type not in ("TRT_MoE", "DistCollective")]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        for name in layer.input[1:]:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+        for initializer in model.graph.initializer:
+            if initializer.data_location == onnx.TensorProto.EXTERNAL:
+                part = part_of(initializer.name, weights[initializer.name], tp // ep, rank, ep)
+                initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(part), initializer.name))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        numbers, scores, gate, up, down = session.run(list(layer.input[1:]), {"x": x})
+        assert numbers.dtype == np.int32
+        for batch, token, k in np.ndindex(*numbers.shape):
+            expert, hidden = numbers[batch, token, k], x[batch, token]
+            gated = hidden @ gate[expert]
+            total[batch, token] += scores[batch, token, k] * ((gated / (1 + np.exp(-gated)) * (hidden @ up[expert])) @ down[expert])
+    return total
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize("case", ["glm4_moe", "qwen2_moe"])
+def test_layer_of_experts_gets_operands_that_compute_what_the_dense_form_does(case: str, tp: int, ep: int) -> None:
+    x = np.random.default_rng(9).normal(size=(2, 3, HIDDEN)).astype(np.float32)
+    fields = {**CASES[case][4], "shared_expert_intermediate_size": 0}
+    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **fields)
+    weights = weights_of(module_of(case))
+    expected = run(moe, weights, x, tp, ep)
+    assert np.abs(computed_by_the_layer(moe, weights, x, tp, ep) - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layer_of_experts_is_parsed_as_tensorrts_own_layer(dtype: str) -> None:
+    """The parser of TensorRT-RTX knows the operator; its builder has no such layer."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN)
+    config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
+    graph = GraphWriter("layer")
+    graph.input("x", dtype, ["batch", "tokens", HIDDEN])
+    stage = StageOptions.of(config, Topology(1, 1), 0)
+    graph.output(moe_mlp(graph, RankShape(stage, dtype, experts="trt_moe"), "x", PREFIX), dtype, ["batch", "tokens", HIDDEN])
+    logger = trt.Logger(trt.Logger.Severity.INTERNAL_ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    model = graph.model()
+    kept = [
+        np.zeros(tuple(tensor.dims), np.float32 if tensor.data_type == onnx.TensorProto.FLOAT else np.uint16)
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    assert parser.load_model_proto(model.SerializeToString())
+    names = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    for name, array in zip(names, kept, strict=True):
+        assert parser.load_initializer(name, array.ctypes.data, array.nbytes)
+    assert parser.parse_model_proto(), [parser.get_error(number).desc() for number in range(parser.num_errors)]
+    (layer,) = (layer for layer in map(network.get_layer, range(network.num_layers)) if layer.type == trt.LayerType.MOE)
+    layer.__class__ = trt.IMoELayer
+    assert layer.activation_type == trt.MoEActType.SILU
+    assert [tuple(layer.get_input(number).shape) for number in (3, 4, 5)] == [
+        (EXPERTS, HIDDEN, SIZE), (EXPERTS, HIDDEN, SIZE), (EXPERTS, SIZE, HIDDEN),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("case", "wrong"),
     [

@@ -19,7 +19,7 @@ from orchestrator.work.verify import inputs
 from tests.integration.steps import run_steps
 from tests.support.families import write_tiny
 
-_FIRST, _MINE, _START = chosen_experts._first, chosen_experts._mine, chosen_experts._start
+_FIRST, _MINE, _START = chosen_experts._first, chosen_experts.mine, chosen_experts._start
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,12 @@ def _counted_again(graph: GraphWriter, numbers: str, places: str, prefix: str) -
     )
 
 
-def _of_the_next(graph: GraphWriter, shape: RankShape, choices: str, prefix: str) -> str:
+def _of_the_next(graph: GraphWriter, shape: RankShape, choices: str, prefix: str) -> tuple[str, str]:
     """Gather the rank's experts off by one."""
-    mine = _MINE(graph, shape, choices, prefix)
+    mine, is_mine = _MINE(graph, shape, choices, prefix)
     shifted = graph.node("Add", [mine, graph.constant("one_1d", [1])], f"{prefix}.next")
-    return graph.node("Mod", [shifted, graph.constant(f"number_{shape.num_experts}", [shape.num_experts])], f"{prefix}.around")
+    number = graph.constant(f"number_{shape.num_experts}", [shape.num_experts])
+    return graph.node("Mod", [shifted, number], f"{prefix}.around"), is_mine
 
 
 def _late_start(graph: GraphWriter, count: str, number: str, prefix: str) -> str:
@@ -78,7 +79,7 @@ def _late_start(graph: GraphWriter, count: str, number: str, prefix: str) -> str
     return graph.node("Add", [start, late], f"{prefix}.later")
 
 
-WRONG = {"_first": _counted_again, "_mine": _of_the_next, "_start": _late_start}
+WRONG = {"_first": _counted_again, "mine": _of_the_next, "_start": _late_start}
 
 
 @pytest.mark.parametrize("function", WRONG)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from orchestrator.engines import EngineRequest, backend, installed_version, require_collectives, require_version
+from orchestrator.engines.device import visible_gpus
+from orchestrator.engines.experts import require_expert_layer
 from orchestrator.engines.profiles import rank_profiles
 from orchestrator.engines.record import EngineRecord
 from orchestrator.networks import Rendering, decoder_network
@@ -38,6 +40,8 @@ def compile_rank(
 ) -> EngineRecord:
     """Compile a rank from its converted weights, streaming the engine to `write`."""
     require_collectives(options.engine.backend, installed_version(options.engine.backend), options.stage.tp)
+    for gpu in visible_gpus()[:1]:
+        require_expert_layer(options.network.experts, gpu.compute_capability)
     network = decoder_network(options.network, options.tp_rank, Rendering.compiled(options.network, not options.engine.for_triton))
     request = EngineRequest(
         model=network.model.SerializeToString(),

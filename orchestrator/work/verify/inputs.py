@@ -46,7 +46,7 @@ class Call:
 
 def repeated(network: StageNetwork, num_sequences: int) -> tuple[int, ...]:
     """Return for how many of the first sequences, of `num_sequences`, the last step is repeated alone; empty: it is not."""
-    return () if network.experts == "dense" else tuple(count for count in _REPEATED if count < num_sequences)
+    return tuple(count for count in _REPEATED if count < num_sequences) if network.experts == "gathered" else ()
 
 
 def make_calls(tokens: Ints, lengths: Ints, decode_steps: int, repeats: Sequence[int] = ()) -> list[Call]:
