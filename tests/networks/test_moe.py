@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from orchestrator.model.config import MoeConfig
@@ -199,6 +201,25 @@ def test_mixture_that_gathers_the_chosen_experts_computes_what_transformers_comp
     case: str, tp: int, ep: int, size: tuple[int, int]
 ) -> None:
     assert compared(case, tp=tp, ep=ep, form="gathered", size=size) < 2e-6
+
+
+@given(
+    local=st.integers(1, 6), ep=st.sampled_from([1, 2, 3]), moe_tp=st.sampled_from([1, 2]), share=st.floats(0, 1),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 5)), seed=st.integers(0, 2**16), bias=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_gathered_experts_compute_what_the_dense_form_does(
+    local: int, ep: int, moe_tp: int, share: float, size: tuple[int, int], seed: int, bias: bool
+) -> None:
+    experts = local * ep
+    moe = MoeConfig(num_experts=experts, top_k=max(1, round(share * experts)), expert_bias=bias)
+    rng = np.random.default_rng(seed)
+    shapes = {"router.weight": (experts, HIDDEN), "fc.weight": (experts, 2 * SIZE, HIDDEN), "proj.weight": (experts, HIDDEN, SIZE)}
+    shapes |= {"fc.bias": (experts, 2 * SIZE), "proj.bias": (experts, HIDDEN)} if bias else {}
+    weights = {f"{PREFIX}.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    x = rng.normal(size=(*size, HIDDEN)).astype(np.float32)
+    dense, gathered = (run(moe, weights, x, moe_tp * ep, ep, form) for form in ("dense", "gathered"))
+    assert np.abs(gathered - dense).max() <= 2e-6 * np.abs(dense).max()
 
 
 def computed_by_the_layer(
