@@ -23,7 +23,7 @@ class ChosenExperts:
     numbers: str
     """Numbers among the rank's experts, int64 [M]. Several entries may name one expert."""
     weights: str
-    """Weight of each token for each entry, [batch, M, tokens, 1]; zero for an entry that names an expert again."""
+    """Weight of each token for each entry, [M, batch x tokens, 1]; zero for an entry that names an expert again."""
 
 
 def chosen_experts(graph: GraphWriter, shape: RankShape, routing: Routing, prefix: str) -> ChosenExperts:
@@ -43,7 +43,7 @@ def chosen_experts(graph: GraphWriter, shape: RankShape, routing: Routing, prefi
     start = _start(graph, count, number, prefix)
     both = graph.node("Concat", [choices, every], f"{prefix}.both", axis=0)
     numbers = graph.node("Slice", [both, start, graph.node("Add", [start, size], f"{prefix}.end")], f"{prefix}.numbers")
-    weights = graph.node("Gather", [routing.weights, numbers], f"{prefix}.routing", axis=1)
+    weights = graph.node("Gather", [routing.weights, numbers], f"{prefix}.routing", axis=0)
     places = graph.node("Slice", [every, nothing, size], f"{prefix}.places")
     first = _first(graph, numbers, places, prefix)
     factor = graph.node("Cast", [first], f"{prefix}.first_cast", to=graph.onnx_dtype(shape.dtype))

@@ -29,27 +29,33 @@ def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
 
 
 def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
+    """Add the weighted sum of the experts' outputs, as x [batch, tokens, hidden].
+
+    Sequences follow each other as one row of tokens, so that each expert's weights are read once for all. (And ONNX Runtime 1.31
+    multiplies [B, 1, S, H] by [E, H, W] wrongly on CUDA where B equals E.)
+    """
+    routed = routing(graph, shape, moe, x, prefix)
     if shape.experts == "trt_moe" and not shape.portable:
-        return moe_layer(graph, shape, routing(graph, shape, moe, x, prefix), x, prefix)
+        return moe_layer(graph, shape, routed, x, prefix)
     config, moe_tp = shape.config, shape.tp // shape.moe_ep
-    local = shape.num_experts
+    local, hidden = shape.num_experts, config.hidden_size
     width = config.expert_size // moe_tp
     rows = (2 if moe.gated else 1) * width
-    routed = routing(graph, shape, moe, x, prefix)
     numbers, weights = None, routed.weights
     if shape.experts == "gathered":
         chosen = chosen_experts(graph, shape, routed, prefix)
         numbers, weights = chosen.numbers, chosen.weights
-    # [batch, 1, tokens, hidden] @ [experts, hidden, 2 x width]
-    both = _batched(graph, shape, x, f"{prefix}.fc", (local, rows, config.hidden_size), numbers, shared=True)
+    tokens = graph.node("Reshape", [x, graph.constant(f"row_of_{hidden}", [1, -1, hidden])], f"{prefix}.tokens")
+    both = _batched(graph, shape, tokens, f"{prefix}.fc", (local, rows, hidden), numbers)
     if moe.expert_bias:
         both = _biased(graph, shape, both, f"{prefix}.fc", (local, rows), numbers)
     product = _activated(graph, shape, moe, both, f"{prefix}.expert", width)
-    out = _batched(graph, shape, product, f"{prefix}.proj", (local, config.hidden_size, width), numbers, shared=False)
+    out = _batched(graph, shape, product, f"{prefix}.proj", (local, hidden, width), numbers)
     if moe.expert_bias:  # each of the ranks that share an expert adds its part, because the sum over the ranks comes last
-        out = _biased(graph, shape, out, f"{prefix}.proj", (local, config.hidden_size), numbers, 1.0 / moe_tp)
+        out = _biased(graph, shape, out, f"{prefix}.proj", (local, hidden), numbers, 1.0 / moe_tp)
     weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
-    return graph.node("ReduceSum", [weighted, graph.constant("axis_1", [1])], f"{prefix}.sum", keepdims=0)
+    total = graph.node("ReduceSum", [weighted, graph.constant("axis_0", [0])], f"{prefix}.sum", keepdims=0)
+    return graph.node("Reshape", [total, graph.node("Shape", [x], f"{prefix}.size")], f"{prefix}.experts")
 
 
 def _of_chosen(graph: GraphWriter, x: str, numbers: str | None) -> str:
@@ -60,7 +66,7 @@ def _of_chosen(graph: GraphWriter, x: str, numbers: str | None) -> str:
 def _biased(
     graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int], numbers: str | None, part: float = 1.0
 ) -> str:
-    """Add `part` of the bias of each expert, [experts, out], to [batch, experts, tokens, out]."""
+    """Add `part` of the bias of each expert, [experts, out], to [experts, tokens, out]."""
     stored = _of_chosen(graph, graph.external(f"{prefix}.bias", shape.dtype, size), numbers)
     bias = scale(graph, stored, part, f"{prefix}.bias_part", shape.dtype)
     wide = graph.node("Unsqueeze", [bias, graph.constant("axis_1", [1])], f"{prefix}.bias_tokens")
@@ -93,42 +99,21 @@ def _clamped(graph: GraphWriter, shape: RankShape, moe: MoeConfig, both: str, pr
     return graph.node("Mul", [swish, up], f"{prefix}.product")
 
 
-def _batched(
-    graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], numbers: str | None, *, shared: bool
-) -> str:
-    """Add x @ weight^T for the experts, [batch, experts, tokens, out]. `size`: (experts, out, in); `numbers`: as in `_of_chosen`.
+def _batched(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: tuple[int, int, int], numbers: str | None) -> str:
+    """Add x @ weight^T for the experts, [experts, tokens, out]. `size`: (experts, out, in); `numbers`: as in `_of_chosen`.
 
-    x is [batch, tokens, in], the same for all experts (`shared`), or [batch, experts, tokens, in].
+    x is [1, tokens, in], the same for all experts, or [experts, tokens, in].
     """
     experts, out, inner = size
     fmt, factor = shape.format_of(prefix), None
-    wide = graph.node("Unsqueeze", [x, graph.constant("axis_1", [1])], f"{prefix}.tokens") if shared and fmt is None else x
     if fmt is None:
         weight = graph.external(f"{prefix}.weight", shape.dtype, size)
     else:
         weight = quantized_weight(graph, shape, prefix, (out, inner), fmt, experts)
-        # quantized_input takes [batch, tokens, in] only
-        flat = x
-        if not shared:
-            flat = graph.node("Reshape", [x, graph.constant(f"flat_{inner}_experts", [0, -1, inner])], f"{prefix}.input_flat")
-        rounded, factor = quantized_input(graph, shape, flat, prefix, inner, fmt)
-        wide = _per_expert(graph, rounded, x, prefix, shared=shared)
-        factor = None if factor is None else _per_expert(graph, factor, x, prefix, shared=shared)
+        x, factor = quantized_input(graph, shape, x, prefix, inner, fmt)
     transposed = graph.node("Transpose", [_of_chosen(graph, weight, numbers)], f"{prefix}.weight_t", perm=[0, 2, 1])
-    product = graph.node("MatMul", [wide, transposed], f"{prefix}.matmul")
+    product = graph.node("MatMul", [x, transposed], f"{prefix}.matmul")
     return product if factor is None else graph.node("Mul", [product, factor], f"{prefix}.rescaled")
-
-
-def _per_expert(graph: GraphWriter, flat: str, x: str, prefix: str, *, shared: bool) -> str:
-    """Add a factor or a rounded input, [batch, tokens, size], as [batch, 1, tokens, size] (`shared`), or as x has the experts."""
-    if shared:
-        return graph.node("Unsqueeze", [flat, graph.constant("axis_1", [1])], f"{flat}.tokens")
-    sizes = f"{prefix}.expert_sizes"
-    if not graph.has(sizes):
-        graph.node(
-            "Concat", [graph.node("Shape", [x], f"{sizes}.first", start=0, end=3), graph.constant("flat", [-1])], sizes, axis=0
-        )
-    return graph.node("Reshape", [flat, sizes], f"{flat}.experts")
 
 
 def _shared_expert(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:

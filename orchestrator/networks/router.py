@@ -23,7 +23,7 @@ class Routing:
     """What the router says of the tokens."""
 
     weights: str
-    """Weights of the rank's experts in the graph's dtype, [batch, local experts, tokens, 1]; zero: not chosen."""
+    """Weights of the rank's experts in the graph's dtype, [local experts, batch x tokens, 1]; zero: not chosen."""
     chosen: str
     """Numbers of the chosen experts among those of all ranks, int64 [batch, tokens, top_k]."""
     chosen_weights: str
@@ -40,9 +40,10 @@ def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
     local, begin = shape.num_experts, shape.first_expert
     bounds = [graph.constant(f"expert_{begin}", [begin]), graph.constant(f"expert_{begin + local}", [begin + local])]
     mine = graph.node("Slice", [spread, *bounds, graph.constant("axis_last", [-1])], f"{prefix}.mine")
-    turned = graph.node("Transpose", [mine], f"{prefix}.mine_t", perm=[0, 2, 1])
+    flat = graph.node("Reshape", [mine, graph.constant(f"rows_of_{local}", [-1, local])], f"{prefix}.mine_flat")
+    turned = graph.node("Transpose", [flat], f"{prefix}.mine_t", perm=[1, 0])
     narrow = graph.node("Cast", [turned], f"{prefix}.mine_cast", to=graph.onnx_dtype(shape.dtype))
-    return Routing(graph.node("Unsqueeze", [narrow, graph.constant("axis_3", [3])], f"{prefix}.routing"), indices, weights)
+    return Routing(graph.node("Unsqueeze", [narrow, graph.constant("axis_2", [2])], f"{prefix}.routing"), indices, weights)
 
 
 def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:

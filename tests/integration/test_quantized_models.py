@@ -209,7 +209,7 @@ def test_quantized_mixture_that_gathers_its_experts_is_compiled(algorithm: str |
     """In as few bytes as the dense form: neither weights that are kept twice, nor weights that are stored dequantized."""
     models = models_of("large_moe")
     (_, dense), (_, gathered) = (models.compile((algorithm, None), 1, 0, ("12.0",), form) for form in ("dense", "gathered"))
-    assert gathered < 1.05 * dense
+    assert gathered < dense + 1_000_000  # kernels, whatever the size of the weights
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])
