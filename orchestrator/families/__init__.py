@@ -11,24 +11,30 @@ from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.arcee import ARCEE
+from orchestrator.families.cwm import CWM
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
 from orchestrator.families.ernie import ERNIE, ERNIE_MOE
+from orchestrator.families.exaone import EXAONE4
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
+from orchestrator.families.glm_dense import GLM, GLM4
 from orchestrator.families.gpt_oss import GPT_OSS
 from orchestrator.families.granite import GRANITE
+from orchestrator.families.helium import HELIUM
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mistral4 import MISTRAL4
 from orchestrator.families.mixtral import MIXTRAL
 from orchestrator.families.olmo import OLMO2
+from orchestrator.families.olmo3 import OLMO3
 from orchestrator.families.olmoe import OLMOE
 from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from orchestrator.families.seed import SEED_OSS
 from orchestrator.families.smollm import SMOLLM3
+from orchestrator.families.youtu import YOUTU
 from orchestrator.model.rules import Family
 
 FAMILIES: dict[str, Family] = {
@@ -62,6 +68,13 @@ FAMILIES: dict[str, Family] = {
         SEED_OSS,
         SMOLLM3,
         ARCEE,
+        GLM,
+        GLM4,
+        OLMO3,
+        EXAONE4,
+        HELIUM,
+        CWM,
+        YOUTU,
     )
 }
 

@@ -26,6 +26,15 @@ _QKV_SECTIONS = ("q", "kv", "kv")
 _GATE_UP = SOURCE + "mlp.gate_up_proj.weight"
 _GATE_UP_SECTIONS = ("inter", "inter")
 
+FUSED_GATE_UP = Rule(
+    TARGET + "mlp.fc.weight",
+    (
+        Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 1),
+        Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 0),
+    ),
+)
+"""Rule of gate and up in one source tensor."""
+
 PHI3 = Family(
     name="phi3",
     architectures=("Phi3ForCausalLM",),
@@ -42,13 +51,7 @@ PHI3 = Family(
         ),
         DENSE,
         PRE_NORMS[1],
-        Rule(
-            TARGET + "mlp.fc.weight",
-            (
-                Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 1),
-                Part(_GATE_UP, ("inter", "hidden"), COLUMN, _GATE_UP_SECTIONS, 0),
-            ),
-        ),
+        FUSED_GATE_UP,
         GATED_MLP[4],
         *final(),
     ),

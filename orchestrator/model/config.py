@@ -264,6 +264,8 @@ def _translate(keys: Keys) -> dict[str, Any]:
     if keys.table.whole_heads and keys.count("hidden_size") % heads:
         raise keys.error("hidden_size", f"is {keys.get('hidden_size')}, no multiple of the {heads} attention heads")
     head_size = latent.head_size if latent else keys.maybe_count("head_dim") or _quotient(keys, heads)
+    if keys.table.queries_fill_hidden and heads * head_size != keys.count("hidden_size"):
+        raise keys.error("head_dim", f"is {head_size}: {heads} heads do not make up hidden_size {keys.get('hidden_size')}")
     return {
         "vocab_size": keys.count("vocab_size"),
         "hidden_size": keys.count("hidden_size"),

@@ -121,6 +121,8 @@ def _base(parameters: Mapping[str, Any], keys: Keys, key: str, default: float) -
 
 
 def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
+    if not table.reads_type and "type" in parameters and "rope_type" not in parameters:
+        raise ArchitectureError(f"{where}: `type` is not supported, transformers reads rope_type here", "Name it rope_type.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = table.aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in table.kinds:
@@ -144,6 +146,8 @@ def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: in
         if (kind != "default" or keys.table.rotary.whole) and factors != {1.0}:
             raise keys.error("partial_rotary_factor", "rotates a part of each head, which this family does not", "Remove it.")
         return head_size
+    if not given and default != 1.0 and "partial_rotary_factor" in keys.given:
+        raise keys.error("partial_rotary_factor", f"is null, which rotates other than the family's {default:g}", "Remove it.")
     if len(factors) > 1:
         raise keys.error("partial_rotary_factor", f"has two values, {sorted(factors)}", "Leave one of them.")
     (factor,) = factors

@@ -39,10 +39,14 @@ class RotaryTable:
     kinds: tuple[str, ...] = ALL_KINDS
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Alias -> kind."""
+    reads_type: bool = True
+    """Whether transformers reads `type`, the older name of rope_type; if not, it is refused."""
     partial: bool = False
     """Whether partial_rotary_factor is read."""
     layers: str | None = None
     """Key of the list that says by 1 or 0 which layers are rotated, every no_rope_layer_interval-th not by default; None: all."""
+    only_windows: bool = False
+    """Whether a model with a window rotates the layers that have it only (EXAONE 4)."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Rotary parameters of a config.json that has none."""
     scales_queries: bool = False
@@ -105,6 +109,8 @@ class ConfigTable:
     v_head_dim."""
     whole_heads: bool = False
     """Whether hidden_size must be a multiple of num_attention_heads even if head_dim is given."""
+    queries_fill_hidden: bool = False
+    """Whether the heads must have hidden_size elements together, because the output projection is square (Helium)."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})

@@ -44,6 +44,16 @@ def _pattern(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     return [(layer + 1) % pattern != 0 for layer in range(layers)]
 
 
+def _but_fourth(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """OLMo 3: all layers but every fourth have the window."""
+    return [(layer + 1) % 4 != 0 for layer in range(layers)]
+
+
+def _but_first_of_four(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """CWM: all layers but the first of every four have the window."""
+    return [layer % 4 != 0 for layer in range(layers)]
+
+
 def _without_rotary(keys: Keys, layers: int, window: int | None) -> list[bool]:
     """SmolLM3: the layers without rotary embedding have the window."""
     return [window is not None and not rotated for rotated in rotated_layers(keys, layers)]
@@ -56,12 +66,17 @@ WINDOW_RULES: dict[str, Rule] = {
     "even_below_max_window_layers": _even_below_max_window_layers,
     "every_other": _every_other,
     "pattern": _pattern,
+    "but_fourth": _but_fourth,
+    "but_first_of_four": _but_first_of_four,
     "without_rotary": _without_rotary,
 }
 
 
 def windows(keys: Keys, layers: int) -> dict[str, Any]:
-    """Return sliding_window and window_layers of ModelConfig. Raises ArchitectureError for keys that contradict each other."""
+    """Return sliding_window and window_layers of ModelConfig, and rotary_layers where windows decide of it.
+
+    Raises ArchitectureError for keys that contradict each other.
+    """
     table = keys.table
     if table.windows == "none":
         _check_kinds(keys, layers)
@@ -74,9 +89,10 @@ def windows(keys: Keys, layers: int) -> dict[str, Any]:
     if any(chosen) and window is None:
         what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
         raise keys.error(what, "gives layers a window, but sliding_window is missing", "Set sliding_window, or give no layer one.")
+    rotated = {"rotary_layers": tuple(chosen)} if table.rotary.only_windows and window and not all(chosen) else {}
     if not any(chosen):
-        return {"sliding_window": None}
-    return {"sliding_window": window, "window_layers": None if all(chosen) else tuple(chosen)}
+        return {"sliding_window": None, **rotated}
+    return {"sliding_window": window, "window_layers": None if all(chosen) else tuple(chosen), **rotated}
 
 
 def _check_kinds(keys: Keys, layers: int) -> list[str] | None:

@@ -44,7 +44,7 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in config:
         made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
         made |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "hidden_size": 2 * HEAD_SIZE}
-    made |= {"head_dim": HEAD_SIZE} if "head_dim" in config else {}
+    made |= {"head_dim": 8 if config["head_dim"] == config.get("qk_rope_head_dim") else HEAD_SIZE} if "head_dim" in config else {}
     scaling = config.get("rope_scaling") or {}
     if "long_factor" in scaling:
         pairs = int(HEAD_SIZE * config.get("partial_rotary_factor", 1.0)) // 2

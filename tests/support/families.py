@@ -122,6 +122,27 @@ TINY: dict[str, TinyFamily] = {
     "smollm3": TinyFamily(
         "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 5}
     ),
+    "glm": TinyFamily("GlmForCausalLM", "GlmConfig"),
+    "glm4": TinyFamily("Glm4ForCausalLM", "Glm4Config"),
+    "olmo3": TinyFamily("Olmo3ForCausalLM", "Olmo3Config", {"num_hidden_layers": 5, "sliding_window": 5}),
+    "exaone4": TinyFamily("Exaone4ForCausalLM", "Exaone4Config", {"num_hidden_layers": 5, "sliding_window": 5}),
+    "helium": TinyFamily("HeliumForCausalLM", "HeliumConfig"),
+    "cwm": TinyFamily(
+        "CwmForCausalLM",
+        "CwmConfig",
+        {
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "youtu": TinyFamily("YoutuForCausalLM", "YoutuConfig", LATENT),
     "arcee": TinyFamily("ArceeForCausalLM", "ArceeConfig"),
     "seed_oss": TinyFamily("SeedOssForCausalLM", "SeedOssConfig"),
     "minimax_m2": TinyFamily(

@@ -117,7 +117,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         expert_layers=has_experts,
         groups=groups,
         qk_norm=hasattr(attention, "q_norm"),
-        rotated_layers=tuple(bool(getattr(layer.self_attn, "use_rope", True)) for layer in model.model.layers),
+        rotated_layers=tuple(call["rotated"] for call in calls),
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
         sinks=hasattr(attention, "sinks"),
@@ -140,24 +140,37 @@ def _query_scale(made: Any) -> float | None:
 
 
 def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
-    """What attention was called with in each layer, and the first layer's input."""
+    """What attention was called with in each layer, whether it was rotated, and the first layer's input."""
     import torch
 
     module = importlib.import_module(type(model).__module__)
     calls: list[dict[str, Any]] = []
     caught: list[Any] = []
     plain = module.eager_attention_forward
+    rotations = {name: function for name, function in vars(module).items() if name.startswith("apply_rotary_pos_emb")}
+    rotated: list[bool] = []
+
+    def rotating(function: Any) -> Any:
+        def rotate(*args: Any, **kwargs: Any) -> Any:
+            rotated.append(True)
+            return function(*args, **kwargs)
+
+        return rotate
 
     def recorded(layer: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         scaling = kwargs.get("scaling")
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         calls.append({"mask": mask, "scaling": scaling, "softcap": kwargs.get("softcap"), "kv_heads": key.shape[1]})
+        calls[-1]["rotated"] = bool(rotated)
+        rotated.clear()
         return plain(layer, query, key, value, mask, *args, **kwargs)
 
     hook = model.model.layers[0].register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
     patch = pytest.MonkeyPatch()
     try:
         patch.setattr(module, "eager_attention_forward", recorded)
+        for name, function in rotations.items():
+            patch.setattr(module, name, rotating(function))
         model(torch.arange(NUM_TOKENS)[None] % model.config.vocab_size, use_cache=False)
     finally:
         hook.remove()
