@@ -3,12 +3,17 @@
     python -m benchmarks.families [--engines] [--only WORD] [--experts FORM] [--device cuda] [--folder DIR]
 
 `--experts` takes mixtures only, with this form of experts. `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
+The reference of a family serves all its topologies, and the shards of tp=2, pp=2 its engines; steps of an earlier run in `--folder` are
+taken from there. The last line counts what was compared and built, and the steps that ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
+import time
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +24,10 @@ from orchestrator.model.topology import problems
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
+from orchestrator.stores import open_store
 from tests.support.families import TINY, write_tiny
 
 TOPOLOGIES: dict[str, dict[str, int]] = {
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    began, counts = time.monotonic(), Counter[str]()
     table = Table("family", *TOPOLOGIES, *(["engines"] if arguments.engines else []), box=None)
     for family in (name for name in TINY if arguments.only in name):
         source = arguments.folder / family
@@ -49,11 +57,17 @@ def main() -> None:
         store = arguments.folder / f"store-{arguments.device}"
         if arguments.experts != "auto" and plan(source, {}).inputs.config.moe is None:
             continue
-        cells = [cell(source, topology, store, arguments.device, arguments.experts) for topology in TOPOLOGIES.values()]
+        cells = [cell(source, topology, store, arguments.device, arguments.experts, counts) for topology in TOPOLOGIES.values()]
         if arguments.engines:
-            cells.append(f"{num_engines(source, store, arguments.experts)} built")
+            cells.append(f"{num_engines(source, store, arguments.experts, counts)} built")
+        counts["families"] += 1
         table.add_row(family, *cells)
     Console(width=140).print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"{counts['families']} families, {counts['cells']} topologies compared, {counts['engines']} engines built; "
+        f"{counts['run']} steps run, {counts['kept']} taken from the folder; {time.monotonic() - began:.0f} s, {peak / 1e9:.1f} GB at the peak"
+    )
 
 
 def plan(source: Path, topology: dict[str, int], device: str = "cpu", experts: str = "auto") -> Plan:
@@ -66,17 +80,21 @@ def plan(source: Path, topology: dict[str, int], device: str = "cpu", experts: s
     return preparation.plan(decode(BuildSpec, plain, "benchmark"))
 
 
-def run(made: Plan, store: Path, kinds: tuple[Kind, ...]) -> dict[str, Outcome]:
+def run(made: Plan, store: Path, kinds: tuple[Kind, ...], counts: Counter[str]) -> dict[str, Outcome]:
     """Outcome by step name; committed steps are not repeated."""
-    found: dict[str, Outcome] = {}
+    address = store.resolve().as_uri()
+    digests = [step.digest for step in made.steps if step.kind in kinds]
+    found: dict[str, Outcome] = commits.committed(open_store(address), digests)
+    counts["kept"] += len(found)
     for step in made.steps:
-        if step.kind in kinds:
-            task = Task(step=step, inputs={need: found[need] for need in step.needs}, attempt=1, store=store.resolve().as_uri())
+        if step.digest in digests and step.digest not in found:
+            counts["run"] += 1
+            task = Task(step=step, inputs={need: found[need] for need in step.needs}, attempt=1, store=address)
             found[step.digest] = work.run(task, lambda event: None)
     return {outcome.name: outcome for outcome in found.values()}
 
 
-def cell(source: Path, topology: dict[str, int], store: Path, device: str, experts: str) -> str:
+def cell(source: Path, topology: dict[str, int], store: Path, device: str, experts: str, counts: Counter[str]) -> str:
     """The worst relative error, or '-' where the topology is illegal for the model."""
     if topology.get("moe_ep"):
         wanted = decode(
@@ -85,15 +103,18 @@ def cell(source: Path, topology: dict[str, int], store: Path, device: str, exper
         if problems(wanted.topology.topology(), plan(source, {}).inputs.config.limits()):
             return "-"
     made = plan(source, topology, device, experts)
-    outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+    outcomes = run(made, store, (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY), counts)
+    counts["cells"] += 1
     last = [step.name for step in made.of_kind(Kind.VERIFY)][-1]
     return f"{outcomes[last].facts.verification.max_relative_error:.1e}"
 
 
-def num_engines(source: Path, store: Path, experts: str) -> int:
+def num_engines(source: Path, store: Path, experts: str, counts: Counter[str]) -> int:
     """Build every rank at one topology."""
-    outcomes = run(plan(source, TOPOLOGIES[ENGINES_AT], experts=experts), store, (Kind.CONVERT, Kind.BUILD))
-    return sum(outcome.kind is Kind.BUILD for outcome in outcomes.values())
+    outcomes = run(plan(source, TOPOLOGIES[ENGINES_AT], experts=experts), store, (Kind.CONVERT, Kind.BUILD), counts)
+    built = sum(outcome.kind is Kind.BUILD for outcome in outcomes.values())
+    counts["engines"] += built
+    return built
 
 
 if __name__ == "__main__":
