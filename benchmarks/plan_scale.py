@@ -61,12 +61,12 @@ def main() -> None:
     report(moe, {"tp": 32, "pp": 4, "moe_ep": 32}, arguments.rounds, arguments.profile)
 
 
-def report(source: Path, topology: dict[str, int], num_rounds: int, profile: bool) -> None:
-    """Plan in processes of their own and print the median round."""
-    rounds = sorted((plan(source, topology, profile) for _ in range(num_rounds)), key=lambda found: float(found["plan_seconds"]))
+def report(source: Path, topology: dict[str, int], num_rounds: int, profile: bool, algorithm: str | None = None) -> None:
+    """Plan in processes of their own and print the median round. `algorithm`: of the quantization; None: not quantized."""
+    rounds = sorted((plan(source, topology, profile, algorithm) for _ in range(num_rounds)), key=lambda found: float(found["plan_seconds"]))
     found = rounds[len(rounds) // 2]
     assert len({item["build_key"] for item in rounds}) == 1, "the plan is not the same each time"
-    print(f"{source.name}: {found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors, {topology}: {found['steps']} steps")
+    print(f"{source.name}: {found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors, {topology}, {algorithm or 'not quantized'}: {found['steps']} steps")
     print(f"seconds of the plan               {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
     print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
     memory = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in found["memory_bytes"].items())
@@ -75,11 +75,12 @@ def report(source: Path, topology: dict[str, int], num_rounds: int, profile: boo
         print(line)
 
 
-def plan(source: Path, topology: dict[str, int], profile: bool) -> dict[str, Any]:
+def plan(source: Path, topology: dict[str, int], profile: bool, algorithm: str | None = None) -> dict[str, Any]:
     """One round: what the process measured of itself."""
     spec = {
         "source": {"path": str(source.resolve())}, "topology": topology,
         "engine": {"max_seq_len": 8192}, "release": {"name": "bench", "version": "1"},
+        **({"quantization": {"algorithm": algorithm}} if algorithm else {}),
     }  # fmt: skip
     words = [sys.executable, "-c", _CHILD, json.dumps(spec), "profile" if profile else ""]
     found: dict[str, Any] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)

@@ -56,6 +56,8 @@ class EngineRequest:
     """Contiguous array of every external initializer, in the graph's dtype. Arrays are not copied."""
     profiles: tuple[Profile, ...]
     config: BuildConfig
+    release: Callable[[], object] = lambda: None
+    """Takes pages of mapped `weights` out of this process's memory; those touched again are read again."""
 
 
 class EngineBackend(Protocol):

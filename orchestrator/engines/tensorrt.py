@@ -1,13 +1,15 @@
 """Both TensorRT libraries: `tensorrt` for data-centre GPUs, and `tensorrt_rtx`, which builds without a GPU. They share one API.
 
-Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`) without a copy, and the serialized
-engine is streamed out. Engine bytes differ from build to build, because tactics are chosen by timing.
+Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`) without a copy, their pages are released
+while TensorRT builds, and the serialized engine is streamed out. Engine bytes differ from build to build, because tactics are chosen by timing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from orchestrator.base.errors import EngineBuildError, SpecError, ToolError
@@ -18,6 +20,7 @@ from orchestrator.spec.build import BuildConfig
 
 _VERBOSITY = {"layer_names_only": "LAYER_NAMES_ONLY", "detailed": "DETAILED", "none": "NONE"}
 _MAX_ERRORS = 5
+_RELEASE_SECONDS = 0.1
 _MEMORY = re.compile(r"Total (Device Persistent|Activation|Weights) Memory: (\d+) bytes")
 
 
@@ -48,11 +51,30 @@ def build_engine(
     # Python objects handed to TensorRT must outlive the build.
     monitor, stream = _monitor(trt, guard, guard.around(progress)), _stream(trt, guard, guard.around(write))
     config.progress_monitor = monitor
-    built = builder.build_serialized_network_to_stream(network, config, stream)
+    with _releasing(request.release):
+        built = builder.build_serialized_network_to_stream(network, config, stream)
     guard.check()
     if not built or not stream.num_bytes:
         raise EngineBuildError(f"{request.config.backend} could not build the engine: " + _last_errors(logger))
     return _record(trt, network, request, logger.reported)
+
+
+@contextlib.contextmanager
+def _releasing(release: Callable[[], object]) -> Iterator[None]:
+    """Release pages of weights again and again: TensorRT reads all of them before it copies the first."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(_RELEASE_SECONDS):
+            release()
+
+    thread = threading.Thread(target=repeat, name="release", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class Guard:

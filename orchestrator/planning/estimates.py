@@ -78,7 +78,7 @@ def export_memory(weights: WeightMap, pp_rank: int) -> int:
 
 def build_memory(rank_bytes: int, num_layers: int) -> int:
     """Memory of an engine build: TensorRT holds up to two and a half times the rank's weights, and what it knows of each layer."""
-    return _BUILD_BYTES + rank_bytes * 5 // 2 + num_layers * _BUILD_LAYER_BYTES
+    return _BUILD_BYTES + rank_bytes * 7 // 4 + num_layers * _BUILD_LAYER_BYTES
 
 
 def convert_memory(largest_tensor_bytes: int, *, quantized: bool) -> int:

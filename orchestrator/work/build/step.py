@@ -48,5 +48,6 @@ def compile_rank(
         weights=bind(network, weights, options.stage.config.dtype),
         profiles=rank_profiles(options.network, options.engine),
         config=options.engine,
+        release=lambda: [weight.release() for weight in weights.values()],
     )
     return backend(options.engine.backend).build_engine(request, write, progress, log)
