@@ -3,8 +3,8 @@
     python -m benchmarks.families [--engines] [--only WORD] [--experts FORM] [--device cuda] [--folder DIR]
 
 `--experts` takes mixtures only, with this form of experts. `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
-The reference of a family serves all its topologies, and the shards of tp=2, pp=2 its engines; steps of an earlier run in `--folder` are
-taken from there. The last line counts what was compared and built, and the steps that ran.
+The reference of a family serves all its topologies, and the shards of tp=2, pp=2 its engines; steps of an earlier run in
+`--folder` are taken from there. The last line counts what was compared and built, and the steps that ran.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         f"{counts['families']} families, {counts['cells']} topologies compared, {counts['engines']} engines built; "
-        f"{counts['run']} steps run, {counts['kept']} taken from the folder; {time.monotonic() - began:.0f} s, {peak / 1e9:.1f} GB at the peak"
+        f"{counts['run']} steps run, {counts['kept']} taken from the folder; "
+        f"{time.monotonic() - began:.0f} s, {peak / 1e9:.1f} GB at the peak"
     )
 
 

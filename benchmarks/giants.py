@@ -4,9 +4,9 @@
     python -m benchmarks.giants prove [--folder DIR] [--tp 8]
 
 `plan`: DeepSeek V3 (671B, 61 layers, 256 experts) in block FP8 at tp=8, pp=2, ep=8; Kimi K2 (1T, 384 experts) in INT4 of
-compressed-tensors; gpt-oss-120b in MXFP4; Qwen3-235B-A22B in bfloat16; with the form of the experts of each, and the weights that
-a decode step reads. Names, shapes and quantization_config are those of the published files; here the files
-hold holes. `prove`: one dense and one mixture layer of DeepSeek V3 in block FP8 with seeded bytes, 16 GB, converted with the
+compressed-tensors; gpt-oss-120b in MXFP4; Qwen3-235B-A22B in bfloat16; each also in the format
+that it is served in; with the form of the experts of each, and the weights that a decode step reads. Names, shapes and
+quantization_config are those of the published files; here the files hold holes. `prove`: one dense and one mixture layer of DeepSeek V3 in block FP8 with seeded bytes, 16 GB, converted with the
 embedding split and verified, as `orchestrator convert --verify` does: seconds and peak memory of every step.
 """
 
@@ -249,6 +249,25 @@ class _Seeded:
                 target.write(block[shift : shift + min(_BLOCK, count - begin)].tobytes())
 
 
+def print_plans(folder: Path, num_rounds: int) -> None:
+    """Plan each model as it is read, and in the format that it is served in."""
+    qwen = json.loads(QWEN3_235B.read_text())
+    deepseek = write(folder / "deepseek-v3", DEEPSEEK_V3, list(deepseek_tensors(DEEPSEEK_V3, form="fp8")), num_files=163, seed=None)
+    kimi = write(folder / "kimi-k2", KIMI_K2, list(deepseek_tensors(KIMI_K2, form="int4")), num_files=62, seed=None)
+    gpt_oss = write(folder / "gpt-oss-120b", GPT_OSS, list(gpt_oss_tensors(GPT_OSS)), num_files=15, seed=None)
+    mixture = write(folder / "qwen3-235b", qwen, list(qwen_moe_tensors(qwen)), num_files=118, seed=None)
+    by_layer = {"algorithm": "NVFP4", "calibration": {"num_stages": DEEPSEEK_V3["num_hidden_layers"]}}
+    wide, deep = {"tp": 8, "pp": 2, "moe_ep": 8}, {"tp": 8, "pp": 8, "moe_ep": 8}
+    report(deepseek, wide, num_rounds, False)
+    report(deepseek, wide, num_rounds, False, by_layer)
+    report(kimi, wide, num_rounds, False)
+    for topology in (wide, deep):
+        report(kimi, topology, num_rounds, False, {"algorithm": "source"})
+    report(gpt_oss, {"tp": 4}, num_rounds, False)
+    report(gpt_oss, {"tp": 4}, num_rounds, False, {"algorithm": "source"})
+    report(mixture, {"tp": 4, "pp": 4, "moe_ep": 4}, num_rounds, False)
+
+
 def main() -> None:
     """Run one of the two."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -260,16 +279,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder: Path = arguments.folder
     if arguments.what == "plan":
-        tensors = list(deepseek_tensors(DEEPSEEK_V3, form="fp8"))
-        report(write(folder / "deepseek-v3", DEEPSEEK_V3, tensors, num_files=163, seed=None),
-               {"tp": 8, "pp": 2, "moe_ep": 8}, arguments.rounds, False)  # fmt: skip
-        report(write(folder / "kimi-k2", KIMI_K2, list(deepseek_tensors(KIMI_K2, form="int4")), num_files=62, seed=None),
-               {"tp": 8, "pp": 2, "moe_ep": 8}, arguments.rounds, False)  # fmt: skip
-        report(write(folder / "gpt-oss-120b", GPT_OSS, list(gpt_oss_tensors(GPT_OSS)), num_files=15, seed=None),
-               {"tp": 4}, arguments.rounds, False)  # fmt: skip
-        qwen = json.loads(QWEN3_235B.read_text())
-        report(write(folder / "qwen3-235b", qwen, list(qwen_moe_tensors(qwen)), num_files=118, seed=None),
-               {"tp": 4, "pp": 4, "moe_ep": 4}, arguments.rounds, False)  # fmt: skip
+        print_plans(folder, arguments.rounds)
         return
     config = {**DEEPSEEK_V3, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     source = write(folder / "width", config, list(deepseek_tensors(config, form="fp8")), num_files=4, seed=1)

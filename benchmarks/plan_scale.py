@@ -18,6 +18,8 @@ from typing import Any
 
 from benchmarks.sources import write_llama, write_moe_headers
 
+Section = dict[str, Any] | None
+"""`quantization` of the spec; None: not quantized."""
 _CHILD = """
 import json, resource, sys, time
 began = time.monotonic()
@@ -61,12 +63,16 @@ def main() -> None:
     report(moe, {"tp": 32, "pp": 4, "moe_ep": 32}, arguments.rounds, arguments.profile)
 
 
-def report(source: Path, topology: dict[str, int], num_rounds: int, profile: bool, algorithm: str | None = None) -> None:
-    """Plan in processes of their own and print the median round. `algorithm`: of the quantization; None: not quantized."""
-    rounds = sorted((plan(source, topology, profile, algorithm) for _ in range(num_rounds)), key=lambda found: float(found["plan_seconds"]))
+def report(source: Path, topology: dict[str, int], num_rounds: int, profile: bool, quantization: Section = None) -> None:
+    """Plan in processes of their own and print the median round."""
+    rounds = sorted(
+        (plan(source, topology, profile, quantization) for _ in range(num_rounds)), key=lambda found: float(found["plan_seconds"])
+    )
     found = rounds[len(rounds) // 2]
     assert len({item["build_key"] for item in rounds}) == 1, "the plan is not the same each time"
-    print(f"{source.name}: {found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors, {topology}, {algorithm or 'not quantized'}: {found['steps']} steps")
+    name = quantization["algorithm"] if quantization else "not quantized"
+    size = f"{found['source_bytes'] / 1e9:.0f} GB in {found['tensors']} tensors"
+    print(f"{source.name}: {size}, {topology}, {name}: {found['steps']} steps")
     print(f"seconds of the plan               {found['plan_seconds']:8.2f}      (goal 5; imports {found['import_seconds']:.2f})")
     print(f"peak memory of the process        {found['peak_bytes'] / 1e6:8.0f} MB   (goal 500 or less)")
     memory = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in found["memory_bytes"].items())
@@ -75,12 +81,12 @@ def report(source: Path, topology: dict[str, int], num_rounds: int, profile: boo
         print(line)
 
 
-def plan(source: Path, topology: dict[str, int], profile: bool, algorithm: str | None = None) -> dict[str, Any]:
+def plan(source: Path, topology: dict[str, int], profile: bool, quantization: Section = None) -> dict[str, Any]:
     """One round: what the process measured of itself."""
     spec = {
         "source": {"path": str(source.resolve())}, "topology": topology,
         "engine": {"max_seq_len": 8192}, "release": {"name": "bench", "version": "1"},
-        **({"quantization": {"algorithm": algorithm}} if algorithm else {}),
+        **({"quantization": quantization} if quantization else {}),
     }  # fmt: skip
     words = [sys.executable, "-c", _CHILD, json.dumps(spec), "profile" if profile else ""]
     found: dict[str, Any] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)

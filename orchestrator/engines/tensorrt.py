@@ -1,7 +1,8 @@
 """Both TensorRT libraries: `tensorrt` for data-centre GPUs, and `tensorrt_rtx`, which builds without a GPU. They share one API.
 
 Weights are bound from the memory-mapped shard by address (`OnnxParser.load_initializer`) without a copy, their pages are released
-while TensorRT builds, and the serialized engine is streamed out. Engine bytes differ from build to build, because tactics are chosen by timing.
+while TensorRT builds, and the serialized engine is streamed out.
+Engine bytes differ from build to build, because tactics are chosen by timing.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _releasing(release: Callable[[], object]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        release()
 
 
 class Guard:

@@ -11,7 +11,7 @@ from orchestrator.base.digest import digest_of
 from orchestrator.engines.profiles import network_of
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.model.config import ModelConfig
-from orchestrator.model.quantization import ModelQuantization
+from orchestrator.model.quantization import ModelQuantization, WeightFormat
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.model.weight_map import LayerGroup, WeightMap
@@ -310,6 +310,11 @@ def _overlap(calibrate: Step, layers: range) -> bool:
     return bool(first < layers.stop and layers.start < first + count)
 
 
+def _has_int4(quantization: ModelQuantization | None) -> bool:
+    formats = (quantization.linear, *quantization.layers.values()) if quantization else ()
+    return any(fmt is not None and fmt.weight in (WeightFormat.INT4_BLOCK, WeightFormat.INT4_BLOCK_FP8) for fmt in formats)
+
+
 def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[Step], rank_bytes: int) -> Step:
     options = BuildOptions(network=network, tp_rank=tp_rank, engine=inputs.engine, tensorrt_version=inputs.tensorrt_version)
     return Step(
@@ -320,7 +325,7 @@ def _build(inputs: Inputs, network: StageNetwork, tp_rank: int, converts: list[S
         needs=tuple(step.digest for step in converts),
         resources=Resources(
             gpus=1 if inputs.engine.backend == "tensorrt" else 0,
-            memory_bytes=build_memory(rank_bytes, network.stage.num_layers),
+            memory_bytes=build_memory(rank_bytes, network.stage.num_layers, repacked=_has_int4(inputs.model_quantization)),
             scratch_bytes=rank_bytes,
         ),
         estimate=estimate(Kind.BUILD, read_bytes=rank_bytes, write_bytes=rank_bytes, work_bytes=rank_bytes),
