@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.base.errors import EngineBuildError, SpecError
@@ -14,6 +18,7 @@ from orchestrator.engines.tensorrt import Reported, mark_refittable, parse
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.topology import Topology
 from orchestrator.spec.build import BuildConfig
+from orchestrator.work.shards import Weight
 from tests.contracts.engine_contract import EngineContract
 
 
@@ -38,6 +43,21 @@ class TestTensorrtRtx(EngineContract):
     def test_version_compatible_engine_carries_no_lean_runtime(self) -> None:
         """TensorRT-RTX ships none, so that a build which asked for a copy would fail."""
         assert self.build(self.request_for(Topology(1, 1), version_compatible=True))
+
+    def test_build_that_is_done_holds_no_pages_of_mapped_weights(self, tmp_path: Path) -> None:
+        good = self.request_for(Topology(1, 1))
+        name, array = max(good.weights.items(), key=lambda item: item[1].nbytes)
+        file = tmp_path / "weights"
+        file.write_bytes(array.tobytes())
+        with file.open("rb") as opened:
+            mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        weight = Weight("F16", array.shape, np.frombuffer(mapping, np.uint8), mapping)
+        request = replace(good, weights={**good.weights, name: weight.data}, release=weight.release)
+        assert _resident_bytes(file) == 0
+        assert weight.data.any()
+        assert _resident_bytes(file) > 0
+        assert self.build(request)
+        assert _resident_bytes(file) <= mmap.PAGESIZE < array.nbytes
 
     def test_engine_for_named_compute_capabilities_records_them(self) -> None:
         good = self.request_for(Topology(1, 1))
@@ -131,3 +151,12 @@ def test_reported_memory_is_that_of_the_most_demanding_profile() -> None:
     ):
         reported.read(line)
     assert (reported.context_bytes, reported.weights_bytes) == (8100, 282880)
+
+
+def _resident_bytes(file: Path) -> int:
+    """Bytes of a mapped file in this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(file)):
+            return 1024 * next(int(each.split()[1]) for each in lines if each.startswith("Rss:"))
+    raise AssertionError(f"{file} is not mapped")
