@@ -4,10 +4,11 @@
     python -m benchmarks.giants prove [--folder DIR] [--tp 8]
 
 `plan`: DeepSeek V3 (671B, 61 layers, 256 experts) in block FP8 at tp=8, pp=2, ep=8; Kimi K2 (1T, 384 experts) in INT4 of
-compressed-tensors; gpt-oss-120b in MXFP4; Qwen3-235B-A22B in bfloat16; each also in the format
-that it is served in; with the form of the experts of each, and the weights that a decode step reads. Names, shapes and
-quantization_config are those of the published files; here the files hold holes. `prove`: one dense and one mixture layer of DeepSeek V3 in block FP8 with seeded bytes, 16 GB, converted with the
-embedding split and verified, as `orchestrator convert --verify` does: seconds and peak memory of every step.
+compressed-tensors; gpt-oss-120b in MXFP4; Qwen3-235B-A22B in bfloat16; the first three also in the format that they are
+served in; with the form of the experts of each, and the weights that a decode step reads. Names, shapes and
+quantization_config are those of the published files; here the files hold holes. `prove`: one dense and one mixture layer of
+DeepSeek V3 in block FP8 with seeded bytes, 16 GB, converted with the embedding split and verified, as
+`orchestrator convert --verify` does: seconds and peak memory of every step.
 """
 
 from __future__ import annotations

@@ -54,6 +54,12 @@ def map_shards(paths: Iterable[Path]) -> dict[str, Weight]:
     return weights
 
 
+def release(weights: Mapping[str, Weight]) -> None:
+    """Take the pages of all tensors out of this process's memory."""
+    for weight in weights.values():
+        weight.release()
+
+
 def rank_shards(task: Task, context: Context, rank: int) -> list[Path]:
     """Return the files of `rank` among the outputs of the task's needs."""
     outputs = [output for need in task.step.needs for output in task.inputs[need].outputs]

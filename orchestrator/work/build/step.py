@@ -15,7 +15,7 @@ from orchestrator.planning.options import BuildOptions
 from orchestrator.planning.steps import Task
 from orchestrator.work.binding import bind
 from orchestrator.work.context import Context
-from orchestrator.work.shards import Weight, map_shards, rank_shards
+from orchestrator.work.shards import Weight, map_shards, rank_shards, release
 
 
 def build(task: Task, context: Context) -> BuildFacts:
@@ -48,6 +48,6 @@ def compile_rank(
         weights=bind(network, weights, options.stage.config.dtype),
         profiles=rank_profiles(options.network, options.engine),
         config=options.engine,
-        release=lambda: [weight.release() for weight in weights.values()],
+        release=lambda: release(weights),
     )
     return backend(options.engine.backend).build_engine(request, write, progress, log)
