@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.base.programs import find_program
 from orchestrator.clusters.simulation import simulate
-from orchestrator.planning.plan import unplaceable
+from orchestrator.planning.places import unplaceable
 from orchestrator.planning.steps import Kind
 from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.loading import load_cluster, load_rates, load_spec

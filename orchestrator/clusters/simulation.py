@@ -11,7 +11,8 @@ from typing import Any
 from orchestrator.base.errors import ClusterError, SpecError
 from orchestrator.clusters.simulated import STORE_READ, STORE_WRITE, SimulatedCluster, Span, node_links
 from orchestrator.events import Event, StepRetried
-from orchestrator.planning.plan import Plan, unplaceable
+from orchestrator.planning.places import unplaceable, with_offered_gpus
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, FailureKind, Kind, Outcome, Step
 from orchestrator.scheduling.driver import Result, drive
 from orchestrator.spec.cluster import ClusterSpec
@@ -86,6 +87,7 @@ def simulate(
             f"the rates name pools that the cluster does not have: {', '.join(unknown)}",
             f"It has: {', '.join(cluster_spec.pools)}.",
         )
+    plan = with_offered_gpus(plan, cluster_spec)
     problems = unplaceable(plan, cluster_spec)
     if problems:
         raise ClusterError("the cluster cannot run this plan: " + "; ".join(problems), "Add a pool for these steps.")

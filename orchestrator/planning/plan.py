@@ -40,7 +40,6 @@ from orchestrator.planning.options import (
 )
 from orchestrator.planning.steps import Kind, Outcome, Resources, Step
 from orchestrator.spec.build import BuildConfig, BuildSpec, ToleranceSpec
-from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 
 VERSIONS: dict[Kind, int] = {
     Kind.MINIATURE: 1,
@@ -383,26 +382,3 @@ def _export(
 
 def _gpus(device: str) -> int:
     return 1 if device == "cuda" else 0
-
-
-def unplaceable(plan: Plan, cluster: ClusterSpec) -> list[str]:
-    """Return the steps that no pool of `cluster` can ever hold, grouped by reason; empty: all fit."""
-    found: dict[str, list[str]] = {}
-    for step in plan.steps:
-        if reason := _why_unplaceable(step, cluster.pool_for(step.kind.value)):
-            found.setdefault(reason, []).append(step.name)
-    return [f"{_shortened(names)}: {reason}" for reason, names in found.items()]
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _why_unplaceable(step: Step, pool: PoolSpec | None) -> str:
-    if pool is None:
-        return f"no pool runs {step.kind.value} steps"
-    if pool.gpus < step.resources.gpus:
-        return f"needs {step.resources.gpus} GPU, its pool has too few"
-    if pool.memory is not None and pool.memory < step.resources.memory_bytes:
-        return f"needs about {step.resources.memory_bytes:,} bytes of memory, its pool has {pool.memory:,}"
-    return ""

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from orchestrator.base.errors import DamagedOutputError
 from orchestrator.events import Listener, NodesProbed, StepFailed, StepsFinished
+from orchestrator.planning.places import with_offered_gpus
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Failure, Outcome
 from orchestrator.scheduling import commits
@@ -35,11 +36,12 @@ def execute(
     listener: Listener,
     accept: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
 ) -> Result:
-    """Drive the plan. A plan without pending steps opens no cluster.
+    """Drive the plan, with GPUs where the pools offer some. A plan without pending steps opens no cluster.
 
     `accept` checks the outcomes of a plan that succeeded. When it raises DamagedOutputError, the step that wrote the object runs
     again, at most MAX_REPEATS times; then the error is raised.
     """
+    plan = with_offered_gpus(plan, cluster_spec)
     target = open_store(cluster_spec.store, cluster_spec.store_options)
     result = _drive(plan, committed, cluster_spec, open_cluster, listener)
     for left in reversed(range(MAX_REPEATS + 1)):

@@ -13,7 +13,8 @@ from pathlib import Path
 from orchestrator.base.errors import ClusterError, StoreFullError
 from orchestrator.base.extras import require
 from orchestrator.model.compute_capability import check_target
-from orchestrator.planning.plan import Plan, unplaceable
+from orchestrator.planning.places import unplaceable
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Step
 from orchestrator.spec.cluster import ClusterSpec, PoolSpec
 from orchestrator.stores.store import Store

@@ -77,7 +77,7 @@ class CalibrationSpec(Frozen):
     seed: int = 1234
     """Seed of the choice of samples when there are more than `num_samples`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the calibration. auto: a GPU where there is one."""
+    """Device of the calibration. auto: a GPU where its pool has some."""
     layerwise: bool = False
     """Calibrate one decoder layer at a time; a killed calibration resumes at its layer."""
     num_stages: int | None = Field(default=None, ge=1)
@@ -226,7 +226,7 @@ class VerificationSpec(Frozen):
     decode_steps: int = Field(default=4, ge=1)
     """How many of these tokens are decoded one by one through the KV cache, after a prefill of the others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the reference and of the ranks' graphs. cuda: reserve a GPU; auto: use one that the process sees. No part of the
+    """Device of the reference and of the ranks' graphs. cuda: reserve a GPU; auto: do so where the pool has some. No part of the
     build's identity."""
     tolerance: ToleranceSpec | None = None
     """Tolerance. Absent: that of an exact conversion, or of the quantization algorithm."""

@@ -21,6 +21,7 @@ from orchestrator.base.errors import ClusterError, ToolError
 from orchestrator.clusters.local import LocalCluster
 from orchestrator.events import Event, StepFailed, StepStarted, StepSucceeded
 from orchestrator.planning import preparation
+from orchestrator.planning.places import with_offered_gpus
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Cause, FailureKind, Kind, Resources, Task
 from orchestrator.scheduling.cluster import Cluster
@@ -52,7 +53,7 @@ def ray_session() -> Iterator[None]:
     """One Ray for the module: starting it takes seconds."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=10**8)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=10**8)
     yield
     ray.shutdown()
 
@@ -173,7 +174,7 @@ def test_ray_step_on_a_node_that_leaves_too_soon_is_handed_over(
 
 @pytest.mark.usefixtures("ray_session")
 def test_ray_step_for_a_gpu_that_nobody_has_ends_with_the_reason(conversion: Plan, store_url: str) -> None:
-    wanted = conversion.steps[0].model_copy(update={"resources": Resources(gpus=1)})
+    wanted = conversion.steps[0].model_copy(update={"resources": Resources(gpus=2)})
     cluster = RayCluster(ClusterSpec(kind="ray", store=store_url, schedule_timeout_seconds=0.5))
     try:
         cluster.start(Task(step=wanted, inputs={}, attempt=1, store=store_url))
@@ -183,8 +184,31 @@ def test_ray_step_for_a_gpu_that_nobody_has_ends_with_the_reason(conversion: Pla
     assert isinstance(event, StepFailed)
     assert event.failure.kind is FailureKind.APPLICATION
     assert isinstance(event.failure.to_error("convert"), ClusterError)
-    assert "it asks for 1 CPU, 1 GPU; the nodes: " in event.failure.message
-    assert "has 0 GPUs" in event.failure.message
+    assert "it asks for 1 CPU, 2 GPU; the nodes: " in event.failure.message
+    assert "has 1 GPUs" in event.failure.message
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(("gpus", "together"), [(1, 1), (0, 2)])
+def test_ray_steps_of_device_auto_take_turns_on_the_pools_gpu(conversion: Plan, store_url: str, gpus: int, together: int) -> None:
+    """The node says that it has a GPU, so nothing here needs one. Without GPUs in the pool both steps run at once."""
+    steps = [
+        step.model_copy(update={"locations": {**step.locations, "device": "auto"}, "resources": Resources()})
+        for step in conversion.steps[:2]
+    ]
+    place = ClusterSpec(kind="ray", store=store_url, pools={"default": PoolSpec(cpus=2, gpus=gpus)})
+    cluster, held, done = RayCluster(place), [], 0
+    try:
+        for step in with_offered_gpus(replace(conversion, steps=tuple(steps)), place).steps:
+            cluster.start(Task(step=step, inputs={}, attempt=1, store=store_url))
+        while done < len(steps):
+            for event in cluster.events(30.0):
+                assert not isinstance(event, StepFailed), event
+                done += isinstance(event, StepSucceeded)
+                held.append(len(cluster._placement.running))
+    finally:
+        cluster.close()
+    assert max(held) == together
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -14,7 +14,8 @@ from orchestrator.model.checkpoint import SourceFile
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.weight_map import weight_map
 from orchestrator.planning.options import ConvertOptions
-from orchestrator.planning.plan import Inputs, Plan, make_plan, unplaceable
+from orchestrator.planning.places import unplaceable, with_offered_gpus
+from orchestrator.planning.plan import Inputs, Plan, make_plan
 from orchestrator.planning.quantization import resolve
 from orchestrator.planning.steps import Kind, Outcome
 from orchestrator.report import describe_plan
@@ -335,3 +336,26 @@ def test_make_plan_device_of_the_verification_reserves_a_gpu_and_is_no_identity(
     assert len({made.build_key for made in plans.values()}) == 1
     reserved = {device: {step.kind for step in made.steps if step.resources.gpus} for device, made in plans.items()}
     assert reserved == {"auto": set(), "cpu": set(), "cuda": {Kind.REFERENCE, Kind.VERIFY}}
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus_of_build", "gpus_of_proof", "reserved"),
+    [
+        ("auto", 0, 1, {Kind.REFERENCE, Kind.VERIFY}),
+        ("auto", 1, 0, set()),
+        ("auto", 8, 2, {Kind.REFERENCE, Kind.VERIFY}),
+        ("cpu", 1, 1, set()),
+        ("cuda", 0, 1, {Kind.REFERENCE, Kind.VERIFY}),
+    ],
+)
+def test_with_offered_gpus_reserves_one_where_the_pool_of_the_proof_has_some(
+    device: str, gpus_of_build: int, gpus_of_proof: int, reserved: set[Kind]
+) -> None:
+    made = plan_of(verification={"device": device})
+    builders = PoolSpec(gpus=gpus_of_build, steps=("build", "convert"))
+    places = cluster("ray", builders=builders, proof=PoolSpec(gpus=gpus_of_proof, steps=("reference", "verify")))
+    placed = with_offered_gpus(made, places)
+    assert {step.kind for step in placed.steps if step.resources.gpus} == reserved
+    assert {step.resources.gpus for step in placed.steps} <= {0, 1}
+    assert [step.digest for step in placed.steps] == [step.digest for step in made.steps]
+    assert unplaceable(placed, places) == []

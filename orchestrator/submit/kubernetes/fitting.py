@@ -80,7 +80,7 @@ def _kinds(spec: BuildSpec) -> dict[str, int]:
     """Return the kinds of step that this build surely has, with the GPUs of one such step."""
     kinds = {"miniature": 0, "convert": 0, "build": 1 if spec.engine.backend == "tensorrt" else 0}
     if spec.verification.enabled:
-        kinds |= {"reference": 0, "verify": 0}
+        kinds |= dict.fromkeys(("reference", "verify"), 1 if spec.verification.device == "cuda" else 0)
     if "portable" in spec.release.include:
         kinds["export"] = 0
     if spec.quantization is not None and spec.quantization.calibration.device == "cuda":

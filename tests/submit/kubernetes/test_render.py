@@ -137,6 +137,7 @@ def test_render_store_of_the_examples_is_refused(overlay: list[Fields]) -> None:
         ({"quantization": {"algorithm": "FP8", "calibration": {"dataset": "/texts.jsonl"}}}, {}, "dataset is /texts.jsonl"),
         ({"engine": {"backend": "tensorrt"}}, {}, "build steps need a GPU"),
         ({"quantization": {"algorithm": "FP8", "calibration": {"device": "cuda"}}}, {}, "calibrate steps need a GPU"),
+        ({"verification": {"device": "cuda"}}, {}, "reference steps need a GPU"),
         ({}, {"pools": {"a": {"steps": ["convert", "build"]}}}, "no pool of the cluster file runs reference steps"),
         ({}, {"pools": {"a": {"labels": {"pool": "cpu"}, "memory": "1TB"}}}, "pool a promises 1,000,000,000,000 memory"),
         ({}, {"pools": {"a": {"labels": {"pool": "cpu"}, "gpus": 1}}}, "pool a promises 1 gpus, and its largest pod has 0"),
