@@ -322,3 +322,20 @@ def test_layer_of_experts_is_parsed_as_tensorrts_own_layer(dtype: str) -> None:
 )
 def test_mixture_with_a_planted_mistake_differs_from_transformers(case: str, wrong: dict[str, Any]) -> None:
     assert compared(case, wrong) > 1e-2
+
+
+@pytest.mark.parametrize("form", ["dense", "gathered"])
+def test_experts_multiply_operands_of_equal_rank(form: ExpertForm) -> None:
+    """ONNX Runtime 1.31 on CUDA multiplies [B, 1, S, H] by [E, H, W] wrongly where B equals E, so no product may broadcast so."""
+    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **SIGMOID)
+    config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
+    graph = GraphWriter("layer")
+    graph.input("x", "float32", ["batch", "tokens", HIDDEN])
+    shape = RankShape(StageOptions.of(config, Topology(1, 1), 0), "float32", experts=form)
+    graph.output(moe_mlp(graph, shape, "x", PREFIX), "float32", ["batch", "tokens", HIDDEN])
+    inferred = onnx.shape_inference.infer_shapes(graph.model()).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in [*inferred.value_info, *inferred.input]}
+    products = [[ranks[name] for name in node.input] for node in inferred.node if node.op_type == "MatMul"]
+    of_experts = [each for each in products if each[1] == 3]
+    assert len(of_experts) >= 2
+    assert all(left == right for left, right in of_experts)
