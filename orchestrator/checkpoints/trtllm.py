@@ -55,6 +55,7 @@ _INVERSES: dict[str, Callable[[Any], Any]] = {
     "is": lambda value: value,
     "sqrt": lambda value: value**2,
     "rsqrt": lambda value: value**-2,
+    "inverse": lambda value: 1.0 / value,
     "per_head": lambda value: value == "head",
 }
 """Inverses of model.config.TRANSFORMS."""
@@ -303,7 +304,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "head_dim": config.head_size,
         "intermediate_size": config.intermediate_size,
         table.activation: next((name for name, act in table.activations.items() if act == config.hidden_act), config.hidden_act),
-        "rms_norm_eps": config.norm_epsilon,
+        table.epsilon: config.norm_epsilon,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": _rotary_keys(config),

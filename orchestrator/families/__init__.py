@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.arcee import ARCEE
+from orchestrator.families.cohere import COHERE, COHERE2
 from orchestrator.families.cwm import CWM
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
@@ -27,6 +28,7 @@ from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mistral4 import MISTRAL4
 from orchestrator.families.mixtral import MIXTRAL
+from orchestrator.families.nemotron import JAIS2, NEMOTRON
 from orchestrator.families.olmo import OLMO2
 from orchestrator.families.olmo3 import OLMO3
 from orchestrator.families.olmoe import OLMOE
@@ -34,6 +36,7 @@ from orchestrator.families.phi import PHI3
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from orchestrator.families.seed import SEED_OSS
 from orchestrator.families.smollm import SMOLLM3
+from orchestrator.families.starcoder import STARCODER2
 from orchestrator.families.youtu import YOUTU
 from orchestrator.model.rules import Family
 
@@ -75,6 +78,11 @@ FAMILIES: dict[str, Family] = {
         HELIUM,
         CWM,
         YOUTU,
+        STARCODER2,
+        NEMOTRON,
+        JAIS2,
+        COHERE,
+        COHERE2,
     )
 }
 

@@ -165,6 +165,17 @@ def qk_norms() -> tuple[Rule, ...]:
     return tuple(replace(rule, when={"qk_layernorm": "head"}) for rule in rules)
 
 
+def with_norm_biases(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return the rules with a rule of the bias after that of each norm."""
+    found: list[Rule] = []
+    for rule in rules:
+        found.append(rule)
+        if rule.target.endswith(("norm.weight", "ln_f.weight")):
+            parts = tuple(replace(part, source=part.source.removesuffix("weight") + "bias") for part in rule.parts)
+            found.append(replace(rule, target=rule.target.removesuffix("weight") + "bias", parts=parts))
+    return tuple(found)
+
+
 FULL_QK_NORMS = (
     Rule(TARGET + "attention.q_layernorm.weight", (Part(SOURCE + "self_attn.q_norm.weight", ("q",), HEADS),)),
     Rule(TARGET + "attention.k_layernorm.weight", (Part(SOURCE + "self_attn.k_norm.weight", ("kv",), KV_HEADS),)),

@@ -28,6 +28,10 @@ def _is_unset(value: Any) -> bool:
     return not value
 
 
+def _is_rms(value: Any) -> bool:
+    return bool(value == "rms")
+
+
 class ModelConfig(BaseModel):
     """Config of a decoder model, which determines the network and the weights of every rank."""
 
@@ -49,6 +53,12 @@ class ModelConfig(BaseModel):
     norm_epsilon: float
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     """Position of the norms: before attention and MLP, after them (OLMo 2), or both (Gemma 2 and 3)."""
+    norm_kind: Literal["rms", "layer"] = Field("rms", exclude_if=_is_rms)
+    """Whether norms divide by the root mean square, or subtract the mean first (LayerNorm). Norms of heads do the former."""
+    norm_bias: bool = Field(False, exclude_if=_is_unset)
+    """Whether norms add a bias."""
+    parallel_blocks: bool = Field(False, exclude_if=_is_unset)
+    """Whether attention and MLP read the same normed input and are added to the hidden states together (Cohere)."""
     max_position_embeddings: int = Field(ge=1)
     rotary_base: float
     rotary_scaling: dict[str, Any] | None = None
@@ -235,6 +245,7 @@ TRANSFORMS: dict[str, Callable[[float], float]] = {
     "is": lambda value: value,
     "sqrt": lambda value: value**0.5,
     "rsqrt": lambda value: value**-0.5,
+    "inverse": lambda value: 1.0 / value,
 }
 
 
@@ -275,7 +286,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
         "head_size": head_size,
         "intermediate_size": keys.count("intermediate_size"),
         "hidden_act": keys.activation(),
-        "norm_epsilon": keys.number("rms_norm_eps"),
+        "norm_epsilon": keys.number(keys.table.epsilon),
         "max_position_embeddings": keys.count("max_position_embeddings"),
         "tie_word_embeddings": keys.flag("tie_word_embeddings"),
         **_rotary(keys, head_size, latent),

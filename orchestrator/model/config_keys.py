@@ -80,6 +80,7 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "no_bias": (True,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
+    "qk_layernorm": (False,),
     "use_qk_norm": (False,),
     "use_bias": (False,),
     "clip_qkv": (None,),
@@ -165,6 +166,8 @@ class Keys:
         for key in (*table.defaults, *REQUIRED):
             if key in config and config[key] is None and key not in table.nullable:
                 raise self.error(key, "is null, which transformers does not accept", "Remove the key, or give it a value.")
+        for key in sorted(table.required - config.keys()):
+            raise ArchitectureError(f"config.json of {architecture} has no {key!r}", "Use the complete config.json of the model.")
         self._values = {**table.defaults, **config}
 
     def error(

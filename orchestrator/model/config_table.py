@@ -98,6 +98,8 @@ class ConfigTable:
     """Values of `model_type` for which transformers picks this family's classes; empty: not checked."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Every key that the family reads -> default of its config class."""
+    required: frozenset[str] = frozenset()
+    """Keys without which transformers fails, although its config class has a default for them."""
     nullable: frozenset[str] = frozenset()
     """Keys that may be null, which means no value rather than the default."""
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +113,8 @@ class ConfigTable:
     """Whether hidden_size must be a multiple of num_attention_heads even if head_dim is given."""
     queries_fill_hidden: bool = False
     """Whether the heads must have hidden_size elements together, because the output projection is square (Helium)."""
+    epsilon: str = "rms_norm_eps"
+    """Key of the norms' epsilon."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})

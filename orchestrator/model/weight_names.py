@@ -26,25 +26,33 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
         yield "transformer.vocab_embedding.weight"
     for layer in range(stage.num_layers):
         prefix = f"transformer.layers.{layer}"
-        yield from (_norm(config, f"{prefix}.{name}") for name in _layer_norms(config))
+        for name in _layer_norms(config):
+            yield from _biased_norm(config, f"{prefix}.{name}")
+        if config.qk_layernorm != "none":
+            yield from (_norm(config, f"{prefix}.attention.{name}_layernorm") for name in "qk")
         yield from _attention(config, f"{prefix}.attention")
         mlp = _experts if config.has_experts(stage.first_layer + layer) else _mlp
         yield from mlp(config, f"{prefix}.mlp")
     if stage.is_last:
-        yield _norm(config, "transformer.ln_f")
+        yield from _biased_norm(config, "transformer.ln_f")
         yield "lm_head.weight"
 
 
 def _layer_norms(config: ModelConfig) -> Iterator[str]:
     if config.norm_placement != "post":
         yield "input_layernorm"
-    yield "post_layernorm"
+    if not config.parallel_blocks:
+        yield "post_layernorm"
     if config.norm_placement == "sandwich":
         yield "pre_feedforward_layernorm"
     if config.norm_placement != "pre":
         yield "post_feedforward_layernorm"
-    if config.qk_layernorm != "none":
-        yield from ("attention.q_layernorm", "attention.k_layernorm")
+
+
+def _biased_norm(config: ModelConfig, name: str) -> Iterator[str]:
+    yield _norm(config, name)
+    if config.norm_bias:
+        yield f"{name}.bias"
 
 
 def _norm(config: ModelConfig, name: str) -> str:

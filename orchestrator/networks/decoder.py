@@ -138,17 +138,19 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
     mlp_norm = "pre_feedforward_layernorm" if after else "post_layernorm"
 
     def norm(x: str, name: str, wanted: bool) -> str:
-        return layers.rms_norm(graph, shape, x, f"{prefix}.{name}.weight", f"{prefix}.{name}.out") if wanted else x
+        return layers.norm(graph, shape, x, f"{prefix}.{name}", f"{prefix}.{name}.out") if wanted else x
 
     def residual(x: str, branch: str, output: str) -> str:
         scaled = layers.scale(graph, branch, config.residual_multiplier, f"{output}.scaled", shape.dtype)
         return graph.node("Add", [x, scaled], output)
 
     attend = latent_attention if config.is_latent else attention
-    attended = attend(graph, shape, norm(hidden, "input_layernorm", before), inputs)
+    normed = norm(hidden, "input_layernorm", before)
+    attended = attend(graph, shape, normed, inputs)
     hidden = residual(hidden, norm(attended, "post_layernorm", after), f"{prefix}.attention_residual")
     mlp = moe_mlp if config.has_experts(shape.stage.first_layer + inputs.layer) else layers.gated_mlp
-    transformed = mlp(graph, shape, norm(hidden, mlp_norm, before), f"{prefix}.mlp")
+    mlp_input = normed if config.parallel_blocks else norm(hidden, mlp_norm, before)
+    transformed = mlp(graph, shape, mlp_input, f"{prefix}.mlp")
     return residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
 
 
@@ -158,7 +160,7 @@ def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) 
     local = config.padded_vocab_size(shape.tp) // shape.tp
     indices = graph.node("Unsqueeze", ["logit_indices", graph.constant("axis_2", [2])], "logit_indices.3d")
     wanted = graph.node("GatherND", [hidden, indices], "wanted", batch_dims=1)
-    normed = layers.rms_norm(graph, shape, wanted, "transformer.ln_f.weight", "final_norm")
+    normed = layers.norm(graph, shape, wanted, "transformer.ln_f", "final_norm")
     logits = layers.linear(graph, shape, normed, "lm_head", (local, config.hidden_size))
     width = local
     if gather and shape.tp > 1:

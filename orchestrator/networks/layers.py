@@ -36,6 +36,28 @@ def rms_norm(
     return graph.node("Cast", [normed], output, to=graph.onnx_dtype(shape.dtype))
 
 
+def norm(graph: GraphWriter, shape: RankShape, x: str, prefix: str, output: str) -> str:
+    """Add the model's norm of hidden states: RMSNorm or LayerNorm, the latter accumulated in float32 too."""
+    config = shape.config
+    if config.norm_kind == "rms":
+        return rms_norm(graph, shape, x, f"{prefix}.weight", output)
+    attributes = {"axis": -1, "epsilon": config.norm_epsilon, "stash_type": 1}
+    exact, size = config.exact_norms, [config.hidden_size]
+    name, dtype = (f"{prefix}.weight_float32", "float32") if exact else (f"{prefix}.weight", shape.dtype)
+    inputs = [x, graph.external(name, dtype, size)]
+    if config.norm_bias:
+        inputs.append(graph.external(f"{prefix}.bias", shape.dtype, size))
+    if not exact:
+        return graph.node("LayerNormalization", inputs, output, **attributes)
+    wide = [
+        graph.node("Cast", [each], f"{output}.wide{number}", to=graph.onnx_dtype("float32"))
+        for number, each in enumerate(inputs)
+        if number != 1
+    ]
+    normed = graph.node("LayerNormalization", [wide[0], inputs[1], *wide[1:]], f"{output}.exact", **attributes)
+    return graph.node("Cast", [normed], output, to=graph.onnx_dtype(shape.dtype))
+
+
 def split_rms_norm(graph: GraphWriter, shape: RankShape, x: str, weight: str, output: str, size: int) -> str:
     """Add the norm of a vector that is split over the ranks, `size` elements on each, with the mean square over all ranks.
 

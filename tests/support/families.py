@@ -143,6 +143,13 @@ TINY: dict[str, TinyFamily] = {
         },
     ),
     "youtu": TinyFamily("YoutuForCausalLM", "YoutuConfig", LATENT),
+    "starcoder2": TinyFamily("Starcoder2ForCausalLM", "Starcoder2Config", {"sliding_window": 5}),
+    "nemotron": TinyFamily("NemotronForCausalLM", "NemotronConfig"),
+    "jais2": TinyFamily("Jais2ForCausalLM", "Jais2Config"),
+    "cohere": TinyFamily("CohereForCausalLM", "CohereConfig", {"tie_word_embeddings": True}),
+    "cohere2": TinyFamily(
+        "Cohere2ForCausalLM", "Cohere2Config", {"tie_word_embeddings": True, "num_hidden_layers": 5, "sliding_window": 5}
+    ),
     "arcee": TinyFamily("ArceeForCausalLM", "ArceeConfig"),
     "seed_oss": TinyFamily("SeedOssForCausalLM", "SeedOssConfig"),
     "minimax_m2": TinyFamily(

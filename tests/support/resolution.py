@@ -99,7 +99,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         biases=(
             _bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"),
             _bias(attention, "o_proj"),
-            _bias(layer.mlp, "gate_proj", "gate_up_proj", "up_proj"),
+            _bias(layer.mlp, "gate_proj", "gate_up_proj", "up_proj", "c_fc"),
         ),
         activation=_activation(_activation_of(layer.mlp)),
         norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
@@ -108,7 +108,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         final_cap=_final_cap(model),
         embedding_multiplier=multiplier,
         residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
-        logits_scaling=made.logits_scaling if made.model_type == "granite" else 1.0,
+        logits_scaling=made.logits_scaling if made.model_type == "granite" else 1.0 / getattr(made, "logit_scale", 1.0),
         tied=model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(),
         rotary=_rotary(model.model.rotary_emb, made),
         scaling=_scaling(made),
@@ -193,6 +193,8 @@ def _bias(module: Any, *names: str) -> bool:
 def _activation_of(mlp: Any) -> Any:
     import torch
 
+    if hasattr(mlp, "act"):
+        return mlp.act
     parts = (mlp, getattr(mlp, "experts", None))
     owner = next((part for part in parts if hasattr(part, "act_fn") or hasattr(part, "activation_fn")), None)
     if owner is None:  # gpt-oss has a SwiGLU of its own

@@ -100,9 +100,15 @@ class Frame:
                 module.max_seq_len_cached = module.original_max_seq_len
                 module.inv_freq = module.original_inv_freq
 
-    def head_inputs(self, calls: Calls, stream: Calls, norm: Any) -> list[Any]:
-        """Return the head's input [T, hidden] of each sequence, after the last norm with weight `norm`."""
-        self._model.model.norm.weight = torch.nn.Parameter(norm, requires_grad=False)
+    @property
+    def norm_parameters(self) -> list[str]:
+        """Names of the last norm's parameters: weight, and bias if it has one."""
+        return [name for name, _ in self._model.model.norm.named_parameters()]
+
+    def head_inputs(self, calls: Calls, stream: Calls, norm: dict[str, Any]) -> list[Any]:
+        """Return the head's input [T, hidden] of each sequence, after the last norm with the parameters `norm`."""
+        for name, values in norm.items():
+            setattr(self._model.model.norm, name, torch.nn.Parameter(values, requires_grad=False))
         found: list[Any] = []
 
         def capture(states: Any) -> Any:

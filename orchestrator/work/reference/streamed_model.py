@@ -27,7 +27,7 @@ from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
 from orchestrator.work.reference.layers import Experts, Layer, SourceLayers, name_in_layer
 
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
 _HEAD_BLOCK_BYTES = 256 * 2**20
 """Float32 bytes of the head's rows that are multiplied at once."""
 Arguments = list[list[list[dict[str, Any]]]]
@@ -200,15 +200,19 @@ class StreamedModel:
         self, calls: Calls, rounded: Calls, own: Calls | None, reader: RowReader
     ) -> tuple[list[Floats], list[Floats] | None]:
         """Compute the logits: last norm, head in blocks of rows, then the model's own scaling of logits."""
-        norm = self._rows(reader, _NORM, 0, self._tensor(_NORM).shape[0])
+        norm = {
+            name: self._rows(reader, _NORM + name, 0, self._tensor(_NORM + name).shape[0]) for name in self._frame.norm_parameters
+        }
         name = _EMBEDDING if self._config.tie_word_embeddings else _HEAD
         vocabulary, hidden_size = self._tensor(name).shape
         block = max(_HEAD_BLOCK_BYTES // (4 * hidden_size), 1)
         streams = [(rounded, 0)]
-        if own is not None or not torch.equal(*norm):
+        if own is not None or not all(torch.equal(*both) for both in norm.values()):
             own = own if own is not None else [list(sequence) for sequence in rounded]
             streams.append((own, 1))
-        inputs = [self._frame.head_inputs(calls, stream, norm[which]) for stream, which in streams]
+        inputs = [
+            self._frame.head_inputs(calls, stream, {name: both[which] for name, both in norm.items()}) for stream, which in streams
+        ]
         raw: list[list[list[Any]]] = [[[] for _ in calls] for _ in streams]
         for begin in range(0, vocabulary, block):
             rows = self._rows(reader, name, begin, min(begin + block, vocabulary))

@@ -1,0 +1,84 @@
+"""Cohere's Command: LayerNorms without bias, attention and MLP side by side, pairs of neighbours rotated, scaled logits.
+
+Cohere 2 has windows, and rotates only the layers that have one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.families.common import (
+    ATTENTION,
+    EMBEDDING,
+    GATED_MLP,
+    IGNORED,
+    NO_CAPS,
+    NO_WINDOWS,
+    ONE_ACTIVATION,
+    PRE_NORMS,
+    final,
+)
+from orchestrator.model.config_table import PassedOver, RotaryTable
+from orchestrator.model.rules import ConfigTable, Family
+
+_OF_OTHER_CODE = {
+    "use_parallel_block": PassedOver("attention and MLP are side by side", (None, True)),
+    "use_gated_activation": PassedOver("the MLP has a gate", (None, True)),
+    "use_embedding_sharing": PassedOver("tie_word_embeddings decides", (None, True)),
+    "use_parallel_embedding": PassedOver("how the publisher split the model", None),
+    "position_embedding_type": PassedOver("neighbours are rotated", (None, "rope_gptj")),
+    "layer_switch": PassedOver("sliding_window_pattern or layer_types decide", None),
+    "rotary_pct": PassedOver("whole heads are rotated", (None, 1.0)),
+}
+"""Keys of Cohere's own code that transformers does not read."""
+
+COHERE = Family(
+    name="cohere",
+    architectures=("CohereForCausalLM",),
+    rules=(*EMBEDDING, PRE_NORMS[0], *ATTENTION, *GATED_MLP, *final()),
+    ignored=IGNORED,
+    config=ConfigTable(
+        model_types=("cohere",),
+        defaults={
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+        },
+        nullable=frozenset({"num_key_value_heads"}),
+        constants={"norm_kind": "layer", "parallel_blocks": True, "rotary_interleaved": True},
+        derived={
+            "attn_bias": ("is", "attention_bias"),
+            "attn_dense_bias": ("is", "attention_bias"),
+            "logits_scaling": ("inverse", "logit_scale"),
+        },
+        epsilon="layer_norm_eps",
+        rotary=RotaryTable(theta=500_000.0),
+        passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION, **_OF_OTHER_CODE},
+    ),
+)
+COHERE2 = replace(
+    COHERE,
+    name="cohere2",
+    architectures=("Cohere2ForCausalLM",),
+    config=replace(
+        COHERE.config,
+        model_types=("cohere2",),
+        defaults={**COHERE.config.defaults, "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 4},
+        nullable=COHERE.config.nullable | {"sliding_window", "layer_types"},
+        windows="pattern",
+        rotary=RotaryTable(only_windows=True),
+        passed_over={
+            **NO_CAPS,
+            **ONE_ACTIVATION,
+            **_OF_OTHER_CODE,
+            "use_sliding_window": PassedOver("sliding_window and layer_types decide", (None, True)),
+            "max_window_layers": PassedOver("sliding_window and layer_types decide", None),
+            "order_of_interleaved_layers": PassedOver("layer_types decides", None),
+        },
+    ),
+)
