@@ -17,6 +17,7 @@ from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
 from orchestrator.families.ernie import ERNIE, ERNIE_MOE
 from orchestrator.families.exaone import EXAONE4
+from orchestrator.families.flex_olmo import FLEX_OLMO
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.glm_dense import GLM, GLM4
@@ -83,6 +84,7 @@ FAMILIES: dict[str, Family] = {
         JAIS2,
         COHERE,
         COHERE2,
+        FLEX_OLMO,
     )
 }
 

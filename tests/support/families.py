@@ -119,6 +119,9 @@ TINY: dict[str, TinyFamily] = {
     ),
     "solar_open": TinyFamily("SolarOpenForCausalLM", "SolarOpenConfig", {**MOE, "n_routed_experts": 8}),
     "olmoe": TinyFamily("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32}),
+    "flex_olmo": TinyFamily(
+        "FlexOlmoForCausalLM", "FlexOlmoConfig", {"num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 32}
+    ),
     "smollm3": TinyFamily(
         "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 5}
     ),

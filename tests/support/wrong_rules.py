@@ -223,5 +223,6 @@ WRONG_RULES = [
     WrongRule("cohere halves for neighbours", hub_config("command-r"), _set(rotary_interleaved=False)),
     WrongRule("cohere2 rotary embedding everywhere", hub_config("command-a-03-2025"), _set(rotary_layers=None)),
     WrongRule("cohere2 window everywhere", hub_config("command-r7b-12-2024"), _window_everywhere),
+    WrongRule("flex_olmo sigmoid for softmax", hub_config("flex-olmo-7x7b-1t"), _moe(scoring="sigmoid")),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]
