@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from orchestrator.base.dtypes import ARRAY_NAMES, MODEL_DTYPES
 from orchestrator.base.errors import QuantizationError, SourceCorruptError
 from orchestrator.checkpoints import read_source
@@ -184,30 +187,25 @@ def _local_name(name: str, first: int) -> str:
     return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
 
 
-def read_tensors(
-    reader: RowReader, tensors: Mapping[str, TensorInfo], dtype: Any = None, *, pinned: bool = False
-) -> dict[str, Any]:
-    """Read every tensor as `dtype` (None: the source's), by the given names, several at once. `pinned`: as `read_tensor_rows`."""
+def read_tensors(reader: RowReader, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:
+    """Read every tensor as `dtype` (None: the source's), by the given names, several at once."""
     with ThreadPoolExecutor(_READ_THREADS, "read") as pool:
 
         def read(tensor: TensorInfo) -> Any:
-            values = read_tensor_rows(reader, tensor, 0, tensor.shape[0] if tensor.shape else 1, pinned=pinned)
+            values = read_tensor_rows(reader, tensor, 0, tensor.shape[0] if tensor.shape else 1)
             return values if dtype is None else values.to(dtype)
 
         return dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
 
 
-def read_tensor_rows(reader: RowReader, tensor: TensorInfo, begin: int, end: int, *, pinned: bool = False) -> Any:
-    """Read rows [begin, end) of a tensor, in the source's dtype.
-
-    `pinned`: into page-locked memory, which torch keeps for the next tensor and from which a copy to a GPU is fast.
-    """
+def read_tensor_rows(reader: RowReader, tensor: TensorInfo, begin: int, end: int) -> Any:
+    """Read rows [begin, end) of a tensor, in the source's dtype."""
     import torch
 
     rows = tensor.shape[0] if tensor.shape else 1
-    raw = torch.empty(tensor.num_bytes // rows * (end - begin), dtype=torch.uint8, pin_memory=pinned)
-    reader.read(tensor, begin, end, raw.numpy().data)
-    values = raw.view(getattr(torch, ARRAY_NAMES[tensor.dtype]))
+    raw: npt.NDArray[np.uint8] = np.empty(tensor.num_bytes // rows * (end - begin), np.uint8)
+    reader.read(tensor, begin, end, raw.data)
+    values = torch.from_numpy(raw).view(getattr(torch, ARRAY_NAMES[tensor.dtype]))
     return values.reshape((end - begin, *tensor.shape[1:]) if tensor.shape else ())
 
 

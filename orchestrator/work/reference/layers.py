@@ -176,7 +176,7 @@ class SourceLayers:
                 self._skeletons[number].to("meta")
 
     def _read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-        return read_tensors(self._reader, tensors, pinned=self._device.type == "cuda")
+        return read_tensors(self._reader, tensors)
 
     def _read_to_device(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         return {name: values.to(self._device) for name, values in self._read(tensors).items()}

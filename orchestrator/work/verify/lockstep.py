@@ -27,8 +27,6 @@ from orchestrator.work.verify.ort import first_rows, ort_value, run_session, wid
 from orchestrator.work.verify.stage_run import Sessions, check_agreement, feeds, first_cache, joined, result_name
 
 Array = npt.NDArray[Any]
-_COPIES = 4
-"""Weights that travel to a GPU at once."""
 _NOTHING: Array = np.zeros(0)
 
 
@@ -207,7 +205,4 @@ def _bind(rank: _Rank, number: int, device: str) -> list[Any]:
             return widened_on_gpu(*rank.weights.stored(name))
         return ort_value(*(rank.weights.stored(name) if name in rows_only else rank.weights[name]))
 
-    if device == "cpu":
-        return [bound(name) for name in part.weights]
-    with ThreadPoolExecutor(_COPIES, "copy") as pool:  # one thread alone does not fill the bus
-        return list(pool.map(bound, part.weights))
+    return [bound(name) for name in part.weights]
