@@ -48,13 +48,17 @@ def network_of(stage: StageOptions, engine: BuildConfig) -> StageNetwork:
 
 
 def rank_profiles(network: StageNetwork, engine: BuildConfig) -> tuple[Profile, ...]:
-    """Return the profiles of prefill and decode: batch 1..max_batch_size, tokens 1..max_input_len or exactly 1.
+    """Return the profiles of prefill and decode: batch 1..max_batch_size, tokens 1..max_input_len or 1.
 
-    An engine for Triton has the first only, which admits one token too.
+    Where one sequence is all, decode admits two tokens: of a product with exactly one row TensorRT-RTX 1.7.1 stores the weights
+    twice, for the two profiles (1.6 times the bytes of a Llama's engine). An engine for Triton has the first profile only, which
+    admits one token too.
     """
     assert engine.opt_input_len is not None  # set by `resolved`
     prefill = _profile(PREFILL, (1, engine.opt_input_len, engine.max_input_len), network, engine)
-    return (prefill,) if engine.for_triton else (prefill, _profile(DECODE, (1, 1, 1), network, engine))
+    if engine.for_triton:
+        return (prefill,)
+    return prefill, _profile(DECODE, (1, 1, 1 if engine.max_batch_size > 1 else 2), network, engine)
 
 
 def _profile(name: str, tokens: tuple[int, int, int], network: StageNetwork, engine: BuildConfig) -> Profile:

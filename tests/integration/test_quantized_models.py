@@ -84,11 +84,17 @@ class Models:
         return BuildOptions.model_validate(next(self.plan(case, tp).of_kind(Kind.BUILD)).options).network
 
     def compile(
-        self, case: Case, tp: int, tp_rank: int, capabilities: tuple[str, ...] = (), experts: ExpertForm = "dense"
+        self,
+        case: Case,
+        tp: int,
+        tp_rank: int,
+        capabilities: tuple[str, ...] = (),
+        experts: ExpertForm = "dense",
+        max_batch_size: int = 2,
     ) -> tuple[EngineRecord, int]:
         """The record and the size in bytes of a rank's engine."""
         options = BuildOptions.model_validate(list(self.plan(case, tp).of_kind(Kind.BUILD))[tp_rank].options)
-        engine = options.engine.model_copy(update={"compute_capabilities": capabilities})
+        engine = options.engine.model_copy(update={"compute_capabilities": capabilities, "max_batch_size": max_batch_size})
         options = options.model_copy(update={"engine": engine, "network": with_experts(options.network, experts)})
         weights, sizes = map_checkpoint_rank(self.checkpoint(case, tp), tp_rank), list[int]()
         record = compile_rank(options, weights, lambda data: sizes.append(len(data)), lambda *_: None, lambda line: None)
@@ -245,6 +251,18 @@ def test_engine_of_four_bit_weights_stays_small(model: str, algorithm: str, mode
     models = models_of(model)
     (_, plain), (_, small) = (models.compile(case, 1, 0) for case in ((None, None), (algorithm, None)))
     assert small < 0.45 * plain
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+@pytest.mark.parametrize("algorithm", [None, "FP8", "W4A16"])
+@pytest.mark.parametrize("model", ["large", "large_moe"])
+def test_engine_stores_each_weight_once(model: str, algorithm: str | None, max_batch_size: int, models_of: ModelsOf) -> None:
+    """For both profiles, whatever the batch; the rest is room for kernels."""
+    models = models_of(model)
+    weights = map_checkpoint_rank(models.checkpoint((algorithm, None), 1), 0)
+    stored = sum(weight.data.size for weight in weights.values())
+    _, size = models.compile((algorithm, None), 1, 0, max_batch_size=max_batch_size)
+    assert size < 1.1 * stored + 6_000_000
 
 
 @pytest.mark.parametrize(
