@@ -57,6 +57,7 @@ _INVERSES: dict[str, Callable[[Any], Any]] = {
     "rsqrt": lambda value: value**-2,
     "inverse": lambda value: 1.0 / value,
     "per_head": lambda value: value == "head",
+    "where_rotated": lambda value: value == "rotated",
 }
 """Inverses of model.config.TRANSFORMS."""
 
@@ -302,7 +303,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_size,
-        "intermediate_size": config.intermediate_size,
+        table.dense_size: config.intermediate_size,
         table.activation: next((name for name, act in table.activations.items() if act == config.hidden_act), config.hidden_act),
         table.epsilon: config.norm_epsilon,
         "max_position_embeddings": config.max_position_embeddings,
@@ -310,6 +311,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_parameters": _rotary_keys(config),
         **_window_keys(config, table),
         **({} if table.rotary.layers is None else {table.rotary.layers: [int(config.has_rotary(layer)) for layer in layers]}),
+        **_temperature_keys(config, table),
         **_expert_keys(config, table),
         **_latent_keys(config, table),
     }
@@ -344,7 +346,7 @@ def _is_same_scaling(read: Mapping[str, Any] | None, given: Mapping[str, Any] | 
 def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
     """Return rope_parameters: one dictionary for all layers, or one per kind of layer."""
     full = {"rope_type": "default", **(config.rotary_scaling or {}), "rope_theta": config.rotary_base}
-    if config.query_scale_beta is not None:
+    if config.query_scale_beta is not None and config.query_scale_floor is None:
         full["llama_4_scaling_beta"] = config.query_scale_beta
     if config.rotary_base_local is None:
         return full
@@ -355,13 +357,23 @@ def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     """Return the keys that the family's rule for windows reads."""
     if table.windows == "none":
         return {}
-    made: dict[str, Any] = {"sliding_window": config.sliding_window}
+    made: dict[str, Any] = {table.window_key: config.sliding_window}
     if "use_sliding_window" in table.defaults:
         made["use_sliding_window"] = config.sliding_window is not None
     if "layer_types" in table.defaults:
         layers = range(config.num_hidden_layers)
-        made["layer_types"] = ["sliding_attention" if config.has_window(layer) else "full_attention" for layer in layers]
+        made["layer_types"] = [table.window_kind if config.has_window(layer) else "full_attention" for layer in layers]
     return made
+
+
+def _temperature_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
+    """Return the keys of the scale of queries by position in the layers without rotary embedding."""
+    if table.rotary.temperature is None:
+        return {}
+    switch, length, factor = table.rotary.temperature
+    if config.query_scale_beta is None:
+        return {switch: False}
+    return {switch: True, length: config.query_scale_floor, factor: config.query_scale_beta}
 
 
 def _latent_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:

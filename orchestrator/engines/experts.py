@@ -53,6 +53,8 @@ def _layer_problem(stage: StageOptions) -> str:
         return "quantized weights that this project writes"
     if moe.expert_bias or moe.swiglu_limit is not None or moe.swiglu_alpha != 1.0 or moe.swiglu_beta:
         return "biases and bounds"
+    if moe.weighs_input:
+        return "weights of the experts' inputs"
     if not moe.gated or config.hidden_act not in ("silu", "swish", "swiglu"):
         return f"experts but SwiGLU ones; {config.architecture}'s are {config.hidden_act}"
     return "" if config.dtype != "float32" else "float32"

@@ -25,6 +25,7 @@ from orchestrator.families.gpt_oss import GPT_OSS
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.helium import HELIUM
 from orchestrator.families.llama import LLAMA
+from orchestrator.families.llama4 import LLAMA4
 from orchestrator.families.minimax import MINIMAX_M2
 from orchestrator.families.mistral import MINISTRAL3, MISTRAL
 from orchestrator.families.mistral4 import MISTRAL4
@@ -85,6 +86,7 @@ FAMILIES: dict[str, Family] = {
         COHERE,
         COHERE2,
         FLEX_OLMO,
+        LLAMA4,
     )
 }
 

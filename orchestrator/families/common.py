@@ -6,6 +6,7 @@ an expert joins both, up first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +138,17 @@ UNGATED_MLP = (
     *GATED_MLP[4:],
 )
 """The same of an MLP without a gate: `mlp.fc` is Hugging Face's up_proj."""
+
+
+def renamed(rules: tuple[Rule, ...], names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Return the rules with parts of their source tensors' names replaced."""
+
+    def own(source: str) -> str:
+        for theirs, other in names.items():
+            source = source.replace(theirs, other)
+        return source
+
+    return tuple(replace(rule, parts=tuple(replace(part, source=own(part.source)) for part in rule.parts)) for rule in rules)
 
 
 def norm(target: str, source: str, size: str = "hidden") -> Rule:

@@ -75,6 +75,8 @@ class ModelConfig(BaseModel):
     """Number of positions that a token attends to, itself included; None: all before it."""
     window_layers: tuple[bool, ...] | None = None
     """Whether each layer has the window; None: all layers have it, if sliding_window is set."""
+    chunked_windows: bool = Field(False, exclude_if=_is_unset)
+    """Whether windows do not slide: a token attends to its own chunk of sliding_window positions (Llama 4)."""
     attn_bias: bool = False
     """Whether queries, keys and values have biases."""
     attn_dense_bias: bool = False
@@ -94,12 +96,18 @@ class ModelConfig(BaseModel):
     exact_norms: bool = False
     """Store a float32 copy (`..._float32`) of each norm in the rank files, which the graph reads. For families whose norms scale by
     weight + 1: rounding the sum to bfloat16, as TensorRT-LLM's format does, loses up to 2 ** -8 of it."""
-    qk_layernorm: Literal["none", "head", "full"] = "none"
-    """Norm of queries and keys: per head (Qwen 3, Gemma 3), or over all heads at once (OLMo 2)."""
+    qk_layernorm: Literal["none", "head", "full", "rotated"] = "none"
+    """Norm of queries and keys: per head (Qwen 3, Gemma 3), over all heads at once (OLMo 2), or per head without a weight, in the
+    layers with rotary embedding only (Llama 4)."""
+    qk_norm_after_rotary: bool = Field(False, exclude_if=_is_unset)
+    """Whether queries and keys are rotated before they are normed."""
     attention_scale: float | None = None
     """Factor of the attention scores; None: head_size ** -0.5."""
     query_scale_beta: float | None = Field(None, exclude_if=_is_unset)
-    """Scale of queries by position (Llama 4, Ministral 3): 1 + beta * log(1 + position // trained length); None: not scaled."""
+    """Scale of queries by position (Ministral 3): 1 + beta * log(1 + position // trained length); None: not scaled."""
+    query_scale_floor: int | None = Field(None, ge=1, exclude_if=_is_unset)
+    """Length with which only the layers without rotary embedding scale queries (Llama 4): 1 + beta * log(1 + (position + 1) //
+    floor); None: all layers, by the trained length."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
@@ -232,6 +240,10 @@ class ModelConfig(BaseModel):
         """Whether a layer (global number) has the window."""
         return self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
 
+    def scales_queries(self, layer: int) -> bool:
+        """Whether a layer (global number) scales its queries by position."""
+        return self.query_scale_beta is not None and (self.query_scale_floor is None or not self.has_rotary(layer))
+
     def kv_heads_per_rank(self, tp: int) -> int:
         """Return max(K / tp, 1). With more ranks than key/value heads, tp / K ranks hold each head."""
         return max(self.num_key_value_heads // tp, 1)
@@ -247,6 +259,10 @@ TRANSFORMS: dict[str, Callable[[float], float]] = {
     "rsqrt": lambda value: value**-0.5,
     "inverse": lambda value: 1.0 / value,
 }
+
+
+QK_NORMS = {"per_head": "head", "where_rotated": "rotated"}
+"""Transform of a switch of config.json -> qk_layernorm of ModelConfig where it is on."""
 
 
 def from_hugging_face(
@@ -284,7 +300,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": 1 if latent else kv_heads,
         "head_size": head_size,
-        "intermediate_size": keys.count("intermediate_size"),
+        "intermediate_size": keys.count(keys.table.dense_size),
         "hidden_act": keys.activation(),
         "norm_epsilon": keys.number(keys.table.epsilon),
         "max_position_embeddings": keys.count("max_position_embeddings"),
@@ -322,7 +338,7 @@ def _derived(keys: Keys, transform: str, key: str) -> Any:
     if keys.get(key) is None:
         return False if isinstance(keys.table.defaults.get(key), bool) else None
     if isinstance(keys.table.defaults.get(key), bool):
-        return ("head" if keys.flag(key) else "none") if transform == "per_head" else keys.flag(key)
+        return (QK_NORMS[transform] if keys.flag(key) else "none") if transform in QK_NORMS else keys.flag(key)
     value = keys.number(key)
     if value <= 0:
         raise keys.error(key, f"is {value:g}, not positive")

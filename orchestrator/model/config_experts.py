@@ -33,8 +33,8 @@ class MoeConfig(BaseModel):
     """Intermediate size of the shared expert; 0: there is none. Several shared experts are one of summed size."""
     layers: tuple[bool, ...] | None = _more(None)
     """Whether each layer has experts, or a dense MLP; None: all have experts."""
-    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"] = _more("softmax")
-    """How router logits become scores: before the choice, or (gpt-oss) among the chosen only."""
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen"] = _more("softmax")
+    """How router logits become scores: before the choice, or (gpt-oss, Llama 4) of the chosen only."""
     selection_bias: bool = _more(False)
     """Whether experts are chosen by score + bias. Their weights are scores without the bias."""
     num_groups: int = _more(1, ge=1)
@@ -47,6 +47,8 @@ class MoeConfig(BaseModel):
     """Number added to the sum of the weights before it divides them."""
     sum_minimum: float = _more(0.0)
     """Smallest number that divides the weights."""
+    weighs_input: bool = _more(False)
+    """Whether the weights multiply the experts' inputs instead of their outputs (Llama 4)."""
     router_bias: bool = _more(False)
     expert_bias: bool = _more(False)
     """Whether the experts' linears have biases."""
@@ -83,7 +85,7 @@ def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
         **({"sum_minimum": keys.number(table.sum_minimum)} if table.sum_minimum else {}),
         **table.constants,
     }
-    return {"moe": moe, "moe_intermediate_size": None if table.size == "intermediate_size" else size}
+    return {"moe": moe, "moe_intermediate_size": None if table.size == keys.table.dense_size else size}
 
 
 def _shared_size(keys: Keys, table: ExpertTable, size: int) -> int:
@@ -150,12 +152,24 @@ def _between(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     return tuple((layer + 1) % step == 0 and first <= layer <= last for layer in range(num_layers))
 
 
+def _interleaved(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return the layers of Llama 4's rule: those of moe_layers; without it, every interleave_moe_layer_step-th."""
+    listed = keys.get("moe_layers")
+    if listed is None:
+        step = keys.count("interleave_moe_layer_step")
+        return tuple((layer + 1) % step == 0 for layer in range(num_layers))
+    if not isinstance(listed, list) or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
+        raise keys.error("moe_layers", f"is {shown(listed)}, not a list of layer numbers")
+    return tuple(layer in listed for layer in range(num_layers))
+
+
 EXPERT_LAYERS: dict[str, Callable[[Keys, int], tuple[bool, ...]]] = {
     "all": _every,
     "sparse_step": _sparse_step,
     "after_first": _after_first,
     "listed": _listed,
     "between": _between,
+    "interleaved": _interleaved,
 }
 """Rules by which families say which layers have experts."""
 
@@ -173,4 +187,6 @@ def layer_keys(layers: tuple[bool, ...], rule: str) -> dict[str, Any]:
         case "between":
             last = len(layers) - 1 - layers[::-1].index(True) if True in layers else 0
             return {"moe_layer_interval": 1, "moe_layer_start_index": first, "moe_layer_end_index": last}
+        case "interleaved":
+            return {"moe_layers": [number for number, has in enumerate(layers) if has]}
     return {}

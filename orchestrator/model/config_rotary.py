@@ -61,6 +61,7 @@ def rotary(keys: Keys, head_size: int, part: float | None = None) -> dict[str, A
         if _BETA not in parameters:
             raise ArchitectureError(f"{where} lacks {_BETA!r}, by which queries are scaled", "Use the complete config.json.")
         made["query_scale_beta"] = _positive(parameters[_BETA], f"{_BETA} of {where}")
+    made |= _temperature(keys)
     made["rotary_embedding_dim"] = None if dim == head_size else dim
     layers = rotated_layers(keys, keys.count("num_hidden_layers"))
     return made if all(layers) else {**made, "rotary_layers": layers}
@@ -72,7 +73,7 @@ def rotated_layers(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     if key is None:
         return (True,) * num_layers
     listed = keys.get(key)
-    if listed is None:
+    if listed is None or (listed == [] and keys.table.rotary.no_layers_mean_default):
         interval = keys.count("no_rope_layer_interval")
         return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
     if not isinstance(listed, list) or any(each not in (0, 1) for each in listed):
@@ -80,6 +81,15 @@ def rotated_layers(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     if len(listed) != num_layers:
         raise keys.error(key, f"has {len(listed)} entries for {num_layers} layers")
     return tuple(each == 1 for each in listed)
+
+
+def _temperature(keys: Keys) -> dict[str, Any]:
+    """Return the fields of Llama 4's scale of queries by position."""
+    names = keys.table.rotary.temperature
+    if names is None or not keys.flag(names[0]):
+        return {}
+    factor = _positive(keys.get(names[2]), f"{names[2]} in config.json of {keys.architecture}")
+    return {"query_scale_floor": keys.count(names[1]), "query_scale_beta": factor}
 
 
 def _where(keys: Keys) -> str:
@@ -181,8 +191,8 @@ def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> 
 def _check_factors(scaling: Mapping[str, Any], where: str) -> None:
     if scaling.get("factor", 1.0) < 1:
         raise ArchitectureError(f"factor of {where} is {scaling['factor']}, less than 1")
-    if scaling["rope_type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ArchitectureError(f"{where}: low_freq_factor is not less than high_freq_factor")
+    if scaling["rope_type"] == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise ArchitectureError(f"{where}: low_freq_factor is more than high_freq_factor")
 
 
 def _positive(value: Any, where: str) -> float:

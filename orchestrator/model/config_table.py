@@ -45,12 +45,16 @@ class RotaryTable:
     """Whether partial_rotary_factor is read."""
     layers: str | None = None
     """Key of the list that says by 1 or 0 which layers are rotated, every no_rope_layer_interval-th not by default; None: all."""
+    no_layers_mean_default: bool = False
+    """Whether an empty list means the default (Llama 4)."""
     only_windows: bool = False
     """Whether a model with a window rotates the layers that have it only (EXAONE 4)."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Rotary parameters of a config.json that has none."""
     scales_queries: bool = False
     """Whether queries are scaled by position with llama_4_scaling_beta, which the parameters then hold (Ministral 3)."""
+    temperature: tuple[str, str, str] | None = None
+    """Keys by which the layers without rotary embedding scale queries by position: switch, length, factor; None: they do not."""
     scales_softmax: bool = False
     """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
     whole: bool = False
@@ -115,12 +119,18 @@ class ConfigTable:
     """Whether the heads must have hidden_size elements together, because the output projection is square (Helium)."""
     epsilon: str = "rms_norm_eps"
     """Key of the norms' epsilon."""
+    dense_size: str = "intermediate_size"
+    """Key of the intermediate size of a dense MLP."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})
     """Value of the activation -> hidden_act of ModelConfig."""
     windows: str = "none"
     """Rule for the layers with a window, a name in config_windows.WINDOW_RULES."""
+    window_key: str = "sliding_window"
+    """Key of the number of positions of a window."""
+    window_kind: str = "sliding_attention"
+    """Entry of layer_types for a layer with a window."""
     rotary: RotaryTable = field(default_factory=RotaryTable)
     experts: ExpertTable | None = None
     passed_over: Mapping[str, PassedOver] = field(default_factory=dict)

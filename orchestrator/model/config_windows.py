@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.model.config_keys import Keys, shown
 from orchestrator.model.config_rotary import rotated_layers
 
-WINDOW, FULL = "sliding_attention", "full_attention"
+FULL = "full_attention"
 Rule = Callable[[Keys, int, "int | None"], list[bool]]
 
 
@@ -59,6 +59,11 @@ def _without_rotary(keys: Keys, layers: int, window: int | None) -> list[bool]:
     return [window is not None and not rotated for rotated in rotated_layers(keys, layers)]
 
 
+def _with_rotary(keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Llama 4: the layers with rotary embedding have the window."""
+    return list(rotated_layers(keys, layers))
+
+
 WINDOW_RULES: dict[str, Rule] = {
     "none": _none,
     "all": _all,
@@ -69,6 +74,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "but_fourth": _but_fourth,
     "but_first_of_four": _but_first_of_four,
     "without_rotary": _without_rotary,
+    "with_rotary": _with_rotary,
 }
 
 
@@ -82,10 +88,10 @@ def windows(keys: Keys, layers: int) -> dict[str, Any]:
         _check_kinds(keys, layers)
         return {"sliding_window": None}
     used = "use_sliding_window" not in table.defaults or keys.flag("use_sliding_window")
-    window = keys.maybe_count("sliding_window") if used else None
+    window = keys.maybe_count(table.window_key) if used else None
     kinds = _check_kinds(keys, layers)
     listed = kinds is not None and "layer_types" in table.defaults
-    chosen = [kind == WINDOW for kind in kinds or ()] if listed else WINDOW_RULES[table.windows](keys, layers, window)
+    chosen = [kind == table.window_kind for kind in kinds or ()] if listed else WINDOW_RULES[table.windows](keys, layers, window)
     if any(chosen) and window is None:
         what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
         raise keys.error(what, "gives layers a window, but sliding_window is missing", "Set sliding_window, or give no layer one.")
@@ -100,8 +106,9 @@ def _check_kinds(keys: Keys, layers: int) -> list[str] | None:
     kinds = keys.get("layer_types")
     if kinds is None:
         return None
-    if not isinstance(kinds, list) or any(kind not in (WINDOW, FULL) for kind in kinds):
-        raise keys.error("layer_types", f"is {shown(kinds)}", f"Its entries must be {WINDOW} or {FULL}.")
+    window = keys.table.window_kind
+    if not isinstance(kinds, list) or any(kind not in (window, FULL) for kind in kinds):
+        raise keys.error("layer_types", f"is {shown(kinds)}", f"Its entries must be {window} or {FULL}.")
     if len(kinds) != layers:
         raise keys.error("layer_types", f"has {len(kinds)} entries for {layers} layers")
     return kinds

@@ -28,7 +28,7 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
         prefix = f"transformer.layers.{layer}"
         for name in _layer_norms(config):
             yield from _biased_norm(config, f"{prefix}.{name}")
-        if config.qk_layernorm != "none":
+        if config.qk_layernorm in ("head", "full"):
             yield from (_norm(config, f"{prefix}.attention.{name}_layernorm") for name in "qk")
         yield from _attention(config, f"{prefix}.attention")
         mlp = _experts if config.has_experts(stage.first_layer + layer) else _mlp

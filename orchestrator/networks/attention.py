@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.model.config import ModelConfig
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.kv_cache import update_cache
-from orchestrator.networks.layers import linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm
+from orchestrator.networks.layers import linear, rms_norm, row_linear, scale, soft_cap, split_rms_norm, weightless_norm
 from orchestrator.networks.shape import RankShape
 from orchestrator.networks.sinks import with_sinks
 
@@ -46,6 +46,13 @@ def window_mask(graph: GraphWriter, window: int) -> str:
     return graph.node("And", ["mask.causal", graph.node("Greater", ["slots", oldest], "mask.recent")], "mask.window")
 
 
+def chunk_mask(graph: GraphWriter, size: int) -> str:
+    """Add the causal mask that is limited to the token's own chunk of `size` positions."""
+    length = graph.constant("sliding_window", size)
+    own, others = (graph.node("Div", [each, length], f"{each}.chunk") for each in ("positions", "slots"))
+    return graph.node("And", ["mask.causal", graph.node("Equal", [others, own], "mask.chunk")], "mask.window")
+
+
 def score_scale(config: ModelConfig) -> float:
     """Return the factor of the products of queries and keys."""
     return config.attention_scale if config.attention_scale is not None else float(config.head_size) ** -0.5
@@ -59,9 +66,8 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
     qkv = linear(graph, shape, x, f"{prefix}.qkv", (sum(widths), config.hidden_size), bias=config.attn_bias)
     q, k, v = (f"{prefix}.{name}" for name in "qkv")
     graph.nodes("Split", [qkv, graph.constant("qkv_widths", widths)], [q, k, v], axis=-1)
-    queries = rotate(graph, shape, _normed_heads(graph, shape, q, heads, f"{prefix}.q_layernorm"), inputs.rotary)
-    queries = scaled_queries(graph, queries, inputs)
-    keys = rotate(graph, shape, _normed_heads(graph, shape, k, kv_heads, f"{prefix}.k_layernorm"), inputs.rotary)
+    queries = scaled_queries(graph, _normed_and_rotated(graph, shape, q, heads, f"{prefix}.q_layernorm", inputs.rotary), inputs)
+    keys = _normed_and_rotated(graph, shape, k, kv_heads, f"{prefix}.k_layernorm", inputs.rotary)
     keys = update_cache(graph, shape, inputs.layer, "key", keys)
     values = update_cache(graph, shape, inputs.layer, "value", split_heads(graph, v, kv_heads, head))
     factor = score_scale(config)
@@ -96,14 +102,24 @@ def split_heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> s
     return graph.node("Transpose", [graph.node("Reshape", [x, shape], f"{x}.split")], f"{x}.heads", perm=[0, 2, 1, 3])
 
 
-def _normed_heads(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, norm: str) -> str:
-    """Split queries or keys into heads, normed over all heads before the split or per head after it, as the model does."""
+def _normed_and_rotated(graph: GraphWriter, shape: RankShape, x: str, num_heads: int, norm: str, rotary: tuple[str, ...]) -> str:
+    """Split queries or keys into heads, normed over all heads before the split or per head after it, and rotated."""
     config = shape.config
     if config.qk_layernorm == "full":
         x = split_rms_norm(graph, shape, x, f"{norm}.weight", f"{norm}.out", num_heads * config.head_size)
     heads = split_heads(graph, x, num_heads, config.head_size)
+    if config.qk_norm_after_rotary:
+        return _normed_heads(graph, shape, rotate(graph, shape, heads, rotary), norm, is_rotated=bool(rotary))
+    return rotate(graph, shape, _normed_heads(graph, shape, heads, norm, is_rotated=bool(rotary)), rotary)
+
+
+def _normed_heads(graph: GraphWriter, shape: RankShape, heads: str, norm: str, *, is_rotated: bool) -> str:
+    """Add the norm of each head [batch, heads, tokens, size], where the layer has one."""
+    config = shape.config
     if config.qk_layernorm == "head":
-        heads = rms_norm(graph, shape, heads, f"{norm}.weight", f"{norm}.out", config.head_size)
+        return rms_norm(graph, shape, heads, f"{norm}.weight", f"{norm}.out", config.head_size)
+    if config.qk_layernorm == "rotated" and is_rotated:
+        return weightless_norm(graph, shape, heads, f"{norm}.out", config.head_size)
     return heads
 
 

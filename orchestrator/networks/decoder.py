@@ -33,7 +33,7 @@ from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LinearFormat
 from orchestrator.model.stage import StageNetwork
 from orchestrator.networks import layers, sinks
-from orchestrator.networks.attention import LayerInputs, attention, causal_mask, window_mask
+from orchestrator.networks.attention import LayerInputs, attention, causal_mask, chunk_mask, window_mask
 from orchestrator.networks.graph import Dim, GraphWriter
 from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.latent import latent_attention
@@ -86,14 +86,16 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
     turns = rotary(graph, network, rendering.dtype)
     factor = query_scale(graph, network, rendering.dtype)
     masks = [causal_mask(graph, "position_ids", past_name(0, "key"))]
-    masks += [window_mask(graph, config.sliding_window)] if config.sliding_window is not None else []
+    if config.sliding_window is not None:
+        masks.append((chunk_mask if config.chunked_windows else window_mask)(graph, config.sliding_window))
     if config.attention_sinks:
         masks = [sinks.additive(graph, mask, rendering.dtype) for mask in masks]
     for layer in range(stage.num_layers):
         windowed = config.has_window(stage.first_layer + layer)
         rotation = turns.windowed if windowed else turns.everywhere
         rotation = rotation if config.has_rotary(stage.first_layer + layer) else ()
-        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, factor)
+        scaled = factor if config.scales_queries(stage.first_layer + layer) else None
+        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, scaled)
         hidden = _layer(graph, shape, hidden, inputs)
     if stage.is_last:
         _logits(graph, shape, hidden, gather=network.gather_logits)

@@ -88,6 +88,12 @@ class GraphWriter:
             self._initializers[name] = helper.make_tensor(name, ONNX_DTYPES[dtype], [], [value])
         return name
 
+    def ones(self, name: str, size: int, dtype: str) -> str:
+        """Add a vector of ones, unless the name exists."""
+        if name not in self._initializers:
+            self._initializers[name] = helper.make_tensor(name, ONNX_DTYPES[dtype], [size], [1.0] * size)
+        return name
+
     @staticmethod
     def onnx_dtype(dtype: str) -> int:
         """Return ONNX's number of a dtype, for Cast."""

@@ -36,6 +36,12 @@ def rms_norm(
     return graph.node("Cast", [normed], output, to=graph.onnx_dtype(shape.dtype))
 
 
+def weightless_norm(graph: GraphWriter, shape: RankShape, x: str, output: str, size: int) -> str:
+    """Add a root-mean-square norm over the last axis, of `size`, without a weight."""
+    attributes = {"axis": -1, "epsilon": shape.config.norm_epsilon, "stash_type": 1}
+    return graph.node("RMSNormalization", [x, graph.ones(f"ones_{size}.{shape.dtype}", size, shape.dtype)], output, **attributes)
+
+
 def norm(graph: GraphWriter, shape: RankShape, x: str, prefix: str, output: str) -> str:
     """Add the model's norm of hidden states: RMSNorm or LayerNorm, the latter accumulated in float32 too."""
     config = shape.config

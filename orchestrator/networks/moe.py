@@ -1,9 +1,10 @@
 """Mixture of experts: the rank's experts, weighted by the router, and the shared expert.
 
 Every expert that a call computes, computes every token. The sum is weighted by the router, with zero for experts that a token did
-not choose. In the dense form these are all experts of the rank; in the gathered form those that any token chose, and one decode
-step reads the weights of few. TensorRT takes no quantized weights in a Gather, so these are dequantized before. TensorRT's own
-layer stands in place of either where it is asked for.
+not choose; in Llama 4, the experts' inputs are, and an expert makes zeros of zeros. In the dense form these are all experts of
+the rank; in the gathered form those that any token chose, and one decode step reads the weights of few. TensorRT takes no
+quantized weights in a Gather, so these are dequantized before. TensorRT's own layer stands in place of either where it is asked
+for.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefi
         chosen = chosen_experts(graph, shape, routed, prefix)
         numbers, weights = chosen.numbers, chosen.weights
     tokens = graph.node("Reshape", [x, graph.constant(f"row_of_{hidden}", [1, -1, hidden])], f"{prefix}.tokens")
+    if moe.weighs_input:
+        tokens = graph.node("Mul", [tokens, weights], f"{prefix}.tokens_weighted")
     both = _batched(graph, shape, tokens, f"{prefix}.fc", (local, rows, hidden), numbers)
     if moe.expert_bias:
         both = _biased(graph, shape, both, f"{prefix}.fc", (local, rows), numbers)
@@ -53,8 +56,9 @@ def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefi
     out = _batched(graph, shape, product, f"{prefix}.proj", (local, hidden, width), numbers)
     if moe.expert_bias:  # each of the ranks that share an expert adds its part, because the sum over the ranks comes last
         out = _biased(graph, shape, out, f"{prefix}.proj", (local, hidden), numbers, 1.0 / moe_tp)
-    weighted = graph.node("Mul", [out, weights], f"{prefix}.weighted")
-    total = graph.node("ReduceSum", [weighted, graph.constant("axis_0", [0])], f"{prefix}.sum", keepdims=0)
+    if not moe.weighs_input:
+        out = graph.node("Mul", [out, weights], f"{prefix}.weighted")
+    total = graph.node("ReduceSum", [out, graph.constant("axis_0", [0])], f"{prefix}.sum", keepdims=0)
     return graph.node("Reshape", [total, graph.node("Shape", [x], f"{prefix}.size")], f"{prefix}.experts")
 
 

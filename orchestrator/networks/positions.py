@@ -71,10 +71,16 @@ def rotary(graph: GraphWriter, network: StageNetwork, dtype: str) -> Rotary:
 
 def query_scale(graph: GraphWriter, network: StageNetwork, dtype: str) -> str | None:
     """Add the factor of the queries by position, [batch, 1, tokens, 1], computed in float32; None: it is one for every position."""
-    config = network.stage.config
-    if config.query_scale_beta is None or network.max_seq_len <= config.trained_length:
+    stage = network.stage
+    config, floor, positions = stage.config, stage.config.query_scale_floor, "position_ids"
+    length = config.trained_length if floor is None else floor
+    if config.query_scale_beta is None or network.max_seq_len < length + (floor is None):
         return None
-    spans = graph.node("Div", ["position_ids", graph.constant("trained_length", config.trained_length)], "query_scale.spans")
+    if not any(config.scales_queries(stage.first_layer + layer) for layer in range(stage.num_layers)):
+        return None
+    if floor is not None:
+        positions = graph.node("Add", [positions, graph.constant("one", 1)], "query_scale.counted")
+    spans = graph.node("Div", [positions, graph.constant("query_scale.length", length)], "query_scale.spans")
     wide = graph.node("Cast", [spans], "query_scale.spans_wide", to=graph.onnx_dtype("float32"))
     one = graph.scalar("query_scale.one", 1.0, "float32")
     grown = graph.node("Log", [graph.node("Add", [wide, one], "query_scale.shifted")], "query_scale.log")

@@ -70,7 +70,7 @@ def _llama3(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Sc
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     context = float(scaling["original_max_position_embeddings"])
     wavelengths = 2 * math.pi / plain
-    blend = (context / wavelengths - low) / (high - low)
+    blend = (context / wavelengths - low) / (high - low) if high > low else 0.0  # equal bounds: nothing lies between (Llama 4)
     interpolated = (1 - blend) * plain / factor + blend * plain
     scaled = np.where(wavelengths > context / low, plain / factor, interpolated)
     return np.where(wavelengths < context / high, plain, scaled), 1.0

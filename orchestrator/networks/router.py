@@ -47,7 +47,7 @@ def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
 
 
 def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
-    """Add the scores of all experts, [batch, tokens, experts]: logits where the softmax follows the choice."""
+    """Add the scores of all experts, [batch, tokens, experts]: logits where they become scores after the choice."""
     wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
     size = (moe.num_experts, shape.config.hidden_size)
     logits = linear(graph, shape, wide, f"{prefix}.router", size, bias=moe.router_bias, dtype="float32")
@@ -94,6 +94,8 @@ def _weights(graph: GraphWriter, moe: MoeConfig, values: str, prefix: str) -> st
     """Add the weights of the chosen experts from their scores."""
     if moe.scoring == "softmax_of_chosen":
         values = graph.node("Softmax", [values], f"{prefix}.top_chances", axis=-1)
+    elif moe.scoring == "sigmoid_of_chosen":
+        values = graph.node("Sigmoid", [values], f"{prefix}.top_chances")
     if moe.normalization_mode == 1:
         total = graph.node("ReduceSum", [values, graph.constant("axis_last", [-1])], f"{prefix}.top_sum", keepdims=1)
         if moe.sum_epsilon:

@@ -34,7 +34,10 @@ DENSE: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
-MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2}
+MOE: dict[str, Any] = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2,
+    "intermediate_size_mlp": 20,
+}  # fmt: skip
 NOT_BUILT = re.compile(
     r"keys that this family does not know|which this family does not have|not supported|partial_rotary_factor|"
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
@@ -70,6 +73,7 @@ SCALINGS = [
     {},
 ]
 KINDS = st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=LAYERS, max_size=LAYERS)
+CHUNKS = ["chunked_attention"] * 2 + ["full_attention"] * 2
 BOOLEANS = st.booleans() | st.none()
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hidden_size": st.sampled_from([32, 34]),
@@ -87,7 +91,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "sliding_window": st.sampled_from([3, 5, None]),
     "use_sliding_window": st.sampled_from([True, True, False, None]),
     "max_window_layers": st.sampled_from([0, 1, 2, 3, 9, None]),
-    "layer_types": KINDS | st.none() | st.sampled_from([["full_attention"], ["novel"] * LAYERS, ["chunked_attention"] * LAYERS]),
+    "layer_types": KINDS | st.none() | st.sampled_from([["full_attention"], ["novel"] * LAYERS, CHUNKS]),
     "sliding_window_pattern": st.sampled_from([1, 2, 3, None]),
     "_sliding_window_pattern": st.sampled_from([2, 3]),
     "attn_logit_softcapping": st.sampled_from([5.0, 0.25, None]),
@@ -114,8 +118,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "moe_layer_interval": st.sampled_from([1, 2]),
     "use_bias": BOOLEANS,
     "attention_out_bias": BOOLEANS,
-    "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, None]),
+    "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, [], None]),
     "no_rope_layer_interval": st.sampled_from([1, 2, 4]),
+    "moe_layers": st.sampled_from([[], [1], [0, 3], None]),
+    "interleave_moe_layer_step": st.sampled_from([1, 2, 4]),
+    "attention_chunk_size": st.sampled_from([3, 5, None]),
+    "attn_temperature_tuning": BOOLEANS,
+    "floor_scale": st.sampled_from([4, 8192]),
+    "attn_scale": st.sampled_from([0.5, 0.1]),
     "n_group": st.sampled_from([1, 2]),
     "topk_group": st.sampled_from([1, 2]),
     "routed_scaling_factor": st.sampled_from([2.5, 1.0]),

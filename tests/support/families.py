@@ -122,6 +122,20 @@ TINY: dict[str, TinyFamily] = {
     "flex_olmo": TinyFamily(
         "FlexOlmoForCausalLM", "FlexOlmoConfig", {"num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 32}
     ),
+    "llama4": TinyFamily(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 3,
+            "attention_chunk_size": 5,
+            "floor_scale": 4,
+        },
+    ),
     "smollm3": TinyFamily(
         "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 5}
     ),

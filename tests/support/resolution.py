@@ -59,7 +59,8 @@ class Resolution:
     rotated_layers: tuple[bool, ...] = ()
     latent: tuple[int, int, int, int, bool] | None = None
     """Sizes of latent attention: queries' latent, latent, plain part of a query, value; whether rotated pairs are neighbours."""
-    query_scale: float | None = None
+    query_scale: tuple[float, ...] | None = None
+    """Factor of the logarithm of the position that scales queries, and for Llama 4 the length that it counts."""
     sinks: bool = False
 
 
@@ -82,7 +83,7 @@ def resolved(config: Mapping[str, Any]) -> Resolution:
 def _measure(model: Any, made: Any) -> Resolution:
     import torch
 
-    has_experts = tuple(hasattr(layer.mlp, "experts") for layer in model.model.layers)
+    has_experts = tuple(hasattr(_mlp(layer), "experts") for layer in model.model.layers)
     calls, hidden = _run(model)
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
     tokens = torch.arange(NUM_TOKENS) % made.vocab_size
@@ -99,9 +100,9 @@ def _measure(model: Any, made: Any) -> Resolution:
         biases=(
             _bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"),
             _bias(attention, "o_proj"),
-            _bias(layer.mlp, "gate_proj", "gate_up_proj", "up_proj", "c_fc"),
+            _bias(_mlp(layer), "gate_proj", "gate_up_proj", "up_proj", "c_fc"),
         ),
-        activation=_activation(_activation_of(layer.mlp)),
+        activation=_activation(_activation_of(_mlp(layer))),
         norm_epsilon=getattr(norm, "variance_epsilon", None) or norm.eps,
         attention_scale=calls[0]["scaling"],
         attention_cap=calls[0]["softcap"],
@@ -116,12 +117,17 @@ def _measure(model: Any, made: Any) -> Resolution:
         normalized=normalized,
         expert_layers=has_experts,
         groups=groups,
-        qk_norm=hasattr(attention, "q_norm"),
+        qk_norm=hasattr(attention, "q_norm") or any(hasattr(each.self_attn, "qk_norm") for each in model.model.layers),
         rotated_layers=tuple(call["rotated"] for call in calls),
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
         sinks=hasattr(attention, "sinks"),
     )
+
+
+def _mlp(layer: Any) -> Any:
+    """The MLP or the experts of a layer."""
+    return next(getattr(layer, name) for name in ("mlp", "feed_forward") if hasattr(layer, name))
 
 
 def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
@@ -133,10 +139,12 @@ def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None
     return query, attention.kv_a_layernorm.weight.shape[0], nope, value, bool(made.rope_interleave)
 
 
-def _query_scale(made: Any) -> float | None:
+def _query_scale(made: Any) -> tuple[float, ...] | None:
     """The factor by which the logarithm of the position scales queries."""
+    if made.model_type == "llama4_text":
+        return (float(made.attn_scale), float(made.floor_scale)) if made.attn_temperature_tuning else None
     scales = made.model_type in ("ministral3", "mistral4")
-    return float(made.rope_parameters["llama_4_scaling_beta"]) if scales else None
+    return (float(made.rope_parameters["llama_4_scaling_beta"]),) if scales else None
 
 
 def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -147,7 +155,7 @@ def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
     calls: list[dict[str, Any]] = []
     caught: list[Any] = []
     plain = module.eager_attention_forward
-    rotations = {name: function for name, function in vars(module).items() if name.startswith("apply_rotary_pos_emb")}
+    rotations = {name: function for name, function in vars(module).items() if name.startswith("apply_rotary_")}
     rotated: list[bool] = []
 
     def rotating(function: Any) -> Any:
@@ -250,12 +258,13 @@ def _scaling(made: Any) -> dict[str, Any]:
 def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None, tuple[int, int]]:
     import torch
 
-    block = layer.mlp
+    block = _mlp(layer)
     if not hasattr(block, "experts"):
         return None, None, (1, 1)
     gate = block.gate if hasattr(block, "gate") else block.router
     bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
-    sums = gate(torch.randn(5, gate.weight.shape[1]), *bias)[1].sum(-1)
+    found = gate(torch.randn(5, gate.weight.shape[1]), *bias)
+    sums = (found[0] if len(found) == 2 else found[1]).sum(-1)  # Llama 4's gives the weights of all experts first
     size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
     together = next((getattr(block, name) for name in ("shared_expert", "shared_experts") if getattr(block, name, None)), None)
     shared = together.gate_proj.weight.shape[0] if together is not None else 0
@@ -267,12 +276,13 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
 
 def ours(config: ModelConfig) -> Resolution:
     """The same facts of our reading of a config.json."""
-    window = [config.sliding_window if config.has_window(layer) else None for layer in range(config.num_hidden_layers)]
+    window = [_our_window(config) if config.has_window(layer) else None for layer in range(config.num_hidden_layers)]
     scaling = dict(config.rotary_scaling or {"rope_type": "default"})
-    rotated = config.rotary_embedding_dim or config.head_size
-    rotary: tuple[tuple[Any, ...], ...] = ((scaling["rope_type"], config.rotary_base, rotated),)
+    rotated = tuple(config.has_rotary(layer) for layer in range(config.num_hidden_layers))
+    size = config.rotary_embedding_dim or config.head_size
+    rotary: tuple[tuple[Any, ...], ...] = ((scaling["rope_type"], config.rotary_base, size),)
     if config.rotary_base_local is not None:
-        rotary += (("default", config.rotary_base_local, rotated),)
+        rotary += (("default", config.rotary_base_local, size),)
     moe = config.moe
     chosen = None if moe is None or moe.top_k == moe.num_experts else moe.routed_scale * moe.normalization_mode
     has_experts = tuple(config.has_experts(layer) for layer in range(config.num_hidden_layers))
@@ -297,12 +307,23 @@ def ours(config: ModelConfig) -> Resolution:
         normalized=None if moe is None else chosen,
         expert_layers=has_experts,
         groups=(moe.num_groups, moe.kept_groups) if moe else (1, 1),
-        qk_norm=config.qk_layernorm != "none",
-        rotated_layers=tuple(config.has_rotary(layer) for layer in range(config.num_hidden_layers)),
+        qk_norm=any(rotated) if config.qk_layernorm == "rotated" else config.qk_layernorm != "none",
+        rotated_layers=rotated,
         latent=_our_latent(config),
-        query_scale=config.query_scale_beta,
+        query_scale=_our_query_scale(config),
         sinks=config.attention_sinks,
     )
+
+
+def _our_window(config: ModelConfig) -> int | None:
+    """Positions that the last token sees through a window: of its chunk, those up to it."""
+    size = config.sliding_window
+    return (NUM_TOKENS - 1) % size + 1 if size and config.chunked_windows else size
+
+
+def _our_query_scale(config: ModelConfig) -> tuple[float, ...] | None:
+    numbers = (config.query_scale_beta, config.query_scale_floor)
+    return tuple(float(number) for number in numbers if number is not None) or None
 
 
 def _our_latent(config: ModelConfig) -> tuple[int, int, int, int, bool] | None:

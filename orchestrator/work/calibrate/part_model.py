@@ -147,7 +147,7 @@ def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
     """Return the config of a part: lists with an entry per layer are cut too."""
     config, layers = copy.deepcopy(whole), whole.num_hidden_layers
     for name, value in vars(whole).items():
-        if isinstance(value, list) and len(value) == layers and name != "mlp_only_layers":
+        if isinstance(value, list) and len(value) == layers and name not in ("mlp_only_layers", "moe_layers"):
             setattr(config, name, value[first : first + count])
     _shift_experts(config, first, layers)
     config.num_hidden_layers = count
@@ -164,6 +164,8 @@ def _shift_experts(config: Any, first: int, layers: int) -> None:
     if getattr(config, "decoder_sparse_step", None) is not None:
         dense = [layer for layer in range(layers) if (layer + 1) % config.decoder_sparse_step or layer in config.mlp_only_layers]
         config.decoder_sparse_step, config.mlp_only_layers = 1, [layer - first for layer in dense if layer >= first]
+    if getattr(config, "moe_layers", None) is not None:
+        config.moe_layers = [layer - first for layer in config.moe_layers if layer >= first]
     if getattr(config, "moe_layer_interval", None) is not None:
         if first % config.moe_layer_interval:
             raise QuantizationError(

@@ -22,11 +22,15 @@ Config = Mapping[str, Any]
 Map = Callable[[Any], Any]
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_attention")
-POSITIONS = ("max_position_embeddings", "original_max_position_embeddings")
+POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")
 ROTARY = ("rope_scaling", "rope_parameters")
 FACTORS = ("short_factor", "long_factor")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "moe_k")
+LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
+"""Keys of lists of layer numbers."""
+STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
+"""Keys of the distance between layers with experts."""
 FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
 """Keys that count first layers without experts."""
 _FIRST_WINDOW, _WINDOW_STEP = 8, 5
@@ -93,7 +97,7 @@ class Scaling:
         if key.endswith("_token_id"):
             return [_id(each) for each in value] if isinstance(value, list) else _id(value)
         if isinstance(value, list) and self._is_per_layer(key, value):
-            return self._per_layer(value)
+            return self._per_layer(key, value)
         return self._maps[key](value) if key in self._maps and value is not None else value
 
     def _rotary(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +180,10 @@ class Scaling:
         return [*found, dim / head] if is_count(dim) and is_count(head) and dim <= head else found
 
     def _scale_sizes(self) -> None:
-        small = {"intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
+        small = {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "intermediate_size_mlp": 112,
+        }  # fmt: skip
         for key, size in {**small, "vocab_size": _VOCABULARY}.items():
             self._maps[key] = _only(self.raw(key), size)
         experts = next((self.raw(key) for key in EXPERTS if is_count(self.raw(key))), None)
@@ -232,19 +239,19 @@ class Scaling:
             value = self.raw(key)
             return value if is_count(value) else otherwise
 
-        step = math.lcm(count("decoder_sparse_step", 1), count("moe_layer_interval", 1))
+        step = math.lcm(*(count(key, 1) for key in STEPS))
         first, last = max(count(key, 0) for key in FIRST_LAYERS), count("moe_layer_end_index", layers)
         dense = self.raw("mlp_only_layers")
         dense = dense if isinstance(dense, list) else []
         return [(layer + 1) % step == 0 and first <= layer <= last and layer not in dense for layer in range(layers)]
 
     def _is_per_layer(self, key: str, value: list[Any]) -> bool:
-        return key in ("layer_types", "mlp_only_layers") or len(value) == self.raw("num_hidden_layers")
+        return key in ("layer_types", *LAYER_NUMBERS) or len(value) == self.raw("num_hidden_layers")
 
-    def _per_layer(self, value: list[Any]) -> list[Any]:
+    def _per_layer(self, key: str, value: list[Any]) -> list[Any]:
         """Return the entries of the kept layers, or their new numbers. A list of a wrong length stays too long or too short."""
         layers = self.raw("num_hidden_layers")
-        if value and all(is_count(each) or each == 0 for each in value) and len(value) != layers:
+        if key in LAYER_NUMBERS:
             return [number for number, index in enumerate(self.kept) if index in value]
         found = [value[index] for index in self.kept if index < len(value)]
         if len(value) > layers:

@@ -36,24 +36,33 @@ class ExpertCall:
     hidden_states: Any
     """[tokens, hidden]."""
     top_k_index: Any
-    """int64 [tokens, k]."""
+    """int64 [tokens, k]; -1: no expert."""
     top_k_weights: Any
-    """[tokens, k]."""
+    """[tokens, k]; None: the hidden states are weighed already, and the experts take nothing else."""
 
 
 class _StandIn(torch.nn.Module):
     """Stand-in for the experts of a layer: records calls, or answers them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_experts: int) -> None:
         super().__init__()
+        self._num_experts = num_experts
         self.calls: list[ExpertCall] = []
         self.answers: Iterator[Any] | None = None
 
-    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    def forward(self, hidden_states: Any, top_k_index: Any = None, top_k_weights: Any = None) -> Any:
         if self.answers is not None:
             return next(self.answers)
+        if top_k_index is None:
+            top_k_index = self._chosen(hidden_states)
         self.calls.append(ExpertCall(hidden_states, top_k_index, top_k_weights))
         return torch.zeros_like(hidden_states)
+
+    def _chosen(self, hidden_states: Any) -> Any:
+        """Return the expert of each row: Llama 4 gives every expert all tokens, zeros where the token did not choose it."""
+        by_expert = hidden_states.view(self._num_experts, -1).any(dim=-1)
+        experts = torch.where(by_expert, torch.arange(self._num_experts, device=hidden_states.device), -1)
+        return experts.repeat_interleave(len(hidden_states) // self._num_experts)[:, None]
 
 
 class Experts:
@@ -70,7 +79,7 @@ class Experts:
         `tensors`: by expert and linear (gate, up, down), or by the module's parameters, where each holds all experts.
         """
         self._module, self._tensors, self._read = parent.experts, tensors, read
-        self._stand_in = parent.experts = _StandIn()
+        self._stand_in = parent.experts = _StandIn(parent.experts.num_experts)
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Yield all weights of all experts."""
@@ -121,10 +130,14 @@ class Experts:
 def _add(module: Any, expert: int, call: ExpertCall, total: Any) -> None:
     # The order, by k and then by token, is that of transformers' eager experts: another may round differently.
     places, tokens = torch.where((call.top_k_index == expert).T)
-    if len(tokens):
+    if not len(tokens):
+        return
+    if call.top_k_weights is None:
+        result = module(call.hidden_states[tokens])
+    else:
         first = torch.zeros((len(tokens), 1), dtype=torch.int64, device=tokens.device)
         result = module(call.hidden_states[tokens], first, call.top_k_weights[tokens, places, None])
-        total.index_add_(0, tokens, result.to(total.dtype))
+    total.index_add_(0, tokens, result.to(total.dtype))
 
 
 @dataclass(frozen=True, slots=True)
