@@ -1,35 +1,36 @@
-"""The language model within a larger model (with a vision tower), as a checkpoint of its own: its config, its tensors' names."""
+"""The language model within a larger model (vision, speech), as a checkpoint of its own: its config, its tensors' names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import replace
-from typing import Any
 
+from orchestrator.base.errors import ArchitectureError
+from orchestrator.families.wrappers import is_wrapper, language_config
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 
-WRAPPERS = ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration", "Mistral3ForConditionalGeneration")
-"""Architectures whose language model is one of the families, whole, and is read from the larger checkpoint."""
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mistral4": "Mistral4ForCausalLM",
+_PREFIXES = {
+    "language_model.model.model.": "model.",
+    "language_model.": "",
+    "model.language_model.model.": "model.",
+    "model.language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "model.text_model.": "model.",
 }
-"""model_type of text_config -> architecture."""
-_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
-"""Prefix of the language model's tensors -> what it is without the larger model."""
+"""Prefix of the language model's tensors -> what it is without the larger model. transformers 5.14 doubles `model.` where it saves
+models of speech."""
 _HEAD = "lm_head.weight"
-_OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
-"""Keys that may stand beside text_config."""
+_BARE = ("model.layers.", "model.embed_tokens.", "model.norm.", _HEAD)
+"""Beginnings of names that the larger model shares with the language model."""
 _REASON = "it belongs to another part of the model than its language model"
 
 
 def language_model(index: CheckpointIndex) -> CheckpointIndex:
-    """Return the index of the language model alone; unchanged if `index` is of one, or of a larger model that is not known."""
-    listed, text = index.config.get("architectures"), index.config.get("text_config")
-    if not isinstance(text, Mapping) or not listed or listed[0] not in WRAPPERS or text.get("model_type") not in ARCHITECTURES:
+    """Return the index of the language model alone; unchanged if `index` is of one, or of a larger model that is not known.
+
+    A warning names the other parts with the numbers of their tensors.
+    """
+    if not is_wrapper(index.config):
         return index
     tensors: dict[str, TensorInfo] = {}
     others: dict[str, str] = {}
@@ -39,11 +40,20 @@ def language_model(index: CheckpointIndex) -> CheckpointIndex:
             others[name] = _REASON
         else:
             tensors[own] = replace(tensor, name=own)
-    warning = f"only the language model of {listed[0]} is built: {len(others)} tensors of its other parts are left out"
+    try:
+        config = language_config(index.config, has_head=_HEAD in tensors)
+    except ArchitectureError:
+        return index
+    outer = index.config["architectures"][0]
+    parts = ", ".join(f"{part} ({count})" for part, count in Counter(map(_part_of, others)).items()) or "none"
+    warning = (
+        f"only the language model of {outer} is built. Its other parts are left out, with the numbers of their tensors: {parts}"
+    )
     return replace(
         index,
         tensors=tensors,
-        config=_config(index.config, text),
+        config=config,
+        part_of=outer,
         left_out={**index.left_out, **others},
         warnings=(*index.warnings, warning),
     )
@@ -54,13 +64,10 @@ def _own_name(name: str) -> str | None:
     for prefix, own in _PREFIXES.items():
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
-    return name if name == _HEAD else None
+    return name if name.startswith(_BARE) else None
 
 
-def _config(outer: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of the language model. Whether its head is tied is said by the larger model, as in transformers."""
-    found = {key: outer[key] for key in _OUTER if key in outer} | {"architectures": [ARCHITECTURES[text["model_type"]]]}
-    found |= {key: value for key, value in text.items() if key not in ("architectures", "quantization_config")}
-    if "tie_word_embeddings" in outer:
-        found["tie_word_embeddings"] = outer["tie_word_embeddings"]
-    return found
+def _part_of(name: str) -> str:
+    """Return the name of the part that a tensor belongs to, such as vision_tower or model.visual."""
+    first, _, rest = name.partition(".")
+    return f"model.{rest.partition('.')[0]}" if first == "model" else first

@@ -27,7 +27,8 @@ from orchestrator.checkpoints.trtllm import write_checkpoint_config
 from orchestrator.compat.rank_source import NO_LIMIT, RankSource, rank_options, writer
 from orchestrator.engines.profiles import network_of, resolved
 from orchestrator.engines.record import EngineRecord
-from orchestrator.families import architecture_of, family_for
+from orchestrator.families import family_for
+from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.model.compute_capability import check_target

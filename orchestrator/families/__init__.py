@@ -91,26 +91,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def architecture_of(config: Mapping[str, Any], where: str) -> str | None:
-    """Return the architecture that config.json of `where` names; None: it names none.
-
-    Raises ArchitectureError if `architectures` is not a list of names, or for a larger model around a language model.
-    """
-    listed = config.get("architectures")
-    if listed is not None and (not isinstance(listed, list) or any(not isinstance(name, str) for name in listed)):
-        raise ArchitectureError(
-            f"architectures in config.json of {where} is {str(listed)[:60]!r}, not a list of names",
-            'Write it as a list, such as ["LlamaForCausalLM"], or set source.family in the spec.',
-        )
-    name = listed[0] if listed else None
-    if isinstance(config.get("text_config"), Mapping):
-        raise ArchitectureError(
-            f"{where} is a model of several parts ({name}): config.json describes its language model in text_config",
-            "Save the language model as a separate checkpoint, with text_config as its config.json, and build that.",
-        )
-    return name
-
-
 def family_for(architecture: str) -> Family:
     """Return the family of a Hugging Face architecture. Raises ArchitectureError, which lists the known architectures."""
     for family in FAMILIES.values():

@@ -232,6 +232,8 @@ class CheckpointIndex:
     """Stored tensors of a quantized source that hold no weight -> reason why they are not read."""
     activation_limit: float | None = None
     """Bound of activations that a source with a scale per row names (FBGEMM)."""
+    part_of: str = ""
+    """Architecture of the larger model whose language model this is; empty: the checkpoint is of nothing more."""
     algorithm: str = ""
     """Name of the format in which a quantized source stores its weights; empty: not quantized."""
 

@@ -112,7 +112,8 @@ def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rotary parameters of the layers with full attention, and of the layers with a window (Gemma 3)."""
     where = _where(keys)
     nested = _dictionary(keys.given.get("rope_parameters") or {}, where)
-    stray = sorted(set(nested) - _KINDS_OF_LAYERS)
+    # transformers writes the plain defaults beside the kinds
+    stray = sorted(key for key, value in nested.items() if key not in _KINDS_OF_LAYERS and value not in (None, "default"))
     if stray:
         raise ArchitectureError(
             f"{where} has {shown(stray[0])} beside the kinds of layers", f"Its keys are {' and '.join(sorted(_KINDS_OF_LAYERS))}."

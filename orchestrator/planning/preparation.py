@@ -7,7 +7,8 @@ from dataclasses import replace
 from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, QuantizationError, SpecError, TopologyError
 from orchestrator.checkpoints import read_source
-from orchestrator.families import architecture_of, check_kind, family_for, family_named
+from orchestrator.families import check_kind, family_for, family_named
+from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.model.config import ModelConfig, from_hugging_face

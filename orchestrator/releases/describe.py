@@ -62,6 +62,7 @@ def describe(
             for file in plan.inputs.index.files + plan.inputs.extra_files
         ),
         model=plan.inputs.config,
+        part_of=plan.inputs.index.part_of,
         selectors=_selectors(plan, ranks[0].engine),
         tp=topology.tp,
         pp=topology.pp,

@@ -159,6 +159,8 @@ class Manifest(Record):
     created_at: Word
     source: Annotated[tuple[SourceFileRecord, ...], FailFast()]
     model: ModelConfig
+    part_of: str = Field(default="", exclude_if=lambda value: not value)
+    """Architecture of the larger model (vision, speech) whose language model this is; empty: the source is of nothing more."""
     selectors: Selectors
     tp: int = Field(ge=1, le=LARGEST)
     pp: int = Field(ge=1, le=LARGEST)
