@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "kubernetes": ("kubernetes",),
     "signing": ("model_signing", "cryptography"),
     "obstore": ("obstore",),
+    "keras": ("h5py",),
     "tensorrt": ("tensorrt",),
     "gpu": ("nccl", "cuda", "numpy", "safetensors"),
 }

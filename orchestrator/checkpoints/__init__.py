@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,6 +21,7 @@ FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
     "meta": "orchestrator.checkpoints.meta",
     "trtllm": "orchestrator.checkpoints.trtllm",
+    "keras": "orchestrator.checkpoints.keras",
     "huggingface": "orchestrator.checkpoints.huggingface",
 }
 """Name -> module, in the order in which `auto` tries them. huggingface is last: it reports what is missing beside a config.json."""
@@ -46,8 +48,8 @@ COMPANIONS = (
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "params.json",
 )  # fmt: skip
-"""Files beside the weights that serving the model needs."""
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.gguf", "tf_model*.h5", "flax_model*.msgpack")
+"""Files beside the weights that serving the model needs, of formats that do not name their own in PUBLISHED."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.gguf", "*.h5", "flax_model*.msgpack")
 
 
 def format_named(name: str) -> Format:
@@ -71,7 +73,8 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
             raise _unknown(path, names)
     index = format_named(source_format).read_index(folder)
     _check_indexes(folder, names)
-    return replace(index, warnings=(*index.warnings, *passed_over(index, names))), companions(folder, names)
+    warnings = (*index.warnings, *passed_over(index, names))
+    return replace(index, warnings=warnings), companions(folder, names, source_format)
 
 
 _FOREIGN = {
@@ -134,7 +137,16 @@ def _as_sets(names: list[str]) -> str:
     return ", ".join(shown)
 
 
-def companions(folder: SourceFolder, names: list[str]) -> tuple[SourceFile, ...]:
+def published_names(source_format: str) -> Mapping[str, str]:
+    """Return the tokenizer and config files of a format -> names under which they are published with a release.
+
+    A format whose files have other names than Hugging Face's, or another meaning, gives them in PUBLISHED.
+    """
+    found: Mapping[str, str] = getattr(format_named(source_format), "PUBLISHED", {name: name for name in COMPANIONS})
+    return found
+
+
+def companions(folder: SourceFolder, names: list[str], source_format: str = "huggingface") -> tuple[SourceFile, ...]:
     """Return the tokenizer and config files among `names`, with the digests of their content as identity.
 
     Raises LfsPointerError, SourceLinkError; SourceCorruptError for a .json file without a JSON object.
@@ -143,7 +155,7 @@ def companions(folder: SourceFolder, names: list[str]) -> tuple[SourceFile, ...]
     from orchestrator.checkpoints.huggingface import parse_json
     from orchestrator.stores.confined import read_companion
 
-    contents = {name: read_companion(folder, name) for name in COMPANIONS if name in names}
+    contents = {name: read_companion(folder, name) for name in published_names(source_format) if name in names}
     for name, data in contents.items():
         if data.startswith(LFS_MAGIC):
             raise LfsPointerError(f"{folder.url}/{name} is a Git-LFS pointer, not a tokenizer or config")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.base.dtypes import num_bytes
 from orchestrator.checkpoints.rows import read_contiguous_rows
+from orchestrator.checkpoints.transposed import read_transposed_rows
 from orchestrator.model.checkpoint import Assembly, Piece, TensorInfo
 from orchestrator.stores.source import ByteSource
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
-    """Return the tensor of an assembly. Pieces are [rows] or [rows, columns]."""
+    """Return the tensor of an assembly. Pieces are [rows] or [rows, columns], transposed ones [columns, rows]."""
     first = assembly.pieces[0]
-    shape = list(first.shape)
-    shape[assembly.axis] = sum(piece.shape[assembly.axis] for piece in assembly.pieces)
+    shapes = [piece.shape[::-1] if assembly.transposed else piece.shape for piece in assembly.pieces]
+    shape = list(shapes[0])
+    shape[assembly.axis] = sum(each[assembly.axis] for each in shapes)
     return TensorInfo(name, dtype, tuple(shape), first.file, first.offset, num_bytes(dtype, math.prod(shape)), assembly)
 
 
@@ -32,6 +34,8 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
         return
     if assembly is None:
         read_contiguous_rows(source, tensor, begin, end, out)
+    elif assembly.transposed:
+        read_transposed_rows(source, tensor, begin, end, out)
     elif assembly.paired_rows:
         _read_paired(source, tensor, assembly, begin, end, out)
     else:

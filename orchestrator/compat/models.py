@@ -208,7 +208,7 @@ class PretrainedModel:
 
 
 class TopModelMixin:
-    """Mixin for models that are read from a Hugging Face folder."""
+    """Mixin for models that are read from a folder of a checkpoint: Hugging Face's, or KerasHub's."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
     """Architectures that the class accepts; empty: all known ones."""
@@ -221,6 +221,12 @@ class TopModelMixin:
         """
         folder = Path(hf_model_dir).resolve()
         return cls._from_source(folder, *read_source(str(folder)), dtype, mapping)
+
+    @classmethod
+    def from_keras(cls, preset_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
+        """Return one rank of the model in a preset of KerasHub. Raises as from_hugging_face does, and ToolError without h5py."""
+        folder = Path(preset_dir).resolve()
+        return cls._from_source(folder, *read_source(str(folder), "keras"), dtype, mapping)
 
     @classmethod
     def _from_source(

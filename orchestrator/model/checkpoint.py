@@ -48,6 +48,8 @@ class Assembly:
     """Name of the pieces' element type in the source format; empty: the tensor's dtype."""
     add: float = 0.0
     """Number added to every element of a float32 tensor. Undoes an addition that the source format stores."""
+    transposed: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether pieces are stored as [columns, rows]. They are joined along the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,11 @@ class TensorInfo:
     def stored_bytes(self) -> int:
         """Number of the source's bytes that hold the tensor."""
         return self.num_bytes if self.encoding is None else sum(part.num_bytes for part in self.encoding.parts())
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether rows of the tensor are columns of what is stored."""
+        return self.assembly is not None and self.assembly.transposed
 
     def files(self) -> set[int]:
         """Return the indices of the files that hold the tensor."""

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
+from orchestrator.checkpoints.transposed import SLAB_BYTES, STRIP_BYTES
 from orchestrator.model.checkpoint import CheckpointIndex, Packing, TensorInfo
 from orchestrator.model.weight_map import WeightMap
 from orchestrator.planning.calibration import layer_of
@@ -103,6 +104,12 @@ def dequantization_memory(tensors: Iterable[TensorInfo]) -> int:
     kept = [encoding.codes.num_bytes if encoding.is_transposed else 0 for _, encoding in encoded]
     experts = [tensor.num_bytes // tensor.shape[0] for tensor, encoding in encoded if encoding.packing is Packing.EXPERTS]
     return _DEQUANTIZE_BYTES + max(kept) + 3 * max(experts, default=0)
+
+
+def transposition_memory(tensors: Iterable[TensorInfo]) -> int:
+    """Return the memory that tensors stored as [in, out] add to a conversion: a strip of the largest, and a slab of it."""
+    largest = max((tensor.num_bytes for tensor in tensors if tensor.is_transposed), default=0)
+    return min(largest, STRIP_BYTES) + min(largest, SLAB_BYTES)
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:

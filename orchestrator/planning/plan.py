@@ -26,6 +26,7 @@ from orchestrator.planning.estimates import (
     estimate,
     export_memory,
     reference_memory,
+    transposition_memory,
     verify_memory,
 )
 from orchestrator.planning.experts import DecodeReads, decode_reads
@@ -298,7 +299,9 @@ def _convert(
         needs=tuple(needs),
         locations={"source": inputs.source, **({"scales": quantization.scales} if quantization and quantization.scales else {})},
         resources=Resources(
-            memory_bytes=convert_memory(largest, quantized=quantization is not None) + dequantization_memory(sources)
+            memory_bytes=convert_memory(largest, quantized=quantization is not None)
+            + dequantization_memory(sources)
+            + transposition_memory(sources)
         ),
         estimate=estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 from orchestrator.base.digest import chunk_digests, digest_bytes
 from orchestrator.base.errors import ReleaseExistsError, SignatureError, SourceCorruptError, StoreError
+from orchestrator.checkpoints import published_names
 from orchestrator.checkpoints.trtllm import config_files, shard_indexes
 from orchestrator.model.config import to_trtllm
 from orchestrator.planning.plan import Plan
@@ -161,13 +162,13 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     }
     data = json.dumps(config, indent=2).encode()
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
-    source = open_source(plan.inputs.source)
+    source, names = open_source(plan.inputs.source), published_names(plan.inputs.index.format)
     for file in plan.inputs.extra_files:
         content = read_companion(source, file.name)
         if file.identity != "sha256:" + digest_bytes(content):
             raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
         media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"
-        records.append(_put(store, prefix, folder, f"tokenizer/{file.name}", "tokenizer", media_type, content))
+        records.append(_put(store, prefix, folder, f"tokenizer/{names[file.name]}", "tokenizer", media_type, content))
     return records
 
 

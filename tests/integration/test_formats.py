@@ -32,8 +32,10 @@ from orchestrator.model.config import ModelConfig, MoeConfig, to_trtllm
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
 from orchestrator.stores.file import FileStore
+from orchestrator.work.convert import cutting, strips
 from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
+from tests.support.keras import write_preset
 from tests.support.meta import write_bin, write_meta
 from tests.support.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
 
@@ -95,6 +97,19 @@ def test_convert_of_meta_files_to_another_dtype_and_small_shards(
     assert converted(metas[4, True], tmp_path / "meta", {"tp": 2}, "float16", **sections) == expected
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_convert_of_keras_presets_by_blocks_and_strips_equals_that_of_hugging_face(
+    tmp_path: Path, direct: Path, topology: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_preset(tmp_path / "keras", CONFIG, ARRAYS)
+    expected = converted(direct, tmp_path / "direct", topology)
+    assert converted(source, tmp_path / "whole", topology) == expected
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 3 * 64)
+    assert converted(source, tmp_path / "blocks", topology) == expected
+    monkeypatch.setattr(strips, "STRIP_BYTES", 7 * 64)  # not a multiple of the blocks
+    assert converted(source, tmp_path / "strips", topology) == expected
+
+
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_convert_of_bin_files_equals_that_of_safetensors(tmp_path: Path, direct: Path, num_files: int) -> None:
     source = write_bin(tmp_path / "bin", CONFIG, ARRAYS, num_files)
@@ -115,7 +130,8 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
     write_bin(tmp_path / "bin", config, arrays)
     write_meta(tmp_path / "meta", config, arrays, 2)
     write_ranks(source, tmp_path / "trtllm", {"tp": 2})
-    for name in ("bin", "meta", "trtllm"):
+    write_preset(tmp_path / "keras", config, arrays)
+    for name in ("bin", "meta", "trtllm", "keras"):
         made = preparation.plan(build_spec(tmp_path / name, dtype="bfloat16"))
         kinds = (Kind.MINIATURE, Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), kinds)
@@ -129,10 +145,12 @@ def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, 
     write_bin(tmp_path / "bin", config, arrays)
     write_meta(tmp_path / "meta", config, arrays, 2)
     write_ranks(source, tmp_path / "trtllm", {"tp": 2})
+    write_preset(tmp_path / "keras", config, arrays)
     expected = scales(str(source), tmp_path / "safetensors-built")
     assert min(expected.values()) > 0
-    names = ("bin", "meta", "trtllm")
-    sources = {**{name: str(tmp_path / name) for name in names}, "remote": upload(source), "remote meta": upload(tmp_path / "meta")}
+    names = ("bin", "meta", "trtllm", "keras")
+    remote = {f"remote {name}": upload(tmp_path / name) for name in ("safetensors", "meta", "keras")}
+    sources = {**{name: str(tmp_path / name) for name in names}, **remote}
     for name, place in sources.items():
         assert scales(place, tmp_path / f"{name}-built") == expected, name
 

@@ -1,8 +1,9 @@
 """The inner loop of conversion: read large blocks once, cut them for all ranks, append them to every rank's file.
 
 Memory is a few blocks, whatever the model's size. Only a source tensor that two targets of one task share (a tied embedding and
-head on one stage) is held whole, from first to last use. One thread reads ahead, across tensors, and each sink has its own
-thread: reading, hashing and writing overlap, and every sink still gets its bytes in order.
+head on one stage) is held whole, from first to last use, and of one that the source stores transposed a strip is held. One thread
+reads ahead, across tensors, and each sink has its own thread: reading, hashing and writing overlap, and every sink still gets its
+bytes in order.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from orchestrator.model.rules import Span
 from orchestrator.model.targets import ExpertRows, Read, StoredScale, Target
 from orchestrator.work.context import HashingWriter, SharedBlock
 from orchestrator.work.convert.packing import Packer
+from orchestrator.work.convert.strips import Strip
 from orchestrator.work.scales import Scales
 
 Bytes = npt.NDArray[np.uint8]
@@ -74,6 +76,7 @@ class Cutter:
         # One is read, one is cut, the others are written.
         self._buffers = itertools.cycle([_Buffer() for _ in range(_BLOCKS_BEHIND + 2)])
         self._held: dict[str, Bytes] = {}
+        self._strip = Strip(self._read_rows, _Buffer().of_size)
         self._packer = Packer(len(sinks), scales)
 
     def run(self, targets: Sequence[Target]) -> None:
@@ -176,8 +179,10 @@ class Cutter:
             if tensor.name not in self._held:
                 self._held[tensor.name] = self._read_rows(tensor, 0, _rows(chunk.read)[0], _Buffer().of_size(tensor.num_bytes))
             return (self._held.pop(tensor.name) if drop else self._held[tensor.name])[chunk.begin : chunk.end]
-        size = (chunk.end - chunk.begin) * row_bytes
-        return self._read_rows(tensor, chunk.begin, chunk.end, next(self._buffers).of_size(size))
+        flat = next(self._buffers).of_size((chunk.end - chunk.begin) * row_bytes)
+        if tensor.is_transposed:
+            return self._strip.copy_rows(tensor, chunk.begin, chunk.end, _wanted_rows(chunk.read)[1], flat)
+        return self._read_rows(tensor, chunk.begin, chunk.end, flat)
 
     def _read_rows(self, tensor: TensorInfo, begin: int, end: int, flat: Bytes) -> Bytes:
         self._read(tensor, begin, end, flat.data)
