@@ -16,7 +16,7 @@ from orchestrator.families.cwm import CWM
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
 from orchestrator.families.ernie import ERNIE, ERNIE_MOE
-from orchestrator.families.exaone import EXAONE4
+from orchestrator.families.exaone import EXAONE4, EXAONE_MOE
 from orchestrator.families.flex_olmo import FLEX_OLMO
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
@@ -24,6 +24,7 @@ from orchestrator.families.glm_dense import GLM, GLM4
 from orchestrator.families.gpt_oss import GPT_OSS
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.helium import HELIUM
+from orchestrator.families.hunyuan import HY3
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.llama4 import LLAMA4
 from orchestrator.families.minimax import MINIMAX_M2
@@ -87,6 +88,8 @@ FAMILIES: dict[str, Family] = {
         COHERE2,
         FLEX_OLMO,
         LLAMA4,
+        EXAONE_MOE,
+        HY3,
     )
 }
 

@@ -1,17 +1,39 @@
-"""EXAONE 4: norms after attention and MLP, normed heads, and rotary embedding only in the layers with a window."""
+"""EXAONE 4 and K-EXAONE: normed heads, and rotary embedding only in the layers with a window.
+
+EXAONE 4 has norms after attention and MLP; K-EXAONE has them before, and experts in the manner of DeepSeek V3.
+"""
 
 from __future__ import annotations
 
-from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, NO_CAPS, ONE_ACTIVATION, final, norm, qk_norms
+from dataclasses import replace
+
+from orchestrator.families.common import (
+    DENSE,
+    EMBEDDING,
+    GATED_MLP,
+    IGNORED,
+    NO_CAPS,
+    ONE_ACTIVATION,
+    PRE_NORMS,
+    QKV,
+    final,
+    norm,
+    qk_norms,
+    renamed,
+)
+from orchestrator.families.glm import SIGMOID_EXPERTS, SIGMOID_TABLE
 from orchestrator.model.config_table import PassedOver, RotaryTable
-from orchestrator.model.rules import ConfigTable, Family
+from orchestrator.model.rules import PREDICTS_FURTHER, ConfigTable, Family, Ignored
+
+_FURTHER = PassedOver("layers that predict further tokens are not built", None)
 
 EXAONE4 = Family(
     name="exaone4",
     architectures=("Exaone4ForCausalLM",),
     rules=(
         *EMBEDDING,
-        *ATTENTION,
+        QKV,
+        DENSE,
         *qk_norms(),
         norm("post_layernorm", "post_attention_layernorm"),
         *GATED_MLP,
@@ -41,6 +63,48 @@ EXAONE4 = Family(
             **ONE_ACTIVATION,
             "use_sliding_window": PassedOver("sliding_window and layer_types decide", (None, True)),
             "max_window_layers": PassedOver("sliding_window and layer_types decide", None),
+        },
+    ),
+)
+EXAONE_MOE = Family(
+    name="exaone_moe",
+    architectures=("ExaoneMoeForCausalLM",),
+    rules=(
+        *EMBEDDING,
+        PRE_NORMS[0],
+        QKV,
+        DENSE,
+        *qk_norms(),
+        PRE_NORMS[1],
+        *GATED_MLP,
+        *renamed(SIGMOID_EXPERTS, {"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}),
+        *final(),
+    ),
+    ignored=(*IGNORED, Ignored("mtp.*", PREDICTS_FURTHER)),
+    config=replace(
+        EXAONE4.config,
+        model_types=("exaone_moe",),
+        defaults={
+            **EXAONE4.config.defaults,
+            "moe_intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": None,
+        },
+        nullable=frozenset({"sliding_window_pattern", "layer_types", "mlp_layer_types"}),
+        constants={"qk_layernorm": "head"},
+        experts=replace(SIGMOID_TABLE, count="num_experts", alias=None, shared_count="num_shared_experts", layers="listed"),
+        passed_over={
+            **EXAONE4.config.passed_over,
+            "scoring_func": PassedOver("scores are sigmoids", (None, "sigmoid")),
+            "topk_method": PassedOver("experts are chosen by groups and bias", (None, "noaux_tc")),
+            "num_nextn_predict_layers": _FURTHER,
         },
     ),
 )

@@ -116,7 +116,7 @@ GLM4_MOE_LITE = Family(
         nullable=frozenset({"q_lora_rank", "mlp_layer_types"}),
         derived=LATENT_DERIVED,
         latent=True,
-        rotary=RotaryTable(kinds=("default", "yarn"), scales_softmax=True),
+        rotary=RotaryTable(kinds=("default", "yarn"), scales_softmax=True, whole=True),
         experts=replace(SIGMOID_TABLE, layers="listed"),
         passed_over={
             **LATENT_PASSED_OVER,

@@ -135,10 +135,13 @@ def _after_first(keys: Keys, num_layers: int) -> tuple[bool, ...]:
 
 
 def _listed(keys: Keys, num_layers: int) -> tuple[bool, ...]:
-    """Return the layers that mlp_layer_types calls sparse; without it, all but the first (GLM-4.7-Flash)."""
+    """Return the layers that mlp_layer_types calls sparse; without it, all but the first ones: one (GLM-4.7-Flash), or as many as
+    first_k_dense_replace says in families that read it (EXAONE)."""
     kinds = keys.get("mlp_layer_types")
     if kinds is None:
-        return tuple(layer > 0 for layer in range(num_layers))
+        key = "first_k_dense_replace"
+        first = keys.count(key, least=0) if key in keys.table.defaults else 1
+        return tuple(layer >= first for layer in range(num_layers))
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in ("dense", "sparse") for kind in kinds):
         raise keys.error("mlp_layer_types", f"is {shown(kinds)}, not {num_layers} entries that are dense or sparse")
     return tuple(kind == "sparse" for kind in kinds)

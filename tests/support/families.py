@@ -143,6 +143,21 @@ TINY: dict[str, TinyFamily] = {
     "glm4": TinyFamily("Glm4ForCausalLM", "Glm4Config"),
     "olmo3": TinyFamily("Olmo3ForCausalLM", "Olmo3Config", {"num_hidden_layers": 5, "sliding_window": 5}),
     "exaone4": TinyFamily("Exaone4ForCausalLM", "Exaone4Config", {"num_hidden_layers": 5, "sliding_window": 5}),
+    "exaone_moe": TinyFamily(
+        "ExaoneMoeForCausalLM",
+        "ExaoneMoeConfig",
+        {
+            **MOE,
+            "num_hidden_layers": 5,
+            "sliding_window": 5,
+            "num_experts_per_tok": 3,
+            "num_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_shared_experts": 2,
+        },
+    ),
+    "hy_v3": TinyFamily("HYV3ForCausalLM", "HYV3Config", {**MOE, "num_experts": 8}),
     "helium": TinyFamily("HeliumForCausalLM", "HeliumConfig"),
     "cwm": TinyFamily(
         "CwmForCausalLM",

@@ -240,5 +240,12 @@ WRONG_RULES = [
     WrongRule("llama4 softmax for sigmoid", hub_config("llama-4-maverick-text"), _moe(scoring="softmax_of_chosen")),
     WrongRule("llama4 halves for neighbours", hub_config("llama-4-scout-text"), _set(rotary_interleaved=False)),
     WrongRule("llama4 rotary scaling missed", hub_config("llama-4-scout-text"), _set(rotary_scaling=None)),
+    WrongRule("exaone_moe rotary embedding everywhere", hub_config("k-exaone-236b-a23b"), _set(rotary_layers=None)),
+    WrongRule("exaone_moe layers turned round", hub_config("k-exaone-236b-a23b"), _other_layers),
+    WrongRule("exaone_moe factor of the weights missed", hub_config("k-exaone-236b-a23b"), _moe(routed_scale=1.0)),
+    WrongRule("exaone_moe norm_topk_prob missed", hub_config("k-exaone-236b-a23b"), _moe(normalization_mode=0)),
+    WrongRule("hy_v3 factor of the weights missed", hub_config("hy3"), _moe(routed_scale=1.0)),
+    WrongRule("hy_v3 softmax for sigmoid", hub_config("hy3"), _moe(scoring="softmax")),
+    WrongRule("hy_v3 default of rope_theta", hub_config("hy3", "rope_parameters"), _set(rotary_base=10000.0)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

@@ -21,11 +21,6 @@ from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
 from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensor_rows, read_tensors
 
-_RENAMED = {
-    "block_sparse_moe.": "mlp.",
-    "mlp.moe_statics.": "mlp.gate.moe_statics.",
-}
-"""Parts of source tensor names and their names in transformers 5 (`conversion_mapping`)."""
 _EXPERTS = ".experts."
 
 
@@ -152,10 +147,28 @@ class Layer:
     """Source tensor of each parameter except experts, by the parameter's name in the layer."""
 
 
+class LayerNames:
+    """Names of source tensors within a layer of transformers, which renames some when it loads (`conversion_mapping`)."""
+
+    def __init__(self, model_type: str) -> None:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = get_checkpoint_conversion_mapping(model_type) or ()
+        self._renamings = [each for each in found if isinstance(each, WeightRenaming)]
+
+    def __call__(self, name: str) -> str:
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name.split(".", 3)[3]
+
+
 class SourceLayers:
     """Reads the layers of a source."""
 
-    def __init__(self, reader: RowReader, index: CheckpointIndex, skeletons: Sequence[Any], device: torch.device) -> None:
+    def __init__(
+        self, reader: RowReader, index: CheckpointIndex, skeletons: Sequence[Any], names: LayerNames, device: torch.device
+    ) -> None:
         """`skeletons`: transformers' layers without memory (device meta)."""
         self._reader, self._skeletons, self._device = reader, skeletons, device
         self._dense: list[dict[str, TensorInfo]] = [{} for _ in skeletons]
@@ -163,7 +176,7 @@ class SourceLayers:
         for name, tensor in index.tensors.items():
             if ".layers." not in name or layer_of(name) >= len(skeletons):
                 continue
-            local = name_in_layer(name)
+            local = names(name)
             if _EXPERTS in f".{local}":
                 expert, *linear = local.rpartition("experts.")[2].split(".")[:2]
                 if linear:
@@ -234,11 +247,3 @@ class SourceLayers:
                 "Use the complete checkpoint.",
             )
         return Experts(parent, self._experts[number], self._read_expert)
-
-
-def name_in_layer(name: str) -> str:
-    """Return the name of a source tensor within its layer, as in transformers' layer."""
-    local = name.split(".", 3)[3]
-    for theirs, ours in _RENAMED.items():
-        local = local.replace(theirs, ours)
-    return local

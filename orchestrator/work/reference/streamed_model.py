@@ -25,7 +25,7 @@ from orchestrator.stores.source import planned_ranges
 from orchestrator.work.as_hugging_face import causal_class, loadable_config
 from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
-from orchestrator.work.reference.layers import Experts, Layer, SourceLayers, name_in_layer
+from orchestrator.work.reference.layers import Experts, Layer, LayerNames, SourceLayers
 
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
 _HEAD_BLOCK_BYTES = 256 * 2**20
@@ -61,6 +61,7 @@ class StreamedModel:
         if self._class is None:
             raise ArchitectureError(f"transformers {transformers.__version__} has no causal LM of {type(self._config).__name__}")
         self._frame = Frame(self._class, self._config)
+        self._names = LayerNames(self._config.model_type)
 
     @property
     def num_layers(self) -> int:
@@ -94,7 +95,7 @@ class StreamedModel:
             if last is not None:
                 first, rounded = last.layer + 1, _in_calls(last.rounded, rounded)
                 own = _in_calls(last.own, rounded) if last.own is not None else None
-            for layer in SourceLayers(reader, self._index, self._frame.layers, self._device).loaded(first):
+            for layer in SourceLayers(reader, self._index, self._frame.layers, self._names, self._device).loaded(first):
                 own = self._through(layer, rounded, own, arguments)
                 keep(layer.number, _joined(rounded), None if own is None else _joined(own))
                 report(layer.number + 1, self.num_layers)
@@ -140,7 +141,7 @@ class StreamedModel:
         """Return the parameters of a layer that rounding changes."""
         if not any(self._may_change(tensor) for tensor in layer.tensors.values()):
             return []
-        kept = {name_in_layer(name) for name in self._exact if f".layers.{layer.number}." in name}
+        kept = {self._names(name) for name in self._exact if f".layers.{layer.number}." in name}
         parameters = dict(layer.module.named_parameters())
         if missing := sorted(kept - parameters.keys() - dict(layer.module.named_buffers()).keys()):
             raise ToolError(f"this version of transformers has no parameter {missing[0]} in layer {layer.number}")
