@@ -1,4 +1,4 @@
-"""Writes what is generated in docs/: the fields of specs, the exit codes, what the plan of a 70B says.
+"""Writes what is generated in docs/: the models, the fields of specs, the exit codes, what the plan of a 70B says.
 
     python -m docs.generate
 
@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 import orchestrator
 from benchmarks import first_70b
 from orchestrator.base.errors import OrchestratorError, error_classes
+from orchestrator.families import FAMILIES
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 
@@ -50,6 +51,7 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """The pages as they must be."""
     contents = {
+        "models.md": "\n".join(model_lines()),
         "spec.md": "\n".join(spec_lines()),
         "troubleshooting.md": "\n".join(error_lines()),
         "first-70b.md": "\n".join(["```", *_plan_lines(), "```"]),
@@ -68,6 +70,18 @@ def _between_marks(path: Path, text: str) -> str:
 def _plan_lines() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         yield from first_70b.totals(orchestrator.plan(orchestrator.load_spec(first_70b.write_spec(Path(folder)))))
+
+
+def model_lines() -> Iterator[str]:
+    """A row per architecture."""
+    yield "| architecture | model_type | attention | layers |"
+    yield "|---|---|---|---|"
+    rows = [(name, family) for family in FAMILIES.values() for name in family.architectures]
+    for name, family in sorted(rows):
+        table = family.config
+        attention = "latent" if table.latent else "windows" if table.windows != "none" else "full"
+        types = ", ".join(f"`{kind}`" for kind in table.model_types)
+        yield _table_row((f"`{name}`", types, attention, "experts" if table.experts else "dense"))
 
 
 def spec_lines() -> Iterator[str]:

@@ -24,7 +24,7 @@ from orchestrator.families.glm_dense import GLM, GLM4
 from orchestrator.families.gpt_oss import GPT_OSS
 from orchestrator.families.granite import GRANITE
 from orchestrator.families.helium import HELIUM
-from orchestrator.families.hunyuan import HY3
+from orchestrator.families.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE, HY3
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.llama4 import LLAMA4
 from orchestrator.families.minimax import MINIMAX_M2
@@ -90,6 +90,8 @@ FAMILIES: dict[str, Family] = {
         LLAMA4,
         EXAONE_MOE,
         HY3,
+        HUNYUAN_DENSE,
+        HUNYUAN_MOE,
     )
 }
 

@@ -69,7 +69,7 @@ def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
     if table is None:
         return {}
     count = keys.count(_name_of_count(keys, table))
-    chosen = keys.count(table.chosen)
+    chosen = _chosen(keys, table.chosen, num_layers)
     if chosen > count:
         raise keys.error(table.chosen, f"is {chosen}, and there are {count} experts")
     size = keys.count(table.size)
@@ -86,6 +86,21 @@ def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
         **table.constants,
     }
     return {"moe": moe, "moe_intermediate_size": None if table.size == keys.table.dense_size else size}
+
+
+def _chosen(keys: Keys, key: str, num_layers: int) -> int:
+    """Return the number of experts per token, which some config.json list for each layer (Hunyuan): it must be the same in all."""
+    listed = keys.get(key)
+    if not isinstance(listed, list) or not keys.table.experts or not keys.table.experts.listed_choice:
+        return keys.count(key)
+    if len(listed) < num_layers or any(is_wrong_count(each) or each != listed[0] for each in listed[:num_layers]):
+        raise keys.error(key, f"is {shown(listed)}, which is not supported", "Supported is one number in all layers.")
+    return int(listed[0])
+
+
+def is_wrong_count(value: Any) -> bool:
+    """Whether a value is no positive integer."""
+    return not isinstance(value, int) or isinstance(value, bool) or value < 1
 
 
 def _shared_size(keys: Keys, table: ExpertTable, size: int) -> int:

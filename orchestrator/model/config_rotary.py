@@ -31,6 +31,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _OF_NO_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"}
 """Keys allowed with every kind. `finetuned` records how the model was trained."""
 _BETA = "llama_4_scaling_beta"
+_ALPHA = "alpha"
 _OF_SCALED_QUERIES = {_BETA, "max_position_embeddings"}
 """Keys allowed where queries are scaled by position. The second is not read (transformers writes it)."""
 _OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS) for names in table.values() for name in names}
@@ -138,7 +139,7 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
     kind = table.aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in table.kinds:
         raise ArchitectureError(f"{where}: the kind {shown(kind)} is not supported", f"Supported: {', '.join(table.kinds)}.")
-    allowed = _OF_NO_KIND | (_OF_SCALED_QUERIES if table.scales_queries else set())
+    allowed = _OF_NO_KIND | (_OF_SCALED_QUERIES if table.scales_queries else set()) | ({_ALPHA} if table.alpha else set())
     for key in parameters:
         if key not in allowed and key not in _OF_SOME_KIND:
             raise ArchitectureError(f"{where} has the unknown key {shown(key)}", "Remove it if the model does not depend on it.")
@@ -180,6 +181,8 @@ def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> 
     for name in _OPTIONAL_NUMBERS.get(kind, ()):
         if parameters.get(name) is not None:
             found[name] = _positive(parameters[name], f"{name} of {where}")
+    if kind == "dynamic" and keys.table.rotary.alpha and parameters.get(_ALPHA):
+        found[_ALPHA] = _positive(parameters[_ALPHA], f"{_ALPHA} of {where}")
     for name in _LISTS.get(kind, ()):
         found[name] = _factors(parameters[name], name, where, dim // 2)
     found |= {name: bool(parameters[name]) for name in _FLAGS.get(kind, ()) if name in parameters}

@@ -57,6 +57,8 @@ class RotaryTable:
     """Keys by which the layers without rotary embedding scale queries by position: switch, length, factor; None: they do not."""
     scales_softmax: bool = False
     """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
+    alpha: bool = False
+    """Whether `alpha` of a dynamic scaling raises the base within the trained length (Hunyuan)."""
     whole: bool = False
     """Whether transformers' model of a rotated part fails, so that a part is refused."""
     fraction: float = 1.0
@@ -76,6 +78,8 @@ class ExpertTable:
     """Second key of the count (transformers' attribute_map). config.json holds one of the two."""
     chosen: str = "num_experts_per_tok"
     """Key of the number of experts per token."""
+    listed_choice: bool = False
+    """Whether that may be a list with a number for each layer."""
     normalized: str | None = None
     """Key that decides whether the chosen experts' weights are scaled to sum to one; None: always."""
     shared_size: str | None = None

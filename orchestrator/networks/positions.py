@@ -125,7 +125,8 @@ def _rows(graph: GraphWriter, trained: int, length: int) -> str:
 def _computed(graph: GraphWriter, config: ModelConfig, dtype: str) -> tuple[str, ...]:
     """Add cos and sin [batch, tokens, rotary_dim / 2] of dynamic scaling, computed in float32.
 
-    base' = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2)), with length at least trained.
+    base' = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2)), with length at least trained. With alpha
+    (Hunyuan), base' = base * alpha ** (dim / (dim - 2)) within the trained length.
     """
     assert config.rotary_scaling is not None
     dim = config.rotary_embedding_dim or config.head_size
@@ -138,6 +139,10 @@ def _computed(graph: GraphWriter, config: ModelConfig, dtype: str) -> tuple[str,
     bounded = graph.node("Max", [length, number("trained", trained)], "text_length.bounded")
     stretched = graph.node("Mul", [bounded, number("stretch", factor / trained)], "rotary.stretched")
     ratio = graph.node("Sub", [stretched, number("shift", factor - 1.0)], "rotary.ratio")
+    if "alpha" in config.rotary_scaling:
+        is_long = graph.node("Greater", [length, number("trained", trained)], "text_length.is_beyond")
+        alpha = number("alpha", float(config.rotary_scaling["alpha"]))
+        ratio = graph.node("Where", [is_long, ratio, alpha], "rotary.ratio_or_alpha")
     power = graph.node("Pow", [ratio, number("exponent", dim / (dim - 2))], "rotary.power")
     base = graph.node("Mul", [power, number("base", config.rotary_base)], "rotary.grown_base")
     exponents = graph.floats("rotary.exponents", (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))

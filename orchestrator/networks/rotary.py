@@ -57,11 +57,12 @@ def _linear(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Sc
 
 
 def _dynamic(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
-    """Raise the base with the length, beyond the trained positions."""
+    """Raise the base with the length, beyond the trained positions; with alpha (Hunyuan), by a constant within them."""
     trained = config.max_position_embeddings
     ratio = max(length, trained) / trained
     factor = float(scaling["factor"])
-    return _plain(config.rotary_base * (factor * ratio - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
+    growth = float(scaling["alpha"]) if "alpha" in scaling and length <= trained else factor * ratio - (factor - 1)
+    return _plain(config.rotary_base * growth ** (dim / (dim - 2)), dim), 1.0
 
 
 def _llama3(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:

@@ -36,6 +36,7 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 MOE: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2,
+    "moe_topk": 2,
     "intermediate_size_mlp": 20,
 }  # fmt: skip
 NOT_BUILT = re.compile(
@@ -66,6 +67,7 @@ SCALINGS = [
     {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
     {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0]},
     {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0, 3.0], "original_max_position_embeddings": 8},
+    {"type": "dynamic", "factor": 1.0, "alpha": 1000.0, "beta_fast": 32},
     {"type": "novel", "factor": 2.0},
     {"rope_type": None},
     {"rope_theta": 300.0},
@@ -123,6 +125,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "attention_out_bias": BOOLEANS,
     "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, [], None]),
     "no_rope_layer_interval": st.sampled_from([1, 2, 4]),
+    "moe_topk": st.sampled_from([1, 2, [2] * LAYERS, [2, 1, 2, 2]]),
     "moe_layers": st.sampled_from([[], [1], [0, 3], None]),
     "interleave_moe_layer_step": st.sampled_from([1, 2, 4]),
     "attention_chunk_size": st.sampled_from([3, 5, None]),

@@ -31,17 +31,22 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
+def _chosen(config: dict[str, Any]) -> int:
+    found = next(config[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if key in config)
+    return int(found[0] if isinstance(found, list) else found)
+
+
 def smaller(config: dict[str, Any]) -> dict[str, Any]:
     """The same file with narrow widths; layers, heads' ratio, windows, positions and rotary embedding stay."""
     heads = 4 if config["num_attention_heads"] > config["num_key_value_heads"] else 2
     kept = {key: value for key, value in SMALL.items() if key in config}
     made = {**config, **kept, "num_attention_heads": heads, "num_key_value_heads": 2, "hidden_size": heads * HEAD_SIZE}
-    if config.get("n_group", 1) > 1:
+    if (config.get("n_group") or 1) > 1:
         made |= {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
     made |= {"rotary_dim": HEAD_SIZE // 2} if "rotary_dim" in config else {}
     for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        made |= {key: made.get("n_group", 1) * (made.get("num_experts_per_tok", made.get("moe_k")) + 1)} if key in config else {}
-    if "kv_lora_rank" in config:
+        made |= {key: (made.get("n_group") or 1) * (_chosen(made) + 1)} if key in config else {}
+    if config.get("kv_lora_rank") is not None:
         made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
         made |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "hidden_size": 2 * HEAD_SIZE}
     made |= {"head_dim": 8 if config["head_dim"] == config.get("qk_rope_head_dim") else HEAD_SIZE} if "head_dim" in config else {}

@@ -31,6 +31,7 @@ LATENT = {
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ TINY: dict[str, TinyFamily] = {
         },
     ),
     "hy_v3": TinyFamily("HYV3ForCausalLM", "HYV3Config", {**MOE, "num_experts": 8}),
+    "hunyuan_v1_dense": TinyFamily("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"rope_parameters": ALPHA}),
+    "hunyuan_v1_moe": TinyFamily(
+        "HunYuanMoEV1ForCausalLM",
+        "HunYuanMoEV1Config",
+        {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32, "rope_parameters": ALPHA},
+    ),
     "helium": TinyFamily("HeliumForCausalLM", "HeliumConfig"),
     "cwm": TinyFamily(
         "CwmForCausalLM",

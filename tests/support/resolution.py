@@ -117,7 +117,9 @@ def _measure(model: Any, made: Any) -> Resolution:
         normalized=normalized,
         expert_layers=has_experts,
         groups=groups,
-        qk_norm=hasattr(attention, "q_norm") or any(hasattr(each.self_attn, "qk_norm") for each in model.model.layers),
+        qk_norm=hasattr(attention, "q_norm")
+        or hasattr(attention, "query_layernorm")
+        or any(hasattr(each.self_attn, "qk_norm") for each in model.model.layers),
         rotated_layers=tuple(call["rotated"] for call in calls),
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
@@ -263,10 +265,13 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
         return None, None, (1, 1)
     gate = block.gate if hasattr(block, "gate") else block.router
     bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
-    found = gate(torch.randn(5, gate.weight.shape[1]), *bias)
+    linear = gate.wg if hasattr(gate, "wg") else gate
+    found = gate(torch.randn(5, linear.weight.shape[1]), *bias)
     sums = (found[0] if len(found) == 2 else found[1]).sum(-1)  # Llama 4's gives the weights of all experts first
     size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
-    together = next((getattr(block, name) for name in ("shared_expert", "shared_experts") if getattr(block, name, None)), None)
+    together = next(
+        (getattr(block, name) for name in ("shared_expert", "shared_experts", "shared_mlp") if getattr(block, name, None)), None
+    )
     shared = together.gate_proj.weight.shape[0] if together is not None else 0
     chosen, count = gate.top_k, gate.num_experts
     normalized = round(float(sums[0]), 3) if torch.allclose(sums, sums[:1], atol=1e-3) else 0.0

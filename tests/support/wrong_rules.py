@@ -247,5 +247,10 @@ WRONG_RULES = [
     WrongRule("hy_v3 factor of the weights missed", hub_config("hy3"), _moe(routed_scale=1.0)),
     WrongRule("hy_v3 softmax for sigmoid", hub_config("hy3"), _moe(scoring="softmax")),
     WrongRule("hy_v3 default of rope_theta", hub_config("hy3", "rope_parameters"), _set(rotary_base=10000.0)),
+    WrongRule("hunyuan alpha missed", hub_config("hunyuan-7b"), _scaling_without("alpha")),
+    WrongRule("hunyuan heads normed before the rotation", hub_config("hunyuan-7b"), _set(qk_norm_after_rotary=False)),
+    WrongRule("hunyuan_moe heads normed before the rotation", hub_config("hunyuan-a13b"), _set(qk_norm_after_rotary=False)),
+    WrongRule("hunyuan_moe weights not normalized", hub_config("hunyuan-a13b"), _moe(normalization_mode=0)),
+    WrongRule("hunyuan_moe one expert fewer", hub_config("hunyuan-a13b"), _moe(top_k=2)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

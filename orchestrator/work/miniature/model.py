@@ -78,8 +78,9 @@ def _query_gains(config: Any, names: Sequence[str]) -> dict[str, float]:
         scale = float(scalar) ** -0.5
     scale = float(getattr(config, "attention_multiplier", scale))
     gain = min(max(head_size**-0.5 / scale, 1.0), _MAX_GAIN) if scale > 0 else 1.0
-    if any("q_norm" in name for name in names):
-        return {"q_norm": _NORMED_GAIN * gain, "k_norm": _NORMED_GAIN}
+    for query, key in (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm")):
+        if any(query in name for name in names):
+            return {query: _NORMED_GAIN * gain, key: _NORMED_GAIN}
     return {"q_proj": gain}
 
 

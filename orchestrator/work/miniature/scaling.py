@@ -26,7 +26,7 @@ POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "flo
 ROTARY = ("rope_scaling", "rope_parameters")
 FACTORS = ("short_factor", "long_factor")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "moe_k")
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
 """Keys of lists of layer numbers."""
 STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
@@ -97,7 +97,8 @@ class Scaling:
         if key.endswith("_token_id"):
             return [_id(each) for each in value] if isinstance(value, list) else _id(value)
         if isinstance(value, list) and self._is_per_layer(key, value):
-            return self._per_layer(key, value)
+            found = self._per_layer(key, value)
+            return [self._maps[key](each) for each in found] if key in CHOSEN and key in self._maps else found
         return self._maps[key](value) if key in self._maps and value is not None else value
 
     def _rotary(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class Scaling:
         for key, size in {**small, "vocab_size": _VOCABULARY}.items():
             self._maps[key] = _only(self.raw(key), size)
         experts = next((self.raw(key) for key in EXPERTS if is_count(self.raw(key))), None)
-        chosen: Any = next((self.raw(key) for key in CHOSEN if is_count(self.raw(key))), None)
+        chosen: Any = next((value for key in CHOSEN if is_count(value := _one(self.raw(key)))), None)
         if experts is None:
             return
         few = chosen if chosen is None or chosen <= 4 else 3
@@ -305,6 +306,11 @@ class Scaling:
             wanted = max(wanted + (1 if len(values) > expected else -1), 1)
         last = max(wanted - 1, 1)
         return [values[round(number * (len(values) - 1) / last)] for number in range(wanted)]
+
+
+def _one(value: Any) -> Any:
+    """Return the first number of a list with one for each layer, or the number that is given for all."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def _only(value: Any, image: Any) -> Map:
