@@ -1,10 +1,11 @@
 """Every family at every topology of the table, on tiny seeded models: worst relative error of float32 logits against transformers.
 
-    python -m benchmarks.families [--engines] [--only WORD] [--experts FORM] [--device cuda] [--folder DIR]
+    python -m benchmarks.families [--engines] [--only WORD] [--experts FORM] [--device cuda] [--folder DIR] [--record]
 
 `--experts` takes mixtures only, with this form of experts. `--engines` also builds a TensorRT engine of every rank at tp=2, pp=2.
 The reference of a family serves all its topologies, and the shards of tp=2, pp=2 its engines; steps of an earlier run in
-`--folder` are taken from there. The last line counts what was compared and built, and the steps that ran.
+`--folder` are taken from there. `--record` puts the results, and the formats in which the family can be quantized by a plan, into
+docs/models.json. The last line counts what was compared and built, and the steps that ran.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.recording import record
 from orchestrator import work
+from orchestrator.base.errors import OrchestratorError
 from orchestrator.model.topology import problems
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind, Outcome, Task
+from orchestrator.quantizers import QUANTIZERS
 from orchestrator.scheduling import commits
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
@@ -34,6 +38,11 @@ TOPOLOGIES: dict[str, dict[str, int]] = {
     "1x1": {}, "tp2": {"tp": 2}, "pp2 uneven": {"pp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}, "tp4 kv x2": {"tp": 4},
     "tp2 ep2": {"tp": 2, "moe_ep": 2}, "tp4 ep2": {"tp": 4, "moe_ep": 2},
     "tp4 ep4": {"tp": 4, "moe_ep": 4},
+}  # fmt: skip
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+WIDE_IF_GIVEN = {
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
 }  # fmt: skip
 ENGINES_AT = "tp2 pp2"
 
@@ -46,6 +55,7 @@ def main() -> None:
     parser.add_argument("--experts", choices=["dense", "gathered"], default="auto", help="Form of the experts of mixtures.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Of the reference and of the ranks.")
     parser.add_argument("--folder", type=Path, default=Path(".cache/families"))
+    parser.add_argument("--record", action="store_true", help="Write the results to docs/models.json.")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began, counts = time.monotonic(), Counter[str]()
@@ -62,6 +72,10 @@ def main() -> None:
             cells.append(f"{num_engines(source, store, arguments.experts, counts)} built")
         counts["families"] += 1
         table.add_row(family, *cells)
+        if arguments.record:
+            errors = dict(zip(TOPOLOGIES, cells, strict=False))
+            engines = {"engines": cells[-1]} if arguments.engines else {}
+            record(family, errors=errors, formats=planned_formats(family, arguments.folder), **engines)
     Console(width=140).print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
@@ -79,6 +93,28 @@ def plan(source: Path, topology: dict[str, int], device: str = "cpu", experts: s
         "verification": {"max_tokens": 12, "decode_steps": 3, "device": device},
     }  # fmt: skip
     return preparation.plan(decode(BuildSpec, plain, "benchmark"))
+
+
+def planned_formats(family: str, folder: Path) -> list[str]:
+    """The algorithms and KV caches in which a plan of a model can be quantized, whose sizes are multiples of every block."""
+    source, found = folder / f"wide-{family}", []
+    if not (source / "config.json").is_file():
+        fields = TINY[family].fields
+        sizes = {**WIDE, **{key: value for key, value in WIDE_IF_GIVEN.items() if key in fields}}
+        write_tiny(family, source, **sizes)
+    asked = [{"algorithm": name} for name in QUANTIZERS] + [{"kv_cache": name} for name in ("FP8", "INT8")]
+    for quantization in asked:
+        group = {"group_size": 32} if "W4A" in quantization.get("algorithm", "") else {}
+        plain = {
+            "source": {"path": str(source.resolve())}, "release": {"name": "none", "version": "0"},
+            "quantization": {**quantization, **group}, "engine": {"max_seq_len": 64},
+        }  # fmt: skip
+        try:
+            preparation.plan(decode(BuildSpec, plain, "benchmark"))
+        except OrchestratorError:
+            continue
+        found.append(quantization.get("algorithm") or f"cache {quantization['kv_cache']}")
+    return found
 
 
 def run(made: Plan, store: Path, kinds: tuple[Kind, ...], counts: Counter[str]) -> dict[str, Outcome]:

@@ -1,6 +1,6 @@
 """Greedy tokens and tokens per second of the portable part in ONNX Runtime GenAI, against transformers' `generate`.
 
-    python -m benchmarks.portable [--model DIR] [--folder DIR] [--tokens 64] [--prompts 8]
+    python -m benchmarks.portable [--model DIR] [--folder DIR] [--tokens 64] [--prompts 8] [--family WORD] [--record]
 
 Every family of the suite on tiny models at every topology; then the model in `--model` at tp and pp, on prompts in its chat
 template, with the speed of both on this CPU. Both run alternately in one process, in float32, with as many threads.
@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.recording import record
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.runners.genai import GenaiBackend
@@ -56,12 +57,12 @@ def laid_out(source: Path, topology: dict[str, int], folder: Path, positions: in
     return target
 
 
-def families(folder: Path, num_tokens: int, num_prompts: int) -> Table:
-    """Compare the greedy tokens of every tiny family at every topology."""
+def families(folder: Path, num_tokens: int, num_prompts: int, word: str = "", *, recording: bool = False) -> Table:
+    """Compare the greedy tokens of every tiny family whose name holds `word`, at every topology."""
     table = Table(
         "family", *TOPOLOGIES, box=None, title=f"prompts of {num_prompts} with the same {num_tokens} tokens as transformers"
     )
-    for family in TINY:
+    for family in (name for name in TINY if word in name):
         source = folder / family
         if not (source / "config.json").is_file():
             changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family == "phi3" else {}
@@ -73,6 +74,8 @@ def families(folder: Path, num_tokens: int, num_prompts: int) -> Table:
             found = greedy(laid_out(source, topology, folder, POSITIONS), prompts, num_tokens)
             cells.append(str(sum(mine == theirs for mine, theirs in zip(found, expected, strict=True))))
         table.add_row(family, *cells)
+        if recording:
+            record(family, portable=f"{min(map(int, cells))} of {num_prompts}")
     return table
 
 
@@ -112,10 +115,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=len(QUESTIONS))
     parser.add_argument("--only", choices=["families", "model"])
+    parser.add_argument("--family", default="", help="Families whose name holds this word.")
+    parser.add_argument("--record", action="store_true", help="Write the results of families to docs/models.json.")
     arguments = parser.parse_args()
     console = Console(width=140)
     if arguments.only != "model":
-        console.print(families(arguments.folder, arguments.tokens, arguments.prompts))
+        table = families(arguments.folder, arguments.tokens, arguments.prompts, arguments.family, recording=arguments.record)
+        console.print(table)
     if arguments.only != "families":
         console.print(real(arguments.model, arguments.folder / "real", arguments.tokens, arguments.prompts))
 

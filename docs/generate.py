@@ -22,8 +22,11 @@ from pydantic_core import PydanticUndefined
 
 import orchestrator
 from benchmarks import first_70b
+from benchmarks.recording import recorded
 from orchestrator.base.errors import OrchestratorError, error_classes
 from orchestrator.families import FAMILIES
+from orchestrator.families.wrappers import REFUSED, WRAPPERS
+from orchestrator.quantizers import QUANTIZERS
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 
@@ -73,15 +76,38 @@ def _plan_lines() -> Iterator[str]:
 
 
 def model_lines() -> Iterator[str]:
-    """A row per architecture."""
-    yield "| architecture | model_type | attention | layers |"
-    yield "|---|---|---|---|"
-    rows = [(name, family) for family in FAMILIES.values() for name in family.architectures]
-    for name, family in sorted(rows):
-        table = family.config
-        attention = "latent" if table.latent else "windows" if table.windows != "none" else "full"
-        types = ", ".join(f"`{kind}`" for kind in table.model_types)
-        yield _table_row((f"`{name}`", types, attention, "experts" if table.experts else "dense"))
+    """A row per family, with what benchmarks recorded of it, and the larger models."""
+    known = recorded()
+    yield "| family | architectures | attention | layers | topologies: worst error | engines | formats | portable part |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for family in sorted(FAMILIES.values(), key=lambda family: family.name):
+        facts, table = known.get(family.name, {}), family.config
+        errors = [float(cell) for cell in facts.get("errors", {}).values() if cell != "-"]
+        yield _table_row(
+            (
+                f"`{family.name}`",
+                ", ".join(f"`{name}`" for name in family.architectures),
+                "latent" if table.latent else "windows" if table.windows != "none" else "full",
+                "experts" if table.experts else "dense",
+                f"{len(errors)}: {max(errors):.1e}" if errors else "",
+                facts.get("engines", "").removesuffix(" built"),
+                _formats(facts.get("formats", [])),
+                facts.get("portable", ""),
+            )
+        )
+    yield from ("", "Larger models (vision, speech) whose language model is read:", "")
+    yield ", ".join(f"`{name}`" for name in sorted(WRAPPERS)) + "."
+    yield from ("", "Larger models that are refused:", "")
+    yield from (f"- `{name}`: {why}" for name, why in sorted(REFUSED.items()))
+
+
+def _formats(names: list[str]) -> str:
+    """All, all but some, or some of the formats."""
+    every = [*QUANTIZERS, "cache FP8", "cache INT8"]
+    missing = [name for name in every if name not in names]
+    if not names:
+        return ""
+    return "all" if not missing else "all but " + ", ".join(missing) if len(missing) < len(names) else ", ".join(names)
 
 
 def spec_lines() -> Iterator[str]:

@@ -97,12 +97,18 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_for(architecture: str) -> Family:
-    """Return the family of a Hugging Face architecture. Raises ArchitectureError, which lists the known architectures."""
-    for family in FAMILIES.values():
-        if architecture in family.architectures:
-            return family
-    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.architectures))
-    raise ArchitectureError(f"unsupported architecture {architecture!r}", f"Supported: {known}. To add one, add it to families/.")
+    """Return the family of a Hugging Face architecture. Raises ArchitectureError."""
+    family = find(architecture)
+    if family is None:
+        raise ArchitectureError(
+            f"unsupported architecture {architecture!r}", "`orchestrator family list` prints what is supported."
+        )
+    return family
+
+
+def find(architecture: str) -> Family | None:
+    """Return the family of a Hugging Face architecture; None: there is none."""
+    return next((family for family in FAMILIES.values() if architecture in family.architectures), None)
 
 
 def family_named(name: str) -> Family:

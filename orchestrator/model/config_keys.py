@@ -7,7 +7,7 @@ list it in DOES_NOT_MATTER with its reason, or in MUST_BE with its only supporte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orchestrator.base.errors import ArchitectureError, abbreviated
@@ -110,31 +110,50 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
 
 def check_keys(config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()) -> None:
     """Check that all keys are known and no unsupported switch is on. Raises ArchitectureError, which names the keys."""
+    for problem in key_problems(config, architecture, table, ignored):
+        raise problem
+
+
+def key_problems(
+    config: Mapping[str, Any], architecture: str, table: ConfigTable, ignored: frozenset[str] = frozenset()
+) -> Iterator[ArchitectureError]:
+    """Yield the error of another model_type, of each switch that is on, and of all unknown keys."""
     kind = config.get("model_type")
     if "model_type" in config and "model_type" not in ignored and table.model_types and kind not in table.model_types:
-        raise ArchitectureError(
+        yield ArchitectureError(
             f"model_type in config.json of {architecture} is {kind!r}, with which transformers loads another model",
             f"The model_type of {architecture} is {', '.join(table.model_types)}; set source.family if `architectures` is wrong.",
         )
-    known = {*table.defaults, *table.passed_over, *ROTARY_KEYS, *REQUIRED, table.experts and table.experts.alias}
-    unknown = []
-    for key, value in config.items():
-        if key in known or value is None or key in ignored:
-            continue
-        if key in MUST_BE:
-            if value not in MUST_BE[key]:
-                raise ArchitectureError(
-                    f"{key} in config.json of {architecture} is {shown(value)}, which this family does not have",
-                    f"Supported is {key}: {shown(MUST_BE[key][0])}. If the model does not depend on it, remove the key.",
-                )
-        elif key not in _IRRELEVANT:
-            unknown.append(key)
+    for key in switches_on(config, table, ignored):
+        yield ArchitectureError(
+            f"{key} in config.json of {architecture} is {shown(config[key])}, which this family does not have",
+            f"Supported is {key}: {shown(MUST_BE[key][0])}. If the model does not depend on it, remove the key.",
+        )
+    unknown = unknown_keys(config, table, ignored)
     if unknown:
-        names = ", ".join(shown(key) for key in sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
-        raise ArchitectureError(
+        names = ", ".join(shown(key) for key in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        yield ArchitectureError(
             f"config.json of {architecture} has keys that this family does not know: {names}",
             "If the model does not depend on them, name them in source.ignored_keys of the spec, or remove them from config.json.",
         )
+
+
+def switches_on(config: Mapping[str, Any], table: ConfigTable, ignored: frozenset[str] = frozenset()) -> list[str]:
+    """Return the keys of MUST_BE with another value, unless the family reads them."""
+    known = _known_keys(table) | ignored
+    return [key for key, values in MUST_BE.items() if key not in known and config.get(key) not in (None, *values)]
+
+
+def _known_keys(table: ConfigTable) -> frozenset[str | None]:
+    """Return the keys that a family reads or passes over."""
+    alias = table.experts.alias if table.experts else None
+    return frozenset({*table.defaults, *table.passed_over, *ROTARY_KEYS, *REQUIRED, alias})
+
+
+def unknown_keys(config: Mapping[str, Any], table: ConfigTable, ignored: frozenset[str] = frozenset()) -> list[str]:
+    """Return the keys with a value that neither the family nor any list of this file knows, sorted."""
+    known = _known_keys(table) | ignored | _IRRELEVANT | MUST_BE.keys()
+    return sorted(key for key, value in config.items() if value is not None and key not in known)
 
 
 def config_warnings(config: Mapping[str, Any], architecture: str, table: ConfigTable) -> tuple[str, ...]:

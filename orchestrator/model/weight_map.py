@@ -112,6 +112,34 @@ def weight_map(
 
 
 @dataclass(frozen=True, slots=True)
+class Accounting:
+    """What a family's rules make of the tensors of a checkpoint."""
+
+    read: frozenset[str]
+    ignored: tuple[tuple[str, str], ...]
+    """(source tensor, reason)."""
+    missing: tuple[str, ...]
+    """Tensors that a rule reads and that are not there."""
+    misshapen: tuple[str, ...]
+    """Sentences about tensors of another shape or dtype than config.json says."""
+    unread: tuple[str, ...]
+    """Tensors that would be dropped: no rule reads them and no entry ignores them."""
+
+    @property
+    def is_complete(self) -> bool:
+        return not (self.missing or self.misshapen or self.unread)
+
+
+def accounting(index: CheckpointIndex, family: Family, config: ModelConfig) -> Accounting:
+    """Account for every tensor of a checkpoint; what does not fit is no error. Raises ArchitectureError as `weight_map`."""
+    expander = _Expander(index, family, config, Topology(1, 1), None)
+    expander.stage(0, range(config.num_hidden_layers))
+    ignored, unread = expander.left_over()
+    missing = tuple(dict.fromkeys(expander.missing))
+    return Accounting(frozenset(expander.used), ignored, missing, tuple(expander.misshapen), unread)
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
     """Targets that stay in one shard: the embedding, one layer, or the head."""
 
@@ -311,24 +339,29 @@ class _Expander:
         quantized_targets.raise_problems(self.unfit)
 
     def account(self) -> tuple[tuple[str, str], ...]:
+        ignored, unread = self.left_over()
+        if unread:
+            raise WeightMapError(
+                f"{len(unread)} tensors of the checkpoint would be dropped, because {self.family.name} has no rule for them: "
+                f"{_some(unread)}",
+                "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
+            )
+        return ignored
+
+    def left_over(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+        """Return the tensors that no rule has used: those that are ignored, with the reasons, and the others."""
         ignored: list[tuple[str, str]] = list(self.index.left_out.items())
-        unknown: list[str] = []
+        unread: list[str] = []
         patterns = [entry for entry in self.family.ignored if entry.applies(self.config)]
         for name in self.index.tensors:
             if name in self.used:
                 continue
             reason = next((entry.reason for entry in patterns if entry.matches(name, self.config)), None)
             if reason is None:
-                unknown.append(name)
+                unread.append(name)
             else:
                 ignored.append((name, reason))
-        if unknown:
-            raise WeightMapError(
-                f"{len(unknown)} tensors of the checkpoint would be dropped, because {self.family.name} has no rule for them: "
-                f"{_some(unknown)}",
-                "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
-            )
-        return tuple(ignored)
+        return tuple(ignored), tuple(unread)
 
 
 def _partner(name: str) -> str:

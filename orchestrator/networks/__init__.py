@@ -6,7 +6,7 @@ without a copy. Tensor-parallel ranks communicate by `DistCollective` (TensorRT'
 
 from __future__ import annotations
 
-from orchestrator.networks.decoder import Network, check_supported, decoder_network
+from orchestrator.networks.decoder import Network, Part, check_supported, decoder_network
 from orchestrator.networks.rendering import Rendering
 
-__all__ = ["Network", "Rendering", "check_supported", "decoder_network"]
+__all__ = ["Network", "Part", "Rendering", "check_supported", "decoder_network"]

@@ -45,6 +45,18 @@ from orchestrator.networks.shape import RankShape
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A value of the graph that other programs' models have too, [batch, tokens, hidden], to find where two models part."""
+
+    layer: int | None
+    """Layer within the stage; None: the embedding."""
+    what: str
+    """Name for people: embedding, attention's input, attention, MLP's input, MLP, or end of the layer."""
+    value: str
+    """Name in the graph."""
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """A rank's graph and the initializers that are bound to it."""
 
@@ -53,6 +65,8 @@ class Network:
     """Initializers that are computed instead of loaded, in float32, to be cast to the graph's dtype."""
     unpacked: dict[str, LinearFormat]
     """Weights that are dequantized to float32 when they are bound -> stored format."""
+    parts: tuple[Part, ...] = ()
+    """In the order in which they are computed."""
 
     def weight_names(self) -> list[str]:
         """Return the names of the initializers that come from the rank's checkpoint."""
@@ -90,13 +104,15 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
         masks.append((chunk_mask if config.chunked_windows else window_mask)(graph, config.sliding_window))
     if config.attention_sinks:
         masks = [sinks.additive(graph, mask, rendering.dtype) for mask in masks]
+    parts = [Part(None, "embedding", hidden)] if stage.is_first else []
     for layer in range(stage.num_layers):
         windowed = config.has_window(stage.first_layer + layer)
         rotation = turns.windowed if windowed else turns.everywhere
         rotation = rotation if config.has_rotary(stage.first_layer + layer) else ()
         scaled = factor if config.scales_queries(stage.first_layer + layer) else None
         inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, scaled)
-        hidden = _layer(graph, shape, hidden, inputs)
+        parts += _layer(graph, shape, hidden, inputs)
+        hidden = parts[-1].value
     if stage.is_last:
         _logits(graph, shape, hidden, gather=network.gather_logits)
     else:
@@ -104,7 +120,7 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
         graph.output("hidden_states_out", rendering.dtype, ["batch", "tokens", config.hidden_size])
     for name in _cache_names(shape, present_name):
         graph.output(name, shape.cache_dtype, _cache_shape(shape, rendering))
-    return Network(graph.model(), turns.tables, graph.unpacked_weights)
+    return Network(graph.model(), turns.tables, graph.unpacked_weights, tuple(parts))
 
 
 def _cache_names(shape: RankShape, name: Callable[[int, str], str]) -> list[str]:
@@ -132,8 +148,8 @@ def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
     return hidden
 
 
-def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInputs) -> str:
-    """Add attention and MLP, each in a residual branch, with the model's norms."""
+def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInputs) -> list[Part]:
+    """Add attention and MLP, each in a residual branch, with the model's norms. Returns the parts; the last is the layer's end."""
     config, prefix = shape.config, f"transformer.layers.{inputs.layer}"
     before, after = config.norm_placement != "post", config.norm_placement != "pre"
     # post_layernorm is the norm before the MLP, except in Gemma 2 and OLMo 2, where it follows attention.
@@ -153,7 +169,9 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
     mlp = moe_mlp if config.has_experts(shape.stage.first_layer + inputs.layer) else layers.gated_mlp
     mlp_input = normed if config.parallel_blocks else norm(hidden, mlp_norm, before)
     transformed = mlp(graph, shape, mlp_input, f"{prefix}.mlp")
-    return residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
+    end = residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
+    named = {"attention's input": normed, "attention": attended, "MLP's input": mlp_input, "MLP": transformed, "end": end}
+    return [Part(inputs.layer, what, value) for what, value in named.items()]
 
 
 def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) -> None:

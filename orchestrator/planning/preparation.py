@@ -7,7 +7,8 @@ from dataclasses import replace
 from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, QuantizationError, SpecError, TopologyError
 from orchestrator.checkpoints import read_source
-from orchestrator.families import check_kind, family_for, family_named
+from orchestrator.families import check_kind, family_named, find
+from orchestrator.families.nearest import unsupported
 from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex
@@ -97,6 +98,7 @@ def _with_layout(config: ModelConfig, spec: BuildSpec) -> ModelConfig:
 def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, frozenset[str]]:
     """Return the family, the architecture, and the keys of config.json to ignore."""
     ignored = frozenset(spec.source.ignored_keys)
+    family: Family | None
     if spec.source.family != "auto":
         family = family_named(spec.source.family)
         check_kind(index.config, family, spec.source.path)
@@ -106,7 +108,10 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, froze
     architecture = architecture_of(index.config, spec.source.path)
     if architecture is None:
         raise ArchitectureError(f"config.json of {spec.source.path} names no architecture", "Set source.family in the spec.")
-    return family_for(architecture), architecture, ignored
+    family = find(architecture)
+    if family is None:
+        raise unsupported(architecture, index.config, index.tensors)
+    return family, architecture, ignored
 
 
 def source_dtype(asked: str, index: CheckpointIndex) -> str:

@@ -30,8 +30,9 @@ from orchestrator.spec.cluster import ClusterSpec
 from orchestrator.spec.decoding import decode
 from orchestrator.stores import open_store
 from orchestrator.work.miniature import proof
-from orchestrator.work.miniature.model import class_defaults, loaded_config
-from orchestrator.work.miniature.ranks import Layout
+from orchestrator.work.miniature.first_difference import first_difference
+from orchestrator.work.miniature.model import class_defaults, loaded_config, new_model, parts_of, save
+from orchestrator.work.miniature.ranks import Layout, Ranks, convert
 from orchestrator.work.miniature.scaling import Scaling, is_count
 from tests.support.families import TINY, tiny_config_json, write_tiny
 from tests.support.here import HereCluster, run_here
@@ -151,7 +152,10 @@ def test_failure_of_one_way_to_split_is_said_to_be_that(tmp_path: Path, monkeypa
 
 def test_failure_of_short_texts_suspects_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(lambda _config, _found: {"hidden_act": "gelu"}, monkeypatch)
-    with pytest.raises(MiniatureError, match=r"from position 0 on. Short texts are wrong too: suspect a key that is no length"):
+    with pytest.raises(
+        MiniatureError,
+        match=r"from position 0 on. The first part that differs: MLP of layer 0 .* Short texts are wrong too: suspect a key that is no length",
+    ):
         prove(hub_config("llama-3-8b"), tmp_path)
 
 
@@ -366,3 +370,41 @@ def test_miniature_as_a_step_commits_what_the_manifest_says_and_is_not_repeated(
     monkeypatch.setattr(proof, "run", lambda *given: pytest.fail("it ran again"))
     other = preparation.plan(tiny_plan(tmp_path / "source", topology={"tp": 2, "pp": 2}, verification={"enabled": False}))
     assert run_here(other, tmp_path / "store", [Kind.MINIATURE])["miniature"] == outcome
+
+
+@pytest.mark.parametrize("layout", [Topology(1, 1), Topology(2, 1), Topology(1, 2, (1, 2))], ids=["one rank", "tp2", "pp2"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "cohere", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_parts_of_a_right_model_agree_with_those_of_transformers(family: str, layout: Topology, tmp_path: Path) -> None:
+    pair = proof.paired(options_of(tiny_config_json(family)), tmp_path)
+    if layout.pp == 2:
+        layout = Topology(1, 2, (1, pair.ours.num_hidden_layers - 1))
+    model, text = new_model(pair.theirs), pair.prompts[0]
+    save(model, tmp_path / "model")
+    weights = convert(tmp_path / "model", tmp_path / "ranks", pair.family, pair.ours, layout)
+    ranks = Ranks(pair.ours, layout, weights, len(text.tokens), observed=True)
+    assert first_difference(model, ranks, text, 1e-5).startswith("All layers agree")
+    layers = pair.ours.num_hidden_layers
+    named = {(number, what) for number in range(layers) for what in ("attention", "MLP's input", "MLP", "end")}
+    assert named <= ranks.parts.keys()
+    assert named <= parts_of(model, text.calls()).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"embedding_multiplier": 2.0}, "the embedding"),
+        ({"norm_epsilon": 0.5}, "attention's input of layer 0"),
+        ({"attention_scale": 0.1}, "attention of layer 0"),
+        ({"rotary_layers": (True, False, True)}, "attention of layer 1"),
+        ({"residual_multiplier": 0.5}, "MLP's input of layer 0"),
+        ({"hidden_act": "gelu"}, "MLP of layer 0"),
+        ({"final_logit_softcapping": 0.1}, "All layers agree: suspect the last norm, the head"),
+    ],
+)
+def test_miniature_that_differs_names_the_first_layer_and_part(
+    changes: dict[str, Any], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(lambda _config, _found: changes, monkeypatch)
+    with pytest.raises(MiniatureError) as caught:
+        prove(tiny_config_json("llama"), tmp_path)
+    assert part in caught.value.message

@@ -21,6 +21,8 @@ _GAIN = 1.7
 _NORMED_GAIN = 1.7
 """Same gain for queries and keys that are normed afterwards."""
 _MAX_GAIN = 64.0
+_MLPS = ("mlp", "block_sparse_moe", "feed_forward", "moe")
+"""Names of the MLP, dense or of experts, within a layer of transformers."""
 
 
 def loaded_config(config: Mapping[str, Any], folder: Path) -> Any:
@@ -108,3 +110,36 @@ def logits_of(model: Any, calls: Sequence[Sequence[int]]) -> Floats:
             output = fresh(torch.tensor([list(tokens)]), past_key_values=past, use_cache=True)
             found.append(output.logits[0].float().numpy())
     return np.concatenate(found)
+
+
+def parts_of(model: Any, calls: Sequence[Sequence[int]]) -> dict[tuple[int | None, str], Floats]:
+    """Return the values [tokens, hidden] of the parts that `networks.Part` names, of one text fed in `calls`.
+
+    A part that this class of model does not have as a module of its own is missing.
+    """
+    import torch
+
+    seen: dict[tuple[int | None, str], list[Floats]] = {}
+    fresh = copy.deepcopy(model)
+
+    def keep(key: tuple[int | None, str], value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        if isinstance(tensor, torch.Tensor) and tensor.shape[-1] == fresh.config.hidden_size:
+            seen.setdefault(key, []).append(tensor.detach().float().reshape(-1, tensor.shape[-1]).numpy())
+
+    def watch(module: Any, before: tuple[int | None, str] | None, after: tuple[int | None, str] | None) -> None:
+        if before is not None:
+            module.register_forward_pre_hook(
+                lambda _module, args, kwargs: keep(before, args[0] if args else kwargs.get("hidden_states")), with_kwargs=True
+            )
+        if after is not None:
+            module.register_forward_hook(lambda _module, _args, output: keep(after, output))
+
+    for number, layer in enumerate(fresh.model.layers):
+        watch(layer, (None, "embedding") if number == 0 else None, (number, "end"))
+        watch(layer.self_attn, (number, "attention's input"), (number, "attention"))
+        for name in _MLPS:
+            if hasattr(layer, name):
+                watch(getattr(layer, name), (number, "MLP's input"), (number, "MLP"))
+    logits_of(fresh, calls)
+    return {key: np.concatenate(values) for key, values in seen.items()}

@@ -17,6 +17,7 @@ from orchestrator.model.rules import Family
 from orchestrator.planning.facts import Miniature, MiniatureCase, MiniatureThreshold
 from orchestrator.planning.options import MiniatureOptions
 from orchestrator.work.as_hugging_face import with_rotated_part
+from orchestrator.work.miniature.first_difference import first_difference
 from orchestrator.work.miniature.model import class_defaults, loaded_config, logits_of, new_model, save
 from orchestrator.work.miniature.prompts import Prompt, crossable, prompts
 from orchestrator.work.miniature.ranks import Layout, Ranks, convert, layouts
@@ -60,6 +61,8 @@ class Case:
     """Logits of transformers [tokens, vocabulary]."""
     model: Path
     """Folder of the miniature's files."""
+    seed: int
+    """Seed of the miniature's weights."""
 
 
 def prove(options: MiniatureOptions, scratch: Path, progress: Progress) -> Miniature:
@@ -146,7 +149,7 @@ def run(pair: Pair, scratch: Path, seed: int, progress: Progress) -> Iterator[Ca
             weights = convert(scratch / "model", folder, pair.family, pair.ours, layout.topology)
             ranks = Ranks(pair.ours, layout.topology, weights, longest)
             for text, values in zip(texts, expected, strict=True):
-                yield Case(layout, text, _errors(ranks.logits(text), values), values, scratch / "model")
+                yield Case(layout, text, _errors(ranks.logits(text), values), values, scratch / "model", seed)
         except OrchestratorError as error:
             raise MiniatureError(
                 f"the miniature of this config.json, made by transformers, cannot be built ({layout.name}): {error.message}",
@@ -198,8 +201,16 @@ def _failure(pair: Pair, cases: list[Case], wrong: list[Case], options: Miniatur
         f"the model of this config.json does not compute what it computes in transformers: relative error {worst:.2g} > "
         f"{options.max_relative_error:g} in {len(wrong)} of {len(cases)} cases. First: {first.layout.name}, a text of "
         f"{len(prompt.tokens)} tokens, {prompt.prefill} in prefill, longer than {crossed}, from position {position} on. "
-        f"{_suspect(pair, cases, wrong)}{_suspected_keys(pair, first, options, scratch / 'without')}"
+        f"{_located(pair, first, options, scratch / 'located')}{_suspect(pair, cases, wrong)}"
+        f"{_suspected_keys(pair, first, options, scratch / 'without')}"
     )
+
+
+def _located(pair: Pair, case: Case, options: MiniatureOptions, scratch: Path) -> str:
+    """Return a sentence that names the first layer and part that differ."""
+    weights = convert(case.model, scratch, pair.family, pair.ours, case.layout.topology)
+    ranks = Ranks(pair.ours, case.layout.topology, weights, len(case.prompt.tokens), observed=True)
+    return first_difference(new_model(pair.theirs, case.seed), ranks, case.prompt, options.max_relative_error)
 
 
 def _suspect(pair: Pair, cases: list[Case], wrong: list[Case]) -> str:

@@ -26,6 +26,7 @@ from orchestrator.work.verify.inputs import make_calls
 from orchestrator.work.verify.merged_stage import MergedStage
 
 Floats = npt.NDArray[np.float32]
+PartOfModel = tuple[int | None, str]
 _SHARD_BYTES = 2**62
 
 
@@ -75,24 +76,39 @@ class Ranks:
     """All ranks of the miniature, ready to run."""
 
     def __init__(
-        self, config: ModelConfig, topology: Topology, weights: Sequence[Sequence[Mapping[str, Weight]]], max_seq_len: int
+        self,
+        config: ModelConfig,
+        topology: Topology,
+        weights: Sequence[Sequence[Mapping[str, Weight]]],
+        max_seq_len: int,
+        *,
+        observed: bool = False,
     ) -> None:
-        """`weights`: result of `convert`."""
+        """`weights`: result of `convert`. `observed`: `parts` are kept."""
+        options = [StageOptions.of(config, topology, pp_rank) for pp_rank in range(topology.pp)]
+        self._first_layers = [stage.first_layer for stage in options]
         self._stages = [
-            MergedStage(StageNetwork(stage=StageOptions.of(config, topology, pp_rank), max_seq_len=max_seq_len), shards)
-            for pp_rank, shards in enumerate(weights)
+            MergedStage(StageNetwork(stage=stage, max_seq_len=max_seq_len), shards, observed=observed)
+            for stage, shards in zip(options, weights, strict=True)
         ]
+        self.parts: dict[PartOfModel, Floats] = {}
+        """(layer of the model, name) -> value [tokens, hidden] of the last text, in the order in which they are computed."""
 
     def logits(self, prompt: Prompt) -> Floats:
         """Return the logits [tokens, vocabulary] of a text, fed in the prompt's calls."""
         for stage in self._stages:
             stage.reset(batch=1)
         tokens = np.array([prompt.tokens], np.int64)
-        found = []
+        found: list[Floats] = []
+        seen: dict[PartOfModel, list[Floats]] = {}
         for call in make_calls(tokens, np.array([len(prompt.tokens)]), prompt.decode_steps):
             result: npt.NDArray[Any] | None = None
-            for stage in self._stages:
+            for first, stage in zip(self._first_layers, self._stages, strict=True):
                 result = stage.run(call, result)
+                for part, value in stage.parts.items():
+                    layer = None if part.layer is None else first + part.layer
+                    seen.setdefault((layer, part.what), []).append(value[0])
             assert result is not None
             found.append(result[0])
+        self.parts = {part: np.concatenate(values) for part, values in seen.items()}
         return np.concatenate(found)

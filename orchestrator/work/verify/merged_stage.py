@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
+import onnx
 
 from orchestrator.model.stage import StageNetwork
-from orchestrator.networks import Rendering, decoder_network
+from orchestrator.networks import Part, Rendering, decoder_network
 from orchestrator.networks.kv_cache import PAST, present_of
 from orchestrator.networks.merge import merge_ranks, ranked
 from orchestrator.work.binding import bind_portable
@@ -23,8 +24,8 @@ Array = npt.NDArray[Any]
 class MergedStage:
     """All ranks of a stage, with their KV caches."""
 
-    def __init__(self, network: StageNetwork, weights: Sequence[Mapping[str, Weight]]) -> None:
-        """`weights` by tp_rank."""
+    def __init__(self, network: StageNetwork, weights: Sequence[Mapping[str, Weight]], *, observed: bool = False) -> None:
+        """`weights` by tp_rank. `observed`: every call keeps the values of the network's parts in `parts`."""
         ranks = [decoder_network(network, tp_rank, Rendering.executed()) for tp_rank in range(network.stage.tp)]
         bound = {
             ranked(name, rank): ort_value(value, kind)
@@ -33,7 +34,11 @@ class MergedStage:
         }
         self._network, self._stage = network, network.stage
         self._bound = bound  # the session reads this memory
-        self._session = open_session(merge_ranks([each.model for each in ranks]).SerializeToString(), bound)
+        merged = merge_ranks([each.model for each in ranks])
+        self._observed = _observe(merged, ranks[0].parts) if observed else {}
+        self.parts: dict[Part, Array] = {}
+        """Values of the last call, of the first rank where ranks differ."""
+        self._session = open_session(merged.SerializeToString(), bound)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._cache: dict[str, Any] = {}
 
@@ -50,5 +55,15 @@ class MergedStage:
         values = {**feeds(self._stage, call, hidden_states), **self._cache}
         outputs = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, values), strict=True))
         self._cache = {name: outputs[present_of(name)] for name in self._cache}
+        self.parts = {part: outputs[name].numpy() for part, name in self._observed.items()}
         results = [outputs[ranked(result_name(self._stage), rank)].numpy() for rank in range(self._stage.tp)]
         return joined(self._network, results)
+
+
+def _observe(merged: onnx.ModelProto, parts: Sequence[Part]) -> dict[Part, str]:
+    """Add the parts' values to the outputs of a merged graph. Returns their names there; inputs of the graph are left out."""
+    made = {name for node in merged.graph.node for name in node.output}
+    candidates = ((part, name) for part in parts for name in (ranked(part.value, 0), part.value))
+    names = {part: name for part, name in candidates if name in made}
+    merged.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names.values()))
+    return names

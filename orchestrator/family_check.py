@@ -1,0 +1,187 @@
+"""Check a model against the table of a family: keys of config.json, tensors, and what a small model of it computes.
+
+All problems are found in one run, where a build stops at the first. So this is the tool for adding a family.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base.errors import MESSAGE_BYTES, OrchestratorError, WeightMapError, bounded
+from orchestrator.base.extras import require
+from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints.huggingface import parse_json
+from orchestrator.families import family_named, find
+from orchestrator.families.nearest import Nearness, kind_of, nearest, unsupported
+from orchestrator.families.wrappers import architecture_of, is_wrapper, language_config, refusal
+from orchestrator.model.checkpoint import CheckpointIndex
+from orchestrator.model.config import from_hugging_face
+from orchestrator.model.config_keys import key_problems, switches_on, unknown_keys
+from orchestrator.model.rules import Family
+from orchestrator.model.weight_map import Accounting, accounting
+from orchestrator.planning.facts import Miniature
+from orchestrator.planning.options import MiniatureOptions
+
+_NEAREST = 3
+_DIFFERS = (
+    "Correct what the family's table says of config.json, or the graph of that part (orchestrator/networks); docs/add-a-family.md "
+    "walks through one."
+)
+
+
+@dataclass
+class FamilyCheck:
+    """What was found."""
+
+    architecture: str
+    part_of: str = ""
+    """Architecture of the larger model that the language model is part of; empty: none."""
+    family: str | None = None
+    nearest: list[Nearness] = field(default_factory=list)
+    """The nearest families, where none knows the architecture."""
+    accounting: Accounting | None = None
+    """None: the tensors could not be accounted for."""
+    is_of_miniature: bool = False
+    """Whether the tensors are those of a small model of transformers, because there is no checkpoint but a config.json."""
+    miniature: Miniature | None = None
+    """None: it differs, or there is none because tensors are not accounted for."""
+    problems: list[OrchestratorError] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the result for machines."""
+        found = self.accounting
+        return {
+            "architecture": self.architecture,
+            "part_of": self.part_of,
+            "family": self.family,
+            "nearest": {each.family: each.line() for each in self.nearest},
+            "tensors": {
+                "read": len(found.read), "ignored": dict(found.ignored), "missing": list(found.missing),
+                "misshapen": list(found.misshapen), "unread": list(found.unread),
+            } if found else None,
+            "miniature": self.miniature.model_dump(mode="json") if self.miniature else None,
+            "problems": [{"error": type(each).__name__, "message": each.message, "advice": each.advice} for each in self.problems],
+        }  # fmt: skip
+
+
+def check_family(source: str, family_name: str = "auto", ignored_keys: Iterable[str] = ()) -> FamilyCheck:
+    """Check the checkpoint at `source`, or the config.json that `source` names, against a family's table.
+
+    Raises the source's errors, and ArchitectureError for a family that does not exist. All else is in the result's `problems`.
+    """
+    require("build")
+    index = _index(source)
+    ignored = frozenset(ignored_keys)
+    found = FamilyCheck(str((index.config.get("architectures") or ["none"])[0]), index.part_of)
+    family: Family | None
+    if family_name != "auto":
+        family, ignored = family_named(family_name), ignored | {"model_type"}
+    else:
+        family = _known(index, source, found)
+    if family is None:
+        return found
+    found.family = family.name
+    architecture = found.architecture if found.architecture in family.architectures else family.architectures[0]
+    found.problems += key_problems(index.config, architecture, family.config, ignored)
+    # What is reported once is passed over afterwards, so that the rest is checked all the same.
+    passed_over = {*ignored, *unknown_keys(index.config, family.config), *switches_on(index.config, family.config), "model_type"}
+    options = MiniatureOptions(
+        config=dict(index.config), family=family.name, architecture=architecture, ignored_keys=tuple(sorted(passed_over))
+    )
+    _account(index, family, options, found)
+    if found.accounting is not None and found.accounting.is_complete:
+        _compute(options, found)
+    return found
+
+
+def _index(source: str) -> CheckpointIndex:
+    """Return the index of a checkpoint, or one without tensors of a config.json."""
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        return read_source(source)[0]
+    config = parse_json(path.read_bytes(), source)
+    index = CheckpointIndex("config.json", (), {}, {key: value for key, value in config.items() if key != "quantization_config"})
+    if not is_wrapper(config):
+        return index
+    return replace(index, config=language_config(config), part_of=str(config["architectures"][0]))
+
+
+def _known(index: CheckpointIndex, source: str, found: FamilyCheck) -> Family | None:
+    """Return the family of the architecture; None: there is none, which is noted with the nearest ones."""
+    if is_wrapper(index.config):
+        found.problems.append(refusal(index.config, source))
+        return None
+    architecture = architecture_of(index.config, source) or "none"
+    family = find(architecture)
+    if family is None:
+        found.nearest = nearest(architecture, index.config, index.tensors)[:_NEAREST]
+        found.problems.append(unsupported(architecture, index.config, index.tensors))
+    return family
+
+
+def _account(index: CheckpointIndex, family: Family, options: MiniatureOptions, found: FamilyCheck) -> None:
+    """Account for the checkpoint's tensors, or for those of transformers' small model of the config."""
+    try:
+        if index.tensors:
+            ignored = frozenset(options.ignored_keys)
+            config = from_hugging_face(index.config, options.architecture, "float32", family.config, ignored)
+            found.accounting = accounting(index, family, config)
+        else:
+            found.accounting, found.is_of_miniature = _of_miniature(options), True
+    except OrchestratorError as error:
+        found.problems.append(error)
+    else:
+        found.problems += _tensor_problems(found.accounting, family, found.is_of_miniature)
+
+
+def _of_miniature(options: MiniatureOptions) -> Accounting:
+    """Account for the tensors of transformers' small model of a config.json. Raises MiniatureError."""
+    from orchestrator.work.miniature.model import new_model, save
+    from orchestrator.work.miniature.proof import paired
+
+    with tempfile.TemporaryDirectory(prefix="family-check-") as folder:
+        pair = paired(options, Path(folder))
+        save(new_model(pair.theirs), Path(folder, "model"))
+        return accounting(read_source(str(Path(folder, "model")))[0], pair.family, pair.ours)
+
+
+def _tensor_problems(found: Accounting, family: Family, is_of_miniature: bool) -> Iterable[OrchestratorError]:
+    where = "transformers' model of this config.json" if is_of_miniature else "the checkpoint"
+    if found.unread:
+        yield WeightMapError(
+            f"{family.name} has no rule for {len(found.unread)} tensors of {where}: {as_kinds(found.unread)}",
+            "Add a rule that reads them, or an Ignored entry with the reason, to the family's table.",
+        )
+    if found.missing:
+        yield WeightMapError(
+            f"rules of {family.name} read {len(found.missing)} tensors that {where} does not have: {as_kinds(found.missing)}",
+            "Correct the names in the family's rules, or let a rule apply only where config.json says so (`when`).",
+        )
+    if found.misshapen:
+        first = f"{found.misshapen[0]}" + (f", and {len(found.misshapen) - 1} more" if len(found.misshapen) > 1 else "")
+        yield WeightMapError(
+            f"{len(found.misshapen)} tensors of {where} have another shape or dtype than config.json says: {first}",
+            "Correct the dimensions of the rule's part, or how config.json gives the size.",
+        )
+
+
+def as_kinds(names: Iterable[str]) -> str:
+    """Return names as kinds with the number of tensors: model.layers.*.self_attn.q_norm.weight (32)."""
+    counts = Counter(map(kind_of, names))
+    return bounded(", ".join(f"{kind} ({count})" for kind, count in counts.items()), MESSAGE_BYTES // 2)
+
+
+def _compute(options: MiniatureOptions, found: FamilyCheck) -> None:
+    """Compare a small model of the config with transformers."""
+    from orchestrator.work.miniature.proof import prove
+
+    with tempfile.TemporaryDirectory(prefix="family-check-") as folder:
+        try:
+            found.miniature = prove(options, Path(folder), lambda done, total: None)
+        except OrchestratorError as error:
+            found.problems.append(type(error)(error.message, _DIFFERS))
