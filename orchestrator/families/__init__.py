@@ -22,7 +22,7 @@ from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.glm_dense import GLM, GLM4
 from orchestrator.families.gpt_oss import GPT_OSS
-from orchestrator.families.granite import GRANITE
+from orchestrator.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from orchestrator.families.helium import HELIUM
 from orchestrator.families.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE, HY3
 from orchestrator.families.llama import LLAMA
@@ -92,6 +92,8 @@ FAMILIES: dict[str, Family] = {
         HY3,
         HUNYUAN_DENSE,
         HUNYUAN_MOE,
+        GRANITE_MOE,
+        GRANITE_MOE_SHARED,
     )
 }
 

@@ -259,19 +259,26 @@ def experts(
     )
 
 
-def fused_experts(router: str, source: str, *, transposed: bool = False, interleaved: bool = False) -> tuple[Rule, ...]:
-    """Return the rules of router and experts, with biases, of tensors of all experts: gate_up_proj and down_proj under `source`.
+def fused_experts(
+    router: str,
+    source: str,
+    *,
+    names: tuple[str, str] = ("gate_up_proj", "down_proj"),
+    transposed: bool = False,
+    interleaved: bool = False,
+) -> tuple[Rule, ...]:
+    """Return the rules of router and experts, with biases, of two tensors of all experts with these `names` under `source`.
 
     `transposed`: an expert is stored as [in, out]. `interleaved`: rows of gate and up alternate; else gate comes first.
     """
-    fused = SOURCE + source + ".gate_up_proj"
+    fused, last = (f"{SOURCE}{source}.{name}" for name in names)
     gate, up = (Fusion(index, 2, interleaved, transposed) for index in (0, 1))
     # A vector has no second axis to be transposed with.
     gate_bias, up_bias = (Fusion(index, 2, interleaved) for index in (0, 1))
     weight = ("expert_inter", "hidden")
     stacked: dict[str, Any] = {"per_expert": True, "layers": Layers.EXPERTS}
     biased = {**stacked, "when": {"moe.expert_bias": True}}
-    down = Part(SOURCE + source + ".down_proj", ("hidden", "expert_inter"), EXPERT_ROW, fusion=Fusion(transposed=transposed))
+    down = Part(last, ("hidden", "expert_inter"), EXPERT_ROW, fusion=Fusion(transposed=transposed))
     return (
         _router(router),
         Rule(
@@ -295,7 +302,7 @@ def fused_experts(router: str, source: str, *, transposed: bool = False, interle
             **biased,
         ),
         Rule(TARGET + "mlp.proj.weight", (down,), **stacked),
-        Rule(TARGET + "mlp.proj.bias", (Part(SOURCE + source + ".down_proj_bias", ("hidden",), fusion=Fusion()),), **biased),
+        Rule(TARGET + "mlp.proj.bias", (Part(last + "_bias", ("hidden",), fusion=Fusion()),), **biased),
     )
 
 
@@ -303,10 +310,21 @@ def shared_expert(source: str) -> tuple[Rule, ...]:
     """Return the rules of the shared expert, whose linears lie under `source` within a layer. It is split like a dense MLP."""
     prefix = SOURCE + source + "."
     up, gate = (Part(f"{prefix}{name}_proj.weight", ("shared_inter", "hidden"), COLUMN) for name in ("up", "gate"))
-    down = Part(f"{prefix}down_proj.weight", ("hidden", "shared_inter"), ROW)
+    return _shared((up, gate), Part(f"{prefix}down_proj.weight", ("hidden", "shared_inter"), ROW))
+
+
+def fused_shared_expert(fused: str, down: str) -> tuple[Rule, ...]:
+    """Return the rules of a shared expert whose gate and up are one tensor of a layer, gate first."""
+    halves = ("shared_inter", "shared_inter")
+    gate, up = (Part(SOURCE + fused, ("shared_inter", "hidden"), COLUMN, halves, index) for index in (0, 1))
+    return _shared((up, gate), Part(SOURCE + down, ("hidden", "shared_inter"), ROW))
+
+
+def _shared(fc: tuple[Part, Part], proj: Part) -> tuple[Rule, ...]:
+    options: dict[str, Any] = {"when": {"moe.has_shared_expert": True}, "layers": Layers.EXPERTS}
     return (
-        Rule(TARGET + "mlp.shared_expert.fc.weight", (up, gate), layers=Layers.EXPERTS),
-        Rule(TARGET + "mlp.shared_expert.proj.weight", (down,), layers=Layers.EXPERTS),
+        Rule(TARGET + "mlp.shared_expert.fc.weight", fc, **options),
+        Rule(TARGET + "mlp.shared_expert.proj.weight", (proj,), **options),
     )
 
 

@@ -62,6 +62,10 @@ class MoeConfig(BaseModel):
     """Factor of the gate in its sigmoid: gate * sigmoid(alpha * gate) * (up + beta)."""
     swiglu_beta: float = _more(0.0)
 
+    @property
+    def has_shared_expert(self) -> bool:
+        return self.shared_expert_intermediate_size > 0
+
 
 def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
     """Return moe and moe_intermediate_size of ModelConfig. Raises ArchitectureError, which names the key."""
@@ -107,7 +111,7 @@ def _shared_size(keys: Keys, table: ExpertTable, size: int) -> int:
     """Return the intermediate size of the shared expert; several of an expert's size are one of summed size."""
     if table.shared_count:
         return keys.count(table.shared_count, least=0) * size
-    return keys.count(table.shared_size) if table.shared_size else 0
+    return keys.count(table.shared_size, least=0) if table.shared_size else 0
 
 
 def _groups(keys: Keys, table: ExpertTable, count: int, chosen: int) -> dict[str, int]:

@@ -44,7 +44,7 @@ NOT_BUILT = re.compile(
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
     r"layer_types in config.json of \w+ is |one per rotated pair|"
     r"num_local_experts is \d|gives layers a window, but sliding_window is missing|"
-    r"rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than"
+    r"has the unknown key 'alpha'|rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than"
 )
 """Refusals of what transformers would take: it has no graph here, or is no model that anybody means."""
 
@@ -125,6 +125,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "attention_out_bias": BOOLEANS,
     "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, [], None]),
     "no_rope_layer_interval": st.sampled_from([1, 2, 4]),
+    "shared_intermediate_size": st.sampled_from([0, 20]),
     "moe_topk": st.sampled_from([1, 2, [2] * LAYERS, [2, 1, 2, 2]]),
     "moe_layers": st.sampled_from([[], [1], [0, 3], None]),
     "interleave_moe_layer_step": st.sampled_from([1, 2, 4]),

@@ -31,6 +31,7 @@ LATENT = {
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 
 
@@ -73,11 +74,7 @@ TINY: dict[str, TinyFamily] = {
         {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
     ),
     "phi3": TinyFamily("Phi3ForCausalLM", "Phi3Config", {"original_max_position_embeddings": 64}),
-    "granite": TinyFamily(
-        "GraniteForCausalLM",
-        "GraniteConfig",
-        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0},
-    ),
+    "granite": TinyFamily("GraniteForCausalLM", "GraniteConfig", GRANITE),
     "olmo2": TinyFamily("Olmo2ForCausalLM", "Olmo2Config"),
     "mixtral": TinyFamily("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": TinyFamily(
@@ -164,6 +161,14 @@ TINY: dict[str, TinyFamily] = {
         "HunYuanMoEV1ForCausalLM",
         "HunYuanMoEV1Config",
         {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32, "rope_parameters": ALPHA},
+    ),
+    "granitemoe": TinyFamily(
+        "GraniteMoeForCausalLM", "GraniteMoeConfig", {**GRANITE, "num_local_experts": 8, "intermediate_size": 32}
+    ),
+    "granitemoeshared": TinyFamily(
+        "GraniteMoeSharedForCausalLM",
+        "GraniteMoeSharedConfig",
+        {**GRANITE, "num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 48},
     ),
     "helium": TinyFamily("HeliumForCausalLM", "HeliumConfig"),
     "cwm": TinyFamily(

@@ -109,7 +109,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         final_cap=_final_cap(model),
         embedding_multiplier=multiplier,
         residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
-        logits_scaling=made.logits_scaling if made.model_type == "granite" else 1.0 / getattr(made, "logit_scale", 1.0),
+        logits_scaling=made.logits_scaling if made.model_type.startswith("granite") else 1.0 / getattr(made, "logit_scale", 1.0),
         tied=model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(),
         rotary=_rotary(model.model.rotary_emb, made),
         scaling=_scaling(made),
@@ -129,7 +129,7 @@ def _measure(model: Any, made: Any) -> Resolution:
 
 def _mlp(layer: Any) -> Any:
     """The MLP or the experts of a layer."""
-    return next(getattr(layer, name) for name in ("mlp", "feed_forward") if hasattr(layer, name))
+    return next(getattr(layer, name) for name in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, name))
 
 
 def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
@@ -257,6 +257,11 @@ def _scaling(made: Any) -> dict[str, Any]:
     return dict(parameters.get("full_attention", parameters))
 
 
+def _width(mlp: Any) -> int:
+    """Its intermediate size."""
+    return int(mlp.output_linear.weight.shape[1] if hasattr(mlp, "output_linear") else mlp.gate_proj.weight.shape[0])
+
+
 def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None, tuple[int, int]]:
     import torch
 
@@ -269,10 +274,9 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
     found = gate(torch.randn(5, linear.weight.shape[1]), *bias)
     sums = (found[0] if len(found) == 2 else found[1]).sum(-1)  # Llama 4's gives the weights of all experts first
     size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
-    together = next(
-        (getattr(block, name) for name in ("shared_expert", "shared_experts", "shared_mlp") if getattr(block, name, None)), None
-    )
-    shared = together.gate_proj.weight.shape[0] if together is not None else 0
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    together = next((getattr(owner, name) for owner in (block, layer) for name in names if getattr(owner, name, None)), None)
+    shared = 0 if together is None else _width(together)
     chosen, count = gate.top_k, gate.num_experts
     normalized = round(float(sums[0]), 3) if torch.allclose(sums, sums[:1], atol=1e-3) else 0.0
     groups = (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))

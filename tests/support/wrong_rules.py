@@ -252,5 +252,14 @@ WRONG_RULES = [
     WrongRule("hunyuan_moe heads normed before the rotation", hub_config("hunyuan-a13b"), _set(qk_norm_after_rotary=False)),
     WrongRule("hunyuan_moe weights not normalized", hub_config("hunyuan-a13b"), _moe(normalization_mode=0)),
     WrongRule("hunyuan_moe one expert fewer", hub_config("hunyuan-a13b"), _moe(top_k=2)),
+    WrongRule("granitemoe multiplier of residuals missed", hub_config("granite-3.1-3b-a800m"), _set(residual_multiplier=1.0)),
+    WrongRule(
+        "granitemoe softmax over all experts", hub_config("granite-3.1-3b-a800m"), _moe(scoring="softmax", normalization_mode=0)
+    ),
+    WrongRule("granitemoe scale of attention missed", hub_config("granite-3.1-3b-a800m"), _set(attention_scale=None)),
+    WrongRule(
+        "granitemoeshared multiplier of the embedding", hub_config("granite-moe-7b-a1b-shared"), _set(embedding_multiplier=1.0)
+    ),
+    WrongRule("granitemoeshared logits not scaled", hub_config("granite-moe-7b-a1b-shared"), _set(logits_scaling=1.0)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]
