@@ -20,6 +20,7 @@ from orchestrator.stores.source import LFS_MAGIC, ByteSource, SourceFolder
 FORMATS: dict[str, str] = {
     "bin": "orchestrator.checkpoints.bin",
     "meta": "orchestrator.checkpoints.meta",
+    "megatron": "orchestrator.checkpoints.megatron",
     "trtllm": "orchestrator.checkpoints.trtllm",
     "keras": "orchestrator.checkpoints.keras",
     "huggingface": "orchestrator.checkpoints.huggingface",
@@ -65,6 +66,11 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
 
     Raises SpecError for an unknown format, SourceMissingError when `auto` finds none, and what the format's reader raises.
     """
+    if path.endswith(".nemo"):
+        raise SourceMissingError(
+            f"{path} is an archive of NeMo 1, which is not read",
+            "Convert it to Hugging Face's format with NeMo 1 (scripts/checkpoint_converters), or import it with NeMo 2.",
+        )
     folder = open_source(path)
     names = folder.names()
     if source_format == "auto":

@@ -12,6 +12,7 @@ import io
 import math
 import pickle  # only through _Unpickler, which refuses every name but those of tensors
 import zipfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ _ZIP_MAGIC = b"PK"
 _MAX_PICKLE_BYTES = 256 * 2**20
 """Largest data.pkl. It only describes tensors: a thousand of them take a hundred kilobytes."""
 _BUFFER_BYTES = 256 * 1024
+_HEAD_BYTES, _TAIL_BYTES = 2048, 2048
+"""First and last bytes of an archive with one tensor, which hold its pickle and its table with room to spare."""
 _HEADER_THREADS = 8
 _RESAVE = "Load it with torch in a sandbox and save it as safetensors, tensors made contiguous."
 
@@ -58,20 +61,81 @@ def read_tensors(folder: SourceFolder, name: str) -> list[HeaderEntry]:
     tensors, and for the format before PyTorch 1.6, which cannot be read without running it.
     """
     path, total = f"{folder.url}/{name}", folder.source_file(name).num_bytes
-    _check_magic(path, folder.read(name, 0, min(total, len(LFS_MAGIC))))
-    try:
-        with zipfile.ZipFile(io.BufferedReader(_PlaceFile(folder, name, total), _BUFFER_BYTES)) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            prefix = _archive_name(path, members)
-            tensors = _unpickle(path, archive.read(_pickle_member(path, members, prefix)))
-            if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
-                raise SourceCorruptError(f"{path} was written on a big-endian machine", _RESAVE)
-    except OrchestratorError:
-        raise
-    except Exception as error:  # zipfile raises nearly anything for a damaged archive
-        raise SourceCorruptError(f"{path} is truncated or damaged: {error}") from None
-    starts = _data_starts(folder, name, total, [_storage_member(path, members, prefix, tensor) for tensor in tensors.values()])
-    return [_entry(path, key, tensor, members, starts, prefix) for key, tensor in tensors.items()]
+    archive = _Archive(path, total, lambda begin, end: folder.read(name, begin, end), _BUFFER_BYTES)
+    plain = archive.plain()
+    if not isinstance(plain, dict):
+        raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a dictionary of tensors", _RESAVE)
+    for key, value in plain.items():
+        if not isinstance(key, str) or not isinstance(value, _Tensor):
+            raise SourceCorruptError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor", _RESAVE)
+    return archive.entries(plain)
+
+
+def read_tensor(folder: SourceFolder, name: str, offset: int, size: int) -> HeaderEntry:
+    """Read the description of the one tensor that torch.save wrote to bytes [offset, offset + size) of `name`.
+
+    The result's name is empty, its offset counts from the start of the file. Takes two requests in most cases, of a few kilobytes:
+    torch.save writes the description first and the table of the archive last. Raises as `read_tensors` does.
+    """
+    path = f"{folder.url}/{name} at byte {offset}"
+    archive = _Archive(path, size, _Ends(lambda begin, end: folder.read(name, offset + begin, offset + end), size).read, 0)
+    plain = archive.plain()
+    if not isinstance(plain, _Tensor):
+        raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a tensor", _RESAVE)
+    entry = archive.entries({"": plain})[0]
+    return HeaderEntry("", entry.dtype, entry.shape, offset + entry.offset, entry.num_bytes)
+
+
+_Read = Callable[[int, int], bytes]
+"""Read bytes [begin, end)."""
+
+
+class _Ends:
+    """Reader that fetches the first and last bytes of an archive once, and others on demand."""
+
+    def __init__(self, read: _Read, size: int) -> None:
+        self._read = read
+        head = min(size, _HEAD_BYTES)
+        tail = max(head, size - _TAIL_BYTES)
+        self._held = ((0, read(0, head)), (tail, read(tail, size) if tail < size else b""))
+
+    def read(self, begin: int, end: int) -> bytes:
+        for first, data in self._held:
+            if first <= begin and end <= first + len(data):
+                return data[begin - first : end - first]
+        return self._read(begin, end)
+
+
+class _Archive:
+    """An archive of torch.save: its pickle and its members."""
+
+    def __init__(self, path: str, total: int, read: _Read, buffer_bytes: int) -> None:
+        """`path` is for messages, `total` the size, `read` reads ranges, of at least `buffer_bytes` where more follows."""
+        self._path, self._total, self._read = path, total, read
+        _check_magic(path, read(0, min(total, len(LFS_MAGIC))))
+        raw = _PlaceFile(read, total)
+        try:
+            with zipfile.ZipFile(io.BufferedReader(raw, buffer_bytes) if buffer_bytes else raw) as archive:
+                self._members = {member.filename: member for member in archive.infolist()}
+                self._prefix = _archive_name(path, self._members)
+                self._pickle = archive.read(_pickle_member(path, self._members, self._prefix))
+                order = f"{self._prefix}byteorder"
+                if order in self._members and archive.read(order) != b"little":
+                    raise SourceCorruptError(f"{path} was written on a big-endian machine", _RESAVE)
+        except OrchestratorError:
+            raise
+        except Exception as error:  # zipfile raises nearly anything for a damaged archive
+            raise SourceCorruptError(f"{path} is truncated or damaged: {error}") from None
+
+    def plain(self) -> Any:
+        """Return the pickled object, tensors as _Tensor. Raises UnsafePickleError, SourceCorruptError."""
+        return _unpickle(self._path, self._pickle)
+
+    def entries(self, tensors: Mapping[str, _Tensor]) -> list[HeaderEntry]:
+        """Return the descriptions of tensors of the pickle, with their places in the archive."""
+        members = [_storage_member(self._path, self._members, self._prefix, tensor) for tensor in tensors.values()]
+        starts = _data_starts(self._path, self._read, self._total, members)
+        return [_entry(self._path, key, tensor, self._members, starts, self._prefix) for key, tensor in tensors.items()]
 
 
 def _check_magic(path: str, start: bytes) -> None:
@@ -87,8 +151,8 @@ def _check_magic(path: str, start: bytes) -> None:
 class _PlaceFile(io.RawIOBase):
     """Seekable file for zipfile that reads ranges of a source file."""
 
-    def __init__(self, folder: SourceFolder, name: str, size: int) -> None:
-        self._place, self._name, self._size, self._position = folder, name, size, 0
+    def __init__(self, read: _Read, size: int) -> None:
+        self._read, self._size, self._position = read, size, 0
 
     def readable(self) -> bool:
         return True
@@ -111,7 +175,7 @@ class _PlaceFile(io.RawIOBase):
         end = min(self._position + len(view), self._size)
         if end <= self._position:
             return 0
-        data = self._place.read(self._name, self._position, end)
+        data = self._read(self._position, end)
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -183,19 +247,13 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, key, count)
 
 
-def _unpickle(path: str, data: bytes) -> dict[str, _Tensor]:
+def _unpickle(path: str, data: bytes) -> Any:
     try:
-        plain = _Unpickler(data, path).load()
+        return _Unpickler(data, path).load()
     except OrchestratorError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise SourceCorruptError(f"{path}: data.pkl is damaged: {error}") from None
-    if not isinstance(plain, dict):
-        raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a dictionary of tensors", _RESAVE)
-    for key, value in plain.items():
-        if not isinstance(key, str) or not isinstance(value, _Tensor):
-            raise SourceCorruptError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor", _RESAVE)
-    return plain
 
 
 def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str, tensor: _Tensor) -> zipfile.ZipInfo:
@@ -213,20 +271,22 @@ def _storage_member(path: str, members: dict[str, zipfile.ZipInfo], prefix: str,
     return member
 
 
-def _data_starts(folder: SourceFolder, name: str, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
+def _data_starts(path: str, read: _Read, total: int, members: list[zipfile.ZipInfo]) -> dict[str, int]:
     """Return the offset of each member's data in the file. It follows the local header, which alone records its padding."""
     once = {member.filename: member for member in members}
 
     def start(member: zipfile.ZipInfo) -> int:
         header = member.header_offset
-        local = folder.read(name, header, header + _LOCAL_HEADER_BYTES)
+        local = read(header, header + _LOCAL_HEADER_BYTES)
         if len(local) < _LOCAL_HEADER_BYTES or not local.startswith(_LOCAL_HEADER_MAGIC):
-            raise SourceCorruptError(f"{folder.url}/{name}: no member of the archive starts at byte {header}")
+            raise SourceCorruptError(f"{path}: no member of the archive starts at byte {header}")
         data = header + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         if data + member.file_size > total:
-            raise SourceCorruptError(f"{folder.url}/{name}: {member.filename} reaches beyond the end of the file")
+            raise SourceCorruptError(f"{path}: {member.filename} reaches beyond the end of the file")
         return data
 
+    if len(once) == 1:
+        return {name: start(member) for name, member in once.items()}
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         return dict(zip(once, pool.map(start, once.values()), strict=True))
 

@@ -25,6 +25,7 @@ from orchestrator.stores.source import LocalFolder, SourceFolder
 _MANIFEST = "manifest.json"
 _TITLES = {
     "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
+    "megatron": "Megatron-Core checkpoint (torch_dist)", "keras": "KerasHub preset",
 }  # fmt: skip
 
 

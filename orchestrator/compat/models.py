@@ -208,7 +208,7 @@ class PretrainedModel:
 
 
 class TopModelMixin:
-    """Mixin for models that are read from a folder of a checkpoint: Hugging Face's, or KerasHub's."""
+    """Mixin for models that are read from a folder of a checkpoint: Hugging Face's, NeMo's, or KerasHub's."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
     """Architectures that the class accepts; empty: all known ones."""
@@ -221,6 +221,15 @@ class TopModelMixin:
         """
         folder = Path(hf_model_dir).resolve()
         return cls._from_source(folder, *read_source(str(folder)), dtype, mapping)
+
+    @classmethod
+    def from_nemo(cls, nemo_ckpt_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
+        """Return one rank of the model in a distributed checkpoint of NeMo 2 or Megatron-Bridge.
+
+        Raises as from_hugging_face does.
+        """
+        folder = Path(nemo_ckpt_dir).resolve()
+        return cls._from_source(folder, *read_source(str(folder), "megatron"), dtype, mapping)
 
     @classmethod
     def from_keras(cls, preset_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:

@@ -7,19 +7,23 @@ from pathlib import Path
 
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import SourceCorruptError
+from orchestrator.checkpoints import published_names
 from orchestrator.model.checkpoint import SourceFile
 from orchestrator.stores import open_source
 from orchestrator.work.context import Context
 
 
-def companion_folder(source: str, files: Iterable[SourceFile], context: Context) -> Path:
-    """Copy `files` to scratch, return the folder. Raises SourceMissingError, or SourceCorruptError for a changed file."""
+def companion_folder(source: str, files: Iterable[SourceFile], context: Context, source_format: str) -> Path:
+    """Copy `files` to scratch under the names that a release gives them, return the folder.
+
+    Raises SourceMissingError, or SourceCorruptError for a changed file.
+    """
     folder = context.scratch / "tokenizer"
     folder.mkdir()
-    origin = open_source(source)
+    origin, names = open_source(source), published_names(source_format)
     for file in files:
         data = origin.read(file.name)
         if file.identity != "sha256:" + digest_bytes(data):
             raise SourceCorruptError(f"{file.name} of the source was changed during the build", "Run the build again.")
-        (folder / file.name).write_bytes(data)
+        (folder / names[file.name]).write_bytes(data)
     return folder
