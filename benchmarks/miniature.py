@@ -1,9 +1,10 @@
-"""The miniature of every family and of every config.json in tests/data/configs, then of a real build: errors, lengths, seconds.
+"""The miniature of every family and of every config.json in tests/data, then of a real build: errors, lengths, seconds.
 
     python -m benchmarks.miniature [--only WORD] [--build] [--model DIR]
 
 `CPU` is that of the step without its imports, seconds of one thread; `layouts` are one rank, tp=2, tp=2 with ep=2
-where there are experts, and two stages. `--build` builds `--model` (tp=2, pp=2) and prints what the miniature's step took of it.
+where there are experts, and two stages. Of larger models (vision, speech) it is that of the language model, or the reason why
+they are refused. `--build` builds `--model` (tp=2, pp=2) and prints what the miniature's step took of it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator import building
-from orchestrator.base.errors import OrchestratorError
+from orchestrator.base.errors import ArchitectureError, OrchestratorError
 from orchestrator.families import family_for
+from orchestrator.families.wrappers import is_wrapper, language_config
 from orchestrator.planning.facts import Miniature
 from orchestrator.planning.options import MiniatureOptions
 from orchestrator.planning.steps import Kind
@@ -74,7 +76,7 @@ def main() -> None:
 def configs() -> Iterator[tuple[str, dict[str, Any]]]:
     """By name: the tiny models of all families, then those of the hub."""
     yield from ((f"tiny {family}", tiny_config_json(family)) for family in TINY)
-    for path in sorted(CONFIGS.glob("*.json")):
+    for path in (*sorted(CONFIGS.glob("*.json")), *sorted((CONFIGS.parent / "larger_models").glob("*.json"))):
         yield path.stem, json.loads(path.read_text())
 
 
@@ -82,6 +84,11 @@ def measured(name: str, config: dict[str, Any]) -> tuple[list[str], float, bool]
     """A row of the table, CPU seconds, and whether both sides agreed."""
     from orchestrator.work.miniature.proof import prove
 
+    if is_wrapper(config):
+        try:
+            config = language_config(config)
+        except ArchitectureError as error:
+            return [name, "", "", "refused", "", error.message.partition("(")[2], ""], 0.0, True
     architecture = config["architectures"][0]
     family = family_for(architecture).name
     options = MiniatureOptions(config=config, family=family, architecture=architecture)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.errors import MESSAGE_BYTES, OrchestratorError, WeightMapError, bounded
+from orchestrator.base.errors import MESSAGE_BYTES, ArchitectureError, OrchestratorError, WeightMapError, bounded
 from orchestrator.base.extras import require
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.huggingface import parse_json
@@ -108,7 +108,10 @@ def _index(source: str) -> CheckpointIndex:
     index = CheckpointIndex("config.json", (), {}, {key: value for key, value in config.items() if key != "quantization_config"})
     if not is_wrapper(config):
         return index
-    return replace(index, config=language_config(config), part_of=str(config["architectures"][0]))
+    try:
+        return replace(index, config=language_config(config), part_of=str(config["architectures"][0]))
+    except ArchitectureError:  # the result says why
+        return index
 
 
 def _known(index: CheckpointIndex, source: str, found: FamilyCheck) -> Family | None:

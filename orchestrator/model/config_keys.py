@@ -59,7 +59,7 @@ DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
     "where the file comes from": (
         "architectures", "model_type", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "auto_map",
         "custom_pipelines", "torch_dtype", "dtype", "is_llama_config", "unsloth_version", "unsloth_fixed", "_from_model_config",
-        "model_name", "license", "language", "author", "version",
+        "model_name", "license", "language", "author", "version", "is_composition",
     ),
     "another key says the same, and that one is read": ("sliding_window_size", "_sliding_window_pattern"),
     "marks of decoders, which all of these are": ("is_decoder",),

@@ -155,3 +155,42 @@ def test_tensor_within_the_language_model_that_no_rule_reads_is_an_error(tmp_pat
     save_file({**tensors, "language_model.model.layers.0.cross_attn.gate": np.zeros(1, np.float32)}, larger / "model.safetensors")
     with pytest.raises(WeightMapError, match=r"model\.layers\.0\.cross_attn\.gate"):
         preparation.plan(make_spec(larger))
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "data" / "larger_models").glob("*.json"))
+"""config.json of larger models, whole."""
+
+
+def is_read(config: dict[str, Any]) -> bool:
+    return config["architectures"][0] in WRAPPERS and config.get("llm_config", {}).get("model_type") != "internlm2"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_published_config_of_a_larger_model_is_read_or_refused(path: Path) -> None:
+    """Where it is read, the language model has the sizes that transformers' larger class gives it."""
+    import transformers
+
+    config = json.loads(path.read_text())
+    if not is_read(config):
+        with pytest.raises(ArchitectureError) as caught:
+            language_config(config)
+        assert caught.value.advice
+        return
+    found = language_config(config)
+    family = family_for(found["architectures"][0])
+    ours = from_hugging_face(found, found["architectures"][0], "bfloat16", family.config)
+    if config["architectures"][0] in RENAMED:  # transformers has no class
+        return
+    theirs = transformers.AutoConfig.for_model(**config).get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_size == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    parameters = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rotary_base == parameters["rope_theta"]
+
+
+def test_published_configs_of_larger_models_are_of_many_kinds() -> None:
+    architectures = [json.loads(path.read_text())["architectures"][0] for path in CONFIGS]
+    assert len(CONFIGS) >= 30
+    assert len(set(architectures) & WRAPPERS) >= 15
+    assert len(set(architectures) & REFUSED.keys()) >= 5

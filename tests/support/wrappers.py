@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.support.families import BASE, LATENT, MOE
+from tests.support.families import BASE, LATENT, MOE, TINY
 
 _SMALL = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
@@ -23,6 +23,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     },
     "GraniteSpeech": {"model_type": "granite", "embedding_multiplier": 3.0},
     "Kimi_K25": {**LATENT, **MOE, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+    "Llama4": TINY["llama4"].fields,
     "Qwen2VL": {"rope_parameters": {**_AXES, "mrope_section": [4, 2, 2]}},
     "Qwen2_5_VL": {"rope_parameters": {**_AXES, "mrope_section": [4, 2, 2]}},
 }  # fmt: skip
