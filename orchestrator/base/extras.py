@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "signing": ("model_signing", "cryptography"),
     "obstore": ("obstore",),
     "keras": ("h5py",),
+    "orbax": ("tensorstore", "zstandard"),
     "tensorrt": ("tensorrt",),
     "gpu": ("nccl", "cuda", "numpy", "safetensors"),
 }

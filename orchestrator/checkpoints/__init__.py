@@ -23,6 +23,7 @@ FORMATS: dict[str, str] = {
     "megatron": "orchestrator.checkpoints.megatron",
     "trtllm": "orchestrator.checkpoints.trtllm",
     "keras": "orchestrator.checkpoints.keras",
+    "orbax": "orchestrator.checkpoints.orbax",
     "huggingface": "orchestrator.checkpoints.huggingface",
 }
 """Name -> module, in the order in which `auto` tries them. huggingface is last: it reports what is missing beside a config.json."""

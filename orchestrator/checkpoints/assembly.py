@@ -34,8 +34,6 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
         return
     if assembly is None:
         read_contiguous_rows(source, tensor, begin, end, out)
-    elif assembly.transposed:
-        read_transposed_rows(source, tensor, begin, end, out)
     elif assembly.paired_rows:
         _read_paired(source, tensor, assembly, begin, end, out)
     else:
@@ -79,6 +77,9 @@ def _read_stored(source: ByteSource, tensor: TensorInfo, assembly: Assembly, beg
     """Read rows [begin, end) in the order of the source."""
     import numpy as np
 
+    if assembly.transposed:
+        read_transposed_rows(source, tensor, begin, end, out)
+        return
     rows = np.frombuffer(out, np.uint8, (end - begin) * (tensor.num_bytes // tensor.shape[0])).reshape(end - begin, -1)
     position = 0
     for piece in assembly.pieces:

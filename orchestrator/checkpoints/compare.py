@@ -147,7 +147,7 @@ def compare(a: str, b: str, tolerance: float | None = None) -> Comparison:
 def _open(stack: ExitStack, path: str, index: CheckpointIndex, names: list[str]) -> _Side:
     planned = planned_ranges(index.tensors[name] for name in names)
     source = stack.enter_context(open_source(path).open(index.files, planned))
-    return _Side(index, RowReader(index.format, source).read)
+    return _Side(index, RowReader(index.format, source, (index.tensors[name] for name in names)).read)
 
 
 def _unread(name: str, a: CheckpointIndex, b: CheckpointIndex) -> Difference:

@@ -6,17 +6,17 @@ the halves of a head as transformers does. Source: keras_hub/src/utils/transform
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.base.errors import SourceCorruptError, SourceMissingError, abbreviated
-from orchestrator.checkpoints.assembly import assembled, read_assembled_rows
+from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.hdf5 import read_datasets
 from orchestrator.checkpoints.huggingface import check_file_names, read_json
-from orchestrator.checkpoints.keras_backbones import Backbone, Kind, backbone_of
+from orchestrator.checkpoints.keras_backbones import Backbone, backbone_of
+from orchestrator.checkpoints.kernels import kernel
 from orchestrator.checkpoints.safetensors import HeaderEntry
-from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
+from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores.source import SourceFolder
 
 CONFIG, METADATA, SINGLE, INDEX = "config.json", "metadata.json", "model.weights.h5", "model.weights.json"
@@ -105,22 +105,7 @@ def _tensor(backbone: Backbone, entry: HeaderEntry, file: int, labels: Mapping[s
     label = labels.get(f"{container}/vars")
     if rule.layer is not None and label not in (None, f"{backbone.layer_label}_{rule.layer}"):
         raise SourceCorruptError(f"{where}: {container} is labelled {abbreviated(str(label), 60)}, not as layer {rule.layer}")
-    shape = entry.shape
-    if len(shape) < rule.kind.least_axes:
-        raise SourceCorruptError(f"{where}: {entry.name} has shape {list(shape)}, {rule.kind.least_axes} axes were expected")
-    match rule.kind:
-        case Kind.COPY:
-            return TensorInfo(rule.name, entry.dtype, shape, file, entry.offset, entry.num_bytes)
-        case Kind.FLAT:
-            return TensorInfo(rule.name, entry.dtype, (math.prod(shape),), file, entry.offset, entry.num_bytes)
-        case Kind.HEADS:
-            size = entry.num_bytes // max(shape[0], 1)
-            pieces = tuple(Piece(file, entry.offset + head * size, shape[1:]) for head in range(shape[0]))
-        case Kind.OUT_OF_FIRST:
-            pieces = (Piece(file, entry.offset, (shape[0], math.prod(shape[1:]))),)
-        case Kind.INTO_LAST:
-            pieces = (Piece(file, entry.offset, (math.prod(shape[:-1]), shape[-1])),)
-    return assembled(rule.name, entry.dtype, Assembly(pieces, transposed=True))
+    return kernel(rule.name, rule.kind, entry.dtype, entry.shape, file, entry.offset, f"{where}: {entry.name}")
 
 
 def _check_count(folder: SourceFolder, elements: int) -> None:

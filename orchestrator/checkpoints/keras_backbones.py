@@ -9,30 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, NamedTuple
 
 from orchestrator.base.errors import ArchitectureError, SourceCorruptError, abbreviated
-
-
-class Kind(Enum):
-    """How Keras stores a tensor of Hugging Face's."""
-
-    COPY = 1
-    """The same."""
-    FLAT = 2
-    """[heads, size]: a bias."""
-    OUT_OF_FIRST = 3
-    """[in, ...]: a kernel whose other axes are the output."""
-    INTO_LAST = 4
-    """[..., out]: a kernel whose other axes are the input."""
-    HEADS = 5
-    """[heads, in, size]: a kernel per head."""
-
-    @property
-    def least_axes(self) -> int:
-        """Number of axes that a dataset of the kind has at least."""
-        return {Kind.COPY: 0, Kind.FLAT: 1, Kind.HEADS: 3}.get(self, 2)
+from orchestrator.checkpoints.kernels import Kind
 
 
 class Rule(NamedTuple):

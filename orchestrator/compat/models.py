@@ -208,7 +208,7 @@ class PretrainedModel:
 
 
 class TopModelMixin:
-    """Mixin for models that are read from a folder of a checkpoint: Hugging Face's, NeMo's, or KerasHub's."""
+    """Mixin for models that are read from a folder of a checkpoint: Hugging Face's, NeMo's, KerasHub's, or Orbax's."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
     """Architectures that the class accepts; empty: all known ones."""
@@ -236,6 +236,15 @@ class TopModelMixin:
         """Return one rank of the model in a preset of KerasHub. Raises as from_hugging_face does, and ToolError without h5py."""
         folder = Path(preset_dir).resolve()
         return cls._from_source(folder, *read_source(str(folder), "keras"), dtype, mapping)
+
+    @classmethod
+    def from_jax(cls, checkpoint_dir: str | os.PathLike[str], dtype: str = "auto", mapping: Mapping | None = None) -> Self:
+        """Return one rank of the model in a folder with config.json and a checkpoint of Orbax: MaxText's, or Gemma's in Flax.
+
+        Raises as from_hugging_face does, and ToolError without TensorStore.
+        """
+        folder = Path(checkpoint_dir).resolve()
+        return cls._from_source(folder, *read_source(str(folder), "orbax"), dtype, mapping)
 
     @classmethod
     def _from_source(

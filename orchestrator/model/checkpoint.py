@@ -50,6 +50,49 @@ class Assembly:
     """Number added to every element of a float32 tensor. Undoes an addition that the source format stores."""
     transposed: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     """Whether pieces are stored as [columns, rows]. They are joined along the rows."""
+    factor: Annotated[float, Field(exclude_if=lambda value: value == 1)] = 1.0
+    """Number that every stored element is multiplied with, in float32, before `add`. The tensor is float32 then."""
+    divisor: Annotated[float, Field(exclude_if=lambda value: value == 1)] = 1.0
+    """Number that every stored element is divided by, in float32, before `add`. The tensor is float32 then."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedArray:
+    """An array that a source stores in chunks of equal shape, each compressed by itself. Layers may be one of its axes."""
+
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    """Shape of every chunk. Those at the ends are padded to it."""
+    codec: Literal["none", "zstd"]
+    chunks: tuple[tuple[int, int, int], ...]
+    """File (index into CheckpointIndex.files), offset of the first byte, and stored bytes of each chunk, in C order of the grid."""
+    inline: Annotated[tuple[tuple[int, str, int, int], ...], Field(exclude_if=lambda value: not value)] = ()
+    """Number, key, first byte and end of the chunks that lie within a value of a B-tree's node. Their range is the node's."""
+    fixed: Annotated[tuple[tuple[int, int], ...], Field(exclude_if=lambda value: not value)] = ()
+    """Axis and index of the part of the array that is the tensor."""
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor's part, without the fixed axes."""
+        fixed = dict(self.fixed)
+        return tuple(size for axis, size in enumerate(self.shape) if axis not in fixed)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells arrays apart: the place of the first chunk."""
+        return (self.shape, self.chunks[:1], self.inline[:1])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Stored bytes of the array, shared out among its parts."""
+        parts = math.prod(self.shape[axis] for axis, _ in self.fixed)
+        return sum(size for _, _, size in self.chunks) // max(parts, 1)
+
+    def renumbered(self, position: Mapping[int, int]) -> ChunkedArray:
+        """Return the same array with every file index n replaced by position[n]."""
+        return replace(self, chunks=tuple((position[file], offset, size) for file, offset, size in self.chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +235,20 @@ class TensorInfo:
     """Assembly from pieces; None: one run of `num_bytes` at `offset`. None is not serialized, which keeps digests of old plans."""
     encoding: Annotated[Encoding | None, Field(exclude_if=lambda value: value is None)] = None
     """Quantized storage; None: the elements are stored as they are. `dtype` is the one that they are dequantized to."""
+    array: Annotated[ChunkedArray | None, Field(exclude_if=lambda value: value is None)] = None
+    """Chunked storage. `assembly` then describes the elements of the array's part, in its order, as file 0."""
 
     @property
     def stored_bytes(self) -> int:
         """Number of the source's bytes that hold the tensor."""
+        if self.array is not None:
+            return self.array.stored_bytes
         return self.num_bytes if self.encoding is None else sum(part.num_bytes for part in self.encoding.parts())
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of what is stored, also of a tensor that is computed from it in float32."""
+        return self.dtype if self.array is None else self.array.dtype
 
     @property
     def is_transposed(self) -> bool:
@@ -207,12 +259,16 @@ class TensorInfo:
         """Return the indices of the files that hold the tensor."""
         if self.encoding is not None:
             return {part.file for part in (*self.encoding.parts(), *self.encoding.peers)}
+        if self.array is not None:
+            return {file for file, _, _ in self.array.chunks}
         return {self.file} if self.assembly is None else {piece.file for piece in self.assembly.pieces}
 
     def renumbered(self, position: Mapping[int, int]) -> TensorInfo:
         """Return the same tensor with every file index n replaced by position[n]."""
         if self.encoding is not None:
             return replace(self, file=position.get(self.file, 0), encoding=self.encoding.renumbered(position))
+        if self.array is not None:
+            return replace(self, array=self.array.renumbered(position))
         if self.assembly is None:
             return replace(self, file=position[self.file])
         pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)

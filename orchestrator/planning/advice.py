@@ -6,6 +6,7 @@ Nothing is refused here. `topology.check` and the weight map refuse builds that 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
 from orchestrator.model.config import ModelConfig
@@ -105,6 +106,24 @@ def padding_notes(config: ModelConfig, topology: Topology) -> tuple[str, ...]:
     count = "1 row" if rows == 1 else f"{rows} rows"
     return (
         f"the vocabulary of {config.vocab_size} is padded to {padded} for tp={topology.tp}: {count} of zeros at the end of {where}",
+    )
+
+
+def shared_chunks(weights: WeightMap) -> tuple[str, ...]:
+    """Return a note about arrays with chunks that span the layers of several conversion tasks; empty: none."""
+    readers: Counter[tuple[Any, ...]] = Counter()
+    sizes: dict[tuple[Any, ...], int] = {}
+    for group in weights.groups:
+        arrays = {tensor.array.key: tensor.array for tensor in group.sources().values() if tensor.array is not None}
+        readers.update(arrays.keys())
+        sizes |= {key: sum(size for _, _, size in array.chunks) for key, array in arrays.items()}
+    shared = [key for key, count in readers.items() if count > 1]
+    if not shared:
+        return ()
+    once, all_reads = sum(sizes[key] for key in shared), sum(sizes[key] * readers[key] for key in shared)
+    return (
+        f"{len(shared)} arrays hold layers of several conversion tasks, each of which reads them whole: {all_reads:,} bytes "
+        f"instead of {once:,}. A larger conversion.max_shard_bytes makes fewer tasks",
     )
 
 

@@ -30,6 +30,8 @@ _CONVERT_BYTES = 100_000_000
 """Memory of the interpreter and numpy; blocks in flight take at most as much again."""
 _DEQUANTIZE_BYTES = 210_000_000
 """Memory of the codes of a block, and of a stretch of elements in float32."""
+_STAGING_BYTES = 80_000_000
+"""Memory of a stream of chunks being decompressed, and of a block computed in float32."""
 _PACKING_BYTES = 420_000_000
 """Memory of torch, and of blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
@@ -107,9 +109,11 @@ def dequantization_memory(tensors: Iterable[TensorInfo]) -> int:
 
 
 def transposition_memory(tensors: Iterable[TensorInfo]) -> int:
-    """Return the memory that tensors stored as [in, out] add to a conversion: a strip of the largest, and a slab of it."""
-    largest = max((tensor.num_bytes for tensor in tensors if tensor.is_transposed), default=0)
-    return min(largest, STRIP_BYTES) + min(largest, SLAB_BYTES)
+    """Return the memory that storage as [in, out] and chunks add to a conversion: a strip, a slab of it, a chunk's stream."""
+    found = list(tensors)
+    largest = max((tensor.num_bytes for tensor in found if tensor.is_transposed), default=0)
+    staging = _STAGING_BYTES if any(tensor.array is not None for tensor in found) else 0
+    return min(largest, STRIP_BYTES) + min(largest, SLAB_BYTES) + staging
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:

@@ -15,7 +15,14 @@ from orchestrator.model.quantization import ModelQuantization, WeightFormat
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.model.weight_map import LayerGroup, WeightMap
-from orchestrator.planning.advice import gemm_warnings, kernel_warnings, left_out_notes, padding_notes, repeated_reads
+from orchestrator.planning.advice import (
+    gemm_warnings,
+    kernel_warnings,
+    left_out_notes,
+    padding_notes,
+    repeated_reads,
+    shared_chunks,
+)
 from orchestrator.planning.calibration import Quantization, calibrations, in_layers
 from orchestrator.planning.estimates import (
     MINIATURE_MEMORY_BYTES,
@@ -186,7 +193,8 @@ def make_plan(spec: BuildSpec, inputs: Inputs) -> Plan:
         *gemm_warnings(inputs.config, topology, inputs.model_quantization),
         *kernel_warnings(inputs.config, spec.engine.backend),
     )
-    notes = (*padding_notes(inputs.config, topology), *repeated_reads(inputs.weights), *left_out_notes(inputs.weights))
+    repeated = (*repeated_reads(inputs.weights), *shared_chunks(inputs.weights))
+    notes = (*padding_notes(inputs.config, topology), *repeated, *left_out_notes(inputs.weights))
     published = {Kind.VERIFY, *([Kind.CONVERT] if spec.release.has_weights else [])}
     return Plan(spec, inputs, tuple(steps), warnings, notes, frozenset(published))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES
+from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.base.errors import ArchitectureError, QuantizationError, SpecError, TopologyError
 from orchestrator.checkpoints import read_source
 from orchestrator.families import check_kind, family_named, find
@@ -124,7 +124,8 @@ def source_dtype(asked: str, index: CheckpointIndex) -> str:
         raise SpecError(f"{asked!r} is not a model dtype", f"Model dtypes: auto, {', '.join(MODEL_DTYPES)}.")
     sizes: dict[str, int] = {}
     for tensor in index.tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
+        dtype = tensor.stored_dtype
+        sizes[dtype] = sizes.get(dtype, 0) + num_bytes(dtype, tensor.num_elements)
     dominant = max(sizes, key=lambda name: sizes[name], default="")
     if dominant and dominant not in (*MODEL_DTYPE_NAMES, "F64"):
         raise QuantizationError(

@@ -73,6 +73,8 @@ def planned_ranges(tensors: Iterable[TensorInfo]) -> Iterator[PlannedRange]:
         if tensor.encoding is not None:
             for part in tensor.encoding.parts():
                 yield part.file, part.offset, part.offset + part.num_bytes
+        elif tensor.array is not None:  # parts of an array share its chunks, which are read when the first part is
+            continue
         elif tensor.assembly is None:
             yield tensor.file, tensor.offset, tensor.offset + tensor.num_bytes
         elif not tensor.assembly.encoding:

@@ -37,6 +37,7 @@ from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
 from tests.support.keras import write_preset
 from tests.support.meta import write_bin, write_meta
+from tests.support.orbax_checkpoints import unpack
 from tests.support.synthetic import Array, build_spec, encode_safetensors, model_config, random_arrays, write_source
 
 Writer = Callable[[Path, ModelConfig, Mapping[str, Array]], Path]
@@ -136,6 +137,21 @@ def test_verification_of_every_format_agrees_with_transformers(tmp_path: Path) -
         kinds = (Kind.MINIATURE, Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY)
         outcomes = run_steps(made, (tmp_path / f"{name}-built").as_uri(), kinds)
         assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3, name
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma2", "gemma-flax"])
+def test_verification_of_orbax_checkpoints_agrees_with_transformers(tmp_path: Path, case: str) -> None:
+    made = preparation.plan(build_spec(unpack(case, tmp_path / "source"), dtype="bfloat16"))
+    outcomes = run_steps(made, (tmp_path / "built").as_uri(), (Kind.REFERENCE, Kind.CONVERT, Kind.VERIFY))
+    assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
+
+
+def test_plan_of_stacked_layers_says_what_several_tasks_read_again(tmp_path: Path) -> None:
+    source = unpack("llama", tmp_path)
+    assert not any("reads them whole" in note for note in preparation.plan(build_spec(source)).notes)
+    made = preparation.plan(build_spec(source, conversion={"max_shard_bytes": "8KB"}))
+    (note,) = [note for note in made.notes if "reads them whole" in note]
+    assert "9 arrays hold layers of several conversion tasks" in note
 
 
 def test_calibration_of_every_format_equals_that_of_safetensors(tmp_path: Path, upload: Callable[[Path], str]) -> None:

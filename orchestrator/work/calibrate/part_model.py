@@ -107,7 +107,7 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
         tensors[_EMBEDDING] = index.tensors[_EMBEDDING]
     dtype = getattr(torch, options.config.dtype)
     with open_source(source).open(index.files, planned_ranges(tensors.values())) as opened:
-        state = read_tensors(RowReader(index.format, opened), tensors, dtype)
+        state = read_tensors(RowReader(index.format, opened, tensors.values()), tensors, dtype)
     model = load_layers(causal_class(whole), whole, options.first_layer, options.num_layers, state, dtype)
     del state
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()

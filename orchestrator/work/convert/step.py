@@ -6,6 +6,7 @@ import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.base.errors import NotFiniteError
 from orchestrator.checkpoints.reading import RowReader
@@ -34,7 +35,7 @@ def convert(task: Task, context: Context) -> ConvertFacts:
     planned = planned_ranges(tensor for target in options.targets for tensor in target.tensors())
     with open_source(task.step.locations["source"]).open(options.files, planned) as source:
         scales = scales_for(task, options, context)
-        written = write_shards(options, source, context.output, progress, scales)
+        written = write_shards(options, source, context.output, progress, scales, context.scratch)
         for name in written.not_finite:
             context.log(f"warning: {name} holds NaN or infinity")
         return ConvertFacts(
@@ -61,9 +62,11 @@ def write_shards(
     open_output: Callable[[str, int], AbstractContextManager[Sink]],
     progress: Callable[[int], None],
     scales: Scales | None = None,
+    scratch: Path | None = None,
 ) -> Written:
     """Stream every shard of the group to the sink that `open_output` returns for its name and size.
 
+    `scratch`: folder for arrays of the source that must be unpacked first; None: the system's for temporary files.
     Raises SourceCorruptError, DtypeError, NotFiniteError, QuantizationError and the sinks' errors; the sinks' contexts then discard
     the shards.
     """
@@ -73,7 +76,8 @@ def write_shards(
         sinks = [stack.enter_context(open_output(name, size)) for name in options.shards]
         for sink in sinks:
             sink.write(memoryview(header))
-        cutter = Cutter(RowReader(options.format, source).read, sinks, progress, scales)
+        ahead = [tensor for target in options.targets for tensor in target.tensors()]
+        cutter = Cutter(RowReader(options.format, source, ahead, scratch).read, sinks, progress, scales)
         cutter.run(options.targets)
         if cutter.not_finite and options.not_finite == "error":
             raise NotFiniteError(f"NaN or infinity in {', '.join(cutter.not_finite[:5])} ({len(cutter.not_finite)} tensors)")

@@ -88,7 +88,7 @@ class StreamedModel:
         """
         planned = planned_ranges(self._index.tensors.values())
         with torch.inference_mode(), open_source(self._source).open(self._index.files, planned) as opened:
-            reader = RowReader(self._index.format, opened)
+            reader = RowReader(self._index.format, opened, self._index.tensors.values())
             calls: Calls = [_split(torch.tensor([sequence]), decode_steps) for sequence in sequences]
             rounded, own, arguments = self._embed(calls, reader, cached=decode_steps is not None)
             first = 0
