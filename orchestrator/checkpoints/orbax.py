@@ -16,7 +16,6 @@ from orchestrator.checkpoints.huggingface import read_config
 from orchestrator.checkpoints.kernels import kernel, with_rows
 from orchestrator.checkpoints.ocdbt import MANIFEST, Value, read_keys
 from orchestrator.checkpoints.orbax_trees import Part, Tree, tree_of
-from orchestrator.checkpoints.staging import Staging
 from orchestrator.checkpoints.zarr import METADATA, read_array
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, ChunkedArray, Piece, TensorInfo
 from orchestrator.stores.source import ByteSource, SourceFolder
@@ -68,6 +67,8 @@ def read_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out:
     if tensor.array is None:
         read_assembled_rows(source, tensor, begin, end, out)
     elif begin < end:
+        from orchestrator.checkpoints.staging import Staging  # numpy
+
         Staging(source).read(tensor, begin, end, out)
 
 
