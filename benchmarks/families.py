@@ -101,10 +101,12 @@ def planned_formats(family: str, folder: Path) -> list[str]:
     if not (source / "config.json").is_file():
         fields = TINY[family].fields
         sizes = {**WIDE, **{key: value for key, value in WIDE_IF_GIVEN.items() if key in fields}}
+        if fields.get("head_dim") == fields.get("qk_nope_head_dim", 0) + fields.get("qk_rope_head_dim", 0):
+            sizes["head_dim"] = sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
         write_tiny(family, source, **sizes)
     asked = [{"algorithm": name} for name in QUANTIZERS] + [{"kv_cache": name} for name in ("FP8", "INT8")]
     for quantization in asked:
-        group = {"group_size": 32} if "W4A" in quantization.get("algorithm", "") else {}
+        group = {"group_size": 32} if quantization.get("algorithm") in ("W4A16", "W4A16_AWQ", "W4A8_AWQ") else {}
         plain = {
             "source": {"path": str(source.resolve())}, "release": {"name": "none", "version": "0"},
             "quantization": {**quantization, **group}, "engine": {"max_seq_len": 64},
