@@ -66,6 +66,28 @@ def test_language_model_computes_of_text_what_the_larger_model_does(architecture
     assert set(index.left_out).isdisjoint(index.tensors)
 
 
+TIED = ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("architecture", TIED)
+@pytest.mark.parametrize("is_said", [True, False])
+def test_head_that_the_larger_model_ties_is_the_embedding(architecture: str, is_said: bool, tmp_path: Path) -> None:
+    import torch
+
+    larger = write_wrapper(architecture, tmp_path / "model", tie_word_embeddings=True)
+    with torch.inference_mode():
+        expected = larger(input_ids=torch.tensor([TOKENS])).logits[0].numpy()
+    if not is_said:
+        path = tmp_path / "model" / "config.json"
+        config = json.loads(path.read_text())
+        del config["tie_word_embeddings"]
+        config["text_config"].pop("tie_word_embeddings", None)
+        path.write_text(json.dumps(config))
+    index, ours = computed(tmp_path / "model", tmp_path / "ranks")
+    assert index.config["tie_word_embeddings"]
+    assert relative_error(ours, expected) < 1e-5
+
+
 def renamed(architecture: str, folder: Path) -> Path:
     """A larger model as its publisher stores it: the language model under a prefix, its config under a key."""
     from safetensors.numpy import load_file, save_file

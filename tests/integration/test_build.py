@@ -14,6 +14,7 @@ from orchestrator.releases import pull
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.cluster import ClusterSpec
 from tests.conftest import SpecMaker
+from tests.support.wrappers import write_wrapper
 
 ENGINE = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 64}
 
@@ -65,6 +66,15 @@ def test_build_of_four_ranks_publishes_verified_engines(published: building.Buil
     assert memory.total_bytes > memory.engine_bytes + memory.kv_cache_bytes
     present = next(tensor for tensor in last.tensors if tensor.name == "present_key_values.0.key")
     assert present.aliases == "past_key_values.0.key"
+
+
+def test_build_of_a_language_model_within_a_larger_model_publishes_whose_part_it_is(tmp_path: Path, make_spec: SpecMaker) -> None:
+    write_wrapper("Qwen2_5_VLForConditionalGeneration", tmp_path / "model")
+    done = build(make_spec(tmp_path / "model", engine=ENGINE), (tmp_path / "store").as_uri())
+    manifest = done.manifest
+    assert (manifest.part_of, manifest.model.architecture) == ("Qwen2_5_VLForConditionalGeneration", "Qwen2ForCausalLM")
+    assert manifest.verification is not None
+    assert manifest.verification.max_relative_error < 5e-5
 
 
 def test_build_keeps_tensorrts_own_log_with_the_step(published: building.Build) -> None:

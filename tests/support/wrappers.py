@@ -30,8 +30,8 @@ TEXTS: dict[str, dict[str, Any]] = {
 """What the language model of a larger model has beside BASE."""
 
 
-def new_wrapper(architecture: str) -> Any:
-    """A seeded model of transformers' class of this name, in float32."""
+def new_wrapper(architecture: str, **outer: Any) -> Any:
+    """A seeded model of transformers' class of this name, in float32; `outer` are fields of its config."""
     import torch
     import transformers
 
@@ -39,7 +39,7 @@ def new_wrapper(architecture: str) -> Any:
     defaults = kind.config_class()
     text = defaults.text_config
     own = TEXTS.get(architecture.removesuffix("ForConditionalGeneration"), {})
-    parts: dict[str, Any] = {"text_config": {**BASE, "model_type": text.model_type, **own}}
+    parts: dict[str, Any] = {"text_config": {**BASE, "model_type": text.model_type, **own}, **outer}
     for name in _PARTS:
         part = getattr(defaults, name, None)
         if part is not None:
@@ -49,10 +49,10 @@ def new_wrapper(architecture: str) -> Any:
     return kind(kind.config_class(**parts)).float().eval()
 
 
-def write_wrapper(architecture: str, folder: Path) -> Any:
+def write_wrapper(architecture: str, folder: Path, **outer: Any) -> Any:
     """Save `new_wrapper` to `folder`, as transformers does, and return it as transformers loads it."""
     import torch
 
-    made = new_wrapper(architecture)
+    made = new_wrapper(architecture, **outer)
     made.save_pretrained(folder)
     return type(made).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
