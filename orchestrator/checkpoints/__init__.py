@@ -144,6 +144,24 @@ def _as_sets(names: list[str]) -> str:
     return ", ".join(shown)
 
 
+_TOKENIZER = tuple(name for name in COMPANIONS if name not in ("config.json", "params.json"))
+
+
+def tokenizer_files(path: str) -> tuple[SourceFile, ...]:
+    """Return the files of the tokenizer in the folder `path`, under Hugging Face's names, and generation_config.json.
+
+    Raises SourceMissingError if there is no tokenizer, and as `companions` does.
+    """
+    folder = open_source(path)
+    names = [name for name in folder.names() if name in _TOKENIZER]
+    if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
+        raise SourceMissingError(
+            f"{path} holds no tokenizer: no tokenizer.json, tokenizer.model or vocab.json",
+            "Set source.tokenizer to a folder in which a tokenizer was saved with save_pretrained, or leave it out.",
+        )
+    return companions(folder, names)
+
+
 def published_names(source_format: str) -> Mapping[str, str]:
     """Return the tokenizer and config files of a format -> names under which they are published with a release.
 

@@ -154,9 +154,18 @@ def _config(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise SourceCorruptError(f"{where}: {config['num_key_value_heads']} query groups do not divide {heads} heads")
     if config["head_dim"] * heads == config["hidden_size"]:
         config.pop("head_dim")  # what every family takes then, and Qwen2 has no such key
+    config |= _special_tokens(model)
     config |= {"hidden_act": "silu", "rope_scaling": _rotary_scaling(model), **_family(model, where)}
     unknown = {key: value for key, value in model.items() if value and key not in _READ and key not in _TRAINING}
     return {**unknown, **config}
+
+
+def _special_tokens(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids of tokens that the run took over from the Hugging Face model's generation_config.json."""
+    given = model.get("generation_config")
+    found = given.get("config_dict") if isinstance(given, dict) else None
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: found[name] for name in names if found.get(name) is not None} if isinstance(found, dict) else {}
 
 
 def _rotary_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -82,6 +82,22 @@ class Inputs:
     """Name of the family whose tables read the source."""
     ignored_keys: frozenset[str] = frozenset()
     """Keys of config.json that are ignored."""
+    tokenizer: str | None = None
+    """Absolute path or URL of the tokenizer's files; None: they are files of the source. No part of the build's identity."""
+
+    @property
+    def extra_place(self) -> str:
+        """Path or URL of the folder of `extra_files`."""
+        return self.tokenizer or self.source
+
+    @property
+    def extra_format(self) -> str:
+        """Name of the format that names `extra_files`."""
+        return "huggingface" if self.tokenizer else self.index.format
+
+    def locations(self) -> dict[str, str]:
+        """Return the places that a step reads which needs the source and its tokenizer."""
+        return {"source": self.source, **({"tokenizer": self.tokenizer} if self.tokenizer else {})}
 
     @property
     def model_quantization(self) -> ModelQuantization | None:
@@ -238,7 +254,7 @@ def _reference(spec: BuildSpec, inputs: Inputs) -> Step:
         version=VERSIONS[Kind.REFERENCE],
         name="reference",
         options=options.model_dump(mode="json"),
-        locations={"source": inputs.source, "device": verification.device},
+        locations={**inputs.locations(), "device": verification.device},
         resources=Resources(
             gpus=_gpus(verification.device),
             memory_bytes=reference_memory(inputs.index, inputs.config.dtype, inputs.config.num_hidden_layers),
@@ -277,7 +293,7 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         name=f"calibrate/{options.method.method}/part{number}",
         options=options.model_dump(mode="json"),
         needs=(previous.digest,) if previous else (),
-        locations={"source": inputs.source, "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
+        locations={**inputs.locations(), "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
         resources=Resources(gpus=_gpus(inputs.quantization.device), memory_bytes=calibrate_memory(part_bytes, hidden_bytes)),
         estimate=estimate(
             Kind.CALIBRATE,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.base.errors import ArchitectureError, QuantizationError, SpecError, TopologyError
-from orchestrator.checkpoints import read_source
+from orchestrator.checkpoints import read_source, tokenizer_files
 from orchestrator.families import check_kind, family_named, find
 from orchestrator.families.nearest import unsupported
 from orchestrator.families.wrappers import architecture_of
@@ -40,8 +40,11 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     from orchestrator.planning.quantization import resolve_stored
     from orchestrator.quantizers.resolve import tolerance
 
-    spec = spec.model_copy(update={"source": spec.source.model_copy(update={"path": pinned(spec.source.path)})})
+    places = {"path": pinned(spec.source.path), "tokenizer": spec.source.tokenizer and pinned(spec.source.tokenizer)}
+    spec = spec.model_copy(update={"source": spec.source.model_copy(update=places)})
     index, extra_files = read_source(spec.source.path, spec.source.format)
+    if spec.source.tokenizer is not None:
+        extra_files = tokenizer_files(spec.source.tokenizer)
     family, architecture, ignored = _family(spec, index)
     config = from_hugging_face(index.config, architecture, source_dtype(spec.dtype, index), family.config, ignored)
     index = index.dequantized_to(MODEL_DTYPES[config.dtype])
@@ -75,6 +78,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
         tolerance(model),
         family=family.name,
         ignored_keys=ignored,
+        tokenizer=spec.source.tokenizer,
     )
     return make_plan(spec, inputs)
 

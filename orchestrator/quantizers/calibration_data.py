@@ -41,7 +41,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILE = "calibration_text.md"
 _CHOICE = 8
 """Factor of the tokens read from a large dataset over the tokens asked for, so that the seed has a choice."""
-_TOKENIZER = "Put the tokenizer of this model beside its weights."
+_TOKENIZER = "Put the tokenizer of this model beside its weights, or set source.tokenizer."
 _RECORDS = "Give a .txt file, or a .jsonl or .parquet file whose records have `text`, or `messages` for the model's chat template."
 
 
@@ -63,7 +63,8 @@ def calibration_tokens(data: CalibrationData, dataset: str, tokenizer_folder: Pa
         if data.dataset != DEFAULT:
             raise QuantizationError(
                 f"the model has no tokenizer to read {data.dataset} with",
-                f"Put one of {', '.join(_TOKENIZER_FILES)} beside the model, or use dataset: {DEFAULT} (random ids then).",
+                f"Put one of {', '.join(_TOKENIZER_FILES)} beside the model, set source.tokenizer, "
+                f"or use dataset: {DEFAULT} (random ids then).",
             )
         return generator.integers(0, vocab_size, (data.num_samples, data.max_length), dtype=np.int64)
     tokenizer = _tokenizer(tokenizer_folder)

@@ -39,7 +39,7 @@ from orchestrator.releases.provenance import (
 from orchestrator.spec.build import BuildSpec
 
 _WORST_LINEARS = 10
-_PLACES = ("path", "scales", "quant_cfg", "dataset")
+_PLACES = ("path", "tokenizer", "scales", "quant_cfg", "dataset")
 """Fields of a spec that hold a path or URL."""
 
 

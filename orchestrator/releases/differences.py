@@ -11,7 +11,7 @@ from orchestrator.releases.manifest import Manifest, SourceFileRecord
 
 _MOST = 5
 _TIME = "mtime"
-_ADDRESS = ("release.name", "release.version", "source.path")
+_ADDRESS = ("release.name", "release.version", "source.path", "source.tokenizer")
 """Fields of a spec that do not change what is built."""
 _KINDS = {
     "sha256": "its content", "md5": "its content", "etag": "its ETag", _TIME: "its time of modification",

@@ -96,7 +96,7 @@ def _special_tokens(plan: Plan) -> dict[str, Any]:
     """Return the ids of the tokens that begin, end and pad a text, from generation_config.json, else config.json."""
     found: dict[str, Any] = {name: plan.inputs.index.config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if any(file.name == _GENERATION for file in plan.inputs.extra_files):
-        plain = json.loads(read_companion(open_source(plan.inputs.source), _GENERATION))
+        plain = json.loads(read_companion(open_source(plan.inputs.extra_place), _GENERATION))
         found |= {name: plain[name] for name in found if plain.get(name) is not None}
     ends = found["eos_token_id"]
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

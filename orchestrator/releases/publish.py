@@ -162,7 +162,7 @@ def _publish_shared(store: Store, prefix: str, folder: str, plan: Plan) -> list[
     }
     data = json.dumps(config, indent=2).encode()
     records = [_put(store, prefix, folder, "config.json", "config", "application/json", data)]
-    source, names = open_source(plan.inputs.source), published_names(plan.inputs.index.format)
+    source, names = open_source(plan.inputs.extra_place), published_names(plan.inputs.extra_format)
     for file in plan.inputs.extra_files:
         content = read_companion(source, file.name)
         if file.identity != "sha256:" + digest_bytes(content):

@@ -30,6 +30,8 @@ class SourceSpec(Frozen):
     """Model family, a name of families/. auto: take it from `architectures` in config.json."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of config.json to ignore: unknown keys are refused, because the model may depend on them."""
+    tokenizer: PlaceText | None = None
+    """Folder or URL of the tokenizer and generation_config.json. Absent: where the source's format keeps them."""
 
 
 class TopologySpec(Frozen):

@@ -21,7 +21,10 @@ def load_spec(path: Path) -> BuildSpec:
     """Read a build spec. Raises SpecError naming every wrong field."""
     spec = _load(BuildSpec, path)
     source = resolve_source(spec.source.path, path.parent)
-    found = {"source": spec.source.model_copy(update={"path": source})}
+    places = {"path": source}
+    if spec.source.tokenizer is not None:
+        places["tokenizer"] = resolve_source(spec.source.tokenizer, path.parent)
+    found = {"source": spec.source.model_copy(update=places)}
     return spec.model_copy(update={**found, "quantization": _resolve_files(spec.quantization, path.parent)})
 
 

@@ -165,9 +165,10 @@ def expected_on_nodes(spec: BuildSpec, cluster_spec: ClusterSpec) -> tuple[str, 
 def named_files(spec: BuildSpec) -> dict[str, str]:
     """Return the files that the spec names beside its source, by field."""
     wanted = spec.quantization
+    tokenizer = {"source.tokenizer": spec.source.tokenizer} if spec.source.tokenizer else {}
     if wanted is None:
-        return {}
+        return tokenizer
     named = {"quant_cfg": wanted.quant_cfg, "scales": wanted.scales, "calibration.dataset": wanted.calibration.dataset}
     if Path(wanted.calibration.dataset).suffix not in DATA_SUFFIXES:  # a data set of the hub
         del named["calibration.dataset"]
-    return {f"quantization.{field}": path for field, path in named.items() if path is not None}
+    return tokenizer | {f"quantization.{field}": path for field, path in named.items() if path is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from orchestrator.base.digest import digest_bytes
@@ -13,14 +13,16 @@ from orchestrator.stores import open_source
 from orchestrator.work.context import Context
 
 
-def companion_folder(source: str, files: Iterable[SourceFile], context: Context, source_format: str) -> Path:
-    """Copy `files` to scratch under the names that a release gives them, return the folder.
+def companion_folder(locations: Mapping[str, str], files: Iterable[SourceFile], context: Context, source_format: str) -> Path:
+    """Copy `files` of the step's tokenizer, else its source, to scratch under the names that a release gives them.
 
-    Raises SourceMissingError, or SourceCorruptError for a changed file.
+    Returns the folder. Raises SourceMissingError, or SourceCorruptError for a changed file.
     """
     folder = context.scratch / "tokenizer"
     folder.mkdir()
-    origin, names = open_source(source), published_names(source_format)
+    elsewhere = locations.get("tokenizer")
+    origin = open_source(elsewhere or locations["source"])
+    names = published_names("huggingface" if elsewhere else source_format)
     for file in files:
         data = origin.read(file.name)
         if file.identity != "sha256:" + digest_bytes(data):

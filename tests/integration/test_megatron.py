@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from orchestrator.compat.models import DecoderModelForCausalLM
 from orchestrator.compat.models import Mapping as Place
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
+from orchestrator.releases.placing import place as place_engines
+from orchestrator.releases.publish import publish
+from orchestrator.stores import open_store
 from tests.integration.steps import run_steps
 from tests.integration.test_formats import converted
 from tests.support.megatron_fixtures import NAMES, unpack, write_model
+from tests.support.releases import pretend_to_run, release_spec
 from tests.support.synthetic import build_spec
 
 TOPOLOGIES: tuple[dict[str, Any], ...] = ({}, {"tp": 4}, {"tp": 2, "pp": 2})
@@ -50,3 +55,47 @@ def test_from_nemo_reads_ranks_of_nemo_and_bridge(tmp_path: Path) -> None:
         }
     with pytest.raises(SourceMissingError, match=r"no \.metadata beside \.distcp files"):
         DecoderModelForCausalLM.from_nemo(source)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of characters, with fewer ids than the models have."""
+    import tokenizers
+    import transformers
+
+    letters = {letter: number for number, letter in enumerate("<abcdefghijklmnopqrstuvwxyz.,' ")}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<", eos_token="<").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "is_asked"),
+    [("llama", "tokenizer", False), ("llama-nemo", "context/nemo_tokenizer", False), ("qwen2", "elsewhere", True)],
+)
+def test_tokenizer_of_a_megatron_checkpoint_is_used_and_published(tmp_path: Path, name: str, place: str, is_asked: bool) -> None:
+    folder = unpack(name, tmp_path / "source")
+    save_tokenizer(folder / place)
+    spec = release_spec(folder, verification={}, quantization={"algorithm": "FP8"})
+    if is_asked:
+        (folder / "tokenizer").mkdir()  # not this one
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        spec = spec.model_copy(update={"source": spec.source.model_copy(update={"tokenizer": str(folder / place)})})
+    made = preparation.plan(spec)
+    (reference,) = run_steps(made, (tmp_path / "built").as_uri(), (Kind.REFERENCE,)).values()
+    assert reference.facts.text == "text"
+    store = open_store((tmp_path / "store").as_uri())
+    outcomes = pretend_to_run(made, store)
+    shared = {file.path: file for file in publish(store, made, outcomes, place_engines(store, made, outcomes)).shared}
+    assert {path for path in shared if path.startswith("tokenizer/")} == {
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    expected = (folder / place / "tokenizer.json").read_bytes()
+    assert shared["tokenizer/tokenizer.json"].sha256 == hashlib.sha256(expected).hexdigest()
+
+
+def test_tokenizer_that_is_asked_for_and_is_none_is_refused(tmp_path: Path) -> None:
+    spec = build_spec(unpack("llama", tmp_path / "source"), dtype="bfloat16")
+    spec = spec.model_copy(update={"source": spec.source.model_copy(update={"tokenizer": str(tmp_path / "source")})})
+    with pytest.raises(SourceMissingError, match="holds no tokenizer"):
+        preparation.plan(spec)

@@ -85,7 +85,7 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
 
 def _tokens(task: Task, options: CalibrateOptions, context: Context) -> Tokens:
     """Return the calibration tokens; every part of the chain makes the same ones."""
-    folder = companion_folder(task.step.locations["source"], options.files[options.num_weight_files :], context, options.format)
+    folder = companion_folder(task.step.locations, options.files[options.num_weight_files :], context, options.format)
     return calibration_tokens(options.data, task.step.locations.get("dataset", ""), folder, options.config.vocab_size)
 
 

@@ -53,7 +53,9 @@ def reference(task: Task, context: Context) -> ReferenceFacts:
     if index.files != options.files[: len(index.files)]:
         raise SourceCorruptError("the source was changed during the build", "Run the build again.")
     context.tools["transformers"] = transformers.__version__
-    sequences, text = _sequences(options, companion_folder(source, options.files[len(index.files) :], context, index.format))
+    sequences, text = _sequences(
+        options, companion_folder(task.step.locations, options.files[len(index.files) :], context, index.format)
+    )
     context.log(f"reference: {len(sequences)} sequences of {text}, {[len(sequence) for sequence in sequences]} tokens")
     device = device_of(task, "verification.device")
     model = StreamedModel(source, index, options.dtype, options.exact_weights, device)
