@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from orchestrator.base.dtypes import ITEM_BITS, MODEL_DTYPES
 from orchestrator.checkpoints.transposed import SLAB_BYTES, STRIP_BYTES
 from orchestrator.model.checkpoint import CheckpointIndex, Packing, TensorInfo
+from orchestrator.model.targets import Target
 from orchestrator.model.weight_map import WeightMap
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.kinds import Kind
@@ -32,6 +33,8 @@ _DEQUANTIZE_BYTES = 210_000_000
 """Memory of the codes of a block, and of a stretch of elements in float32."""
 _STAGING_BYTES = 80_000_000
 """Memory of a stream of chunks being decompressed, and of a block computed in float32."""
+_ROUNDING_BYTES = 320_000_000
+"""Memory of torch where it only rounds, and of blocks of rows being rounded."""
 _PACKING_BYTES = 420_000_000
 """Memory of torch, and of blocks of rows in float32."""
 _BUILD_BYTES = 500_000_000
@@ -114,6 +117,12 @@ def transposition_memory(tensors: Iterable[TensorInfo]) -> int:
     largest = max((tensor.num_bytes for tensor in found if tensor.is_transposed), default=0)
     staging = _STAGING_BYTES if any(tensor.array is not None for tensor in found) else 0
     return min(largest, STRIP_BYTES) + min(largest, SLAB_BYTES) + staging
+
+
+def rounding_memory(targets: Iterable[Target]) -> int:
+    """Return the memory that rounding to another dtype adds to a conversion: torch, and a block in float32 and rounded."""
+    rounds = any(read.tensor.dtype != target.dtype for target in targets if target.quantized is None for read in target.reads)
+    return _ROUNDING_BYTES if rounds else 0
 
 
 def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:

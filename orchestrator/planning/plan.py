@@ -33,6 +33,7 @@ from orchestrator.planning.estimates import (
     estimate,
     export_memory,
     reference_memory,
+    rounding_memory,
     transposition_memory,
     verify_memory,
 )
@@ -326,6 +327,7 @@ def _convert(
             memory_bytes=convert_memory(largest, quantized=quantization is not None)
             + dequantization_memory(sources)
             + transposition_memory(sources)
+            + rounding_memory(group.targets)
         ),
         estimate=estimate(Kind.CONVERT, read_bytes=read_bytes, write_bytes=write_bytes, work_bytes=write_bytes),
     )
