@@ -31,10 +31,11 @@ from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
 from orchestrator.model.config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
 from orchestrator.model.config_experts import layer_keys
+from orchestrator.model.config_heads import global_head_keys
 from orchestrator.model.config_latent import LATENT_KEYS
 from orchestrator.model.config_table import ConfigTable
 from orchestrator.model.quantization import ModelQuantization, quant_cfg
-from orchestrator.model.rules import Family, Span, Where
+from orchestrator.model.rules import Family, Part, Span, Where
 from orchestrator.model.targets import Read, Target
 from orchestrator.model.topology import Topology, check
 from orchestrator.model.weight_map import WeightMap, weight_map
@@ -197,7 +198,7 @@ def _is_rounded(target: Target) -> bool:
 
 def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]:
     """Return the tensors that the family's rules read, with shapes from the config and without locations."""
-    dims, dtype = config.dims(), MODEL_DTYPES[config.dtype]
+    dtype = MODEL_DTYPES[config.dtype]
     tensors: dict[str, TensorInfo] = {}
     for rule in family.rules:
         if not rule.applies(config):
@@ -217,13 +218,18 @@ def _whole_tensors(family: Family, config: ModelConfig) -> dict[str, TensorInfo]
                     f"{part.source.format(layer=0)} of {family.name} holds all experts, which rank files cannot be joined to yet",
                     "Build from the Hugging Face checkpoint.",
                 )
-            shape = tuple(dims[dim] for dim in part.shape)
-            if part.sections:
-                shape = (sum(dims[dim] for dim in part.sections), *shape[1:])
-            size = num_bytes(dtype, math.prod(shape))
-            for name in (part.source.format(layer=layer, expert=expert) for layer in layers for expert in experts):
-                tensors[name] = TensorInfo(name, dtype, shape, 0, 0, size)
+            for layer in layers:
+                shape = _whole_shape(part, config.of_layer(layer))
+                size = num_bytes(dtype, math.prod(shape))
+                for name in (part.source.format(layer=layer, expert=expert) for expert in experts):
+                    tensors[name] = TensorInfo(name, dtype, shape, 0, 0, size)
     return tensors
+
+
+def _whole_shape(part: Part, config: ModelConfig) -> tuple[int, ...]:
+    dims = config.dims()
+    shape = tuple(dims[dim] for dim in part.shape)
+    return (sum(dims[dim] for dim in part.sections), *shape[1:]) if part.sections else shape
 
 
 def _shares(target: Target, tp_rank: int, rank: _Rank) -> Iterator[tuple[str, _Share]]:
@@ -295,6 +301,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Return a config.json that from_hugging_face reads as `config`. Raises ArchitectureError when there is none."""
     table, layers = family.config, range(config.num_hidden_layers)
     made: dict[str, Any] = {
+        **{key: built[0] for key, built in table.only.items()},
         "architectures": [config.architecture],
         "dtype": config.dtype,
         "vocab_size": config.vocab_size,
@@ -312,6 +319,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         **_window_keys(config, table),
         **({} if table.rotary.layers is None else {table.rotary.layers: [int(config.has_rotary(layer)) for layer in layers]}),
         **_temperature_keys(config, table),
+        **(global_head_keys(config.model_dump()) if table.global_heads else {}),
         **_expert_keys(config, table),
         **_latent_keys(config, table),
     }
@@ -391,13 +399,15 @@ def _latent_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
 def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     experts, moe = table.experts, config.moe
     if experts is None or moe is None:
-        return {}
+        return {} if experts is None or experts.switch is None else {experts.switch: False}
     made: dict[str, Any] = {
         experts.count: moe.num_experts,
         experts.chosen: moe.top_k,
         experts.size: config.expert_size,
         **layer_keys(moe.layers or (True,) * config.num_hidden_layers, experts.layers),
     }
+    if experts.switch:
+        made[experts.switch] = True
     if experts.normalized:
         made[experts.normalized] = moe.normalization_mode == 1
     if experts.shared_size:

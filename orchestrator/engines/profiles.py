@@ -80,8 +80,10 @@ def _profile(name: str, tokens: tuple[int, int, int], network: StageNetwork, eng
         shapes["hidden_states"] = ranges(batches, tokens, fixed(config.hidden_size))
     if stage.is_last:
         shapes["logit_indices"] = ranges(batches, (1, 1, wanted))
-    cache = ranges(batches, fixed(config.kv_heads_per_rank(stage.tp)), fixed(network.cache_slots), fixed(config.cache_head_size))
     for layer in range(stage.num_layers):
+        own = config.of_layer(stage.first_layer + layer)
+        sizes = (own.kv_heads_per_rank(stage.tp), network.cache_slots, own.cache_head_size)
+        cache = ranges(batches, *map(fixed, sizes))
         for what in config.caches:
             shapes[f"past_key_values.{layer}.{what}"] = cache
     return Profile(name, shapes)

@@ -19,6 +19,7 @@ from orchestrator.families.ernie import ERNIE, ERNIE_MOE
 from orchestrator.families.exaone import EXAONE4, EXAONE_MOE
 from orchestrator.families.flex_olmo import FLEX_OLMO
 from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
+from orchestrator.families.gemma4 import GEMMA4
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.glm_dense import GLM, GLM4
 from orchestrator.families.gpt_oss import GPT_OSS
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         HUNYUAN_MOE,
         GRANITE_MOE,
         GRANITE_MOE_SHARED,
+        GEMMA4,
     )
 }
 

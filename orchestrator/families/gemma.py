@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): norms stored as weight + 1, the embedding scaled by sqrt(hidden) and tied to the head.
+"""Gemma 1 to 3 (text): norms stored as weight + 1, the embedding scaled by sqrt(hidden) and tied to the head.
 
 Gemma 2 caps attention scores and logits and has a window in every second layer; Gemma 3 has norms on queries and keys, a
 window in five of six layers, and another rotary base in those.

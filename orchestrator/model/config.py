@@ -6,6 +6,7 @@ It determines the network and the weights of every rank. Families differ in its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.base.errors import ArchitectureError, TopologyError
 from orchestrator.model.config_experts import MoeConfig as MoeConfig  # re-exported
 from orchestrator.model.config_experts import experts
+from orchestrator.model.config_heads import global_heads
 from orchestrator.model.config_keys import Keys, check_keys, check_sizes
 from orchestrator.model.config_latent import LatentSizes, latent_sizes, softmax_scale
 from orchestrator.model.config_rotary import rotary
@@ -48,6 +50,16 @@ class ModelConfig(BaseModel):
     """Number of key/value heads; 1 with latent attention, whose heads share one latent."""
     head_size: int = Field(ge=1)
     """Size of a query head; with latent attention, qk_nope_head_dim and the rotated part together."""
+    global_head_size: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Size of a head in the layers without a window (Gemma 4); 0: head_size."""
+    global_kv_heads: int = Field(0, ge=0, exclude_if=_is_unset)
+    """Number of key/value heads in the layers without a window, with global_head_size."""
+    values_are_keys: bool = Field(False, exclude_if=_is_unset)
+    """Whether the layers without a window take the keys, before their norm, as values (Gemma 4)."""
+    value_norm: bool = Field(False, exclude_if=_is_unset)
+    """Whether values are normed per head, without a weight (Gemma 4)."""
+    layer_scalar: bool = Field(False, exclude_if=_is_unset)
+    """Whether a stored number multiplies what each layer returns (Gemma 4)."""
     intermediate_size: int = Field(ge=1)
     hidden_act: str
     norm_epsilon: float
@@ -134,7 +146,21 @@ class ModelConfig(BaseModel):
             moe.num_experts if moe else 0,
             self.expert_size,
             moe.shared_expert_intermediate_size if moe else 0,
+            self.global_kv_heads,
         )
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Return the config with the sizes of a layer's heads (global number) as those of all."""
+        return self if not self.global_head_size or self.has_window(layer) else self._of_global_layers
+
+    @cached_property
+    def _of_global_layers(self) -> ModelConfig:
+        own = {"head_size": self.global_head_size, "num_key_value_heads": self.global_kv_heads}
+        return self.model_copy(update={**own, "global_head_size": 0, "global_kv_heads": 0})
+
+    def has_values(self, layer: int) -> bool:
+        """Whether a layer (global number) projects values, instead of taking the keys."""
+        return not self.values_are_keys or self.has_window(layer)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer (global number) has experts, instead of a dense MLP."""
@@ -307,6 +333,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
         "tie_word_embeddings": keys.flag("tie_word_embeddings"),
         **_rotary(keys, head_size, latent),
         **windows(keys, layers),
+        **global_heads(keys, heads, kv_heads, head_size),
         **experts(keys, layers),
         **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
     }

@@ -54,6 +54,9 @@ class MoeConfig(BaseModel):
     """Whether the experts' linears have biases."""
     shared_expert_gate: bool = _more(True)
     """Whether the shared expert is weighted by the sigmoid of a gate."""
+    own_norms: bool = _more(False)
+    """Whether experts stand beside a dense MLP, which is the shared expert here, both with norms of their own before and after; the
+    router norms its input, and a factor multiplies each expert's weight (Gemma 4)."""
     gated: bool = _more(True)
     """Whether experts, the shared one too, compute act(gate) * up; else act(up)."""
     swiglu_limit: float | None = _more(None)
@@ -70,7 +73,7 @@ class MoeConfig(BaseModel):
 def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
     """Return moe and moe_intermediate_size of ModelConfig. Raises ArchitectureError, which names the key."""
     table = keys.table.experts
-    if table is None:
+    if table is None or (table.switch is not None and not keys.flag(table.switch)):
         return {}
     count = keys.count(_name_of_count(keys, table))
     chosen = _chosen(keys, table.chosen, num_layers)

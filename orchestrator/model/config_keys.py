@@ -188,6 +188,10 @@ class Keys:
         for key in sorted(table.required - config.keys()):
             raise ArchitectureError(f"config.json of {architecture} has no {key!r}", "Use the complete config.json of the model.")
         self._values = {**table.defaults, **config}
+        for key, built in table.only.items():
+            if self._values.get(key) not in built:
+                problem = f"is {shown(self._values.get(key))}{'' if key in config else ' by default'}, which is not supported"
+                raise self.error(key, problem, f"Supported: {', '.join(map(shown, built))}.")
 
     def error(
         self, key: str, problem: str, advice: str = "Use the config.json that was published with the model."

@@ -22,6 +22,7 @@ _NUMBERS = {
 _OPTIONAL_NUMBERS = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "longrope": ("attention_factor", "factor"),
+    "proportional": ("factor",),
 }
 _LISTS = {"longrope": ("short_factor", "long_factor")}
 _FLAGS = {"yarn": ("truncate",)}
@@ -112,6 +113,8 @@ def _given(keys: Keys) -> dict[str, Any]:
 def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rotary parameters of the layers with full attention, and of the layers with a window (Gemma 3)."""
     where = _where(keys)
+    if keys.table.rotary.by_kind:
+        return _of_kinds(keys, where)
     nested = _dictionary(keys.given.get("rope_parameters") or {}, where)
     # transformers writes the plain defaults beside the kinds
     stray = sorted(key for key, value in nested.items() if key not in _KINDS_OF_LAYERS and value not in (None, "default"))
@@ -121,6 +124,21 @@ def _by_layer_kind(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     full, sliding = (_dictionary(nested.get(kind) or {}, where) for kind in ("full_attention", "sliding_attention"))
     full |= _dictionary(keys.given.get("rope_scaling") or {}, where)
+    return full, sliding
+
+
+def _of_kinds(keys: Keys, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same where rope_parameters alone is read, with both kinds in it (Gemma 4)."""
+    for key in ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+        if keys.given.get(key) is not None:
+            raise keys.error(key, "is not supported in this family", "rope_parameters says it, for each kind of layer.")
+    given = keys.given.get("rope_parameters")
+    nested = _dictionary(keys.table.rotary.parameters if given is None else given, where)
+    if set(nested) != _KINDS_OF_LAYERS:
+        raise ArchitectureError(f"{where} is not supported: its keys must be {' and '.join(sorted(_KINDS_OF_LAYERS))}")
+    full, sliding = (_dictionary(nested[kind], where) for kind in ("full_attention", "sliding_attention"))
+    if full.get("rope_type") != "proportional" or sliding.get("rope_type", "default") != "default":
+        raise ArchitectureError(f"{where} is not supported", "Supported is proportional for full, default for sliding attention.")
     return full, sliding
 
 
@@ -148,6 +166,8 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
 
 def _rotated(parameters: Mapping[str, Any], keys: Keys, kind: str, head_size: int, default: float) -> int:
     """Return the number of leading elements of a head that are rotated."""
+    if kind == "proportional":
+        return head_size
     given = [place["partial_rotary_factor"] for place in (parameters, keys.given) if place.get("partial_rotary_factor") is not None]
     dim_key = keys.table.rotary.dim
     if dim_key and keys.get(dim_key) is not None:
@@ -185,6 +205,8 @@ def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> 
         found[_ALPHA] = _positive(parameters[_ALPHA], f"{_ALPHA} of {where}")
     for name in _LISTS.get(kind, ()):
         found[name] = _factors(parameters[name], name, where, dim // 2)
+    if kind == "proportional":
+        found["partial_rotary_factor"] = _part(parameters.get("partial_rotary_factor", 1.0), where)
     found |= {name: bool(parameters[name]) for name in _FLAGS.get(kind, ()) if name in parameters}
     if kind in _TRAINED:
         found[_ORIGINAL] = _original(parameters, keys)
@@ -197,6 +219,13 @@ def _check_factors(scaling: Mapping[str, Any], where: str) -> None:
         raise ArchitectureError(f"factor of {where} is {scaling['factor']}, less than 1")
     if scaling["rope_type"] == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
         raise ArchitectureError(f"{where}: low_freq_factor is more than high_freq_factor")
+
+
+def _part(value: Any, where: str) -> float:
+    found = _positive(value, f"partial_rotary_factor of {where}")
+    if found > 1:
+        raise ArchitectureError(f"partial_rotary_factor of {where} is {found}, more than the whole head")
+    return found
 
 
 def _positive(value: Any, where: str) -> float:

@@ -51,6 +51,8 @@ class RotaryTable:
     """Whether a model with a window rotates the layers that have it only (EXAONE 4)."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Rotary parameters of a config.json that has none."""
+    by_kind: bool = False
+    """Whether rope_parameters, which alone is read, has a dictionary for each kind of layer (Gemma 4)."""
     scales_queries: bool = False
     """Whether queries are scaled by position with llama_4_scaling_beta, which the parameters then hold (Ministral 3)."""
     temperature: tuple[str, str, str] | None = None
@@ -76,6 +78,8 @@ class ExpertTable:
     """Key of the intermediate size of an expert."""
     alias: str | None = None
     """Second key of the count (transformers' attribute_map). config.json holds one of the two."""
+    switch: str | None = None
+    """Key that decides whether the model has experts; None: it has."""
     chosen: str = "num_experts_per_tok"
     """Key of the number of experts per token."""
     listed_choice: bool = False
@@ -106,6 +110,12 @@ class ConfigTable:
     """Values of `model_type` for which transformers picks this family's classes; empty: not checked."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Every key that the family reads -> default of its config class."""
+    global_heads: bool = False
+    """Whether layers without a window have heads of their own: global_head_dim, num_global_key_value_heads, attention_k_eq_v."""
+    last_is_full: bool = False
+    """Whether the last layer has no window, whatever layer_types says (Gemma 4)."""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Key -> its only values that are built, which its default need not be among."""
     required: frozenset[str] = frozenset()
     """Keys without which transformers fails, although its config class has a default for them."""
     nullable: frozenset[str] = frozenset()

@@ -59,6 +59,11 @@ def _without_rotary(keys: Keys, layers: int, window: int | None) -> list[bool]:
     return [window is not None and not rotated for rotated in rotated_layers(keys, layers)]
 
 
+def _but_sixth(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Gemma 4: all layers but every sixth have the window."""
+    return [(layer + 1) % 6 != 0 for layer in range(layers)]
+
+
 def _with_rotary(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     """Llama 4: the layers with rotary embedding have the window."""
     return list(rotated_layers(keys, layers))
@@ -72,6 +77,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "every_other": _every_other,
     "pattern": _pattern,
     "but_fourth": _but_fourth,
+    "but_sixth": _but_sixth,
     "but_first_of_four": _but_first_of_four,
     "without_rotary": _without_rotary,
     "with_rotary": _with_rotary,
@@ -92,6 +98,8 @@ def windows(keys: Keys, layers: int) -> dict[str, Any]:
     kinds = _check_kinds(keys, layers)
     listed = kinds is not None and "layer_types" in table.defaults
     chosen = [kind == table.window_kind for kind in kinds or ()] if listed else WINDOW_RULES[table.windows](keys, layers, window)
+    if table.last_is_full:
+        chosen = [*chosen[:-1], False]
     if any(chosen) and window is None:
         what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
         raise keys.error(what, "gives layers a window, but sliding_window is missing", "Set sliding_window, or give no layer one.")

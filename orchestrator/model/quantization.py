@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.base.errors import QuantizationError
+from orchestrator.base.errors import ArchitectureError, QuantizationError
 
 FP8_MAX = 448.0
 """Largest finite E4M3 number."""
@@ -204,8 +204,16 @@ class ModelQuantization(_Value):
 _TENSORRT_ONLY = (WeightFormat.NVFP4, WeightFormat.MXFP8, ActivationFormat.NVFP4, ActivationFormat.MXFP8)
 
 
-def check_portable(quantization: ModelQuantization | None) -> None:
-    """Check that ONNX Runtime has operators for a model's number formats. Raises QuantizationError for NVFP4 and MXFP8."""
+def check_portable(quantization: ModelQuantization | None, *, has_equal_caches: bool = True) -> None:
+    """Check that ONNX Runtime GenAI takes the model's caches and has operators for its number formats.
+
+    Raises ArchitectureError for caches of two sizes, QuantizationError for NVFP4 and MXFP8.
+    """
+    if not has_equal_caches:
+        raise ArchitectureError(
+            "ONNX Runtime GenAI takes the caches of all layers to be of one size, and this model has heads of two sizes",
+            "Leave `portable` out of release.include.",
+        )
     for fmt in quantization.formats() if quantization else ():
         if fmt.weight in _TENSORRT_ONLY or fmt.activation in _TENSORRT_ONLY:
             raise QuantizationError(

@@ -46,6 +46,10 @@ class Layers(Enum):
     DENSE = "dense"
     """Layers with a dense MLP: all of a model without experts."""
     EXPERTS = "experts"
+    VALUES = "values"
+    """Layers that project values."""
+    NO_VALUES = "no_values"
+    """Layers that take the keys as values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ class Rule:
         """Whether a layer (global number) holds the target. A family of mixtures wants its experts of a config without any."""
         if self.layers is Layers.ALL:
             return True
+        if self.layers in (Layers.VALUES, Layers.NO_VALUES):
+            return config.has_values(layer) is (self.layers is Layers.VALUES)
         return (config.moe is None or config.has_experts(layer)) if self.layers is Layers.EXPERTS else not config.has_experts(layer)
 
 

@@ -36,6 +36,8 @@ class ParallelLimits:
     num_experts: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    global_kv_heads: int = 0
+    """Number of key/value heads in layers whose heads differ from those of others (Gemma 4); 0: there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,11 @@ def _tp_problems(tp: int, limits: ParallelLimits) -> list[str]:
     heads, kv_heads = limits.num_attention_heads, limits.num_key_value_heads
     if heads % tp:
         found.append(f"tp={tp} does not divide the {heads} attention heads")
-    if kv_heads % tp and tp % kv_heads:
-        found.append(f"tp={tp} neither divides nor is a multiple of the {kv_heads} key/value heads")
+    found += [
+        f"tp={tp} neither divides nor is a multiple of the {count} key/value heads"
+        for count in dict.fromkeys((kv_heads, limits.global_kv_heads or kv_heads))
+        if count % tp and tp % count
+    ]
     if limits.intermediate_size % tp:
         found.append(f"tp={tp} does not divide intermediate_size {limits.intermediate_size}")
     if limits.shared_expert_intermediate_size % tp:

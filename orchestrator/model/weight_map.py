@@ -161,13 +161,13 @@ class _Expander:
         self.index, self.family, self.config, self.topology = index, family, config, topology
         self.quantization = quantization
         self.unfit: list[quantized_targets.Problem] = []
-        self.dims = config.dims()
+        self._dims: dict[int, dict[str, int]] = {}
         self.dtype = MODEL_DTYPES[config.dtype]
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.rules = [rule for rule in family.rules if rule.applies(config)]
-        self._spans: dict[tuple[Cut | None, int, int], tuple[Span, ...]] = {}
+        self._spans: dict[tuple[Cut | None, int, int, int], tuple[Span, ...]] = {}
 
     def stage(self, pp_rank: int, layers: range) -> list[_Block]:
         blocks: list[_Block] = []
@@ -271,10 +271,12 @@ class _Expander:
             self.missing.append(name)
             return None
         self.used.add(name)
-        wanted = tuple(self.dims[dim] for dim in part.shape)
+        config = self.config.of_layer(layer)
+        dims = self._dims_of(config)
+        wanted = tuple(dims[dim] for dim in part.shape)
         if part.fusion is not None:
             return self._read_of_expert(part, part.fusion, tensor, wanted, expert)
-        sections = [self.dims[dim] for dim in part.sections]
+        sections = [dims[dim] for dim in part.sections]
         heads = 1 if head is None else self.config.num_attention_heads
         expected = (sum(sections) * heads, *wanted[1:]) if sections else wanted
         if not self._fits(tensor, (1, *expected) if part.has_first_axis else expected):
@@ -284,7 +286,11 @@ class _Expander:
         if part.cut is None and not sections:
             return Read(tensor, None, (), add=part.add)
         axis = part.cut.axis if part.cut else 0
-        return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start), add=part.add)
+        return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start, config), add=part.add)
+
+    def _dims_of(self, config: ModelConfig) -> dict[str, int]:
+        """Return the sizes that rules name. Cached for all layers with heads of one size."""
+        return self._dims.setdefault(config.head_size, config.dims())
 
     def _fits(self, tensor: TensorInfo, expected: tuple[int, ...]) -> bool:
         """Whether a tensor has the expected shape and a dtype of weights; else that is kept as a problem."""
@@ -300,20 +306,20 @@ class _Expander:
         """Return the read of an expert's part of a tensor of all experts; None: a problem was noted."""
         count, *inner = wanted
         stored = (fusion.count * count, *inner)
-        if not self._fits(tensor, (self.dims["experts"], *(reversed(stored) if fusion.transposed else stored))):
+        if not self._fits(tensor, (self._dims_of(self.config)["experts"], *(reversed(stored) if fusion.transposed else stored))):
             return None
         first, step = (fusion.index, fusion.count) if fusion.interleaved else (fusion.index * count, 1)
         rows = ExpertRows(expert, first, step, count, fusion.transposed)
         if part.cut is None:
             return Read(tensor, None, (), add=part.add, rows=rows)
-        return Read(tensor, part.cut.axis, self._spans_of(part.cut, wanted[part.cut.axis], 0), add=part.add, rows=rows)
+        return Read(tensor, part.cut.axis, self._spans_of(part.cut, wanted[part.cut.axis], 0, self.config), add=part.add, rows=rows)
 
-    def _spans_of(self, cut: Cut | None, size: int, start: int) -> tuple[Span, ...]:
+    def _spans_of(self, cut: Cut | None, size: int, start: int, config: ModelConfig) -> tuple[Span, ...]:
         """Return the spans of an axis of `size` elements that starts at `start` of the source axis. Cached for all layers."""
-        key = (cut, size, start)
+        key = (cut, size, start, config.num_key_value_heads)
         if key not in self._spans:
             whole = (Span(0, size),) * self.topology.tp
-            plain = spans(cut, size, self.config, self.topology) if cut else whole
+            plain = spans(cut, size, config, self.topology) if cut else whole
             self._spans[key] = tuple(Span(span.begin + start, span.end + start, span.pad) for span in plain)
         return self._spans[key]
 

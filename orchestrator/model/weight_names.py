@@ -30,6 +30,8 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
             yield from _biased_norm(config, f"{prefix}.{name}")
         if config.qk_layernorm in ("head", "full"):
             yield from (_norm(config, f"{prefix}.attention.{name}_layernorm") for name in "qk")
+        if config.layer_scalar:
+            yield f"{prefix}.layer_scalar"
         yield from _attention(config, f"{prefix}.attention")
         mlp = _experts if config.has_experts(stage.first_layer + layer) else _mlp
         yield from mlp(config, f"{prefix}.mlp")
@@ -93,6 +95,11 @@ def _experts(config: ModelConfig, prefix: str) -> Iterator[str]:
         yield f"{prefix}.router.e_score_correction_bias"
     for name in ("fc", "proj"):
         yield from _linear(f"{prefix}.{name}", moe.expert_bias)
+    if moe.own_norms:
+        layer = prefix.removesuffix(".mlp")
+        yield from (f"{prefix}.router.{name}" for name in ("scale", "per_expert_scale"))
+        for name in ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"):
+            yield from _biased_norm(config, f"{layer}.{name}")
     if moe.shared_expert_intermediate_size:
         yield from (f"{prefix}.shared_expert.{name}.weight" for name in ("fc", "proj"))
         if moe.shared_expert_gate:

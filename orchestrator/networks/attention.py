@@ -25,6 +25,8 @@ class LayerInputs:
     """Inputs of RotaryEmbedding after the queries or keys."""
     query_scale: str | None = None
     """Factor of the queries by position, [batch, 1, tokens, 1]; None: they are not scaled."""
+    has_values: bool = True
+    """Whether values are projected, instead of being the keys before their norm."""
 
 
 def causal_mask(graph: GraphWriter, position_ids: str, cache: str) -> str:
@@ -62,14 +64,19 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
     """Add the attention of a layer. New keys and values are first scattered into the KV cache."""
     config, prefix = shape.config, f"transformer.layers.{inputs.layer}.attention"
     head, heads, kv_heads = config.head_size, shape.num_heads, shape.num_kv_heads
-    widths = [heads * head, kv_heads * head, kv_heads * head]
+    widths = [heads * head, *[kv_heads * head] * (2 if inputs.has_values else 1)]
     qkv = linear(graph, shape, x, f"{prefix}.qkv", (sum(widths), config.hidden_size), bias=config.attn_bias)
     q, k, v = (f"{prefix}.{name}" for name in "qkv")
-    graph.nodes("Split", [qkv, graph.constant("qkv_widths", widths)], [q, k, v], axis=-1)
+    graph.nodes("Split", [qkv, graph.constant(f"widths_{'_'.join(map(str, widths))}", widths)], [q, k, v][: len(widths)], axis=-1)
+    if not inputs.has_values:
+        graph.node("Identity", [k], v)
     queries = scaled_queries(graph, _normed_and_rotated(graph, shape, q, heads, f"{prefix}.q_layernorm", inputs.rotary), inputs)
     keys = _normed_and_rotated(graph, shape, k, kv_heads, f"{prefix}.k_layernorm", inputs.rotary)
     keys = update_cache(graph, shape, inputs.layer, "key", keys)
-    values = update_cache(graph, shape, inputs.layer, "value", split_heads(graph, v, kv_heads, head))
+    values = split_heads(graph, v, kv_heads, head)
+    if config.value_norm:
+        values = weightless_norm(graph, shape, values, f"{prefix}.v_layernorm.out", head)
+    values = update_cache(graph, shape, inputs.layer, "value", values)
     factor = score_scale(config)
     mask = inputs.mask
     if config.attention_sinks:
@@ -85,7 +92,7 @@ def merged(graph: GraphWriter, shape: RankShape, context: str, prefix: str) -> s
     """Add the output of attention: merge the heads of `context` [batch, heads, tokens, size], project, sum over the ranks."""
     config, width = shape.config, shape.num_heads * shape.config.value_size
     tokens = graph.node("Transpose", [context], f"{prefix}.context_t", perm=[0, 2, 1, 3])
-    flat = graph.node("Reshape", [tokens, graph.constant("shape_merged", [0, 0, width])], f"{prefix}.merged")
+    flat = graph.node("Reshape", [tokens, graph.constant(f"shape_merged_{width}", [0, 0, width])], f"{prefix}.merged")
     return row_linear(graph, shape, flat, f"{prefix}.dense", (config.hidden_size, width), bias=config.attn_dense_bias)
 
 
@@ -98,7 +105,7 @@ def scaled_queries(graph: GraphWriter, queries: str, inputs: LayerInputs) -> str
 
 def split_heads(graph: GraphWriter, x: str, num_heads: int, head_size: int) -> str:
     """Reshape [batch, tokens, heads x size] to [batch, heads, tokens, size]."""
-    shape = graph.constant(f"shape_{num_heads}_heads", [0, 0, num_heads, head_size])
+    shape = graph.constant(f"shape_{num_heads}_heads_{head_size}", [0, 0, num_heads, head_size])
     return graph.node("Transpose", [graph.node("Reshape", [x, shape], f"{x}.split")], f"{x}.heads", perm=[0, 2, 1, 3])
 
 

@@ -12,6 +12,8 @@ With latent attention (MLA), a layer has one cache tensor, of which attention re
 
     past_key_values.L.key                  [B, 1, C, kv_lora_rank + qk_rope_head_dim]
 
+Layers without a window may have heads of another size, and another number of key/value heads, than those with one (Gemma 4).
+
 With sinks, C is one more than the number of positions: every call writes a slot of zeros after its last token's, whose score is
 the head's sink (networks/sinks.py).
 
@@ -37,7 +39,7 @@ from orchestrator.networks.attention import LayerInputs, attention, causal_mask,
 from orchestrator.networks.graph import Dim, GraphWriter
 from orchestrator.networks.kv_cache import past_name, present_name
 from orchestrator.networks.latent import latent_attention
-from orchestrator.networks.moe import moe_mlp
+from orchestrator.networks.moe import experts_beside_mlp, moe_mlp
 from orchestrator.networks.positions import query_scale, rotary
 from orchestrator.networks.rendering import Rendering
 from orchestrator.networks.rotary import check_rotary
@@ -110,21 +112,23 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
         rotation = turns.windowed if windowed else turns.everywhere
         rotation = rotation if config.has_rotary(stage.first_layer + layer) else ()
         scaled = factor if config.scales_queries(stage.first_layer + layer) else None
-        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, scaled)
-        parts += _layer(graph, shape, hidden, inputs)
+        has_values = config.has_values(stage.first_layer + layer)
+        inputs = LayerInputs(layer, masks[-1] if windowed else masks[0], rotation, scaled, has_values)
+        parts += _layer(graph, shape.of_layer(layer), hidden, inputs)
         hidden = parts[-1].value
     if stage.is_last:
         _logits(graph, shape, hidden, gather=network.gather_logits)
     else:
         graph.node("Identity", [hidden], "hidden_states_out")
         graph.output("hidden_states_out", rendering.dtype, ["batch", "tokens", config.hidden_size])
-    for name in _cache_names(shape, present_name):
-        graph.output(name, shape.cache_dtype, _cache_shape(shape, rendering))
+    for layer, name in _cache_names(shape, present_name):
+        graph.output(name, shape.cache_dtype, _cache_shape(shape.of_layer(layer), rendering))
     return Network(graph.model(), turns.tables, graph.unpacked_weights, tuple(parts))
 
 
-def _cache_names(shape: RankShape, name: Callable[[int, str], str]) -> list[str]:
-    return [name(layer, what) for layer in range(shape.stage.num_layers) for what in shape.caches]
+def _cache_names(shape: RankShape, name: Callable[[int, str], str]) -> list[tuple[int, str]]:
+    """Return the layer and the name of each cache tensor."""
+    return [(layer, name(layer, what)) for layer in range(shape.stage.num_layers) for what in shape.caches]
 
 
 def _cache_shape(shape: RankShape, rendering: Rendering) -> list[Dim]:
@@ -143,8 +147,8 @@ def _inputs(graph: GraphWriter, shape: RankShape, rendering: Rendering) -> str:
     graph.input("write_indices", "int64", ["batch"])
     if stage.is_last:
         graph.input("logit_indices", "int64", ["batch", "logit_tokens"])
-    for name in _cache_names(shape, past_name):
-        graph.input(name, shape.cache_dtype, _cache_shape(shape, rendering))
+    for layer, name in _cache_names(shape, past_name):
+        graph.input(name, shape.cache_dtype, _cache_shape(shape.of_layer(layer), rendering))
     return hidden
 
 
@@ -166,10 +170,19 @@ def _layer(graph: GraphWriter, shape: RankShape, hidden: str, inputs: LayerInput
     normed = norm(hidden, "input_layernorm", before)
     attended = attend(graph, shape, normed, inputs)
     hidden = residual(hidden, norm(attended, "post_layernorm", after), f"{prefix}.attention_residual")
-    mlp = moe_mlp if config.has_experts(shape.stage.first_layer + inputs.layer) else layers.gated_mlp
     mlp_input = normed if config.parallel_blocks else norm(hidden, mlp_norm, before)
-    transformed = mlp(graph, shape, mlp_input, f"{prefix}.mlp")
-    end = residual(hidden, norm(transformed, "post_feedforward_layernorm", after), f"{prefix}.mlp_residual")
+    if not config.has_experts(shape.stage.first_layer + inputs.layer):
+        transformed = layers.gated_mlp(graph, shape, mlp_input, f"{prefix}.mlp")
+    elif config.moe and config.moe.own_norms:
+        transformed = experts_beside_mlp(graph, shape, hidden, mlp_input, prefix)
+    else:
+        transformed = moe_mlp(graph, shape, mlp_input, f"{prefix}.mlp")
+    name, normed_again = f"{prefix}.mlp_residual", norm(transformed, "post_feedforward_layernorm", after)
+    if config.layer_scalar:
+        factor = graph.external(f"{prefix}.layer_scalar", shape.dtype, [1])
+        end = graph.node("Mul", [residual(hidden, normed_again, f"{name}_unscaled"), factor], name)
+    else:
+        end = residual(hidden, normed_again, name)
     named = {"attention's input": normed, "attention": attended, "MLP's input": mlp_input, "MLP": transformed, "end": end}
     return [Part(inputs.layer, what, value) for what, value in named.items()]
 

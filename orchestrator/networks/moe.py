@@ -13,7 +13,7 @@ from orchestrator.model.config import MoeConfig
 from orchestrator.networks.chosen_experts import chosen_experts
 from orchestrator.networks.expert_layer import moe_layer
 from orchestrator.networks.graph import GraphWriter
-from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, scale
+from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, norm, scale
 from orchestrator.networks.quantized import quantized_input, quantized_weight
 from orchestrator.networks.router import routing
 from orchestrator.networks.shape import RankShape
@@ -29,13 +29,30 @@ def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
     return all_reduce(graph, shape, total)
 
 
-def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str) -> str:
-    """Add the weighted sum of the experts' outputs, as x [batch, tokens, hidden].
+def experts_beside_mlp(graph: GraphWriter, shape: RankShape, hidden: str, normed: str, layer: str) -> str:
+    """Add the dense MLP of `normed` and the experts of `hidden`, each with norms of its own (Gemma 4).
+
+    The dense MLP has the names of a shared expert.
+    """
+    moe, prefix = shape.config.moe, f"{layer}.mlp"
+    assert moe is not None
+
+    def own_norm(x: str, name: str) -> str:
+        return norm(graph, shape, x, f"{layer}.{name}", f"{layer}.{name}.out")
+
+    dense = all_reduce(graph, shape, _shared_expert(graph, shape, moe, normed, prefix))
+    routed = _experts(graph, shape, moe, own_norm(hidden, "pre_feedforward_layernorm_2"), prefix, hidden)
+    routed = own_norm(all_reduce(graph, shape, routed), "post_feedforward_layernorm_2")
+    return graph.node("Add", [own_norm(dense, "post_feedforward_layernorm_1"), routed], f"{prefix}.with_dense")
+
+
+def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix: str, scored: str = "") -> str:
+    """Add the weighted sum of the experts' outputs, as x [batch, tokens, hidden]. `scored`: the router's input, by default x.
 
     Sequences follow each other as one row of tokens, so that each expert's weights are read once for all. (And ONNX Runtime 1.31
     multiplies [B, 1, S, H] by [E, H, W] wrongly on CUDA where B equals E.)
     """
-    routed = routing(graph, shape, moe, x, prefix)
+    routed = routing(graph, shape, moe, scored or x, prefix)
     if shape.experts == "trt_moe" and not shape.portable:
         return moe_layer(graph, shape, routed, x, prefix)
     config, moe_tp = shape.config, shape.tp // shape.moe_ep

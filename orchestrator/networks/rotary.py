@@ -36,7 +36,7 @@ def inverse_frequencies(config: ModelConfig, length: int = 0, *, local: bool = F
 
     `length`: positions of the text. `local`: for the layers with a window, which may have another base. Raises ArchitectureError.
     """
-    dim = config.rotary_embedding_dim or config.head_size
+    dim = config.rotary_embedding_dim or (0 if local else config.global_head_size) or config.head_size
     base = config.rotary_base_local if local and config.rotary_base_local is not None else config.rotary_base
     scaling = None if local else config.rotary_scaling
     check_rotary(scaling)
@@ -117,10 +117,18 @@ def _longrope(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> S
     return _plain(config.rotary_base, dim) / factors, float(attention)
 
 
+def _proportional(config: ModelConfig, dim: int, _length: int, scaling: Scaling) -> Scaled:
+    """Rotate the leading part of the pairs only, with the frequencies of a whole head (Gemma 4)."""
+    rotated = int(float(scaling["partial_rotary_factor"]) * dim // 2)
+    plain = _plain(config.rotary_base, dim) / np.float32(scaling.get("factor") or 1.0)
+    return np.where(np.arange(dim // 2) < rotated, plain, np.float32(0)), 1.0
+
+
 FORMULAS: dict[str, Callable[[ModelConfig, int, int, Scaling], Scaled]] = {
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

@@ -35,6 +35,10 @@ def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
     scores = _scores(graph, shape, moe, x, prefix)
     values, indices = _chosen(graph, moe, scores, prefix)
     weights = _weights(graph, moe, values, prefix)
+    if moe.own_norms:
+        factors = graph.external(f"{prefix}.router.per_expert_scale", "float32", [moe.num_experts])
+        factors = graph.node("Gather", [factors, indices], f"{prefix}.top_factors", axis=0)
+        weights = graph.node("Mul", [weights, factors], f"{prefix}.top_weights")
     nothing = graph.node("Sub", [scores, scores], f"{prefix}.zeros")
     spread = graph.node("ScatterElements", [nothing, indices, weights], f"{prefix}.spread", axis=-1)
     local, begin = shape.num_experts, shape.first_expert
@@ -50,6 +54,11 @@ def _scores(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
     """Add the scores of all experts, [batch, tokens, experts]: logits where they become scores after the choice."""
     wide = graph.node("Cast", [x], f"{prefix}.router_in", to=onnx.TensorProto.FLOAT)
     size = (moe.num_experts, shape.config.hidden_size)
+    if moe.own_norms:
+        factors = graph.external(f"{prefix}.router.scale", "float32", [shape.config.hidden_size])
+        attributes = {"axis": -1, "epsilon": shape.config.norm_epsilon, "stash_type": 1}
+        wide = graph.node("RMSNormalization", [wide, factors], f"{prefix}.router_normed", **attributes)
+        wide = scale(graph, wide, float(shape.config.hidden_size) ** -0.5, f"{prefix}.router_scaled", "float32")
     logits = linear(graph, shape, wide, f"{prefix}.router", size, bias=moe.router_bias, dtype="float32")
     if moe.scoring == "softmax":
         return graph.node("Softmax", [logits], f"{prefix}.chances", axis=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import LINEARS, KvCacheFormat, LinearFormat
@@ -29,6 +29,11 @@ class RankShape:
     @property
     def config(self) -> ModelConfig:
         return self.stage.config
+
+    def of_layer(self, layer: int) -> RankShape:
+        """Return the shape with the sizes of the heads of a layer, by its number within the stage, as those of all."""
+        config = self.config.of_layer(self.stage.first_layer + layer)
+        return self if config is self.config else replace(self, stage=self.stage.model_copy(update={"config": config}))
 
     @property
     def tp(self) -> int:

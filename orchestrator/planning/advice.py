@@ -79,7 +79,7 @@ _FUSED_HEAD_SIZE = 256
 
 def kernel_warnings(config: ModelConfig, backend: str) -> tuple[str, ...]:
     """Return a warning if the backend has no fused kernel for the model's attention, so that its scores lie in memory."""
-    size = config.cache_head_size
+    size = max(config.cache_head_size, config.global_head_size)
     if backend != "tensorrt_rtx" or size <= _FUSED_HEAD_SIZE:
         return ()
     what = "latent attention (MLA) has heads" if config.is_latent else "attention has heads"

@@ -63,7 +63,7 @@ def plan_conversion(spec: BuildSpec) -> Plan:
     model = quantization.model if quantization else None
     check_cache(model, is_latent=config.is_latent)
     if "portable" in spec.release.include:
-        check_portable(model)
+        check_portable(model, has_equal_caches=not config.global_head_size)
     weights = weight_map(index, family, config, topology, spec.conversion.max_shard_bytes, model)
     version = installed_version(spec.engine.backend)
     inputs = Inputs(

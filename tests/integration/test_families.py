@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.base.errors import QuantizationError, TopologyError
+from orchestrator.base.errors import ArchitectureError, QuantizationError, TopologyError
 from orchestrator.families import FAMILIES
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import Verification
@@ -128,6 +128,21 @@ def test_queries_without_a_latent_of_their_own_agree_with_transformers(tmp_path:
     """DeepSeek's smaller models make queries from the hidden states."""
     plan = preparation.plan(make_spec(write_tiny("deepseek_v3", tmp_path / "model", q_lora_rank=None), topology={"tp": 2}))
     check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["keys-as-values", "values"])
+def test_heads_of_two_sizes_without_experts_agree_with_transformers(tmp_path: Path, make_spec: SpecMaker, alike: bool) -> None:
+    """Gemma 4 31B; the second stage has both kinds of layers, at tp=4 with each global key/value head on two ranks."""
+    made = write_tiny("gemma4", tmp_path / "model", enable_moe_block=False, attention_k_eq_v=alike)
+    plan = preparation.plan(make_spec(made, topology={"tp": 4, "pp": 2, "pp_partition": [4, 3]}))
+    outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
+    check(outcomes["verify/stage1"].facts.verification)
+
+
+def test_portable_part_of_heads_of_two_sizes_is_refused(folder: Path, make_spec: SpecMaker) -> None:
+    spec = make_spec(source(folder, "gemma4"), release={"name": "tiny", "version": "1", "include": ["engines", "portable"]})
+    with pytest.raises(ArchitectureError, match="heads of two sizes"):
+        preparation.plan(spec)
 
 
 def test_latent_attention_in_halves_rotates_what_transformers_does(tmp_path: Path, make_spec: SpecMaker) -> None:

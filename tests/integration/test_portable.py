@@ -16,7 +16,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Kind
 from orchestrator.work.export import step as exporting
 from tests.conftest import SpecMaker
-from tests.support.families import TINY, write_tiny
+from tests.support.families import PORTABLE, write_tiny
 from tests.support.portable import expected_tokens, greedy, next_logits, portable_folder, random_prompts
 
 TOPOLOGIES = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
@@ -47,7 +47,7 @@ def planned(path: Path, make_spec: SpecMaker, **sections: Any) -> Plan:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "topology"),
-    [*((family, {"tp": 2, "pp": 2}) for family in TINY), *(("llama", topology) for topology in TOPOLOGIES[:3]),
+    [*((family, {"tp": 2, "pp": 2}) for family in PORTABLE), *(("llama", topology) for topology in TOPOLOGIES[:3]),
      ("mixtral", {"tp": 2, "moe_ep": 2})],
     ids=str,
 )  # fmt: skip

@@ -36,7 +36,8 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 MOE: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2,
-    "moe_topk": 2,
+    "moe_topk": 2, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
     "intermediate_size_mlp": 20,
 }  # fmt: skip
 NOT_BUILT = re.compile(
@@ -126,6 +127,13 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "no_rope_layers": st.sampled_from([[1, 0, 1, 1], [0] * LAYERS, [1] * LAYERS, [], None]),
     "no_rope_layer_interval": st.sampled_from([1, 2, 4]),
     "shared_intermediate_size": st.sampled_from([0, 20]),
+    "top_k_experts": st.sampled_from([1, 2, None]),
+    "enable_moe_block": BOOLEANS,
+    "hidden_size_per_layer_input": st.sampled_from([0, 4]),
+    "num_kv_shared_layers": st.sampled_from([0, 1]),
+    "global_head_dim": st.sampled_from([0, 8, 16]),
+    "num_global_key_value_heads": st.sampled_from([1, 2, 4, None]),
+    "attention_k_eq_v": BOOLEANS,
     "moe_topk": st.sampled_from([1, 2, [2] * LAYERS, [2, 1, 2, 2]]),
     "moe_layers": st.sampled_from([[], [1], [0, 3], None]),
     "interleave_moe_layer_step": st.sampled_from([1, 2, 4]),
@@ -257,7 +265,7 @@ def test_keys_have_one_reason_each() -> None:
 
 
 def with_keys(family: str, **changes: Any) -> dict[str, Any]:
-    return {**base(family), **changes}
+    return {key: value for key, value in {**base(family), **changes}.items() if value is not OMITTED}
 
 
 @pytest.mark.parametrize(
@@ -289,6 +297,9 @@ def with_keys(family: str, **changes: Any) -> dict[str, Any]:
         ("glm4_moe", {"n_group": 3}, "n_group"),
         ("glm4_moe", {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}, "topk_group"),
         ("glm4_moe", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        ("gemma4", {"hidden_size_per_layer_input": OMITTED}, "hidden_size_per_layer_input"),
+        ("gemma4", {"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
     ],

@@ -33,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _chosen(config: dict[str, Any]) -> int:
-    found = next(config[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if key in config)
+    found = next(config[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts") if config.get(key))
     return int(found[0] if isinstance(found, list) else found)
 
 
@@ -46,11 +46,12 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
         made |= {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
     made |= {"rotary_dim": HEAD_SIZE // 2} if "rotary_dim" in config else {}
     for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        made |= {key: (made.get("n_group") or 1) * (_chosen(made) + 1)} if key in config else {}
+        made |= {key: (made.get("n_group") or 1) * (_chosen(made) + 1)} if config.get(key) else {}
     if config.get("kv_lora_rank") is not None:
         made |= {"num_attention_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
         made |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "hidden_size": 2 * HEAD_SIZE}
     made |= {"head_dim": 8 if config["head_dim"] == config.get("qk_rope_head_dim") else HEAD_SIZE} if "head_dim" in config else {}
+    made |= {"global_head_dim": 2 * HEAD_SIZE, "num_global_key_value_heads": 1} if "global_head_dim" in config else {}
     scaling = config.get("rope_scaling") or {}
     if "long_factor" in scaling:
         pairs = int(HEAD_SIZE * config.get("partial_rotary_factor", 1.0)) // 2

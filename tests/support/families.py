@@ -73,6 +73,24 @@ TINY: dict[str, TinyFamily] = {
         "Gemma3TextConfig",
         {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
     ),
+    "gemma4": TinyFamily(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "num_hidden_layers": 7,
+            "num_key_value_heads": 4,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "phi3": TinyFamily("Phi3ForCausalLM", "Phi3Config", {"original_max_position_embeddings": 64}),
     "granite": TinyFamily("GraniteForCausalLM", "GraniteConfig", GRANITE),
     "olmo2": TinyFamily("Olmo2ForCausalLM", "Olmo2Config"),
@@ -270,6 +288,9 @@ TINY: dict[str, TinyFamily] = {
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
 }
 
+PORTABLE = [family for family in TINY if family != "gemma4"]
+"""Families whose models may have a portable part: those with caches of one size."""
+
 
 def tiny_config(family: str, **changes: Any) -> ModelConfig:
     """The tiny model's config as it is planned; `changes` are fields of transformers' config class."""
@@ -297,7 +318,7 @@ def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloa
     model: Any = getattr(transformers, tiny.model)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("scale"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif parameter.dim() == 1:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
@@ -305,6 +326,6 @@ def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloa
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
         for name, buffer in model.named_buffers():
             if name in model.state_dict():
-                buffer.copy_(0.2 * torch.randn_like(buffer))
+                buffer.copy_(float(name.endswith("scalar")) + 0.2 * torch.randn_like(buffer))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

@@ -34,6 +34,8 @@ class Resolution:
     """Positions that the last token of each layer sees; None: all."""
     head_size: int
     num_key_value_heads: int
+    heads: tuple[tuple[int, int, bool], ...]
+    """Of each layer: head size, key/value heads, whether it projects values."""
     biases: tuple[bool, bool, bool]
     """Of queries, of the attention's output, of the MLP."""
     activation: str
@@ -83,7 +85,7 @@ def resolved(config: Mapping[str, Any]) -> Resolution:
 def _measure(model: Any, made: Any) -> Resolution:
     import torch
 
-    has_experts = tuple(hasattr(_mlp(layer), "experts") for layer in model.model.layers)
+    has_experts = tuple(hasattr(_block(layer), "experts") for layer in model.model.layers)
     calls, hidden = _run(model)
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
     tokens = torch.arange(NUM_TOKENS) % made.vocab_size
@@ -97,6 +99,10 @@ def _measure(model: Any, made: Any) -> Resolution:
         windows=tuple(_window(call["mask"]) for call in calls),
         head_size=size,
         num_key_value_heads=calls[0]["kv_heads"],
+        heads=tuple(
+            (call["head_size"], call["kv_heads"], getattr(each.self_attn, "v_proj", True) is not None)
+            for call, each in zip(calls, model.model.layers, strict=True)
+        ),
         biases=(
             _bias(attention, "kv_a_proj_with_mqa", "q_proj", "qkv_proj"),
             _bias(attention, "o_proj"),
@@ -130,6 +136,11 @@ def _measure(model: Any, made: Any) -> Resolution:
 def _mlp(layer: Any) -> Any:
     """The MLP or the experts of a layer."""
     return next(getattr(layer, name) for name in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, name))
+
+
+def _block(layer: Any) -> Any:
+    """The owner of a layer's experts, if it has any."""
+    return layer if hasattr(layer, "experts") else _mlp(layer)
 
 
 def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
@@ -171,6 +182,7 @@ def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
         scaling = kwargs.get("scaling")
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         calls.append({"mask": mask, "scaling": scaling, "softcap": kwargs.get("softcap"), "kv_heads": key.shape[1]})
+        calls[-1]["head_size"] = query.shape[-1]
         calls[-1]["rotated"] = bool(rotated)
         rotated.clear()
         return plain(layer, query, key, value, mask, *args, **kwargs)
@@ -265,19 +277,23 @@ def _width(mlp: Any) -> int:
 def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None, tuple[int, int]]:
     import torch
 
-    block = _mlp(layer)
+    block = _block(layer)
     if not hasattr(block, "experts"):
         return None, None, (1, 1)
     gate = block.gate if hasattr(block, "gate") else block.router
     bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
-    linear = gate.wg if hasattr(gate, "wg") else gate
+    linear = next((getattr(gate, name) for name in ("wg", "proj") if hasattr(gate, name)), gate)
+    if hasattr(gate, "per_expert_scale"):
+        gate.per_expert_scale.fill_(1.0)
     found = gate(torch.randn(5, linear.weight.shape[1]), *bias)
     sums = (found[0] if len(found) == 2 else found[1]).sum(-1)  # Llama 4's gives the weights of all experts first
     size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
     names = ("shared_expert", "shared_experts", "shared_mlp")
     together = next((getattr(owner, name) for owner in (block, layer) for name in names if getattr(owner, name, None)), None)
+    together = layer.mlp if block is layer else together  # Gemma 4's dense MLP
     shared = 0 if together is None else _width(together)
-    chosen, count = gate.top_k, gate.num_experts
+    chosen = gate.top_k if hasattr(gate, "top_k") else gate.config.top_k_experts
+    count = block.experts.num_experts
     normalized = round(float(sums[0]), 3) if torch.allclose(sums, sums[:1], atol=1e-3) else 0.0
     groups = (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))
     return (count, chosen, size, shared), None if chosen == count else normalized, groups
@@ -289,7 +305,8 @@ def ours(config: ModelConfig) -> Resolution:
     scaling = dict(config.rotary_scaling or {"rope_type": "default"})
     rotated = tuple(config.has_rotary(layer) for layer in range(config.num_hidden_layers))
     size = config.rotary_embedding_dim or config.head_size
-    rotary: tuple[tuple[Any, ...], ...] = ((scaling["rope_type"], config.rotary_base, size),)
+    whole = config.global_head_size or size
+    rotary: tuple[tuple[Any, ...], ...] = ((scaling["rope_type"], config.rotary_base, whole),)
     if config.rotary_base_local is not None:
         rotary += (("default", config.rotary_base_local, size),)
     moe = config.moe
@@ -298,8 +315,9 @@ def ours(config: ModelConfig) -> Resolution:
     moe = moe if any(has_experts) else None
     return Resolution(
         windows=tuple(None if size is None or size >= NUM_TOKENS else size for size in window),
-        head_size=config.head_size,
-        num_key_value_heads=config.num_attention_heads if config.is_latent else config.num_key_value_heads,
+        head_size=config.of_layer(0).head_size,
+        num_key_value_heads=_our_heads(config, 0)[1],
+        heads=tuple(_our_heads(config, layer) for layer in range(config.num_hidden_layers)),
         biases=(config.attn_bias, config.attn_dense_bias, config.mlp_bias),
         activation={"swish": "silu", "swiglu": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act),
         norm_epsilon=config.norm_epsilon,
@@ -322,6 +340,11 @@ def ours(config: ModelConfig) -> Resolution:
         query_scale=_our_query_scale(config),
         sinks=config.attention_sinks,
     )
+
+
+def _our_heads(config: ModelConfig, layer: int) -> tuple[int, int, bool]:
+    own = config.of_layer(layer)
+    return own.head_size, own.num_attention_heads if own.is_latent else own.num_key_value_heads, config.has_values(layer)
 
 
 def _our_window(config: ModelConfig) -> int | None:

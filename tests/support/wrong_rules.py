@@ -261,5 +261,12 @@ WRONG_RULES = [
         "granitemoeshared multiplier of the embedding", hub_config("granite-moe-7b-a1b-shared"), _set(embedding_multiplier=1.0)
     ),
     WrongRule("granitemoeshared logits not scaled", hub_config("granite-moe-7b-a1b-shared"), _set(logits_scaling=1.0)),
+    WrongRule("gemma4 values not normed", hub_config("gemma-4-31b-text"), _set(value_norm=False)),
+    WrongRule("gemma4 scale of the head size", hub_config("gemma-4-31b-text"), _set(attention_scale=None)),
+    WrongRule("gemma4 factors of layers left out", hub_config("gemma-4-26b-a4b-text"), _set(layer_scalar=False)),
+    WrongRule("gemma4 whole heads rotated", hub_config("gemma-4-31b-text"), _scaling_without(partial_rotary_factor=1.0)),
+    WrongRule("gemma4 one rotary base", hub_config("gemma-4-26b-a4b-text"), _set(rotary_base=10000.0)),
+    WrongRule("gemma4 one expert fewer", hub_config("gemma-4-26b-a4b-text"), _moe(top_k=2)),
+    WrongRule("gemma4 cap on logits missed", hub_config("gemma-4-31b-text"), _set(final_logit_softcapping=None)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

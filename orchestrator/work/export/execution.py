@@ -17,7 +17,7 @@ from orchestrator.networks.kv_cache import PAST, PRESENT, present_of
 from orchestrator.networks.slices import cut_portable
 from orchestrator.work.verify.inputs import Call
 from orchestrator.work.verify.ort import first_rows, ort_value, run_session
-from orchestrator.work.verify.stage_run import Sessions, feeds, first_cache, result_name
+from orchestrator.work.verify.stage_run import FirstCaches, Sessions, feeds, result_name
 
 Array = npt.NDArray[Any]
 _M_MMAP_THRESHOLD = -3
@@ -51,7 +51,7 @@ class SlicedGraph:
         _return_large_blocks()
         values = [feeds(stage, call, before) for call, before in zip(calls, hidden_states, strict=True)]
         positions = 1 + max(int(call.position_ids.max()) for call in calls)
-        empty = first_cache(stage, len(calls[0].input_ids), stage.config.cache_slots(positions), halved=True)
+        empty = FirstCaches(stage, len(calls[0].input_ids), stage.config.cache_slots(positions), halved=True)
         kept = result_name(stage)
         slices = self._sliced.slices
         for number, part in enumerate(slices):
@@ -84,9 +84,9 @@ class SlicedGraph:
         return ort_value(data.view(plain).reshape(tuple(tensor.dims)), tensor.data_type)
 
 
-def _cached(cache: Mapping[str, Any], empty: Any, name: str, call: Call) -> Any:
+def _cached(cache: Mapping[str, Any], empty: FirstCaches, name: str, call: Call) -> Any:
     """Return the cache that a call reads: the one left by the previous call."""
-    found = cache.get(present_of(name), empty)
+    found = cache.get(present_of(name), empty.of(name))
     return first_rows(found, len(call.input_ids)) if call.repeats else found
 
 

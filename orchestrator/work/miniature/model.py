@@ -58,14 +58,14 @@ def new_model(config: Any, seed: int = 0) -> Any:
             gain = next((gain for part, gain in gains.items() if part in name), 1.0)
             if parameter.dim() > 1:
                 parameter.copy_(noise * (gain * _GAIN / parameter.shape[-1] ** 0.5))
-            elif "norm" in name:
+            elif "norm" in name or name.endswith("scale"):
                 offset = 1.0 - parameter.mean()  # some norms are stored as weight - 1
                 parameter.copy_(gain * (1.0 + 0.2 * noise) - offset)
             else:
                 parameter.copy_(gain * 0.2 * noise)
         for name, buffer in model.named_buffers():
-            if name in model.state_dict():  # the router's bias in some families, at zero
-                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            if name in model.state_dict():  # the router's bias in some families, at zero; Gemma 4's factor of a layer, at one
+                buffer.copy_(float(name.endswith("scalar")) + 0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -80,6 +80,8 @@ def _query_gains(config: Any, names: Sequence[str]) -> dict[str, float]:
         scale = float(scalar) ** -0.5
     scale = float(getattr(config, "attention_multiplier", scale))
     gain = min(max(head_size**-0.5 / scale, 1.0), _MAX_GAIN) if scale > 0 else 1.0
+    if hasattr(config, "global_head_dim"):  # Gemma 4's scores are not scaled
+        gain = head_size**-0.5
     for query, key in (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm")):
         if any(query in name for name in names):
             return {query: _NORMED_GAIN * gain, key: _NORMED_GAIN}
@@ -140,6 +142,7 @@ def parts_of(model: Any, calls: Sequence[Sequence[int]]) -> dict[tuple[int | Non
         watch(layer.self_attn, (number, "attention's input"), (number, "attention"))
         for name in _MLPS:
             if hasattr(layer, name):
-                watch(getattr(layer, name), (number, "MLP's input"), (number, "MLP"))
+                is_all = not any(hasattr(layer, beside) for beside in ("experts", "shared_mlp"))
+                watch(getattr(layer, name), (number, "MLP's input"), (number, "MLP") if is_all else None)
     logits_of(fresh, calls)
     return {key: np.concatenate(values) for key, values in seen.items()}

@@ -26,7 +26,7 @@ POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "flo
 ROTARY = ("rope_scaling", "rope_parameters")
 FACTORS = ("short_factor", "long_factor")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
 """Keys of lists of layer numbers."""
 STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
@@ -146,6 +146,8 @@ class Scaling:
         self._maps["num_key_value_heads"] = _only(kv_heads, small_kv)
         self._maps["hidden_size"] = _only(hidden, small_hidden)
         self._maps["head_dim"] = _only(real_head, self.head_size)
+        self._maps["global_head_dim"] = _only(self.raw("global_head_dim"), 2 * self.head_size)
+        self._maps["num_global_key_value_heads"] = _only(self.raw("num_global_key_value_heads"), max(small_kv // 2, 1))
         self._maps["rotary_dim"] = lambda dim: round(self.head_size * dim / real_head) if is_count(dim) else dim
         if is_count(self.raw("kv_lora_rank")):
             self._scale_latents()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,9 +57,10 @@ class Frame:
                 self.number = number
                 plain = {name: value for name, value in vars(real).items() if isinstance(value, (str, int, bool))}
                 self.__dict__.update({name: value for name, value in plain.items() if name != "training"})
+                self._names = list(inspect.signature(real.forward).parameters)[1:]
 
-            def forward(self, hidden_states: Any, **given: Any) -> Any:
-                return frame._on_layer(self.number, hidden_states, given)
+            def forward(self, hidden_states: Any, *more: Any, **given: Any) -> Any:
+                return frame._on_layer(self.number, hidden_states, {**dict(zip(self._names, more, strict=False)), **given})
 
         class Head(torch.nn.Module):
             def forward(self, hidden_states: Any) -> Any:

@@ -24,7 +24,7 @@ from orchestrator.work.binding import PortableWeights
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
 from orchestrator.work.verify.ort import first_rows, ort_value, run_session, widened_on_gpu
-from orchestrator.work.verify.stage_run import Sessions, check_agreement, feeds, first_cache, joined, result_name
+from orchestrator.work.verify.stage_run import FirstCaches, Sessions, check_agreement, feeds, joined, result_name
 
 Array = npt.NDArray[Any]
 _NOTHING: Array = np.zeros(0)
@@ -37,7 +37,7 @@ class _Rank:
     network: Network
     sliced: Sliced
     weights: PortableWeights
-    empty_cache: Any
+    first_caches: FirstCaches
     """OrtValue that fills every initial cache: a large number, so that reading an unwritten slot gives a wrong result."""
     values: list[dict[str, Any]]
     """OrtValues by call and name, from the slice that makes them to the last one that reads them."""
@@ -68,7 +68,7 @@ class Lockstep:
             graph = decoder_network(network, tp_rank, Rendering.executed())
             before: Sequence[Array | None] = hidden_states or [None] * len(calls)
             values = [feeds(network.stage, call, hidden) for call, hidden in zip(calls, before, strict=True)]
-            empty = first_cache(network.stage, len(calls[0].input_ids), network.stage.config.cache_slots(positions))
+            empty = FirstCaches(network.stage, len(calls[0].input_ids), network.stage.config.cache_slots(positions))
             self._ranks.append(_Rank(graph, cut(graph), PortableWeights(graph, mine), empty, values))
         self._sessions = Sessions(self._ranks[0].network.model.opset_import, device)
 
@@ -191,7 +191,8 @@ def _input(rank: _Rank, part: Slice, values: Mapping[str, Any], name: str, call:
     if not name.startswith(PAST):
         return values[name]
     # Of the cache of another slice only its shape is read: `cut` ensures that.
-    cache = rank.cache.get(present_of(name), rank.empty_cache) if present_of(name) in part.outputs else rank.empty_cache
+    empty = rank.first_caches.of(name)
+    cache = rank.cache.get(present_of(name), empty) if present_of(name) in part.outputs else empty
     return first_rows(cache, len(call.input_ids)) if call.repeats else cache
 
 

@@ -16,7 +16,7 @@ from orchestrator.work.binding import bind_portable
 from orchestrator.work.shards import Weight
 from orchestrator.work.verify.inputs import Call
 from orchestrator.work.verify.ort import open_session, ort_value
-from orchestrator.work.verify.stage_run import feeds, first_cache, joined, result_name
+from orchestrator.work.verify.stage_run import FirstCaches, feeds, joined, result_name
 
 Array = npt.NDArray[Any]
 
@@ -45,7 +45,8 @@ class MergedStage:
     def reset(self, batch: int) -> None:
         """Empty the caches: the next call begins `batch` new sequences."""
         names = [value.name for value in self._session.get_inputs() if PAST in value.name]
-        self._cache = dict.fromkeys(names, first_cache(self._stage, batch, self._network.cache_slots))
+        empty = FirstCaches(self._stage, batch, self._network.cache_slots)
+        self._cache = {name: empty.of(name) for name in names}
 
     def run(self, call: Call, hidden_states: Array | None = None) -> Array:
         """Execute a call and advance the caches. Returns hidden states, or on the last stage the logits of the whole vocabulary.

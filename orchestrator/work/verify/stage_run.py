@@ -30,9 +30,22 @@ def feeds(stage: StageOptions, call: Call, hidden_states: Array | None) -> dict[
     return {name: ort_value(value) for name, value in found.items()}
 
 
-def first_cache(stage: StageOptions, batch: int, slots: int, *, halved: bool = False) -> Any:
-    """Return the OrtValue of every key and value cache of any rank before the first call. `halved`: as in a portable graph."""
-    return empty_cache(RankShape(stage, "float32", portable=True, halved=halved), batch, slots)
+class FirstCaches:
+    """OrtValues of the key and value caches of any rank before the first call: one for all caches of a size."""
+
+    def __init__(self, stage: StageOptions, batch: int, slots: int, *, halved: bool = False) -> None:
+        """`halved`: as in a portable graph, whose caches are all of one size."""
+        whole = RankShape(stage, "float32", portable=True, halved=halved)
+        shapes = [whole.of_layer(layer) for layer in range(stage.num_layers)]
+        self._sizes = [(shape.num_kv_heads, shape.cache_head_size) for shape in shapes]
+        self._by_size = {
+            size: empty_cache(shape, batch, slots) for size, shape in dict(zip(self._sizes, shapes, strict=True)).items()
+        }
+
+    def of(self, name: str) -> Any:
+        """Return the cache of an input `past_key_values.L.key`, with or without a rank's prefix."""
+        layer = int(name.rpartition(".")[0].rpartition(".")[2]) if len(self._by_size) > 1 else 0
+        return self._by_size[self._sizes[layer]]
 
 
 class Sessions:
