@@ -18,7 +18,7 @@ from orchestrator.families.dots import DOTS1, SOLAR_OPEN
 from orchestrator.families.ernie import ERNIE, ERNIE_MOE
 from orchestrator.families.exaone import EXAONE4, EXAONE_MOE
 from orchestrator.families.flex_olmo import FLEX_OLMO
-from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3
+from orchestrator.families.gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from orchestrator.families.gemma4 import GEMMA4
 from orchestrator.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from orchestrator.families.glm_dense import GLM, GLM4
@@ -96,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         GRANITE_MOE,
         GRANITE_MOE_SHARED,
         GEMMA4,
+        VAULTGEMMA,
     )
 }
 

@@ -1,10 +1,12 @@
-"""Gemma 1 to 3 (text): norms stored as weight + 1, the embedding scaled by sqrt(hidden) and tied to the head.
+"""Gemma 1 to 3 (text) and VaultGemma: norms stored as weight + 1, the embedding scaled by sqrt(hidden) and tied to the head.
 
 Gemma 2 caps attention scores and logits and has a window in every second layer; Gemma 3 has norms on queries and keys, a
-window in five of six layers, and another rotary base in those.
+window in five of six layers, and another rotary base in those. VaultGemma is Gemma 2 without the norms after attention and MLP.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
@@ -129,4 +131,20 @@ GEMMA3 = Family(
             "max_window_layers": PassedOver("sliding_window and layer_types decide", None),
         },
     ),
+)
+VAULTGEMMA = Family(
+    name="vaultgemma",
+    architectures=("VaultGemmaForCausalLM",),
+    rules=offset(
+        (
+            *EMBEDDING,
+            norm("input_layernorm", "input_layernorm"),
+            *ATTENTION,
+            norm("post_layernorm", "pre_feedforward_layernorm"),
+            *GATED_MLP,
+            *final(),
+        )
+    ),
+    ignored=IGNORED,
+    config=replace(GEMMA2.config, model_types=("vaultgemma",), constants={"exact_norms": True}),
 )

@@ -364,6 +364,8 @@ def test_config_json_that_asks_for_what_transformers_passes_over_is_warned_of(
             "windows",
         ),
         ("gemma2", {"windows": "pattern"}, {"sliding_window": 3, "sliding_window_pattern": 3}, "windows"),
+        ("vaultgemma", {"windows": "all"}, {"sliding_window": 3}, "windows"),
+        ("vaultgemma", {"derived": {"attention_scale": ("is", "head_dim")}}, {"query_pre_attn_scalar": 24}, "attention_scale"),
         ("mixtral", {"experts": {"normalized": "norm_topk_prob"}}, {"norm_topk_prob": False}, "normalized"),
         ("qwen2_moe", {"experts": {"normalized": None}}, {}, "normalized"),
         ("qwen3_moe", {"defaults": {"num_experts_per_tok": 2}}, {"num_experts_per_tok": OMITTED, "num_experts": 9}, "moe"),

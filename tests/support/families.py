@@ -286,6 +286,11 @@ TINY: dict[str, TinyFamily] = {
         },
     ),
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
+    "vaultgemma": TinyFamily(
+        "VaultGemmaForCausalLM",
+        "VaultGemmaConfig",
+        {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 24},
+    ),
 }
 
 PORTABLE = [family for family in TINY if family != "gemma4"]

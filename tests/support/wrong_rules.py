@@ -140,11 +140,17 @@ WRONG_RULES = [
     WrongRule("qwen3_moe layers of qwen2", hub_config("qwen3-30b-a3b", **{**QWEN2_WINDOW, "max_window_layers": 40}), _window_from),
     WrongRule("qwen2_moe layers of qwen2", hub_config("qwen2-57b-a14b", **{**QWEN2_WINDOW, "max_window_layers": 20}), _window_from),
     WrongRule("gemma2 layers turned round", hub_config("gemma-2-2b"), _other_layers),
+    WrongRule("vaultgemma full layers windowed", hub_config("vaultgemma-1b"), _window_everywhere),
     WrongRule("gemma3 window everywhere", hub_config("gemma-3-1b-it"), _window_everywhere),
     # Null, defaults, precedence
     WrongRule(
         "gemma2 null caps defaulted",
         hub_config("gemma-2-2b", attn_logit_softcapping=None, final_logit_softcapping=None),
+        _set(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    ),
+    WrongRule(
+        "vaultgemma null caps defaulted",
+        hub_config("vaultgemma-1b"),
         _set(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     ),
     WrongRule("gemma2 cap on scores missed", hub_config("gemma-2-2b"), _set(attn_logit_softcapping=None)),
