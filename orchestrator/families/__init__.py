@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
+from orchestrator.families.apertus import APERTUS
 from orchestrator.families.arcee import ARCEE
 from orchestrator.families.cohere import COHERE, COHERE2
 from orchestrator.families.cwm import CWM
@@ -75,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         SEED_OSS,
         SMOLLM3,
         ARCEE,
+        APERTUS,
         GLM,
         GLM4,
         OLMO3,

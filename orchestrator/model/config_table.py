@@ -14,6 +14,8 @@ ALL_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Supported kinds of rotary embedding."""
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new")
 """Activations that the networks support."""
+XIELU = "xielu"
+"""Activation with numbers of its own in each layer, two of them learned (Apertus)."""
 SWIGLU = "swiglu"
 """TensorRT-LLM's name of a gated SiLU with one fused linear: `mlp.fc` joins up and gate, in this order, and there is no
 `mlp.gate`."""

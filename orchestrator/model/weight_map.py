@@ -271,6 +271,7 @@ class _Expander:
             self.missing.append(name)
             return None
         self.used.add(name)
+        tensor = tensor if tensor.shape else replace(tensor, shape=(1,))  # a number is a vector of one
         config = self.config.of_layer(layer)
         dims = self._dims_of(config)
         wanted = tuple(dims[dim] for dim in part.shape)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from orchestrator.base.errors import BUG, WeightMapError
 from orchestrator.model.config import ModelConfig
-from orchestrator.model.config_table import SWIGLU
+from orchestrator.model.config_table import SWIGLU, XIELU
 from orchestrator.model.rules import Family, Where
 from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology
@@ -85,6 +85,8 @@ def _mlp(config: ModelConfig, prefix: str) -> Iterator[str]:
     has_gate = config.mlp_gated and config.hidden_act != SWIGLU
     for name in ("fc", "gate", "proj") if has_gate else ("fc", "proj"):
         yield from _linear(f"{prefix}.{name}", config.mlp_bias)
+    if config.hidden_act == XIELU:
+        yield from (f"{prefix}.act.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps"))
 
 
 def _experts(config: ModelConfig, prefix: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.base.errors import ArchitectureError
-from orchestrator.model.config_table import ACTIVATIONS, SWIGLU
+from orchestrator.model.config_table import ACTIVATIONS, SWIGLU, XIELU
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.quantized import quantized_matmul
 from orchestrator.networks.shape import RankShape
@@ -129,7 +129,7 @@ def soft_cap(graph: GraphWriter, x: str, cap: float | None, output: str, dtype: 
 
 def check_activation(name: str) -> None:
     """Check that an activation is supported. Raises ArchitectureError otherwise."""
-    if name not in (*ACTIVATIONS, "relu2", SWIGLU):
+    if name not in (*ACTIVATIONS, "relu2", XIELU, SWIGLU):
         raise ArchitectureError(f"activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}.")
 
 
@@ -142,6 +142,29 @@ def activate(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
         return graph.node("Mul", [positive, positive], output)
     kind = "none" if shape.config.hidden_act == "gelu" else "tanh"
     return graph.node("Gelu", [x], output, approximate=kind)
+
+
+def learned_xielu(graph: GraphWriter, shape: RankShape, x: str, output: str) -> str:
+    """Add xIELU (arXiv 2411.13010), a parabola above zero and an exponential below, computed in float32:
+
+    p * x^2 + beta * x for x > 0, else n * (exp(min(x, eps)) - 1 - x) + beta * x, with p = softplus(alpha_p) and
+    n = beta + softplus(alpha_n). Each layer has its own numbers, [1].
+    """
+    prefix = output.removesuffix(".activated")
+    alpha_p, alpha_n, beta, eps = (
+        graph.external(f"{prefix}.act.{name}", "float32", [1]) for name in ("alpha_p", "alpha_n", "beta", "eps")
+    )
+    wide = graph.node("Cast", [x], f"{output}.wide", to=graph.onnx_dtype("float32"))
+    line = graph.node("Mul", [wide, beta], f"{output}.line")
+    above = graph.node("Softplus", [alpha_p], f"{output}.above")
+    parabola = graph.node("Mul", [graph.node("Mul", [wide, wide], f"{output}.square"), above], f"{output}.parabola")
+    power = graph.node("Exp", [graph.node("Min", [wide, eps], f"{output}.low")], f"{output}.exp")
+    decay = graph.node("Sub", [power, graph.scalar("one.float32", 1.0, "float32")], f"{output}.decay")
+    below = graph.node("Add", [graph.node("Softplus", [alpha_n], f"{output}.steep"), beta], f"{output}.below")
+    curve = graph.node("Mul", [graph.node("Sub", [decay, wide], f"{output}.bent"), below], f"{output}.curve")
+    is_above = graph.node("Greater", [wide, graph.scalar("zero.float32", 0.0, "float32")], f"{output}.is_above")
+    chosen = graph.node("Where", [is_above, parabola, curve], f"{output}.chosen")
+    return graph.node("Cast", [graph.node("Add", [chosen, line], f"{output}.sum")], output, to=graph.onnx_dtype(shape.dtype))
 
 
 def all_reduce(graph: GraphWriter, shape: RankShape, x: str) -> str:
@@ -206,7 +229,8 @@ def gated_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
         product = gated_halves(graph, shape, both, prefix, local)
     else:
         fc = linear(graph, shape, x, f"{prefix}.fc", (local, config.hidden_size), bias=config.mlp_bias)
-        product = activate(graph, shape, fc, f"{prefix}.activated")
+        act = learned_xielu if config.hidden_act == XIELU else activate
+        product = act(graph, shape, fc, f"{prefix}.activated")
         if config.mlp_gated:
             gate = linear(graph, shape, x, f"{prefix}.gate", (local, config.hidden_size), bias=config.mlp_bias)
             product = graph.node("Mul", [product, gate], f"{prefix}.product")

@@ -152,6 +152,9 @@ TINY: dict[str, TinyFamily] = {
             "floor_scale": 4,
         },
     ),
+    "apertus": TinyFamily(
+        "ApertusForCausalLM", "ApertusConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    ),
     "smollm3": TinyFamily(
         "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 5}
     ),

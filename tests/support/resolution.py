@@ -229,6 +229,8 @@ def _activation(function: Any) -> str:
     import torch
     from torch.nn import functional
 
+    if hasattr(function, "alpha_p"):
+        return "xielu"
     x = torch.linspace(-3, 3, 13)
     known = {
         "silu": functional.silu(x),
