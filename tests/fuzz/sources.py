@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.fuzz.harness import apart
 from tests.fuzz.mutate import SCALARS, corrupted, deep, hostile, mutated
 from tests.support.synthetic import encode_safetensors, frame, hugging_face_config, model_config, random_arrays, write_source
@@ -76,6 +78,7 @@ def _write_bases(folder: Path) -> None:
     from orchestrator.spec.build import BuildSpec
     from orchestrator.spec.decoding import decode
     from orchestrator.stages import convert
+    from tests.support.megatron_fixtures import unpack
     from tests.support.meta import write_bin, write_meta
 
     arrays = random_arrays(_CONFIG)
@@ -87,6 +90,8 @@ def _write_bases(folder: Path) -> None:
     write_bin(folder / "bin", _CONFIG, arrays)
     write_bin(folder / "bin-shards", _CONFIG, arrays, num_files=2)
     write_meta(folder / "meta", _CONFIG, arrays, num_files=2)
+    for name in ("llama-tp2-pp2", "qwen3_moe"):
+        unpack(name, folder / f"megatron-{name}")
     spec = {"source": {"path": str(plain)}, "topology": {"tp": 2}, "engine": {"max_input_len": 1},
             "release": {"name": "checkpoint", "version": "0"}}  # fmt: skip
     try:
@@ -330,7 +335,22 @@ def _lie_in_index(rng: random.Random, source: Path) -> None:
     _write_json(path, tree)
 
 
+def _change_distributed(rng: random.Random, source: Path) -> None:
+    """The pickle or the run's config of a distributed checkpoint."""
+    metadata, config = source / ".metadata", source / "run_config.yaml"
+    if rng.random() < 0.5 and metadata.is_file():
+        metadata.write_bytes(corrupted(rng, _content(metadata)))
+    elif config.is_file():
+        try:
+            tree = yaml.safe_load(_content(config))
+            model = tree["model"]
+            model[rng.choice(sorted(model))] = rng.choice((hostile(rng), 0, -1, 2, 2**70, 1.5, float("inf"), "4", [4], None, True))
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError, ValueError):
+            return
+        _write_json(config, tree)  # JSON is YAML
+
+
 _CHANGES: tuple[tuple[Callable[[random.Random, Path], None], int], ...] = (
     (_change_json, 20), (_change_config, 20), (_spoil_json, 8), (_change_header, 20), (_change_bytes, 15), (_cut, 6), (_replace, 8),
-    (_add, 6), (_change_folder, 2), (_lie_in_index, 5),
+    (_add, 6), (_change_folder, 2), (_lie_in_index, 5), (_change_distributed, 15),
 )  # fmt: skip
