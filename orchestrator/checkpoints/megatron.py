@@ -47,8 +47,8 @@ PUBLISHED = {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
         "added_tokens.json", "chat_template.jinja", "chat_template.json",
     )
-}  # fmt: skip
-"""Tokenizer files -> names under which they are published with a release."""
+} | {"context/artifacts/generation_config.json": "generation_config.json"}  # fmt: skip
+"""Tokenizer files and the generation config -> names under which they are published with a release."""
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 read_rows = read_assembled_rows

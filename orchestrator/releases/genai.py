@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from orchestrator.checkpoints import published_names
 from orchestrator.model.stage import StageOptions
 from orchestrator.planning.plan import Plan
 from orchestrator.stores import open_source
@@ -95,8 +96,9 @@ def _stage(stage: StageOptions) -> dict[str, Any]:
 def _special_tokens(plan: Plan) -> dict[str, Any]:
     """Return the ids of the tokens that begin, end and pad a text, from generation_config.json, else config.json."""
     found: dict[str, Any] = {name: plan.inputs.index.config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if any(file.name == _GENERATION for file in plan.inputs.extra_files):
-        plain = json.loads(read_companion(open_source(plan.inputs.extra_place), _GENERATION))
+    names = published_names(plan.inputs.extra_format)
+    for name in (file.name for file in plan.inputs.extra_files if names[file.name] == _GENERATION):
+        plain = json.loads(read_companion(open_source(plan.inputs.extra_place), name))
         found |= {name: plain[name] for name in found if plain.get(name) is not None}
     ends = found["eos_token_id"]
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -83,20 +83,26 @@ def test_megatron_config_makes_transformers_compute_what_megatron_core_computes(
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@settings(deadline=None, max_examples=30)
-@given(data=st.data())
-def test_megatron_any_row_range_reads_its_bytes_once(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.getbasetemp() / "megatron-ranges"
-    if not folder.exists():
-        unpack("mixtral-tp2-pp2", folder)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CheckpointIndex, dict[str, bytes]]:
+    """Folder, index and whole tensors of a mixture."""
+    folder = unpack("mixtral-tp2-pp2", tmp_path_factory.mktemp("mixture"))
     index = read_source(str(folder))[0]
+    return folder, index, {name: read(folder, index, name)[0] for name in index.tensors}
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_megatron_any_row_range_reads_its_bytes_once(
+    mixture: tuple[Path, CheckpointIndex, dict[str, bytes]], data: st.DataObject
+) -> None:
+    folder, index, whole = mixture
     name = data.draw(st.sampled_from(sorted(index.tensors)))
     rows = index.tensors[name].shape[0]
     begin = data.draw(st.integers(0, rows))
     end = data.draw(st.integers(begin, rows))
-    whole = read(folder, index, name)[0]
-    row = len(whole) // rows
-    assert read(folder, index, name, begin, end) == (whole[begin * row : end * row], (end - begin) * row)
+    row = len(whole[name]) // rows
+    assert read(folder, index, name, begin, end) == (whole[name][begin * row : end * row], (end - begin) * row)
 
 
 def refused(folder: Path, error: type[OrchestratorError], words: str) -> None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from orchestrator.base.errors import SourceMissingError
 from orchestrator.compat.models import DecoderModelForCausalLM
 from orchestrator.compat.models import Mapping as Place
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
+from orchestrator.releases import genai
 from orchestrator.releases.placing import place as place_engines
 from orchestrator.releases.publish import publish
 from orchestrator.stores import open_store
 from tests.integration.steps import run_steps
-from tests.integration.test_formats import converted
+from tests.integration.test_formats import converted, scales
+from tests.integration.test_formats import upload as upload
 from tests.support.megatron_fixtures import NAMES, unpack, write_model
 from tests.support.releases import pretend_to_run, release_spec
 from tests.support.synthetic import build_spec
 
-TOPOLOGIES: tuple[dict[str, Any], ...] = ({}, {"tp": 4}, {"tp": 2, "pp": 2})
+TOPOLOGIES: tuple[dict[str, Any], ...] = ({}, {"tp": 4})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,3 +103,25 @@ def test_tokenizer_that_is_asked_for_and_is_none_is_refused(tmp_path: Path) -> N
     spec = spec.model_copy(update={"source": spec.source.model_copy(update={"tokenizer": str(tmp_path / "source")})})
     with pytest.raises(SourceMissingError, match="holds no tokenizer"):
         preparation.plan(spec)
+
+
+def test_megatron_in_object_storage_is_converted_and_calibrated_as_on_a_disk(tmp_path: Path, upload: Callable[[Path], str]) -> None:
+    source = write_model("qwen3", tmp_path / "source")
+    remote = upload(unpack("qwen3-tp2-pp2", tmp_path / "megatron"))
+    expected = converted(source, tmp_path / "expected", {"tp": 4})
+    assert converted(remote, tmp_path / "found", {"tp": 4}) == expected
+    assert scales(remote, tmp_path / "remote") == scales(str(source), tmp_path / "local")
+
+
+def test_special_tokens_of_a_run_reach_the_portable_part(tmp_path: Path) -> None:
+    folder = unpack("llama", tmp_path / "bridge")
+    config = folder / "run_config.yaml"
+    document = yaml.safe_load(config.read_text())
+    document["model"]["generation_config"] = {"_call_": True, "config_dict": {"bos_token_id": 11, "eos_token_id": [12, 13]}}
+    config.write_text(yaml.safe_dump(document))
+    other = unpack("llama-nemo", tmp_path / "nemo")
+    (other / "context" / "artifacts").mkdir()
+    (other / "context" / "artifacts" / "generation_config.json").write_text('{"bos_token_id": 11, "eos_token_id": [12, 13]}')
+    for place in (folder, other):
+        found = genai._special_tokens(preparation.plan(build_spec(place, dtype="bfloat16")))
+        assert found == {"bos_token_id": 11, "eos_token_id": [12, 13], "pad_token_id": 12}

@@ -40,6 +40,8 @@ class Wanted:
     """Whether in NeMo 2's folders and under its prefix."""
     per_layer: bool = False
     """Whether each layer and expert has keys of its own, and gate and up too."""
+    layer_keys: bool = False
+    """Whether each layer has keys of its own."""
     logits: bool = False
     """Whether to write what the model computes of TOKENS in float32, logits.npy."""
 
@@ -65,9 +67,10 @@ def main(job: Path) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    # megatron-core calls these when it saves, whether or not there is a GPU
+    # megatron-core calls these when it ties embeddings and saves, whether or not there is a GPU
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.Tensor.cuda = lambda self, *_: self  # type: ignore[assignment,misc]
     dist.init_process_group("gloo")
     for wanted in [Wanted(**fields) for fields in json.loads(job.read_text())]:
         parallel_state.initialize_model_parallel(wanted.tp, wanted.pp, expert_model_parallel_size=wanted.ep)
@@ -86,7 +89,7 @@ def _write(wanted: Wanted) -> None:
     model = _model(config, extra).bfloat16()
     _fill(model, Path(wanted.source), hugging_face)
     prefix = "module." if wanted.nemo else ""
-    metadata = {"singleton_local_shards": wanted.per_layer}
+    metadata = {"singleton_local_shards": wanted.per_layer, "non_homogeneous_layers": wanted.layer_keys or wanted.per_layer}
     weights = Path(wanted.folder, "weights") if wanted.nemo else Path(wanted.folder)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(model.sharded_state_dict(prefix=prefix, metadata=metadata), str(weights))
@@ -186,7 +189,8 @@ def _parameter(name: str, parameter: Any, model: Any, tensor: Any, hugging_face:
 
     tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        rows = tensor("model.embed_tokens.weight" if name.startswith("embedding") else "lm_head.weight")
+        is_tied = name.startswith("embedding") or hugging_face["tie_word_embeddings"]
+        rows = tensor("model.embed_tokens.weight" if is_tied else "lm_head.weight")
         padding = torch.full((parameter.shape[0] * tp - len(rows), rows.shape[1]), 7.0, dtype=rows.dtype)
         return torch.cat([rows, padding]).chunk(tp)[tp_rank]
     if name == "decoder.final_layernorm.weight":

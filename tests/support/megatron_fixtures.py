@@ -38,6 +38,8 @@ SHARDED: dict[str, dict[str, Any]] = {
     "qwen3-tp2-pp2": {"tp": 2, "pp": 2},
     "qwen3_moe-ep2-per-layer": {"pp": 2, "ep": 2, "per_layer": True},
     "mixtral-tp2-pp2": {"tp": 2, "pp": 2},
+    "llama31-tp2-pp2": {"tp": 2, "pp": 2},
+    "qwen3_moe-layer-keys": {"pp": 2, "ep": 2, "layer_keys": True},
     "mixtral-ep2": {"pp": 2, "ep": 2},
 }
 """Name -> how it was cut. The model's name is what stands before the first -."""
@@ -69,8 +71,6 @@ def unpack(name: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    shutil.rmtree(DATA, ignore_errors=True)
-    DATA.mkdir()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         sources = {name: str(write_model(name, root / name)) for name in MODELS}
@@ -79,6 +79,8 @@ def main() -> None:
             name: Wanted(sources[name.partition("-")[0]], str(root / f"{name}-written"), **cut) for name, cut in SHARDED.items()
         }
         write_checkpoints(list(wanted.values()), root / "job.json")
+        shutil.rmtree(DATA, ignore_errors=True)
+        DATA.mkdir()
         for name, one in wanted.items():
             with zipfile.ZipFile(DATA / f"{name}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
                 for path in sorted(Path(one.folder).rglob("*")):
