@@ -167,4 +167,4 @@ def _tensor(part: Part, array: ChunkedArray, tree: Tree, where: str) -> TensorIn
         made = replace(made, assembly=assembly)
         if (part.factor, part.divisor, part.add) != (1.0, 1.0, 0.0):
             made = replace(made, dtype="F32", num_bytes=4 * made.num_elements)
-    return replace(made, array=array)
+    return replace(made, file=array.chunks[0][0], array=array)

@@ -26,6 +26,7 @@ _MANIFEST = "manifest.json"
 _TITLES = {
     "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
     "megatron": "Megatron-Core checkpoint (torch_dist)", "keras": "KerasHub preset",
+    "orbax": "Orbax checkpoint",
 }  # fmt: skip
 
 

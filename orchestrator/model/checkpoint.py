@@ -85,10 +85,15 @@ class ChunkedArray:
         return (self.shape, self.chunks[:1], self.inline[:1])
 
     @property
+    def all_bytes(self) -> int:
+        """Stored bytes of the array."""
+        inline = {number: end - begin for number, _, begin, end in self.inline}
+        return sum(inline.get(number, size) for number, (_, _, size) in enumerate(self.chunks))
+
+    @property
     def stored_bytes(self) -> int:
         """Stored bytes of the array, shared out among its parts."""
-        parts = math.prod(self.shape[axis] for axis, _ in self.fixed)
-        return sum(size for _, _, size in self.chunks) // max(parts, 1)
+        return self.all_bytes // max(1, math.prod(self.shape[axis] for axis, _ in self.fixed))
 
     def renumbered(self, position: Mapping[int, int]) -> ChunkedArray:
         """Return the same array with every file index n replaced by position[n]."""
@@ -268,7 +273,7 @@ class TensorInfo:
         if self.encoding is not None:
             return replace(self, file=position.get(self.file, 0), encoding=self.encoding.renumbered(position))
         if self.array is not None:
-            return replace(self, array=self.array.renumbered(position))
+            return replace(self, file=position[self.file], array=self.array.renumbered(position))
         if self.assembly is None:
             return replace(self, file=position[self.file])
         pieces = tuple(replace(piece, file=position[piece.file]) for piece in self.assembly.pieces)

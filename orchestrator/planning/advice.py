@@ -116,7 +116,7 @@ def shared_chunks(weights: WeightMap) -> tuple[str, ...]:
     for group in weights.groups:
         arrays = {tensor.array.key: tensor.array for tensor in group.sources().values() if tensor.array is not None}
         readers.update(arrays.keys())
-        sizes |= {key: sum(size for _, _, size in array.chunks) for key, array in arrays.items()}
+        sizes |= {key: array.all_bytes for key, array in arrays.items()}
     shared = [key for key, count in readers.items() if count > 1]
     if not shared:
         return ()

@@ -22,9 +22,10 @@ from orchestrator.base.errors import (
     ToolError,
 )
 from orchestrator.base.extras import EXTRAS
-from orchestrator.checkpoints import orbax, read_source, staging
+from orchestrator.checkpoints import FORMATS, orbax, read_source, staging
 from orchestrator.checkpoints.ocdbt import read_keys
 from orchestrator.checkpoints.reading import RowReader
+from orchestrator.cli.inspection import _TITLES, inspect
 from orchestrator.compat.models import DecoderModelForCausalLM, Mapping
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.stores.source import LocalFolder
@@ -60,9 +61,9 @@ def test_orbax_tasks_of_any_layers_read_each_byte_once(tmp_path: Path, case: str
     """Whatever the chunks span: what is wanted of an array is staged in one pass, or in as many as the room needs."""
     index, _ = read_source(str(unpack(case, tmp_path)))
     expected = {name: rows(tmp_path, index, name) for name in index.tensors}
-    stored = {(tensor.array.chunks, tensor.array.inline) for tensor in index.tensors.values() if tensor.array}
-    total = sum(size for chunks, inline in stored for _, _, size in chunks if not inline)
-    assert abs(index.num_bytes - sum(size for chunks, _ in stored for _, _, size in chunks)) <= 8 * len(index.tensors)
+    arrays = {tensor.array.key: tensor.array for tensor in index.tensors.values() if tensor.array}
+    total = sum(array.all_bytes for array in arrays.values())
+    assert 0 <= total - index.num_bytes <= len(index.tensors)
     for room in (2**30, 1):
         monkeypatch.setattr(staging, "STAGED_BYTES", room)
         with LocalFolder(tmp_path).open(index.files) as source:
@@ -96,6 +97,13 @@ def test_orbax_chunks_larger_than_a_slab_are_read_by_slabs(tmp_path: Path, monke
     for size in (1, 7, 100, 333):
         monkeypatch.setattr(staging, "_SLAB_BYTES", size)
         assert {name: rows(tmp_path, index, name) for name in index.tensors} == expected
+
+
+def test_orbax_inspect_names_the_format_and_each_files_tensors(tmp_path: Path) -> None:
+    facts, _ = inspect(str(unpack("llama-folders", tmp_path)))
+    assert (facts["format"], facts["architecture"]) == ("orbax", "LlamaForCausalLM")
+    assert len(facts["files"]) > 20
+    assert _TITLES.keys() == FORMATS.keys() - {"trtllm"}
 
 
 def test_orbax_optimizer_state_is_left_out(tmp_path: Path) -> None:
