@@ -14,7 +14,7 @@ from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.hdf5 import read_datasets
 from orchestrator.checkpoints.huggingface import check_file_names, read_json
 from orchestrator.checkpoints.keras_backbones import Backbone, backbone_of
-from orchestrator.checkpoints.kernels import kernel
+from orchestrator.checkpoints.kernels import check_heads, kernel
 from orchestrator.checkpoints.safetensors import HeaderEntry
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores.source import SourceFolder
@@ -44,7 +44,8 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     without h5py.
     """
     where = f"{folder.url}/{CONFIG}"
-    backbone, config = _backbone(read_json(folder, CONFIG), where)
+    backbone, fields = _backbone(read_json(folder, CONFIG), where)
+    config, warnings = backbone.hugging_face_config(fields, where)
     names, listed = _file_names(folder)
     tensors: dict[str, TensorInfo] = {}
     elements = 0
@@ -52,14 +53,16 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
         entries, labels = read_datasets(folder, name)
         for entry in entries:
             _check_listed(f"{folder.url}/{INDEX}", listed, entry.name, name)
-            made = _tensor(backbone, entry, number, labels, f"{folder.url}/{name}")
+            made = _tensor(backbone, config, entry, number, labels, f"{folder.url}/{name}")
             if made.name in tensors:
                 raise SourceCorruptError(f"{folder.url}: {entry.name} is in both {names[tensors[made.name].file]} and {name}")
             tensors[made.name] = made
             elements += made.num_elements
-    _check_count(folder, elements)
-    found, warnings = backbone.hugging_face_config(config, tied=_is_tied(config, tensors, where), where=where)
-    return CheckpointIndex("keras", tuple(folder.source_file(name) for name in names), tensors, found, warnings)
+    said = fields.get("tie_word_embeddings", backbone.tied)
+    config["tie_word_embeddings"] = tied = _is_tied(said, tensors, where)
+    if not _check_count(folder, elements) and tied and said is None:
+        warnings = (*warnings, f"no head is stored: without parameter_count in {METADATA} it is not known whether it is missing")
+    return CheckpointIndex("keras", tuple(folder.source_file(name) for name in names), tensors, config, warnings)
 
 
 def _backbone(plain: Mapping[str, Any], where: str) -> tuple[Backbone, dict[str, Any]]:
@@ -96,7 +99,9 @@ def _check_listed(index: str, listed: Mapping[str, set[str]], path: str, name: s
         raise SourceCorruptError(f"{index} does not list {abbreviated(path, 100)} in {name}, which holds it")
 
 
-def _tensor(backbone: Backbone, entry: HeaderEntry, file: int, labels: Mapping[str, str], where: str) -> TensorInfo:
+def _tensor(
+    backbone: Backbone, config: Mapping[str, Any], entry: HeaderEntry, file: int, labels: Mapping[str, str], where: str
+) -> TensorInfo:
     """Return a dataset as Hugging Face's tensor. One without a rule keeps its name: the weight map refuses it."""
     rule = backbone.rule(entry.name)
     if rule is None:
@@ -105,25 +110,25 @@ def _tensor(backbone: Backbone, entry: HeaderEntry, file: int, labels: Mapping[s
     label = labels.get(f"{container}/vars")
     if rule.layer is not None and label not in (None, f"{backbone.layer_label}_{rule.layer}"):
         raise SourceCorruptError(f"{where}: {container} is labelled {abbreviated(str(label), 60)}, not as layer {rule.layer}")
+    check_heads(rule.name, rule.kind, entry.shape, config, f"{where}: {entry.name}")
     return kernel(rule.name, rule.kind, entry.dtype, entry.shape, file, entry.offset, f"{where}: {entry.name}")
 
 
-def _check_count(folder: SourceFolder, elements: int) -> None:
-    """Compare the number of parameters with metadata.json's. Raises SourceCorruptError."""
-    if METADATA in folder.names():
-        count = read_json(folder, METADATA).get("parameter_count")
-        if count is not None and count != elements:
-            raise SourceCorruptError(
-                f"{folder.url} holds {elements:,} parameters, {METADATA} says {abbreviated(str(count), 30)}",
-                "A variable is missing, or the files are of different models: download the preset again.",
-            )
+def _check_count(folder: SourceFolder, elements: int) -> bool:
+    """Compare the number of parameters with metadata.json's; returns whether it has one. Raises SourceCorruptError."""
+    count = read_json(folder, METADATA).get("parameter_count") if METADATA in folder.names() else None
+    if count is not None and count != elements:
+        raise SourceCorruptError(
+            f"{folder.url} holds {elements:,} parameters, {METADATA} says {abbreviated(str(count), 30)}",
+            "A variable is missing, or the files are of different models: download the preset again.",
+        )
+    return count is not None
 
 
-def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> bool:
-    """Whether the head is the embedding: the file shows it. Llama's config does not record it."""
+def _is_tied(said: bool | None, tensors: Mapping[str, TensorInfo], where: str) -> bool:
+    """Whether the head is the embedding: the weights show it. `said`: what the config or the family says; None: nothing."""
     tied = "lm_head.weight" not in tensors
-    said = config.get("tie_word_embeddings")
     if said is not None and bool(said) is not tied:
         holds = "no head of its own" if tied else "a head of its own"
-        raise SourceCorruptError(f"{where} says tie_word_embeddings {said}, the weights hold {holds}")
+        raise SourceCorruptError(f"{where} means tie_word_embeddings {said}, the weights hold {holds}")
     return tied

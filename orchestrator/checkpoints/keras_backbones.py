@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from orchestrator.base.errors import ArchitectureError, SourceCorruptError, abbreviated
+from orchestrator.checkpoints import keras_configs as configs
 from orchestrator.checkpoints.kernels import Kind
 
 
@@ -82,6 +83,8 @@ class Backbone:
     """Name of a decoder layer in the model, without its number."""
     read: frozenset[str] = field(default_factory=frozenset)
     """Fields that `config` reads, or that must be at a value that it checks, besides those that all have."""
+    tied: bool | None = None
+    """Whether the head is the embedding; None: the config or the weights tell."""
     context: Callable[[Mapping[str, Any]], int] = lambda fields: 8192
     """Longest context of the family's models, which KerasHub does not record."""
 
@@ -97,8 +100,11 @@ class Backbone:
         layer, (name, kind) = int(found[1] or 0), self.layer[found[2]]
         return Rule(f"model.layers.{layer}.{name}", kind, layer)
 
-    def hugging_face_config(self, fields: Mapping[str, Any], *, tied: bool, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Return config.json of the same model, and warnings. Raises SourceCorruptError, ArchitectureError."""
+    def hugging_face_config(self, fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return config.json of the same model without tie_word_embeddings, and warnings.
+
+        Raises SourceCorruptError, ArchitectureError.
+        """
         unknown = sorted(fields.keys() - _FIELDS.keys() - self.read - _PASSED_OVER)
         if unknown:
             raise ArchitectureError(
@@ -107,18 +113,14 @@ class Backbone:
             )
         for name in _FIELDS:
             value = fields.get(name)
-            if type(value) is not int or not 0 < value < 2**40:
+            if type(value) is not int or not 0 < value < (2**16 if name == "num_layers" else 2**40):
                 raise SourceCorruptError(f"{where}: {name} is {abbreviated(repr(value), 40)}, not a positive number")
         try:
             made = {key: fields[name] for name, key in _FIELDS.items()} | self.config(fields)
-        except (TypeError, KeyError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
             raise SourceCorruptError(f"{where} lacks a field or holds one of another type: {error}") from None
         longest = self.context(fields)
-        made |= {
-            "rms_norm_eps": fields.get("layer_norm_epsilon", 1e-6),
-            "max_position_embeddings": longest,
-            "tie_word_embeddings": tied,
-        }
+        made |= {"rms_norm_eps": fields.get("layer_norm_epsilon", 1e-6), "max_position_embeddings": longest}
         warning = f"KerasHub does not record the longest context: {longest} tokens are assumed, as in the family's first models"
         return made, (warning,) if fields.get("query_head_dim_normalize", True) else (warning, _QUERY_SCALE)
 
@@ -142,142 +144,6 @@ _QUERY_SCALE = (
 )
 
 
-def _llama(fields: Mapping[str, Any]) -> dict[str, Any]:
-    factor, linear = fields.get("rope_frequency_adjustment_factor"), fields.get("rope_position_scaling_factor", 1.0)
-    scaling: dict[str, Any] | None = None
-    if factor is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": fields["rope_low_freq_factor"],
-            "high_freq_factor": fields["rope_high_freq_factor"],
-            "original_max_position_embeddings": fields["rope_pretraining_sequence_length"],
-        }
-        if linear != 1.0:
-            raise ArchitectureError("rope_position_scaling_factor beside rope_frequency_adjustment_factor is not supported")
-    elif linear != 1.0:
-        scaling = _linear(linear)
-    return {
-        **_named("LlamaForCausalLM", "llama"),
-        "hidden_act": "silu",
-        "rope_theta": float(fields["rope_max_wavelength"]),
-        "rope_scaling": scaling,
-    }
-
-
-def _llama_context(fields: Mapping[str, Any]) -> int:
-    if fields.get("rope_frequency_adjustment_factor"):
-        return 131072
-    return 8192 if float(fields["rope_max_wavelength"]) == 500000.0 else 4096
-
-
-def _mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_named("MistralForCausalLM", "mistral"),
-        "hidden_act": "silu",
-        **_rotary(fields),
-        **({"head_dim": fields["head_dim"]} if fields.get("head_dim") else {}),
-        "sliding_window": fields.get("sliding_window"),
-    }
-
-
-def _qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """KerasHub has the window in every layer."""
-    window = bool(fields.get("use_sliding_window_attention"))
-    return {
-        **_named("Qwen2ForCausalLM", "qwen2"),
-        "hidden_act": "silu",
-        **_rotary(fields),
-        **_window(fields.get("sliding_window_size") if window else None),
-    }
-
-
-def _qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_named("Qwen3ForCausalLM", "qwen3"),
-        "hidden_act": "silu",
-        **_rotary(fields),
-        "head_dim": fields["head_dim"] or fields["hidden_dim"] // fields["num_query_heads"],
-        **_window(fields.get("sliding_window_size") or None),
-    }
-
-
-def _window(size: int | None) -> dict[str, Any]:
-    return {} if size is None else {"use_sliding_window": True, "sliding_window": size, "max_window_layers": 0}
-
-
-def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Gemma 1. `intermediate_dim` counts gate and up."""
-    if not fields.get("query_head_dim_normalize", True):
-        raise ArchitectureError("query_head_dim_normalize: false is not known of Gemma 1")
-    return {
-        **_named("GemmaForCausalLM", "gemma"),
-        "hidden_act": "gelu_pytorch_tanh",
-        "head_dim": fields["head_dim"],
-        "intermediate_size": fields["intermediate_dim"] // 2,
-        "rope_theta": 10000.0,
-    }
-
-
-def _gemma2(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_named("Gemma2ForCausalLM", "gemma2"),
-        "intermediate_size": fields["intermediate_dim"] // 2,
-        "rope_theta": 10000.0,
-        **_later_gemma(fields, lambda layer: layer % 2 == 0),
-        "attn_logit_softcapping": fields["attention_logit_soft_cap"],
-    }
-
-
-def _gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("vision_encoder", "is_embedding_model", "use_bidirectional_attention", "attention_logit_soft_cap"):
-        if fields.get(name):
-            raise ArchitectureError(f"a Gemma 3 with {name} is not read", "Text models without it are.")
-    for name in ("use_query_key_norm", "use_post_ffw_norm", "use_post_attention_norm"):
-        if not fields.get(name):
-            raise ArchitectureError(f"a Gemma 3 without {name} is not known")
-    scales = {name: fields.get(f"{name}_rope_scaling_factor", 1.0) for name in ("global", "local")}
-    if scales["local"] != 1.0:
-        raise ArchitectureError(f"local_rope_scaling_factor {scales['local']} is not known of Gemma 3")
-    full = {"rope_type": "default"} if scales["global"] == 1.0 else _linear(scales["global"])
-    return {
-        **_named("Gemma3ForCausalLM", "gemma3_text"),
-        **_later_gemma(fields, lambda layer: layer % 6 < 5),
-        "rope_parameters": {
-            "full_attention": {**full, "rope_theta": 1_000_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    }
-
-
-def _later_gemma(fields: Mapping[str, Any], has_window: Callable[[int], bool]) -> dict[str, Any]:
-    """Return keys of Gemma 2 and 3. The scale of queries is 1/sqrt(head_dim), or 1/sqrt(hidden_dim / heads)."""
-    per_head = fields["query_head_dim_normalize"]
-    window = fields["use_sliding_window_attention"]
-    kinds = ["sliding_attention" if window and has_window(layer) else "full_attention" for layer in range(fields["num_layers"])]
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "head_dim": fields["head_dim"],
-        "query_pre_attn_scalar": fields["head_dim"] if per_head else fields["hidden_dim"] // fields["num_query_heads"],
-        "final_logit_softcapping": fields["final_logit_soft_cap"],
-        "sliding_window": fields["sliding_window_size"],
-        "layer_types": kinds,
-    }
-
-
-def _named(architecture: str, model_type: str) -> dict[str, Any]:
-    return {"architectures": [architecture], "model_type": model_type}
-
-
-def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    factor = fields.get("rope_scaling_factor", 1.0)
-    return {"rope_theta": float(fields["rope_max_wavelength"]), "rope_scaling": None if factor == 1.0 else _linear(factor)}
-
-
-def _linear(factor: float) -> dict[str, Any]:
-    return {"rope_type": "linear", "factor": float(factor)}
-
-
 _ROPE = frozenset({"rope_max_wavelength", "rope_scaling_factor"})
 _LLAMA_FIELDS = frozenset({
     "rope_max_wavelength", "rope_position_scaling_factor", "rope_frequency_adjustment_factor", "rope_low_freq_factor",
@@ -291,9 +157,15 @@ _GEMMA3_FIELDS = _GEMMA_FIELDS | {
     "image_size", "use_query_key_norm", "local_rope_scaling_factor", "global_rope_scaling_factor", "vision_encoder",
     "use_bidirectional_attention", "is_embedding_model", "pooling_intermediate_dim", "embedding_dim",
 }  # fmt: skip
-_LLAMA = Backbone("llama_transformer_decoder", "llama_layer_norm", _LAYER, _llama, read=_LLAMA_FIELDS, context=_llama_context)
-_GEMMA = Backbone("gemma_decoder_block", "rms_normalization", _GEMMA1_LAYER, _gemma, "decoder_block", _GEMMA_FIELDS)
-_GEMMA2 = Backbone("gemma_decoder_block", "rms_normalization", _GEMMA_LAYER, _gemma2, "decoder_block", _GEMMA_FIELDS)
+_LLAMA = Backbone(
+    "llama_transformer_decoder", "llama_layer_norm", _LAYER, configs.llama, read=_LLAMA_FIELDS, context=configs.llama_context
+)
+_GEMMA = Backbone(
+    "gemma_decoder_block", "rms_normalization", _GEMMA1_LAYER, configs.gemma, "decoder_block", _GEMMA_FIELDS, tied=True
+)
+_GEMMA2 = Backbone(
+    "gemma_decoder_block", "rms_normalization", _GEMMA_LAYER, configs.gemma2, "decoder_block", _GEMMA_FIELDS, tied=True
+)
 _BACKBONES: dict[str, Backbone] = {
     "LlamaBackbone": _LLAMA,
     "Llama3Backbone": _LLAMA,
@@ -301,15 +173,16 @@ _BACKBONES: dict[str, Backbone] = {
         "mistral_transformer_decoder",
         "mistral_layer_normalization",
         _LAYER,
-        _mistral,
+        configs.mistral,
         read=_ROPE | {"sliding_window", "head_dim"},
+        tied=False,
         context=lambda fields: 32768,
     ),
     "QwenBackbone": Backbone(
         "qwen_transformer_decoder",
         "qwen_layer_norm",
         {**_LAYER, **_BIASES},
-        _qwen2,
+        configs.qwen2,
         read=_ROPE | {"use_sliding_window_attention", "sliding_window_size"},
         context=lambda fields: 32768,
     ),
@@ -317,7 +190,7 @@ _BACKBONES: dict[str, Backbone] = {
         "qwen3_transformer_decoder",
         "qwen3_layer_norm",
         {**_LAYER, **_HEAD_NORMS},
-        _qwen3,
+        configs.qwen3,
         read=_ROPE | {"head_dim", "sliding_window_size"},
         context=lambda fields: 32768,
     ),
@@ -326,9 +199,10 @@ _BACKBONES: dict[str, Backbone] = {
         "gemma3_decoder_block",
         "rms_normalization",
         _GEMMA_LAYER,
-        _gemma3,
+        configs.gemma3,
         "decoder_block",
         _GEMMA3_FIELDS,
+        tied=True,
         context=lambda fields: 32768 if fields["num_layers"] == 26 else 131072,
     ),
 }

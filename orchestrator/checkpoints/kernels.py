@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from orchestrator.base.dtypes import num_bytes
 from orchestrator.base.errors import SourceCorruptError
@@ -50,6 +53,25 @@ def kernel(name: str, kind: Kind, dtype: str, shape: tuple[int, ...], file: int,
         case Kind.INTO_LAST:
             pieces = (Piece(file, offset, (math.prod(shape[:-1]), shape[-1])),)
     return assembled(name, dtype, Assembly(pieces, transposed=True))
+
+
+def check_heads(name: str, kind: Kind, shape: tuple[int, ...], config: Mapping[str, Any], where: str) -> None:
+    """Compare the heads of an attention kernel with a config of Hugging Face's. Raises SourceCorruptError.
+
+    A weight of other heads can have the same rows and columns.
+    """
+    found = re.search(r"self_attn\.([qkvo])_proj\.weight$", name)
+    if found is None or len(shape) != 3:
+        return
+    stored = {Kind.HEADS: (shape[0], shape[2]), Kind.OUT_OF_FIRST: shape[1:], Kind.INTO_LAST: shape[:2]}.get(kind)
+    heads = config["num_attention_heads"]
+    count = heads if found[1] in "qo" else config.get("num_key_value_heads") or heads
+    expected = (count, config.get("head_dim") or config["hidden_size"] // heads)
+    if stored is not None and stored != expected:
+        raise SourceCorruptError(
+            f"{where} has {stored[0]} heads of {stored[1]}, the config says {expected[0]} of {expected[1]}",
+            "The config and the weights belong to different models.",
+        )
 
 
 def with_rows(tensor: TensorInfo, rows: int) -> TensorInfo:

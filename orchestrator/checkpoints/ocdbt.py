@@ -37,8 +37,8 @@ def read_keys(folder: SourceFolder, root: str) -> dict[str, Value]:
     """Return every key of the database in the subfolder `root` ("" or "name/"). Raises SourceCorruptError, SourceMissingError."""
     names = set(folder.names())
     manifest = _dump({MANIFEST: folder.read(root + MANIFEST)}, None, f"{folder.url}/{root}{MANIFEST}")
-    versions = manifest.get("versions") or [{}]
-    location = versions[-1].get("root", {}).get("location")
+    latest: dict[str, Any] = max(manifest["versions"], key=lambda version: version["generation_number"], default={})
+    location = latest.get("root", {}).get("location")
     if location is None:
         raise SourceCorruptError(f"{folder.url}/{root}{MANIFEST} names no tree: nothing was saved", _ADVICE)
     return dict(_walk(folder, root, location, "", names, _MOST_DEPTH))

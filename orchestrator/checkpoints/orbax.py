@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from orchestrator.base.errors import SourceCorruptError, SourceMissingError, SpecError, abbreviated
 from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.huggingface import read_config
-from orchestrator.checkpoints.kernels import kernel, with_rows
+from orchestrator.checkpoints.kernels import check_heads, kernel, with_rows
 from orchestrator.checkpoints.ocdbt import MANIFEST, Value, read_keys
 from orchestrator.checkpoints.orbax_trees import Part, Tree, tree_of
 from orchestrator.checkpoints.zarr import METADATA, read_array
-from orchestrator.model.checkpoint import Assembly, CheckpointIndex, ChunkedArray, Piece, TensorInfo
+from orchestrator.model.checkpoint import Assembly, CheckpointIndex, ChunkedArray, Piece, SourceFile, TensorInfo
 from orchestrator.stores.source import ByteSource, SourceFolder
 
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _STATE = "it is no parameter of the model, but of its training"
 
 
@@ -43,7 +44,7 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     config = _config(folder, names)
     arrays = _arrays(folder, root, names)
     tree = tree_of(config, arrays.keys(), folder.url)
-    files: dict[str, int] = {}
+    files: dict[str, SourceFile] = {}
     tensors: dict[str, TensorInfo] = {}
     left_out: dict[str, str] = {}
     for name, values in sorted(arrays.items()):
@@ -57,9 +58,7 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
             if made.name in tensors:
                 raise SourceCorruptError(f"{folder.url}: two arrays hold {made.name}")
             tensors[made.name] = made
-    found = tuple(folder.source_file(name) for name in files)
-    config = {**config, "tie_word_embeddings": "lm_head.weight" not in tensors}
-    return CheckpointIndex("orbax", found, tensors, config, tree.warnings, left_out)
+    return CheckpointIndex("orbax", tuple(files.values()), tensors, config, tree.warnings, left_out)
 
 
 def read_rows(source: ByteSource, tensor: TensorInfo, begin: int, end: int, out: memoryview) -> None:
@@ -83,6 +82,8 @@ def _root(folder: SourceFolder, names: list[str]) -> str:
     if len(roots) > 1:
         shown = ", ".join(abbreviated(place, 60) for place in roots[:5])
         raise SpecError(f"{folder.url} holds {len(roots)} checkpoints: {shown}", "Give the folder of one step.")
+    if _UNFINISHED in f"{folder.url}/{roots[0]}":
+        raise SourceMissingError(f"{folder.url}/{roots[0]} is a checkpoint that was not finished", "Give one that was.")
     return f"{roots[0]}/" if roots[0] else ""
 
 
@@ -140,25 +141,27 @@ def _bytes(folder: SourceFolder, value: Value, begin: int, end: int | None) -> b
     return folder.read(value.file, value.offset + begin, value.offset + (value.num_bytes if end is None else end))
 
 
-def _read(folder: SourceFolder, name: str, keys: _Keys, files: dict[str, int]) -> ChunkedArray:
+def _read(folder: SourceFolder, name: str, keys: _Keys, files: dict[str, SourceFile]) -> ChunkedArray:
     """Return an array; `files` gets the files that hold its chunks."""
     for key, value in keys.values.items():
         if key not in METADATA:
-            number = files.setdefault(value.file, len(files))
-            assert number < len(files)
-            if value.offset + value.num_bytes > folder.source_file(value.file).num_bytes:
+            if value.file not in files:
+                files[value.file] = folder.source_file(value.file)
+            if value.offset + value.num_bytes > files[value.file].num_bytes:
                 raise SourceCorruptError(
                     f"{folder.url}/{value.file} is truncated: {name}/{key} ends at byte {value.offset + value.num_bytes}",
                     "Copy the checkpoint again.",
                 )
+    numbers = {file: number for number, file in enumerate(files)}
     return read_array(
-        f"{folder.url}: {name}", keys.metadata, keys.values, files, lambda value, begin, end: _bytes(folder, value, begin, end)
+        f"{folder.url}: {name}", keys.metadata, keys.values, numbers, lambda value, begin, end: _bytes(folder, value, begin, end)
     )
 
 
 def _tensor(part: Part, array: ChunkedArray, tree: Tree, where: str) -> TensorInfo:
     """Return a part of an array as Hugging Face's tensor. Raises SourceCorruptError."""
     array = replace(array, fixed=part.fixed)
+    check_heads(part.name, part.kind, array.part_shape, tree.config, where)
     made = kernel(part.name, part.kind, array.dtype, array.part_shape, 0, 0, where)
     made = with_rows(made, tree.most_rows(part.name))
     if part.paired_rows or (part.factor, part.divisor, part.add) != (1.0, 1.0, 0.0):

@@ -206,6 +206,35 @@ def test_keras_configs_that_cannot_be_are_refused(
     refused(preset, error, words)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {"num_query_heads": 8, "num_key_value_heads": 4}, "has 2 heads of 4, the config says 4 of 2"),
+        ("mistral", {"num_key_value_heads": 4}, "has 2 heads of 8, the config says 4 of 8"),
+        ("gemma2", {"head_dim": 4}, "has 2 heads of 8, the config says 2 of 4"),
+        ("gemma2", {"num_layers": 10**9}, "num_layers is 1000000000"),
+        ("llama", {"rope_max_wavelength": "long"}, "of another type"),
+    ],
+)
+def test_keras_config_of_other_sizes_than_the_weights_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], words: str
+) -> None:
+    preset = unpack(family, tmp_path / "preset")
+    change(preset / "config.json", lambda plain: plain["config"].update(changes))
+    refused(preset, SourceCorruptError, words)
+
+
+def test_keras_head_that_may_be_missing_is_refused_or_warned_of(tmp_path: Path) -> None:
+    for family in ("mistral", "llama"):
+        preset = unpack(family, tmp_path / family)
+        with h5py.File(preset / SINGLE, "r+") as file:
+            del file["layers/reversible_embedding/vars/1"]
+        (preset / "metadata.json").unlink()
+    refused(tmp_path / "mistral", SourceCorruptError, "the weights hold no head of its own")
+    index = keras.read_index(LocalFolder(tmp_path / "llama"))
+    assert any("it is not known whether it is missing" in warning for warning in index.warnings)
+
+
 def test_keras_backbone_that_is_not_read_is_named(tmp_path: Path) -> None:
     preset = unpack("llama", tmp_path / "preset")
     change(preset / "config.json", lambda plain: plain.update(class_name="BertBackbone"))

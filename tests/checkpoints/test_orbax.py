@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from orchestrator.base.errors import (
     SourceMissingError,
     SpecError,
     ToolError,
+    WeightMapError,
 )
 from orchestrator.base.extras import EXTRAS
 from orchestrator.checkpoints import FORMATS, orbax, read_source, staging
@@ -191,6 +193,13 @@ def edit(folder: Path, **changes: Any) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], object], type[OrchestratorError], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), SourceMissingError, "does not record the model's config"),
     "other layers": (lambda folder: edit(folder, num_hidden_layers=5), SourceCorruptError, "no axis has the 5 layers"),
+    "other heads": (
+        lambda folder: edit(folder, num_attention_heads=8, num_key_value_heads=4), SourceCorruptError,
+        "has 2 heads of 4, the config says 4 of 4",
+    ),
+    "unfinished": (
+        lambda folder: (folder / "run").rename(folder / "run.orbax-checkpoint-tmp"), SourceMissingError, "was not finished",
+    ),
     "other family": (lambda folder: edit(folder, architectures=["BertModel"]), ArchitectureError, "BertModel is not read"),
     "two steps": (lambda folder: unpack("gemma", folder / "other"), SpecError, "holds 2 checkpoints: other/items, run/7/items"),
 }  # fmt: skip
@@ -201,6 +210,14 @@ def test_orbax_folders_that_cannot_be_read_are_refused(tmp_path: Path, change: s
     make, error, words = FOLDERS[change]
     make(unpack("llama", tmp_path))
     refused(tmp_path, error, words)
+
+
+def test_orbax_head_that_is_missing_is_not_taken_for_tied(tmp_path: Path) -> None:
+    folder = unpack("llama-folders", tmp_path / "source")
+    (array,) = folder.rglob("*logits_dense*")
+    shutil.rmtree(array)
+    with pytest.raises(WeightMapError, match=r"lm_head\.weight"):
+        DecoderModelForCausalLM.from_jax(folder)
 
 
 def test_orbax_without_its_extra_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

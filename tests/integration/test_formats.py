@@ -35,6 +35,7 @@ from orchestrator.stores.file import FileStore
 from orchestrator.work.convert import cutting, strips
 from orchestrator.work.scales import SCALES
 from tests.integration.steps import run_steps
+from tests.support import keras_presets, orbax_checkpoints
 from tests.support.keras import write_preset
 from tests.support.meta import write_bin, write_meta
 from tests.support.orbax_checkpoints import unpack
@@ -50,7 +51,7 @@ CONFIG = model_config(
 ARRAYS = random_arrays(CONFIG)
 
 
-def converted(source: Path, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any) -> dict[str, str]:
+def converted(source: Path | str, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any) -> dict[str, str]:
     """sha256 by file name of what conversion writes."""
     made = preparation.plan(build_spec(source, topology=dict(topology), dtype=dtype, **sections))
     outcomes = run_steps(made, store.as_uri(), (Kind.CONVERT,))
@@ -146,6 +147,16 @@ def test_verification_of_orbax_checkpoints_agrees_with_transformers(tmp_path: Pa
     assert outcomes["verify/stage0"].facts.verification.max_relative_error < 1e-3
 
 
+@pytest.mark.parametrize("unpacked", [orbax_checkpoints.unpack, keras_presets.unpack], ids=["orbax", "keras"])
+def test_convert_of_a_remote_checkpoint_equals_that_of_the_folder(
+    tmp_path: Path, upload: Callable[[Path], str], unpacked: Callable[[str, Path], Path]
+) -> None:
+    source = unpacked("llama", tmp_path / "source")
+    for number, topology in enumerate(({"tp": 2, "pp": 2}, {})):
+        expected = converted(source, tmp_path / f"local{number}", topology)
+        assert converted(upload(source), tmp_path / f"remote{number}", topology) == expected
+
+
 def test_plan_of_stacked_layers_says_what_several_tasks_read_again(tmp_path: Path) -> None:
     source = unpack("llama", tmp_path)
     assert not any("reads them whole" in note for note in preparation.plan(build_spec(source)).notes)
@@ -212,8 +223,9 @@ def upload() -> Iterator[Callable[[Path], str]]:
     files = fsspec.filesystem("memory")
 
     def put(folder: Path) -> str:
-        for path in folder.iterdir():
-            files.pipe_file(f"/formats/{folder.name}/{path.name}", path.read_bytes())
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files.pipe_file(f"/formats/{folder.name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
         return f"memory://formats/{folder.name}"
 
     yield put
