@@ -51,7 +51,9 @@ CONFIG = model_config(
 ARRAYS = random_arrays(CONFIG)
 
 
-def converted(source: Path | str, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any) -> dict[str, str]:
+def converted(
+    source: Path | str, store: Path, topology: Mapping[str, Any], dtype: str = "bfloat16", **sections: Any
+) -> dict[str, str]:
     """sha256 by file name of what conversion writes."""
     made = preparation.plan(build_spec(source, topology=dict(topology), dtype=dtype, **sections))
     outcomes = run_steps(made, store.as_uri(), (Kind.CONVERT,))
