@@ -319,6 +319,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         **_window_keys(config, table),
         **({} if table.rotary.layers is None else {table.rotary.layers: [int(config.has_rotary(layer)) for layer in layers]}),
         **_temperature_keys(config, table),
+        **({} if table.embedding_switch is None else {table.embedding_switch: config.embedding_multiplier != 1.0}),
         **(global_head_keys(config.model_dump()) if table.global_heads else {}),
         **_expert_keys(config, table),
         **_latent_keys(config, table),
@@ -404,7 +405,7 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
         experts.count: moe.num_experts,
         experts.chosen: moe.top_k,
         experts.size: config.expert_size,
-        **layer_keys(moe.layers or (True,) * config.num_hidden_layers, experts.layers),
+        **layer_keys(moe.layers or (True,) * config.num_hidden_layers, experts),
     }
     if experts.switch:
         made[experts.switch] = True

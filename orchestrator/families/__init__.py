@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.base.errors import ArchitectureError
+from orchestrator.families.afmoe import AFMOE
 from orchestrator.families.apertus import APERTUS
 from orchestrator.families.arcee import ARCEE
 from orchestrator.families.cohere import COHERE, COHERE2
@@ -99,6 +100,7 @@ FAMILIES: dict[str, Family] = {
         GRANITE_MOE_SHARED,
         GEMMA4,
         VAULTGEMMA,
+        AFMOE,
     )
 }
 

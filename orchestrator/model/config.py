@@ -92,6 +92,8 @@ class ModelConfig(BaseModel):
     attn_bias: bool = False
     """Whether queries, keys and values have biases."""
     attn_dense_bias: bool = False
+    attention_gate: bool = Field(False, exclude_if=_is_unset)
+    """Whether the sigmoid of a projection of the layer's input multiplies what attention returns, before the output projection."""
     attention_sinks: bool = Field(False, exclude_if=_is_unset)
     """Whether each head has a sink: a learned score that takes part in its softmax and has no value (gpt-oss)."""
     kv_lora_rank: int = Field(0, ge=0, exclude_if=_is_unset)
@@ -334,6 +336,7 @@ def _translate(keys: Keys) -> dict[str, Any]:
         **_rotary(keys, head_size, latent),
         **windows(keys, layers),
         **global_heads(keys, heads, kv_heads, head_size),
+        **_embedding_multiplier(keys),
         **experts(keys, layers),
         **{field: _derived(keys, *derived) for field, derived in keys.table.derived.items()},
     }
@@ -351,6 +354,12 @@ def _rotary(keys: Keys, head_size: int, latent: LatentSizes | None) -> dict[str,
         found = rotary(keys, latent.rope)
     scale = softmax_scale(found["rotary_scaling"], head_size) if keys.table.rotary.scales_softmax else None
     return {**found, **latent.fields(), "rotary_embedding_dim": latent.rope, "attention_scale": scale}
+
+
+def _embedding_multiplier(keys: Keys) -> dict[str, float]:
+    switch = keys.table.embedding_switch
+    is_on = switch is not None and keys.get(switch) is not None and keys.flag(switch)
+    return {"embedding_multiplier": keys.count("hidden_size") ** 0.5} if is_on else {}
 
 
 def _quotient(keys: Keys, heads: int) -> int:

@@ -152,7 +152,8 @@ def _sparse_step(keys: Keys, num_layers: int) -> tuple[bool, ...]:
 
 def _after_first(keys: Keys, num_layers: int) -> tuple[bool, ...]:
     """Return the layers of DeepSeek's rule: all but the first ones."""
-    first = keys.count("first_k_dense_replace", least=0)
+    assert keys.table.experts is not None
+    first = keys.count(keys.table.experts.first, least=0)
     return tuple(layer >= first for layer in range(num_layers))
 
 
@@ -199,14 +200,14 @@ EXPERT_LAYERS: dict[str, Callable[[Keys, int], tuple[bool, ...]]] = {
 """Rules by which families say which layers have experts."""
 
 
-def layer_keys(layers: tuple[bool, ...], rule: str) -> dict[str, Any]:
-    """Return the keys of config.json by which `rule` finds these layers, as far as it can."""
+def layer_keys(layers: tuple[bool, ...], table: ExpertTable) -> dict[str, Any]:
+    """Return the keys of config.json by which the family's rule finds these layers, as far as it can."""
     first = layers.index(True) if True in layers else len(layers)
-    match rule:
+    match table.layers:
         case "sparse_step":
             return {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, has in enumerate(layers) if not has]}
         case "after_first":
-            return {"first_k_dense_replace": first}
+            return {table.first: first}
         case "listed":
             return {"mlp_layer_types": ["sparse" if has else "dense" for has in layers]}
         case "between":

@@ -92,6 +92,8 @@ class ExpertTable:
     """Key of the intermediate size of the shared expert; None: there is none."""
     shared_count: str | None = None
     """Key of the number of shared experts of an expert's size, in place of shared_size."""
+    first: str = "first_k_dense_replace"
+    """Key of the number of first layers without experts, for the rules that read it."""
     layers: str = "all"
     """Rule for the layers with experts, a name in config_experts.EXPERT_LAYERS."""
     groups: tuple[str, str] | None = None
@@ -112,6 +114,8 @@ class ConfigTable:
     """Values of `model_type` for which transformers picks this family's classes; empty: not checked."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Every key that the family reads -> default of its config class."""
+    embedding_switch: str | None = None
+    """Key that decides whether the embedding is multiplied by the root of hidden_size."""
     global_heads: bool = False
     """Whether layers without a window have heads of their own: global_head_dim, num_global_key_value_heads, attention_k_eq_v."""
     last_is_full: bool = False

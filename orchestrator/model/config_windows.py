@@ -64,6 +64,12 @@ def _but_sixth(_keys: Keys, layers: int, _window: int | None) -> list[bool]:
     return [(layer + 1) % 6 != 0 for layer in range(layers)]
 
 
+def _but_every_nth(keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """AFMoE: all layers but every global_attn_every_n_layers-th have the window."""
+    step = keys.count("global_attn_every_n_layers")
+    return [(layer + 1) % step != 0 for layer in range(layers)]
+
+
 def _with_rotary(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     """Llama 4: the layers with rotary embedding have the window."""
     return list(rotated_layers(keys, layers))
@@ -77,6 +83,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "every_other": _every_other,
     "pattern": _pattern,
     "but_fourth": _but_fourth,
+    "but_every_nth": _but_every_nth,
     "but_sixth": _but_sixth,
     "but_first_of_four": _but_first_of_four,
     "without_rotary": _without_rotary,

@@ -26,6 +26,7 @@ LINEARS = (
     "attention.qkv",
     "attention.fused_a",
     "attention.q_b_proj",
+    "attention.gate",
     "attention.dense",
     "mlp.fc",
     "mlp.gate",

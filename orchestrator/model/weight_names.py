@@ -78,6 +78,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[str]:
         yield from (f"{prefix}.{name}.weight" for name in ("q_b_proj", "k_b_proj", "v_b_proj"))
     else:
         yield from _linear(f"{prefix}.qkv", config.attn_bias)
+    if config.attention_gate:
+        yield f"{prefix}.gate.weight"
     yield from _linear(f"{prefix}.dense", config.attn_dense_bias)
 
 

@@ -85,14 +85,20 @@ def attention(graph: GraphWriter, shape: RankShape, x: str, inputs: LayerInputs)
         context = graph.node("Attention", [queries, keys, values, mask], f"{prefix}.context", scale=factor)
     else:
         context = _capped(graph, shape, (queries, keys, values), mask, factor, prefix)
-    return merged(graph, shape, context, prefix)
+    gate = linear(graph, shape, x, f"{prefix}.gate", (heads * head, config.hidden_size)) if config.attention_gate else None
+    return merged(graph, shape, context, prefix, gate)
 
 
-def merged(graph: GraphWriter, shape: RankShape, context: str, prefix: str) -> str:
-    """Add the output of attention: merge the heads of `context` [batch, heads, tokens, size], project, sum over the ranks."""
+def merged(graph: GraphWriter, shape: RankShape, context: str, prefix: str, gate: str | None = None) -> str:
+    """Add the output of attention: merge the heads of `context` [batch, heads, tokens, size], project, sum over the ranks.
+
+    `gate` [batch, tokens, heads x size]: its sigmoid multiplies the merged heads.
+    """
     config, width = shape.config, shape.num_heads * shape.config.value_size
     tokens = graph.node("Transpose", [context], f"{prefix}.context_t", perm=[0, 2, 1, 3])
     flat = graph.node("Reshape", [tokens, graph.constant(f"shape_merged_{width}", [0, 0, width])], f"{prefix}.merged")
+    if gate is not None:
+        flat = graph.node("Mul", [flat, graph.node("Sigmoid", [gate], f"{gate}.sigmoid")], f"{prefix}.gated")
     return row_linear(graph, shape, flat, f"{prefix}.dense", (config.hidden_size, width), bias=config.attn_dense_bias)
 
 

@@ -191,6 +191,11 @@ TINY: dict[str, TinyFamily] = {
         "GraniteMoeSharedConfig",
         {**GRANITE, "num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 48},
     ),
+    "afmoe": TinyFamily(
+        "AfmoeForCausalLM",
+        "AfmoeConfig",
+        {**MOE, "num_hidden_layers": 5, "sliding_window": 5, "num_experts": 8, "route_scale": 2.5, "mup_enabled": True},
+    ),
     "helium": TinyFamily("HeliumForCausalLM", "HeliumConfig"),
     "cwm": TinyFamily(
         "CwmForCausalLM",

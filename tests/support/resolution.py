@@ -178,7 +178,8 @@ def _run(model: Any) -> tuple[list[dict[str, Any]], Any]:
 
         return rotate
 
-    def recorded(layer: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def recorded(layer: Any, query: Any, key: Any, value: Any, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.pop("attention_mask", mask)
         scaling = kwargs.get("scaling")
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         calls.append({"mask": mask, "scaling": scaling, "softcap": kwargs.get("softcap"), "kv_heads": key.shape[1]})
@@ -283,11 +284,12 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
     if not hasattr(block, "experts"):
         return None, None, (1, 1)
     gate = block.gate if hasattr(block, "gate") else block.router
-    bias = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
-    linear = next((getattr(gate, name) for name in ("wg", "proj") if hasattr(gate, name)), gate)
+    bias = [getattr(block, name) for name in ("e_score_correction_bias", "expert_bias") if hasattr(block, name)]
+    linear = next((getattr(gate, name) for name in ("wg", "proj", "gate") if hasattr(gate, name)), gate)
     if hasattr(gate, "per_expert_scale"):
         gate.per_expert_scale.fill_(1.0)
-    found = gate(torch.randn(5, linear.weight.shape[1]), *bias)
+    inputs = torch.randn(5, linear.weight.shape[1])
+    found = gate(inputs[None] if hasattr(gate, "route_scale") else inputs, *bias)
     sums = (found[0] if len(found) == 2 else found[1]).sum(-1)  # Llama 4's gives the weights of all experts first
     size = getattr(block.experts, "intermediate_size", block.experts.down_proj.shape[-1])
     names = ("shared_expert", "shared_experts", "shared_mlp")

@@ -274,5 +274,10 @@ WRONG_RULES = [
     WrongRule("gemma4 one rotary base", hub_config("gemma-4-26b-a4b-text"), _set(rotary_base=10000.0)),
     WrongRule("gemma4 one expert fewer", hub_config("gemma-4-26b-a4b-text"), _moe(top_k=2)),
     WrongRule("gemma4 cap on logits missed", hub_config("gemma-4-31b-text"), _set(final_logit_softcapping=None)),
+    WrongRule("afmoe attention without its gate", hub_config("trinity-mini"), _set(attention_gate=False)),
+    WrongRule("afmoe rotary embedding everywhere", hub_config("trinity-mini"), _set(rotary_layers=None)),
+    WrongRule("afmoe layers turned round", hub_config("trinity-mini"), _other_layers),
+    WrongRule("afmoe embedding not multiplied", hub_config("trinity-mini"), _set(embedding_multiplier=1.0)),
+    WrongRule("afmoe factor of the weights missed", hub_config("trinity-mini"), _moe(routed_scale=1.0)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

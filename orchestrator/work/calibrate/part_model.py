@@ -159,8 +159,9 @@ def _part_config(whole: Any, first: int, count: int, *, embeds: bool) -> Any:
 
 def _shift_experts(config: Any, first: int, layers: int) -> None:
     """Let layer numbers that say which layers have experts count from layer `first`, in place."""
-    if getattr(config, "first_k_dense_replace", None) is not None:
-        config.first_k_dense_replace = max(config.first_k_dense_replace - first, 0)
+    for name in ("first_k_dense_replace", "num_dense_layers"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, max(getattr(config, name) - first, 0))
     if getattr(config, "decoder_sparse_step", None) is not None:
         dense = [layer for layer in range(layers) if (layer + 1) % config.decoder_sparse_step or layer in config.mlp_only_layers]
         config.decoder_sparse_step, config.mlp_only_layers = 1, [layer - first for layer in dense if layer >= first]

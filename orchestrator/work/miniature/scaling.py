@@ -31,7 +31,7 @@ LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
 """Keys of lists of layer numbers."""
 STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
 """Keys of the distance between layers with experts."""
-FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 """Keys that count first layers without experts."""
 _FIRST_WINDOW, _WINDOW_STEP = 8, 5
 _TRAINED = 32

@@ -28,6 +28,8 @@ from orchestrator.work.reference.frame import Calls, Floats, Frame
 from orchestrator.work.reference.layers import Experts, Layer, LayerNames, SourceLayers
 
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
+_CACHES = ("past_key_values", "past_key_value")
+"""Arguments of a layer that are the cache."""
 _HEAD_BLOCK_BYTES = 256 * 2**20
 """Float32 bytes of the head's rows that are multiplied at once."""
 Arguments = list[list[list[dict[str, Any]]]]
@@ -193,8 +195,7 @@ class StreamedModel:
             cache = transformers.DynamicCache(config=self._config)
             for call, of_layers in enumerate(of_calls):
                 given = _on(self._device, of_layers[layer.number])
-                if given.get("past_key_values") is not None:
-                    given = {**given, "past_key_values": cache}
+                given = {**given, **{name: cache for name in _CACHES if given.get(name) is not None}}
                 hidden[call] = layer.module(hidden[call].to(self._device), **given).cpu()
 
     def _finish(
