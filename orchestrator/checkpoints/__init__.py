@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from orchestrator.base.errors import LfsPointerError, SourceMissingError, SpecError
@@ -67,11 +68,7 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
 
     Raises SpecError for an unknown format, SourceMissingError when `auto` finds none, and what the format's reader raises.
     """
-    if path.endswith(".nemo"):
-        raise SourceMissingError(
-            f"{path} is an archive of NeMo 1, which is not read",
-            "Convert it to Hugging Face's format with NeMo 1 (scripts/checkpoint_converters), or import it with NeMo 2.",
-        )
+    refuse_archive(path)
     folder = open_source(path)
     names = folder.names()
     if source_format == "auto":
@@ -82,6 +79,15 @@ def read_source(path: str, source_format: str = "auto") -> tuple[CheckpointIndex
     _check_indexes(folder, names)
     warnings = (*index.warnings, *passed_over(index, names))
     return replace(index, warnings=warnings), companions(folder, names, source_format)
+
+
+def refuse_archive(path: str) -> None:
+    """Refuse an archive of NeMo 1. Raises SourceMissingError."""
+    if path.endswith(".nemo") and Path(path).is_file():  # folders of NeMo 2 may be called so
+        raise SourceMissingError(
+            f"{path} is an archive of NeMo 1, which is not read",
+            "Convert it to Hugging Face's format with NeMo 1 (scripts/checkpoint_converters), or import it with NeMo 2.",
+        )
 
 
 _FOREIGN = {

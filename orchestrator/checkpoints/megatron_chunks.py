@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from orchestrator.base.dtypes import MODEL_DTYPES, num_bytes
 from orchestrator.base.errors import SourceCorruptError, SourceMissingError
 from orchestrator.checkpoints.torch_dist import Chunk, StoredTensor
-from orchestrator.checkpoints.torch_zip import read_tensor
+from orchestrator.checkpoints.torch_zip import TensorArchives
 from orchestrator.model.checkpoint import Piece
 from orchestrator.stores.source import SourceFolder
 
@@ -35,6 +35,8 @@ class Blocks:
         sizes = {name: folder.source_file(name).num_bytes for name in self.files}
         numbers = {name: number for number, name in enumerate(self.files)}
 
+        archives = TensorArchives(folder)
+
         def locate(member: tuple[StoredTensor, Chunk]) -> tuple[int, int]:
             tensor, chunk = member
             name = weights + chunk.file
@@ -42,7 +44,7 @@ class Blocks:
                 raise SourceCorruptError(
                     f"{folder.url}/{name} is truncated: {sizes[name]} bytes, {tensor.name} ends at {chunk.offset + chunk.num_bytes}"
                 )
-            entry = read_tensor(folder, name, chunk.offset, chunk.num_bytes)
+            entry = archives.read(name, chunk.offset, chunk.num_bytes)
             if entry.dtype != MODEL_DTYPES[tensor.dtype] or _without_ones(entry.shape) != _without_ones(chunk.sizes):
                 raise SourceCorruptError(
                     f"{folder.url}/{name}: the chunk of {tensor.name} at byte {chunk.offset} is {entry.dtype} {list(entry.shape)}, "

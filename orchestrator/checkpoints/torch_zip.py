@@ -14,7 +14,7 @@ import pickle  # only through _Unpickler, which refuses every name but those of 
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.base.dtypes import num_bytes
@@ -27,6 +27,8 @@ _DTYPES = {
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
 _LOCAL_HEADER_BYTES = 30
+_LOCAL_CHECKSUM = 14
+"""Place of the checksum of a member in its local header, 4 bytes."""
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
 _ZIP_MAGIC = b"PK"
 _MAX_PICKLE_BYTES = 256 * 2**20
@@ -71,19 +73,43 @@ def read_tensors(folder: SourceFolder, name: str) -> list[HeaderEntry]:
     return archive.entries(plain)
 
 
-def read_tensor(folder: SourceFolder, name: str, offset: int, size: int) -> HeaderEntry:
-    """Read the description of the one tensor that torch.save wrote to bytes [offset, offset + size) of `name`.
+class TensorArchives:
+    """Reader of archives with one tensor each, of which a file of a folder holds many.
 
-    The result's name is empty, its offset counts from the start of the file. Takes two requests in most cases, of a few kilobytes:
-    torch.save writes the description first and the table of the archive last. Raises as `read_tensors` does.
+    An archive that begins like an earlier one of the same size describes a tensor of the same dtype and shape at the same
+    place, so the rest of it is not read: what torch.save writes before the elements differs in their checksum alone.
     """
-    path = f"{folder.url}/{name} at byte {offset}"
-    archive = _Archive(path, size, _Ends(lambda begin, end: folder.read(name, offset + begin, offset + end), size).read, 0)
-    plain = archive.plain()
-    if not isinstance(plain, _Tensor):
-        raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a tensor", _RESAVE)
-    entry = archive.entries({"": plain})[0]
-    return HeaderEntry("", entry.dtype, entry.shape, offset + entry.offset, entry.num_bytes)
+
+    def __init__(self, folder: SourceFolder) -> None:
+        self._folder = folder
+        self._known: dict[int, list[tuple[bytes, int, HeaderEntry]]] = {}
+
+    def read(self, name: str, offset: int, size: int) -> HeaderEntry:
+        """Read the description of the tensor that torch.save wrote to bytes [offset, offset + size) of `name`.
+
+        The result's name is empty, its offset counts from the start of the file. Takes a request of two kilobytes, and another
+        where the archive is the first of its kind. Raises as `read_tensors` does.
+        """
+        head = self._folder.read(name, offset, offset + min(size, _HEAD_BYTES))
+        for start, checksum, entry in self._known.get(size, ()):
+            if _without(head[: len(start) + 4], checksum) == start:
+                return replace(entry, offset=offset + entry.offset)
+        path = f"{self._folder.url}/{name} at byte {offset}"
+        ends = _Ends(lambda begin, end: self._folder.read(name, offset + begin, offset + end), size, head)
+        archive = _Archive(path, size, ends.read, 0)
+        plain = archive.plain()
+        if not isinstance(plain, _Tensor):
+            raise SourceCorruptError(f"{path} holds a {type(plain).__name__}, not a tensor", _RESAVE)
+        (entry,) = archive.entries({"": plain})
+        checksum = archive.local_header(plain) + _LOCAL_CHECKSUM
+        if checksum + 4 <= entry.offset <= len(head):
+            self._known.setdefault(size, []).append((_without(head[: entry.offset], checksum), checksum, entry))
+        return replace(entry, offset=offset + entry.offset)
+
+
+def _without(data: bytes, checksum: int) -> bytes:
+    """Return data without the four bytes at `checksum`."""
+    return data[:checksum] + data[checksum + 4 :]
 
 
 _Read = Callable[[int, int], bytes]
@@ -91,13 +117,12 @@ _Read = Callable[[int, int], bytes]
 
 
 class _Ends:
-    """Reader that fetches the first and last bytes of an archive once, and others on demand."""
+    """Reader that has the first bytes of an archive, fetches the last once, and others on demand."""
 
-    def __init__(self, read: _Read, size: int) -> None:
+    def __init__(self, read: _Read, size: int, head: bytes) -> None:
         self._read = read
-        head = min(size, _HEAD_BYTES)
-        tail = max(head, size - _TAIL_BYTES)
-        self._held = ((0, read(0, head)), (tail, read(tail, size) if tail < size else b""))
+        tail = max(len(head), size - _TAIL_BYTES)
+        self._held = ((0, head), (tail, read(tail, size) if tail < size else b""))
 
     def read(self, begin: int, end: int) -> bytes:
         for first, data in self._held:
@@ -130,6 +155,10 @@ class _Archive:
     def plain(self) -> Any:
         """Return the pickled object, tensors as _Tensor. Raises UnsafePickleError, SourceCorruptError."""
         return _unpickle(self._path, self._pickle)
+
+    def local_header(self, tensor: _Tensor) -> int:
+        """Return the place of the local header of a tensor's storage."""
+        return self._members[f"{self._prefix}data/{tensor.storage.key}"].header_offset
 
     def entries(self, tensors: Mapping[str, _Tensor]) -> list[HeaderEntry]:
         """Return the descriptions of tensors of the pickle, with their places in the archive."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.base.errors import OrchestratorError, SourceCorruptError, SourceMissingError
-from orchestrator.checkpoints import FORMATS, format_named, read_source
+from orchestrator.checkpoints import FORMATS, format_named, read_source, refuse_archive
 from orchestrator.checkpoints.huggingface import read_json
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.model.checkpoint import TensorInfo
@@ -23,6 +23,7 @@ from orchestrator.stores import open_source
 from orchestrator.stores.source import LocalFolder, SourceFolder
 
 _MANIFEST = "manifest.json"
+_MOST_FOLDERS = 100
 _TITLES = {
     "huggingface": "Hugging Face checkpoint", "bin": "Hugging Face checkpoint (pytorch_model.bin)", "meta": "Meta checkpoint",
     "megatron": "Megatron-Core checkpoint (torch_dist)", "keras": "KerasHub preset",
@@ -46,15 +47,31 @@ def inspect(url: str, public_key: Path | None = None) -> tuple[dict[str, Any], l
     names = _top_names(folder, address)
     if _MANIFEST in names:
         return _release(open_release(address))
-    known = next((name for name in FORMATS if format_named(name).matches(names)), None)
+    known = _format_of(names) or _format_of(names + _names_below(folder))
     if known is None and f"/{TAGS}" in address:
         return _release(open_release(address))
     if known is None:
+        refuse_archive(url)
         raise SourceMissingError(
             f"{folder.url} is neither a release nor a checkpoint",
             f"Give a folder with {_MANIFEST}, or with a checkpoint: {', '.join(FORMATS)}.",
         )
     return _ranks(folder, names) if known == "trtllm" else _source(folder)
+
+
+def _format_of(names: list[str]) -> str | None:
+    return next((name for name in FORMATS if format_named(name).matches(names)), None)
+
+
+def _names_below(folder: SourceFolder) -> list[str]:
+    """Return the names of the files in the folder's folders, not further below: formats that keep weights there need no more."""
+    if not isinstance(folder, LocalFolder):
+        return [name for name in folder.names() if name.count("/") == 1]
+    try:
+        inner = sorted(path for path in folder.folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+    return [f"{path.name}/{name}" for path in inner[:_MOST_FOLDERS] for name in LocalFolder(path).top_names()]
 
 
 def _top_names(folder: SourceFolder, address: str) -> list[str]:

@@ -24,6 +24,7 @@ from orchestrator.base.errors import (
 )
 from orchestrator.checkpoints import format_named, read_source
 from orchestrator.checkpoints.torch_dist import read_metadata
+from orchestrator.checkpoints.torch_zip import TensorArchives
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.stores.source import LocalFolder
 from tests.support.megatron import TOKENS
@@ -295,8 +296,10 @@ def test_megatron_folders_that_lack_a_part_say_what_to_do(tmp_path: Path) -> Non
     assert caught.value.advice == f"Give one: {run}/iter_0000020."
     (run / "iter_0000010" / "run_config.yaml").unlink()
     refused(run / "iter_0000010", SourceMissingError, r"run_config\.yaml is missing")
+    archive = tmp_path / "model.nemo"
+    archive.write_bytes(b"")
     with pytest.raises(SourceMissingError, match="is an archive of NeMo 1"):
-        read_source(str(tmp_path / "model.nemo"))
+        read_source(str(archive))
 
 
 def test_megatron_tokenizer_stands_where_the_trainer_keeps_it(tmp_path: Path) -> None:
@@ -305,3 +308,33 @@ def test_megatron_tokenizer_stands_where_the_trainer_keeps_it(tmp_path: Path) ->
         (folder / place).mkdir()
         (folder / place / "tokenizer.json").write_text("{}")
         assert [file.name for file in read_source(str(folder))[1]] == [f"{place}/tokenizer.json"]
+
+
+def test_megatron_chunk_that_begins_unlike_its_like_is_read_whole(tmp_path: Path) -> None:
+    """The second of two chunks of one shape claims to be float16: its pickle differs by a word, its size does not."""
+    expected = read_source(str(unpack("llama", tmp_path)))[0]
+    last = expected.tensors["model.layers.2.self_attn.o_proj.weight"]
+    piece = last.assembly.pieces[0] if last.assembly else None
+    assert piece is not None
+    shard = tmp_path / expected.files[piece.file].name
+    data = bytearray(shard.read_bytes())
+    at = data.rindex(b"BFloat16Storage", 0, piece.offset)
+    data[at : at + 15] = b"  ShortStorage "
+    shard.write_bytes(data)
+    with pytest.raises(OrchestratorError):
+        read_source(str(tmp_path))
+
+
+def test_torch_archives_of_one_kind_cost_one_read_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, reads, original = LocalFolder(unpack("llama", tmp_path)), [], LocalFolder.read
+
+    def counted(self: LocalFolder, name: str, begin: int = 0, end: int | None = None) -> bytes:
+        reads.append(name)
+        return original(self, name, begin, end)
+
+    chunks = read_metadata(folder, ".metadata")["decoder.layers.self_attention.linear_qkv.weight"].chunks
+    alone = [TensorArchives(folder).read(chunk.file, chunk.offset, chunk.num_bytes) for chunk in chunks]
+    monkeypatch.setattr(LocalFolder, "read", counted)
+    archives = TensorArchives(folder)
+    assert [archives.read(chunk.file, chunk.offset, chunk.num_bytes) for chunk in chunks] == alone
+    assert len(reads) == len(chunks) + 1

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from orchestrator.base.errors import SourceMissingError
+from orchestrator.cli.inspection import inspect
 from orchestrator.compat.models import DecoderModelForCausalLM
 from orchestrator.compat.models import Mapping as Place
 from orchestrator.planning import preparation
@@ -125,3 +126,12 @@ def test_special_tokens_of_a_run_reach_the_portable_part(tmp_path: Path) -> None
     for place in (folder, other):
         found = genai._special_tokens(preparation.plan(build_spec(place, dtype="bfloat16")))
         assert found == {"bos_token_id": 11, "eos_token_id": [12, 13], "pad_token_id": 12}
+
+
+def test_inspect_of_nemo_and_of_an_archive(tmp_path: Path) -> None:
+    facts, _ = inspect(str(unpack("llama-nemo", tmp_path / "checkpoint.nemo")))
+    assert (facts["format"], facts["architecture"]) == ("megatron", "LlamaForCausalLM")
+    archive = tmp_path / "old.nemo"
+    archive.write_bytes(b"")
+    with pytest.raises(SourceMissingError, match="is an archive of NeMo 1"):
+        inspect(str(archive))
