@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.recording import record
+from orchestrator.base.errors import OrchestratorError
 from orchestrator.planning import preparation
 from orchestrator.planning.plan import Plan
 from orchestrator.runners.genai import GenaiBackend
@@ -57,6 +58,15 @@ def laid_out(source: Path, topology: dict[str, int], folder: Path, positions: in
     return target
 
 
+def refusal(source: Path) -> str | None:
+    """Why a plan refuses a portable part; None: it does not."""
+    try:
+        plan(source, {}, POSITIONS)
+    except OrchestratorError as error:
+        return error.message
+    return None
+
+
 def families(folder: Path, num_tokens: int, num_prompts: int, word: str = "", *, recording: bool = False) -> Table:
     """Compare the greedy tokens of every tiny family whose name holds `word`, at every topology."""
     table = Table(
@@ -67,6 +77,11 @@ def families(folder: Path, num_tokens: int, num_prompts: int, word: str = "", *,
         if not (source / "config.json").is_file():
             changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family == "phi3" else {}
             write_tiny(family, source, dtype="float32", max_position_embeddings=POSITIONS, **changes)
+        if (why := refusal(source)) is not None:
+            table.add_row(family, why)
+            if recording:
+                record(family, portable="refused")
+            continue
         prompts = random_prompts(num_prompts, 131)
         expected = expected_tokens(source, prompts, num_tokens)
         cells = []

@@ -17,12 +17,12 @@ import pytest
 import typer.main
 import yaml
 
-import orchestrator
-import orchestrator.families
+from benchmarks.recording import recorded
 from docs import generate
 from orchestrator.base.errors import SpecError
 from orchestrator.base.extras import EXTRAS
 from orchestrator.cli.commands import app
+from orchestrator.families import FAMILIES
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
 
@@ -334,8 +334,17 @@ def test_spec_page_has_every_field_with_its_meaning() -> None:
     assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
-def test_pages_name_every_architecture_and_their_number() -> None:
-    known = {name for family in orchestrator.families.FAMILIES.values() for name in family.architectures}
+def test_table_of_models_names_every_architecture() -> None:
+    known = {name for family in FAMILIES.values() for name in family.architectures}
     rows = "\n".join(line for line in (DOCS / "models.md").read_text().splitlines() if line.startswith("| "))
     assert set(re.findall(r"`(\w+ForCausalLM)`", rows)) == known
-    assert f"\n{len(known)} architectures, [all listed](docs/models.md)" in (ROOT / "README.md").read_text()
+
+
+def test_table_of_models_holds_measured_results_of_every_family() -> None:
+    """`python -m benchmarks.families --engines --record --only FAMILY` and `python -m benchmarks.portable` write them."""
+    known = recorded()
+    wanted = {"errors", "engines", "formats", "portable"}
+    assert {name: sorted(wanted - known.get(name, {}).keys()) for name in FAMILIES if wanted - known.get(name, {}).keys()} == {}
+    errors = [float(cell) for facts in known.values() for cell in facts["errors"].values() if cell != "-"]
+    assert max(errors) < 5e-5
+    assert all(facts["engines"] == "4 built" for facts in known.values())

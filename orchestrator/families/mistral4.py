@@ -70,5 +70,13 @@ MISTRAL4 = Family(
         rotary=RotaryTable(kinds=("yarn",), parameters=_YARN, partial=True, scales_queries=True),
         experts=replace(SIGMOID_TABLE, constants={"sum_epsilon": 1e-20, "shared_expert_gate": False}),
         passed_over={**LATENT_PASSED_OVER, **NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
+        # huggingface/transformers#47435; sgl-project/sglang#26203
+        doubts={
+            (
+                "model_type",
+                "mistral4",
+            ): "mscale_all_dim does not scale its scores here, as in transformers 5.14 and in SGLang's reading "
+            "of the publisher's own files; transformers 5.17 scales them"
+        },
     ),
 )
