@@ -27,7 +27,7 @@ from orchestrator.runners.genai import GenaiBackend
 from orchestrator.runners.tokenizer import Tokenizer
 from orchestrator.spec.build import BuildSpec
 from orchestrator.spec.decoding import decode
-from tests.support.families import PORTABLE, write_tiny
+from tests.support.families import TINY, write_tiny
 from tests.support.portable import expected_tokens, greedy, portable_folder, random_prompts
 
 TOPOLOGIES: dict[str, dict[str, int]] = {"1x1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}}
@@ -72,7 +72,7 @@ def families(folder: Path, num_tokens: int, num_prompts: int, word: str = "", *,
     table = Table(
         "family", *TOPOLOGIES, box=None, title=f"prompts of {num_prompts} with the same {num_tokens} tokens as transformers"
     )
-    for family in (name for name in PORTABLE if word in name):
+    for family in (name for name in TINY if word in name):
         source = folder / family
         if not (source / "config.json").is_file():
             changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family == "phi3" else {}
