@@ -113,7 +113,7 @@ _NAMES: dict[tuple[str, str], type[_Record]] = {
         (("torch.distributed.checkpoint.planner",), ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
         (("megatron.core.dist_checkpointing.strategies.torch",), ("MCoreMetadata", "MCoreSavePlan")),
         (("torch.serialization",), ("_get_layout",)),
-        (("pathlib",), ("PosixPath", "PurePosixPath", "Path")),
+        (("pathlib", "pathlib._local"), ("PosixPath", "PurePosixPath", "Path")),
     )
     for module in modules
     for name in names

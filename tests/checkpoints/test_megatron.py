@@ -236,6 +236,8 @@ def test_megatron_optimizer_states_are_left_out(tmp_path: Path) -> None:
                 for name in list(metadata.state_dict_metadata)[-2:]:
                     metadata.storage_data[type(key)(name, key.offset)] = info
 
+        metadata.storage_meta.checkpoint_id = Path("/of/the/trainer")
+
     expected = read_source(str(unpack("llama", tmp_path)))[0]
     change_metadata(tmp_path, add)
     assert len(read_metadata(LocalFolder(tmp_path), ".metadata")) > len(expected.tensors) / 3
