@@ -2,7 +2,8 @@
 
 Both record the arguments of Megatron-Core's model: `model` in run_config.yaml, `config` in context/model.yaml (`TransformerConfig`
 of megatron/core, `GPTModelProvider` of Megatron-Bridge, `GPTConfig` of NeMo). The family follows from what the model computes, not
-from the name of a class. What the model computes and no family here has is refused by name.
+from the name of a class. What the model computes and no family here has is refused by name. NeMo's context/io.json cannot stand in
+for model.yaml: it records the arguments that were passed, and leaves the others to the defaults of NeMo's classes.
 """
 
 from __future__ import annotations
