@@ -78,11 +78,13 @@ def _table(found: FamilyCheck) -> Table:
             f"{len(counts.read)} read, {len(counts.ignored)} left out, {len(counts.unread)} without a rule, "
             f"{len(counts.missing)} missing, {len(counts.misshapen)} of another shape",
         )
-    if found.family and (found.accounting is None or not found.accounting.is_complete):
-        table.add_row("small model", "not computed: its tensors are not accounted for")
+    if found.family and not found.is_computed:
+        table.add_row("small model", "not computed: the table does not add up yet")
     if found.miniature is not None:
         cases = ", ".join(f"{case.ranks} {case.max_relative_error:.1e}" for case in found.miniature.cases)
         table.add_row("small model", f"computes what transformers does: {cases}")
+    if found.defaults:
+        table.add_row("defaults", plain(found.defaults))
     return table
 
 

@@ -44,14 +44,13 @@ class Nearness:
 
 
 def nearest(architecture: str, config: Mapping[str, Any], names: Iterable[str] = ()) -> list[Nearness]:
-    """Return all families, the nearest first: by kinds of tensors in common, then unknown keys, then the architecture's name."""
+    """Return all families, the nearest first: by the differences in kinds of tensors and in keys, then the architecture's name."""
     kinds = {kind_of(name) for name in names}
 
-    def distance(found: Nearness) -> tuple[float, int, float]:
-        common = found.read / max(found.read + len(found.unread) + len(found.missing), 1)
+    def distance(found: Nearness) -> tuple[int, float]:
         names = FAMILIES[found.family].architectures
         likeness = max(SequenceMatcher(None, architecture.lower(), name.lower()).ratio() for name in names)
-        return -common, len(found.unknown_keys), -likeness
+        return len(found.unread) + len(found.missing) + len(found.unknown_keys), -likeness
 
     return sorted((_nearness(family, config, kinds) for family in FAMILIES.values()), key=distance)
 

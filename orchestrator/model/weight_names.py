@@ -110,25 +110,27 @@ def _experts(config: ModelConfig, prefix: str) -> Iterator[str]:
             yield f"{prefix}.shared_expert_gate.weight"
 
 
+def disagreements(family: Family, stage: StageOptions) -> dict[str, list[str]]:
+    """Return what is wrong with the weights that a family's rules write for a stage -> their names, sorted; empty: nothing."""
+    bound, written = set(bound_names(stage)), Counter(_written(family, stage))
+    twins = {name.removesuffix(_TWIN) for name in bound if name.endswith(_TWIN)}
+    found = {
+        "are bound and not written": bound - written.keys(),
+        "are written and not bound": written.keys() - bound - twins,
+        "are written twice": {name for name, times in written.items() if times > 1},
+    }
+    return {problem: sorted(names) for problem, names in found.items() if names}
+
+
 def check_names(family: Family, config: ModelConfig, topology: Topology) -> None:
     """Check that the family's rules write the weights that the network of each stage binds. Raises WeightMapError."""
     for pp_rank in range(topology.pp):
-        stage = StageOptions.of(config, topology, pp_rank)
-        bound, written = set(bound_names(stage)), Counter(_written(family, stage))
-        twins = {name.removesuffix(_TWIN) for name in bound if name.endswith(_TWIN)}
-        missing, unused = sorted(bound - written.keys()), sorted(written.keys() - bound - twins)
-        double = sorted(name for name, times in written.items() if times > 1)
-        for problem, names in (
-            ("are bound and not written", missing),
-            ("are written and not bound", unused),
-            ("are written twice", double),
-        ):
-            if names:
-                raise WeightMapError(
-                    f"the network of stage {pp_rank} and the rules of {family.name} disagree: {len(names)} weights {problem}, "
-                    f"such as {names[0]}",
-                    BUG,
-                )
+        for problem, names in disagreements(family, StageOptions.of(config, topology, pp_rank)).items():
+            raise WeightMapError(
+                f"the network of stage {pp_rank} and the rules of {family.name} disagree: {len(names)} weights {problem}, "
+                f"such as {names[0]}",
+                BUG,
+            )
 
 
 def _written(family: Family, stage: StageOptions) -> Iterator[str]:

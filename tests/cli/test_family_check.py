@@ -60,6 +60,18 @@ def test_family_check_of_a_larger_model_checks_its_language_model(tmp_path: Path
         ("keys as wide as queries", ["model.layers.0.self_attn.k_proj.weight is [32, 64], config.json says [64, 64], and 2 more"]),
         ("a key of config.json that the table lacks", ["has keys that this family does not know: 'rms_norm_eps'"]),
         ("a wrong scale of attention", ["The first part that differs: attention of layer 0"]),
+        (
+            "a target that the graph does not have",
+            [
+                "the graph reads weights that no rule of llama writes: transformer.layers.*.post_layernorm.weight (3)",
+                "llama write weights that the graph does not read: transformer.layers.*.pre_feedforward_layernorm.weight (3)",
+            ],
+        ),
+        ("a rule too many", ["more than one rule of llama writes: transformer.layers.*.post_layernorm.weight (3)"]),
+        ("a misspelt condition", ["when: 'tie_word_embedding' is no field of ModelConfig (rule of lm_head.weight)"]),
+        ("a misspelt constant", ["constants: 'norm_placment' is no field of ModelConfig"]),
+        ("another default", ["defaults of llama are not those of LlamaConfig: rms_norm_eps 1e-05 (LlamaConfig: 1e-06)"]),
+        ("another default of the rotary base", ["rope_parameters", "first part that differs: attention of layer 0"]),
     ],
 )  # fmt: skip
 def test_family_check_of_a_broken_table_says_what_is_broken(
@@ -71,7 +83,21 @@ def test_family_check_of_a_broken_table_says_what_is_broken(
 
 
 def test_every_broken_table_is_checked() -> None:
-    assert len(BROKEN) >= 5
+    assert len(BROKEN) >= 11
+
+
+def test_family_check_of_a_right_table_says_that_defaults_were_compared(llama: Path) -> None:
+    assert check_family(str(llama)).defaults == "read as transformers reads them"
+
+
+def test_nearest_family_is_the_one_with_the_fewest_differences_of_tensors_and_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny("vaultgemma", tmp_path / "model")
+    monkeypatch.delitem(FAMILIES, "vaultgemma")
+    found = check_family(str(model))
+    assert found.nearest[0].family == "gemma2", "cohere lacks a rule and two keys, gemma2 has two norms too many"
+    assert (len(found.nearest[0].missing), found.nearest[0].unread, found.nearest[0].unknown_keys) == (2, (), ())
 
 
 def test_family_check_of_an_unknown_architecture_names_the_nearest_families(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.families import FAMILIES
+from orchestrator.families.common import norm
+from orchestrator.model.config_table import RotaryTable
 from orchestrator.model.rules import Family, Part, Rule
 
 
@@ -50,6 +53,18 @@ def _with_a_constant(family: Family) -> Family:
     return replace(family, config=replace(family.config, constants={**family.config.constants, "attention_scale": 0.05}))
 
 
+def _with_another_target(rule: Rule) -> Rule:
+    return replace(rule, target=rule.target.replace("post_layernorm", "pre_feedforward_layernorm"))
+
+
+def _with_a_misspelt_condition(rule: Rule) -> Rule:
+    return replace(rule, when={"tie_word_embedding": True}) if rule.when.get("tie_word_embeddings") else rule
+
+
+def _with_config(**changes: Any) -> Family:
+    return replace(FAMILIES["llama"], config=replace(FAMILIES["llama"].config, **changes))
+
+
 BROKEN = {
     "no rule for the MLP's second linear": _with_rules(_without_down_projection),
     "another name for a norm": _with_rules(_with_another_name),
@@ -57,5 +72,11 @@ BROKEN = {
     "keys as wide as queries": _with_rules(_with_keys_as_wide_as_queries),
     "a key of config.json that the table lacks": _without_a_key(FAMILIES["llama"]),
     "a wrong scale of attention": _with_a_constant(FAMILIES["llama"]),
+    "a target that the graph does not have": _with_rules(_with_another_target),
+    "a rule too many": replace(FAMILIES["llama"], rules=(*FAMILIES["llama"].rules, norm("post_layernorm", "input_layernorm"))),
+    "a misspelt condition": _with_rules(_with_a_misspelt_condition),
+    "a misspelt constant": _with_config(constants={"norm_placment": "pre"}),
+    "another default": _with_config(defaults={**FAMILIES["llama"].config.defaults, "rms_norm_eps": 1e-5}),
+    "another default of the rotary base": _with_config(rotary=RotaryTable(theta=500_000.0)),
 }
 """What is broken -> the table."""

@@ -269,7 +269,7 @@ UNSCALED = {"query_pre_attn_scalar", "hidden_size_per_layer_input", "vocab_size_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_size_or_length_that_transformers_knows_is_left_as_it_is(family: str, tmp_path: Path) -> None:
     """A length that is not scaled down is crossed by no text: a new key of a family has to be named in scaling.py."""
-    defaults = class_defaults(loaded_config({"model_type": FAMILIES[family].config.model_types[0]}, tmp_path))
+    defaults = class_defaults(type(loaded_config({"model_type": FAMILIES[family].config.model_types[0]}, tmp_path)))
     found = Scaling({}, defaults).scaled(defaults)
     kept = {key for key, value in found.items() if is_count(value) and value > 200 and value == defaults[key]}
     assert {key for key in kept if not key.endswith("_token_id")} <= UNSCALED

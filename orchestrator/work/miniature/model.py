@@ -34,10 +34,10 @@ def loaded_config(config: Mapping[str, Any], folder: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def class_defaults(loaded: Any) -> dict[str, Any]:
-    """Return the defaults of the config's class for keys that config.json lacks, before anything is derived from them."""
+def class_defaults(config_class: Any) -> dict[str, Any]:
+    """Return the defaults of a config class for keys that config.json lacks, before anything is derived from them."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(type(loaded)):
+    for field in dataclasses.fields(config_class):
         if field.default is not dataclasses.MISSING:
             found[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:

@@ -81,7 +81,7 @@ def paired(options: MiniatureOptions, scratch: Path) -> Pair:
     family = family_named(options.family)
     config = _named({key: value for key, value in options.config.items() if key not in _LEFT_OUT}, family)
     whole = _theirs(config, scratch / "whole", "config.json")
-    defaults = class_defaults(whole)
+    defaults = class_defaults(type(whole))
     kinds: list[Any] = [getattr(whole, "layer_types", None) or []]
     ours = _ours(config, family, options)
     kinds += [getattr(whole, "no_rope_layers", None) or [], ours.rotary_layers or []]
