@@ -32,6 +32,7 @@ from orchestrator.planning.facts import Miniature
 from orchestrator.planning.options import MiniatureOptions
 
 _NEAREST = 3
+_KEYS = "In a table that you write: add what the model's code reads to `defaults`, the rest to `passed_over`."
 _TARGETS = (
     "Give each rule the target that the graph reads (orchestrator/model/weight_names.py), or set what decides it in the table's "
     "`constants` or `derived`: norm_placement, exact_norms, qk_layernorm, attn_bias and other fields of ModelConfig."
@@ -110,7 +111,10 @@ def check_family(source: str, family_name: str = "auto", ignored_keys: Iterable[
     ]
     if found.problems:
         return found
-    found.problems += key_problems(index.config, architecture, family.config, ignored)
+    found.problems += [
+        type(each)(each.message, f"{each.advice} {_KEYS}")
+        for each in key_problems(index.config, architecture, family.config, ignored)
+    ]
     # What is reported once is passed over afterwards, so that the rest is checked all the same.
     passed_over = {*ignored, *unknown_keys(index.config, family.config), *switches_on(index.config, family.config), "model_type"}
     options = MiniatureOptions(

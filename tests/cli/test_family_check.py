@@ -131,6 +131,11 @@ def test_switches_and_unknown_keys_are_all_reported(tmp_path: Path) -> None:
     assert [text for text in ("clip_qkv", "lm_head_bias", "'depth', 'width'") if not any(text in each for each in messages)] == []
 
 
+def test_family_check_of_an_unknown_key_says_where_a_table_names_it(tmp_path: Path) -> None:
+    (problem,) = check_family(config_file(tmp_path, {**tiny_config_json("llama"), "mystery": 1})).problems
+    assert "add what the model's code reads to `defaults`" in problem.advice
+
+
 def test_command_exits_with_the_code_of_the_first_problem_and_prints_json(tmp_path: Path, llama: Path) -> None:
     runner = CliRunner()
     assert runner.invoke(app, ["family", "check", str(llama)]).exit_code == 0
