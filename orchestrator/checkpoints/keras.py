@@ -21,12 +21,18 @@ from orchestrator.stores.source import SourceFolder
 
 CONFIG, METADATA, SINGLE, INDEX = "config.json", "metadata.json", "model.weights.h5", "model.weights.json"
 _SHARD = r"[^/\\]+\.weights\.h5"
-PUBLISHED = {
-    "assets/tokenizer/vocabulary.spm": "tokenizer.model",
-    "assets/tokenizer/vocabulary.json": "vocab.json",
-    "assets/tokenizer/merges.txt": "merges.txt",
-}
-"""Files of the tokenizer -> Hugging Face's names. Keras' own config.json and tokenizer.json would be taken for Hugging Face's."""
+_VOCABULARY = "assets/tokenizer/vocabulary.json"
+PUBLISHED = {"assets/tokenizer/vocabulary.spm": "tokenizer.model"}
+"""File of the tokenizer -> Hugging Face's name.
+
+Keras' config.json and tokenizer.json would be taken for Hugging Face's. So would merges.txt, whose first line is a merge: readers
+of Hugging Face's skip that line.
+"""
+
+_NO_TOKENIZER = (
+    "the preset's tokenizer (vocabulary.json, merges.txt) is not one of Hugging Face's, and is not published: without "
+    "source.tokenizer the release reads token ids only"
+)
 
 read_rows = read_assembled_rows
 
@@ -62,6 +68,8 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     config["tie_word_embeddings"] = tied = _is_tied(said, tensors, where)
     if not _check_count(folder, elements) and tied and said is None:
         warnings = (*warnings, f"no head is stored: without parameter_count in {METADATA} it is not known whether it is missing")
+    if _VOCABULARY in folder.names():
+        warnings = (*warnings, _NO_TOKENIZER)
     return CheckpointIndex("keras", tuple(folder.source_file(name) for name in names), tensors, config, warnings)
 
 

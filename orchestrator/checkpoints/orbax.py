@@ -161,7 +161,7 @@ def _read(folder: SourceFolder, name: str, keys: _Keys, files: dict[str, SourceF
 def _tensor(part: Part, array: ChunkedArray, tree: Tree, where: str) -> TensorInfo:
     """Return a part of an array as Hugging Face's tensor. Raises SourceCorruptError."""
     array = replace(array, fixed=part.fixed)
-    check_heads(part.name, part.kind, array.part_shape, tree.config, where)
+    check_heads(part.name, part.kind, array.part_shape, tree.sizes, where)
     made = kernel(part.name, part.kind, array.dtype, array.part_shape, 0, 0, where)
     made = with_rows(made, tree.most_rows(part.name))
     if part.paired_rows or (part.factor, part.divisor, part.add) != (1.0, 1.0, 0.0):

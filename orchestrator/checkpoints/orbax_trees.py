@@ -51,7 +51,8 @@ class Rule(NamedTuple):
 class Tree:
     """A parameter tree of a model."""
 
-    config: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    """Sizes of config.json."""
     rules: Callable[[str, Shape], Iterator[Part]]
     """Yields the parts of the array at a path."""
     prefix: re.Pattern[str]
@@ -71,7 +72,7 @@ class Tree:
     def most_rows(self, name: str) -> int:
         """Return the rows of a tensor without the padding of the vocabulary."""
         is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
-        return int(self.config["vocab_size"]) if is_vocabulary and self.config.get("vocab_size") else 2**62
+        return self.sizes["vocab_size"] if is_vocabulary else 2**62
 
 
 def tree_of(config: Mapping[str, Any], names: Collection[str], where: str) -> Tree:
@@ -94,11 +95,36 @@ def tree_of(config: Mapping[str, Any], names: Collection[str], where: str) -> Tr
     raise ArchitectureError(f"{where} holds arrays of no known tree: {shown}", "Trees of MaxText and of Gemma in Flax are read.")
 
 
-def _number(config: Mapping[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise SourceCorruptError(f"{where}/config.json: {key} is {abbreviated(repr(value), 40)}, not a positive number")
-    return value
+_HEADS = {
+    "GemmaForCausalLM": (16, 256),
+    "Gemma2ForCausalLM": (4, 256),
+    "Gemma3ForCausalLM": (4, 256),
+    "Qwen3ForCausalLM": (32, 128),
+}
+"""num_key_value_heads and head_dim of a config.json without them, as in transformers' config classes."""
+
+
+def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return the sizes of config.json that tell how arrays are read. Raises SourceCorruptError."""
+
+    def number(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 0 < value < 2**40:
+            raise SourceCorruptError(f"{where}/config.json: {key} is {abbreviated(repr(value), 40)}, not a positive number")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    shared, size = _HEADS.get(config["architectures"][0], (heads, max(1, hidden // heads)))
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("num_key_value_heads", shared),
+        "head_dim": number("head_dim", size),
+        "num_hidden_layers": number("num_hidden_layers"),
+        "vocab_size": number("vocab_size", 2**40),
+    }
 
 
 _ATTENTION = {
@@ -160,9 +186,8 @@ _MAXTEXT: dict[str, _Family] = {
 
 
 def _maxtext(config: Mapping[str, Any], architecture: str, where: str) -> Tree:
-    family, layers = _MAXTEXT[architecture], _number(config, "num_hidden_layers", where)
-    head = config.get("head_dim") or _number(config, "hidden_size", where) // _number(config, "num_attention_heads", where)
-    hidden = _number(config, "hidden_size", where)
+    family, sizes = _MAXTEXT[architecture], _sizes(config, where)
+    layers, head, hidden = sizes["num_hidden_layers"], sizes["head_dim"], sizes["hidden_size"]
     rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
     interleaved = rotary.get("rope_type", rotary.get("type")) == "llama3"  # MaxText rotates pairs only for Llama 3.1 and later
     table = _layer_table(family, head, interleaved)
@@ -183,7 +208,7 @@ def _maxtext(config: Mapping[str, Any], architecture: str, where: str) -> Tree:
             for number, layer in enumerate(place.layers):
                 yield _part(rule, f"model.layers.{layer}.{rule.name}", ((axis, number),), head)
 
-    return Tree(config, parts, re.compile(r"(params/)+"))
+    return Tree(sizes, parts, re.compile(r"(params/)+"))
 
 
 class _Place(NamedTuple):
@@ -296,7 +321,8 @@ _FLAX_STACKED = {
 
 
 def _flax_gemma(config: Mapping[str, Any], architecture: str, where: str) -> Tree:
-    hidden = _number(config, "hidden_size", where)
+    sizes = _sizes(config, where)
+    hidden = sizes["hidden_size"]
 
     def parts(path: str, shape: Shape) -> Iterator[Part]:
         if path in _FLAX_TOP:
@@ -323,4 +349,4 @@ def _flax_gemma(config: Mapping[str, Any], architecture: str, where: str) -> Tre
         else:
             yield Part(path, Kind.COPY)  # without a rule: the weight map refuses it
 
-    return Tree(config, parts, re.compile(r"(params/)*(transformer/)?(?=layer_\d|embedder/|final_norm/)"))
+    return Tree(sizes, parts, re.compile(r"(params/)*(transformer/)?(?=layer_\d|embedder/|final_norm/)"))

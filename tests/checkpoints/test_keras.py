@@ -97,14 +97,17 @@ def test_keras_any_row_range_reads_its_bytes_only(tmp_path_factory: pytest.TempP
     assert rows(folder, index, name, begin, end) == (rows(folder, index, name)[0][begin * row : end * row], (end - begin) * row)
 
 
-def test_keras_publishes_the_tokenizer_under_hugging_face_names_and_no_config_of_keras(tmp_path: Path) -> None:
-    preset = unpack("llama", tmp_path / "preset")
+def test_keras_publishes_a_tokenizer_of_sentencepiece_and_no_file_that_would_be_taken_for_another(tmp_path: Path) -> None:
+    index, files = read_source(str(unpack(SHARDED, tmp_path / "task")))
+    assert (tmp_path / "task" / "assets" / "tokenizer" / "merges.txt").read_text() == "a b\n"
+    assert (tmp_path / "task" / "tokenizer.json").is_file()
+    assert files == ()
+    assert any("without source.tokenizer" in warning for warning in index.warnings)
+    preset = unpack("gemma", tmp_path / "gemma")
     (preset / "assets" / "tokenizer").mkdir(parents=True)
-    (preset / "assets" / "tokenizer" / "vocabulary.json").write_text("{}")
-    (preset / "tokenizer.json").write_text("{}")
+    (preset / "assets" / "tokenizer" / "vocabulary.spm").write_bytes(b"sentencepiece")
     _, files = read_source(str(preset))
-    assert [file.name for file in files] == ["assets/tokenizer/vocabulary.json"]
-    assert keras.PUBLISHED[files[0].name] == "vocab.json"
+    assert [keras.PUBLISHED[file.name] for file in files] == ["tokenizer.model"]
 
 
 def test_keras_query_scale_that_keras_hub_does_not_compute_is_that_of_the_config_with_a_warning(tmp_path: Path) -> None:

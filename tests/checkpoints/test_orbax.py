@@ -197,6 +197,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[OrchestratorError], str]
         lambda folder: edit(folder, num_attention_heads=8, num_key_value_heads=4), SourceCorruptError,
         "has 2 heads of 4, the config says 4 of 4",
     ),
+    "no number": (lambda folder: edit(folder, vocab_size=float("nan")), SourceCorruptError, "vocab_size is nan, not a positive"),
+    "a text": (lambda folder: edit(folder, head_dim="4"), SourceCorruptError, "head_dim is '4', not a positive"),
     "unfinished": (
         lambda folder: (folder / "run").rename(folder / "run.orbax-checkpoint-tmp"), SourceMissingError, "was not finished",
     ),

@@ -78,6 +78,7 @@ def _write_bases(folder: Path) -> None:
     from orchestrator.spec.build import BuildSpec
     from orchestrator.spec.decoding import decode
     from orchestrator.stages import convert
+    from tests.support import keras_presets, orbax_checkpoints
     from tests.support.megatron_fixtures import unpack
     from tests.support.meta import write_bin, write_meta
 
@@ -92,6 +93,10 @@ def _write_bases(folder: Path) -> None:
     write_meta(folder / "meta", _CONFIG, arrays, num_files=2)
     for name in ("llama-tp2-pp2", "qwen3_moe"):
         unpack(name, folder / f"megatron-{name}")
+    keras_presets.unpack("qwen2", folder / "keras")
+    keras_presets.unpack("llama3", folder / "keras-shards")
+    orbax_checkpoints.unpack("llama-folders", folder / "orbax-folders")
+    orbax_checkpoints.unpack("gemma2", folder / "orbax")
     spec = {"source": {"path": str(plain)}, "topology": {"tp": 2}, "engine": {"max_input_len": 1},
             "release": {"name": "checkpoint", "version": "0"}}  # fmt: skip
     try:
@@ -101,7 +106,7 @@ def _write_bases(folder: Path) -> None:
 
 
 def _files(source: Path, *suffixes: str) -> list[Path]:
-    return sorted(path for path in source.iterdir() if path.is_file() and not path.is_symlink() and path.name.endswith(suffixes))
+    return sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink() and path.name.endswith(suffixes))
 
 
 def _pick(rng: random.Random, source: Path, *suffixes: str) -> Path | None:

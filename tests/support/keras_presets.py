@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Fields of config.json that differ from _BASE."""
 SHARDED = "llama3"
-"""Family whose preset is in shards under model.weights.json."""
+"""Family whose preset is a task with a tokenizer, in shards under model.weights.json."""
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -92,13 +92,27 @@ def unpack(family: str, folder: Path) -> Path:
     return folder
 
 
+def _as_task(backbone: Any) -> Any:
+    """A Llama 3 that generates text, with a tokenizer."""
+    import keras_hub
+
+    special = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    vocabulary = {token: number for number, token in enumerate(("a", "b", "ab", *special))}
+    tokenizer = keras_hub.models.Llama3Tokenizer(vocabulary=vocabulary, merges=["a b"])
+    preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(tokenizer, sequence_length=16)
+    return keras_hub.models.Llama3CausalLM(backbone, preprocessor)
+
+
 def _write_preset(family: str, folder: Path) -> None:
     import keras_hub
     import torch
 
     source, preset = write_hugging_face(family, folder / "hf"), folder / "preset"
     backbone = keras_hub.models.Backbone.from_preset(str(source), dtype="bfloat16")
-    backbone.save_to_preset(str(preset), max_shard_size=4e-6 if family == SHARDED else 10)
+    if family == SHARDED:
+        _as_task(backbone).save_to_preset(str(preset), max_shard_size=4e-6)
+    else:
+        backbone.save_to_preset(str(preset))
     exact = keras_hub.models.Backbone.from_preset(str(source), dtype="float32")
     tokens = torch.tensor(TOKENS)
     hidden = exact({"token_ids": tokens, "padding_mask": torch.ones_like(tokens)})
@@ -107,8 +121,8 @@ def _write_preset(family: str, folder: Path) -> None:
     np.save(preset / LOGITS, logits.detach().numpy())
     DATA.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(DATA / f"{family}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
-        for path in sorted(preset.iterdir()):
-            packed.write(path, path.name)
+        for path in sorted(path for path in preset.rglob("*") if path.is_file()):
+            packed.write(path, path.relative_to(preset).as_posix())
 
 
 if __name__ == "__main__":
