@@ -15,7 +15,8 @@ from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.huggingface import read_config
 from orchestrator.checkpoints.kernels import check_heads, kernel, with_rows
 from orchestrator.checkpoints.ocdbt import MANIFEST, Value, read_keys
-from orchestrator.checkpoints.orbax_trees import Part, Tree, tree_of
+from orchestrator.checkpoints.orbax_parts import Part, Tree
+from orchestrator.checkpoints.orbax_trees import tree_of
 from orchestrator.checkpoints.zarr import METADATA, read_array
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, ChunkedArray, Piece, SourceFile, TensorInfo
 from orchestrator.stores.source import ByteSource, SourceFolder
