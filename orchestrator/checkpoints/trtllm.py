@@ -312,7 +312,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         "head_dim": config.head_size,
         table.dense_size: config.intermediate_size,
         table.activation: next((name for name, act in table.activations.items() if act == config.hidden_act), config.hidden_act),
-        table.epsilon: config.norm_epsilon,
+        **_norm_keys(config, table),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": _rotary_keys(config),
@@ -321,6 +321,7 @@ def hugging_face_config(config: ModelConfig, family: Family) -> dict[str, Any]:
         **_temperature_keys(config, table),
         **({} if table.embedding_switch is None else {table.embedding_switch: config.embedding_multiplier != 1.0}),
         **(global_head_keys(config.model_dump()) if table.global_heads else {}),
+        **_rotated_keys(config, table),
         **_expert_keys(config, table),
         **_latent_keys(config, table),
     }
@@ -375,6 +376,22 @@ def _window_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     return made
 
 
+def _rotated_keys(config: ModelConfig, table: ConfigTable) -> dict[str, int]:
+    """Return the key that rotates layers without a window too."""
+    if table.rotary.dense_too is None:
+        return {}
+    layers = range(config.num_hidden_layers)
+    return {table.rotary.dense_too: 1 if any(config.has_rotary(each) and not config.has_window(each) for each in layers) else 2}
+
+
+def _norm_keys(config: ModelConfig, table: ConfigTable) -> dict[str, float | None]:
+    if table.rms_epsilon is None:
+        return {table.epsilon: config.norm_epsilon}
+    if config.norm_kind == "rms":
+        return {table.rms_epsilon: config.norm_epsilon}
+    return {table.epsilon: config.norm_epsilon, table.rms_epsilon: None}
+
+
 def _temperature_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
     """Return the keys of the scale of queries by position in the layers without rotary embedding."""
     if table.rotary.temperature is None:
@@ -407,20 +424,19 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
         experts.size: config.expert_size,
         **layer_keys(moe.layers or (True,) * config.num_hidden_layers, experts),
     }
-    if experts.switch:
-        made[experts.switch] = True
-    if experts.normalized:
-        made[experts.normalized] = moe.normalization_mode == 1
-    if experts.shared_size:
-        made[experts.shared_size] = moe.shared_expert_intermediate_size
-    if experts.shared_count:
-        made[experts.shared_count] = moe.shared_expert_intermediate_size // config.expert_size
+    optional = {
+        experts.switch: True,
+        experts.selection: moe.scoring.removesuffix("_of_chosen"),
+        experts.combination: "sum" if moe.output_scale == 1.0 else "average",
+        experts.normalized: moe.normalization_mode == 1,
+        experts.shared_size: moe.shared_expert_intermediate_size,
+        experts.shared_count: moe.shared_expert_intermediate_size // config.expert_size,
+        experts.routed_scale: moe.routed_scale,
+        experts.sum_minimum: moe.sum_minimum,
+    }
+    made |= {key: value for key, value in optional.items() if key is not None}
     if experts.groups:
         made |= dict(zip(experts.groups, (moe.num_groups, moe.kept_groups), strict=True))
-    if experts.routed_scale:
-        made[experts.routed_scale] = moe.routed_scale
-    if experts.sum_minimum:
-        made[experts.sum_minimum] = moe.sum_minimum
     return made
 
 

@@ -13,7 +13,7 @@ from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.afmoe import AFMOE
 from orchestrator.families.apertus import APERTUS
 from orchestrator.families.arcee import ARCEE
-from orchestrator.families.cohere import COHERE, COHERE2
+from orchestrator.families.cohere import COHERE, COHERE2, COHERE2_MOE
 from orchestrator.families.cwm import CWM
 from orchestrator.families.deepseek import DEEPSEEK_V3
 from orchestrator.families.dots import DOTS1, SOLAR_OPEN
@@ -101,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA4,
         VAULTGEMMA,
         AFMOE,
+        COHERE2_MOE,
     )
 }
 

@@ -1,6 +1,6 @@
 """Cohere's Command: LayerNorms without bias, attention and MLP side by side, pairs of neighbours rotated, scaled logits.
 
-Cohere 2 has windows, and rotates only the layers that have one.
+Cohere 2 has windows, and rotates only the layers that have one; Cohere 2 MoE has experts in place of most MLPs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from orchestrator.families.common import (
     NO_WINDOWS,
     ONE_ACTIVATION,
     PRE_NORMS,
+    experts,
     final,
+    shared_expert,
 )
-from orchestrator.model.config_table import PassedOver, RotaryTable
+from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 
 _OF_OTHER_CODE = {
@@ -80,5 +82,54 @@ COHERE2 = replace(
             "max_window_layers": PassedOver("sliding_window and layer_types decide", None),
             "order_of_interleaved_layers": PassedOver("layer_types decides", None),
         },
+    ),
+)
+COHERE2_MOE = replace(
+    COHERE2,
+    name="cohere2_moe",
+    architectures=("Cohere2MoeForCausalLM",),
+    rules=(
+        *EMBEDDING,
+        PRE_NORMS[0],
+        *ATTENTION,
+        *GATED_MLP,
+        *experts("mlp.gate", "mlp.experts.{expert}.", "up_proj", "gate_proj", "down_proj"),
+        *shared_expert("mlp.shared_experts"),
+        *final(),
+    ),
+    config=replace(
+        COHERE2.config,
+        model_types=("cohere2_moe",),
+        defaults={
+            **COHERE2.config.defaults,
+            "head_dim": 128,
+            "rms_norm_eps": None,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 0,
+            "shared_expert_combination_strategy": "average",
+            "expert_selection_fn": "softmax",
+            "norm_topk_prob": True,
+            "mlp_layer_types": None,
+            "first_k_dense_replace": 0,
+            "prefix_dense_intermediate_size": None,
+            "prefix_dense_sliding_window_pattern": 1,
+        },
+        nullable=COHERE2.config.nullable | {"rms_norm_eps", "mlp_layer_types", "prefix_dense_intermediate_size"},
+        constants={"parallel_blocks": True, "rotary_interleaved": True},
+        rms_epsilon="rms_norm_eps",
+        dense_size="prefix_dense_intermediate_size",
+        windows="after_prefix",
+        rotary=RotaryTable(only_windows=True, complete=True, dense_too="prefix_dense_sliding_window_pattern"),
+        experts=ExpertTable(
+            "num_experts",
+            "intermediate_size",
+            selection="expert_selection_fn",
+            combination="shared_expert_combination_strategy",
+            normalized="norm_topk_prob",
+            shared_count="num_shared_experts",
+            layers="listed",
+            constants={"shared_expert_gate": False},
+        ),
     ),
 )

@@ -328,9 +328,9 @@ def _translate(keys: Keys) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": 1 if latent else kv_heads,
         "head_size": head_size,
-        "intermediate_size": keys.count(keys.table.dense_size),
+        "intermediate_size": keys.maybe_count(keys.table.dense_size) or keys.count("intermediate_size"),
         "hidden_act": keys.activation(),
-        "norm_epsilon": keys.number(keys.table.epsilon),
+        **_norms(keys),
         "max_position_embeddings": keys.count("max_position_embeddings"),
         "tie_word_embeddings": keys.flag("tie_word_embeddings"),
         **_rotary(keys, head_size, latent),
@@ -354,6 +354,15 @@ def _rotary(keys: Keys, head_size: int, latent: LatentSizes | None) -> dict[str,
         found = rotary(keys, latent.rope)
     scale = softmax_scale(found["rotary_scaling"], head_size) if keys.table.rotary.scales_softmax else None
     return {**found, **latent.fields(), "rotary_embedding_dim": latent.rope, "attention_scale": scale}
+
+
+def _norms(keys: Keys) -> dict[str, Any]:
+    """Return the epsilon of the norms, and their kind where config.json decides of it."""
+    key = keys.table.rms_epsilon
+    if key is None:
+        return {"norm_epsilon": keys.number(keys.table.epsilon)}
+    is_rms = keys.get(key) is not None
+    return {"norm_epsilon": keys.number(key if is_rms else keys.table.epsilon), "norm_kind": "rms" if is_rms else "layer"}
 
 
 def _embedding_multiplier(keys: Keys) -> dict[str, float]:

@@ -47,6 +47,8 @@ class MoeConfig(BaseModel):
     """Number added to the sum of the weights before it divides them."""
     sum_minimum: float = _more(0.0)
     """Smallest number that divides the weights."""
+    output_scale: float = _more(1.0)
+    """Factor of the sum of the experts and the shared expert."""
     weighs_input: bool = _more(False)
     """Whether the weights multiply the experts' inputs instead of their outputs (Llama 4)."""
     router_bias: bool = _more(False)
@@ -89,10 +91,33 @@ def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
         "layers": None if all(layers) else layers,
         **_groups(keys, table, count, chosen),
         **({"routed_scale": keys.number(table.routed_scale)} if table.routed_scale else {}),
+        **_selection(keys, table),
+        **_combination(keys, table),
         **({"sum_minimum": keys.number(table.sum_minimum)} if table.sum_minimum else {}),
         **table.constants,
     }
     return {"moe": moe, "moe_intermediate_size": None if table.size == keys.table.dense_size else size}
+
+
+def _selection(keys: Keys, table: ExpertTable) -> dict[str, Any]:
+    """Return scoring and normalization_mode of a family whose config.json names the function."""
+    if table.selection is None:
+        return {}
+    kind = keys.get(table.selection)
+    if kind not in ("softmax", "sigmoid"):
+        raise keys.error(table.selection, f"is {shown(kind)}, which is not supported", "Supported: softmax, sigmoid.")
+    return {"scoring": f"{kind}_of_chosen", **({"normalization_mode": 1} if kind == "softmax" else {})}
+
+
+def _combination(keys: Keys, table: ExpertTable) -> dict[str, float]:
+    """Return output_scale of a family whose config.json says how the shared expert is added."""
+    if table.combination is None:
+        return {}
+    kind = keys.get(table.combination)
+    if kind not in ("average", "sum"):
+        raise keys.error(table.combination, f"is {shown(kind)}, which is not supported", "Supported: average, sum.")
+    has_shared = table.shared_count is not None and keys.count(table.shared_count, least=0) > 0
+    return {"output_scale": 0.5 if kind == "average" and has_shared else 1.0}
 
 
 def _chosen(keys: Keys, key: str, num_layers: int) -> int:

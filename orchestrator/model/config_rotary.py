@@ -106,6 +106,11 @@ def _dictionary(value: Any, where: str) -> dict[str, Any]:
 
 
 def _given(keys: Keys) -> dict[str, Any]:
+    if keys.table.rotary.complete:
+        if keys.given.get("rope_scaling") is not None:
+            raise keys.error("rope_scaling", "is not supported: transformers passes over it here", "Write it as rope_parameters.")
+        if "rope_theta" not in (keys.given.get("rope_parameters") or {"rope_theta": None}):
+            raise keys.error("rope_parameters", "is not supported without rope_theta")
     scaling = keys.given.get("rope_scaling") or keys.given.get("rope_parameters")
     return _dictionary(scaling if scaling is not None else keys.table.rotary.parameters, _where(keys))
 

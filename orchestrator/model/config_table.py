@@ -49,10 +49,14 @@ class RotaryTable:
     """Key of the list that says by 1 or 0 which layers are rotated, every no_rope_layer_interval-th not by default; None: all."""
     no_layers_mean_default: bool = False
     """Whether an empty list means the default (Llama 4)."""
+    dense_too: str | None = None
+    """Key that, where it is 1, rotates the layers without experts too, with only_windows (Cohere 2 MoE)."""
     only_windows: bool = False
     """Whether a model with a window rotates the layers that have it only (EXAONE 4)."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Rotary parameters of a config.json that has none."""
+    complete: bool = False
+    """Whether rope_parameters must hold the base, and rope_scaling, which transformers passes over, is refused (Cohere 2 MoE)."""
     by_kind: bool = False
     """Whether rope_parameters, which alone is read, has a dictionary for each kind of layer (Gemma 4)."""
     scales_queries: bool = False
@@ -86,6 +90,10 @@ class ExpertTable:
     """Key of the number of experts per token."""
     listed_choice: bool = False
     """Whether that may be a list with a number for each layer."""
+    selection: str | None = None
+    """Key of the function that makes scores of the chosen logits, softmax or sigmoid; only the latter may be normalized."""
+    combination: str | None = None
+    """Key that says whether the shared expert is added to the others' sum, or averaged with it; None: it is added."""
     normalized: str | None = None
     """Key that decides whether the chosen experts' weights are scaled to sum to one; None: always."""
     shared_size: str | None = None
@@ -139,8 +147,10 @@ class ConfigTable:
     """Whether the heads must have hidden_size elements together, because the output projection is square (Helium)."""
     epsilon: str = "rms_norm_eps"
     """Key of the norms' epsilon."""
+    rms_epsilon: str | None = None
+    """Key of an epsilon with which norms are RMSNorms, in place of `epsilon` and LayerNorms (Cohere 2 MoE)."""
     dense_size: str = "intermediate_size"
-    """Key of the intermediate size of a dense MLP."""
+    """Key of the intermediate size of a dense MLP; where it is null, intermediate_size is that size."""
     activation: str = "hidden_act"
     """Key of the activation."""
     activations: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ACTIVATIONS})

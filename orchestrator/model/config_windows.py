@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.model.config_experts import EXPERT_LAYERS
 from orchestrator.model.config_keys import Keys, shown
 from orchestrator.model.config_rotary import rotated_layers
 
@@ -70,6 +71,13 @@ def _but_every_nth(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     return [(layer + 1) % step != 0 for layer in range(layers)]
 
 
+def _after_prefix(keys: Keys, layers: int, _window: int | None) -> list[bool]:
+    """Cohere 2 MoE: the first layers, without experts, and those after them have patterns of their own."""
+    first = min(keys.count("first_k_dense_replace", least=0), layers)
+    early, late = keys.count("prefix_dense_sliding_window_pattern"), keys.count("sliding_window_pattern")
+    return [(layer + 1) % early != 0 for layer in range(first)] + [(layer + 1) % late != 0 for layer in range(layers - first)]
+
+
 def _with_rotary(keys: Keys, layers: int, _window: int | None) -> list[bool]:
     """Llama 4: the layers with rotary embedding have the window."""
     return list(rotated_layers(keys, layers))
@@ -83,6 +91,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "every_other": _every_other,
     "pattern": _pattern,
     "but_fourth": _but_fourth,
+    "after_prefix": _after_prefix,
     "but_every_nth": _but_every_nth,
     "but_sixth": _but_sixth,
     "but_first_of_four": _but_first_of_four,
@@ -110,10 +119,20 @@ def windows(keys: Keys, layers: int) -> dict[str, Any]:
     if any(chosen) and window is None:
         what = "layer_types" if listed else "use_sliding_window" if "use_sliding_window" in table.defaults else "sliding_window"
         raise keys.error(what, "gives layers a window, but sliding_window is missing", "Set sliding_window, or give no layer one.")
-    rotated = {"rotary_layers": tuple(chosen)} if table.rotary.only_windows and window and not all(chosen) else {}
+    turned = _rotated_too(keys, layers, chosen)
+    rotated = {"rotary_layers": turned} if table.rotary.only_windows and window and not all(turned) else {}
     if not any(chosen):
         return {"sliding_window": None, **rotated}
     return {"sliding_window": window, "window_layers": None if all(chosen) else tuple(chosen), **rotated}
+
+
+def _rotated_too(keys: Keys, layers: int, windowed: list[bool]) -> tuple[bool, ...]:
+    """Return the layers with rotary embedding where windows decide of it: those with one, and maybe those without experts."""
+    key, experts = keys.table.rotary.dense_too, keys.table.experts
+    if key is None or experts is None or keys.count(key) != 1:
+        return tuple(windowed)
+    has_experts = EXPERT_LAYERS[experts.layers](keys, layers)
+    return tuple(window or not has for window, has in zip(windowed, has_experts, strict=True))
 
 
 def _check_kinds(keys: Keys, layers: int) -> list[str] | None:

@@ -26,6 +26,7 @@ def moe_mlp(graph: GraphWriter, shape: RankShape, x: str, prefix: str) -> str:
     total = _experts(graph, shape, moe, x, prefix)
     if moe.shared_expert_intermediate_size:
         total = graph.node("Add", [total, _shared_expert(graph, shape, moe, x, prefix)], f"{prefix}.with_shared")
+    total = scale(graph, total, moe.output_scale, f"{prefix}.output_scaled", shape.dtype)
     return all_reduce(graph, shape, total)
 
 

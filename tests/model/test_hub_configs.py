@@ -22,7 +22,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json")
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 24, "vocab_size": 29, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "intermediate_size_mlp": 28,
-    "shared_intermediate_size": 20,
+    "shared_intermediate_size": 20, "prefix_dense_intermediate_size": 28,
 }  # fmt: skip
 HEAD_SIZE = 16
 

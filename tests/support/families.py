@@ -220,6 +220,22 @@ TINY: dict[str, TinyFamily] = {
     "cohere2": TinyFamily(
         "Cohere2ForCausalLM", "Cohere2Config", {"tie_word_embeddings": True, "num_hidden_layers": 5, "sliding_window": 5}
     ),
+    "cohere2_moe": TinyFamily(
+        "Cohere2MoeForCausalLM",
+        "Cohere2MoeConfig",
+        {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 5,
+            "sliding_window": 5,
+            "intermediate_size": 32,
+            "prefix_dense_intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 2,
+            "expert_selection_fn": "sigmoid",
+            "first_k_dense_replace": 1,
+        },
+    ),
     "arcee": TinyFamily("ArceeForCausalLM", "ArceeConfig"),
     "seed_oss": TinyFamily("SeedOssForCausalLM", "SeedOssConfig"),
     "minimax_m2": TinyFamily(

@@ -55,6 +55,8 @@ class Resolution:
     normalized: float | None = None
     """Sum of the chosen experts' weights; 0: not the same for all tokens; None: no experts, or all are chosen."""
     expert_layers: tuple[bool, ...] = ()
+    output_scale: float = 1.0
+    """Factor of the sum of the experts and the shared expert."""
     groups: tuple[int, int] = (1, 1)
     """Groups of experts, and those that are kept."""
     qk_norm: bool = False
@@ -122,6 +124,7 @@ def _measure(model: Any, made: Any) -> Resolution:
         moe=moe,
         normalized=normalized,
         expert_layers=has_experts,
+        output_scale=_output_scale(_block(mixture)),
         groups=groups,
         qk_norm=hasattr(attention, "q_norm")
         or hasattr(attention, "query_layernorm")
@@ -141,6 +144,11 @@ def _mlp(layer: Any) -> Any:
 def _block(layer: Any) -> Any:
     """The owner of a layer's experts, if it has any."""
     return layer if hasattr(layer, "experts") else _mlp(layer)
+
+
+def _output_scale(block: Any) -> float:
+    has_average = getattr(block, "shared_expert_combination_strategy", "sum") == "average" and block.num_shared_experts > 0
+    return 0.5 if has_average else 1.0
 
 
 def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
@@ -337,6 +345,7 @@ def ours(config: ModelConfig) -> Resolution:
         moe=None if moe is None else (moe.num_experts, moe.top_k, config.expert_size, moe.shared_expert_intermediate_size),
         normalized=None if moe is None else chosen,
         expert_layers=has_experts,
+        output_scale=moe.output_scale if moe else 1.0,
         groups=(moe.num_groups, moe.kept_groups) if moe else (1, 1),
         qk_norm=any(rotated) if config.qk_layernorm == "rotated" else config.qk_layernorm != "none",
         rotated_layers=rotated,

@@ -80,6 +80,10 @@ def _half_rotated(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, A
     return {"rotary_embedding_dim": found.head_size // 2}
 
 
+def _dense_layer_unrotated(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    return {"rotary_layers": tuple(found.has_window(layer) for layer in range(found.num_hidden_layers))}
+
+
 def _mscale_once(found: ModelConfig) -> float:
     assert found.attention_scale is not None
     return float((found.attention_scale * found.head_size**-0.5) ** 0.5)
@@ -279,5 +283,11 @@ WRONG_RULES = [
     WrongRule("afmoe layers turned round", hub_config("trinity-mini"), _other_layers),
     WrongRule("afmoe embedding not multiplied", hub_config("trinity-mini"), _set(embedding_multiplier=1.0)),
     WrongRule("afmoe factor of the weights missed", hub_config("trinity-mini"), _moe(routed_scale=1.0)),
+    WrongRule("cohere2_moe shared expert added", hub_config("command-a-moe"), _moe(output_scale=1.0)),
+    WrongRule("cohere2_moe softmax for sigmoid", hub_config("command-a-moe"), _moe(scoring="softmax_of_chosen")),
+    WrongRule("cohere2_moe norm_topk_prob missed", hub_config("command-a-moe"), _moe(normalization_mode=0)),
+    WrongRule("cohere2_moe RMSNorm for LayerNorm", hub_config("command-a-moe"), _set(norm_kind="rms")),
+    WrongRule("cohere2_moe dense layer not rotated", hub_config("command-a-moe"), _dense_layer_unrotated),
+    WrongRule("cohere2_moe logits not scaled", hub_config("command-a-moe"), _set(logits_scaling=1.0)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

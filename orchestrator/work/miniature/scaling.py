@@ -186,6 +186,7 @@ class Scaling:
         small = {
             "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
             "intermediate_size_mlp": 112, "shared_intermediate_size": 80,
+            "prefix_dense_intermediate_size": 112,
         }  # fmt: skip
         for key, size in {**small, "vocab_size": _VOCABULARY}.items():
             self._maps[key] = _only(self.raw(key), size)
