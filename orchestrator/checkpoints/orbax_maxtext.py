@@ -20,6 +20,9 @@ _ATTENTION = {
     "key/kernel": Rule("self_attn.k_proj.weight", Kind.OUT_OF_FIRST),
     "value/kernel": Rule("self_attn.v_proj.weight", Kind.OUT_OF_FIRST),
     "out/kernel": Rule("self_attn.o_proj.weight", Kind.INTO_LAST),
+    "query/bias": Rule("self_attn.q_proj.bias", Kind.FLAT),
+    "key/bias": Rule("self_attn.k_proj.bias", Kind.FLAT),
+    "value/bias": Rule("self_attn.v_proj.bias", Kind.FLAT),
     "query_norm/scale": Rule("self_attn.q_norm.weight", Kind.COPY),
     "key_norm/scale": Rule("self_attn.k_norm.weight", Kind.COPY),
 }
@@ -66,6 +69,7 @@ class _Family(NamedTuple):
 MAXTEXT: dict[str, _Family] = {
     "LlamaForCausalLM": _Family(_PRE_NORMS, scaled_query=True),
     "MistralForCausalLM": _Family(_PRE_NORMS, scaled_query=True),
+    "Qwen2ForCausalLM": _Family(_PRE_NORMS),
     "Qwen3ForCausalLM": _Family(_PRE_NORMS),
     "GemmaForCausalLM": _Family(_GEMMA_NORMS, scaled_query=True, offset=True),
     "Gemma2ForCausalLM": _Family(_SANDWICH, scaled_query=True, offset=True, pairs=True),

@@ -45,6 +45,7 @@ CASES = {
     "llama-folders": Case("llama", "maxtext", "folders", "bfloat16"),
     "mistral": Case("mistral", "maxtext", "default"),
     "qwen3": Case("qwen3", "maxtext", "standard", "bfloat16"),
+    "qwen2": Case("qwen2", "maxtext", "default", "bfloat16"),
     "gemma": Case("gemma", "maxtext", "default"),
     "gemma2": Case("gemma2", "maxtext", "zarr3"),
     "gemma3": Case("gemma3", "maxtext", "default"),
@@ -96,6 +97,11 @@ def to_maxtext(state: Mapping[str, Array], config: Mapping[str, Any], *, scanned
             "mlp/wi_1/kernel": state[at + "mlp.up_proj.weight"].T,
             "mlp/wo/kernel": state[at + "mlp.down_proj.weight"].T,
         }
+        if kind == "qwen2":
+            found |= {
+                f"self_attention/{name}/bias": state[f"{at}self_attn.{name[0]}_proj.bias"].reshape(-1, head)
+                for name in ("query", "key", "value")
+            }
         if kind in ("qwen3", "gemma3_text"):
             found |= {
                 f"self_attention/{name}_norm/scale": norm(f"{at}self_attn.{name[0]}_norm.weight") for name in ("query", "key")
@@ -128,7 +134,7 @@ _PRE = {
     "pre_self_attention_layer_norm": "input_layernorm.weight", "post_self_attention_layer_norm": "post_attention_layernorm.weight",
 }  # fmt: skip
 _NORMS = {
-    "llama": _PRE, "mistral": _PRE, "qwen3": _PRE, "gemma2": _SANDWICH, "gemma3_text": _SANDWICH,
+    "llama": _PRE, "mistral": _PRE, "qwen2": _PRE, "qwen3": _PRE, "gemma2": _SANDWICH, "gemma3_text": _SANDWICH,
     "gemma": {"pre_self_attention_norm": "input_layernorm.weight", "pre_ffw_norm": "post_attention_layernorm.weight"},
 }  # fmt: skip
 
@@ -245,6 +251,8 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     DATA.mkdir(parents=True, exist_ok=True)
     for name, case in CASES.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / name
             _write(case, Path(sys.argv[1]) / case.family, folder)
