@@ -1,6 +1,6 @@
 """Compare the trees of orbax_checkpoints with those that MaxText's own conversion makes of the same Hugging Face folders.
 
-MaxText wants Python 3.12 and a TPU's packages; its param_mapping.py wants numpy and JAX only. In the environment of orbax_checkpoints:
+MaxText wants Python 3.12 and a TPU's packages, its param_mapping.py numpy and JAX only. In the environment of orbax_checkpoints:
 
     pip download --no-deps --python-version 3.12 --only-binary=:all: maxtext==0.2.5 && unzip maxtext-*.whl -d maxtext-wheel
     python -m tests.support.maxtext_own maxtext-wheel/maxtext/checkpoint_conversion/utils/param_mapping.py /tmp/hf

@@ -114,13 +114,17 @@ def to_maxtext(state: Mapping[str, Array], config: Mapping[str, Any], *, scanned
     }
     if "lm_head.weight" in state:
         made["decoder/logits_dense/kernel"] = state["lm_head.weight"].T
+    return made | _arranged([layer(number) for number in range(layers)], kind, scanned=scanned)
+
+
+def _arranged(layers: list[dict[str, Array]], kind: str, *, scanned: bool) -> dict[str, Array]:
+    """Arrays of the decoder by path, each layer's apart or stacked along axis 1."""
     if not scanned:
-        return made | {
-            f"decoder/layers_{number}/{path}": array for number in range(layers) for path, array in layer(number).items()
-        }
-    for prefix, suffix, members in _stacks(kind, layers):
-        for path in layer(0):
-            stack = np.stack([layer(number)[path] for number in members], 1) if suffix is not None else layer(members[0])[path]
+        return {f"decoder/layers_{number}/{path}": array for number, layer in enumerate(layers) for path, array in layer.items()}
+    made = {}
+    for prefix, suffix, members in _stacks(kind, len(layers)):
+        for path, array in layers[members[0]].items():
+            stack = array if suffix is None else np.stack([layers[number][path] for number in members], 1)
             first, _, rest = path.partition("/")
             made[f"decoder/{prefix}/{first}{suffix or ''}/{rest}"] = stack
     return made
