@@ -51,3 +51,19 @@ def causal_class(config: Any) -> Any:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return getattr(transformers, f"{type(config).__name__.removesuffix('Config')}ForCausalLM", None)
+
+
+class LayerNames:
+    """Names of source tensors within a layer of transformers, which renames some when it loads (`conversion_mapping`)."""
+
+    def __init__(self, model_type: str) -> None:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = get_checkpoint_conversion_mapping(model_type) or ()
+        self._renamings = [each for each in found if isinstance(each, WeightRenaming)]
+
+    def __call__(self, name: str) -> str:
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name.split(".", 3)[3]

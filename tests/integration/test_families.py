@@ -145,6 +145,13 @@ def test_portable_part_of_heads_of_two_sizes_is_refused(folder: Path, make_spec:
         preparation.plan(spec)
 
 
+def test_linears_that_transformers_renames_are_calibrated(folder: Path, make_spec: SpecMaker) -> None:
+    """Hy3's shared expert is stored as shared_mlp, and is shared_experts in transformers."""
+    plan = preparation.plan(make_spec(source(folder, "hy_v3"), quantization={"algorithm": "FP8"}))
+    (outcome,) = run_steps(plan, (folder / "store").as_uri(), (Kind.CALIBRATE,)).values()
+    assert outcome.kind is Kind.CALIBRATE
+
+
 def test_latent_attention_in_halves_rotates_what_transformers_does(tmp_path: Path, make_spec: SpecMaker) -> None:
     plan = preparation.plan(make_spec(write_tiny("deepseek_v3", tmp_path / "model", rope_interleave=False)))
     check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)

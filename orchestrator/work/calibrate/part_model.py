@@ -25,7 +25,7 @@ from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
-from orchestrator.work.as_hugging_face import causal_class, loadable_config
+from orchestrator.work.as_hugging_face import LayerNames, causal_class, loadable_config
 
 _EMBEDDING = "model.embed_tokens.weight"
 _TINY_VOCABULARY = 8
@@ -113,7 +113,8 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     # Module by module, so that the device never holds a tensor twice.
     model = model.eval().requires_grad_(False).to(device)
-    linears = {_local_name(module, options.first_layer): module for module in options.modules if ".experts." not in module}
+    names = LayerNames(whole.model_type)
+    linears = {_path(module, options.first_layer, names): module for module in options.modules if ".experts." not in module}
     linears |= _unfuse_experts(model, options)
     experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
     return PartModel(model, linears, experts)
@@ -188,6 +189,12 @@ def _local_name(name: str, first: int) -> str:
         return name
     layer = layer_of(name)
     return name.replace(f".layers.{layer}.", f".layers.{layer - first}.", 1)
+
+
+def _path(module: str, first: int, names: LayerNames) -> str:
+    """Return the path of a source module in a model of the layers from `first` on, which may have another name there."""
+    name = names(f"{module}.weight").removesuffix(".weight")
+    return f"model.layers.{layer_of(module) - first}.{name}"
 
 
 def read_tensors(reader: RowReader, tensors: Mapping[str, TensorInfo], dtype: Any = None) -> dict[str, Any]:

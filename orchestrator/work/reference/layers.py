@@ -19,6 +19,7 @@ from orchestrator.base.errors import QuantizationError
 from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
+from orchestrator.work.as_hugging_face import LayerNames
 from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensor_rows, read_tensors
 
 _EXPERTS = ".experts."
@@ -145,22 +146,6 @@ class Layer:
     """None: a dense layer."""
     tensors: Mapping[str, TensorInfo]
     """Source tensor of each parameter except experts, by the parameter's name in the layer."""
-
-
-class LayerNames:
-    """Names of source tensors within a layer of transformers, which renames some when it loads (`conversion_mapping`)."""
-
-    def __init__(self, model_type: str) -> None:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        found = get_checkpoint_conversion_mapping(model_type) or ()
-        self._renamings = [each for each in found if isinstance(each, WeightRenaming)]
-
-    def __call__(self, name: str) -> str:
-        for renaming in self._renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name.split(".", 3)[3]
 
 
 class SourceLayers:

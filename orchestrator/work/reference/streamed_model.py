@@ -22,10 +22,10 @@ from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores import open_source
 from orchestrator.stores.source import planned_ranges
-from orchestrator.work.as_hugging_face import causal_class, loadable_config
+from orchestrator.work.as_hugging_face import LayerNames, causal_class, loadable_config
 from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
-from orchestrator.work.reference.layers import Experts, Layer, LayerNames, SourceLayers
+from orchestrator.work.reference.layers import Experts, Layer, SourceLayers
 
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
 _CACHES = ("past_key_values", "past_key_value")
