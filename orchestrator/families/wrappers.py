@@ -16,7 +16,7 @@ from orchestrator.model.rules import Family
 WRAPPERS = frozenset(
     f"{name}ForConditionalGeneration"
     for name in (
-        "AyaVision", "Cohere2Vision", "DeepseekVL", "DeepseekVLHybrid", "Exaone4_5_", "Gemma3", "Glm4v", "Glm4vMoe",
+        "AyaVision", "Cohere2Vision", "DeepseekVL", "DeepseekVLHybrid", "Exaone4_5_", "Gemma3", "Gemma4", "Glm4v", "Glm4vMoe",
         "GlmAsr", "GotOcr2", "GraniteSpeech", "Idefics2", "Idefics3", "InternVL", "Janus", "KimiK25", "KimiVL", "Kimi_K25",
         "LightOnOcr", "Llama4", "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "Mistral3", "Ovis2", "Qwen2Audio",
         "Qwen2VL", "Qwen2_5_VL", "Qwen3ASR", "Qwen3VL", "SmolVLM", "VideoLlama3", "VideoLlava", "VipLlava", "Voxtral",

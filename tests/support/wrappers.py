@@ -16,6 +16,7 @@ _SMALL = {
 _PARTS = ("vision_config", "audio_config", "encoder_config", "projector_config", "high_res_vision_config")
 _AXES = {"rope_type": "default", "rope_theta": 10000.0}
 TEXTS: dict[str, dict[str, Any]] = {
+    "Gemma4": TINY["gemma4"].fields,
     "Glm4v": {"rope_parameters": {**_AXES, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "Glm4vMoe": {
         **MOE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
