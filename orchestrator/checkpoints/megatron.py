@@ -77,9 +77,8 @@ def read_index(folder: SourceFolder) -> CheckpointIndex:
     config = read_config(folder, layout, names)
     stored = _weights(read_metadata(folder, layout.weights + METADATA), folder.url)
     warnings = _with_vocabulary(config, stored)
-    parts = list(_parts(stored, config, folder.url))
-    blocks = Blocks(folder, layout.weights, {id(part.stored): part.stored for part in parts}.values(), names)
-    tensors = {part.name: part.made(blocks, folder.url) for part in parts}
+    blocks = Blocks(folder, layout.weights, stored.values(), names)
+    tensors = {part.name: part.made(blocks, folder.url) for part in _parts(stored, config, folder.url)}
     files = tuple(folder.source_file(name) for name in blocks.files)
     return CheckpointIndex("megatron", files, tensors, config, warnings)
 
@@ -111,6 +110,8 @@ def _weights(stored: Mapping[str, StoredTensor], url: str) -> dict[str, StoredTe
                     f"{url}: {abbreviated(key, 100)} is stored as {tensor.dtype}, which is no dtype of weights here",
                     f"Save the checkpoint with weights in {', '.join(MODEL_DTYPES)}.",
                 )
+            if not all(tensor.shape):
+                raise SourceCorruptError(f"{url}: {abbreviated(key, 100)} is empty, of shape {list(tensor.shape)}")
             found[key.removeprefix(prefixes[0])] = tensor
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,7 @@ class Blocks:
                 )
             return numbers[name], entry.offset
 
+        self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
             self._places = dict(zip(((t.name, c.offsets) for t, c in wanted), pool.map(locate, wanted), strict=True))
 
@@ -60,9 +62,8 @@ class Blocks:
 
         Raises SourceCorruptError for chunks that leave gaps, overlap, or cut both axes of the block.
         """
-        chunks = [chunk for chunk in tensor.chunks if _holds(chunk, place)]
+        chunks = self._chunks_of(tensor, len(place)).get(place, [])
         block = tensor.shape[len(place) :]
-        chunks.sort(key=lambda chunk: chunk.offsets)
         if all(chunk.sizes[len(place) + 1 :] == block[1:] for chunk in chunks):
             axis, pieces = 0, [piece for begin, end in rows for piece in self._rows(tensor, chunks, place, begin, end)]
             complete = sum(piece.shape[0] for piece in pieces) == sum(end - begin for begin, end in rows)
@@ -75,6 +76,17 @@ class Blocks:
                 f"{where}: the chunks of {tensor.name} cut it as no trainer does", "Save the checkpoint again."
             )
         return tuple(pieces), axis
+
+    def _chunks_of(self, tensor: StoredTensor, num_axes: int) -> dict[tuple[int, ...], list[Chunk]]:
+        """Return the chunks of each block of a tensor, in order: index on the first `num_axes` axes -> chunks."""
+        if (tensor.name, num_axes) not in self._blocks:
+            found: dict[tuple[int, ...], list[Chunk]] = {}
+            for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.offsets):
+                ranges = (range(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes[:num_axes], strict=False))
+                for place in itertools.product(*ranges):
+                    found.setdefault(place, []).append(chunk)
+            self._blocks[tensor.name, num_axes] = found
+        return self._blocks[tensor.name, num_axes]
 
     def _rows(self, tensor: StoredTensor, chunks: Iterable[Chunk], place: tuple[int, ...], begin: int, end: int) -> Iterable[Piece]:
         """Yield rows [begin, end) of a block from chunks with all of its columns, in order."""
@@ -94,10 +106,6 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape[1:] and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-def _holds(chunk: Chunk, place: tuple[int, ...]) -> bool:
-    return all(first <= at < first + size for at, first, size in zip(place, chunk.offsets, chunk.sizes, strict=False))
 
 
 def _position(chunk: Chunk, place: tuple[int, ...]) -> int:
