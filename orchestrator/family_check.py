@@ -20,7 +20,8 @@ from orchestrator.families import family_named, find
 from orchestrator.families.nearest import Nearness, kind_of, nearest, unsupported
 from orchestrator.families.wrappers import architecture_of, is_wrapper, language_config, refusal
 from orchestrator.model.checkpoint import CheckpointIndex
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.config_keys import REQUIRED, ROTARY_KEYS, key_problems, switches_on, unknown_keys
 from orchestrator.model.family_words import wrong_words
 from orchestrator.model.rules import Family

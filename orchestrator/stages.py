@@ -16,7 +16,7 @@ from orchestrator.engines.profiles import network_of
 from orchestrator.events import Listener, Planned, silent
 from orchestrator.model import topology as topologies
 from orchestrator.model.compute_capability import check_target
-from orchestrator.model.config import to_trtllm
+from orchestrator.model.config_trtllm import to_trtllm
 from orchestrator.model.stage import StageOptions
 from orchestrator.planning.facts import Verification, VerifyFacts
 from orchestrator.planning.options import BuildOptions

@@ -29,11 +29,13 @@ from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.families import family_for
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import Assembly, CheckpointIndex, Piece, TensorInfo
-from orchestrator.model.config import ModelConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config import ModelConfig
 from orchestrator.model.config_experts import layer_keys
 from orchestrator.model.config_heads import global_head_keys
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.config_latent import LATENT_KEYS
 from orchestrator.model.config_table import ConfigTable
+from orchestrator.model.config_trtllm import from_trtllm, to_trtllm
 from orchestrator.model.quantization import ModelQuantization, quant_cfg
 from orchestrator.model.rules import Family, Part, Span, Where
 from orchestrator.model.targets import Read, Target
@@ -60,7 +62,7 @@ _INVERSES: dict[str, Callable[[Any], Any]] = {
     "per_head": lambda value: value == "head",
     "where_rotated": lambda value: value == "rotated",
 }
-"""Inverses of model.config.TRANSFORMS."""
+"""Inverses of model.config_hugging_face.TRANSFORMS."""
 
 read_rows = read_assembled_rows
 

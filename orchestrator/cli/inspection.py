@@ -15,7 +15,7 @@ from orchestrator.checkpoints import FORMATS, format_named, read_source, refuse_
 from orchestrator.checkpoints.huggingface import read_json
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.model.checkpoint import TensorInfo
-from orchestrator.model.config import from_trtllm
+from orchestrator.model.config_trtllm import from_trtllm
 from orchestrator.releases import Release, open_release
 from orchestrator.releases.tags import TAGS
 from orchestrator.report import format_bytes

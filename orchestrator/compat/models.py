@@ -32,7 +32,9 @@ from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.model.compute_capability import check_target
-from orchestrator.model.config import ModelConfig, from_hugging_face, to_trtllm
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
+from orchestrator.model.config_trtllm import to_trtllm
 from orchestrator.model.quantization import ModelQuantization
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology

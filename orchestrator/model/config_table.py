@@ -137,7 +137,7 @@ class ConfigTable:
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig with the same value in every model of the family."""
     derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Field of ModelConfig -> (name in model.config.TRANSFORMS, key of config.json)."""
+    """Field of ModelConfig -> (name in model.config_hugging_face.TRANSFORMS, key of config.json)."""
     latent: bool = False
     """Whether attention is over latents (MLA), with the sizes q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and
     v_head_dim."""

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Iterator
 
 from pydantic import ValidationError
 
-from orchestrator.model.config import QK_NORMS, TRANSFORMS, ModelConfig, MoeConfig
+from orchestrator.model.config import ModelConfig, MoeConfig
 from orchestrator.model.config_experts import EXPERT_LAYERS
+from orchestrator.model.config_hugging_face import QK_NORMS, TRANSFORMS
 from orchestrator.model.config_keys import REQUIRED
 from orchestrator.model.config_windows import WINDOW_RULES
 from orchestrator.model.rules import ConfigTable, Family

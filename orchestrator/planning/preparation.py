@@ -12,7 +12,8 @@ from orchestrator.families.nearest import unsupported
 from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.config_keys import config_warnings
 from orchestrator.model.quantization import check_cache, check_portable
 from orchestrator.model.rules import Family

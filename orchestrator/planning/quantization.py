@@ -11,7 +11,8 @@ from typing import Any
 from orchestrator.base.digest import digest_file
 from orchestrator.base.errors import QuantizationError, SourceMissingError, SpecError, TopologyError
 from orchestrator.model.checkpoint import CheckpointIndex
-from orchestrator.model.config import ModelConfig, from_trtllm
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_trtllm import from_trtllm
 from orchestrator.model.quantization import MIXED_PRECISION, LinearFormat, ModelQuantization, global_name, linear_of
 from orchestrator.model.quantized_targets import module_of
 from orchestrator.model.stored_targets import stored_format

@@ -15,7 +15,8 @@ from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceC
 from orchestrator.checkpoints import companions, huggingface, safetensors, trtllm
 from orchestrator.families import FAMILIES
 from orchestrator.model.checkpoint import SourceFile
-from orchestrator.model.config import from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config_hugging_face import from_hugging_face
+from orchestrator.model.config_trtllm import from_trtllm, to_trtllm
 from orchestrator.model.topology import Topology
 from orchestrator.stores.source import FileSource, LocalFolder
 from tests.support.families import TINY, tiny_config

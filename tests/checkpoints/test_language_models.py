@@ -15,7 +15,7 @@ from orchestrator.checkpoints import read_source
 from orchestrator.families import family_for
 from orchestrator.families.wrappers import REFUSED, WRAPPERS, architecture_of, language_config
 from orchestrator.model.checkpoint import CheckpointIndex
-from orchestrator.model.config import from_hugging_face
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.topology import Topology
 from orchestrator.planning import preparation
 from orchestrator.work.miniature.prompts import Prompt

@@ -17,7 +17,8 @@ from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.compare import compare
 from orchestrator.cli.commands import app
 from orchestrator.compat.models import BuildConfig, LLaMAForCausalLM, Mapping, build
-from orchestrator.model.config import ModelConfig, MoeConfig, from_trtllm, to_trtllm
+from orchestrator.model.config import ModelConfig, MoeConfig
+from orchestrator.model.config_trtllm import from_trtllm, to_trtllm
 from orchestrator.model.topology import Topology
 from tests.support.strategies import parallel_models
 from tests.support.synthetic import build_spec, model_config, random_arrays, write_source

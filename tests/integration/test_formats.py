@@ -28,7 +28,8 @@ from orchestrator.checkpoints.compare import compare
 from orchestrator.compat.models import LLaMAForCausalLM
 from orchestrator.compat.models import Mapping as Place
 from orchestrator.families import family_named
-from orchestrator.model.config import ModelConfig, MoeConfig, to_trtllm
+from orchestrator.model.config import ModelConfig, MoeConfig
+from orchestrator.model.config_trtllm import to_trtllm
 from orchestrator.planning import preparation
 from orchestrator.planning.steps import Kind
 from orchestrator.stores.file import FileStore

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families.llama import LLAMA
 from orchestrator.families.mistral import MISTRAL
-from orchestrator.model.config import ModelConfig, MoeConfig, from_hugging_face, from_trtllm, to_trtllm
+from orchestrator.model.config import ModelConfig, MoeConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
+from orchestrator.model.config_trtllm import from_trtllm, to_trtllm
 from orchestrator.model.topology import Topology
 from tests.support.strategies import parallel_models
 from tests.support.synthetic import hugging_face_config, model_config

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from orchestrator.base.errors import ArchitectureError
 from orchestrator.families import FAMILIES, family_for
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.config_keys import DOES_NOT_MATTER, MUST_BE, REQUIRED, ROTARY_KEYS, config_warnings
 from orchestrator.model.config_table import PassedOver
 from tests.support.families import TINY

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.families import FAMILIES, family_for
-from orchestrator.model.config import from_hugging_face
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.config_keys import config_warnings
 from orchestrator.work.as_hugging_face import with_known_type, with_rotated_part
 from tests.support.resolution import differences, ours, resolved

@@ -13,7 +13,8 @@ import pytest
 from orchestrator.base.errors import VerificationError
 from orchestrator.checkpoints import read_source
 from orchestrator.families import FAMILIES
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.networks import Network, Rendering, decoder_network

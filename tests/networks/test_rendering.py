@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 from orchestrator.families import family_for
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.quantization import ModelQuantization
 from orchestrator.model.stage import StageNetwork, StageOptions
 from orchestrator.model.topology import Topology

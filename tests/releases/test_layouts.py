@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.base.digest import digest_bytes
 from orchestrator.base.errors import DigestError, SpecError
-from orchestrator.model.config import from_trtllm
+from orchestrator.model.config_trtllm import from_trtllm
 from orchestrator.releases import pull
 from orchestrator.releases.layouts import Request, arrange
 from tests.support.releases import Published, files_below, make_keys, publish_tiny

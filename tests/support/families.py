@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.families import FAMILIES
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,

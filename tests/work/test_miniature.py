@@ -15,7 +15,8 @@ from orchestrator.base.errors import MiniatureError
 from orchestrator.events import StepEvent
 from orchestrator.families import FAMILIES, family_for
 from orchestrator.model import weight_map
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.rules import Part
 from orchestrator.model.stage import StageOptions
 from orchestrator.model.topology import Topology

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from orchestrator.model.config import to_trtllm
+from orchestrator.model.config_trtllm import to_trtllm
 from orchestrator.model.topology import Topology
 from orchestrator.releases.asked import asked_engine, model_quantization
 from orchestrator.releases.layouts import Arrangement, Request, identity_files

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from orchestrator.base.errors import MiniatureError, OrchestratorError
 from orchestrator.families import family_named
-from orchestrator.model.config import ModelConfig, from_hugging_face
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.rules import Family
 from orchestrator.planning.facts import Miniature, MiniatureCase, MiniatureThreshold
 from orchestrator.planning.options import MiniatureOptions
