@@ -14,7 +14,7 @@ from orchestrator import building
 from orchestrator.base.errors import MiniatureError
 from orchestrator.events import StepEvent
 from orchestrator.families import FAMILIES, family_for
-from orchestrator.model import weight_map
+from orchestrator.model import rule_expansion
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.config_hugging_face import from_hugging_face
 from orchestrator.model.rules import Part
@@ -198,13 +198,13 @@ def _keys_not_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _key_expansion_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = weight_map._Expander._read
+    read = rule_expansion.Expander._read
 
     def wrong(self: Any, part: Part, layer: int, expert: int = 0, head: int | None = None) -> Any:
         moved = head is not None and part.section == 0
         return read(self, part, layer, expert, (head + 1) % self.config.num_attention_heads if moved and head is not None else head)
 
-    monkeypatch.setattr(weight_map._Expander, "_read", wrong)
+    monkeypatch.setattr(rule_expansion.Expander, "_read", wrong)
 
 
 def _latent_without_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
