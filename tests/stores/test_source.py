@@ -573,4 +573,4 @@ def test_companion_folder_of_a_file_that_changed_is_refused(remote_model: tuple[
     _, url = remote_model
     context = Context(open_store((tmp_path / "store").as_uri()), "", tmp_path, lambda *words: None, lambda line: None)
     with pytest.raises(SourceCorruptError, match="was changed during the build"):
-        companion_folder(url, (SourceFile("config.json", 5, "sha256:" + "0" * 64),), context)
+        companion_folder({"source": url}, (SourceFile("config.json", 5, "sha256:" + "0" * 64),), context, "huggingface")
