@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -64,7 +65,7 @@ AFMOE = Family(
         },
         nullable=frozenset({"num_key_value_heads", "layer_types", "mup_enabled"}),
         constants={"norm_placement": "sandwich", "qk_layernorm": "head", "attention_gate": True},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         embedding_switch="mup_enabled",
         windows="but_every_nth",
         rotary=RotaryTable(only_windows=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     IGNORED,
     NO_CAPS,
@@ -51,7 +52,7 @@ APERTUS = Family(
         },
         nullable=frozenset({"num_key_value_heads", "head_dim"}),
         constants={"mlp_gated": False, "qk_layernorm": "head"},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         activations={XIELU: XIELU},
         rotary=RotaryTable(
             theta=12000000.0,

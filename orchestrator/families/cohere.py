@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -54,8 +55,7 @@ COHERE = Family(
         nullable=frozenset({"num_key_value_heads"}),
         constants={"norm_kind": "layer", "parallel_blocks": True, "rotary_interleaved": True},
         derived={
-            "attn_bias": ("is", "attention_bias"),
-            "attn_dense_bias": ("is", "attention_bias"),
+            **ATTENTION_BIASES,
             "logits_scaling": ("inverse", "logit_scale"),
         },
         epsilon="layer_norm_eps",

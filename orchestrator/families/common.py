@@ -349,6 +349,8 @@ NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_
 ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
 """Gemma's second name of the activation, in families that do not read it."""
 
+ATTENTION_BIASES = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
+"""Fields of families in which attention_bias decides over the biases of queries, keys, values and output."""
 LATENT_DEFAULTS = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -357,8 +359,7 @@ LATENT_DEFAULTS = {
 }
 """Defaults of the keys that models with latent attention share."""
 LATENT_DERIVED = {
-    "attn_bias": ("is", "attention_bias"),
-    "attn_dense_bias": ("is", "attention_bias"),
+    **ATTENTION_BIASES,
     "rotary_interleaved": ("is", "rope_interleave"),
 }
 LATENT_PASSED_OVER = {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     DENSE,
     EMBEDDING,
     GATED_MLP,
@@ -60,7 +61,7 @@ DOTS1 = Family(
         },
         nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types"}),
         constants={"qk_layernorm": "head"},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         windows="from_max_window_layers",
         experts=SIGMOID_TABLE,
         passed_over={

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -42,8 +43,7 @@ _LATER = {
 """Defaults of Gemma 2 and 3."""
 _DERIVED = {
     "embedding_multiplier": ("sqrt", "hidden_size"),
-    "attn_bias": ("is", "attention_bias"),
-    "attn_dense_bias": ("is", "attention_bias"),
+    **ATTENTION_BIASES,
 }
 _SCALED = {
     **_DERIVED,

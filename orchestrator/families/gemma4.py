@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.families.common import (
+    ATTENTION_BIASES,
     DENSE,
     DENSE_BIAS,
     EMBEDDING,
@@ -122,8 +123,7 @@ GEMMA4 = Family(
         },
         derived={
             "embedding_multiplier": ("sqrt", "hidden_size"),
-            "attn_bias": ("is", "attention_bias"),
-            "attn_dense_bias": ("is", "attention_bias"),
+            **ATTENTION_BIASES,
             "final_logit_softcapping": ("is", "final_logit_softcapping"),
         },
         activation="hidden_activation",

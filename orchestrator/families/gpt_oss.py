@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     IGNORED,
     NO_CAPS,
@@ -48,7 +49,7 @@ GPT_OSS = Family(
         },
         nullable=frozenset({"sliding_window", "layer_types"}),
         constants={"attention_sinks": True},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         activations=dict.fromkeys(ACTIVATIONS, "silu"),  # transformers does not read it
         windows="every_other",
         rotary=RotaryTable(theta=150_000.0, parameters=_YARN),

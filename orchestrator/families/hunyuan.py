@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -23,8 +24,6 @@ from orchestrator.families.common import (
 from orchestrator.families.glm import SIGMOID_TABLE
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
-
-_BIASES = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
 
 _QK_NORMS = renamed(qk_norms(), {"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"})
 _OTHER_CODE = "a key of the publisher's own code"
@@ -63,7 +62,7 @@ HUNYUAN_DENSE = Family(
         required=frozenset({"head_dim"}),
         nullable=frozenset({"num_key_value_heads"}),
         constants={"qk_layernorm": "head", "qk_norm_after_rotary": True},
-        derived=_BIASES,
+        derived=ATTENTION_BIASES,
         rotary=RotaryTable(alpha=True),
         passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION, **_OF_OTHER_CODE},
     ),
@@ -142,7 +141,7 @@ HY3 = Family(
         },
         nullable=frozenset({"mlp_layer_types"}),
         constants={"qk_layernorm": "head"},
-        derived=_BIASES,
+        derived=ATTENTION_BIASES,
         rotary=RotaryTable(theta=11_158_840.0),
         experts=replace(
             SIGMOID_TABLE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -16,8 +17,7 @@ from orchestrator.families.common import (
 from orchestrator.model.rules import ConfigTable, Family
 
 LLAMA_BIASES = {
-    "attn_bias": ("is", "attention_bias"),
-    "attn_dense_bias": ("is", "attention_bias"),
+    **ATTENTION_BIASES,
     "mlp_bias": ("is", "mlp_bias"),
 }
 LLAMA = Family(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -64,8 +65,7 @@ LLAMA4 = Family(
         nullable=frozenset({"moe_layers", "no_rope_layers", "layer_types"}),
         constants={"rotary_interleaved": True, "chunked_windows": True, "qk_norm_after_rotary": True},
         derived={
-            "attn_bias": ("is", "attention_bias"),
-            "attn_dense_bias": ("is", "attention_bias"),
+            **ATTENTION_BIASES,
             "qk_layernorm": ("where_rotated", "use_qk_norm"),
         },
         dense_size="intermediate_size_mlp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     FULL_QK_NORMS,
     GATED_MLP,
@@ -42,7 +43,7 @@ OLMO2 = Family(
         },
         nullable=frozenset({"num_key_value_heads"}),
         constants={"norm_placement": "post", "qk_layernorm": "full"},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     FULL_QK_NORMS,
     IGNORED,
@@ -46,7 +47,7 @@ OLMOE = Family(
         },
         nullable=frozenset({"num_key_value_heads"}),
         constants={"qk_layernorm": "full"},
-        derived={"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")},
+        derived=ATTENTION_BIASES,
         experts=ExpertTable("num_experts", "intermediate_size", alias="num_local_experts", normalized="norm_topk_prob"),
         passed_over={**NO_WINDOWS, **NO_CAPS, **ONE_ACTIVATION},
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.families.common import (
     ATTENTION,
+    ATTENTION_BIASES,
     EMBEDDING,
     GATED_MLP,
     IGNORED,
@@ -34,7 +35,6 @@ _LAYERS = {"max_window_layers": 28, "layer_types": None}
 _MOE = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
 _PASSED_OVER = {**NO_CAPS, **ONE_ACTIVATION, "sliding_window_pattern": PassedOver("max_window_layers or layer_types decide", None)}
 _QKV_BIAS = {"attention_bias": PassedOver("queries, keys and values have biases, the output has none", None)}
-_BIAS = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
 _EXPERTS = experts("mlp.gate", "mlp.experts.{expert}.", "up_proj", "gate_proj", "down_proj")
 _SHARED_EXPERT = (
     *shared_expert("mlp.shared_expert"),
@@ -69,7 +69,7 @@ QWEN3 = Family(
         defaults={**_DEFAULTS, **_LAYERS, "head_dim": 128, "attention_bias": False},
         nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types"}),
         constants={"qk_layernorm": "head"},
-        derived=_BIAS,
+        derived=ATTENTION_BIASES,
         windows="from_max_window_layers",
         passed_over=_PASSED_OVER,
     ),
@@ -124,7 +124,7 @@ QWEN3_MOE = Family(
         },
         nullable=frozenset({"sliding_window", "mlp_only_layers"}),
         constants={"qk_layernorm": "head"},
-        derived=_BIAS,
+        derived=ATTENTION_BIASES,
         windows="all",
         experts=ExpertTable(
             "num_experts",
