@@ -49,7 +49,7 @@ _DIFFERS = (
 
 @dataclass
 class FamilyCheck:
-    """What was found."""
+    """Result of a check."""
 
     architecture: str
     part_of: str = ""
@@ -154,7 +154,7 @@ def _known(index: CheckpointIndex, source: str, found: FamilyCheck) -> Family | 
     family = find(architecture)
     if family is None:
         found.nearest = nearest(architecture, index.config, index.tensors)[:_NEAREST]
-        found.problems.append(unsupported(architecture, index.config, index.tensors))
+        found.problems.append(unsupported(architecture, found.nearest[0]))
     return family
 
 

@@ -77,9 +77,8 @@ def _nearness(family: Family, config: Mapping[str, Any], kinds: set[str]) -> Nea
     )
 
 
-def unsupported(architecture: str, config: Mapping[str, Any], names: Iterable[str] = ()) -> ArchitectureError:
-    """Return the error of an architecture that no family has: what is supported, by kind, and which family is nearest."""
-    found = nearest(architecture, config, names)[0]
+def unsupported(architecture: str, found: Nearness) -> ArchitectureError:
+    """Return the error of an architecture that no family has: what is supported, by kind, and which family is nearest (`found`)."""
     return ArchitectureError(
         f"unsupported architecture {architecture!r}. Nearest is {found.family}, which {found.line()}. {supported()}",
         f"`orchestrator family check SOURCE --family {found.family}` says what differs; docs/add-a-family.md shows how to add a "

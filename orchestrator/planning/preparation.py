@@ -8,7 +8,7 @@ from orchestrator.base.dtypes import MODEL_DTYPE_NAMES, MODEL_DTYPES, num_bytes
 from orchestrator.base.errors import ArchitectureError, QuantizationError, SpecError, TopologyError
 from orchestrator.checkpoints import read_source, tokenizer_files
 from orchestrator.families import check_kind, family_named, find
-from orchestrator.families.nearest import unsupported
+from orchestrator.families.nearest import nearest, unsupported
 from orchestrator.families.wrappers import architecture_of
 from orchestrator.model import topology as topologies
 from orchestrator.model.checkpoint import CheckpointIndex
@@ -115,7 +115,7 @@ def _family(spec: BuildSpec, index: CheckpointIndex) -> tuple[Family, str, froze
         raise ArchitectureError(f"config.json of {spec.source.path} names no architecture", "Set source.family in the spec.")
     family = find(architecture)
     if family is None:
-        raise unsupported(architecture, index.config, index.tensors)
+        raise unsupported(architecture, nearest(architecture, index.config, index.tensors)[0])
     return family, architecture, ignored
 
 
