@@ -1,4 +1,4 @@
-"""What `orchestrator family check` says of a right model, and of the same model by broken tables of its family.
+"""Print what `orchestrator family check` says of a right model, and of the same model by broken tables of its family.
 
 python -m benchmarks.family_check [--model DIR]
 """

@@ -18,6 +18,6 @@ def record(family: str, **facts: Any) -> None:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """What is recorded, by family."""
+    """Recorded facts, by family."""
     found: dict[str, dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     return found

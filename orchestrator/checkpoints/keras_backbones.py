@@ -17,7 +17,7 @@ from orchestrator.checkpoints.kernels import Kind
 
 
 class Rule(NamedTuple):
-    """What a dataset is."""
+    """Meaning of a dataset."""
 
     name: str
     """Hugging Face's name."""

@@ -46,7 +46,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 """Key -> values with which the model is one of the families. The first is the one that a message asks for."""
 _DEFAULTS = {"normalization": "LayerNorm", "gated_linear_unit": False, "position_embedding_type": "learned_absolute",
              "add_bias_linear": True}  # fmt: skip
-"""What Megatron-Core takes where a key of _MUST_BE is absent, if it is no value of _MUST_BE."""
+"""Megatron-Core's defaults of keys of _MUST_BE, where they are no value of _MUST_BE."""
 _READ = {*_RENAMED, *_COUNTS, *_NUMBERS, *_MUST_BE, "_target_", "activation_func", "qk_layernorm", "add_qkv_bias",
          "moe_router_pre_softmax", "rope_scaling"}  # fmt: skip
 _TRAINING = frozenset(

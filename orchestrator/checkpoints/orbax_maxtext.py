@@ -53,7 +53,7 @@ _SANDWICH = {
 
 
 class _Family(NamedTuple):
-    """What MaxText's layers of an architecture are."""
+    """Layers of an architecture in MaxText's tree."""
 
     norms: Mapping[str, Rule]
     scaled_query: bool = False

@@ -81,7 +81,7 @@ class ChunkedArray:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells arrays apart: the place of the first chunk."""
+        """Identity of the array: the place of its first chunk."""
         return (self.shape, self.chunks[:1], self.inline[:1])
 
     @property

@@ -110,7 +110,7 @@ def weight_map(
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """What a family's rules make of the tensors of a checkpoint."""
+    """Accounting of a checkpoint's tensors by a family's rules."""
 
     read: frozenset[str]
     ignored: tuple[tuple[str, str], ...]

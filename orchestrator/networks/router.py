@@ -20,7 +20,7 @@ _NEVER = -3.0e38
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What the router says of the tokens."""
+    """Choice of experts for the tokens, and their weights."""
 
     weights: str
     """Weights of the rank's experts in the graph's dtype, [local experts, batch x tokens, 1]; zero: not chosen."""

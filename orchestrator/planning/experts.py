@@ -1,4 +1,4 @@
-"""What a decode step of a mixture reads on a rank, in either form of the experts."""
+"""Weights that a decode step of a mixture reads on a rank, in either form of the experts."""
 
 from __future__ import annotations
 

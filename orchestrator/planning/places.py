@@ -1,4 +1,4 @@
-"""What of a plan depends on the place where it runs: GPUs for the steps that may use one, steps that no pool can hold."""
+"""Parts of a plan that depend on the place where it runs: GPUs for steps that may use one, steps that no pool can hold."""
 
 from __future__ import annotations
 
