@@ -80,9 +80,10 @@ class _Hub(threading.Thread):
             connection.send(None)
         try:
             while True:
-                said = [ranks[number].recv() for number in range(num_ranks)]
-                for connection, answer in zip([ranks[number] for number in range(num_ranks)], _answers(said), strict=True):
-                    connection.send(answer)
+                answers = _answers([ranks[number].recv() for number in range(num_ranks)])
+                # Rank 0 last: this thread is of its process, which may end as soon as it has its answer.
+                for number in reversed(range(num_ranks)):
+                    ranks[number].send(answers[number])
         except (EOFError, OSError):  # a rank has left: the others get no answer, as in NCCL, until they leave too
             for connection in ranks.values():
                 with contextlib.suppress(EOFError, OSError):
