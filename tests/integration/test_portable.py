@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file
 
 from orchestrator.base.errors import QuantizationError, VerificationError
@@ -17,7 +18,7 @@ from orchestrator.planning.steps import Kind
 from orchestrator.work.export import step as exporting
 from tests.conftest import SpecMaker
 from tests.support.families import PORTABLE, write_tiny
-from tests.support.portable import expected_tokens, greedy, next_logits, portable_folder, random_prompts
+from tests.support.portable import greedy, likeliest_tokens, next_logits, portable_folder, random_prompts
 
 TOPOLOGIES = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
 NUM_TOKENS, NUM_PROMPTS = 64, 8
@@ -44,6 +45,16 @@ def planned(path: Path, make_spec: SpecMaker, **sections: Any) -> Plan:
     return preparation.plan(make_spec(path, dtype="float32", engine=sizes, release=INCLUDE, **sections))
 
 
+def assert_greedy(path: Path, prompts: list[list[int]], found: list[list[int]]) -> None:
+    """Assert that every prompt has its tokens, up to one that ends the text, and that they are those of greedy decoding."""
+    ends = transformers.AutoConfig.from_pretrained(path).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    for answer in found:
+        last = [number for number, token in enumerate(answer) if token in ends] or [NUM_TOKENS - 1]
+        assert len(answer) == last[0] + 1
+    assert found == likeliest_tokens(path, prompts, found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "topology"),
@@ -58,7 +69,7 @@ def test_genai_on_the_portable_part_generates_what_transformers_generates(
     made = planned(path, make_spec, topology=topology)
     outcomes = portable_folder(made, folder / "store", tmp_path / "model")
     prompts = random_prompts(NUM_PROMPTS, made.inputs.config.vocab_size)
-    assert greedy(tmp_path / "model", prompts, NUM_TOKENS) == expected_tokens(path, prompts, NUM_TOKENS)
+    assert_greedy(path, prompts, greedy(tmp_path / "model", prompts, NUM_TOKENS))
     errors = [outcome.facts_as(ExportFacts).max_relative_error for outcome in outcomes.values() if outcome.kind is Kind.EXPORT]
     assert len(errors) == made.topology.pp
     assert max(error for error in errors if error is not None) < 1e-6
@@ -73,7 +84,7 @@ def test_genai_on_weights_of_16_bits_generates_what_transformers_generates(
     made = preparation.plan(make_spec(path, engine=sizes, release=INCLUDE, topology={"tp": 2, "pp": 2}))
     portable_folder(made, tmp_path / "store", tmp_path / "model")
     prompts = random_prompts(4, made.inputs.config.vocab_size)
-    assert greedy(tmp_path / "model", prompts, NUM_TOKENS) == expected_tokens(path, prompts, NUM_TOKENS)
+    assert_greedy(path, prompts, greedy(tmp_path / "model", prompts, NUM_TOKENS))
 
 
 @pytest.mark.slow

@@ -64,15 +64,36 @@ def next_logits(folder: Path, prompt: Sequence[int]) -> Any:
 def expected_tokens(source: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
     """The tokens that transformers' `generate` gives after each prompt, in float32."""
     import torch
-    import transformers
 
-    known = causal_class(transformers.AutoConfig.from_pretrained(source))
-    model: Any = known.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    found = []
+    model, found = _transformers_model(source), []
     for prompt in prompts:
         tokens = model.generate(torch.tensor([list(prompt)]), max_new_tokens=num_tokens, do_sample=False)
         found.append(tokens[0, len(prompt) :].tolist())
     return found
+
+
+def likeliest_tokens(source: Path, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens that transformers finds likeliest after each prompt and every beginning of what was `found` after it.
+
+    They equal `found` if and only if it is what greedy decoding gives; one call for each prompt shows it, not one for each token.
+    """
+    import torch
+
+    model, likeliest = _transformers_model(source), []
+    for prompt, answer in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer[:-1]]])).logits
+        likeliest.append(logits[0, len(prompt) - 1 :].argmax(-1).tolist())
+    return likeliest
+
+
+def _transformers_model(source: Path) -> Any:
+    """The model in float32."""
+    import torch
+    import transformers
+
+    known = causal_class(transformers.AutoConfig.from_pretrained(source))
+    return known.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def random_prompts(count: int, vocabulary: int, longest: int = 12) -> list[list[int]]:
