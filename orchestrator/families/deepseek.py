@@ -50,7 +50,7 @@ DEEPSEEK_V3 = Family(
             "norm_topk_prob": True,
             "first_k_dense_replace": 3,
         },
-        nullable=frozenset({"num_key_value_heads", "q_lora_rank"}),
+        nullable=frozenset({"num_key_value_heads", "q_lora_rank", "norm_topk_prob", "rope_interleave"}),
         derived=LATENT_DERIVED,
         latent=True,
         rotary=RotaryTable(kinds=("default", "yarn"), scales_softmax=True),

@@ -59,7 +59,7 @@ DOTS1 = Family(
             "max_window_layers": 62,
             "layer_types": None,
         },
-        nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types"}),
+        nullable=frozenset({"num_key_value_heads", "sliding_window", "layer_types", "norm_topk_prob"}),
         constants={"qk_layernorm": "head"},
         derived=ATTENTION_BIASES,
         windows="from_max_window_layers",

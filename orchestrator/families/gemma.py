@@ -123,7 +123,7 @@ GEMMA3 = Family(
         whole_heads=True,
         activation="hidden_activation",
         windows="pattern",
-        rotary=RotaryTable(theta=1_000_000.0, local_theta=10_000.0),
+        rotary=RotaryTable(theta=1_000_000.0, local_theta=10_000.0, reads_type=False),
         passed_over={
             **_HIDDEN_ACT,
             "attn_logit_softcapping": PassedOver("scores are not capped, although the config class has the key"),

@@ -64,7 +64,7 @@ MISTRAL4 = Family(
             "norm_topk_prob": True,
             "first_k_dense_replace": 0,
         },
-        nullable=frozenset({"num_key_value_heads", "q_lora_rank"}),
+        nullable=frozenset({"num_key_value_heads", "q_lora_rank", "norm_topk_prob", "rope_interleave"}),
         derived=LATENT_DERIVED,
         latent=True,
         rotary=RotaryTable(kinds=("yarn",), parameters=_YARN, partial=True, scales_queries=True),

@@ -43,7 +43,7 @@ STARCODER2 = Family(
             "use_bias": True,
             "sliding_window": None,
         },
-        nullable=frozenset({"sliding_window"}),
+        nullable=frozenset({"sliding_window", "head_dim"}),
         constants={"norm_kind": "layer", "norm_bias": True, "mlp_gated": False},
         derived={"attn_bias": ("is", "use_bias"), "attn_dense_bias": ("is", "use_bias"), "mlp_bias": ("is", "use_bias")},
         epsilon="norm_epsilon",

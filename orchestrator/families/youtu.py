@@ -38,7 +38,7 @@ YOUTU = Family(
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
         },
-        nullable=frozenset({"q_lora_rank"}),
+        nullable=frozenset({"q_lora_rank", "rope_interleave"}),
         derived=LATENT_DERIVED,
         latent=True,
         rotary=RotaryTable(kinds=("default", "yarn"), scales_softmax=True),

@@ -221,6 +221,8 @@ class Keys:
 
     def flag(self, key: str) -> bool:
         value = self._values.get(key)
+        if value is None and key in self.table.nullable:
+            return False
         if not isinstance(value, bool):
             raise self.error(key, f"is {shown(value)}, neither true nor false")
         return value

@@ -6,6 +6,7 @@ beside keys that say the contrary. transformers' is measured on a model that it 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -39,14 +40,15 @@ MOE: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "moe_k": 2,
     "moe_topk": 2, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "global_head_dim": 16,
     "num_global_key_value_heads": 2,
-    "intermediate_size_mlp": 20,
+    "intermediate_size_mlp": 20, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 NOT_BUILT = re.compile(
     r"keys that this family does not know|which this family does not have|not supported|partial_rotary_factor|"
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
     r"layer_types in config.json of \w+ is |one per rotated pair|"
-    r"num_local_experts is \d|gives layers a window, but sliding_window is missing|"
-    r"has the unknown key 'alpha'|rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than"
+    r"num_local_experts is (?:\d|None)|gives layers a window, but sliding_window is missing|"
+    r"has the unknown key 'alpha'|rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than|"
+    r"rope_local_base_freq in config.json of Gemma3ForCausalLM is null|of \d groups, from which"
 )
 """Refusals of what transformers would take: it has no graph here, or is no model that anybody means."""
 
@@ -173,6 +175,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "is_causal": st.sampled_from([True, False]),
     "num_nonsense": st.just(3),
 }
+CANNOT_RUN = re.compile("NoneType|Could not find a `sliding_window` argument|The size of tensor|validate_rope|^'full_attention'$")
+"""Failures of transformers with what its config classes take: nulls that it computes with, sizes of heads that do not fit."""
 NESTED = st.none() | st.fixed_dictionaries(
     {},
     optional={
@@ -216,15 +220,20 @@ def read(config: dict[str, Any]) -> ModelConfig:
     return from_hugging_face(config, config["architectures"][0], "float32", family.config)
 
 
-def check(config: dict[str, Any]) -> None:
-    """Both refuse, or both read the same; or we refuse what is not built."""
-    found, wanted = attempt(read, config), attempt(resolved, json.loads(json.dumps(config)))
+def check(config: dict[str, Any]) -> bool:
+    """Both refuse, or both read the same; or we refuse what is not built. Returns whether it was read."""
+    found = attempt(read, config)
     if isinstance(found, ArchitectureError):
-        assert isinstance(wanted, Exception) or NOT_BUILT.search(found.message), (found.message, config)
-        return
+        if not NOT_BUILT.search(found.message):
+            assert isinstance(attempt(resolved, copy.deepcopy(config)), Exception), (found.message, config)
+        return False
+    wanted = attempt(resolved, copy.deepcopy(config))
     assert isinstance(found, ModelConfig)
+    if isinstance(wanted, Exception) and CANNOT_RUN.search(str(wanted)):
+        return False
     assert isinstance(wanted, Resolution), (repr(wanted), config)
     assert not differences(ours(found), wanted), (differences(ours(found), wanted), config)
+    return True
 
 
 def attempt(function: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> Any:
@@ -237,12 +246,16 @@ def attempt(function: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -
 
 @pytest.mark.parametrize("family", TINY)
 def test_reading_config_json_of_any_keys_equals_transformers(family: str) -> None:
+    num_read = 0
+
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(config=config_files(family))
     def compare(config: dict[str, Any]) -> None:
-        check(config)
+        nonlocal num_read
+        num_read += check(config)
 
     compare()
+    assert num_read >= 10, "most of the files are refused, so little is compared"
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -289,6 +302,7 @@ def with_keys(family: str, **changes: Any) -> dict[str, Any]:
         ("llama", {"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": "8"}}, "factor of rope_scaling"),
         ("llama", {"rope_scaling": "linear"}, "not a dictionary"),
+        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "`type` is not supported"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act"),
         ("llama", {"model_type": "mistral"}, "model_type"),
         ("llama", {"num_attention_heads": True}, "num_attention_heads"),
