@@ -75,7 +75,7 @@ def families(folder: Path, num_tokens: int, num_prompts: int, word: str = "", *,
     for family in (name for name in TINY if word in name):
         source = folder / family
         if not (source / "config.json").is_file():
-            changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family == "phi3" else {}
+            changes: dict[str, Any] = {"original_max_position_embeddings": POSITIONS} if family in ("phi3", "phimoe") else {}
             write_tiny(family, source, dtype="float32", max_position_embeddings=POSITIONS, **changes)
         if (why := refusal(source)) is not None:
             table.add_row(family, why)

@@ -435,6 +435,7 @@ def _expert_keys(config: ModelConfig, table: ConfigTable) -> dict[str, Any]:
         experts.shared_count: moe.shared_expert_intermediate_size // config.expert_size,
         experts.routed_scale: moe.routed_scale,
         experts.sum_minimum: moe.sum_minimum,
+        experts.jitter: moe.jitter,
     }
     made |= {key: value for key, value in optional.items() if key is not None}
     if experts.groups:

@@ -39,6 +39,7 @@ from orchestrator.families.olmo import OLMO2
 from orchestrator.families.olmo3 import OLMO3
 from orchestrator.families.olmoe import OLMOE
 from orchestrator.families.phi import PHI3
+from orchestrator.families.phimoe import PHIMOE
 from orchestrator.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from orchestrator.families.seed import SEED_OSS
 from orchestrator.families.smollm import SMOLLM3
@@ -102,6 +103,7 @@ FAMILIES: dict[str, Family] = {
         VAULTGEMMA,
         AFMOE,
         COHERE2_MOE,
+        PHIMOE,
     )
 }
 

@@ -201,6 +201,7 @@ def final() -> tuple[Rule, ...]:
     head = "lm_head.weight"
     return (
         Rule("transformer.ln_f.weight", (Part("model.norm.weight", ("hidden",)),), Where.LAST_STAGE),
+        Rule("lm_head.bias", (Part("lm_head.bias", ("vocab",), VOCAB),), Where.LAST_STAGE, when={"head_bias": True}),
         Rule(head, (Part(head, ("vocab", "hidden"), VOCAB),), Where.LAST_STAGE, when={"tie_word_embeddings": False}),
         Rule(
             head,
@@ -348,6 +349,8 @@ NO_WINDOWS = {
 NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
 """Gemma's second name of the activation, in families that do not read it."""
+JITTER = {"router_jitter_noise": PassedOver("training only", None)}
+"""Key of a SparseMixer's threshold, in families whose routers are others."""
 
 ATTENTION_BIASES = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
 """Fields of families in which attention_bias decides over the biases of queries, keys, values and output."""

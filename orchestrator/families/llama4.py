@@ -11,6 +11,7 @@ from orchestrator.families.common import (
     EMBEDDING,
     GATED_MLP,
     IGNORED,
+    JITTER,
     NO_CAPS,
     ONE_ACTIVATION,
     PRE_NORMS,
@@ -92,6 +93,7 @@ LLAMA4 = Family(
         ),
         passed_over={
             **NO_CAPS,
+            **JITTER,
             **ONE_ACTIVATION,
             "for_llm_compressor": PassedOver("how another program stores the experts"),
             **{key: PassedOver(_DECIDE) for key in ("sliding_window", "use_sliding_window")},

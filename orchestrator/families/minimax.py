@@ -7,6 +7,7 @@ from orchestrator.families.common import (
     EMBEDDING,
     FULL_QK_NORMS,
     IGNORED,
+    JITTER,
     NO_CAPS,
     NO_WINDOWS,
     ONE_ACTIVATION,
@@ -52,6 +53,7 @@ MINIMAX_M2 = Family(
         passed_over={
             **NO_WINDOWS,
             **NO_CAPS,
+            **JITTER,
             **ONE_ACTIVATION,
             "norm_topk_prob": PassedOver("the chosen weights always sum to one", (None, True)),
             "use_qk_norm": PassedOver("queries and keys are always normed", (None, True)),

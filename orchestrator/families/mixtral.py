@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, NO_CAPS, ONE_ACTIVATION, PRE_NORMS, experts, final
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, JITTER, NO_CAPS, ONE_ACTIVATION, PRE_NORMS, experts, final
 from orchestrator.families.mistral import ALWAYS_USED
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
@@ -34,6 +34,7 @@ MIXTRAL = Family(
         passed_over={
             **ALWAYS_USED,
             **NO_CAPS,
+            **JITTER,
             **ONE_ACTIVATION,
             "norm_topk_prob": PassedOver("the chosen probabilities always sum to one", (None, True)),
             "moe_intermediate_size": PassedOver("experts have intermediate_size"),

@@ -118,6 +118,8 @@ class ModelConfig(BaseModel):
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     """Divisor of the logits."""
+    head_bias: bool = Field(False, exclude_if=_is_unset)
+    """Whether the head, which makes the logits, has a bias (Phi-3.5-MoE)."""
     tie_word_embeddings: bool = False
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0

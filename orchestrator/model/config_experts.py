@@ -33,8 +33,11 @@ class MoeConfig(BaseModel):
     """Intermediate size of the shared expert; 0: there is none. Several shared experts are one of summed size."""
     layers: tuple[bool, ...] | None = _more(None)
     """Whether each layer has experts, or a dense MLP; None: all have experts."""
-    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen"] = _more("softmax")
-    """How router logits become scores: before the choice, or (gpt-oss, Llama 4) of the chosen only."""
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen", "sparse_mixer"] = _more("softmax")
+    """How router logits become scores: before the choice, of the chosen only (gpt-oss, Llama 4), or of each chosen expert among
+    those near it (SparseMixer, Phi-3.5-MoE)."""
+    jitter: float = _more(0.0, ge=0)
+    """Half the distance within which an expert is near another, as a share of its logit's size (SparseMixer)."""
     selection_bias: bool = _more(False)
     """Whether experts are chosen by score + bias. Their weights are scores without the bias."""
     num_groups: int = _more(1, ge=1)
@@ -94,6 +97,7 @@ def experts(keys: Keys, num_layers: int) -> dict[str, Any]:
         **_selection(keys, table),
         **_combination(keys, table),
         **({"sum_minimum": keys.number(table.sum_minimum)} if table.sum_minimum else {}),
+        **({"jitter": keys.number(table.jitter)} if table.jitter else {}),
         **table.constants,
     }
     return {"moe": moe, "moe_intermediate_size": None if table.size == keys.table.dense_size else size}

@@ -26,7 +26,7 @@ _MOST_OF_A_COUNT, _MOST_OF_ANYTHING = 2**31 - 1, 2**40
 DOES_NOT_MATTER: dict[str, tuple[str, ...]] = {
     "training: nothing is dropped, disturbed or penalized in inference": (
         "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
-        "classifier_dropout", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "neftune_noise_alpha",
+        "classifier_dropout", "router_aux_loss_coef", "input_jitter_noise", "output_router_logits", "neftune_noise_alpha",
         "gradient_checkpointing", "embedding_dropout", "residual_dropout", "rescale_layer", "initializer_std",
     ),
     "how training split the model: the sums are the same": ("pretraining_tp", "tensor_parallel_degree", "tp_plan"),

@@ -33,6 +33,7 @@ _OF_NO_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIG
 """Keys allowed with every kind. `finetuned` records how the model was trained."""
 _BETA = "llama_4_scaling_beta"
 _ALPHA = "alpha"
+_MSCALES = ("short_mscale", "long_mscale")
 _OF_SCALED_QUERIES = {_BETA, "max_position_embeddings"}
 """Keys allowed where queries are scaled by position. The second is not read (transformers writes it)."""
 _OF_SOME_KIND = {name for table in (_NUMBERS, _OPTIONAL_NUMBERS, _LISTS, _FLAGS) for names in table.values() for name in names}
@@ -163,6 +164,7 @@ def _kind(parameters: Mapping[str, Any], table: RotaryTable, where: str) -> str:
     if kind not in table.kinds:
         raise ArchitectureError(f"{where}: the kind {shown(kind)} is not supported", f"Supported: {', '.join(table.kinds)}.")
     allowed = _OF_NO_KIND | (_OF_SCALED_QUERIES if table.scales_queries else set()) | ({_ALPHA} if table.alpha else set())
+    allowed |= set(_MSCALES) if table.mscales else set()
     for key in parameters:
         if key not in allowed and key not in _OF_SOME_KIND:
             raise ArchitectureError(f"{where} has the unknown key {shown(key)}", "Remove it if the model does not depend on it.")
@@ -198,10 +200,11 @@ def _scaling(parameters: Mapping[str, Any], kind: str, keys: Keys, dim: int) -> 
     """Return rotary_scaling with all keys of its kind."""
     where = _where(keys)
     found: dict[str, Any] = {"rope_type": kind}
-    for name in (*_NUMBERS.get(kind, ()), *_LISTS.get(kind, ())):
+    numbers = (*_NUMBERS.get(kind, ()), *(_MSCALES if keys.table.rotary.mscales else ()))
+    for name in (*numbers, *_LISTS.get(kind, ())):
         if name not in parameters:
             raise ArchitectureError(f"{where} lacks {name!r}, which {kind} needs", "Use the complete config.json of the model.")
-    for name in _NUMBERS.get(kind, ()):
+    for name in numbers:
         found[name] = _positive(parameters[name], f"{name} of {where}")
     for name in _OPTIONAL_NUMBERS.get(kind, ()):
         if parameters.get(name) is not None:

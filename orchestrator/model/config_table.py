@@ -67,6 +67,8 @@ class RotaryTable:
     """Whether mscale_all_dim also scales the scores of attention (DeepSeek V3)."""
     alpha: bool = False
     """Whether `alpha` of a dynamic scaling raises the base within the trained length (Hunyuan)."""
+    mscales: bool = False
+    """Whether a scaling names its factors on cos and sin, short_mscale within the trained length and long_mscale beyond it."""
     whole: bool = False
     """Whether transformers' model of a rotated part fails, so that a part is refused."""
     fraction: float = 1.0
@@ -110,6 +112,8 @@ class ExpertTable:
     """Key of the factor of the weights; None: 1."""
     sum_minimum: str | None = None
     """Key of the smallest number that divides the weights; None: 0."""
+    jitter: str | None = None
+    """Key of the jitter of a SparseMixer; None: the router is another."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields of MoeConfig with the same value in every model of the family."""
 

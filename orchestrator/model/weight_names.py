@@ -37,7 +37,7 @@ def bound_names(stage: StageOptions) -> Iterator[str]:
         yield from mlp(config, f"{prefix}.mlp")
     if stage.is_last:
         yield from _biased_norm(config, "transformer.ln_f")
-        yield "lm_head.weight"
+        yield from _linear("lm_head", config.head_bias)
 
 
 def _layer_norms(config: ModelConfig) -> Iterator[str]:

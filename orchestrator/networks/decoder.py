@@ -194,7 +194,7 @@ def _logits(graph: GraphWriter, shape: RankShape, hidden: str, *, gather: bool) 
     indices = graph.node("Unsqueeze", ["logit_indices", graph.constant("axis_2", [2])], "logit_indices.3d")
     wanted = graph.node("GatherND", [hidden, indices], "wanted", batch_dims=1)
     normed = layers.norm(graph, shape, wanted, "transformer.ln_f", "final_norm")
-    logits = layers.linear(graph, shape, normed, "lm_head", (local, config.hidden_size))
+    logits = layers.linear(graph, shape, normed, "lm_head", (local, config.hidden_size), bias=config.head_bias)
     width = local
     if gather and shape.tp > 1:
         # Collectives concatenate along axis 0, so the vocabulary axis is moved there and back. Padding is cut off last.

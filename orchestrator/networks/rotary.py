@@ -107,9 +107,15 @@ def _yarn_factor(factor: float, scaling: Scaling) -> float:
 
 
 def _longrope(config: ModelConfig, dim: int, length: int, scaling: Scaling) -> Scaled:
-    """Divide the frequencies by `short_factor`, or by `long_factor` for texts beyond the trained length."""
+    """Divide the frequencies by `short_factor`, or by `long_factor` for texts beyond the trained length.
+
+    The factor on cos and sin is `short_mscale` or `long_mscale` where the scaling has these (Phi-3.5-MoE).
+    """
     trained = config.trained_length
-    factors = np.asarray(scaling["long_factor" if length > trained else "short_factor"], np.float32)
+    regime = "long" if length > trained else "short"
+    factors = np.asarray(scaling[f"{regime}_factor"], np.float32)
+    if f"{regime}_mscale" in scaling:
+        return _plain(config.rotary_base, dim) / factors, float(scaling[f"{regime}_mscale"])
     stretch = float(scaling.get("factor") or config.max_position_embeddings / trained)
     attention = scaling.get("attention_factor")
     if attention is None:

@@ -15,7 +15,7 @@ from orchestrator.networks.layers import linear, scale
 from orchestrator.networks.shape import RankShape
 
 _NEVER = -3.0e38
-"""Score of an expert of a group that was not kept."""
+"""Score of an expert that cannot be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ def routing(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefix
     """Add the router."""
     scores = _scores(graph, shape, moe, x, prefix)
     values, indices = _chosen(graph, moe, scores, prefix)
+    if moe.scoring == "sparse_mixer":
+        values = _mixed(graph, moe, scores, values, indices, prefix)
     weights = _weights(graph, moe, values, prefix)
     if moe.own_norms:
         factors = graph.external(f"{prefix}.router.per_expert_scale", "float32", [moe.num_experts])
@@ -95,8 +97,48 @@ def _of_kept_groups(graph: GraphWriter, moe: MoeConfig, ranking: str, prefix: st
     mask = graph.node("ScatterElements", [nothing, kept_indices, ones], f"{prefix}.group_mask", axis=-1)
     visible = graph.node("Greater", [mask, graph.scalar("group_half", 0.5, "float32")], f"{prefix}.group_visible")
     column = graph.node("Unsqueeze", [visible, graph.constant("axis_3", [3])], f"{prefix}.group_column")
-    masked = graph.node("Where", [column, grouped, graph.scalar("group_never", _NEVER, "float32")], f"{prefix}.group_ranking")
+    masked = graph.node("Where", [column, grouped, _never(graph)], f"{prefix}.group_ranking")
     return graph.node("Reshape", [masked, graph.constant("ungrouped", [0, 0, moe.num_experts])], f"{prefix}.ungrouped")
+
+
+def _mixed(graph: GraphWriter, moe: MoeConfig, logits: str, values: str, indices: str, prefix: str) -> str:
+    """Add the chances of the chosen experts, [batch, tokens, top_k], from their logits `values` (SparseMixer).
+
+    The experts are chosen one after the other. Each gets its softmax among the experts near it that were not chosen before. As
+    transformers computes it in inference; GRIN: GRadient-INformed MoE (Liu et al. 2024).
+    """
+    remaining, found = logits, []
+    for place in range(moe.top_k):
+        name = f"{prefix}.mixer{place}"
+        bounds = [graph.constant(f"place_{each}", [each]) for each in (place, place + 1)]
+        bounds.append(graph.constant("axis_last", [-1]))
+        best = graph.node("Slice", [values, *bounds], f"{name}.best")
+        number = graph.node("Slice", [indices, *bounds], f"{name}.number")
+        near = graph.node("Where", [_far(graph, moe, logits, best, name), _never(graph), remaining], f"{name}.near")
+        chances = graph.node("Softmax", [near], f"{name}.chances", axis=-1)
+        found.append(graph.node("GatherElements", [chances, number], f"{name}.chance", axis=-1))
+        remaining = _without(graph, remaining, best, number, name)
+    return graph.node("Concat", found, f"{prefix}.mixed", axis=-1)
+
+
+def _far(graph: GraphWriter, moe: MoeConfig, logits: str, best: str, prefix: str) -> str:
+    """Add whether logits are less than `best` by more than 2 * jitter of their size: of their absolute value, or `best` if larger.
+
+    transformers divides by that size, which may be zero.
+    """
+    size = graph.node("Max", [graph.node("Abs", [logits], f"{prefix}.absolute"), best], f"{prefix}.size")
+    reach = graph.node("Mul", [size, graph.scalar("mixer_share", 2 * moe.jitter, "float32")], f"{prefix}.reach")
+    return graph.node("Greater", [graph.node("Sub", [best, logits], f"{prefix}.distance"), reach], f"{prefix}.far")
+
+
+def _without(graph: GraphWriter, remaining: str, best: str, number: str, prefix: str) -> str:
+    """Add the logits without that of a chosen expert."""
+    gone = graph.node("Add", [graph.node("Sub", [best, best], f"{prefix}.nothing"), _never(graph)], f"{prefix}.gone")
+    return graph.node("ScatterElements", [remaining, number, gone], f"{prefix}.remaining", axis=-1)
+
+
+def _never(graph: GraphWriter) -> str:
+    return graph.scalar("never", _NEVER, "float32")
 
 
 def _weights(graph: GraphWriter, moe: MoeConfig, values: str, prefix: str) -> str:

@@ -47,8 +47,9 @@ NOT_BUILT = re.compile(
     r"has two values|beside the kinds of layers|scales the layers with a window|less than 1|frequencies would not decrease|"
     r"layer_types in config.json of \w+ is |one per rotated pair|"
     r"num_local_experts is (?:\d|None)|gives layers a window, but sliding_window is missing|"
-    r"has the unknown key 'alpha'|rope_theta in config.json of Gemma3ForCausalLM is None|transformers would rotate other than|"
-    r"rope_local_base_freq in config.json of Gemma3ForCausalLM is null|of \d groups, from which"
+    r"has the unknown key '(?:alpha|short_mscale)'|rope_theta in config.json of Gemma3ForCausalLM is None|"
+    r"transformers would rotate other than|rope_local_base_freq in config.json of Gemma3ForCausalLM is null|"
+    r"of \d groups, from which"
 )
 """Refusals of what transformers would take: it has no graph here, or is no model that anybody means."""
 
@@ -70,6 +71,8 @@ SCALINGS = [
     {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
     {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
     {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0]},
+    {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "short_mscale": 1.2, "long_mscale": 1.4},
+    {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "short_mscale": 1.2},
     {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0, 3.0], "original_max_position_embeddings": 8},
     {"type": "dynamic", "factor": 1.0, "alpha": 1000.0, "beta_fast": 32},
     {"type": "novel", "factor": 2.0},
@@ -159,6 +162,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "first_k_dense_replace": st.sampled_from([0, 1, 2, 9]),
     "use_qk_norm": st.sampled_from([True, False]),
     "norm_topk_prob": BOOLEANS,
+    "router_jitter_noise": st.sampled_from([0.01, 0.3]),
     "decoder_sparse_step": st.sampled_from([1, 2]),
     "mlp_only_layers": st.sampled_from([[], None, [1]]),
     "q_lora_rank": st.sampled_from([16, None]),

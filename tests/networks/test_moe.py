@@ -66,6 +66,11 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
         "gpt_oss", "GptOssMLP", "GptOssConfig",
         {"hidden_size": HIDDEN, "num_experts_per_tok": CHOSEN, "num_local_experts": EXPERTS, "intermediate_size": SIZE}, GPT_OSS,
     ),
+    "phimoe": (
+        "phimoe", "PhimoeSparseMoeBlock", "PhimoeConfig",
+        {"hidden_size": HIDDEN, "num_local_experts": EXPERTS, "intermediate_size": SIZE, "router_jitter_noise": 0.2},
+        {"top_k": 2, "scoring": "sparse_mixer", "normalization_mode": 0, "jitter": 0.2},
+    ),
 }  # fmt: skip
 """Model of transformers, module, config class, fields of the config, fields of MoeConfig."""
 
@@ -165,6 +170,10 @@ def run(
     return total
 
 
+def mixture(case: str, **changes: Any) -> MoeConfig:
+    return MoeConfig(**{"num_experts": EXPERTS, "top_k": CHOSEN, **CASES[case][4], **changes})
+
+
 def compared(
     case: str,
     changes: Mapping[str, Any] | None = None,
@@ -179,7 +188,7 @@ def compared(
     with torch.no_grad():
         wanted = module(torch.from_numpy(x))
     wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).numpy()
-    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **{**CASES[case][4], **(changes or {})})
+    moe = mixture(case, **(changes or {}))
     return float(np.abs(run(moe, weights_of(module), x, tp, ep, form) - wanted).max() / np.abs(wanted).max())
 
 
@@ -189,7 +198,7 @@ def test_mixture_computes_what_transformers_computes(case: str) -> None:
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("case", ["glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("case", ["glm4_moe", "gpt_oss", "phimoe"])
 def test_mixture_on_several_ranks_sums_to_what_transformers_computes(case: str, tp: int, ep: int) -> None:
     assert compared(case, tp=tp, ep=ep) < 2e-6
 
@@ -255,11 +264,10 @@ def computed_by_the_layer(
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 2), (2, 2)])
-@pytest.mark.parametrize("case", ["glm4_moe", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["glm4_moe", "qwen2_moe", "phimoe"])
 def test_layer_of_experts_gets_operands_that_compute_what_the_dense_form_does(case: str, tp: int, ep: int) -> None:
     x = np.random.default_rng(9).normal(size=(2, 3, HIDDEN)).astype(np.float32)
-    fields = {**CASES[case][4], "shared_expert_intermediate_size": 0}
-    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **fields)
+    moe = mixture(case, shared_expert_intermediate_size=0)
     weights = weights_of(module_of(case))
     expected = run(moe, weights, x, tp, ep)
     assert np.abs(computed_by_the_layer(moe, weights, x, tp, ep) - expected).max() < 2e-6 * np.abs(expected).max()
@@ -318,6 +326,11 @@ def test_layer_of_experts_is_parsed_as_tensorrts_own_layer(dtype: str) -> None:
         ("gpt_oss", {"expert_bias": False}),
         ("ernie4_5_moe", {"selection_bias": False}),
         ("ernie4_5_moe", {"normalization_mode": 0}),
+        ("phimoe", {"scoring": "softmax"}),
+        ("phimoe", {"scoring": "softmax_of_chosen"}),
+        ("phimoe", {"normalization_mode": 1}),
+        ("phimoe", {"jitter": 0.0}),
+        ("phimoe", {"jitter": 0.1}),
     ],
 )
 def test_mixture_with_a_planted_mistake_differs_from_transformers(case: str, wrong: dict[str, Any]) -> None:

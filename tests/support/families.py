@@ -311,6 +311,27 @@ TINY: dict[str, TinyFamily] = {
         },
     ),
     "qwen3_moe": TinyFamily("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": True}),
+    "phimoe": TinyFamily(
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "sliding_window": 5,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * number for number in range(8)],
+                "long_factor": [2.0 + 0.3 * number for number in range(8)],
+                "short_mscale": 1.2,
+                "long_mscale": 1.4,
+            },
+        },
+    ),
     "vaultgemma": TinyFamily(
         "VaultGemmaForCausalLM",
         "VaultGemmaConfig",
@@ -322,19 +343,27 @@ PORTABLE = [family for family in TINY if family != "gemma4"]
 """Families whose models may have a portable part: those with caches of one size."""
 
 
+def fields_of(family: str, **changes: Any) -> dict[str, Any]:
+    """The fields of a tiny model's config, with as many factors of longrope as a head has pairs."""
+    found = {**BASE, **TINY[family].fields, **changes}
+    if "short_factor" in (rotary := found.get("rope_parameters") or {}):
+        times = found["head_dim"] // BASE["head_dim"]
+        found["rope_parameters"] = {**rotary, **{key: rotary[key] * times for key in ("short_factor", "long_factor")}}
+    return found
+
+
 def tiny_config(family: str, **changes: Any) -> ModelConfig:
     """The tiny model's config as it is planned; `changes` are fields of transformers' config class."""
     import transformers
 
     tiny = TINY[family]
-    made = getattr(transformers, tiny.config)(**{**BASE, **tiny.fields, **changes})
+    made = getattr(transformers, tiny.config)(**fields_of(family, **changes))
     return from_hugging_face(json.loads(made.to_json_string()), tiny.model, "bfloat16", FAMILIES[family].config)
 
 
 def tiny_config_json(family: str) -> dict[str, Any]:
     """config.json of a family's tiny model, as it could stand on the hub: nothing that transformers adds when it saves."""
-    tiny = TINY[family]
-    return {"architectures": [tiny.model], **BASE, **tiny.fields}
+    return {"architectures": [TINY[family].model], **fields_of(family)}
 
 
 def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloat16", **changes: Any) -> Path:
@@ -344,7 +373,7 @@ def write_tiny(family: str, folder: Path, *, seed: int = 11, dtype: str = "bfloa
 
     torch.manual_seed(seed)
     tiny = TINY[family]
-    config = getattr(transformers, tiny.config)(**{**BASE, **tiny.fields, **changes})
+    config = getattr(transformers, tiny.config)(**fields_of(family, **changes))
     model: Any = getattr(transformers, tiny.model)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -66,6 +66,9 @@ class Resolution:
     query_scale: tuple[float, ...] | None = None
     """Factor of the logarithm of the position that scales queries, and for Llama 4 the length that it counts."""
     sinks: bool = False
+    head_bias: bool = False
+    jitter: float | None = None
+    """Threshold of a SparseMixer; None: the router is another."""
 
 
 def resolved(config: Mapping[str, Any]) -> Resolution:
@@ -133,6 +136,8 @@ def _measure(model: Any, made: Any) -> Resolution:
         latent=_latent(attention, made),
         query_scale=_query_scale(made),
         sinks=hasattr(attention, "sinks"),
+        head_bias=model.lm_head.bias is not None,
+        jitter=_jitter(_block(mixture)),
     )
 
 
@@ -149,6 +154,11 @@ def _block(layer: Any) -> Any:
 def _output_scale(block: Any) -> float:
     has_average = getattr(block, "shared_expert_combination_strategy", "sum") == "average" and block.num_shared_experts > 0
     return 0.5 if has_average else 1.0
+
+
+def _jitter(block: Any) -> float | None:
+    router = getattr(block, "router", None)
+    return router.router_jitter_noise if hasattr(router, "input_jitter_noise") else None
 
 
 def _latent(attention: Any, made: Any) -> tuple[int, int, int, int, bool] | None:
@@ -307,6 +317,7 @@ def _experts(layer: Any) -> tuple[tuple[int, int, int, int] | None, float | None
     chosen = gate.top_k if hasattr(gate, "top_k") else gate.config.top_k_experts
     count = block.experts.num_experts
     normalized = round(float(sums[0]), 3) if torch.allclose(sums, sums[:1], atol=1e-3) else 0.0
+    normalized = 0.0 if _jitter(block) is not None else normalized  # often two by chance: each weight is one where none is near
     groups = (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))
     return (count, chosen, size, shared), None if chosen == count else normalized, groups
 
@@ -352,6 +363,8 @@ def ours(config: ModelConfig) -> Resolution:
         latent=_our_latent(config),
         query_scale=_our_query_scale(config),
         sinks=config.attention_sinks,
+        head_bias=config.head_bias,
+        jitter=moe.jitter if moe and moe.scoring == "sparse_mixer" else None,
     )
 
 

@@ -8,14 +8,14 @@ from types import ModuleType
 from typing import Any
 
 from orchestrator.model.config import MoeConfig
+from orchestrator.networks import layers, router
 from orchestrator.networks import moe as mixtures
-from orchestrator.networks import router
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.shape import RankShape
 from tests.support.wrong_rules import hub_config
 
-_CHOSEN, _OF_KEPT_GROUPS, _SHARED_EXPERT, _WEIGHTS = (
-    router._chosen, router._of_kept_groups, mixtures._shared_expert, router._weights
+_CHOSEN, _OF_KEPT_GROUPS, _SHARED_EXPERT, _WEIGHTS, _ADD_BIAS = (
+    router._chosen, router._of_kept_groups, mixtures._shared_expert, router._weights, layers._add_bias
 )  # fmt: skip
 
 
@@ -56,6 +56,29 @@ def _scaled_before_the_norm(graph: GraphWriter, moe: MoeConfig, values: str, pre
     return _WEIGHTS(graph, moe.model_copy(update={"routed_scale": 1.0}), values, prefix)
 
 
+def _size_of_its_own(graph: GraphWriter, moe: MoeConfig, logits: str, best: str, prefix: str) -> str:
+    """Measure the distance by the size of each logit alone."""
+    size = graph.node("Abs", [logits], f"{prefix}.size")
+    reach = graph.node("Mul", [size, graph.scalar("mixer_share", 2 * moe.jitter, "float32")], f"{prefix}.reach")
+    return graph.node("Greater", [graph.node("Sub", [best, logits], f"{prefix}.distance"), reach], f"{prefix}.far")
+
+
+def _size_of_the_best(graph: GraphWriter, moe: MoeConfig, logits: str, best: str, prefix: str) -> str:
+    """Measure the distance by the size of the chosen expert's logit."""
+    share = graph.scalar("mixer_share", 2 * moe.jitter, "float32")
+    reach = graph.node("Mul", [graph.node("Abs", [best], f"{prefix}.size"), share], f"{prefix}.reach")
+    return graph.node("Greater", [graph.node("Sub", [best, logits], f"{prefix}.distance"), reach], f"{prefix}.far")
+
+
+def _with_the_chosen(_graph: GraphWriter, remaining: str, _best: str, _number: str, _prefix: str) -> str:
+    """Leave the first expert in the softmax of the second."""
+    return remaining
+
+
+def _no_bias_of_head(graph: GraphWriter, shape: RankShape, x: str, prefix: str, size: int, dtype: str | None = None) -> str:
+    return x if prefix == "lm_head" else _ADD_BIAS(graph, shape, x, prefix, size, dtype)
+
+
 @dataclass(frozen=True)
 class WrongGraph:
     """A function of a module, what stands in its place, and a config whose miniature shows the difference."""
@@ -79,4 +102,8 @@ WRONG_GRAPHS = [
     WrongGraph("shared expert left out", hub_config("glm-4.5-air"), mixtures, "_shared_expert", _no_shared_expert),
     WrongGraph("ernie shared expert left out", hub_config("ernie-4.5-21b-a3b"), mixtures, "_shared_expert", _no_shared_expert),
     WrongGraph("scaled before the norm", hub_config("glm-4.6"), router, "_weights", _scaled_before_the_norm),
+    WrongGraph("distance by each logit's own size", hub_config("phi-3.5-moe"), router, "_far", _size_of_its_own),
+    WrongGraph("distance by the best logit's size", hub_config("phi-3.5-moe"), router, "_far", _size_of_the_best),
+    WrongGraph("first expert left among the second's", hub_config("phi-3.5-moe"), router, "_without", _with_the_chosen),
+    WrongGraph("bias of the head left out", hub_config("phi-3.5-moe"), layers, "_add_bias", _no_bias_of_head),
 ]

@@ -59,6 +59,11 @@ def _moe(**changes: Any) -> Rule:
     return rule
 
 
+def _half_the_jitter(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
+    assert found.moe is not None
+    return {"moe": found.moe.model_copy(update={"jitter": found.moe.jitter / 2})}
+
+
 def _groups_off_by(step: int) -> Rule:
     def rule(_config: Mapping[str, Any], found: ModelConfig) -> dict[str, Any]:
         assert found.moe is not None
@@ -115,6 +120,8 @@ class WrongRule:
 
 
 QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
+_PHIMOE_ROTARY = hub_config("phi-3.5-moe")["rope_scaling"]
+TWO_MSCALES = hub_config("phi-3.5-moe", rope_scaling={**_PHIMOE_ROTARY, "short_mscale": 1.25, "long_mscale": 1.6})
 OLMO_KINDS = ["sliding_attention", "full_attention"] * 16
 WRONG_RULES = [
     # Windows that transformers ignores, or does not
@@ -289,5 +296,17 @@ WRONG_RULES = [
     WrongRule("cohere2_moe RMSNorm for LayerNorm", hub_config("command-a-moe"), _set(norm_kind="rms")),
     WrongRule("cohere2_moe dense layer not rotated", hub_config("command-a-moe"), _dense_layer_unrotated),
     WrongRule("cohere2_moe logits not scaled", hub_config("command-a-moe"), _set(logits_scaling=1.0)),
+    WrongRule("phimoe softmax for SparseMixer", hub_config("phi-3.5-moe"), _moe(scoring="softmax")),
+    WrongRule("phimoe softmax of the chosen for SparseMixer", hub_config("phi-3.5-moe"), _moe(scoring="softmax_of_chosen")),
+    WrongRule("phimoe weights normalized", hub_config("phi-3.5-moe"), _moe(normalization_mode=1)),
+    WrongRule("phimoe jitter missed", hub_config("phi-3.5-moe"), _moe(jitter=0.0)),
+    WrongRule("phimoe jitter taken once", hub_config("phi-3.5-moe"), _half_the_jitter),
+    WrongRule("phimoe default of the jitter", hub_config("phi-3.5-moe", "router_jitter_noise"), _moe(jitter=0.0)),
+    WrongRule("phimoe mscales missed", hub_config("phi-3.5-moe"), _scaling_without("short_mscale", "long_mscale")),
+    WrongRule("phimoe one mscale", TWO_MSCALES, _scaling_without(long_mscale=1.25)),
+    WrongRule("phimoe mscales turned round", TWO_MSCALES, _scaling_without(short_mscale=1.6, long_mscale=1.25)),
+    WrongRule("phimoe default of rope_theta", hub_config("phi-3.5-moe", "rope_theta"), _set(rotary_base=10000.0)),
+    WrongRule("phimoe RMSNorm for LayerNorm", hub_config("phi-3.5-moe"), _set(norm_kind="rms")),
+    WrongRule("phimoe biases of norms left out", hub_config("phi-3.5-moe"), _set(norm_bias=False)),
     WrongRule("epsilon of norms", hub_config("llama-2-7b"), _set(norm_epsilon=1e-3)),
 ]

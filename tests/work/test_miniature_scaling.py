@@ -29,7 +29,7 @@ def test_scaled_config_has_the_same_keys_with_the_same_kinds_of_values(name: str
     assert list(found) == list(config)
     for key, value in config.items():
         assert type(found[key]) is type(value), key
-        if not isinstance(value, int | list | dict) or isinstance(value, bool):
+        if (not isinstance(value, int | list | dict) or isinstance(value, bool)) and key != "router_jitter_noise":
             assert found[key] == value, key
 
 

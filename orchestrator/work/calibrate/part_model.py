@@ -129,7 +129,8 @@ def load_layers(model_class: Any, whole: Any, first: int, count: int, state: dic
     config = _part_config(whole, first, count, embeds=_EMBEDDING in state)
     with _quiet():
         model, loading = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _check_loaded(loading, {"model.norm.weight", "model.norm.bias", "lm_head.weight", *({_EMBEDDING} - state.keys())}, first)
+    spared = {f"{module}.{what}" for module in ("model.norm", "lm_head") for what in ("weight", "bias")}
+    _check_loaded(loading, spared | ({_EMBEDDING} - state.keys()), first)
     return model
 
 

@@ -9,6 +9,7 @@ default that two readers take from different places can be mapped alike on both 
     windows        to 8, 13, 18 ... tokens
     positions      trained lengths to 32 tokens for the smallest, the others in proportion
     factor lists   of longrope to the new head size
+    jitter         of a SparseMixer to a larger one: few of the miniature's experts would be near each other
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_lay
 _FIRST_WINDOW, _WINDOW_STEP = 8, 5
 _TRAINED = 32
 _HEAD_SIZES = (32, 40, 48, 64, 80, 128)
+_JITTER = 16
+"""Factor of a SparseMixer's jitter, which is 0.01 in published models."""
 _ROTATED = 8
 """Rotated elements of a head with latent attention."""
 _MAX_GROUP = 8
@@ -203,6 +206,7 @@ class Scaling:
             small_groups = min(groups, 4)
             self._maps["n_group"], self._maps["topk_group"] = _only(groups, small_groups), _only(kept, min(few_kept, small_groups))
             small_experts = small_groups * min(experts // groups, 3)
+        self._maps["router_jitter_noise"] = lambda jitter: _JITTER * jitter if isinstance(jitter, float) else jitter
         for key in CHOSEN:
             self._maps[key] = _around(chosen, few)
         for key in EXPERTS:

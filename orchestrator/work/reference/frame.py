@@ -67,6 +67,7 @@ class Frame:
                 return frame._on_head(hidden_states)
 
         self._model.model.layers = torch.nn.ModuleList(Layer(number, real) for number, real in enumerate(self.layers))
+        self.head_has_bias = getattr(self._model.lm_head, "bias", None) is not None
         self._model.lm_head = Head()
 
     def set_embedding(self, table: Any) -> None:

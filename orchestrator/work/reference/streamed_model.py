@@ -27,7 +27,7 @@ from orchestrator.work.calibrate.part_model import read_tensor_rows
 from orchestrator.work.reference.frame import Calls, Floats, Frame
 from orchestrator.work.reference.layers import Experts, Layer, SourceLayers
 
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
+_EMBEDDING, _HEAD, _HEAD_BIAS, _NORM = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "model.norm."
 _CACHES = ("past_key_values", "past_key_value")
 """Arguments of a layer that are the cache."""
 _HEAD_BLOCK_BYTES = 256 * 2**20
@@ -205,11 +205,12 @@ class StreamedModel:
         norm = {
             name: self._rows(reader, _NORM + name, 0, self._tensor(_NORM + name).shape[0]) for name in self._frame.norm_parameters
         }
+        biases = [self._rows(reader, _HEAD_BIAS, 0, self._tensor(_HEAD_BIAS).shape[0])] if self._frame.head_has_bias else []
         name = _EMBEDDING if self._config.tie_word_embeddings else _HEAD
         vocabulary, hidden_size = self._tensor(name).shape
         block = max(_HEAD_BLOCK_BYTES // (4 * hidden_size), 1)
         streams = [(rounded, 0)]
-        if own is not None or not all(torch.equal(*both) for both in norm.values()):
+        if own is not None or not all(torch.equal(*both) for both in (*norm.values(), *biases)):
             own = own if own is not None else [list(sequence) for sequence in rounded]
             streams.append((own, 1))
         inputs = [
@@ -217,14 +218,17 @@ class StreamedModel:
         ]
         raw: list[list[list[Any]]] = [[[] for _ in calls] for _ in streams]
         for begin in range(0, vocabulary, block):
-            rows = self._rows(reader, name, begin, min(begin + block, vocabulary))
+            end = min(begin + block, vocabulary)
+            rows = self._rows(reader, name, begin, end)
             if len(streams) == 1 and not torch.equal(*rows):
                 streams.append((rounded, 1))
                 inputs.append(inputs[0])
                 raw.append([list(parts) for parts in raw[0]])
             for number, (_, which) in enumerate(streams):
+                weight = rows[which].to(self._device)
+                bias = biases[0][which][begin:end].to(self._device) if biases else None
                 for sequence, values in enumerate(inputs[number]):
-                    product = values.to(self._device) @ rows[which].to(self._device).T
+                    product = torch.nn.functional.linear(values.to(self._device), weight, bias)
                     raw[number][sequence].append(product.cpu())
         found = [self._frame.finished(calls, [torch.cat(parts, dim=-1) for parts in of_stream]) for of_stream in raw]
         return found[0], found[1] if len(found) > 1 else None
