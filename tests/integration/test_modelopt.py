@@ -169,7 +169,7 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
 DENSE_AMONG_EXPERTS = ["glm4_moe", "ernie4_5_moe", "minimax_m2"]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "qwen3_moe", *DENSE_AMONG_EXPERTS])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "phimoe", "qwen3_moe", *DENSE_AMONG_EXPERTS])
 def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
     folder = write_tiny(family, tmp_path / family)
     whole, parts = (
