@@ -24,6 +24,8 @@ def assembled(name: str, dtype: str, assembly: Assembly) -> TensorInfo:
     shapes = [piece.shape[::-1] if assembly.transposed else piece.shape for piece in assembly.pieces]
     shape = list(shapes[0])
     shape[assembly.axis] = sum(each[assembly.axis] for each in shapes)
+    if assembly.part is not None:
+        shape[0] = assembly.part[1] - assembly.part[0]
     return TensorInfo(name, dtype, tuple(shape), first.file, first.offset, num_bytes(dtype, math.prod(shape)), assembly)
 
 
@@ -34,6 +36,9 @@ def read_assembled_rows(source: ByteSource, tensor: TensorInfo, begin: int, end:
         return
     if assembly is None:
         read_contiguous_rows(source, tensor, begin, end, out)
+    elif assembly.part is not None:
+        first = assembly.part[0]
+        _read_stored(source, tensor, assembly, first + begin, first + end, out)
     elif assembly.paired_rows:
         _read_paired(source, tensor, assembly, begin, end, out)
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.huggingface import read_shards
-from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.torch_zip import read_tensors
 from orchestrator.model.checkpoint import CheckpointIndex
 from orchestrator.stores.source import SourceFolder
@@ -11,7 +11,7 @@ from orchestrator.stores.source import SourceFolder
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 
-read_rows = read_contiguous_rows
+read_rows = read_assembled_rows
 
 
 def matches(names: list[str]) -> bool:

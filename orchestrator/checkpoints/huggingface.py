@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator.base.errors import LfsPointerError, SourceCorruptError, SourceMissingError, abbreviated
+from orchestrator.checkpoints.assembly import read_assembled_rows
 from orchestrator.checkpoints.json_text import json_value
 from orchestrator.checkpoints.parts import language_model
 from orchestrator.checkpoints.quantized import with_encodings
 from orchestrator.checkpoints.quantized.methods import Described, described, mark_of
-from orchestrator.checkpoints.rows import read_contiguous_rows
 from orchestrator.checkpoints.safetensors import HeaderEntry, read_header_at
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.stores.source import LFS_MAGIC, SourceFolder
@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HEADER_THREADS = 8
 
-read_rows = read_contiguous_rows
+read_rows = read_assembled_rows
 
 
 def matches(names: list[str]) -> bool:

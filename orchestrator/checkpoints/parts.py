@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import replace
 
 from orchestrator.base.errors import ArchitectureError
-from orchestrator.families.wrappers import is_wrapper, language_config
+from orchestrator.checkpoints.fused_experts import single_experts
+from orchestrator.families.wrappers import has_fused_experts, is_wrapper, language_config
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 
 _PREFIXES = {
@@ -44,6 +45,8 @@ def language_model(index: CheckpointIndex) -> CheckpointIndex:
         config = language_config(index.config, has_head=_HEAD in tensors)
     except ArchitectureError:
         return index
+    if has_fused_experts(index.config):
+        tensors = single_experts(tensors, config["hidden_size"])
     outer = index.config["architectures"][0]
     parts = ", ".join(f"{part} ({count})" for part, count in Counter(map(_part_of, others)).items()) or "none"
     warning = (

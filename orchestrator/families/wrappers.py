@@ -19,7 +19,8 @@ WRAPPERS = frozenset(
         "AyaVision", "Cohere2Vision", "DeepseekVL", "DeepseekVLHybrid", "Exaone4_5_", "Gemma3", "Gemma4", "Glm4v", "Glm4vMoe",
         "GlmAsr", "GotOcr2", "GraniteSpeech", "Idefics2", "Idefics3", "InternVL", "Janus", "KimiK25", "KimiVL", "Kimi_K25",
         "LightOnOcr", "Llama4", "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "Mistral3", "Ovis2", "Qwen2Audio",
-        "Qwen2VL", "Qwen2_5_VL", "Qwen3ASR", "Qwen3VL", "SmolVLM", "VideoLlama3", "VideoLlava", "VipLlava", "Voxtral",
+        "Qwen2VL", "Qwen2_5_VL", "Qwen3ASR", "Qwen3VL", "Qwen3VLMoe", "SmolVLM", "VideoLlama3", "VideoLlava", "VipLlava",
+        "Voxtral",
     )
 ) | {"InternVLChatModel"}  # fmt: skip
 """Architectures whose language model is read from the larger checkpoint."""
@@ -29,7 +30,6 @@ REFUSED = {
     "MllamaForConditionalGeneration": "some of its layers attend to the image",
     "PaliGemmaForConditionalGeneration": "its prompt attends in both directions",
     "Phi4MultimodalForCausalLM": "its linears have adapters (LoRA) by the kind of input",
-    "Qwen3VLMoeForConditionalGeneration": "its experts are stored as one tensor, transposed",
     "Qwen3OmniMoeForConditionalGeneration": "it speaks with a second language model",
     "Qwen3_5ForConditionalGeneration": "most of its layers are recurrent",
     "Qwen3_5MoeForConditionalGeneration": "most of its layers are recurrent",
@@ -40,6 +40,7 @@ _KINDS = {
     "glm4v_text": "glm4",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
+    "qwen3_vl_moe_text": "qwen3_moe",
     "qwen3_vl_text": "qwen3",
 }
 """model_type of a language model that has another name within a larger model -> the family's. Rotary positions of several axes
@@ -69,6 +70,24 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Family -> sizes that published files leave out of text_config, because transformers' class has them, and what the class fixes."""
+
+_OF_CLASS: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe_text": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "max_position_embeddings": 128000, "num_experts": 60, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408, "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+"""model_type of a language model -> defaults of its class that differ from the family's."""
+_FIXED: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True, "use_sliding_window": False}}
+"""model_type of a language model -> keys that its class does not read, and what they would have to say."""
+_FUSED_EXPERTS = ("qwen3_vl_moe_text",)
+"""Values of model_type of language models whose experts are stored as one tensor, and the family's are not."""
+
+
+def has_fused_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a larger model stores the experts of a layer as one tensor, and the family of its language model does not."""
+    return (_text_of(config) or {}).get("model_type") in _FUSED_EXPERTS
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> str | None:
@@ -101,7 +120,9 @@ def language_config(config: Mapping[str, Any], has_head: bool | None = None) -> 
     text = _text_of(config)
     family = _family_of(config, text)
     text = {key: value for key, value in (text or config).items() if key not in ("architectures", *_OTHER_KEYS)}
-    found = {key: config[key] for key in _OUTER if key in config} | _SIZES.get(family.name, {}) | text
+    kind = text.get("model_type", "")
+    found = {key: config[key] for key in _OUTER if key in config} | _SIZES.get(family.name, {})
+    found |= _of_class(kind, text) | text | _FIXED.get(kind, {})
     found |= {"architectures": [family.architectures[0]]}
     if text.get("model_type") not in family.config.model_types:
         found["model_type"] = family.config.model_types[0]
@@ -113,6 +134,14 @@ def language_config(config: Mapping[str, Any], has_head: bool | None = None) -> 
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(found.get(key), Mapping):
             found[key] = _plain(found[key])
+    return found
+
+
+def _of_class(kind: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a language model's class; the number of experts has two names, and config.json holds one."""
+    found = dict(_OF_CLASS.get(kind, {}))
+    if "num_local_experts" in text:
+        found.pop("num_experts", None)
     return found
 
 

@@ -50,6 +50,8 @@ class Assembly:
     """Number added to every element of a float32 tensor. Undoes an addition that the source format stores."""
     transposed: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     """Whether pieces are stored as [columns, rows]. They are joined along the rows."""
+    part: Annotated[tuple[int, int] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Rows [begin, end) of what the pieces make up that are the tensor; None: all."""
     factor: Annotated[float, Field(exclude_if=lambda value: value == 1)] = 1.0
     """Number that every stored element is multiplied with, in float32, before `add`. The tensor is float32 then."""
     divisor: Annotated[float, Field(exclude_if=lambda value: value == 1)] = 1.0

@@ -26,6 +26,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "Kimi_K25": {**LATENT, **MOE, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
     "Llama4": TINY["llama4"].fields,
     "Qwen2VL": {"rope_parameters": {**_AXES, "mrope_section": [4, 2, 2]}},
+    "Qwen3VLMoe": {**MOE, "num_experts": 8, "rope_parameters": {**_AXES, "mrope_section": [4, 2, 2]}},
     "Qwen2_5_VL": {"rope_parameters": {**_AXES, "mrope_section": [4, 2, 2]}},
 }  # fmt: skip
 """What the language model of a larger model has beside BASE."""
