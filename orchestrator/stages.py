@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.base.errors import StoreError
 from orchestrator.base.extras import require
-from orchestrator.checkpoints.trtllm import shard_indexes, write_checkpoint_config, write_json
+from orchestrator.checkpoints.trtllm_files import shard_indexes, write_checkpoint_config, write_json
 from orchestrator.clusters.local import LocalCluster
 from orchestrator.engines.profiles import network_of
 from orchestrator.events import Listener, Planned, silent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 BUG = "This is a bug: report it, with the command and the step's log."
@@ -24,6 +25,12 @@ def abbreviated(text: str, limit: int) -> str:
     note = f"...({len(text):,} characters)..."
     kept = max(limit - len(note), 8)
     return text[: kept - kept // 3] + note + text[len(text) - kept // 3 :]
+
+
+def some_of(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
 
 
 def bounded(text: str, limit_bytes: int) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from orchestrator.base.dtypes import MODEL_DTYPES
 from orchestrator.base.errors import ArchitectureError, SourceMissingError, WeightMapError
 from orchestrator.checkpoints import read_source
-from orchestrator.checkpoints.trtllm import write_checkpoint_config
+from orchestrator.checkpoints.trtllm_files import write_checkpoint_config
 from orchestrator.compat.rank_source import NO_LIMIT, RankSource, rank_options, writer
 from orchestrator.engines.profiles import network_of, resolved
 from orchestrator.engines.record import EngineRecord

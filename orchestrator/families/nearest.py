@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from orchestrator.base.errors import ArchitectureError
+from orchestrator.base.errors import ArchitectureError, some_of
 from orchestrator.families import FAMILIES
 from orchestrator.families.wrappers import WRAPPERS
 from orchestrator.model.config_keys import unknown_keys
 from orchestrator.model.rules import Family
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,11 @@ class Nearness:
     def line(self) -> str:
         """Return the facts as a sentence without its subject."""
         parts = [f"reads {self.read} of {self.kinds} kinds of tensors"] if self.kinds else []
-        parts += [f"lacks a rule for {_some(self.unread)}"] if self.unread else []
-        parts += [f"needs {_some(self.missing)}, which is not there"] if self.missing else []
-        parts += [f"does not know the keys {_some(self.unknown_keys)}"] if self.unknown_keys else ["knows all keys of config.json"]
+        parts += [f"lacks a rule for {some_of(self.unread)}"] if self.unread else []
+        parts += [f"needs {some_of(self.missing)}, which is not there"] if self.missing else []
+        parts += (
+            [f"does not know the keys {some_of(self.unknown_keys)}"] if self.unknown_keys else ["knows all keys of config.json"]
+        )
         return "; ".join(parts)
 
 
@@ -94,7 +95,3 @@ def supported() -> str:
         kinds[kind].append(family.name)
     listed = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items())
     return f"Supported: {listed}; and the language models of {len(WRAPPERS)} larger models (vision, speech)."
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

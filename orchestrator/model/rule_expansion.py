@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.base.dtypes import MODEL_DTYPES
-from orchestrator.base.errors import ArchitectureError, WeightMapError
+from orchestrator.base.errors import ArchitectureError, WeightMapError, some_of
 from orchestrator.model import quantized_targets, stored_targets
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.model.config import ModelConfig
@@ -217,12 +217,12 @@ class Expander:
                     "save_pretrained on its language model), and build that.",
                 )
             raise WeightMapError(
-                f"the checkpoint lacks {len(missing)} tensors that {self.family.name} needs: {_some(missing)}",
+                f"the checkpoint lacks {len(missing)} tensors that {self.family.name} needs: {some_of(missing)}",
                 "Check that all shards were downloaded and that config.json belongs to these weights.",
             )
         if self.misshapen:
             raise WeightMapError(
-                f"{len(self.misshapen)} tensors have another shape or dtype than config.json says: {_some(self.misshapen)}",
+                f"{len(self.misshapen)} tensors have another shape or dtype than config.json says: {some_of(self.misshapen)}",
                 "config.json and the weights are of different models.",
             )
         quantized_targets.raise_problems(self.unfit)
@@ -232,7 +232,7 @@ class Expander:
         if unread:
             raise WeightMapError(
                 f"{len(unread)} tensors of the checkpoint would be dropped, because {self.family.name} has no rule for them: "
-                f"{_some(unread)}",
+                f"{some_of(unread)}",
                 "The checkpoint is of another architecture, or holds an adapter; name the right family or remove them.",
             )
         return ignored
@@ -277,8 +277,3 @@ def _as_prefixed(name: str, tensors: Iterable[str]) -> str | None:
     """Return a tensor with the same name but a longer prefix, or without the leading `model.`."""
     end = "." + name.removeprefix("model.")
     return next((other for other in tensors if f".{other}".endswith(end)), None)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown}, and {len(names) - 3} more"

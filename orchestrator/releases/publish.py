@@ -22,7 +22,7 @@ from typing import Any
 from orchestrator.base.digest import chunk_digests, digest_bytes
 from orchestrator.base.errors import ReleaseExistsError, SignatureError, SourceCorruptError, StoreError
 from orchestrator.checkpoints import published_names
-from orchestrator.checkpoints.trtllm import config_files, shard_indexes
+from orchestrator.checkpoints.trtllm_files import config_files, shard_indexes
 from orchestrator.model.config_trtllm import to_trtllm
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.steps import Outcome

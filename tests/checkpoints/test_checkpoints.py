@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from orchestrator.base.errors import LfsPointerError, OrchestratorError, SourceCorruptError, SourceMissingError
-from orchestrator.checkpoints import companions, huggingface, safetensors, trtllm
+from orchestrator.checkpoints import companions, huggingface, safetensors
+from orchestrator.checkpoints.hugging_face_config import hugging_face_config
 from orchestrator.families import FAMILIES
 from orchestrator.model.checkpoint import SourceFile
 from orchestrator.model.config_hugging_face import from_hugging_face
@@ -369,5 +370,5 @@ def test_config_of_a_tensorrt_llm_checkpoint_is_read_as_the_config_that_it_was_w
     written = tiny_config(family)
     read, _ = from_trtllm(json.loads(json.dumps(to_trtllm(written, Topology(2, 1)))))
     assert read == written
-    plain = trtllm.hugging_face_config(read, FAMILIES[family])
+    plain = hugging_face_config(read, FAMILIES[family])
     assert from_hugging_face(json.loads(json.dumps(plain)), read.architecture, read.dtype, FAMILIES[family].config) == written

@@ -23,8 +23,9 @@ from orchestrator.base.errors import (
     SourceMissingError,
     WeightMapError,
 )
-from orchestrator.checkpoints import read_source, trtllm
+from orchestrator.checkpoints import read_source, trtllm, trtllm_files
 from orchestrator.checkpoints.compare import compare
+from orchestrator.checkpoints.hugging_face_config import hugging_face_config
 from orchestrator.compat.models import LLaMAForCausalLM
 from orchestrator.compat.models import Mapping as Place
 from orchestrator.families import family_named
@@ -282,8 +283,8 @@ def write_ranks(source: Path, folder: Path, topology: Mapping[str, Any], max_sha
     for outcome in run_steps(made, store.url, (Kind.CONVERT,)).values():
         for output in outcome.outputs:
             (folder / output.name).write_bytes(store.get(output.key))
-    for name, index in trtllm.shard_indexes(made.inputs.weights, made.topology).items():
-        trtllm.write_json(folder / name, index)
+    for name, index in trtllm_files.shard_indexes(made.inputs.weights, made.topology).items():
+        trtllm_files.write_json(folder / name, index)
     (folder / "config.json").write_text(json.dumps(to_trtllm(made.inputs.config, made.topology)))
     return folder
 
@@ -360,7 +361,7 @@ def test_convert_of_ranks_of_every_kind_of_family_equals_direct_conversion(tmp_p
     whole = trtllm._whole_tensors(family, config)
     arrays = {key: generator.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16) for key, tensor in whole.items()}
     source = write_source(tmp_path / "source", config, arrays)
-    (source / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+    (source / "config.json").write_text(json.dumps(hugging_face_config(config, family)))
     split = {"tp": 4, "pp": 2, "moe_ep": 2} if config.moe else {"tp": 4, "pp": 2}
     ranks = write_ranks(source, tmp_path / "ranks", split)
     for number, topology in enumerate(({"tp": 2, "pp": 3}, {"tp": 4, "moe_ep": 4} if config.moe else {"tp": 8})):
@@ -387,7 +388,7 @@ def test_compare_of_a_mixture_with_another_router_finds_it(tmp_path: Path) -> No
     source, other = (write_source(tmp_path / name, config, arrays) for name in ("source", "other"))
     router = "model.layers.1.block_sparse_moe.gate.weight"
     for folder in (source, other):
-        (folder / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+        (folder / "config.json").write_text(json.dumps(hugging_face_config(config, family)))
     ranks = write_ranks(source, tmp_path / "ranks", {"tp": 2})
     arrays[router][3, 5] = 1.0078125  # the next number of bfloat16
     (other / "model.safetensors").write_bytes(encode_safetensors(arrays))
@@ -405,7 +406,7 @@ def test_convert_of_phi3_joins_up_and_gate_as_tensorrt_llm_does(tmp_path: Path, 
     whole = trtllm._whole_tensors(family, config)
     arrays = {key: generator.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16) for key, tensor in whole.items()}
     source = write_source(tmp_path / "source", config, arrays)
-    (source / "config.json").write_text(json.dumps(trtllm.hugging_face_config(config, family)))
+    (source / "config.json").write_text(json.dumps(hugging_face_config(config, family)))
     stages.convert(build_spec(source, topology={"tp": tp}), tmp_path / "ranks")
     written = json.loads((tmp_path / "ranks" / "config.json").read_text())
     assert (written["architecture"], written["hidden_act"]) == ("Phi3ForCausalLM", "swiglu")
