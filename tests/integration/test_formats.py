@@ -343,6 +343,10 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
         "qk_layernorm": "head", "rotary_base_local": 5.0, "sliding_window": 7, "tie_word_embeddings": True,
     },
     "mixtral": {"moe": MoeConfig(num_experts=4, top_k=2)},
+    "phimoe": {
+        "norm_kind": "layer", "norm_bias": True, "attn_bias": True, "attn_dense_bias": True, "head_bias": True,
+        "moe": MoeConfig(num_experts=4, top_k=2, normalization_mode=0, scoring="sparse_mixer", jitter=0.01),
+    },
     "qwen3_moe": {
         "qk_layernorm": "head", "moe_intermediate_size": 16, "moe": MoeConfig(num_experts=4, top_k=2, normalization_mode=0),
     },
