@@ -207,17 +207,32 @@ def swap_heads(values: npt.NDArray[np.uint16]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "place"),
+    ("family", "name", "change", "place"),
     [
-        pytest.param("transformer.layers.1.attention.qkv.weight", swap_heads, "jumps in layer 1, from", id="two-heads-swapped"),
-        pytest.param("transformer.layers.2.mlp.proj.weight", lambda values: values.fill(0), "jumps in layer 2", id="adds-nothing"),
-        pytest.param("lm_head.weight", lambda values: values[:2].fill(0), "in the last norm or the head", id="two-rows-of-head"),
+        pytest.param(
+            "llama", "transformer.layers.1.attention.qkv.weight", swap_heads, "jumps in layer 1, from", id="two-heads-swapped"
+        ),
+        pytest.param(
+            "llama", "transformer.layers.2.mlp.proj.weight", lambda values: values.fill(0), "jumps in layer 2", id="adds-nothing"
+        ),
+        pytest.param(
+            "llama", "lm_head.weight", lambda values: values[:2].fill(0), "in the last norm or the head", id="two-rows-of-head"
+        ),
+        pytest.param(
+            "phimoe", "lm_head.bias", lambda values: values[:2].fill(0), "in the last norm or the head", id="bias-of-head"
+        ),
     ],
 )
 def test_verification_of_a_fault_on_one_rank_fails_and_names_its_layer(
-    tmp_path: Path, store_url: str, make_spec: SpecMaker, name: str, change: Callable[[npt.NDArray[np.uint16]], None], place: str
+    tmp_path: Path,
+    store_url: str,
+    make_spec: SpecMaker,
+    family: str,
+    name: str,
+    change: Callable[[npt.NDArray[np.uint16]], None],
+    place: str,
 ) -> None:
-    made = preparation.plan(make_spec(write_tiny("llama", tmp_path / "model"), topology={"tp": 2}))
+    made = preparation.plan(make_spec(write_tiny(family, tmp_path / "model"), topology={"tp": 2}))
     outcomes = run_steps(made, store_url, (Kind.CONVERT,))
     shard = Path(store_url.removeprefix("file://")) / outcomes["convert/stage0/group0"].outputs[1].key
     weight = map_shards([shard])[name]
