@@ -7,8 +7,10 @@ are fused if they are joined into one tensor, or if they share their input and t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from orchestrator.base.errors import QuantizationError
 from orchestrator.model.quantization import (
@@ -27,6 +29,7 @@ from orchestrator.model.rules import Span
 from orchestrator.model.targets import ArtifactScale, PackedScale, QuantizedWeight, Read, Target
 
 _BLOCKS = (16, 32, 64, 128, 256)
+_EXPERT_PART = re.compile(r"(.+)\.(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,25 @@ def quantized(target: Target, fmt: LinearFormat, partners: Sequence[str], num_ra
 def module_of(read: Read) -> str:
     """Return the source module whose weight a read takes. A part of a tensor of all experts is named by expert and first row."""
     return read.tensor.name.removesuffix(".weight") if read.rows is None else f"{read.name}.{read.rows.first}"
+
+
+class ExpertPart(NamedTuple):
+    """Part of a tensor of all experts, as `module_of` names it."""
+
+    tensor: str
+    expert: int
+    first_row: int
+
+
+def expert_part(module: str) -> ExpertPart | None:
+    """Return the part of a tensor of all experts that a source module is; None: it has a tensor of its own."""
+    found = _EXPERT_PART.fullmatch(module)
+    return ExpertPart(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def is_of_expert(module: str) -> bool:
+    """Whether a source module is a linear of an expert that the router chooses."""
+    return ".experts." in module or expert_part(module) is not None
 
 
 def _weight(target: Target, fmt: LinearFormat, modules: tuple[str, ...], partners: Sequence[str]) -> Target:

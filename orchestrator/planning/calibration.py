@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.base.errors import QuantizationError
 from orchestrator.model.checkpoint import CheckpointIndex, SourceFile
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.quantization import CalibrationMethod, LinearFormat, ModelQuantization, linear_of
@@ -65,12 +64,6 @@ def calibrations(
     linears = [target for group in weights.groups for target in group.targets if linear_of(target.name)]
     modules = tuple(dict.fromkeys(module_of(read) for target in linears for read in target.reads))
     targets = [target for target in linears if target.quantized is not None]
-    fused = next((read.tensor.name for target in linears for read in target.reads if read.rows is not None), None)
-    if fused is not None and quantization.methods_used():
-        raise QuantizationError(
-            f"{fused} holds all experts of a layer, which cannot be calibrated yet",
-            "Choose an algorithm without calibration, or set quantization.scales to a calibration made elsewhere.",
-        )
     ranges = list(parts)
     for method in quantization.methods_used():
         chosen = [] if method == MAX else [target for target in targets if _method(quantization, target) == method]

@@ -53,7 +53,7 @@ from orchestrator.spec.build import BuildConfig, BuildSpec, ToleranceSpec
 VERSIONS: dict[Kind, int] = {
     Kind.MINIATURE: 1,
     Kind.REFERENCE: 3,
-    Kind.CALIBRATE: 2,
+    Kind.CALIBRATE: 3,
     Kind.CONVERT: 1,
     Kind.BUILD: 2,
     Kind.VERIFY: 4,

@@ -167,9 +167,11 @@ def test_calibration_part_by_part_gives_the_scales_of_the_whole(algorithm: str, 
 
 
 DENSE_AMONG_EXPERTS = ["glm4_moe", "ernie4_5_moe", "minimax_m2"]
+FUSED = ["gemma4", "granitemoeshared", "mistral4"]
+"""Families whose experts lie in tensors of all experts; more of them in test_fused_calibration.py."""
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "phimoe", "qwen3_moe", *DENSE_AMONG_EXPERTS])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "mixtral", "phimoe", "qwen3_moe", *DENSE_AMONG_EXPERTS, *FUSED])
 def test_calibration_of_a_family_part_by_part_gives_the_scales_of_the_whole(family: str, store: Path, tmp_path: Path) -> None:
     folder = write_tiny(family, tmp_path / family)
     whole, parts = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.base.errors import BUG, QuantizationError
 from orchestrator.model.quantization import LinearFormat, WeightFormat
+from orchestrator.model.quantized_targets import is_of_expert
 from orchestrator.quantizers.calibration_data import CalibrationData, calibration_tokens
 from orchestrator.quantizers.modelopt import search_config
 
@@ -78,7 +79,7 @@ def _budget_refused() -> Iterator[None]:
 
 
 def _check(linears: dict[str, tuple[str, ...]], formats: Sequence[LinearFormat], device: str) -> None:
-    experts = next((source for sources in linears.values() for source in sources if ".experts." in source), None)
+    experts = next((source for sources in linears.values() for source in sources if is_of_expert(source)), None)
     if experts is not None:
         raise QuantizationError(
             f"the search does not support experts ({experts})", "Write quant_cfg.json by hand, or choose one algorithm."

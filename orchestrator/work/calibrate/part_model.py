@@ -21,6 +21,7 @@ from orchestrator.base.errors import QuantizationError, SourceCorruptError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
+from orchestrator.model.quantized_targets import is_of_expert
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.options import CalibrateOptions
 from orchestrator.stores import open_source
@@ -96,6 +97,8 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     import torch
     import transformers
 
+    from orchestrator.work.calibrate.experts import unfuse_experts
+
     index, _ = read_source(source, options.format)
     if index.files != options.files[: options.num_weight_files]:
         raise SourceCorruptError("the source was changed during the build", "Run the build again.")
@@ -114,8 +117,8 @@ def load_part(source: str, options: CalibrateOptions, device: str) -> PartModel:
     # Module by module, so that the device never holds a tensor twice.
     model = model.eval().requires_grad_(False).to(device)
     names = LayerNames(whole.model_type)
-    linears = {_path(module, options.first_layer, names): module for module in options.modules if ".experts." not in module}
-    linears |= _unfuse_experts(model, options)
+    linears = {_path(module, options.first_layer, names): module for module in options.modules if not is_of_expert(module)}
+    linears |= unfuse_experts(model, options)
     experts = {path: module for path, module in model.named_modules() if hasattr(module, "num_tokens")}
     return PartModel(model, linears, experts)
 
@@ -234,68 +237,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shows_progress:
             logging.enable_progress_bar()
-
-
-EXPERT_LINEARS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
-"""Roles of an expert's linears, by their names in checkpoints."""
-
-
-def _unfuse_experts(model: Any, options: CalibrateOptions) -> dict[str, str]:
-    """Replace transformers' fused experts by one linear each, which Model Optimizer calibrates like any other.
-
-    Returns the source module of each by path. The linears share the memory of the fused tensors.
-    """
-    found: dict[str, str] = {}
-    for number, layer in enumerate(model.model.layers):
-        mine = [name for name in options.modules if ".experts." in name and layer_of(name) == options.first_layer + number]
-        if not mine:
-            continue
-        parent = next(module for module in layer.modules() if hasattr(getattr(module, "experts", None), "gate_up_proj"))
-        parent.experts = _unfused(parent.experts)
-        path = next(name for name, module in model.named_modules() if module is parent.experts)
-        for source in mine:
-            prefix, _, linear = source.rpartition(".")
-            expert = prefix.rpartition(".")[2]
-            found[f"{path}.{expert}.{EXPERT_LINEARS[linear]}"] = source
-    return found
-
-
-def _unfused(fused: Any) -> Any:
-    """Return transformers' eager experts (`MixtralExperts.forward` of transformers 5) with linears per expert."""
-    import torch
-
-    class Expert(torch.nn.Module):
-        def __init__(self, gate_up: Any, down: Any) -> None:
-            super().__init__()
-            gate, up = gate_up.chunk(2, dim=0)
-            self.gate, self.up, self.down = (_linear(weight) for weight in (gate, up, down))
-
-    class Experts(torch.nn.ModuleList):
-        def __init__(self) -> None:
-            super().__init__(Expert(*pair) for pair in zip(fused.gate_up_proj, fused.down_proj, strict=True))
-            self.act_fn = fused.act_fn
-            self.num_tokens = [0] * len(self)
-
-        def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-            total = torch.zeros_like(hidden_states)
-            for number in range(len(self)):
-                tokens, place = torch.where(top_k_index == number)
-                self.num_tokens[number] += len(tokens)
-                if not len(tokens):
-                    continue
-                expert: Any = self[number]
-                chosen = hidden_states[tokens]
-                result = expert.down(self.act_fn(expert.gate(chosen)) * expert.up(chosen))
-                weighted = result * top_k_weights[tokens, place, None]
-                total.index_add_(0, tokens, weighted.to(total.dtype))
-            return total
-
-    return Experts()
-
-
-def _linear(weight: Any) -> Any:
-    import torch
-
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return linear

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orchestrator.model.quantized_targets import expert_part, is_of_expert
 from orchestrator.planning.calibration import layer_of
 from orchestrator.planning.facts import CalibrateFacts
 from orchestrator.planning.options import CalibrateOptions
@@ -63,7 +64,7 @@ def calibrate(task: Task, context: Context) -> CalibrateFacts:
     artifact = _run(part, options, reader, task, context)
     unseen = part.unseen()
     _fill_unseen(artifact, unseen)
-    for expert in dict.fromkeys(source.rpartition(".")[0] for source in unseen):
+    for expert in dict.fromkeys(map(_expert_of, unseen)):
         context.log(f"warning: no token was routed to {expert}: it gets the largest input_amax of its layer")
     if not options.is_last:
         _write_tensors(context, HIDDEN_STATES, {"hidden_states": reader.outputs()})
@@ -163,20 +164,37 @@ def _summary(artifact: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     found: dict[str, list[float]] = {}
     for name, value in artifact.items():
         if name.endswith(".input_amax"):
-            found.setdefault(name.split(".")[-2], []).append(float(value))
+            found.setdefault(_kind_of(name.removesuffix(".input_amax")), []).append(float(value))
     return {linear: (min(values), float(np.median(values)), max(values)) for linear, values in sorted(found.items())}
 
 
 def _fill_unseen(artifact: dict[str, Any], unseen: list[str]) -> None:
-    """Give experts without tokens the largest input_amax of their layer's linears of the same kind.
+    """Give experts without tokens the largest input_amax of their layer's experts, by the kind of linear.
 
     Changes nothing where Model Optimizer recognizes the experts, because then it does the same.
     """
-    amax = {name: float(value) for name, value in artifact.items() if name.endswith(".input_amax")}
-    for source in unseen if amax else ():
-        kind = f".{source.rpartition('.')[2]}.input_amax"
-        peers = [value for name, value in amax.items() if name.endswith(kind) and layer_of(name) == layer_of(source)]
-        artifact[f"{source}.input_amax"] = np.array(max(peers, default=0.0) or 1.0, np.float32)
+    suffix, largest = ".input_amax", dict[tuple[int, str], float]()
+    for name, value in artifact.items():
+        module = name.removesuffix(suffix)
+        if name.endswith(suffix) and is_of_expert(module):
+            kind = layer_of(module), _kind_of(module)
+            largest[kind] = max(largest.get(kind, 0.0), float(value))
+    for source in unseen if largest else ():
+        artifact[source + suffix] = np.array(largest.get((layer_of(source), _kind_of(source))) or 1.0, np.float32)
+
+
+def _kind_of(module: str) -> str:
+    """Return the last part of a linear's name, or of the tensor's that holds it for all experts."""
+    part = expert_part(module)
+    return (part.tensor.removesuffix(".weight") if part else module).rpartition(".")[2]
+
+
+def _expert_of(module: str) -> str:
+    """Return the name of the expert that has a linear."""
+    part = expert_part(module)
+    if part is None:
+        return module.rpartition(".")[0]
+    return f"{part.tensor.removesuffix('.weight').rpartition('.')[0]}.{part.expert}"
 
 
 def _write_tensors(context: Context, name: str, tensors: dict[str, Any]) -> None:

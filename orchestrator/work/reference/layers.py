@@ -20,7 +20,8 @@ from orchestrator.checkpoints.reading import RowReader
 from orchestrator.model.checkpoint import CheckpointIndex, TensorInfo
 from orchestrator.planning.calibration import layer_of
 from orchestrator.work.as_hugging_face import LayerNames
-from orchestrator.work.calibrate.part_model import EXPERT_LINEARS, read_tensor_rows, read_tensors
+from orchestrator.work.calibrate.experts import EXPERT_LINEARS
+from orchestrator.work.calibrate.part_model import read_tensor_rows, read_tensors
 
 _EXPERTS = ".experts."
 
