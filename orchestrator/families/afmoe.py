@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    SOURCE,
-    TARGET,
-    experts,
-    final,
-    norm,
-    qk_norms,
-    shared_expert,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, SOURCE, TARGET, final, norm, qk_norms
+from orchestrator.families.common_experts import experts, shared_expert
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.glm import SIGMOID_TABLE
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import HEADS, ConfigTable, Family, Part, Rule

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    SOURCE,
-    TARGET,
-    UNGATED_MLP,
-    final,
-    norm,
-    qk_norms,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, SOURCE, TARGET, UNGATED_MLP, final, norm, qk_norms
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.model.config_table import XIELU, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family, Part, Rule
 

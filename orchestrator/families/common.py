@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from orchestrator.model.config_table import PassedOver
 from orchestrator.model.rules import (
     COLUMN,
-    EXPERT_COLUMN,
-    EXPERT_ROW,
     HEADS,
     HEADS_IN,
     KV_HEADS,
@@ -22,7 +18,6 @@ from orchestrator.model.rules import (
     ROW,
     VOCAB,
     Cut,
-    Fusion,
     Ignored,
     Layers,
     Part,
@@ -212,123 +207,6 @@ def final() -> tuple[Rule, ...]:
     )
 
 
-def _router(router: str) -> Rule:
-    """Return the rule of a router's weight, which the rank files hold in float32."""
-    return Rule(
-        TARGET + "mlp.router.weight",
-        (Part(SOURCE + router + ".weight", ("experts", "hidden")),),
-        dtype="F32",
-        layers=Layers.EXPERTS,
-    )
-
-
-def experts(
-    router: str, expert: str, up: str, gate: str, down: str, bias: str = "", *, flat_bias: bool = False
-) -> tuple[Rule, ...]:
-    """Return the rules of the router, in float32, and of the stacked experts. The prefix `expert` holds {expert}.
-
-    `bias`: name of the router's bias by which experts are chosen, in float32; empty: there is none. `flat_bias`: it is stored as
-    [1, experts].
-    """
-    chosen_by = (bias,) if bias else ()
-    return (
-        _router(router),
-        *(
-            Rule(
-                TARGET + "mlp.router.e_score_correction_bias",
-                (Part(SOURCE + name, ("experts",), has_first_axis=flat_bias),),
-                dtype="F32",
-                layers=Layers.EXPERTS,
-            )
-            for name in chosen_by
-        ),
-        Rule(
-            TARGET + "mlp.fc.weight",
-            (
-                Part(SOURCE + expert + up + ".weight", ("expert_inter", "hidden"), EXPERT_COLUMN),
-                Part(SOURCE + expert + gate + ".weight", ("expert_inter", "hidden"), EXPERT_COLUMN),
-            ),
-            per_expert=True,
-            layers=Layers.EXPERTS,
-        ),
-        Rule(
-            TARGET + "mlp.proj.weight",
-            (Part(SOURCE + expert + down + ".weight", ("hidden", "expert_inter"), EXPERT_ROW),),
-            per_expert=True,
-            layers=Layers.EXPERTS,
-        ),
-    )
-
-
-def fused_experts(
-    router: str,
-    source: str,
-    *,
-    names: tuple[str, str] = ("gate_up_proj", "down_proj"),
-    transposed: bool = False,
-    interleaved: bool = False,
-) -> tuple[Rule, ...]:
-    """Return the rules of router and experts, with biases, of two tensors of all experts with these `names` under `source`.
-
-    `transposed`: an expert is stored as [in, out]. `interleaved`: rows of gate and up alternate; else gate comes first.
-    """
-    fused, last = (f"{SOURCE}{source}.{name}" for name in names)
-    gate, up = (Fusion(index, 2, interleaved, transposed) for index in (0, 1))
-    # A vector has no second axis to be transposed with.
-    gate_bias, up_bias = (Fusion(index, 2, interleaved) for index in (0, 1))
-    weight = ("expert_inter", "hidden")
-    stacked: dict[str, Any] = {"per_expert": True, "layers": Layers.EXPERTS}
-    biased = {**stacked, "when": {"moe.expert_bias": True}}
-    down = Part(last, ("hidden", "expert_inter"), EXPERT_ROW, fusion=Fusion(transposed=transposed))
-    return (
-        _router(router),
-        Rule(
-            TARGET + "mlp.router.bias",
-            (Part(SOURCE + router + ".bias", ("experts",)),),
-            when={"moe.router_bias": True},
-            dtype="F32",
-            layers=Layers.EXPERTS,
-        ),
-        Rule(
-            TARGET + "mlp.fc.weight",
-            (Part(fused, weight, EXPERT_COLUMN, fusion=up), Part(fused, weight, EXPERT_COLUMN, fusion=gate)),
-            **stacked,
-        ),
-        Rule(
-            TARGET + "mlp.fc.bias",
-            (
-                Part(fused + "_bias", weight[:1], EXPERT_COLUMN, fusion=up_bias),
-                Part(fused + "_bias", weight[:1], EXPERT_COLUMN, fusion=gate_bias),
-            ),
-            **biased,
-        ),
-        Rule(TARGET + "mlp.proj.weight", (down,), **stacked),
-        Rule(TARGET + "mlp.proj.bias", (Part(last + "_bias", ("hidden",), fusion=Fusion()),), **biased),
-    )
-
-
-def shared_expert(source: str) -> tuple[Rule, ...]:
-    """Return the rules of the shared expert, whose linears lie under `source` within a layer. It is split like a dense MLP."""
-    prefix = SOURCE + source + "."
-    up, gate = (Part(f"{prefix}{name}_proj.weight", ("shared_inter", "hidden"), COLUMN) for name in ("up", "gate"))
-    return _shared((up, gate), Part(f"{prefix}down_proj.weight", ("hidden", "shared_inter"), ROW))
-
-
-def fused_shared_expert(fused: str, down: str) -> tuple[Rule, ...]:
-    """Return the rules of a shared expert whose gate and up are one tensor of a layer, gate first."""
-    halves = ("shared_inter", "shared_inter")
-    gate, up = (Part(SOURCE + fused, ("shared_inter", "hidden"), COLUMN, halves, index) for index in (0, 1))
-    return _shared((up, gate), Part(SOURCE + down, ("hidden", "shared_inter"), ROW))
-
-
-def _shared(fc: tuple[Part, Part], proj: Part) -> tuple[Rule, ...]:
-    options: dict[str, Any] = {"when": {"moe.has_shared_expert": True}, "layers": Layers.EXPERTS}
-    return (
-        Rule(TARGET + "mlp.shared_expert.fc.weight", fc, **options),
-        Rule(TARGET + "mlp.shared_expert.proj.weight", (proj,), **options),
-    )
-
-
 IGNORED = (
     Ignored("model.layers.*.self_attn.rotary_emb.inv_freq", "the rotary table is computed"),
     Ignored("lm_head.weight", "tied to the embedding", when={"tie_word_embeddings": True}),
@@ -336,41 +214,3 @@ IGNORED = (
 
 PREDICTOR = (Ignored("model.layers.{last}.*", PREDICTS_FURTHER),)
 """The layer after the last of some models, for speculative decoding."""
-
-_WINDOW = "its layers have no window"
-NO_WINDOWS = {
-    "sliding_window": PassedOver(_WINDOW),
-    "use_sliding_window": PassedOver(_WINDOW),
-    "max_window_layers": PassedOver(_WINDOW, None),
-    "layer_types": PassedOver(_WINDOW),
-    "sliding_window_pattern": PassedOver(_WINDOW, None),
-}
-"""Window keys of families without windows: a warning where config.json sets one."""
-NO_CAPS = {key: PassedOver("its scores are not capped") for key in ("attn_logit_softcapping", "final_logit_softcapping")}
-ONE_ACTIVATION = {"hidden_activation": PassedOver("the activation is hidden_act's")}
-"""Gemma's second name of the activation, in families that do not read it."""
-JITTER = {"router_jitter_noise": PassedOver("training only", None)}
-"""Key of a SparseMixer's threshold, in families whose routers are others."""
-
-ATTENTION_BIASES = {"attn_bias": ("is", "attention_bias"), "attn_dense_bias": ("is", "attention_bias")}
-"""Fields of families in which attention_bias decides over the biases of queries, keys, values and output."""
-LATENT_DEFAULTS = {
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "rope_interleave": True,
-}
-"""Defaults of the keys that models with latent attention share."""
-LATENT_DERIVED = {
-    **ATTENTION_BIASES,
-    "rotary_interleaved": ("is", "rope_interleave"),
-}
-LATENT_PASSED_OVER = {
-    "head_dim": PassedOver("the sizes of a head are those of qk_nope_head_dim, qk_rope_head_dim and v_head_dim", None),
-    "qk_head_dim": PassedOver("it is qk_nope_head_dim and qk_rope_head_dim together", None),
-    "scoring_func": PassedOver("the family decides how the router scores experts", (None, "sigmoid", "softmax")),
-    "topk_method": PassedOver("the family decides how the router chooses experts", (None, "noaux_tc")),
-    "moe_layer_freq": PassedOver("all layers after the first dense ones have experts", (None, 1)),
-    **{key: PassedOver("training only", None) for key in ("aux_loss_alpha", "seq_aux")},
-    "ep_size": PassedOver("how the publisher split the model", None),
-}

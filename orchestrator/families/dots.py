@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    DENSE,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    QKV,
-    QKV_BIAS,
-    final,
-    qk_norms,
-)
+from orchestrator.families.common import ATTENTION, DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, QKV, QKV_BIAS, final, qk_norms
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.families.glm import SIGMOID_EXPERTS, SIGMOID_TABLE
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

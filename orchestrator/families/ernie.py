@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    DENSE,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    QKV,
-    experts,
-    final,
-    shared_expert,
-)
+from orchestrator.families.common import ATTENTION, DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, QKV, final
+from orchestrator.families.common_experts import experts, shared_expert
+from orchestrator.families.common_keys import NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import PREDICTS_FURTHER, ConfigTable, Family, Ignored
 

@@ -7,20 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    DENSE,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    QKV,
-    final,
-    norm,
-    qk_norms,
-    renamed,
-)
+from orchestrator.families.common import DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, QKV, final, norm, qk_norms, renamed
+from orchestrator.families.common_keys import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.glm import SIGMOID_EXPERTS, SIGMOID_TABLE
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import PREDICTS_FURTHER, ConfigTable, Family, Ignored

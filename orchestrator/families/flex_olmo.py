@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import ATTENTION, EMBEDDING, FULL_QK_NORMS, IGNORED, experts, final, norm
+from orchestrator.families.common import ATTENTION, EMBEDDING, FULL_QK_NORMS, IGNORED, final, norm
+from orchestrator.families.common_experts import experts
 from orchestrator.families.olmoe import OLMOE
 from orchestrator.model.config_table import RotaryTable
 from orchestrator.model.rules import Family

@@ -8,20 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    PRE_NORMS,
-    final,
-    norm,
-    offset,
-    qk_norms,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, final, norm, offset, qk_norms
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.families.common import (
-    ATTENTION_BIASES,
     DENSE,
     DENSE_BIAS,
     EMBEDDING,
@@ -20,11 +19,11 @@ from orchestrator.families.common import (
     SOURCE,
     TARGET,
     final,
-    fused_experts,
     norm,
     qk_norms,
-    shared_expert,
 )
+from orchestrator.families.common_experts import fused_experts, shared_expert
+from orchestrator.families.common_keys import ATTENTION_BIASES
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family, Layers, Part, Rule
 

@@ -13,18 +13,19 @@ from orchestrator.families.common import (
     GATED_MLP,
     IGNORED,
     LATENT_ATTENTION,
+    PRE_NORMS,
+    PREDICTOR,
+    final,
+    qk_norms,
+)
+from orchestrator.families.common_experts import experts, shared_expert
+from orchestrator.families.common_keys import (
     LATENT_DEFAULTS,
     LATENT_DERIVED,
     LATENT_PASSED_OVER,
     NO_CAPS,
     NO_WINDOWS,
     ONE_ACTIVATION,
-    PRE_NORMS,
-    PREDICTOR,
-    experts,
-    final,
-    qk_norms,
-    shared_expert,
 )
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

@@ -7,20 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    DENSE,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    QKV,
-    QKV_BIAS,
-    final,
-    norm,
-)
+from orchestrator.families.common import DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, QKV, QKV_BIAS, final, norm
+from orchestrator.families.common_keys import NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.families.phi import FUSED_GATE_UP
 from orchestrator.model.config_table import SWIGLU, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

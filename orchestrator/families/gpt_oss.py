@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    SINKS,
-    final,
-    fused_experts,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, SINKS, final
+from orchestrator.families.common_experts import fused_experts
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, ONE_ACTIVATION
 from orchestrator.model.config_table import ACTIVATIONS, ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    ATTENTION,
-    EMBEDDING,
-    IGNORED,
-    PRE_NORMS,
-    final,
-    fused_experts,
-    fused_shared_expert,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, final
+from orchestrator.families.common_experts import fused_experts, fused_shared_expert
 from orchestrator.families.llama import LLAMA, LLAMA_BIASES
 from orchestrator.model.config_table import ExpertTable
 from orchestrator.model.rules import ConfigTable, Family

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    PREDICTOR,
-    experts,
-    final,
-    qk_norms,
-    renamed,
-    shared_expert,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, PREDICTOR, final, qk_norms, renamed
+from orchestrator.families.common_experts import experts, shared_expert
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.families.glm import SIGMOID_TABLE
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

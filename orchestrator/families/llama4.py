@@ -5,21 +5,9 @@ Layers with rotary embedding attend within chunks and norm their rotated heads; 
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    JITTER,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    final,
-    fused_experts,
-    renamed,
-    shared_expert,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, final, renamed
+from orchestrator.families.common_experts import fused_experts, shared_expert
+from orchestrator.families.common_keys import ATTENTION_BIASES, JITTER, NO_CAPS, ONE_ACTIVATION
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    DENSE,
-    EMBEDDING,
-    FULL_QK_NORMS,
-    IGNORED,
-    JITTER,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    PREDICTOR,
-    QKV,
-    experts,
-    final,
-)
+from orchestrator.families.common import DENSE, EMBEDDING, FULL_QK_NORMS, IGNORED, PRE_NORMS, PREDICTOR, QKV, final
+from orchestrator.families.common_experts import experts
+from orchestrator.families.common_keys import JITTER, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family
 

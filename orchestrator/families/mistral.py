@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import NO_CAPS, ONE_ACTIVATION
+from orchestrator.families.common_keys import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.llama import LLAMA
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

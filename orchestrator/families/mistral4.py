@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import (
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    LATENT_ATTENTION,
+from orchestrator.families.common import EMBEDDING, GATED_MLP, IGNORED, LATENT_ATTENTION, PRE_NORMS, final
+from orchestrator.families.common_experts import fused_experts, shared_expert
+from orchestrator.families.common_keys import (
     LATENT_DEFAULTS,
     LATENT_DERIVED,
     LATENT_PASSED_OVER,
     NO_CAPS,
     NO_WINDOWS,
     ONE_ACTIVATION,
-    PRE_NORMS,
-    final,
-    fused_experts,
-    shared_expert,
 )
 from orchestrator.families.glm import SIGMOID_TABLE
 from orchestrator.model.config_table import RotaryTable

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, JITTER, NO_CAPS, ONE_ACTIVATION, PRE_NORMS, experts, final
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, final
+from orchestrator.families.common_experts import experts
+from orchestrator.families.common_keys import JITTER, NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.mistral import ALWAYS_USED
 from orchestrator.model.config_table import ExpertTable, PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

@@ -5,19 +5,8 @@ Nemotron's norms are stored as weight - 1, and half of a head is rotated.
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    EMBEDDING,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    UNGATED_MLP,
-    final,
-    offset,
-    with_norm_biases,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, UNGATED_MLP, final, offset, with_norm_biases
+from orchestrator.families.common_keys import NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.families.llama import LLAMA_BIASES
 from orchestrator.model.config_table import ACTIVATIONS, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

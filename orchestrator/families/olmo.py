@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    FULL_QK_NORMS,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    final,
-    norm,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, FULL_QK_NORMS, GATED_MLP, IGNORED, final, norm
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.model.rules import ConfigTable, Family
 
 OLMO2 = Family(

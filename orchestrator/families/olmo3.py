@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.families.common import NO_CAPS, ONE_ACTIVATION
+from orchestrator.families.common_keys import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.olmo import OLMO2
 from orchestrator.model.config_table import PassedOver, RotaryTable
 

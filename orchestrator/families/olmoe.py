@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    FULL_QK_NORMS,
-    IGNORED,
-    NO_CAPS,
-    NO_WINDOWS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    experts,
-    final,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, FULL_QK_NORMS, IGNORED, PRE_NORMS, final
+from orchestrator.families.common_experts import experts
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, NO_WINDOWS, ONE_ACTIVATION
 from orchestrator.model.config_table import ExpertTable
 from orchestrator.model.rules import ConfigTable, Family
 

@@ -5,18 +5,8 @@ TensorRT-LLM keeps the second fusion, with swapped halves: `mlp.fc` of a rank is
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    DENSE,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    SOURCE,
-    TARGET,
-    final,
-)
+from orchestrator.families.common import DENSE, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, SOURCE, TARGET, final
+from orchestrator.families.common_keys import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.mistral import ALWAYS_USED
 from orchestrator.model.config_table import SWIGLU, RotaryTable
 from orchestrator.model.rules import COLUMN, HEADS, KV_HEADS, ConfigTable, Family, Part, Rule

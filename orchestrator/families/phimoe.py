@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    experts,
-    final,
-    with_norm_biases,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, final, with_norm_biases
+from orchestrator.families.common_experts import experts
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.mistral import ALWAYS_USED
 from orchestrator.model.config_table import ExpertTable, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

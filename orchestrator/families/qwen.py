@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    ATTENTION_BIASES,
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    SOURCE,
-    TARGET,
-    experts,
-    final,
-    qk_norms,
-    shared_expert,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, GATED_MLP, IGNORED, PRE_NORMS, SOURCE, TARGET, final, qk_norms
+from orchestrator.families.common_experts import experts, shared_expert
+from orchestrator.families.common_keys import ATTENTION_BIASES, NO_CAPS, ONE_ACTIVATION
 from orchestrator.model.config_table import ExpertTable, PassedOver
 from orchestrator.model.rules import ConfigTable, Family, Layers, Part, Rule
 

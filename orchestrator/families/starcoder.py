@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    ATTENTION,
-    EMBEDDING,
-    IGNORED,
-    NO_CAPS,
-    ONE_ACTIVATION,
-    PRE_NORMS,
-    SOURCE,
-    TARGET,
-    final,
-    with_norm_biases,
-)
+from orchestrator.families.common import ATTENTION, EMBEDDING, IGNORED, PRE_NORMS, SOURCE, TARGET, final, with_norm_biases
+from orchestrator.families.common_keys import NO_CAPS, ONE_ACTIVATION
 from orchestrator.families.mistral import ALWAYS_USED
 from orchestrator.model.config_table import PassedOver
 from orchestrator.model.rules import COLUMN, ROW, ConfigTable, Family, Part, Rule

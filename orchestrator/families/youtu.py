@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from orchestrator.families.common import (
-    EMBEDDING,
-    GATED_MLP,
-    IGNORED,
-    LATENT_ATTENTION,
+from orchestrator.families.common import EMBEDDING, GATED_MLP, IGNORED, LATENT_ATTENTION, PRE_NORMS, final
+from orchestrator.families.common_keys import (
     LATENT_DEFAULTS,
     LATENT_DERIVED,
     LATENT_PASSED_OVER,
     NO_CAPS,
     NO_WINDOWS,
     ONE_ACTIVATION,
-    PRE_NORMS,
-    final,
 )
 from orchestrator.model.config_table import PassedOver, RotaryTable
 from orchestrator.model.rules import ConfigTable, Family

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from orchestrator import families
-from orchestrator.families.common import fused_experts
+from orchestrator.families.common_experts import fused_experts
 from orchestrator.families.qwen import QWEN3_MOE
 from orchestrator.model.quantization import LinearFormat
 from orchestrator.model.rules import Layers

@@ -14,7 +14,7 @@ import safetensors.numpy
 from orchestrator.base.errors import ArchitectureError, WeightMapError
 from orchestrator.checkpoints import read_source
 from orchestrator.checkpoints.trtllm import _whole_tensors
-from orchestrator.families.common import fused_experts
+from orchestrator.families.common_experts import fused_experts
 from orchestrator.families.qwen import QWEN3_MOE
 from orchestrator.model.config import ModelConfig, MoeConfig
 from orchestrator.model.rules import Family, Layers
