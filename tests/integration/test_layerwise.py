@@ -117,10 +117,25 @@ def counted(monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> list[i
     return calls
 
 
-@pytest.mark.parametrize(("algorithm", "interrupted"), [("W4A8_AWQ", killed), ("FP8", failed)])
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts in tensors of all experts, each token's input weighed before."""
+    folder = tmp_path_factory.mktemp("layerwise") / "llama4"
+    return write_tiny("llama4", folder, num_hidden_layers=NUM_LAYERS, interleave_moe_layer_step=1)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "interrupted", "model"), [("W4A8_AWQ", killed, "source"), ("FP8", failed, "fused")], ids=["killed", "failed"]
+)
 def test_layerwise_calibration_that_is_interrupted_resumes_at_the_layer_reached(
-    algorithm: str, interrupted: Callable[..., None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str,
+    interrupted: Callable[..., None],
+    model: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    source: Path = request.getfixturevalue(model)
     expected, (usual,) = calibrated(plan_of(source, algorithm, layerwise=False), tmp_path)
     (step,) = plan_of(source, algorithm, layerwise=True).of_kind(Kind.CALIBRATE)
     store = open_store(tmp_path.as_uri())
