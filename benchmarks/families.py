@@ -42,7 +42,7 @@ TOPOLOGIES: dict[str, dict[str, int]] = {
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
 WIDE_IF_GIVEN = {
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "shared_intermediate_size": 64, "global_head_dim": 64,
 }  # fmt: skip
 ENGINES_AT = "tp2 pp2"
 
