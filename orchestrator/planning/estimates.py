@@ -125,9 +125,12 @@ def rounding_memory(targets: Iterable[Target]) -> int:
     return _ROUNDING_BYTES if rounds else 0
 
 
-def calibrate_memory(part_bytes: int, hidden_bytes: int) -> int:
-    """Return the memory of a calibration: the layers of a part, read and loaded, and their input and output hidden states."""
-    return _TORCH_BYTES + 2 * part_bytes + 2 * hidden_bytes
+def calibrate_memory(part_bytes: int, hidden_bytes: int, *, searches_whole_part: bool = False) -> int:
+    """Return the memory of a calibration: the layers of a part, read and loaded, and their input and output hidden states.
+
+    `searches_whole_part`: AWQ tries its scales on all layers of the part at once, which took up to twice the part's weights more.
+    """
+    return _TORCH_BYTES + 2 * part_bytes + 2 * hidden_bytes + (5 * part_bytes // 2 if searches_whole_part else 0)
 
 
 def estimate(kind: Kind, *, read_bytes: int, work_bytes: int, write_bytes: int = 0) -> Estimate:

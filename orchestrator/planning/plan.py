@@ -288,6 +288,8 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
     passes = {"max": 1, "smoothquant": 1, "awq_lite": 12}[options.method.method]
     data = options.data
     hidden_bytes = data.num_samples * data.max_length * options.config.hidden_size * 4
+    searches = options.method.method == "awq_lite" and not options.layerwise
+    memory = calibrate_memory(part_bytes, hidden_bytes, searches_whole_part=searches)
     return Step(
         kind=Kind.CALIBRATE,
         version=VERSIONS[Kind.CALIBRATE],
@@ -295,7 +297,7 @@ def _calibrate(inputs: Inputs, options: CalibrateOptions, number: int, previous:
         options=options.model_dump(mode="json"),
         needs=(previous.digest,) if previous else (),
         locations={**inputs.locations(), "dataset": inputs.quantization.dataset, "device": inputs.quantization.device},
-        resources=Resources(gpus=_gpus(inputs.quantization.device), memory_bytes=calibrate_memory(part_bytes, hidden_bytes)),
+        resources=Resources(gpus=_gpus(inputs.quantization.device), memory_bytes=memory),
         estimate=estimate(
             Kind.CALIBRATE,
             read_bytes=sum(tensor.stored_bytes for tensor in part),
