@@ -228,7 +228,8 @@ def test_gathered_experts_compute_what_the_dense_form_does(
     weights = {f"{PREFIX}.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     x = rng.normal(size=(*size, HIDDEN)).astype(np.float32)
     dense, gathered = (run(moe, weights, x, moe_tp * ep, ep, form) for form in ("dense", "gathered"))
-    assert np.abs(gathered - dense).max() <= 2e-6 * np.abs(dense).max()
+    # Results are of the order of ten. Those of an expert that is nearly off are small, and no more exact: a sigmoid near 0 is not.
+    assert np.abs(gathered - dense).max() <= 2e-6 * max(np.abs(dense).max(), 10.0)
 
 
 def computed_by_the_layer(
