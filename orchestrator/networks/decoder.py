@@ -96,7 +96,10 @@ def decoder_network(network: StageNetwork, tp_rank: int, rendering: Rendering) -
     stage = network.stage
     config = stage.config
     check_supported(config)
-    shape = RankShape(stage, rendering.dtype, tp_rank, rendering.portable, rendering.halved, rendering.in_place, network.experts)
+    shape = RankShape(
+        stage, rendering.dtype, tp_rank, rendering.portable, rendering.halved, rendering.in_place, network.experts,
+        rendering.runtime_layers,
+    )  # fmt: skip
     graph = GraphWriter(f"stage{stage.pp_rank}")
     hidden = _inputs(graph, shape, rendering)
     turns = rotary(graph, network, rendering.dtype)

@@ -4,7 +4,7 @@ Every expert that a call computes, computes every token. The sum is weighted by 
 not choose; in Llama 4, the experts' inputs are, and an expert makes zeros of zeros. In the dense form these are all experts of
 the rank; in the gathered form those that any token chose, and one decode step reads the weights of few. TensorRT takes no
 quantized weights in a Gather, so these are dequantized before. TensorRT's own layer stands in place of either where it is asked
-for.
+for, and ONNX Runtime's in the portable graph, where it has one for the experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from orchestrator.networks.chosen_experts import chosen_experts
 from orchestrator.networks.expert_layer import moe_layer
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.layers import activate, all_reduce, gated_halves, linear, norm, scale
+from orchestrator.networks.portable_experts import has_portable_layer, portable_layer
 from orchestrator.networks.quantized import quantized_input, quantized_weight
 from orchestrator.networks.router import routing
 from orchestrator.networks.shape import RankShape
@@ -56,6 +57,8 @@ def _experts(graph: GraphWriter, shape: RankShape, moe: MoeConfig, x: str, prefi
     routed = routing(graph, shape, moe, scored or x, prefix)
     if shape.experts == "trt_moe" and not shape.portable:
         return moe_layer(graph, shape, routed, x, prefix)
+    if has_portable_layer(shape, prefix):
+        return portable_layer(graph, shape, routed, x, prefix)
     config, moe_tp = shape.config, shape.tp // shape.moe_ep
     local, hidden = shape.num_experts, config.hidden_size
     width = config.expert_size // moe_tp

@@ -22,6 +22,8 @@ class Rendering:
     """Whether the one cache tensor of a latent attention is two halves, because the executor knows keys and values (GenAI)."""
     in_place: bool = True
     """Whether a KV cache in the graph's dtype is updated in place; False: read and written as a whole, as a quantized one is."""
+    runtime_layers: bool = False
+    """Whether layers of ONNX Runtime's own compute chosen experts."""
 
     @staticmethod
     def compiled(network: StageNetwork, in_place: bool = True) -> Rendering:
@@ -35,5 +37,5 @@ class Rendering:
 
     @staticmethod
     def for_genai() -> Rendering:
-        """Return the verified rendering with the caches that ONNX Runtime GenAI keeps: equal keys and values in every layer."""
-        return Rendering("float32", None, portable=True, halved=True)
+        """Return the verified rendering with ONNX Runtime's layers, and the caches that GenAI keeps: equal keys and values."""
+        return Rendering("float32", None, portable=True, halved=True, runtime_layers=True)

@@ -25,6 +25,8 @@ class RankShape:
     """Whether a KV cache in the graph's dtype is updated in place."""
     experts: ExpertForm = "dense"
     """Which of its experts a rank computes."""
+    runtime_layers: bool = False
+    """Whether layers of ONNX Runtime's own may stand in the graph."""
 
     @property
     def config(self) -> ModelConfig:

@@ -57,7 +57,7 @@ VERSIONS: dict[Kind, int] = {
     Kind.CONVERT: 1,
     Kind.BUILD: 2,
     Kind.VERIFY: 4,
-    Kind.EXPORT: 2,
+    Kind.EXPORT: 3,
 }
 """Version of the code of each kind. Raise it when the code would give other outputs for the same options."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import transformers
 from safetensors.numpy import load_file
 
 from orchestrator.base.errors import QuantizationError, VerificationError
+from orchestrator.networks import portable_experts
+from orchestrator.networks.graph import GraphWriter
+from orchestrator.networks.router import Routing
+from orchestrator.networks.shape import RankShape
 from orchestrator.planning import preparation
 from orchestrator.planning.facts import ExportFacts
 from orchestrator.planning.plan import Plan
@@ -75,11 +80,11 @@ def test_genai_on_the_portable_part_generates_what_transformers_generates(
     assert max(error for error in errors if error is not None) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float16"), ("gpt_oss", "bfloat16")])
 def test_genai_on_weights_of_16_bits_generates_what_transformers_generates(
-    dtype: str, make_spec: SpecMaker, tmp_path: Path
+    family: str, dtype: str, make_spec: SpecMaker, tmp_path: Path
 ) -> None:
-    path = write_tiny("llama", tmp_path / "source", dtype=dtype, max_position_embeddings=POSITIONS)
+    path = write_tiny(family, tmp_path / "source", dtype=dtype, max_position_embeddings=POSITIONS)
     sizes = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": POSITIONS}
     made = preparation.plan(make_spec(path, engine=sizes, release=INCLUDE, topology={"tp": 2, "pp": 2}))
     portable_folder(made, tmp_path / "store", tmp_path / "model")
@@ -128,6 +133,31 @@ def test_export_graph_that_maps_the_weights_of_another_rank_is_refused(
     made = planned(source(folder, "llama"), make_spec, topology={"tp": 2})
     right = exporting.portable_stage
     monkeypatch.setattr(exporting, "portable_stage", lambda network, weights, same: right(network, weights[::-1], same))
+    with pytest.raises(VerificationError, match="portable graph of stage 0 differs from the verified ranks"):
+        portable_folder(made, tmp_path / "store", tmp_path / "model")
+
+
+def _halves_swapped(graph: GraphWriter, weight: str, width: int) -> str:
+    """Give the layer of experts the up where it takes the gate."""
+    rows = graph.constant(f"by_turns_{width}", np.stack([np.arange(width), np.arange(width) + width], axis=1).reshape(-1))
+    return graph.node("Gather", [weight, rows], f"{weight}.by_turns", axis=1)
+
+
+def _without_total(graph: GraphWriter, shape: RankShape, routing: Routing, prefix: str) -> tuple[str, str]:
+    """Leave the sum of a token's weights out, which is the family's `routed_scale`."""
+    logits, _ = _LOGITS(graph, shape, routing, prefix)
+    return logits, graph.scalar("whole", 1.0, "float32")
+
+
+_LOGITS = portable_experts._logits
+
+
+@pytest.mark.parametrize("wrong", [_halves_swapped, _without_total], ids=["halves", "total"])
+def test_export_graph_with_wrong_operands_of_the_layer_of_experts_is_refused(
+    wrong: Callable[..., Any], folder: Path, make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = planned(source(folder, "deepseek_v3"), make_spec)
+    monkeypatch.setattr(portable_experts, "_by_turns" if wrong is _halves_swapped else "_logits", wrong)
     with pytest.raises(VerificationError, match="portable graph of stage 0 differs from the verified ranks"):
         portable_folder(made, tmp_path / "store", tmp_path / "model")
 

@@ -19,6 +19,7 @@ from orchestrator.model.stage import ExpertForm, StageOptions
 from orchestrator.model.topology import Topology
 from orchestrator.networks.graph import GraphWriter
 from orchestrator.networks.moe import moe_mlp
+from orchestrator.networks.portable_experts import has_portable_layer
 from orchestrator.networks.shape import RankShape
 from tests.support.synthetic import model_config
 
@@ -145,15 +146,19 @@ def run(
     tp: int = 1,
     ep: int = 1,
     form: ExpertForm = "dense",
+    *,
+    for_genai: bool = False,
 ) -> Any:
-    """The sum over the ranks of what the network of each computes."""
+    """The sum over the ranks of what the network of each computes. `for_genai`: as the portable graph has it."""
     config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
     stage = StageOptions.of(config, Topology(tp, 1, moe_ep=ep), 0)
     total = np.zeros_like(x)
     for rank in range(tp):
         graph = GraphWriter("moe")
         graph.input("x", "float32", ["batch", "tokens", HIDDEN])
-        result = moe_mlp(graph, RankShape(stage, "float32", rank, portable=True, experts=form), "x", PREFIX)
+        shape = RankShape(stage, "float32", rank, portable=True, experts=form, runtime_layers=for_genai)
+        result = moe_mlp(graph, shape, "x", PREFIX)
+        assert any(node.op_type == "MoE" for node in graph.model().graph.node) == for_genai
         own = result.removesuffix(".all_reduce")
         graph.output(own, "float32", ["batch", "tokens", HIDDEN])
         model = graph.model()
@@ -181,6 +186,8 @@ def compared(
     ep: int = 1,
     form: ExpertForm = "dense",
     size: tuple[int, int] = (2, 7),
+    *,
+    for_genai: bool = False,
 ) -> float:
     """The worst relative error; `changes` are fields of MoeConfig, `size` is (sequences, tokens)."""
     module = module_of(case)
@@ -189,7 +196,7 @@ def compared(
         wanted = module(torch.from_numpy(x))
     wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).numpy()
     moe = mixture(case, **(changes or {}))
-    return float(np.abs(run(moe, weights_of(module), x, tp, ep, form) - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(run(moe, weights_of(module), x, tp, ep, form, for_genai=for_genai) - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -203,13 +210,22 @@ def test_mixture_on_several_ranks_sums_to_what_transformers_computes(case: str, 
     assert compared(case, tp=tp, ep=ep) < 2e-6
 
 
+@pytest.mark.parametrize("for_genai", [False, True], ids=["compiled", "portable"])
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (2, 7)])
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_that_gathers_the_chosen_experts_computes_what_transformers_computes(
-    case: str, tp: int, ep: int, size: tuple[int, int]
+    case: str, tp: int, ep: int, size: tuple[int, int], for_genai: bool
 ) -> None:
-    assert compared(case, tp=tp, ep=ep, form="gathered", size=size) < 2e-6
+    assert compared(case, tp=tp, ep=ep, form="gathered", size=size, for_genai=for_genai) < 2e-6
+
+
+@pytest.mark.parametrize("changes", [{"weighs_input": True}, {"own_norms": True}, {"gated": False}], ids=str)
+def test_experts_that_onnxruntimes_layer_does_not_have_are_gathered(changes: dict[str, Any]) -> None:
+    moe = MoeConfig(num_experts=EXPERTS, top_k=CHOSEN, **changes)
+    config = model_config(hidden_size=HIDDEN, moe=moe, moe_intermediate_size=SIZE, hidden_act="silu")
+    shape = RankShape(StageOptions.of(config, Topology(1, 1), 0), "float32", experts="gathered", runtime_layers=True)
+    assert not has_portable_layer(shape, PREFIX)
 
 
 @given(
@@ -228,8 +244,9 @@ def test_gathered_experts_compute_what_the_dense_form_does(
     weights = {f"{PREFIX}.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     x = rng.normal(size=(*size, HIDDEN)).astype(np.float32)
     dense, gathered = (run(moe, weights, x, moe_tp * ep, ep, form) for form in ("dense", "gathered"))
+    portable = run(moe, weights, x, moe_tp * ep, ep, "gathered", for_genai=True)
     # Results are of the order of ten. Those of an expert that is nearly off are small, and no more exact: a sigmoid near 0 is not.
-    assert np.abs(gathered - dense).max() <= 2e-6 * max(np.abs(dense).max(), 10.0)
+    assert max(np.abs(found - dense).max() for found in (gathered, portable)) <= 2e-6 * max(np.abs(dense).max(), 10.0)
 
 
 def computed_by_the_layer(
