@@ -20,6 +20,13 @@ _PAST, _PRESENT = "past_key_values.%d.{}", "present_key_values.%d.{}"
 _CACHES = ("key", "value")
 """Cache tensors of a layer, which GenAI takes to be of one shape. Of a latent attention, they are halves of its one tensor."""
 _GENERATION = "generation_config.json"
+SESSION_ENTRIES = {
+    # Otherwise a weight-only MatMul is fused into a kernel that rounds its input to int8.
+    "session.disable_quant_qdq": "1",
+    # Otherwise weights above 1 GiB in float32, such as a head's or all experts' of a layer, are widened anew by every call.
+    "optimization.constant_folding_max_output_size_in_bytes": "0",
+}
+"""Entries of the configuration of an ONNX Runtime session that runs a portable graph."""
 
 
 def genai_config(plan: Plan) -> dict[str, Any]:
@@ -27,11 +34,7 @@ def genai_config(plan: Plan) -> dict[str, Any]:
     config, topology = plan.inputs.config, plan.topology
     tokens = _special_tokens(plan)
     decoder: dict[str, Any] = {
-        "session_options": {
-            # Otherwise a weight-only MatMul is fused into a kernel that rounds its input to int8.
-            "session.disable_quant_qdq": "1",
-            "provider_options": [],
-        },
+        "session_options": {**SESSION_ENTRIES, "provider_options": []},
         "head_size": config.cache_head_size // len(_CACHES) if config.is_latent else config.head_size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
