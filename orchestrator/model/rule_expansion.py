@@ -43,7 +43,7 @@ class Expander:
         self.index, self.family, self.config, self.topology = index, family, config, topology
         self.quantization = quantization
         self.unfit: list[quantized_targets.Problem] = []
-        self._dims: dict[int, dict[str, int]] = {}
+        self._dims: dict[tuple[int, int], dict[str, int]] = {}
         self.dtype = MODEL_DTYPES[config.dtype]
         self.used: set[str] = set()
         self.missing: list[str] = []
@@ -172,8 +172,11 @@ class Expander:
         return Read(tensor, axis, self._spans_of(part.cut, wanted[axis], start, config), add=part.add)
 
     def _dims_of(self, config: ModelConfig) -> dict[str, int]:
-        """Return the sizes that rules name. Cached for all layers with heads of one size."""
-        return self._dims.setdefault(config.head_size, config.dims())
+        """Return the sizes that rules name. Cached for all layers with heads of one size and number."""
+        heads = config.head_size, config.num_key_value_heads
+        if heads not in self._dims:
+            self._dims[heads] = config.dims()
+        return self._dims[heads]
 
     def _fits(self, tensor: TensorInfo, expected: tuple[int, ...]) -> bool:
         """Whether a tensor has the expected shape and a dtype of weights; else that is kept as a problem."""

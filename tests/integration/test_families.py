@@ -140,10 +140,14 @@ def test_queries_without_a_latent_of_their_own_agree_with_transformers(tmp_path:
     check(run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)["verify/stage0"].facts.verification)
 
 
-@pytest.mark.parametrize("alike", [True, False], ids=["keys-as-values", "values"])
-def test_heads_of_two_sizes_without_experts_agree_with_transformers(tmp_path: Path, make_spec: SpecMaker, alike: bool) -> None:
+@pytest.mark.parametrize(
+    ("alike", "head_size"), [(True, 32), (False, 32), (True, 16)], ids=["keys-as-values", "values", "same-size"]
+)
+def test_heads_of_two_kinds_without_experts_agree_with_transformers(
+    tmp_path: Path, make_spec: SpecMaker, alike: bool, head_size: int
+) -> None:
     """Gemma 4 31B; the second stage has both kinds of layers, at tp=4 with each global key/value head on two ranks."""
-    made = write_tiny("gemma4", tmp_path / "model", enable_moe_block=False, attention_k_eq_v=alike)
+    made = write_tiny("gemma4", tmp_path / "model", enable_moe_block=False, attention_k_eq_v=alike, global_head_dim=head_size)
     plan = preparation.plan(make_spec(made, topology={"tp": 4, "pp": 2, "pp_partition": [4, 3]}))
     outcomes = run_steps(plan, (tmp_path / "store").as_uri(), WITHOUT_ENGINES)
     check(outcomes["verify/stage1"].facts.verification)
