@@ -21,9 +21,9 @@ demo: $(STAMP) $(MODEL)/config.json
 demo-cluster: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.three_nodes
 
-# Three processes for two cores, because many tests wait for clusters; each takes whole files, the longest first.
+# Two processes, each with whole files, the longest first.
 test: $(STAMP) $(MODEL)/config.json
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the integration tests first: they take longest, so the processes of `make test` end at about the same time."""
+    """Put the integration tests first: they take longest, so the two processes of `make test` end at about the same time."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
