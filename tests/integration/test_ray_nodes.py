@@ -134,7 +134,9 @@ def test_build_node_cut_off_in_the_middle_of_an_engine_ends_published_elsewhere(
     build.start(2)
     assert build.until(begins_away("build")), build.explain()
     ray_nodes.cut(3)
-    ends_well(build)
+    assert build.wait() == 0, build.explain()
+    # The lost worker may commit after the driver looked for that, and before the second attempt begins: no other step begins again.
+    assert set(started_again(build)) <= {line["step"] for line in build.of("retry")}
     assert {kind for kind, _ in causes(build)} == {"infrastructure"}
     # The folder that is the store is not cut off: what the lost worker commits late is taken instead of a second attempt.
     assert {number(line) for line in build.of("started") if line["attempt"] > 1} <= {2}
